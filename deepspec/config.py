@@ -1,0 +1,268 @@
+"""Typed `params.yaml`; the only reader of it.
+
+Every section is a pydantic model that refuses unknown keys. An error names the key by its dotted path and the
+nearest valid one, so that a typo is found before anything runs.
+"""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from deepspec.errors import DeepSpecError
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class TargetParams(Section):
+    """The verifier."""
+
+    source: str = Field(description="`embedded:<name>`, a local directory, or a hub id.")
+    revision: str | None = Field(None, description="Pinned hub revision; ignored for a directory.")
+    dtype: Literal["bfloat16", "float32", "float16"] = "bfloat16"
+
+
+class MagpieParams(Section):
+    """The target writes its own user turns (Magpie, arXiv 2406.08464)."""
+
+    temperature: float = Field(1.0, gt=0)
+    top_p: float = Field(0.95, gt=0, le=1)
+    max_new_tokens: int = Field(96, ge=4)
+
+
+class PromptsParams(Section):
+    """Where training prompts come from. `mix` maps a source to its weight."""
+
+    count: int = Field(ge=1)
+    mix: dict[str, float] = Field(
+        description="`magpie`, `seed`, `jsonl:<path>` or `hub:<dataset>[:split]` → weight."
+    )
+    magpie: MagpieParams = MagpieParams()
+    min_chars: int = Field(12, ge=1)
+    max_chars: int = Field(1500, ge=1)
+    overlap_ngram: int = Field(8, ge=2, description="Words in the n-gram that marks an evaluation prompt.")
+
+    @model_validator(mode="after")
+    def _weights(self) -> PromptsParams:
+        for source, weight in self.mix.items():
+            if source not in ("magpie", "seed") and not source.startswith(("jsonl:", "hub:")):
+                raise ValueError(
+                    f"unknown prompt source {source!r}: use magpie, seed, jsonl:<path> or hub:<dataset>[:split]"
+                )
+            if weight < 0:
+                raise ValueError(f"the weight of prompt source {source!r} is negative ({weight})")
+        if sum(self.mix.values()) <= 0:
+            raise ValueError("no prompt source has a positive weight")
+        return self
+
+
+class OpenAIParams(Section):
+    """Any server that speaks the OpenAI chat API. The key is read from `$DEEPSPEC_OPENAI_KEY`."""
+
+    base_urls: list[str] = []
+    model: str = ""
+    concurrency: int = Field(32, ge=1, description="Requests in flight per base URL.")
+    retries: int = Field(5, ge=0)
+    timeout_s: float = Field(120.0, gt=0)
+
+
+class GenerateParams(Section):
+    """How the target answers the prompts: the distillation data."""
+
+    engine: Literal["local", "openai"] = "local"
+    batch_size: int = Field(48, ge=1, description="Conversations decoded at once (local engine).")
+    max_new_tokens: int = Field(192, ge=1, description="Per answer.")
+    max_length: int = Field(512, ge=16, description="Of a whole conversation, in tokens.")
+    temperature: float = Field(0.7, ge=0)
+    top_p: float = Field(1.0, gt=0, le=1)
+    top_k: int = Field(0, ge=0)
+    openai: OpenAIParams = OpenAIParams()
+
+
+class ValidateParams(Section):
+    """Bounds of the Great Expectations suite that guards the distillation data."""
+
+    min_rows: int = Field(1, ge=1)
+    min_answer_tokens: int = Field(1, ge=1)
+    max_truncated_share: float = Field(0.9, ge=0, le=1)
+    max_failed_share: float = Field(0.05, ge=0, le=1)
+    repetition_ngram: int = Field(8, ge=2)
+    max_repetition: float = Field(0.7, ge=0, le=1, description="Share of an answer's n-grams that are repeats.")
+    max_degenerate_share: float = Field(0.2, ge=0, le=1, description="Rows allowed above max_repetition.")
+
+
+class LossParams(Section):
+    """Weights of the DSpark loss terms and the decay of later block positions (`training/losses.py`)."""
+
+    ce: float = Field(0.1, ge=0)
+    tv: float = Field(0.9, ge=0)
+    confidence: float = Field(1.0, ge=0)
+    position_decay: float = Field(4.0, gt=0, description="γ_w of exp(−(k−1)/γ_w).")
+
+
+class TrainParams(Section):
+    """One training run; the same for every drafter unless its own section overrides it."""
+
+    steps: int = Field(ge=1)
+    batch_size: int = Field(8, ge=1, description="Sequences per optimiser step, over all processes.")
+    lr: float = Field(gt=0)
+    warmup: float = Field(0.04, ge=0, lt=1, description="Share of the steps.")
+    weight_decay: float = Field(0.0, ge=0)
+    grad_clip: float = Field(1.0, gt=0)
+    anchors: int = Field(32, ge=1, description="Random block starts per sequence.")
+    max_length: int = Field(512, ge=8)
+    supervise: Literal["answer", "all"] = Field(
+        "answer", description="`all` also learns from the prompt's tokens, where the target's law is as valid."
+    )
+    heldout: int = Field(32, ge=1, description="Conversations kept out for choosing the best checkpoint.")
+    eval_every: int = Field(200, ge=1)
+    save_every: int = Field(100, ge=1)
+    mixed_precision: Literal["no", "bf16"] = "bf16"
+    loss: LossParams = LossParams()
+
+
+class DSparkParams(Section):
+    """DSpark: a parallel block drafter with a sequential head and a confidence head."""
+
+    type: Literal["dspark"]
+    layers: int = Field(2, ge=1)
+    block_size: int = Field(7, ge=1, description="γ: tokens drafted per block.")
+    target_layer_ids: list[int] | None = Field(None, description="None spreads five over the depth.")
+    markov_head: Literal["vanilla"] = "vanilla"
+    markov_rank: int = Field(128, ge=1)
+    draft_vocab_size: int = Field(8192, ge=0, description="Most frequent tokens kept; 0 keeps them all.")
+    context_skip: bool = Field(
+        False, description="Feed the newest target feature into the block's input (our engine only)."
+    )
+
+
+class LookupParams(Section):
+    """Training-free: the continuation of the longest earlier match of the context's end."""
+
+    type: Literal["lookup"]
+    block_size: int = Field(7, ge=1)
+    min_match: int = Field(2, ge=1, description="Shortest suffix, in tokens, that counts as a match.")
+
+
+DrafterParams = Annotated[DSparkParams | LookupParams, Field(discriminator="type")]
+DRAFTER_SECTIONS: dict[str, type[Section]] = {"dspark": DSparkParams, "lookup": LookupParams}
+
+
+class DecodeParams(Section):
+    """How a trained draft is used at decode time."""
+
+    lookup_first: bool = Field(True, description="Ask the lookup drafter before the trained one.")
+    lookup_min_match: int = Field(4, ge=1, description="A match this long is trusted over the trained draft.")
+    adaptive: bool = Field(True, description="Stop drafting for a while where it does not pay.")
+
+
+class EvaluateParams(Section):
+    tasks: list[str] = Field(description="Names of `deepspec/evaluation/tasks/*.yaml` or paths to such files.")
+    temperatures: list[float] = [0.0, 1.0]
+    prompts_per_task: int = Field(8, ge=1)
+    max_new_tokens: int = Field(128, ge=1)
+    lossless_prompts: int = Field(4, ge=1, description="Per task, checked in float32 at T = 0.")
+    lossless_new_tokens: int = Field(64, ge=1)
+    decode: DecodeParams = DecodeParams()
+
+
+class Params(Section):
+    seed: int = 0
+    target: TargetParams
+    prompts: PromptsParams
+    generate: GenerateParams = GenerateParams()
+    validate_: ValidateParams = Field(ValidateParams(), alias="validate")
+    pipeline: list[str] = Field(description="Drafters that the pipeline trains and evaluates.")
+    drafters: dict[str, DrafterParams] = Field(description="Drafter name → its algorithm and sizes.")
+    train: TrainParams
+    evaluate: EvaluateParams
+
+    @model_validator(mode="after")
+    def _named(self) -> Params:
+        for name in self.pipeline:
+            if name not in self.drafters:
+                raise ValueError(f"pipeline names {name!r}, which `drafters` lacks{nearest(name, self.drafters)}")
+        return self
+
+
+def nearest(word: str, known: Any) -> str:
+    """`; did you mean 'x'?` for the closest of the known names, or an empty string."""
+    match = difflib.get_close_matches(str(word), [str(name) for name in known], n=1, cutoff=0.5)
+    return f"; did you mean {match[0]!r}?" if match else ""
+
+
+def load_params(path: str | Path = "params.yaml") -> Params:
+    """Read and check a params file.
+
+    Raises:
+        DeepSpecError: the file is missing, is not YAML, or has an unknown or mistyped key.
+    """
+    path = Path(path)
+    try:
+        raw = yaml.safe_load(path.read_text())
+    except FileNotFoundError:
+        raise DeepSpecError(f"{path}: no such file; run from the repository's root or pass --params") from None
+    except yaml.YAMLError as error:
+        raise DeepSpecError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(raw, dict):
+        raise DeepSpecError(f"{path}: expected a mapping of sections, found {type(raw).__name__}")
+    try:
+        return Params.model_validate(raw)
+    except ValidationError as error:
+        raise DeepSpecError(f"{path}: {_explain(error, raw)}") from None
+
+
+def _explain(error: ValidationError, raw: dict) -> str:
+    """The first problem of a validation error, in one line with the dotted key."""
+    first = error.errors()[0]
+    key, model = _locate(first["loc"], raw)
+    if first["type"] == "extra_forbidden":
+        word = str(first["loc"][-1])
+        return f"unknown key {key!r}{nearest(word, _names(model))}"
+    if first["type"] == "missing":
+        return f"missing key {key!r}"
+    if first["type"] == "union_tag_invalid":
+        found = first["ctx"]["tag"]
+        known = [tag.strip("' ") for tag in first["ctx"]["expected_tags"].split(",")]
+        return f"{key}.type: unknown drafter type {found!r}{nearest(found, known)}; known: {', '.join(known)}"
+    message = first["msg"].removeprefix("Value error, ")
+    return f"{key}: {message} (found {first['input']!r})" if key and first["type"] != "value_error" else message
+
+
+def _locate(loc: tuple, raw: dict) -> tuple[str, type[Section] | None]:
+    """Dotted key as written in the file, and the model of the section in which it stands.
+
+    Pydantic puts the tag of a discriminated union into the location; the file has no such level.
+    """
+    model: type[Section] | None = Params
+    node: Any = raw
+    parts: list[str] = []
+    for i, step in enumerate(loc):
+        last = i == len(loc) - 1
+        if model is None and isinstance(node, dict) and node.get("type") == step and step not in node:
+            model = DRAFTER_SECTIONS[step]
+            continue
+        parts.append(str(step))
+        node = node.get(step) if isinstance(node, dict) else None
+        if not last:
+            model = _child(model, step)
+    return ".".join(parts), model
+
+
+def _child(model: type[Section] | None, name: Any) -> type[Section] | None:
+    if model is None:
+        return None
+    for key, field in model.model_fields.items():
+        if name == (field.alias or key) and isinstance(field.annotation, type):
+            return field.annotation if issubclass(field.annotation, Section) else None
+    return None
+
+
+def _names(model: type[Section] | None) -> list[str]:
+    return [field.alias or key for key, field in model.model_fields.items()] if model else []
