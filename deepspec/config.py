@@ -93,7 +93,9 @@ class ValidateParams(Section):
     max_truncated_share: float = Field(0.9, ge=0, le=1)
     max_failed_share: float = Field(0.05, ge=0, le=1)
     repetition_ngram: int = Field(8, ge=2)
-    max_repetition: float = Field(0.7, ge=0, le=1, description="Share of an answer's n-grams that are repeats.")
+    max_repetition: float = Field(
+        0.7, ge=0, le=1, description="Share of an answer's n-grams that are repeats."
+    )
     max_degenerate_share: float = Field(0.2, ge=0, le=1, description="Rows allowed above max_repetition.")
 
 
@@ -118,7 +120,8 @@ class TrainParams(Section):
     anchors: int = Field(32, ge=1, description="Random block starts per sequence.")
     max_length: int = Field(512, ge=8)
     supervise: Literal["answer", "all"] = Field(
-        "answer", description="`all` also learns from the prompt's tokens, where the target's law is as valid."
+        "answer",
+        description="`all` also learns from the prompt's tokens, where the target's law is as valid.",
     )
     heldout: int = Field(32, ge=1, description="Conversations kept out for choosing the best checkpoint.")
     eval_every: int = Field(200, ge=1)
@@ -163,7 +166,9 @@ class DecodeParams(Section):
 
 
 class EvaluateParams(Section):
-    tasks: list[str] = Field(description="Names of `deepspec/evaluation/tasks/*.yaml` or paths to such files.")
+    tasks: list[str] = Field(
+        description="Names of `deepspec/evaluation/tasks/*.yaml` or paths to such files."
+    )
     temperatures: list[float] = [0.0, 1.0]
     prompts_per_task: int = Field(8, ge=1)
     max_new_tokens: int = Field(128, ge=1)
@@ -187,7 +192,9 @@ class Params(Section):
     def _named(self) -> Params:
         for name in self.pipeline:
             if name not in self.drafters:
-                raise ValueError(f"pipeline names {name!r}, which `drafters` lacks{nearest(name, self.drafters)}")
+                raise ValueError(
+                    f"pipeline names {name!r}, which `drafters` lacks{nearest(name, self.drafters)}"
+                )
         return self
 
 
@@ -207,7 +214,9 @@ def load_params(path: str | Path = "params.yaml") -> Params:
     try:
         raw = yaml.safe_load(path.read_text())
     except FileNotFoundError:
-        raise DeepSpecError(f"{path}: no such file; run from the repository's root or pass --params") from None
+        raise DeepSpecError(
+            f"{path}: no such file; run from the repository's root or pass --params"
+        ) from None
     except yaml.YAMLError as error:
         raise DeepSpecError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(raw, dict):
@@ -232,7 +241,9 @@ def _explain(error: ValidationError, raw: dict) -> str:
         known = [tag.strip("' ") for tag in first["ctx"]["expected_tags"].split(",")]
         return f"{key}.type: unknown drafter type {found!r}{nearest(found, known)}; known: {', '.join(known)}"
     message = first["msg"].removeprefix("Value error, ")
-    return f"{key}: {message} (found {first['input']!r})" if key and first["type"] != "value_error" else message
+    return (
+        f"{key}: {message} (found {first['input']!r})" if key and first["type"] != "value_error" else message
+    )
 
 
 def _locate(loc: tuple, raw: dict) -> tuple[str, type[Section] | None]:

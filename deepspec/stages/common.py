@@ -1,0 +1,68 @@
+"""What every stage shares: its flags, its environment, and how it fails.
+
+A stage is `python -m deepspec.stages.<stage> [--params FILE] ...`. It reads `params.yaml`, calls the library,
+and turns a user's mistake into one line on stderr and exit status 2.
+"""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import os
+import sys
+from collections.abc import Callable
+
+from deepspec.config import Params, load_params
+from deepspec.errors import DeepSpecError
+
+TELEMETRY_OFF = {
+    "DO_NOT_TRACK": "true",
+    "DVC_NO_ANALYTICS": "1",
+    "GX_ANALYTICS_ENABLED": "false",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+}
+
+
+def quiet_environment() -> None:
+    """Telemetry off, and one thread per core for libraries that would take more."""
+    os.environ.update(TELEMETRY_OFF)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+def stage(
+    main: Callable[[Params, argparse.Namespace], None],
+    add_flags: Callable[[argparse.ArgumentParser], None] | None = None,
+    argv: list[str] | None = None,
+) -> None:
+    """Run a stage's `main(params, flags)` and exit with its status."""
+    quiet_environment()
+    module = sys.modules[main.__module__]
+    parser = argparse.ArgumentParser(description=(module.__doc__ or "").strip().split("\n")[0])
+    parser.add_argument("--params", default="params.yaml", help="the parameters (default: %(default)s)")
+    if add_flags:
+        add_flags(parser)
+    flags = parser.parse_args(argv)
+    sys.exit(guarded(lambda: main(load_params(flags.params), flags)))
+
+
+def guarded(action: Callable[[], None]) -> int:
+    """Run `action`; a user's mistake or a full disk becomes one line on stderr. Returns the exit status."""
+    try:
+        action()
+    except DeepSpecError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        print(
+            f"error: the disk is full ({error.filename or 'while writing'}); free space, run again: finished work is kept",
+            file=sys.stderr,
+        )
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; run again to continue", file=sys.stderr)
+        return 130
+    return 0
