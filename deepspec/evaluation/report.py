@@ -1,0 +1,232 @@
+"""The pipeline's outcome in three forms: numbers for `dvc metrics`, CSV for `dvc plots`, and a table for
+people.
+
+Everything is read from what the stages left under `reports/` and `data/distill`; nothing is measured here."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from deepspec.errors import DeepSpecError
+
+COLUMNS = (
+    "drafter",
+    "task",
+    "T",
+    "τ",
+    "tokens/s plain",
+    "tokens/s with draft",
+    "speed-up (95 %)",
+    "lossless",
+)
+PLACES = (
+    ("data/target", "the target"),
+    ("data/distill", "the answers it was trained on"),
+    ("data/drafts", "the drafts"),
+    ("reports/eval", "every number, task by task"),
+    ("reports/validation.json", "the data's checks"),
+    ("reports/plots", "curves: `dvc plots show`"),
+    ("reports/metrics.json", "headline numbers: `dvc metrics show`, `dvc metrics diff`"),
+)
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What the stages left behind. `records` and `training` are by drafter name."""
+
+    records: dict[str, dict]
+    training: dict[str, list[dict]]
+    validation: dict
+    manifest: dict
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table; `macro` marks the mean over a drafter's tasks."""
+
+    cells: tuple[str, ...]
+    macro: bool
+
+
+def load_inputs(drafters: list[str], root: str | Path = ".") -> Inputs:
+    """Read the reports of the named drafters; one that left no training log was not trained.
+
+    Raises:
+        DeepSpecError: a drafter without evaluation record, or a file that is not JSON.
+    """
+    root = Path(root)
+    records, training = {}, {}
+    for name in drafters:
+        record = root / "reports/eval" / f"{name}.json"
+        if not record.exists():
+            raise DeepSpecError(f"{record}: no such record; evaluate the drafter first (dvc repro)")
+        records[name] = _json(record, record.read_text())
+        log = root / "reports/train" / f"{name}.jsonl"
+        lines = log.read_text().splitlines() if log.exists() else []
+        training[name] = [_json(log, line) for line in lines if line.strip()]
+    return Inputs(
+        records,
+        training,
+        _optional(root / "reports/validation.json"),
+        _optional(root / "data/distill/manifest.json"),
+    )
+
+
+def metrics(inputs: Inputs) -> dict[str, float | int]:
+    """Flat numbers: `<drafter>.speedup`, `<drafter>.<task>@T=0.tau`, ... without what was not measured."""
+    flat: dict[str, Any] = {}
+    for name, record in inputs.records.items():
+        for key in ("tau", "speedup", "speedup_vs_hf", "lossless"):
+            flat[f"{name}.{key}"] = record["summary"][key]
+        for task, entry in record["tasks"].items():
+            for key in ("tau", "speedup", "tokens_per_second", "baseline_tokens_per_second"):
+                flat[f"{name}.{task}.{key}"] = entry[key]
+        flat[f"{name}.heldout_tau"] = max(
+            (line["heldout_tau"] for line in inputs.training[name] if "heldout_tau" in line), default=None
+        )
+    return {key: int(v) if isinstance(v, bool) else v for key, v in flat.items() if v is not None}
+
+
+def plots(inputs: Inputs) -> dict[str, str]:
+    """CSV text by file name, one row a point, the drafter's name in a column."""
+    lines = [{"drafter": name, **line} for name, log in inputs.training.items() for line in log]
+    entries = [
+        {"drafter": name, "task": task, **entry}
+        for name, record in inputs.records.items()
+        for task, entry in record["tasks"].items()
+    ]
+    acceptance = [
+        {**entry, "position": k, "accept_rate": rate}
+        for entry in entries
+        for k, rate in enumerate(entry["accept_rate_by_position"], start=1)
+    ]
+    return {
+        "training.csv": _csv(lines, ("drafter", "step", "loss", "lr"), needs="loss"),
+        "heldout.csv": _csv(lines, ("drafter", "step", "heldout_tau"), needs="heldout_tau"),
+        "acceptance.csv": _csv(
+            acceptance, ("drafter", "task", "position", "accept_rate"), needs="accept_rate"
+        ),
+        "speedup.csv": _csv(entries, ("drafter", "task", "tau", "speedup"), needs="speedup"),
+    }
+
+
+def table(inputs: Inputs) -> list[Row]:
+    """A row per drafter, temperature and task, and one for the mean over its tasks."""
+    rows = []
+    for name, record in inputs.records.items():
+        for temperature, mean in record["summary"]["by_temperature"].items():
+            entries = {k: e for k, e in record["tasks"].items() if f"{e['temperature']:g}" == temperature}
+            for key, entry in entries.items():
+                cells = (
+                    name,
+                    key.rsplit("@", 1)[0],
+                    temperature,
+                    _number(entry["tau"]),
+                    _number(entry["baseline_tokens_per_second"], 1),
+                    _number(entry["tokens_per_second"], 1),
+                    _speedup(entry),
+                    _lossless(entry["lossless"], entry["ties"]),
+                )
+                rows.append(Row(cells, macro=False))
+            ties = sum(entry["ties"] for entry in entries.values())
+            lossless = _lossless(record["summary"]["lossless"], ties)
+            cells = (
+                name,
+                "mean of tasks",
+                temperature,
+                _number(mean["tau"]),
+                "",
+                "",
+                _speedup(mean),
+                lossless,
+            )
+            rows.append(Row(cells, macro=True))
+    return rows
+
+
+def markdown(inputs: Inputs) -> str:
+    """`reports/report.md`."""
+    parts = ["# Speculative decoding, measured", "", *_markdown_table(table(inputs)), ""]
+    parts += [
+        "Speed is decoding alone, from the end of the prefill, against plain decoding in the same engine; the "
+        "two runs of a prompt follow one another. Lossless: the greedy output in float32 is, token by token, the "
+        "target's own, but for proven ties (logits less than 1e-4 apart in float64), counted in brackets.",
+        "",
+        *_facts(inputs),
+        "",
+        "| where | what |",
+        "|---|---|",
+        *(f"| `{place}` | {what} |" for place, what in PLACES),
+        "",
+    ]
+    return "\n".join(parts)
+
+
+def _markdown_table(rows: list[Row]) -> list[str]:
+    lines = [f"| {' | '.join(COLUMNS)} |", "|---|---|--:|--:|--:|--:|--:|---|"]
+    for row in rows:
+        cells = [f"**{cell}**" if row.macro and cell else cell for cell in row.cells]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def _facts(inputs: Inputs) -> list[str]:
+    """What was measured on which machine, from which data."""
+    first = next(iter(inputs.records.values()))
+    facts = [
+        f"- Target: {first['target']} ({first['dtype']}, digest {first['target_digest']})",
+        f"- Machine: {first['device']}",
+        f"- Evaluation version {first['eval_version']}, seed {first['seed']}",
+    ]
+    for name, record in inputs.records.items():
+        if record["summary"]["speedup_vs_hf"] is not None:
+            ratio = _number(record["summary"]["speedup_vs_hf"])
+            facts.append(f"- {name} against `transformers.generate`: {ratio}×")
+    rows = inputs.manifest.get("rows")
+    if rows is not None:
+        facts.append(f"- Distilled conversations: {rows}")
+    if "success" in inputs.validation:
+        facts.append(f"- Data checks: {'passed' if inputs.validation['success'] else 'FAILED'}")
+    return facts
+
+
+def _csv(rows: list[dict], columns: tuple[str, ...], needs: str) -> str:
+    """The rows that have a value for `needs`, as CSV."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, extrasaction="ignore", restval="", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(row for row in rows if row.get(needs) is not None)
+    return text.getvalue()
+
+
+def _number(value: float | None, digits: int = 2) -> str:
+    return "–" if value is None else f"{value:.{digits}f}"
+
+
+def _speedup(entry: dict) -> str:
+    if entry["speedup"] is None:
+        return "–"
+    low, high = entry["speedup_ci95"]
+    return f"{entry['speedup']:.2f}× ({low:.2f}–{high:.2f})"
+
+
+def _lossless(lossless: bool, ties: int) -> str:
+    if not lossless:
+        return "NO"
+    return f"yes ({ties} {'tie' if ties == 1 else 'ties'})" if ties else "yes"
+
+
+def _optional(path: Path) -> dict:
+    return _json(path, path.read_text()) if path.exists() else {}
+
+
+def _json(path: Path, text: str) -> dict:
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise DeepSpecError(f"{path}: not JSON ({error}); run the stage that writes it again") from None

@@ -1,0 +1,82 @@
+"""Numbers with their uncertainty: speed-ups as ratios of sums, with a paired bootstrap over prompts.
+
+A prompt is the unit of resampling: its plain and its drafted run saw the same context one after the other,
+so they stay together, and so do the turns of one conversation. A task's speed-up is
+
+    (Σ plain seconds / Σ plain tokens) / (Σ drafted seconds / Σ drafted tokens)
+
+over its prompts, not a mean of per-prompt ratios, which short answers would dominate.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+RESAMPLES = 2000
+COVERAGE = 0.95
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Decode seconds and tokens of one prompt, without and with the draft, over all its turns."""
+
+    plain_s: float
+    plain_tokens: int
+    drafted_s: float
+    drafted_tokens: int
+
+
+@dataclass(frozen=True)
+class Interval:
+    """An estimate with the bounds of its 95 % interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+def speedup(pairs: list[Pair], seed: int = 0) -> Interval | None:
+    """Speed-up of one task with its interval, or None where no time was measured."""
+    return macro_speedup([pairs], seed)
+
+
+def macro_speedup(tasks: list[list[Pair]], seed: int = 0) -> Interval | None:
+    """Mean over tasks of their speed-ups; prompts are resampled within each task.
+
+    None where some task has no measured time, since a mean over the others would flatter.
+    """
+    tables = [_table(pairs) for pairs in tasks]
+    values = [float(_ratio(table.sum(axis=0))) for table in tables]
+    if not values or not np.isfinite(values).all():
+        return None
+    rng = np.random.default_rng(seed)
+    resampled = np.mean([_resampled_ratios(table, rng) for table in tables], axis=0)  # [RESAMPLES]
+    tail = (1 - COVERAGE) / 2
+    low, high = np.nanquantile(resampled, [tail, 1 - tail])
+    return Interval(float(np.mean(values)), float(low), float(high))
+
+
+def median_per_round_ms(seconds: list[float], rounds: list[int]) -> float | None:
+    """Median over prompts of the milliseconds a round took: one prompt's hiccup does not move it."""
+    per_prompt = [1000 * s / n for s, n in zip(seconds, rounds, strict=True) if n]
+    return float(np.median(per_prompt)) if per_prompt else None
+
+
+def _table(pairs: list[Pair]) -> np.ndarray:
+    rows = [(p.plain_s, p.plain_tokens, p.drafted_s, p.drafted_tokens) for p in pairs]
+    return np.array(rows, dtype=np.float64).reshape(len(rows), 4)  # [prompts, 4]
+
+
+def _resampled_ratios(table: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    picks = rng.integers(len(table), size=(RESAMPLES, len(table)))
+    return _ratio(table[picks].sum(axis=1))  # [RESAMPLES]
+
+
+def _ratio(sums: np.ndarray) -> np.ndarray:
+    """Speed-up from sums [..., 4]; NaN where nothing was measured."""
+    plain_s, plain_tokens, drafted_s, drafted_tokens = np.moveaxis(sums, -1, 0)
+    measured = (plain_tokens > 0) & (drafted_s > 0)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.where(measured, (plain_s / plain_tokens) * (drafted_tokens / drafted_s), np.nan)

@@ -1,0 +1,155 @@
+"""Evaluation tasks: a small YAML says where the prompts come from; its version is recorded with every result.
+
+`source` is one of
+    package:<package>/<path>   a JSONL file (`.gz` too) inside an installed Python package
+    jsonl:<path>               a JSONL file, relative to the YAML; `{"turns": [...]}` a line
+    generator:word_problems    prompts written by `deepspec/evaluation/word_problems.py`
+"""
+
+from __future__ import annotations
+
+import importlib.resources
+import random
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from deepspec.config import nearest
+from deepspec.data.prompt_sources import read_jsonl
+from deepspec.errors import DeepSpecError
+from deepspec.evaluation.word_problems import word_problems
+
+TASKS = Path(__file__).parent / "tasks"
+GENERATORS = {"word_problems": word_problems}
+
+
+@dataclass(frozen=True)
+class Task:
+    """Prompts of one kind, ready to be decoded: each is the list of its user turns."""
+
+    name: str
+    version: str
+    category: str
+    source: str
+    prompts: list[list[str]]
+
+
+class TaskFile(BaseModel):
+    """What a task's YAML may say."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str
+    version: str = Field(description="Change it whenever the prompts change.")
+    category: Literal["math", "code", "chat", "other"]
+    description: str = ""
+    source: str
+    frame: str = Field("{prompt}", description="Text around the first turn, at `{prompt}`.")
+    count: int | None = Field(None, ge=1, description="Prompts to write (generator only).")
+    seed: int = Field(0, description="Of the generator.")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> TaskFile:
+        kind, _, rest = self.source.partition(":")
+        if kind not in ("package", "jsonl", "generator") or not rest:
+            raise ValueError(f"unknown source {self.source!r}: use package:, jsonl: or generator:")
+        if kind == "generator" and rest not in GENERATORS:
+            raise ValueError(f"unknown generator {rest!r}{nearest(rest, GENERATORS)}")
+        if (kind == "generator") != (self.count is not None):
+            raise ValueError("`count` belongs to a generator, and a generator needs it")
+        if "{prompt}" not in self.frame:
+            raise ValueError("`frame` has no {prompt}")
+        return self
+
+
+def load_task(name_or_path: str | Path, limit: int | None = None, seed: int = 0) -> Task:
+    """A task by its name or the path of its YAML.
+
+    Args:
+        limit: number of prompts, sampled by `seed` and kept in the order of the source; None takes all.
+
+    Raises:
+        DeepSpecError: unknown task, a bad YAML, or prompts that cannot be read.
+    """
+    path = _find(name_or_path)
+    task = _read(path)
+    prompts = [[_framed(task.frame, turns[0]), *turns[1:]] for turns in _prompts(task, path)]
+    if limit is not None and limit < len(prompts):
+        chosen = sorted(random.Random(seed).sample(range(len(prompts)), limit))
+        prompts = [prompts[index] for index in chosen]
+    return Task(task.name, task.version, task.category, task.source, prompts)
+
+
+def evaluation_texts(tasks: Iterable[str | Path]) -> list[str]:
+    """Every user turn of every prompt of the tasks, without the task's frame: what training must not contain."""
+    texts = []
+    for name in tasks:
+        path = _find(name)
+        texts += [turn for turns in _prompts(_read(path), path) for turn in turns]
+    return texts
+
+
+def task_names() -> list[str]:
+    """The tasks that come with the project."""
+    return sorted(path.stem for path in TASKS.glob("*.yaml"))
+
+
+def _find(name_or_path: str | Path) -> Path:
+    if str(name_or_path) in task_names():
+        return TASKS / f"{name_or_path}.yaml"
+    path = Path(name_or_path)
+    if path.suffix not in (".yaml", ".yml"):
+        known = ", ".join(task_names())
+        raise DeepSpecError(
+            f"unknown evaluation task {str(name_or_path)!r}{nearest(str(name_or_path), task_names())}; "
+            f"known: {known}, or the path of a .yaml"
+        )
+    if not path.is_file():
+        raise DeepSpecError(f"{path}: no such task file")
+    return path
+
+
+def _read(path: Path) -> TaskFile:
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+        return TaskFile.model_validate(raw)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise DeepSpecError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(map(str, first["loc"]))
+        if first["type"] == "extra_forbidden":
+            message = f"unknown key {key!r}{nearest(key, TaskFile.model_fields)}"
+        else:
+            message = f"{key}: {first['msg']}".removeprefix(": ").removeprefix("Value error, ")
+        raise DeepSpecError(f"{path}: {message}") from None
+
+
+def _prompts(task: TaskFile, path: Path) -> list[list[str]]:
+    """All prompts of a task without its frame."""
+    kind, _, rest = task.source.partition(":")
+    if kind == "generator":
+        return GENERATORS[rest](task.count, task.seed)
+    prompts = read_jsonl(path.parent / rest if kind == "jsonl" else _package_file(rest, task.name))
+    if not prompts:
+        raise DeepSpecError(f"{path}: {task.source} has no prompts")
+    return prompts
+
+
+def _package_file(place: str, task: str) -> Path:
+    package, _, inside = place.partition("/")
+    try:
+        return Path(str(importlib.resources.files(package) / inside))
+    except ModuleNotFoundError:
+        raise DeepSpecError(
+            f"task {task} needs the Python package {package!r}, which is not installed: "
+            "install deepspec[pipeline]"
+        ) from None
+
+
+def _framed(frame: str, prompt: str) -> str:
+    return frame.replace("{prompt}", prompt.strip("\n"))
