@@ -145,6 +145,13 @@ class Target:
             logits = torch.tanh(logits / softcap) * softcap
         return logits
 
+    @property
+    def rope_theta(self) -> float:
+        """Base of the rotary embedding, of the full-attention layers where there are several kinds."""
+        rope = getattr(self.config, "rope_parameters", None) or {}
+        rope = rope.get("full_attention", rope)
+        return float(rope.get("rope_theta", 10000.0))
+
     def check_layers(self, layer_ids: Iterable[int]) -> None:
         """Feature layers are -1 (embeddings) to num_layers − 2: engines hand out the last one normed."""
         for layer in layer_ids:

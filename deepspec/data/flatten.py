@@ -1,7 +1,7 @@
 """The distillation data as a flat table: one row a conversation, with what its columns say about it.
 
-What can be wrong with a row is recomputed here from the stored ids and the target's tokenizer alone, without the
-code that built them.
+What can be wrong with a row is recomputed here from the stored ids and the target's tokenizer, without the code
+that put the row together.
 """
 
 from __future__ import annotations
@@ -14,9 +14,12 @@ from typing import Any
 import pandas
 from pyarrow import parquet
 
+from deepspec.data.prompt_filters import duplicate_key
+from deepspec.data.rows import Prompt
 from deepspec.data.tokens import answer_text, generation_prompt
 
 BATCH_ROWS = 1024
+LISTS = ("messages", "input_ids", "loss_mask", "finish_reasons")
 
 
 class Flattener:
@@ -24,12 +27,16 @@ class Flattener:
 
     Args:
         target: the target that is said to have answered.
+        prompts: what it was asked, by id.
         ngram: tokens in the n-grams of which repeats are counted.
         overlap: an n-gram that the text shares with an evaluation prompt, or None.
     """
 
-    def __init__(self, target: Any, ngram: int, overlap: Callable[[str], str | None]) -> None:
-        self.target, self.ngram, self.overlap = target, ngram, overlap
+    def __init__(
+        self, target: Any, prompts: dict[str, Prompt], ngram: int, overlap: Callable[[str], str | None]
+    ) -> None:
+        self.target, self.prompts, self.ngram, self.overlap = target, prompts, ngram, overlap
+        self.stop_ids = target.stop_ids
         self.opening = generation_prompt(target)
 
     def table(self, path: Path) -> pandas.DataFrame:
@@ -37,18 +44,20 @@ class Flattener:
         return pandas.DataFrame([self.flat(row) for batch in batches for row in batch.to_pylist()])
 
     def flat(self, row: dict[str, Any]) -> dict[str, Any]:
-        missing = [name for name, value in row.items() if value is None or value == "" or value == []]
-        row = {**row, **{name: [] for name in ("messages", "input_ids", "loss_mask", "finish_reasons") if name in missing}}
-        turns = [message["content"] for message in row["messages"] if message["role"] == "user"]
+        missing = [name for name, value in row.items() if value is None or value in ("", [])]
+        row = {**row, **{name: row[name] or [] for name in LISTS}}
         roles = [message["role"] for message in row["messages"]]
+        turns = _said(row, "user")
         answers = answer_runs(row["input_ids"], row["loss_mask"])
+        prompt = self.prompts.get(row["id"])
         return {
             "id": row["id"],
             "target": row["target"],
             "missing": ", ".join(missing) or None,
-            "roles": " ".join(roles),
+            "roles": " ".join(map(str, roles)),
             "last_role": roles[-1] if roles else "",
-            "prompt": "\n".join(" ".join(turn.casefold().split()) for turn in turns),
+            "prompt": duplicate_key(prompt.turns if prompt else turns),
+            "prompt_problem": _prompt_problem(prompt, turns),
             "tokens": len(row["input_ids"]),
             "answer_tokens": sum(row["loss_mask"]),
             "truncated": float("length" in row["finish_reasons"]),
@@ -59,30 +68,30 @@ class Flattener:
 
     def mask_problem(self, row: dict[str, Any], answers: list[tuple[int, list[int]]]) -> str | None:
         """Why the loss mask does not cover exactly the answers' tokens, or None."""
-        ids, mask = row["input_ids"], row["loss_mask"]
-        texts = [message["content"] for message in row["messages"] if message["role"] == "assistant"]
+        ids, mask, reasons = row["input_ids"], row["loss_mask"], row["finish_reasons"]
+        texts = _said(row, "assistant")
         if len(ids) != len(mask):
             return f"{len(ids)} tokens but {len(mask)} mask values"
         if not set(mask) <= {0, 1}:
             return "mask values other than 0 and 1"
         if not all(0 <= token < self.target.vocab_size for token in ids):
             return "token ids outside the vocabulary"
-        if not len(answers) == len(texts) == len(row["finish_reasons"]):
-            found = f"{len(answers)} masked runs, {len(texts)} answers, {len(row['finish_reasons'])} finish reasons"
-            return found
-        problems = map(self._answer_problem, [ids] * len(answers), answers, texts, row["finish_reasons"])
-        return next(filter(None, problems), None)
+        if not len(answers) == len(texts) == len(reasons):
+            return f"{len(answers)} masked runs, {len(texts)} answers, {len(reasons)} finish reasons"
+        for (start, answer), text, reason in zip(answers, texts, reasons, strict=True):
+            if problem := self._answer_problem(ids[:start], answer, text, reason):
+                return problem
+        return None
 
-    def _answer_problem(self, ids: list[int], run: tuple[int, list[int]], text: str, finish: str) -> str | None:
-        start, answer = run
-        stops = [i for i, token in enumerate(answer) if token in self.target.stop_ids]
-        if finish == "stop" and stops != [len(answer) - 1]:
-            return "an answer that stopped does not have its only stop token at its end"
-        if finish == "length" and stops:
+    def _answer_problem(self, before: list[int], answer: list[int], text: str, reason: str) -> str | None:
+        stops = [i for i, token in enumerate(answer) if token in self.stop_ids]
+        if reason not in ("stop", "length"):
+            return f"finish reason {reason!r}"
+        if reason == "stop" and stops != [len(answer) - 1]:
+            return "an answer that stopped has its stop token elsewhere than at its end, or none"
+        if reason == "length" and stops:
             return "an answer that was cut short has a stop token"
-        if finish not in ("stop", "length"):
-            return f"finish reason {finish!r}"
-        if self.opening and ids[:start][-len(self.opening) :] != self.opening:
+        if self.opening and before[-len(self.opening) :] != self.opening:
             return "a masked run does not start where the template opens an answer"
         if answer_text(self.target, answer[:-1] if stops else answer) != text:
             return "the masked tokens do not spell the answer"
@@ -91,12 +100,27 @@ class Flattener:
 
 def answer_runs(ids: list[int], mask: list[int]) -> list[tuple[int, list[int]]]:
     """Start and tokens of every unbroken run of masked tokens."""
-    runs = groupby(range(min(len(ids), len(mask))), key=lambda i: mask[i])
-    starts = [list(positions) for value, positions in runs if value]
-    return [(positions[0], [ids[i] for i in positions]) for positions in starts]
+    runs = []
+    for masked, group in groupby(range(min(len(ids), len(mask))), key=lambda i: bool(mask[i])):
+        positions = list(group)
+        if masked:
+            runs.append((positions[0], [ids[i] for i in positions]))
+    return runs
 
 
 def repetition(tokens: list[int], n: int) -> float:
     """The share of n-grams that occurred before: 0 where all differ, near 1 in a loop."""
     ngrams = [tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1)]
     return 1 - len(set(ngrams)) / len(ngrams) if ngrams else 0.0
+
+
+def _said(row: dict[str, Any], role: str) -> list[str]:
+    return [message["content"] or "" for message in row["messages"] if message["role"] == role]
+
+
+def _prompt_problem(prompt: Prompt | None, turns: list[str]) -> str | None:
+    if prompt is None:
+        return "no prompt has this id"
+    if not turns or tuple(turns) != tuple(prompt.turns[: len(turns)]):
+        return "the user's turns are not those of the prompt"
+    return None

@@ -1,8 +1,8 @@
 """The target answers every prompt: the distillation data.
 
-Each process takes its share of the prompts and appends what it finishes to a shard of its own; the main process
-puts the shards together. What an answer is depends on the prompt's id and the run's seed, not on the order or
-on the company in which it was generated.
+Each process takes its share of the prompts and appends what it finishes to a shard of its own; the main
+process puts the shards together. An answer depends on its prompt's id and the run's seed, not on the order or the
+company in which it was generated.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def generate_data(
 
 
 def generation_settings(params: Params) -> dict[str, Any]:
-    """Everything in the parameters that an answer depends on; batch sizes, addresses and time-outs do not count."""
+    """All parameters that an answer depends on; batch size, addresses and time-outs do not count."""
     generate = params.generate
     keys = ("engine", "max_new_tokens", "max_length", "temperature", "top_p", "top_k")
     settings = {"seed": params.seed, **{key: getattr(generate, key) for key in keys}}

@@ -51,9 +51,13 @@ def answer(target: Any, prompts: list[Prompt], params: GenerateParams, sink: Sin
     """
     endpoints = [_endpoint(url) for url in params.openai.base_urls]
     if not endpoints:
-        raise DeepSpecError("generate.openai.base_urls is empty; name at least one server, or use engine: local")
+        raise DeepSpecError(
+            "generate.openai.base_urls is empty; name at least one server, or use engine: local"
+        )
     if not params.openai.model:
-        raise DeepSpecError("generate.openai.model is empty; set it to the model name that the server expects")
+        raise DeepSpecError(
+            "generate.openai.model is empty; set it to the model name that the server expects"
+        )
     asyncio.run(_Run(target, params, sink).run(endpoints, prompts))
 
 
@@ -148,13 +152,13 @@ class _Run:
         tokens = self.target.tokenizer(text, add_special_tokens=False)["input_ids"]
         if answer_text(self.target, tokens) != text:
             raise UnusableError("the target's tokenizer does not give this answer's text back")
-        return (tokens + [self.stop_id] if finish_reason == "stop" else tokens), finish_reason
+        return ([*tokens, self.stop_id] if finish_reason == "stop" else tokens), finish_reason
 
     def _no_server(self) -> str:
         tried = "; ".join(f"{endpoint} ({why})" for endpoint, why in self.dead.items())
         return (
-            f"no answer from the OpenAI server at {tried}; start it or mend generate.openai.base_urls, then run "
-            f"again: finished conversations are kept"
+            f"no answer from the OpenAI server at {tried}; start it or mend generate.openai.base_urls, "
+            "then run again: finished conversations are kept"
         )
 
 
@@ -185,7 +189,7 @@ def _worth_retrying(response: httpx.Response) -> bool:
 
 
 def _parsed(response: httpx.Response, endpoint: str) -> dict:
-    """The reply's JSON. A refusal of this one request fails the row; one that all would meet stops the run."""
+    """The reply's JSON. A refusal of this request fails its row; one that all would meet stops the run."""
     if response.is_success:
         try:
             return response.json()
@@ -199,7 +203,7 @@ def _parsed(response: httpx.Response, endpoint: str) -> dict:
 
 
 def _wait_s(attempt: int, response: httpx.Response | None) -> float:
-    """Exponential, with jitter so that the workers do not come back together; what the server asks for counts."""
+    """Exponential, with jitter so that workers do not come back together; never less than the server asks."""
     backoff = min(LONGEST_WAIT_S, FIRST_WAIT_S * 2**attempt) * random.uniform(0.5, 1.5)
     return max(backoff, _retry_after_s(response) if response is not None else 0.0)
 

@@ -90,9 +90,7 @@ def build_prompts(
             "requested": params.count,
             "seed": seed,
             "overlap_ngram": params.overlap_ngram,
-            "sources": {
-                name: {"requested": requested[name], "accepted": accepted[name]} for name in weights
-            },
+            "sources": {name: {"requested": requested[name], "accepted": accepted[name]} for name in weights},
             "rejected": dict(sorted(sieve.rejected.items())),
             "notes": notes,
             "digest": digest(_jsonl(rows)),

@@ -4,24 +4,24 @@ from __future__ import annotations
 
 import random
 
-from deepspec.data.slots import Template, template
+from deepspec.data.slots import Template, template, word_lists
 
-LISTS = {
-    "role": "baker|teacher|farmer|gardener|carpenter|librarian|florist|mechanic|painter|tailor|fisher|nurse|"
-    "shopkeeper|potter|cook|driver|plumber|waiter|student|jeweller".split("|"),
-    "treat": "muffins|bread rolls|cookies|pies|pretzels|cupcakes|tarts|bagels".split("|"),
-    "fruit": "apples|pears|plums|oranges|peaches|lemons|mangoes|apricots".split("|"),
-    "thing": "notebooks|pencils|stickers|marbles|postcards|buttons|beads|badges|stamps|cards".split("|"),
-    "tool": "hammers|brushes|lamps|baskets|buckets|ladders|chairs|mugs".split("|"),
-    "shop": "bookshop|toy shop|hardware store|garden centre|grocery store|market stall".split("|"),
-    "gift": "bicycle|tent|guitar|camera|skateboard|telescope|pair of boots".split("|"),
-    "animal": "goats|sheep|cows|ducks|horses|rabbits".split("|"),
-    "flower": "roses|tulips|lilies|daisies|sunflowers".split("|"),
-    "subject": "history|science|geography|music|spelling".split("|"),
-    "drink": "lemonade|apple juice|iced tea|orange juice|ginger ale".split("|"),
-    "vehicle": "truck|van|bus|car|motorbike".split("|"),
-    "place": "lake|castle|beach|museum|farm|mountain village".split("|"),
-}
+LISTS = word_lists("""
+role: baker | teacher | farmer | gardener | carpenter | librarian | florist | mechanic | painter | tailor | fisher
+  | nurse | shopkeeper | potter | cook | driver | plumber | waiter | student | jeweller
+treat: muffins | bread rolls | cookies | pies | pretzels | cupcakes | tarts | bagels
+fruit: apples | pears | plums | oranges | peaches | lemons | mangoes | apricots
+thing: notebooks | pencils | stickers | marbles | postcards | buttons | beads | badges | stamps | cards
+tool: hammers | brushes | lamps | baskets | buckets | ladders | chairs | mugs
+shop: bookshop | toy shop | hardware store | garden centre | grocery store | market stall
+gift: bicycle | tent | guitar | camera | skateboard | telescope | pair of boots
+animal: goats | sheep | cows | donkeys | horses | rabbits
+flower: roses | tulips | lilies | daisies | sunflowers
+subject: history | science | geography | music | spelling
+drink: lemonade | apple juice | iced tea | orange juice | ginger ale
+vehicle: truck | van | bus | car | motorbike
+place: lake | castle | beach | museum | farm | mountain village
+""")
 
 TEMPLATES: list[Template] = [
     template(
@@ -119,8 +119,7 @@ TEMPLATES: list[Template] = [
         h=(42, 50),
     ),
     template(
-        "A farm has {a} {animal} and {times} times as many chickens. How many legs do all these animals have if "
-        "none of the {animal2} next door count?",
+        "A farm has {a} {animal} and {times} times as many chickens. How many legs do all these animals have?",
         a=(6, 20),
         times=(2, 5),
     ),
@@ -282,7 +281,9 @@ TEMPLATES: list[Template] = [
         x=(2, 20),
         total=lambda s: s["a"] * s["x"] + s["b"],
     ),
-    template("What is {p} percent of {n}? Explain how to get there in your head.", p=(5, 95, 5), n=(40, 900, 20)),
+    template(
+        "What is {p} percent of {n}? Explain how to get there in your head.", p=(5, 95, 5), n=(40, 900, 20)
+    ),
     template(
         "A jug of {drink} serves {n} glasses. A party of {m} guests drinks {k} glasses each. "
         "How many jugs does {a_role} have to prepare?",
@@ -292,7 +293,16 @@ TEMPLATES: list[Template] = [
     ),
 ]
 
-ENDINGS = ("", "", "", "", " Show your work.", " Think step by step.", " Explain your reasoning.", " Give the answer only at the end.")
+ENDINGS = (
+    "",
+    "",
+    "",
+    "",
+    " Show your work.",
+    " Think step by step.",
+    " Explain your reasoning.",
+    " Give the answer only at the end.",
+)
 FOLLOW_UPS = (
     "Now double every number in the problem. What changes in the answer?",
     "Can you check the answer in a different way?",

@@ -1,8 +1,8 @@
 """Where answers go as they come: append-only JSON lines, one file a process, and the data set made of them.
 
-A line is on the disk before the next is asked for, so a kill loses only what was in flight. The directory lies
-outside the DVC outputs (DVC deletes those before it runs a stage again) and is named after everything that the
-answers depend on, so that only a run with the same settings, target and prompts goes on from it.
+A line is on the disk before the next is asked for, so a kill loses only what was in flight. The directory
+lies outside the DVC outputs (DVC deletes those before it runs a stage again) and is named after everything that
+the answers depend on, so that only a run with the same settings, target and prompts goes on from it.
 """
 
 from __future__ import annotations
@@ -77,7 +77,9 @@ class Sink:
 
     def seed(self, conversation: Conversation) -> int:
         """For the sampler of the conversation's next answer."""
-        return (conversation_seed(self._seed, conversation.prompt.id) + len(conversation.finish_reasons)) % 2**31
+        return (
+            conversation_seed(self._seed, conversation.prompt.id) + len(conversation.finish_reasons)
+        ) % 2**31
 
     def finished(self, conversation: Conversation) -> None:
         self._shard.add_row(conversation, conversation_seed(self._seed, conversation.prompt.id))
@@ -108,7 +110,7 @@ class Work:
 
 
 def read_work(directory: Path) -> Work:
-    """All shards, whatever number of processes wrote them. A line that is not whole is work still to be done."""
+    """All shards, however many processes wrote them. A line that is not whole is work still to be done."""
     work = Work()
     for path in sorted(directory.glob("shard-*.jsonl")):
         offset = 0

@@ -52,6 +52,13 @@ class Slots(dict):
         return self[key]
 
 
+def word_lists(block: str) -> dict[str, list[str]]:
+    """`name: word | word | ...` a line; an indented line goes on with the list above it."""
+    joined = re.sub(r"\n\s+", " ", block.strip())
+    named = (line.split(":", 1) for line in joined.splitlines())
+    return {name: [word.strip() for word in rest.split("|")] for name, rest in named}
+
+
 def with_article(noun: str) -> str:
     """`a baker`, `an engineer`, `a unicycle`, `an hour`."""
     vowel = noun[0] in "aeiouAEIOU" and not noun.lower().startswith(SOUNDS_LIKE_CONSONANT)

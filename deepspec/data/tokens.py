@@ -25,9 +25,9 @@ class UnusableError(Exception):
 class Conversation:
     """One prompt on its way to a training row.
 
-    Ask for `prompt_ids`, let the target continue them by at most `room` tokens, hand its answer to `add_answer`,
-    and go on until `prompt_ids` is None. The conversation ends with its last user turn, with an answer that was
-    cut short (the target never closed that turn), or where the next turn would not fit.
+    Let the target continue `prompt_ids` by at most `room` tokens, hand its answer to `add_answer`, and go on
+    until `prompt_ids` is None. The conversation ends with its last user turn, with an answer that was cut short
+    (the target never closed that turn), or where the next turn would not fit.
 
     Args:
         target: anything with `tokenizer`, `stop_ids`, `max_length` and `chat_ids`.
@@ -121,8 +121,8 @@ def answer_text(target: Any, tokens: list[int]) -> str:
 def between_turns(target: Any, before: list[dict[str, str]], user: dict[str, str]) -> list[int]:
     """What the template puts between an answer's stop token and the next answer, user turn included.
 
-    The conversation is rendered twice, with two stand-ins for the answer; the ids that both renderings end with
-    are what follows an answer. The template's own end-of-turn token is left out: the target has produced one.
+    The conversation is rendered twice, with two stand-ins for the answer; the ids that both renderings end
+    with are what follows an answer. The template's end-of-turn token is left out: the target has produced one.
 
     Args:
         before: the messages that the answer completes.
@@ -141,7 +141,13 @@ def between_turns(target: Any, before: list[dict[str, str]], user: dict[str, str
 
 
 def end_of_answer(target: Any) -> int:
-    """The stop token with which the template closes an answer (the target may know several)."""
+    """The stop token with which the template closes an answer (the target may know several).
+
+    Raises:
+        DeepSpecError: the target knows none.
+    """
+    if not target.stop_ids:
+        raise DeepSpecError("the target has no stop token; set eos_token_id in its generation_config.json")
     user = {"role": "user", "content": "question"}
     for token in _after_answer(target, [user], [user]):
         if token in target.stop_ids:

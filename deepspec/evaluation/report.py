@@ -33,6 +33,11 @@ PLACES = (
     ("reports/plots", "curves: `dvc plots show`"),
     ("reports/metrics.json", "headline numbers: `dvc metrics show`, `dvc metrics diff`"),
 )
+METHOD = (
+    "Speed is decoding alone, from the end of the prefill, against plain decoding in the same engine; the "
+    "two runs of a prompt follow one another. Lossless: the greedy output in float32 is, token by token, the "
+    "target's own, but for proven ties (logits less than 1e-4 apart in float64), counted in brackets."
+)
 
 
 @dataclass(frozen=True)
@@ -153,9 +158,7 @@ def markdown(inputs: Inputs) -> str:
     """`reports/report.md`."""
     parts = ["# Speculative decoding, measured", "", *_markdown_table(table(inputs)), ""]
     parts += [
-        "Speed is decoding alone, from the end of the prefill, against plain decoding in the same engine; the "
-        "two runs of a prompt follow one another. Lossless: the greedy output in float32 is, token by token, the "
-        "target's own, but for proven ties (logits less than 1e-4 apart in float64), counted in brackets.",
+        METHOD,
         "",
         *_facts(inputs),
         "",

@@ -17,14 +17,14 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def main(params: Params, flags: argparse.Namespace) -> None:
-    from deepspec.evaluation.benchmark import evaluate
-
     name = flags.drafter
     if name not in params.drafters:
         raise DeepSpecError(f"unknown drafter {name!r}{nearest(name, params.drafters)}")
     draft = Path("data/drafts") / name
     if not draft.is_dir():
         raise DeepSpecError(f"{draft}: no such draft; train it first (deepspec train --drafter {name})")
+    from deepspec.evaluation.benchmark import evaluate
+
     record = evaluate(name, "data/target", draft, params.evaluate, params.seed, device=flags.device)
     write_json(f"reports/eval/{name}.json", record)
 

@@ -1,0 +1,96 @@
+"""`deepspec ...`: the stages of the pipeline one by one, a chat that shows the draft at work, and a doctor.
+
+Nothing heavy is imported before a command runs, so that `deepspec --help` answers at once.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from deepspec.stages.common import guarded, quiet_environment, stage
+
+STAGES = {
+    "target": "Fetch or convert the target into data/target.",
+    "prompts": "Collect the training prompts.",
+    "generate": "Let the target answer the prompts: the distillation data.",
+    "validate": "Check the distillation data against its suite of expectations.",
+    "train": "Train one drafter (--drafter NAME) in this process; dvc.yaml shows how to start several.",
+    "evaluate": "Measure one drafter (--drafter NAME): τ, speed-up, losslessness.",
+    "report": "Sum everything up in reports/ and print the table.",
+}
+# A stage parses its own flags, `--help` among them.
+PASS_THROUGH = {"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []}
+
+app = typer.Typer(
+    help="Make a language model faster with a draft, without changing a token. `dvc repro` runs all stages.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+def _add_stage(name: str, summary: str) -> None:
+    @app.command(name, help=summary, context_settings=PASS_THROUGH, rich_help_panel="Stages")
+    def run_stage(context: typer.Context) -> None:
+        module = importlib.import_module(f"deepspec.stages.{name}")
+        sys.argv[0] = f"deepspec {name}"  # what its own --help calls it
+        stage(module.main, getattr(module, "add_flags", None), context.args)
+
+
+for _name, _summary in STAGES.items():
+    _add_stage(_name, _summary)
+
+
+@app.command(rich_help_panel="Tools")
+def chat(
+    target: Annotated[
+        str, typer.Option(help="A target directory, a hub id, or embedded:<name>.")
+    ] = "data/target",
+    drafter: Annotated[
+        str | None,
+        typer.Option(
+            help="A name under data/drafts or a directory.", show_default="the last of the pipeline"
+        ),
+    ] = None,
+    no_draft: Annotated[bool, typer.Option("--no-draft", help="Plain decoding, for comparison.")] = False,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Per answer.")] = 512,
+    system: Annotated[str | None, typer.Option(help="A system message to begin with.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the sampler.")] = 0,
+    params: Annotated[Path, typer.Option(help="Says how a draft is used (evaluate.decode).")] = Path(
+        "params.yaml"
+    ),
+) -> None:
+    """Talk to the target and watch the draft: accepted draft tokens are coloured.
+
+    Each line of standard input is a turn. `/reset` forgets the conversation, `/quit` or Ctrl-D ends it,
+    Ctrl-C stops an answer."""
+    from deepspec.chat import Settings, run
+
+    settings = Settings(target, drafter, no_draft, temperature, max_new_tokens, system, seed, params)
+    _exit(lambda: run(settings))
+
+
+@app.command(rich_help_panel="Tools")
+def doctor(
+    root: Annotated[Path, typer.Option(help="The repository.")] = Path("."),
+) -> None:
+    """Check this machine and checkout, and say what to mend; exits with 1 if something must be mended."""
+    from deepspec.doctor import run
+
+    raise typer.Exit(0 if run(root) else 1)
+
+
+def _exit(action: Callable[[], None]) -> None:
+    quiet_environment()
+    raise typer.Exit(guarded(action))
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,71 @@
+"""What the checks of the distillation data found, for people and for programs."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Check:
+    """One expectation and what was found. Examples are `{"id", "found"}`, the rows that broke it."""
+
+    name: str
+    meaning: str
+    bound: str
+    observed: str
+    passed: bool
+    examples: list[dict[str, str]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Validation:
+    target: str
+    rows: int
+    failures: int
+    checks: list[Check]
+
+    @property
+    def failed(self) -> list[Check]:
+        return [check for check in self.checks if not check.passed]
+
+    def summary(self) -> str:
+        """The failed checks and their example rows, in one line."""
+        return "; ".join(_failure(check) for check in self.failed)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"passed": not self.failed, **asdict(self)}
+
+    def to_markdown(self) -> str:
+        count = len(self.checks)
+        verdict = (
+            f"{len(self.failed)} of {count} checks failed" if self.failed else f"all {count} checks passed"
+        )
+        lines = [
+            "# Validation of the distillation data",
+            "",
+            f"{self.rows} conversations, {self.failures} failures, target `{self.target}`: {verdict}.",
+            "",
+            "| | check | what it means | bound | observed | examples |",
+            "|---|---|---|---|---|---|",
+            *map(_table_row, self.checks),
+        ]
+        return "\n".join(lines) + "\n"
+
+
+def _failure(check: Check) -> str:
+    ids = ", ".join(dict.fromkeys(example["id"] for example in check.examples[:3]))
+    return f"{check.name} ({check.observed}, allowed: {check.bound}{f'; e.g. {ids}' if ids else ''})"
+
+
+def _table_row(check: Check) -> str:
+    examples = "; ".join(f"{example['id']}: {example['found']}" for example in check.examples)
+    cells = [
+        "ok" if check.passed else "FAILED",
+        check.name,
+        check.meaning,
+        check.bound,
+        check.observed,
+        examples,
+    ]
+    return f"| {' | '.join(' '.join(cell.split()).replace('|', chr(92) + '|') for cell in cells)} |"

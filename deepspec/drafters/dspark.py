@@ -1,0 +1,440 @@
+"""DSpark: a block drafter that is parallel in its backbone and sequential in its head.
+
+Source: DeepSeek 2026, "Confidence-Scheduled Speculative Decoding with Semi-Autoregressive Generation"; the backbone
+is DFlash's (arXiv 2602.06036). Hidden states of several target layers, joined by `fc` and normed, enter every draft
+layer as extra keys and values. The block [anchor, mask, ..., mask] attends to them and, both ways, to itself; its γ
+outputs give base logits U_k. A Markov head adds B_k = W₂ W₁[x_{k−1}], so token k is drawn knowing token k − 1, and a
+confidence head predicts c_k, the chance that token k survives verification, without seeing it.
+
+Directories have the format of DeepSeek's releases (`Qwen3DSparkModel`); `context_skip` is ours.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from deepspec.attention import attend
+from deepspec.config import DSparkParams
+from deepspec.decoding.request import Sampling
+from deepspec.decoding.sampling import draw, probabilities
+from deepspec.drafters.base import Drafter, Proposal
+from deepspec.errors import DeepSpecError
+from deepspec.fused import PackedLinear, rotate, signed
+from deepspec.target import Target
+
+
+@dataclass(frozen=True)
+class DSparkConfig:
+    """Sizes of the network, as `config.json` has them."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    rms_norm_eps: float
+    rope_theta: float
+    vocab_size: int
+    draft_vocab_size: int
+    target_layer_ids: tuple[int, ...]
+    num_target_layers: int
+    block_size: int
+    mask_token_id: int
+    markov_rank: int
+    context_skip: bool = False
+    max_position_embeddings: int = 8192
+
+    @classmethod
+    def read(cls, config: dict) -> DSparkConfig:
+        """From a `config.json`, ours or a published one."""
+        if config.get("markov_head_type", "vanilla") != "vanilla" and config.get("markov_rank"):
+            raise DeepSpecError(f"markov_head_type {config['markov_head_type']!r} is not supported; use vanilla")
+        rope = config.get("rope_parameters") or {}
+        known = {name: config[name] for name in cls.__dataclass_fields__ if name in config}
+        known["rope_theta"] = config.get("rope_theta") or rope.get("rope_theta", 10000.0)
+        known["target_layer_ids"] = tuple(config["target_layer_ids"])
+        known.setdefault("draft_vocab_size", config["vocab_size"])
+        return cls(**known)
+
+    @classmethod
+    def for_target(cls, params: DSparkParams, target: Target) -> DSparkConfig:
+        """Sizes that follow the target's own."""
+        heads = target.config.num_attention_heads
+        layers = params.target_layer_ids or spread_layers(target.num_layers)
+        target.check_layers(layers)
+        return cls(
+            hidden_size=target.hidden_size,
+            intermediate_size=getattr(target.config, "intermediate_size", 4 * target.hidden_size),
+            num_hidden_layers=params.layers,
+            num_attention_heads=heads,
+            num_key_value_heads=getattr(target.config, "num_key_value_heads", None) or heads,
+            head_dim=getattr(target.config, "head_dim", None) or target.hidden_size // heads,
+            rms_norm_eps=1e-6,
+            rope_theta=target.rope_theta,
+            vocab_size=target.vocab_size,
+            draft_vocab_size=min(params.draft_vocab_size or target.vocab_size, target.vocab_size),
+            target_layer_ids=tuple(layers),
+            num_target_layers=target.num_layers,
+            block_size=params.block_size,
+            mask_token_id=target.vocab_size - 1,
+            markov_rank=params.markov_rank,
+            context_skip=params.context_skip,
+            max_position_embeddings=target.max_length,
+        )
+
+    def to_dict(self) -> dict:
+        """The `config.json` of DeepSeek's format, every key written out."""
+        sizes = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        return {
+            "architectures": ["Qwen3DSparkModel"],
+            "model_type": "qwen3",
+            **sizes,
+            "target_layer_ids": list(self.target_layer_ids),
+            "rope_parameters": {"rope_type": "default", "rope_theta": self.rope_theta},
+            "layer_types": ["full_attention"] * self.num_hidden_layers,
+            "hidden_act": "silu",
+            "attention_bias": False,
+            "markov_head_type": "vanilla",
+            "enable_confidence_head": True,
+            "confidence_head_with_markov": True,
+            "sample_from_anchor": True,
+            "tie_word_embeddings": False,
+        }
+
+
+def spread_layers(count: int, wanted: int = 5) -> list[int]:
+    """`wanted` layer ids from the second to the third last, evenly spaced; fewer where the target is shallow."""
+    first, last = min(1, count - 2), max(count - 3, 0)
+    wanted = min(wanted, last - first + 1)
+    return sorted({round(first + i * (last - first) / max(wanted - 1, 1)) for i in range(wanted)})
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, size: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
+
+
+class Attention(nn.Module):
+    def __init__(self, config: DSparkConfig):
+        super().__init__()
+        self.head_dim = config.head_dim
+        q, kv = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, q, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, kv, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, kv, bias=False)
+        self.o_proj = nn.Linear(q, config.hidden_size, bias=False)
+        self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
+        self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
+
+    def keys_values(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """x [b, n, d] → rotated keys and values, each [b, kv_heads, n, head_dim]."""
+        keys = self.k_norm(self.k_proj(x).unflatten(-1, (-1, self.head_dim)))
+        values = self.v_proj(x).unflatten(-1, (-1, self.head_dim))
+        return rotate(keys, *rope).transpose(1, 2), values.transpose(1, 2)
+
+    def forward(self, x: Tensor, context: Tensor, rope: tuple, context_rope: tuple, mask: Tensor) -> Tensor:
+        """x [b, m, d] attends to context [b, n, d] and itself under mask [b, 1, m, n + m] (additive)."""
+        queries = rotate(self.q_norm(self.q_proj(x).unflatten(-1, (-1, self.head_dim))), *rope).transpose(1, 2)
+        context_keys, context_values = self.keys_values(context, context_rope)
+        keys, values = self.keys_values(x, rope)
+        keys, values = torch.cat((context_keys, keys), 2), torch.cat((context_values, values), 2)
+        grouped = mask.repeat(1, 1, queries.shape[1] // keys.shape[1], 1).to(queries.dtype)
+        return self.o_proj(attend(queries, keys, values, grouped, None).flatten(2))
+
+
+class MLP(nn.Module):
+    def __init__(self, config: DSparkConfig):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Layer(nn.Module):
+    def __init__(self, config: DSparkConfig):
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor, *context_and_ropes: Any) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), *context_and_ropes)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class MarkovHead(nn.Module):
+    """B_k = W₂ W₁[x_{k−1}], rank r."""
+
+    def __init__(self, config: DSparkConfig):
+        super().__init__()
+        self.markov_w1 = nn.Embedding(config.vocab_size, config.markov_rank)
+        self.markov_w2 = nn.Linear(config.markov_rank, config.draft_vocab_size, bias=False)
+
+
+class ConfidenceHead(nn.Module):
+    def __init__(self, config: DSparkConfig):
+        super().__init__()
+        self.proj = nn.Linear(config.hidden_size + config.markov_rank, 1)
+
+
+class DSparkModel(nn.Module):
+    """The network, trained in blocks.
+
+    `embed_tokens` and `lm_head` are the target's, frozen; `lm_head` keeps only the draft vocabulary's rows, whose
+    target ids are `draft_ids`.
+    """
+
+    def __init__(self, config: DSparkConfig):
+        super().__init__()
+        self.config = config
+        d = config.hidden_size
+        self.embed_tokens = nn.Embedding(config.vocab_size, d)
+        self.lm_head = nn.Linear(d, config.draft_vocab_size, bias=False)
+        self.fc = nn.Linear(len(config.target_layer_ids) * d, d, bias=False)
+        self.hidden_norm = RMSNorm(d, config.rms_norm_eps)
+        self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
+        self.norm = RMSNorm(d, config.rms_norm_eps)
+        self.markov_head = MarkovHead(config)
+        self.confidence_head = ConfidenceHead(config)
+        self.context_skip = nn.Linear(self.fc.in_features, d, bias=False) if config.context_skip else None
+        self.register_buffer("draft_ids", torch.arange(config.draft_vocab_size))
+        self.apply(self._initialise)
+        self.embed_tokens.requires_grad_(False)
+        self.lm_head.requires_grad_(False)
+
+    @staticmethod
+    def _initialise(module: nn.Module) -> None:
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            nn.init.normal_(module.weight, std=0.02)
+        if isinstance(module, MarkovHead):  # starts as no correction, so that the backbone leads
+            nn.init.zeros_(module.markov_w2.weight)
+
+    def share(self, target: Target, draft_ids: Tensor) -> None:
+        """Take embeddings and head from the target. draft_ids int64 [draft_vocab], ascending target ids."""
+        self.draft_ids.copy_(draft_ids)
+        self.embed_tokens.weight.data = target.embeddings.to(torch.float32).clone()
+        self.lm_head.weight.data = target.head_weight[draft_ids.to(target.head_weight.device)].to(torch.float32)
+
+    def context(self, features: Tensor) -> Tensor:
+        """Concatenated target features [..., n·d] → H_ctx [..., d]."""
+        return self.hidden_norm(self.fc(features))
+
+    def skip(self, features: Tensor) -> Tensor:
+        """Newest features [..., n·d] → what is added to each input embedding of the block."""
+        d = self.config.hidden_size
+        normed = F.rms_norm(features.unflatten(-1, (-1, d)), (d,), eps=self.config.rms_norm_eps)
+        return self.context_skip(normed.flatten(-2))
+
+    def forward(self, features: Tensor, tokens: Tensor, anchors: Tensor) -> Tensor:
+        """Hidden states of the blocks that start at the anchors, as in training.
+
+        Args:
+            features: [batch, n, layers·d] of every token of the sequences.
+            tokens: int64 [batch, n].
+            anchors: int64 [batch, blocks], positions of the anchors (>= 1: the context before one is never empty).
+
+        Returns:
+            [batch, blocks, γ, d] after the final norm: row k predicts the token at anchor + k + 1.
+        """
+        batch, blocks = anchors.shape
+        gamma, device = self.config.block_size, features.device
+        inputs = torch.full((batch, blocks, gamma), self.config.mask_token_id, device=device)
+        inputs[..., 0] = tokens.gather(1, anchors)
+        x = self.embed_tokens(inputs)  # [batch, blocks, γ, d]
+        if self.context_skip is not None:
+            newest = features.gather(1, (anchors - 1)[..., None].expand(-1, -1, features.shape[-1]))
+            x = x + self.skip(newest)[:, :, None]
+        x = x.flatten(1, 2)
+        context = self.context(features)
+        positions = (anchors[..., None] + torch.arange(gamma, device=device)).flatten(1)
+        rope = self.rope(positions, x.dtype)
+        context_rope = self.rope(torch.arange(features.shape[1], device=device)[None], x.dtype)
+        mask = block_mask(anchors, features.shape[1], gamma)
+        for layer in self.layers:
+            x = layer(x, context, rope, context_rope, mask)
+        return self.norm(x).unflatten(1, (blocks, gamma))
+
+    def rope(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Operands of `rotate` for positions [b, n]: each [b, n, 1, head_dim]."""
+        dim = self.config.head_dim
+        rates = self.config.rope_theta ** (-torch.arange(0, dim, 2, device=positions.device).double() / dim)
+        angles = (positions[..., None] * rates).repeat(1, 1, 2)
+        return angles.cos().to(dtype)[:, :, None], signed(angles.sin()).to(dtype)[:, :, None]
+
+
+def block_mask(anchors: Tensor, context: int, gamma: int) -> Tensor:
+    """Additive float32 mask [batch, 1, blocks·γ, context + blocks·γ]: features before the anchor, and the own block."""
+    batch, blocks = anchors.shape
+    before = torch.arange(context, device=anchors.device) < anchors[..., None]  # [batch, blocks, context]
+    own = torch.eye(blocks, dtype=torch.bool, device=anchors.device).expand(batch, -1, -1)
+    own = own.repeat_interleave(gamma, 2)  # [batch, blocks, blocks·γ]
+    visible = torch.cat((before, own), -1).repeat_interleave(gamma, 1)[:, None]
+    return torch.zeros(visible.shape, device=anchors.device).masked_fill_(~visible, torch.finfo(torch.float32).min / 2)
+
+
+class DSparkState:
+    """What a request's drafting remembers: context keys and values a layer, and features not yet projected."""
+
+    def __init__(self) -> None:
+        self.length = 0
+        self.pending: list[Tensor] = []
+        self.newest: Tensor | None = None  # [layers·d] of the last token with a target pass
+        self.cache: list[tuple[Tensor, Tensor]] = []
+
+
+class DSparkDrafter(Drafter):
+    """Proposes chains: argmax at T = 0, else drawn from q through the same sampler as the target's."""
+
+    def __init__(self, model: DSparkModel, target: Target):
+        config = model.config
+        self.layers = config.target_layer_ids
+        self.block_size = config.block_size
+        self.vocab_size = target.vocab_size
+        self.device, self.dtype = target.device, target.dtype
+        self.config = config
+        with torch.no_grad():
+            self._freeze(model.to(self.device, self.dtype))
+
+    def _freeze(self, model: DSparkModel) -> None:
+        """Weights in the form that reads fastest: joined, packed."""
+        self._rope_of = model.rope
+        self._embed = model.embed_tokens.weight
+        self._fc, self._hidden_norm = PackedLinear(model.fc.weight), model.hidden_norm
+        self._skip = model.skip if model.context_skip is not None else None
+        self._kv = PackedLinear(
+            torch.cat([w for layer in model.layers for w in (layer.self_attn.k_proj.weight, layer.self_attn.v_proj.weight)])
+        )
+        self._blocks = [_PackedLayer(layer, self.config) for layer in model.layers]
+        self._norm, self._head = model.norm, PackedLinear(model.lm_head.weight)
+        self._w1 = model.markov_head.markov_w1.weight
+        self._w2 = PackedLinear(model.markov_head.markov_w2.weight)
+        self._draft_ids = model.draft_ids
+        self._to_target = model.draft_ids.tolist()
+        self._confidence = model.confidence_head.proj
+
+    def begin(self) -> DSparkState:
+        return DSparkState()
+
+    def extend(self, state: DSparkState, tokens: list[int], features: Tensor | None) -> None:
+        if len(features):
+            state.pending.append(features)
+            state.newest = features[-1]
+
+    @torch.inference_mode()
+    def propose(self, state: DSparkState, anchor: int, sampling: Sampling, rng: torch.Generator) -> Proposal:
+        if state.newest is None:  # a one-token prompt has no context yet
+            return Proposal()
+        self._absorb(state)
+        hidden = self._block(state, anchor)
+        return self._sequential(hidden, anchor, sampling, rng)
+
+    def _absorb(self, state: DSparkState) -> None:
+        """Project the features that have come since the last proposal into context keys and values."""
+        if not state.pending:
+            return
+        features = torch.cat(state.pending)[None]  # [1, m, layers·d]
+        state.pending.clear()
+        m = features.shape[1]
+        context = self._hidden_norm(self._fc(features))
+        kv = self._kv(context).view(1, m, len(self._blocks), 2, -1, self.config.head_dim)
+        rope = self._rope_of(torch.arange(state.length, state.length + m, device=self.device)[None], self.dtype)
+        self._reserve(state, state.length + m + self.block_size)
+        for i, (block, (keys, values)) in enumerate(zip(self._blocks, state.cache, strict=True)):
+            rotated = rotate(block.k_norm(kv[:, :, i, 0]), *rope)
+            keys[:, :, state.length : state.length + m] = rotated.transpose(1, 2)
+            values[:, :, state.length : state.length + m] = kv[:, :, i, 1].transpose(1, 2)
+        state.length += m
+
+    def _reserve(self, state: DSparkState, length: int) -> None:
+        room = state.cache[0][0].shape[2] if state.cache else 0
+        if length <= room:
+            return
+        shape = (1, self.config.num_key_value_heads, max(length, 2 * room, 256), self.config.head_dim)
+        grown = []
+        for i in range(len(self._blocks)):
+            pair = tuple(torch.zeros(shape, dtype=self.dtype, device=self.device) for _ in range(2))
+            for new, old in zip(pair, state.cache[i] if state.cache else (), strict=False):
+                new[:, :, : state.length] = old[:, :, : state.length]
+            grown.append(pair)
+        state.cache = grown
+
+    def _block(self, state: DSparkState, anchor: int) -> Tensor:
+        """[1, γ, d] after the final norm, for the block that starts at the anchor."""
+        ids = torch.tensor([[anchor] + [self.config.mask_token_id] * (self.block_size - 1)], device=self.device)
+        x = F.embedding(ids, self._embed)
+        if self._skip is not None:
+            x = x + self._skip(state.newest)
+        positions = torch.arange(state.length, state.length + self.block_size, device=self.device)[None]
+        rope = self._rope_of(positions, self.dtype)
+        for block, cache in zip(self._blocks, state.cache, strict=True):
+            x = block(x, cache, state.length, rope)
+        return self._norm(x)
+
+    def _sequential(self, hidden: Tensor, anchor: int, sampling: Sampling, rng: torch.Generator) -> Proposal:
+        """Token k is chosen from softmax(U_k + W₂ W₁[x_{k−1}])."""
+        base = self._head(hidden)[0]  # [γ, draft_vocab]
+        tokens, laws, previous = [], [], anchor
+        for k in range(self.block_size):
+            logits = self._w2(self._w1[previous][None], base[k][None])[0]
+            if sampling.temperature == 0:
+                choice = int(logits.argmax())
+            else:
+                law = probabilities(logits, sampling)
+                uniform = torch.rand((), generator=rng, dtype=torch.float64).to(self.device)
+                choice = int(draw(law, uniform))
+                laws.append(law)
+            previous = self._to_target[choice]
+            tokens.append(previous)
+        if not laws:
+            return Proposal.chain(tokens)
+        probs = torch.stack(laws).cpu()
+        return Proposal.chain(tokens, probs=probs, columns=self._draft_ids.cpu(), vocab_size=self.vocab_size)
+
+
+class _PackedLayer:
+    """A draft layer at inference: the block's keys and values stand behind the context's in the cache."""
+
+    def __init__(self, layer: Layer, config: DSparkConfig):
+        attention, mlp = layer.self_attn, layer.mlp
+        self.heads, self.kv_heads, self.head_dim = (
+            config.num_attention_heads,
+            config.num_key_value_heads,
+            config.head_dim,
+        )
+        self.qkv = PackedLinear(
+            torch.cat([attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight])
+        )
+        self.out = PackedLinear(attention.o_proj.weight)
+        self.gate_up = PackedLinear(torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight]))
+        self.down = PackedLinear(mlp.down_proj.weight)
+        self.q_norm, self.k_norm = attention.q_norm, attention.k_norm
+        self.norms = (layer.input_layernorm, layer.post_attention_layernorm)
+
+    def __call__(self, x: Tensor, cache: tuple[Tensor, Tensor], length: int, rope: tuple) -> Tensor:
+        n = x.shape[1]
+        qkv = self.qkv(self.norms[0](x)).view(1, n, -1, self.head_dim)
+        queries, keys, values = qkv.split((self.heads, self.kv_heads, self.kv_heads), 2)
+        queries = rotate(self.q_norm(queries), *rope).transpose(1, 2)
+        all_keys, all_values = cache
+        all_keys[:, :, length : length + n] = rotate(self.k_norm(keys), *rope).transpose(1, 2)
+        all_values[:, :, length : length + n] = values.transpose(1, 2)
+        end = length + n
+        attended = attend(queries, all_keys[:, :, :end], all_values[:, :, :end], None, None)
+        x = self.out(attended.reshape(1, n, -1), x)
+        gate, up = self.gate_up(self.norms[1](x)).chunk(2, -1)
+        return self.down(F.silu(gate).mul_(up), x)

@@ -1,0 +1,43 @@
+"""Check data/distill before anything is trained on it: reports/validation.json and reports/validation.md."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from deepspec.config import Params
+from deepspec.errors import DeepSpecError
+from deepspec.files import write_json, write_text
+from deepspec.stages.common import stage
+
+REPORT = Path("reports/validation.json")
+
+
+def main(params: Params, flags: argparse.Namespace) -> None:
+    """The reports are written in any case; data that fails a check then ends the stage with an error."""
+    from deepspec.data.overlap import Overlap
+    from deepspec.data.quality import validate_data
+    from deepspec.data.rows import read_prompts
+    from deepspec.evaluation.task import evaluation_texts
+    from deepspec.target import load_target
+
+    overlap = Overlap(evaluation_texts(params.evaluate.tasks), params.prompts.overlap_ngram)
+    validation = validate_data(
+        "data/distill",
+        read_prompts("data/prompts/train.jsonl"),
+        params.validate_,
+        params.generate.max_length,
+        load_target("data/target"),
+        overlap.hits,
+    )
+    write_json(REPORT, validation.to_dict())
+    write_text(REPORT.with_suffix(".md"), validation.to_markdown())
+    if validation.failed:
+        raise DeepSpecError(
+            f"the distillation data is not fit to train on: {validation.summary()}; see {REPORT}"
+        )
+    print(f"{REPORT}: {validation.rows} conversations, all {len(validation.checks)} checks passed")
+
+
+if __name__ == "__main__":
+    stage(main)
