@@ -23,6 +23,7 @@ from deepspec.errors import DeepSpecError
 from deepspec.target import Target, load_target
 
 ACCEPTED = "green"
+TARGET = "data/target"
 DRAFTS = Path("data/drafts")
 
 
@@ -69,15 +70,17 @@ class Answer:
     write: Callable[[str, str | None], None]
     tokens: list[int] = field(default_factory=list)
     rounds: int = 0
-    started: float | None = None
+    started: float = 0.0  # end of the first round: what came before was the prefill
     ended: float = 0.0
+    first: int = 0  # tokens of that round
 
     def __post_init__(self) -> None:
         self._detokenizer = Detokenizer(self.tokenizer)
 
     def append(self, tokens: list[int], accepted: int) -> None:
         now = time.perf_counter()
-        self.started = self.started or now  # the first tokens' wait is the prefill's
+        if not self.rounds:
+            self.started, self.first = now, len(tokens)
         self.ended = now
         self.rounds += 1
         for i, token in enumerate(tokens):
@@ -90,7 +93,7 @@ class Answer:
         if not self.rounds:
             return "reading the prompt …"
         seconds = self.ended - self.started
-        speed = f" · {(len(self.tokens) - 1) / seconds:.1f} tokens/s" if seconds > 0 else ""
+        speed = f" · {(len(self.tokens) - self.first) / seconds:.1f} tokens/s" if seconds > 0 else ""
         return f"τ {len(self.tokens) / self.rounds:.2f}{speed} · {len(self.tokens)} tokens"
 
 
@@ -100,6 +103,8 @@ def run(settings: Settings) -> None:
     Raises:
         DeepSpecError: no such target or draft, or a draft of another target.
     """
+    if settings.target == TARGET and not Path(TARGET).is_dir():
+        raise DeepSpecError(f"{TARGET}: no target yet: run `dvc repro`, or name one with --target")
     target = load_target(settings.target)
     drafter = None if settings.no_draft else _load_drafter(settings, target)
     console = Console(highlight=False)
@@ -157,7 +162,7 @@ def _answer(
     prompt_ids = target.chat_ids(messages)
 
     def produce(answer: Answer) -> None:
-        generation = generate(
+        generate(
             target,
             drafter,
             prompt_ids,
@@ -165,9 +170,7 @@ def _answer(
             temperature=settings.temperature,
             seed=settings.seed + len(messages),
             on_tokens=answer.append,
-        )[0]
-        if generation.finish_reason == "error":
-            raise DeepSpecError(f"generation failed: {generation.error}")
+        )
 
     return show(target.tokenizer, produce, console)
 

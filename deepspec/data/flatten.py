@@ -1,7 +1,7 @@
 """The distillation data as a flat table: one row a conversation, with what its columns say about it.
 
-What can be wrong with a row is recomputed here from the stored ids and the target's tokenizer, without the code
-that put the row together.
+What can be wrong with a row is recomputed here from the stored ids and the target's tokenizer, without the
+code that put the row together.
 """
 
 from __future__ import annotations

@@ -1,17 +1,19 @@
 """The target answers every prompt: the distillation data.
 
 Each process takes its share of the prompts and appends what it finishes to a shard of its own; the main
-process puts the shards together. An answer depends on its prompt's id and the run's seed, not on the order or the
-company in which it was generated.
+process puts the shards together. An answer depends on its prompt's id and the run's seed, not on the order or
+the company in which it was generated.
 """
 
 from __future__ import annotations
 
 import json
 from collections import deque
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import PartialState
 
 from deepspec.config import GenerateParams, Params
@@ -32,7 +34,7 @@ def generate_data(
 ) -> dict | None:
     """Answer `prompts` and write the data set to `out`; an earlier run that was cut off is continued.
 
-    To be called by every process of `accelerate launch`, or by one alone.
+    To be called by every process of `accelerate launch` (or torchrun), or by one alone.
 
     Returns:
         The manifest; None in all processes but the main one.
@@ -40,7 +42,7 @@ def generate_data(
     Raises:
         DeepSpecError: bad prompts, no answer from a server, or not one conversation that succeeded.
     """
-    state = PartialState()
+    state = process_state()
     rows = read_prompts(prompts)
     settings = generation_settings(params)
     key = {"settings": settings, "target": target.digest, "prompts": file_digest(prompts)}
@@ -51,6 +53,15 @@ def generate_data(
     if not state.is_main_process:
         return None
     return assemble(read_work(directory), [row.id for row in rows], Path(out), settings, target.digest)
+
+
+def process_state() -> PartialState:
+    """This process among those launched together. It takes its GPU, so call it before loading a target.
+
+    Without a GPU, the processes of torchrun work together too. The time-out is that of the barrier at the
+    end, where the quickest waits for the slowest.
+    """
+    return PartialState(cpu=not torch.accelerator.is_available(), timeout=timedelta(days=7))
 
 
 def generation_settings(params: Params) -> dict[str, Any]:

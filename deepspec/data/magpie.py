@@ -1,8 +1,8 @@
-"""Magpie (arXiv 2406.08464): the target, given its own template up to the user's turn, writes the user's question.
+"""Magpie (arXiv 2406.08464): the target, given its own template up to the user's turn, writes that turn.
 
-Every attempt has an index and a seed of its own and is appended to a work file as soon as it ends, so a killed run
-continues where it stopped. Attempts are handed out in the order of their index, whichever ended first: the chosen
-prompts depend neither on the batch nor on interruptions.
+Every attempt has an index and a seed of its own and is appended to a work file as soon as it ends, so a
+killed run continues where it stopped. Attempts are handed out in the order of their index, whichever ended
+first: the chosen prompts depend neither on the batch nor on interruptions.
 """
 
 from __future__ import annotations
@@ -13,9 +13,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
-from tqdm import tqdm
-
 from deepspec.config import MagpieParams
+from deepspec.data.progress import Progress
 from deepspec.data.prompt_filters import Sieve, duplicate_key
 from deepspec.data.prompt_sources import Candidate
 from deepspec.decoding.request import Generation, Request, Sampling
@@ -44,7 +43,7 @@ class Magpie:
         self._next = 0  # the first attempt not yet handed out
 
     def candidates(self, need: int, sieve: Sieve) -> Iterator[Candidate]:
-        """Attempts in order; those that are missing are made until `need` pass the sieve or the budget is spent."""
+        """Attempts in order; missing ones are made until `need` pass the sieve or the budget is spent."""
         end = self._next + ATTEMPTS_PER_PROMPT * need
         self._generate(end, need, sieve)
         while self._next < end and self._next in self._done:
@@ -63,28 +62,30 @@ class Magpie:
         def next_request() -> Request | None:
             return None if enough() else self._request(missing.popleft())
 
-        with tqdm(total=need, desc="magpie", unit="prompt") as bar:
-            for index in range(self._next, end):
-                if index in self._done:
-                    self._count(self._done[index], passed, sieve, bar)
-            if not enough():
-                for candidate in self._attempts(next_request):
-                    self._count(candidate, passed, sieve, bar)
+        def count(candidate: Candidate) -> None:
+            if sieve.fault(candidate) is None:
+                passed.add(duplicate_key(candidate.turns))
 
-    def _attempts(self, next_request: Callable[[], Request | None]) -> Iterator[Candidate]:
+        for index in range(self._next, end):
+            if index in self._done:
+                count(self._done[index])
+        if enough():
+            return
+        with Progress("magpie", need, done=min(len(passed), need)) as progress:
+            for generation in self._attempts(next_request):
+                count(self._done[generation.id])
+                progress.tokens(len(generation.tokens))
+                progress.advance(min(len(passed), need) - progress.done)
+
+    def _attempts(self, next_request: Callable[[], Request | None]) -> Iterator[Generation]:
         """Decode, and keep every attempt in the work file before it is used."""
         from deepspec.decoding.engine import stream  # here, so that other sources work without torch
 
         self._work.parent.mkdir(parents=True, exist_ok=True)
         with self._work.open("a", encoding="utf-8") as work:
             for generation in stream(self._target, None, next_request, self._batch_size):
-                yield self._record(generation, work)
-
-    @staticmethod
-    def _count(candidate: Candidate, passed: set[str], sieve: Sieve, bar: tqdm) -> None:
-        if sieve.fault(candidate) is None:
-            passed.add(duplicate_key(candidate.turns))
-            bar.update(min(len(passed), bar.total) - bar.n)
+                self._record(generation, work)
+                yield generation
 
     def _request(self, index: int) -> Request:
         return Request(
@@ -95,7 +96,7 @@ class Magpie:
             id=index,
         )
 
-    def _record(self, generation: Generation, work: TextIO) -> Candidate:
+    def _record(self, generation: Generation, work: TextIO) -> None:
         """Keep an attempt in memory and in the work file; one that failed is left to the next run."""
         tokens = [token for token in generation.tokens if token not in self._target.stop_ids]
         text = self._target.tokenizer.decode(tokens, skip_special_tokens=False).strip()
@@ -104,7 +105,6 @@ class Magpie:
             work.write(json.dumps(row, ensure_ascii=True) + "\n")
             work.flush()
         self._done[generation.id] = _candidate(row)
-        return self._done[generation.id]
 
 
 def _candidate(row: dict) -> Candidate:

@@ -177,7 +177,7 @@ def _endpoint(base_url: str) -> str:
         url = httpx.URL(base_url.rstrip("/"))
     except httpx.InvalidURL as error:
         raise DeepSpecError(f"generate.openai.base_urls: {base_url!r} is not an address: {error}") from None
-    if url.scheme not in ("http", "https") or not url.host:
+    if url.scheme not in ("http", "https") or not url.host or (url.port or 0) > 65535:
         raise DeepSpecError(
             f"generate.openai.base_urls: {base_url!r} is not an address like http://localhost:8000/v1"
         )
@@ -219,7 +219,7 @@ def _retry_after_s(response: httpx.Response) -> float:
         except ValueError:
             return 0.0
         seconds = (at - datetime.now(at.tzinfo)).total_seconds()
-    return min(max(seconds, 0.0), LONGEST_RETRY_AFTER_S)
+    return min(seconds, LONGEST_RETRY_AFTER_S) if seconds > 0 else 0.0
 
 
 def _explain(error: Exception) -> str:

@@ -1,7 +1,7 @@
 """Held-out means held out: finds evaluation prompts inside training prompts by shared n-grams of words.
 
-Words are compared in lower case, without punctuation and with every number as `#`, so that a word problem with
-other numbers still counts as the same problem.
+Words are compared in lower case, without punctuation, and with every number or run of numbers as one `#`: a
+word problem with other numbers is still the same problem, and two lists of numbers are nothing in common.
 """
 
 from __future__ import annotations
@@ -26,16 +26,17 @@ def words(text: str) -> list[str]:
 
 
 def normalise(text: str) -> list[str]:
-    """`words(text)` with every number collapsed to `#`."""
-    return ["#" if word[0].isdigit() else word for word in words(text)]
+    """`words(text)` with numbers collapsed: `[1, 2, 3] and 4` becomes `# and #`."""
+    numberless = ["#" if word[0].isdigit() else word for word in words(text)]
+    return [word for i, word in enumerate(numberless) if word != "#" or numberless[i - 1 : i] != ["#"]]
 
 
 class Overlap:
     """Looks for evaluation prompts in other texts.
 
-    An n-gram that many evaluation prompts share ("put your final answer within boxed") is the frame of the task and
-    matches nothing: one that occurs in a tenth of the different prompts, and in three at least. A prompt that has
-    no n-gram of its own, because it is all frame or shorter than n words, matches by its whole text.
+    An n-gram that many evaluation prompts share ("put your final answer within boxed") is the frame of the
+    task and matches nothing: one that occurs in a tenth of the different prompts, and in three at least. A
+    prompt that has no n-gram of its own, because it is all frame or shorter than n words, matches as a whole.
 
     Args:
         eval_texts: user turns of the evaluation prompts, without their task's frame where it is known.

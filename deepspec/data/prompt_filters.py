@@ -14,7 +14,7 @@ TEMPLATE_MARKER = re.compile(
     r"<\|[\w ]{1,40}\|>|<(?:bos|eos|pad|unk|start_of_turn|end_of_turn)>|\[/?INST\]|<</?SYS>>|<｜.{1,40}?｜>"
 )
 CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ufffd\ud800-\udfff]")
-CHARACTER_RUN = re.compile(r"([^\W\d_])\1{5,}|(\S)\2{39,}")
+CHARACTER_RUN = re.compile(r"([^\W\d_])\1{9,}|(\S)\2{39,}")
 MIN_ALPHANUMERIC = 0.5  # of the visible characters; code lies near 0.7, prose above 0.9
 MIN_LETTERS = 0.2
 REPETITION_NGRAM = 4

@@ -18,7 +18,7 @@ USER_ROLES = ("user", "human")
 
 @dataclass(frozen=True)
 class Candidate:
-    """A prompt that may become part of the training set; `fault` is set where its source already knows better."""
+    """A prompt that may become part of the training set, unless its source already found a `fault`."""
 
     turns: list[str]
     fault: str | None = None
@@ -49,7 +49,13 @@ def read_jsonl(path: str | Path) -> list[list[str]]:
 
 
 def hub_candidates(spec: str, seed: int) -> Iterator[Candidate]:
-    """Prompts of `<dataset>[:split]` or `<dataset>:<config>/<split>`, shuffled by `seed`; a directory works too."""
+    """Prompts of `<dataset>[:split]` or `<dataset>:<config>/<split>` in an order drawn from `seed`.
+
+    The dataset may be a local directory.
+
+    Raises:
+        DeepSpecError: it cannot be loaded, or none of its columns holds prompts.
+    """
     dataset = _load(spec).shuffle(seed=seed)
     column = next((name for name in COLUMNS if name in dataset.column_names), None)
     if column is None:
@@ -99,7 +105,7 @@ def _user_text(item: Any, column: str) -> str | None:
 
 
 def _row_candidates(dataset: Iterable[Mapping]) -> Iterator[Candidate]:
-    """Rows of a public dataset are not the user's to mend: a row without a user turn is rejected, not an error."""
+    """Rows of a public dataset are not the user's to mend: one without a user turn is rejected, no error."""
     for row in dataset:
         try:
             yield Candidate(user_turns(row))

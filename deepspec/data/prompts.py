@@ -1,7 +1,7 @@
 """The training prompts: sources mixed by weight, filtered, and written with a manifest of what happened.
 
-A source offers candidates in an order that depends on the seed alone; the sieve lets the good ones through until
-the source has filled its share. What one source cannot supply, the others do.
+A source offers candidates in an order that depends on the seed alone; the sieve lets the good ones through
+until the source has filled its share. What one source cannot supply, the others do.
 """
 
 from __future__ import annotations
@@ -78,7 +78,8 @@ def build_prompts(
     if not rows:
         raise DeepSpecError(
             f"no training prompt passed the filters of {', '.join(weights)} "
-            f"(rejected: {_listed(sieve.rejected) or 'none, the sources are empty'}); change prompts.mix or its bounds"
+            f"(rejected: {_listed(sieve.rejected) or 'none, the sources are empty'}); "
+            "change prompts.mix or its bounds"
         )
     random.Random(seed).shuffle(rows)
     requested = split_by_weight(params.count, weights)
@@ -134,7 +135,7 @@ def _source(
 def _mix(
     sources: Mapping[str, Source], weights: Mapping[str, float], count: int, sieve: Sieve
 ) -> tuple[list[dict], list[str]]:
-    """Take every source's share; share what is missing among the sources that still have prompts, until none has."""
+    """Take every source's share; what is missing is shared among those that have more, until none has."""
     rows: list[dict] = []
     notes: list[str] = []
     left = dict(weights)

@@ -31,7 +31,7 @@ from deepspec.errors import DeepSpecError
 from deepspec.files import file_digest
 
 EXAMPLES = 5
-ALTERNATING = r"^user assistant( user assistant)*$"
+ALTERNATING = r"^user assistant(?: user assistant)*$"
 
 
 @dataclass(frozen=True)
@@ -139,7 +139,7 @@ def _form_rules() -> list[Rule]:
         ),
         Rule(
             "unique_prompts",
-            "no two conversations ask the same (case and spaces aside)",
+            "no two prompts ask the same (case, spacing and punctuation aside)",
             "unique",
             gxe.ExpectColumnValuesToBeUnique(column="prompt"),
         ),
@@ -277,7 +277,7 @@ def _unexpected(result: dict[str, Any]) -> list[dict[str, str]]:
 
 
 def _worst(table: pandas.DataFrame, column: str) -> list[dict[str, str]]:
-    rows = table.nlargest(EXAMPLES, column)
+    rows = table[table[column] > 0].nlargest(EXAMPLES, column)
     found = rows["reason"] if "reason" in rows else rows[column]
     return [{"id": str(id), "found": _short(value)} for id, value in zip(rows["id"], found, strict=True)]
 
@@ -294,7 +294,7 @@ def _column_facts(found: Features) -> pandas.DataFrame:
 
 
 def _manifest_facts(manifest: dict, path: Path, rows: int, failures: int) -> pandas.DataFrame:
-    actual = {"rows": rows, "failures": failures, "sha256": file_digest(path)}
+    actual = {"rows": rows, "failures": failures, "digest": file_digest(path)}
     facts = [(name, str(manifest.get(name)), str(value)) for name, value in actual.items()]
     return pandas.DataFrame(facts, columns=["id", "expected", "found"])
 

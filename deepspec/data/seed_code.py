@@ -1,7 +1,7 @@
 """Seed prompts of the kind `code`: Python functions to complete or to write, with examples that are computed.
 
-An idea is a function's name, its parameters, its result and a sentence; a reference implementation computes the
-example in the docstring, so that every prompt is right and no two need be alike.
+An idea is a function's name, its parameters, its result and a sentence; a reference implementation computes
+the example in the docstring, so that every prompt is right and no two need be alike.
 """
 
 from __future__ import annotations

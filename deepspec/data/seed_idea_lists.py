@@ -81,10 +81,10 @@ IDEAS: tuple[Idea, ...] = (
         lambda v, w: [x for pair in zip(v, w, strict=False) for x in pair] + v[len(w) :] + w[len(v) :],
     ),
     idea(
-        "common_values values other",
+        "only_in_one values other",
         "list[int]",
-        "Return the sorted values that {values} and {other} have in common",
-        lambda v, w: sorted(set(v) & set(w)),
+        "Return the sorted numbers that occur either in {values} or in {other} but not in both",
+        lambda v, w: sorted(set(v) ^ set(w)),
     ),
     idea(
         "missing_from values other",
@@ -125,7 +125,8 @@ IDEAS: tuple[Idea, ...] = (
     idea(
         "longest_increase values",
         "int",
-        "Return the length of the longest stretch of {values} in which each entry is larger than the previous one",
+        "Return the length of the longest stretch of {values} in which each entry is larger than the "
+        "previous one",
         _longest_run,
     ),
     idea(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from itertools import groupby
+from itertools import groupby, pairwise
 
 from deepspec.data.seed_idea import Idea, idea
 
@@ -21,15 +21,12 @@ def _collatz(n: int) -> int:
     return steps
 
 
-def _factors(n: int) -> dict[int, int]:
-    found: Counter[int] = Counter()
-    divisor = 2
-    while n > 1:
-        while n % divisor == 0:
-            found[divisor] += 1
-            n //= divisor
-        divisor += 1
-    return dict(found)
+def _halvings(n: int, limit: int) -> int:
+    steps = 0
+    while n > limit:
+        n //= 2
+        steps += 1
+    return steps
 
 
 def _group(words: list[str]) -> dict[int, list[str]]:
@@ -101,22 +98,22 @@ IDEAS: tuple[Idea, ...] = (
         lambda t: "".join(w[0] for w in t.split()).upper(),
     ),
     idea(
-        "without_vowels text",
+        "mask_vowels text",
         "str",
-        "Remove all vowels from {text}",
-        lambda t: "".join(c for c in t if c not in "aeiou"),
+        "Replace every vowel in {text} by an underscore",
+        lambda t: "".join("_" if c in "aeiou" else c for c in t),
     ),
     idea(
-        "caesar text k",
+        "next_letters word",
         "str",
-        "Shift each lower-case letter of {text} forward by {k} places in the alphabet, wrapping after z",
-        lambda t, k: "".join(chr((ord(c) - 97 + k) % 26 + 97) if c.islower() else c for c in t),
+        "Replace every letter of {word} by the one after it in the alphabet, and z by a",
+        lambda w: "".join(chr((ord(c) - 96) % 26 + 97) for c in w),
     ),
     idea(
-        "is_palindrome_word word",
+        "has_double_letter word",
         "bool",
-        "Check whether {word} reads the same in both directions",
-        lambda w: w == w[::-1],
+        "Check whether {word} has the same letter twice in a row",
+        lambda w: any(a == b for a, b in pairwise(w)),
     ),
     idea(
         "double_letters word",
@@ -220,10 +217,10 @@ IDEAS: tuple[Idea, ...] = (
         lambda n: [d for d in range(1, n) if n % d == 0],
     ),
     idea(
-        "prime_powers n",
-        "dict[int, int]",
-        "Return the prime factors of {n} with their exponents as a dictionary",
-        _factors,
+        "digit_product n",
+        "int",
+        "Return the product of the digits of {n} that are not zero",
+        lambda n: math.prod(int(d) for d in str(n) if d != "0"),
     ),
     idea(
         "collatz_steps n",
@@ -262,16 +259,16 @@ IDEAS: tuple[Idea, ...] = (
         lambda n, k: [n * i for i in range(1, k + 1)],
     ),
     idea(
-        "power_mod n k limit",
+        "round_down n k",
         "int",
-        "Return {n} to the power of {k}, modulo {limit}",
-        lambda n, k, m: pow(n, k, m),
+        "Return the largest multiple of {k} that does not exceed {n}",
+        lambda n, k: n // k * k,
     ),
     idea(
-        "greatest_common_divisor n limit",
+        "halvings n limit",
         "int",
-        "Find the greatest common divisor of {n} and {limit}",
-        math.gcd,
+        "Count how often {n} must be halved, rounding down, until it is at most {limit}",
+        _halvings,
     ),
     idea(
         "format_time seconds",

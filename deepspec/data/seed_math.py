@@ -7,8 +7,8 @@ import random
 from deepspec.data.slots import Template, template, word_lists
 
 LISTS = word_lists("""
-role: baker | teacher | farmer | gardener | carpenter | librarian | florist | mechanic | painter | tailor | fisher
-  | nurse | shopkeeper | potter | cook | driver | plumber | waiter | student | jeweller
+role: baker | teacher | farmer | gardener | carpenter | librarian | florist | mechanic | painter | tailor |
+  fisher | nurse | shopkeeper | potter | cook | driver | plumber | waiter | student | jeweller
 treat: muffins | bread rolls | cookies | pies | pretzels | cupcakes | tarts | bagels
 fruit: apples | pears | plums | oranges | peaches | lemons | mangoes | apricots
 thing: notebooks | pencils | stickers | marbles | postcards | buttons | beads | badges | stamps | cards
@@ -46,16 +46,16 @@ TEMPLATES: list[Template] = [
         p=(95, 300, 5),
     ),
     template(
-        "A {vehicle} travels at {v} kilometres per hour for {h} hours and then at {w} kilometres per hour for "
-        "{k} hours. How far does it go altogether?",
+        "A {vehicle} travels at {v} kilometres per hour for {h} hours and then at {w} kilometres per hour "
+        "for {k} hours. How far does it go altogether?",
         v=(40, 90, 10),
         h=(2, 5),
         w=(30, 80, 10),
         k=(1, 4),
     ),
     template(
-        "There are {a} {fruit} in a basket. {a_role} takes {b} of them, and then twice as many as that are added. "
-        "How many {fruit} does the basket hold now?",
+        "There are {a} {fruit} in a basket. {a_role} takes {b} of them, and then twice as many as that are "
+        "added. How many {fruit} does the basket hold now?",
         a=(15, 60),
         b=(4, 14),
     ),
@@ -68,8 +68,8 @@ TEMPLATES: list[Template] = [
         total=lambda s: s["n"] * s["each"],
     ),
     template(
-        "A shirt costs ${p}. It is marked down by {d} percent, and {a_role} has a coupon for another ${c} off. "
-        "What is the final price?",
+        "A shirt costs ${p}. It is marked down by {d} percent, and {a_role} has a coupon for another ${c} "
+        "off. What is the final price?",
         p=(20, 80, 20),
         d=(10, 50, 5),
         c=(2, 5),
@@ -83,23 +83,24 @@ TEMPLATES: list[Template] = [
         m=(7, 15),
     ),
     template(
-        "{a_role} is {a} years old and has a sister who is {b} years younger. How old will the sister be when "
-        "{the} is {c}?",
+        "{a_role} is {a} years old and has a sister who is {b} years younger. How old will the sister be "
+        "when {the} is {c}?",
         a=(20, 40),
         b=(3, 12),
         c=(45, 70),
         the=lambda s: f"the {s['role']}",
     ),
     template(
-        "The scores of {a_role} in four {subject} tests are {a}, {b}, {c} and {d}. What is the average score?",
+        "The scores of {a_role} in four {subject} tests are {a}, {b}, {c} and {d}. What is the average "
+        "score?",
         a=(60, 96, 4),
         b=(60, 96, 4),
         c=(60, 96, 4),
         d=(60, 96, 4),
     ),
     template(
-        "A rectangular field is {a} metres long and {b} metres wide. {a_role} puts up a fence round it that costs "
-        "${p} per metre. What does the whole fence cost?",
+        "A rectangular field is {a} metres long and {b} metres wide. {a_role} puts up a fence round it "
+        "that costs ${p} per metre. What does the whole fence cost?",
         a=(20, 80, 5),
         b=(10, 45, 5),
         p=(3, 12),
@@ -119,13 +120,14 @@ TEMPLATES: list[Template] = [
         h=(42, 50),
     ),
     template(
-        "A farm has {a} {animal} and {times} times as many chickens. How many legs do all these animals have?",
+        "A farm has {a} {animal} and {times} times as many chickens. How many legs do all these animals "
+        "have?",
         a=(6, 20),
         times=(2, 5),
     ),
     template(
-        "There are {n} rows of seats in a hall with {m} seats in each row. {p} percent of the seats are taken. "
-        "How many seats are empty?",
+        "There are {n} rows of seats in a hall with {m} seats in each row. {p} percent of the seats are "
+        "taken. How many seats are empty?",
         n=(10, 30, 5),
         m=(12, 28, 4),
         p=(20, 80, 20),
@@ -137,8 +139,8 @@ TEMPLATES: list[Template] = [
         d=(2, 9),
     ),
     template(
-        "A ribbon of {total} centimetres is divided into two pieces. One piece is {k} times as long as the other. "
-        "How long is the shorter piece?",
+        "A ribbon of {total} centimetres is divided into two pieces. One piece is {k} times as long as the "
+        "other. How long is the shorter piece?",
         k=(2, 6),
         short=(9, 40),
         total=lambda s: (s["k"] + 1) * s["short"],
@@ -181,8 +183,8 @@ TEMPLATES: list[Template] = [
         d=(4, 6),
     ),
     template(
-        "A {shop} sells {tool} at ${p} each, or {n} for ${deal}. How much does {a_role} save by buying {total} of them "
-        "at the better price?",
+        "A {shop} sells {tool} at ${p} each, or {n} for ${deal}. How much does {a_role} save by buying "
+        "{total} of them at the better price?",
         p=(6, 15),
         n=(3, 5),
         deal=lambda s: s["p"] * s["n"] - 4,
@@ -196,8 +198,8 @@ TEMPLATES: list[Template] = [
         total=lambda s: s["r"] * s["k"] * 4,
     ),
     template(
-        "A class trip to the {place} costs ${bus} for the bus and ${t} for each child's ticket. {n} children go, and "
-        "the costs are split equally. How much does each child pay?",
+        "A class trip to the {place} costs ${bus} for the bus and ${t} for each child's ticket. {n} "
+        "children go, and the costs are split equally. How much does each child pay?",
         n=(15, 30),
         k=(4, 11),
         bus=lambda s: s["n"] * s["k"],
@@ -210,8 +212,8 @@ TEMPLATES: list[Template] = [
         b=(3, 18),
     ),
     template(
-        "Three numbers add up to {total}. The second is twice the first, and the third is {d} more than the second. "
-        "What are the three numbers?",
+        "Three numbers add up to {total}. The second is twice the first, and the third is {d} more than "
+        "the second. What are the three numbers?",
         x=(4, 30),
         d=(2, 15),
         total=lambda s: 5 * s["x"] + s["d"],
@@ -233,8 +235,8 @@ TEMPLATES: list[Template] = [
         k=(3, 8),
     ),
     template(
-        "{a_role} buys {a} kilograms of {fruit} for ${p} per kilogram and sells them for ${q} per kilogram, but "
-        "{w} kilograms go bad. How big is the profit or loss?",
+        "{a_role} buys {a} kilograms of {fruit} for ${p} per kilogram and sells them for ${q} per "
+        "kilogram, but {w} kilograms go bad. How big is the profit or loss?",
         a=(20, 60, 5),
         p=(2, 4),
         q=(5, 8),
@@ -249,21 +251,21 @@ TEMPLATES: list[Template] = [
         k=(10, 25, 5),
     ),
     template(
-        "Two trucks leave the same depot in opposite directions. One drives at {v} kilometres per hour, the other at "
-        "{w}. How far apart are they after {h} hours?",
+        "Two trucks leave the same depot in opposite directions. One drives at {v} kilometres per hour, "
+        "the other at {w}. How far apart are they after {h} hours?",
         v=(50, 80, 5),
         w=(55, 95, 5),
         h=(2, 6),
     ),
     template(
-        "{a_role} can finish a job in {a} hours and a helper needs {b} hours. How long does the job take if they "
-        "work together?",
+        "{a_role} can finish a job in {a} hours and a helper needs {b} hours. How long does the job take "
+        "if they work together?",
         a=(2, 8),
         b=(3, 12),
     ),
     template(
-        "{a_role} packs {total} {treat} into boxes of {n}. Full boxes sell for ${p} each and the rest is given away. "
-        "How much money comes in?",
+        "{a_role} packs {total} {treat} into boxes of {n}. Full boxes sell for ${p} each and the rest is "
+        "given away. How much money comes in?",
         total=(60, 200),
         n=(6, 12, 2),
         p=(5, 14),

@@ -1,6 +1,6 @@
 """Prompts written by the project: word problems, Python functions and everyday requests, a third each.
 
-They reach what a small target would not ask itself (code stubs, arithmetic), and need no network and no model.
+They reach what a small target would not ask itself (code stubs, arithmetic), and need no network, no model.
 Templates live in `seed_math.py`, `seed_code.py` and `seed_chat.py`.
 """
 

@@ -1,8 +1,8 @@
 """Where answers go as they come: append-only JSON lines, one file a process, and the data set made of them.
 
 A line is on the disk before the next is asked for, so a kill loses only what was in flight. The directory
-lies outside the DVC outputs (DVC deletes those before it runs a stage again) and is named after everything that
-the answers depend on, so that only a run with the same settings, target and prompts goes on from it.
+lies outside the DVC outputs (DVC deletes those before it runs a stage again) and is named after everything
+that the answers depend on, so that only a run with the same settings, target and prompts goes on from it.
 """
 
 from __future__ import annotations
@@ -135,8 +135,13 @@ def assemble(work: Work, ids: list[str], out: Path, settings: dict[str, Any], ta
         The manifest.
 
     Raises:
-        DeepSpecError: no conversation succeeded.
+        DeepSpecError: no conversation succeeded, or the shards lack prompts that another process answered.
     """
+    lost = len(ids) - len(work.rows.keys() | work.failures.keys())
+    if lost > 0:
+        raise DeepSpecError(
+            f"{lost} of {len(ids)} prompts are in no shard; several machines need a shared working directory"
+        )
     kept = [id for id in ids if id in work.rows]
     failed = [id for id in ids if id in work.failures]
     if not kept:
@@ -153,7 +158,7 @@ def assemble(work: Work, ids: list[str], out: Path, settings: dict[str, Any], ta
             **counts,
             "target": target_digest,
             "settings": settings,
-            "sha256": file_digest(directory / "train.parquet"),
+            "digest": file_digest(directory / "train.parquet"),
         }
         write_json(directory / "manifest.json", manifest)
     return manifest

@@ -1,7 +1,8 @@
 """Slot-filled sentences: one template and a few word lists make many natural prompts.
 
-`{a}` is a number drawn from its range or computed from earlier ones, `{role}` a word from the list of that name,
-`{role2}` another word of the same list, `{a_role}` the word with its article. Sentences start with a capital.
+`{a}` is a number drawn from its range or computed from earlier ones, `{role}` a word from the list of that
+name, `{role2}` another word of the same list, `{a_role}` the word with its article. Sentences start with a
+capital.
 """
 
 from __future__ import annotations
@@ -12,14 +13,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 Number = tuple[int, ...] | Callable[["Slots"], int]
-SENTENCE_START = re.compile(r"(^|[.?!:]\s+|\n)([a-z])")
+SENTENCE_START = re.compile(r"(^|[.?!]\s+|\n)([a-z])")
 SOUNDS_LIKE_CONSONANT = ("uni", "use", "eu", "one")
 SOUNDS_LIKE_VOWEL = ("hour", "honest")
 
 
 @dataclass(frozen=True)
 class Template:
-    """A sentence with slots, and how its numbers are drawn: (low, high[, step]) or a function of the others."""
+    """Text with slots, and how its numbers are drawn: (low, high[, step]) or a function of the others."""
 
     text: str
     numbers: Mapping[str, Number]

@@ -26,8 +26,8 @@ class Conversation:
     """One prompt on its way to a training row.
 
     Let the target continue `prompt_ids` by at most `room` tokens, hand its answer to `add_answer`, and go on
-    until `prompt_ids` is None. The conversation ends with its last user turn, with an answer that was cut short
-    (the target never closed that turn), or where the next turn would not fit.
+    until `prompt_ids` is None. The conversation ends with its last user turn, with an answer that was cut
+    short (the target never closed that turn), or where the next turn would not fit.
 
     Args:
         target: anything with `tokenizer`, `stop_ids`, `max_length` and `chat_ids`.
@@ -122,7 +122,8 @@ def between_turns(target: Any, before: list[dict[str, str]], user: dict[str, str
     """What the template puts between an answer's stop token and the next answer, user turn included.
 
     The conversation is rendered twice, with two stand-ins for the answer; the ids that both renderings end
-    with are what follows an answer. The template's end-of-turn token is left out: the target has produced one.
+    with are what follows an answer. The template's end-of-turn token is left out: the target has produced
+    one.
 
     Args:
         before: the messages that the answer completes.

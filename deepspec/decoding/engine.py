@@ -15,9 +15,9 @@ from torch import Tensor
 
 from deepspec.attention import KVCache, Step
 from deepspec.decoding.request import Generation, Request, Sampling, Stats
-from deepspec.decoding.sampling import draw, probabilities
+from deepspec.decoding.sampling import draw, probabilities, sample
 from deepspec.decoding.scheduler import Adaptive
-from deepspec.decoding.verify import CHAIN_RULES, drawn, walk
+from deepspec.decoding.verify import CHAIN_RULES, walk
 from deepspec.drafters.base import Drafter, Proposal
 from deepspec.errors import DeepSpecError
 from deepspec.target import Target
@@ -51,6 +51,11 @@ class Slot:
 
     def uniform(self) -> float:
         return float(torch.rand((), generator=self.rng, dtype=torch.float64))
+
+    def pick(self, weights: Tensor) -> int:
+        """A token with probability proportional to `weights` [vocab]."""
+        uniform = torch.tensor([self.uniform()], dtype=torch.float64, device=weights.device)
+        return int(draw(weights[None], uniform))
 
     def commit(self, accepted: list[int], last: int) -> int:
         """Append the accepted tokens and the target's own, cut at a stop token or the limit. Returns the count."""
@@ -198,8 +203,7 @@ class Engine:
                 walk(p, lambda node, row=row: best[row][node + 1]) for row, p in enumerate(proposals)
             ]
         elif not any(p.tokens for p in proposals) and len(set(samplings)) == 1:
-            uniforms = torch.tensor([slot.uniform() for slot in self.slots], dtype=torch.float64)
-            tokens = draw(probabilities(logits[:, 0], samplings[0]), uniforms.to(logits.device)).tolist()
+            tokens = sample(logits[:, 0], samplings[0], lambda row: self.slots[row].uniform())
             outcomes = [([], token) for token in tokens]
         else:
             outcomes = [
@@ -218,9 +222,9 @@ class Engine:
             best = logits.argmax(-1).tolist()
             return walk(proposal, lambda node: best[node + 1])
         if proposal.probs is None:
-            return walk(proposal, lambda node: drawn(_law(logits[node + 1], sampling), slot.uniform()))
+            return walk(proposal, lambda node: slot.pick(probabilities(logits[node + 1], sampling)))
         laws = probabilities(logits[: len(proposal.tokens) + 1], sampling).cpu()
-        return self.rule(proposal, lambda node: laws[node + 1], slot.uniform, lambda w: drawn(w, slot.uniform()))
+        return self.rule(proposal, lambda node: laws[node + 1], slot.uniform, slot.pick)
 
     def _commit(self, row: int, slot: Slot, proposal: Proposal, outcome: tuple | str, step: Step) -> None:
         if isinstance(outcome, str):
@@ -310,12 +314,8 @@ def generate(
     done = sorted(engine.run(lambda: next(requests, None)), key=lambda generation: generation.id)
     for generation in done:
         if generation.error:
-            raise DeepSpecError(generation.error if not many else f"prompt {generation.id}: {generation.error}")
+            raise DeepSpecError(f"prompt {generation.id}: {generation.error}" if many else generation.error)
     return done
-
-
-def _law(logits: Tensor, sampling: Sampling) -> Tensor:
-    return probabilities(logits, sampling)
 
 
 def _tree_mask(proposals: list[Proposal], starts: list[int], n: int) -> Tensor:

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from deepspec.decoding.request import Sampling
 
+_RUN = 256
 _PARTIAL = 1024  # how many of the largest probabilities are sorted before a full sort is tried
 
 
@@ -27,11 +32,46 @@ def probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
     return probs
 
 
+def sample(logits: Tensor, sampling: Sampling, uniform: Callable[[int], float]) -> list[int]:
+    """One token for each row of logits [batch, vocab] (temperature > 0); `uniform(row)` is the row's randomness.
+
+    The nucleus is never computed: a token drawn from the uncut law is kept where the mass of the likelier ones is
+    below top_p, else drawn again, which is the nucleus' own law. No vocabulary is sorted on the way.
+    """
+    probs = probabilities(logits, replace(sampling, top_p=1.0, min_p=0.0))
+    least = sampling.min_p * probs.amax(-1)
+    tokens = [-1] * len(probs)
+    rows = list(range(len(probs)))
+    while rows:
+        part = probs if len(rows) == len(probs) else probs[rows]
+        uniforms = torch.tensor([uniform(row) for row in rows], dtype=torch.float64, device=probs.device)
+        drawn = draw(part, uniforms)
+        own = part.gather(1, drawn[:, None])
+        kept = ~(own[:, 0] < least[rows])  # a NaN is kept: the engine reports it
+        if sampling.top_p < 1:
+            kept &= ~((part * (part > own)).sum(-1) >= sampling.top_p)
+        for row, token, keep in zip(rows, drawn.tolist(), kept.tolist(), strict=True):
+            tokens[row] = token if keep else -1
+        rows = [row for row in rows if tokens[row] < 0]
+    return tokens
+
+
 def draw(probs: Tensor, uniform: Tensor) -> Tensor:
-    """Inverse CDF: probs [..., vocab], uniform [...] in [0, 1) → token ids [...]. Impossible tokens never come."""
-    cdf = probs.cumsum(-1, dtype=torch.float64)
-    point = uniform[..., None].to(cdf) * cdf[..., -1:]
-    return torch.searchsorted(cdf, point, right=True)[..., 0].clamp_(max=probs.shape[-1] - 1)
+    """Inverse CDF: probs [batch, vocab], uniform [batch] in [0, 1) → token ids [batch]; impossible ones never come.
+
+    In two levels, runs of tokens and then tokens of the run: one pass over the vocabulary instead of a full cumsum.
+    """
+    vocab = probs.shape[-1]
+    runs = F.pad(probs, (0, -vocab % _RUN)).unflatten(-1, (-1, _RUN))  # [batch, runs, _RUN]
+    before = runs.sum(-1).double().cumsum(-1)  # [batch, runs]
+    point = uniform[:, None].to(before) * before[:, -1:]
+    run = torch.searchsorted(before, point, right=True).clamp_(max=before.shape[-1] - 1)
+    inside = runs.gather(1, run[..., None].expand(-1, -1, _RUN))[:, 0].double().cumsum(-1)  # [batch, _RUN]
+    start = before.gather(1, run) - inside[:, -1:]
+    token = torch.searchsorted(inside, point - start, right=True)
+    # Rounding between the two sums may point just past a run's end: take its last possible token.
+    token = torch.minimum(token, torch.searchsorted(inside, inside[:, -1:].contiguous()))
+    return (run * _RUN + token)[:, 0].clamp_(max=vocab - 1)
 
 
 def _top_p_threshold(probs: Tensor, top_p: float) -> Tensor:

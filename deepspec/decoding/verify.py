@@ -32,9 +32,9 @@ def walk(proposal: Proposal, choose: Callable[[int], int]) -> tuple[list[int], i
     node, accepted = -1, []
     while True:
         token = choose(node)
-        node = children.get((node, token), None)
-        if node is None:
+        if (node, token) not in children:
             return accepted, token
+        node = children[node, token]
         accepted.append(node)
 
 
@@ -42,7 +42,7 @@ def standard(proposal: Proposal, law: Law, uniform: Uniform, pick: Pick) -> tupl
     """Token-wise rejection of a sampled chain (Leviathan 2023, Chen 2023): accept x with min(1, p(x)/q(x))."""
     for k, token in enumerate(proposal.tokens):
         p, q = law(k - 1), proposal.law(k)
-        if uniform() * float(q[token]) >= float(p[token]):
+        if uniform() >= float(p[token]) / float(q[token]):
             return list(range(k)), pick((p - q).clamp_(min=0))
     last = len(proposal.tokens)
     return list(range(last)), pick(law(last - 1))
@@ -75,10 +75,3 @@ def block(proposal: Proposal, law: Law, uniform: Uniform, pick: Pick) -> tuple[l
 
 
 CHAIN_RULES = {"block": block, "standard": standard}
-
-
-def drawn(weights: Tensor, point: float) -> int:
-    """A token with probability proportional to `weights` [vocab], by inverse CDF at `point` in [0, 1)."""
-    cdf = weights.cumsum(-1, dtype=torch.float64)
-    index = torch.searchsorted(cdf, (point * cdf[-1]).reshape(1), right=True)
-    return min(int(index), weights.shape[-1] - 1)

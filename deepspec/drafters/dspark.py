@@ -110,7 +110,8 @@ class DSparkConfig:
 
 def spread_layers(count: int, wanted: int = 5) -> list[int]:
     """`wanted` layer ids from the second to the third last, evenly spaced; fewer where the target is shallow."""
-    first, last = min(1, count - 2), max(count - 3, 0)
+    last = max(count - 3, 0)
+    first = min(1, last)
     wanted = min(wanted, last - first + 1)
     return sorted({round(first + i * (last - first) / max(wanted - 1, 1)) for i in range(wanted)})
 
@@ -395,8 +396,8 @@ class DSparkDrafter(Drafter):
                 choice = int(logits.argmax())
             else:
                 law = probabilities(logits, sampling)
-                uniform = torch.rand((), generator=rng, dtype=torch.float64).to(self.device)
-                choice = int(draw(law, uniform))
+                uniform = torch.rand(1, generator=rng, dtype=torch.float64).to(self.device)
+                choice = int(draw(law[None], uniform))
                 laws.append(law)
             previous = self._to_target[choice]
             tokens.append(previous)

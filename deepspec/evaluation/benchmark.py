@@ -2,10 +2,10 @@
 
 What makes the numbers honest. Both runs of a turn see the same context (in a conversation the earlier
 answers are the plain run's), the same seed and the same machine one right after the other, and which of
-them goes first alternates by prompt. Seconds are wall-clock time of the whole call, so drafting,
-verification and Python are all in; only the prefill of the prompt is out, which both runs share. Token
-identity is checked apart, in float32 (`identity.py`), and a drafter that fails it gets no speed-up
-(`record.py`).
+them goes first alternates by prompt. Seconds are wall-clock time of the whole call less the plain run's
+prefill, the work that both share: drafting, verification, Python and what the draft itself makes of the
+prompt are all in. Token identity is checked apart, in float32 (`identity.py`), and a drafter that fails it
+gets no speed-up (`record.py`).
 
 Every finished prompt goes to a work file, so a killed evaluation goes on where it stopped.
 """
@@ -23,7 +23,6 @@ from deepspec.data.progress import Progress
 from deepspec.decoding import generate
 from deepspec.decoding.request import Generation
 from deepspec.drafters import load_drafter
-from deepspec.errors import DeepSpecError
 from deepspec.evaluation.device import describe_device
 from deepspec.evaluation.identity import check_identity
 from deepspec.evaluation.native import native_tokens_per_second
@@ -122,33 +121,26 @@ def _prompt(
     for turn, text in enumerate(turns):
         messages.append({"role": "user", "content": text})
         prompt_ids = target.chat_ids(messages)
-        runs: dict[bool, Generation] = {}
-        for with_draft in (False, True) if index % 2 == 0 else (True, False):
-            generation, seconds = _timed(
-                target,
-                drafter if with_draft else None,
-                prompt_ids,
-                max_new_tokens=max_new_tokens,
-                temperature=temperature,
-                seed=seed + 1000 * index + turn,
-            )
-            result.add(generation, seconds, with_draft)
-            runs[with_draft] = generation
-        outputs.append(runs[True].tokens)
-        answer = target.tokenizer.decode(runs[False].tokens, skip_special_tokens=True)
+        generate(target, None, prompt_ids, max_new_tokens=1)  # kernels for a prompt of this length
+        options = {"max_new_tokens": max_new_tokens, "temperature": temperature}
+        runs: dict[Any, tuple[Generation, float]] = {}
+        for one in (None, drafter) if index % 2 == 0 else (drafter, None):
+            runs[one] = _timed(target, one, prompt_ids, seed=seed + 1000 * index + turn, **options)
+        (plain, plain_s), (drafted, drafted_s) = runs[None], runs[drafter]
+        prefill_s = plain.stats.prefill_s
+        result.add(plain, plain_s - prefill_s, drafted, drafted_s - prefill_s)
+        outputs.append(drafted.tokens)
+        answer = target.tokenizer.decode(plain.tokens, skip_special_tokens=True)
         messages.append({"role": "assistant", "content": answer})
     result.output_hash = digest(json.dumps(outputs))
     return result
 
 
 def _timed(target: Target, drafter: Any, prompt_ids: list[int], **options: Any) -> tuple[Generation, float]:
-    """A generation and its wall-clock seconds, less the prefill."""
+    """A generation and its wall-clock seconds."""
     start = time.perf_counter()
     generation = generate(target, drafter, prompt_ids, **options)[0]
-    seconds = time.perf_counter() - start
-    if generation.finish_reason == "error":
-        raise DeepSpecError(f"generation failed during the evaluation: {generation.error}")
-    return generation, seconds - generation.stats.prefill_s
+    return generation, time.perf_counter() - start
 
 
 def _warm_up(target: Target, drafter: Any, tasks: list[Task], params: EvaluateParams) -> None:

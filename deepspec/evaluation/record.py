@@ -43,22 +43,20 @@ class PromptResult:
     drafted: list[int] = field(default_factory=list)
     output_hash: str = ""  # of the drafted run's token ids
 
-    def add(self, generation: Generation, seconds: float, with_draft: bool) -> None:
-        """Add one turn's run; `seconds` is its wall-clock time without the prefill."""
-        if not with_draft:
-            self.plain_s += seconds
-            self.plain_tokens += len(generation.tokens)
-            return
-        self.drafted_s += seconds
-        self.drafted_tokens += len(generation.tokens)
-        self.draft_s += generation.stats.draft_s
-        self.verify_s += generation.stats.verify_s
-        self.accepted += generation.stats.accepted
-        self.drafted += generation.stats.drafted
+    def add(self, plain: Generation, plain_s: float, drafted: Generation, drafted_s: float) -> None:
+        """Add the two runs of one turn, with their seconds after the target's prefill."""
+        self.plain_s += plain_s
+        self.plain_tokens += len(plain.tokens)
+        self.drafted_s += drafted_s
+        self.drafted_tokens += len(drafted.tokens)
+        self.draft_s += drafted.stats.draft_s
+        self.verify_s += drafted.stats.verify_s
+        self.accepted += drafted.stats.accepted
+        self.drafted += drafted.stats.drafted
 
     @property
     def host_s(self) -> float:
-        """What is neither drafting nor verification: sampling, bookkeeping, Python."""
+        """What is neither drafting a block nor verifying it: bookkeeping, Python, the draft's own prefill."""
         return self.drafted_s - self.draft_s - self.verify_s
 
     @property

@@ -193,8 +193,8 @@ def _facts(inputs: Inputs) -> list[str]:
     rows = inputs.manifest.get("rows")
     if rows is not None:
         facts.append(f"- Distilled conversations: {rows}")
-    if "success" in inputs.validation:
-        facts.append(f"- Data checks: {'passed' if inputs.validation['success'] else 'FAILED'}")
+    if "passed" in inputs.validation:
+        facts.append(f"- Data checks: {'passed' if inputs.validation['passed'] else 'FAILED'}")
     return facts
 
 

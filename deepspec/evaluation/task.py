@@ -85,7 +85,7 @@ def load_task(name_or_path: str | Path, limit: int | None = None, seed: int = 0)
 
 
 def evaluation_texts(tasks: Iterable[str | Path]) -> list[str]:
-    """Every user turn of every prompt of the tasks, without the task's frame: what training must not contain."""
+    """Every user turn of every prompt of the tasks, without their frame: what training must not contain."""
     texts = []
     for name in tasks:
         path = _find(name)

@@ -9,11 +9,13 @@ from deepspec.stages.common import stage
 
 
 def main(params: Params, flags: argparse.Namespace) -> None:
-    from deepspec.data.generate import generate_data
+    from deepspec.data.generate import generate_data, process_state
     from deepspec.target import load_target
 
+    state = process_state()
     target = load_target("data/target")
     manifest = generate_data(target, params, "data/prompts/train.jsonl", "data/distill")
+    state.destroy_process_group()
     if manifest:
         print(
             f"data/distill: {manifest['rows']} conversations, {manifest['answer_tokens']} answer tokens, "

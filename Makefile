@@ -1,0 +1,54 @@
+# `make demo` and `make test` work on a fresh clone; both set up .venv first. `make help` lists the rest.
+PYTHON ?= python3
+VENV := .venv
+READY := $(VENV)/.ready
+
+# Every recipe sees the environment's own commands, and no tool phones home.
+export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
+export VIRTUAL_ENV := $(CURDIR)/$(VENV)
+export DO_NOT_TRACK := true
+export DVC_NO_ANALYTICS := 1
+export GX_ANALYTICS_ENABLED := false
+export HF_HUB_DISABLE_TELEMETRY := 1
+export MLFLOW_DISABLE_TELEMETRY := true
+export PREFECT_SERVER_ANALYTICS_ENABLED := false
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint format clean
+
+help: ## Show this list
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/make \1	\2/' | expand -t 14
+
+setup: $(READY) ## Create .venv and install what constraints.txt pins (done by demo and test)
+
+demo: $(READY) ## Run the whole pipeline on the target of params.yaml, then print what it gained
+	@mkdir -p .deepspec && touch .deepspec/demo
+	dvc repro
+	@[ reports/report.md -nt .deepspec/demo ] || deepspec report
+
+test: lint ## Check style and run every test
+	python -m pytest
+
+lint: $(READY) ## Check style alone
+	ruff check .
+	ruff format --check .
+
+format: $(READY) ## Rewrite the code in the project's style
+	ruff check --fix .
+	ruff format .
+
+clean: ## Remove .venv and caches; data/, reports/ and .dvc/cache stay
+	rm -rf $(VENV) .deepspec .pytest_cache .ruff_cache .dvc/tmp *.egg-info
+	find deepspec tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# torch goes first and alone: asked for by name and version, a CPU build that pip is configured to find is taken,
+# where a range would fetch the newest one with gigabytes of CUDA.
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "error: DeepSpec needs Python 3.11 or newer, found $$($(PYTHON) --version 2>&1); try: make PYTHON=python3.11" >&2; \
+	  exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet $$(grep '^torch==' constraints.txt)
+	$(VENV)/bin/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	@touch $@

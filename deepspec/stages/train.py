@@ -1,0 +1,24 @@
+"""Train one drafter by distillation: `accelerate launch -m deepspec.stages.train --drafter dspark`."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from deepspec.config import Params
+from deepspec.stages.common import stage
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--drafter", required=True, help="a name under `drafters` of the params file")
+
+
+def main(params: Params, flags: argparse.Namespace) -> None:
+    from deepspec.training.run import train
+
+    name = flags.drafter
+    train(params, name, Path("data/target"), Path("data/drafts") / name, Path(f"reports/train/{name}.jsonl"))
+
+
+if __name__ == "__main__":
+    stage(main, add_flags)

@@ -1,0 +1,93 @@
+"""Which sequences and which anchors each step sees: a function of (seed, step) alone, so a resumed run repeats it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from deepspec.data.features import FeatureStore
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Blocks to train on.
+
+    features [b, n, layers·d], tokens [b, n], anchors [b, blocks]; and for the γ predictions of each block
+    hidden [b, blocks, γ, d], log_norm, labels (target ids) and valid, all [b, blocks, γ].
+    """
+
+    features: Tensor
+    tokens: Tensor
+    anchors: Tensor
+    hidden: Tensor
+    log_norm: Tensor
+    labels: Tensor
+    valid: Tensor
+
+
+class Batches:
+    """Batches of a feature store.
+
+    Args:
+        members: indices of the sequences that may be drawn.
+        size: sequences a step, over all processes.
+        anchors: blocks a sequence.
+        gamma: block size.
+    """
+
+    def __init__(self, store: FeatureStore, members: list[int], size: int, anchors: int, gamma: int, seed: int):
+        self.store, self.size, self.anchors, self.gamma, self.seed = store, size, anchors, gamma, seed
+        self.members = [i for i in members if any(store.sequences[i].mask[2:])]
+        self.steps_per_epoch = max(len(self.members) // size, 1)
+        self._epoch = (-1, [])
+
+    def indices(self, step: int) -> list[int]:
+        """The sequences of a step: an epoch visits each once, in batches of like length, in a seeded order."""
+        epoch, place = divmod(step, self.steps_per_epoch)
+        if self._epoch[0] != epoch:
+            self._epoch = (epoch, self._order(epoch))
+        return self._epoch[1][place]
+
+    def make(self, step: int, rank: int = 0, world: int = 1) -> Batch:
+        """The part of a step's batch that process `rank` of `world` trains on."""
+        return self.blocks(self.indices(step)[rank::world], step)
+
+    def blocks(self, indices: list[int], step: int) -> Batch:
+        """Random blocks of given sequences; a sequence's anchors depend on (seed, step, sequence) alone."""
+        features, hidden, log_norm = self.store.batch(indices)
+        sequences = [self.store.sequences[i] for i in indices]
+        n = features.shape[1]
+        tokens = torch.zeros(len(indices), n, dtype=torch.int64)
+        learnt = torch.zeros(len(indices), n + self.gamma, dtype=torch.bool)
+        anchors = torch.empty(len(indices), self.anchors, dtype=torch.int64)
+        for row, sequence in enumerate(sequences):
+            tokens[row, : len(sequence.ids)] = torch.tensor(sequence.ids)
+            learnt[row, : len(sequence.mask)] = torch.tensor(sequence.mask, dtype=torch.bool)
+            starts = learnt[row, 2:].nonzero()[:, 0] + 1  # an anchor's next token is to be learnt
+            rng = torch.Generator().manual_seed((self.seed * 1_000_003 + step) * 1_000_003 + indices[row])
+            anchors[row] = starts[torch.randint(len(starts), (self.anchors,), generator=rng)]
+        return self._gather(features, hidden, log_norm, tokens, learnt, anchors)
+
+    def _gather(self, features, hidden, log_norm, tokens, learnt, anchors) -> Batch:
+        """Targets of the blocks: prediction k of a block is of the token at anchor + k, from the pass over k − 1."""
+        n = tokens.shape[1]
+        rows = torch.arange(len(tokens))[:, None, None]
+        sources = anchors[..., None] + torch.arange(self.gamma)  # [b, blocks, γ]
+        valid = learnt[rows, sources + 1].cumprod(-1).bool()  # only while contiguous learnt tokens last
+        sources = sources.clamp(max=n - 1)
+        labels = tokens[rows, (sources + 1).clamp(max=n - 1)]
+        return Batch(features, tokens, anchors, hidden[rows, sources], log_norm[rows, sources], labels, valid)
+
+    def _order(self, epoch: int) -> list[list[int]]:
+        rng = torch.Generator().manual_seed(self.seed * 100003 + epoch)
+        shuffled = [self.members[i] for i in torch.randperm(len(self.members), generator=rng).tolist()]
+        window = self.size * 16  # sorting within windows keeps padding low and batches varied
+        batches: list[list[int]] = []
+        for start in range(0, len(shuffled), window):
+            part = sorted(shuffled[start : start + window], key=lambda i: len(self.store.sequences[i].ids))
+            batches += [part[j : j + self.size] for j in range(0, len(part), self.size)]
+        whole = [batch for batch in batches if len(batch) == min(self.size, len(self.members))]
+        order = torch.randperm(len(whole), generator=rng).tolist()
+        return [whole[i] for i in order][: self.steps_per_epoch]

@@ -1,0 +1,75 @@
+"""What is minimised: the DSpark loss of a batch of blocks, and the figures that describe it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from deepspec.config import LossParams
+from deepspec.drafters.dspark import DSparkModel
+from deepspec.training.batches import Batch
+from deepspec.training.losses import TargetLaw, confidence_loss, expected_tau, head_loss, position_weights
+
+
+class DSparkObjective(nn.Module):
+    """The drafter with its loss as one module, so that a data-parallel wrapper sees every parameter used.
+
+    0.1·CE + 0.9·‖q − p‖₁ + 1.0·BCE by default, each position weighted exp(−(k−1)/γ_w).
+    """
+
+    def __init__(self, model: DSparkModel, params: LossParams):
+        super().__init__()
+        self.model = model
+        self.params = params
+        to_draft = torch.full((model.config.vocab_size,), -1)
+        to_draft[model.draft_ids] = torch.arange(len(model.draft_ids))
+        self.register_buffer("to_draft", to_draft, persistent=False)
+        self.register_buffer(
+            "decay", position_weights(model.config.block_size, params.position_decay), persistent=False
+        )
+
+    def weights(self, batch: Batch) -> Tensor:
+        """float32 [b, blocks, γ]"""
+        return batch.valid * self.decay
+
+    def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """The weighted sum over the batch's positions (divide by the sum of `weights`), and sums to report."""
+        model = self.model
+        hidden = model(batch.features, batch.tokens, batch.anchors)  # [b, blocks, γ, d]
+        gamma = hidden.shape[2]
+        previous = (batch.anchors[..., None] + torch.arange(gamma, device=hidden.device)).flatten(1)
+        previous = batch.tokens.gather(1, previous.clamp(max=batch.tokens.shape[1] - 1)).flatten()
+        markov = model.markov_head.markov_w1(previous)  # [N, r]
+        flat = hidden.flatten(0, 2)
+        compute = batch.features.dtype if torch.is_autocast_enabled(flat.device.type) else torch.float32
+        law = TargetLaw(
+            batch.hidden.flatten(0, 2).to(compute),
+            batch.log_norm.flatten(),
+            self.to_draft[batch.labels.flatten()],
+        )
+        weights = self.weights(batch).flatten()
+        with torch.autocast(flat.device.type, enabled=False):
+            loss, alpha, terms = head_loss(
+                flat.to(compute),
+                markov.to(compute),
+                model.markov_head.markov_w2.weight.to(compute),
+                model.lm_head.weight.to(compute),
+                law,
+                weights,
+                self.params.ce,
+                self.params.tv,
+            )
+        scores = model.confidence_head.proj(torch.cat((flat, markov.to(flat.dtype)), -1))[:, 0]
+        confidence = confidence_loss(scores, alpha, weights)
+        with torch.no_grad():
+            total = (terms * weights[:, None]).sum(0)
+            tau = expected_tau(alpha.view(-1, gamma), batch.valid.flatten(0, 1)).sum()
+        sums = {
+            "ce": total[0],
+            "tv": total[1],
+            "confidence": confidence.detach(),
+            "tau": tau,
+            "blocks": tau.new_tensor(batch.anchors.numel()),
+            "positions": batch.valid.sum().float(),
+        }
+        return loss + self.params.confidence * confidence, sums

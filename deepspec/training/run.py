@@ -1,0 +1,132 @@
+"""From the distillation data to a draft directory: one training run of one drafter."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections import Counter
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+
+from deepspec.config import DSparkParams, LookupParams, Params
+from deepspec.data.features import FeatureStore, Sequence
+from deepspec.drafters.checkpoint import dspark_weights, write_drafter
+from deepspec.drafters.dspark import DSparkConfig, DSparkModel
+from deepspec.drafters.lookup import LookupDrafter
+from deepspec.errors import DeepSpecError
+from deepspec.files import digest
+from deepspec.target import Target, load_target
+from deepspec.training.batches import Batches
+from deepspec.training.objective import DSparkObjective
+from deepspec.training.trainer import Trainer, write_history
+
+WORK = Path(".deepspec")
+DATA = Path("data/distill")
+
+
+def train(params: Params, name: str, target_directory: Path, out: Path, history: Path) -> None:
+    """Train drafter `name` and write it to `out`, its metrics to `history` (JSON lines).
+
+    Raises:
+        DeepSpecError: no such drafter, no usable data, or a loss that is not finite.
+    """
+    if name not in params.drafters:
+        raise DeepSpecError(f"params.yaml has no drafter {name!r}; it has {', '.join(params.drafters)}")
+    drafter = params.drafters[name]
+    if isinstance(drafter, LookupParams):
+        target = load_target(target_directory)
+        write_drafter(out, LookupDrafter.config(drafter), {}, target, {"data_digest": None})
+        write_history(history, [])
+        return
+    accelerator = Accelerator(mixed_precision=params.train.mixed_precision)
+    target = load_target(target_directory, device=str(accelerator.device))
+    sequences, data_digest = read_sequences(DATA, params.train.max_length, params.train.supervise)
+    config = DSparkConfig.for_target(drafter, target)
+    store = FeatureStore(WORK / "features", target, sequences, config.target_layer_ids)
+    with accelerator.main_process_first():
+        store.build()
+    trainer = _trainer(params, drafter, config, target, store, data_digest, accelerator, name)
+    trainer.run()
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        model = trainer.raw.model
+        trainer.raw.load_state_dict(trainer.best_weights(), strict=False)
+        record = provenance(params, data_digest) | {"heldout_tau": trainer.best_tau, "drafter": name}
+        write_drafter(out, model.config.to_dict(), dspark_weights(model), target, record)
+        write_history(history, trainer.history)
+    accelerator.end_training()
+
+
+def read_sequences(directory: Path, max_length: int, supervise: str) -> tuple[list[Sequence], str]:
+    """The conversations of a distillation data set, cut to `max_length`, and the data's digest.
+
+    Raises:
+        DeepSpecError: no data set there, or no token to learn from.
+    """
+    from datasets import load_dataset
+
+    path = directory / "train.parquet"
+    if not path.exists():
+        raise DeepSpecError(f"{path}: no such data set; run the generate stage first")
+    rows = load_dataset("parquet", data_files=str(path), split="train", keep_in_memory=True)
+    sequences = []
+    for ids, mask in zip(rows["input_ids"], rows["loss_mask"], strict=True):
+        ids, mask = ids[:max_length], mask[:max_length]
+        sequences.append(Sequence(ids, [1] * len(ids) if supervise == "all" else mask))
+    if not any(any(sequence.mask[2:]) for sequence in sequences):
+        raise DeepSpecError(f"{path}: no token to learn from in {len(sequences)} conversations")
+    return sequences, json.loads((directory / "manifest.json").read_text())["digest"]
+
+
+def draft_vocabulary(sequences: list[Sequence], size: int, vocab_size: int) -> torch.Tensor:
+    """The `size` most frequent learnt tokens, as ascending target ids; rarer ids fill up from the lowest."""
+    counts: Counter[int] = Counter()
+    for sequence in sequences:
+        counts.update(token for token, learnt in zip(sequence.ids, sequence.mask, strict=True) if learnt)
+    ranked = sorted(range(vocab_size), key=lambda token: (-counts[token], token))
+    return torch.tensor(sorted(ranked[:size]))
+
+
+def _trainer(
+    params: Params,
+    drafter: DSparkParams,
+    config: DSparkConfig,
+    target: Target,
+    store: FeatureStore,
+    data_digest: str,
+    accelerator: Accelerator,
+    name: str,
+) -> Trainer:
+    torch.manual_seed(params.seed)
+    model = DSparkModel(config)
+    model.share(target, draft_vocabulary(store.sequences, config.draft_vocab_size, config.vocab_size))
+    members = torch.randperm(len(store.sequences), generator=torch.Generator().manual_seed(params.seed)).tolist()
+    kept_out = min(params.train.heldout, max(len(members) // 10, 1))
+    heldout, members = members[:kept_out], members[kept_out:]
+    heldout = [i for i in heldout if any(store.sequences[i].mask[2:])]
+    settings = (params.train, drafter, target.digest, data_digest, params.seed)
+    work = WORK / "train" / f"{name}-{digest(repr(settings))}"
+    batches = Batches(
+        store, members, params.train.batch_size, params.train.anchors, config.block_size, params.seed
+    )
+    if not batches.members or not heldout:
+        raise DeepSpecError(f"{len(store.sequences)} conversations are too few to train on and hold some out")
+    objective = DSparkObjective(model, params.train.loss).to(accelerator.device)
+    return Trainer(objective, batches, heldout, params.train, accelerator, work)
+
+
+def provenance(params: Params, data_digest: str) -> dict:
+    """How a draft was made, for its deepspec.json."""
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True)
+    return {
+        "data_digest": data_digest,
+        "git_commit": commit.stdout.strip() or None,
+        "packages": {name: version(name) for name in ("torch", "transformers", "accelerate", "safetensors")},
+        "seed": params.seed,
+        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "train": params.train.model_dump(),
+    }

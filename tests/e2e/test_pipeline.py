@@ -1,0 +1,152 @@
+"""The whole pipeline, as a user runs it, in a temporary clone: smoke profile, tiny random target."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.tiny import make_target
+
+pytestmark = pytest.mark.e2e
+ROOT = Path(__file__).parents[2]
+STAGES = ["target", "prompts", "generate", "validate", "train", "evaluate", "report"]
+
+
+@dataclass
+class Clone:
+    """A copy of the repository with a tiny target and the smoke profile."""
+
+    root: Path
+    first_run: list[str] = field(default_factory=list)
+
+    def run(self, *words: str, stdin: str = "") -> subprocess.CompletedProcess:
+        bin_dir = Path(sys.executable).parent
+        env = os.environ | {
+            "PATH": f"{bin_dir}{os.pathsep}{os.environ['PATH']}",
+            "PYTHONPATH": str(self.root),
+            "HF_HUB_OFFLINE": "1",
+        }
+        return subprocess.run(
+            [sys.executable, "-m", *words],
+            cwd=self.root,
+            env=env,
+            input=stdin,
+            capture_output=True,
+            text=True,
+        )
+
+    def repro(self) -> list[str]:
+        """Run `dvc repro`, which must succeed; the names of the stages that ran."""
+        done = self.run("dvc", "repro")
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+        return re.findall(r"Running stage '(.+?)'", done.stdout)
+
+    def set(self, dotted: str, value: object) -> None:
+        path = self.root / "params.yaml"
+        params = yaml.safe_load(path.read_text())
+        *parents, last = dotted.split(".")
+        section = params
+        for name in parents:
+            section = section[name]
+        section[last] = value
+        path.write_text(yaml.safe_dump(params, sort_keys=False))
+
+    def report(self, path: str) -> dict:
+        return json.loads((self.root / path).read_text())
+
+
+def make_clone(root: Path, family: str) -> Clone:
+    """The tracked files and the new ones that git would take, as a repository of their own."""
+    listed = subprocess.run(
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT,
+        capture_output=True,
+        check=True,
+    ).stdout.decode()
+    for name in filter(None, listed.split("\0")):
+        if (ROOT / name).is_file() and name != "dvc.lock" and not name.startswith("reports/"):
+            (root / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, root / name)
+    subprocess.run(["git", "init", "--quiet"], cwd=root, check=True)
+    shutil.copy(root / "params.smoke.yaml", root / "params.yaml")
+    make_target(root / "data/smoke-target", family)
+    return Clone(root)
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory: pytest.TempPathFactory) -> Clone:
+    clone = make_clone(tmp_path_factory.mktemp("clone"), "llama")
+    clone.first_run = clone.repro()
+    return clone
+
+
+def check_reports(clone: Clone, drafters: list[str]) -> None:
+    """Every drafter was measured on every task at both temperatures, and none changed a token."""
+    tasks = yaml.safe_load((clone.root / "params.yaml").read_text())["evaluate"]["tasks"]
+    for name in drafters:
+        record = clone.report(f"reports/eval/{name}.json")
+        assert set(record["tasks"]) == {f"{task}@T={t}" for task in tasks for t in (0, 1)}
+        assert all(entry["lossless"] for entry in record["tasks"].values())
+        assert all(entry["tau"] >= 1 for entry in record["tasks"].values())
+        assert clone.report("reports/metrics.json")[f"{name}.lossless"] == 1
+        assert f"| {name} | {tasks[0]} | 0 |" in (clone.root / "reports/report.md").read_text()
+
+
+def test_every_stage_runs_and_every_draft_is_lossless(clone: Clone):
+    assert [name.split("@")[0] for name in clone.first_run] == sorted(
+        [*STAGES, "train", "evaluate"], key=STAGES.index
+    )
+    check_reports(clone, ["lookup", "dspark"])
+    assert clone.report("reports/validation.json")["passed"] is True
+    assert "dspark,12," in (clone.root / "reports/plots/training.csv").read_text()
+
+
+def test_doctor_finds_nothing_to_mend_and_chat_answers_with_the_draft(clone: Clone):
+    doctor = clone.run("deepspec.cli", "doctor")
+    assert doctor.returncode == 0, doctor.stdout
+    chat = clone.run("deepspec.cli", "chat", "--max-new-tokens", "8", stdin="What is the sum?\nAnd then?\n")
+    assert chat.returncode == 0, chat.stderr
+    assert len(re.findall(r"τ \d\.\d\d.* tokens", chat.stdout)) == 2
+
+
+def test_a_second_repro_does_nothing(clone: Clone):
+    assert clone.repro() == []
+
+
+def test_an_unknown_key_stops_the_pipeline_with_one_line(clone: Clone):
+    before = (clone.root / "params.yaml").read_text()
+    clone.set("evaluate.promts_per_task", 3)
+    done = clone.run("dvc", "repro")
+    (clone.root / "params.yaml").write_text(before)
+    assert done.returncode != 0
+    lines = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+    assert lines == [
+        "error: params.yaml: unknown key 'evaluate.promts_per_task'; did you mean 'prompts_per_task'?"
+    ]
+    assert "Traceback" not in done.stderr
+
+
+def test_a_new_learning_rate_reruns_training_and_what_follows(clone: Clone):
+    clone.set("train.lr", 5.0e-4)
+    ran = clone.repro()
+    assert "train@dspark" in ran
+    assert "evaluate@dspark" in ran
+    assert ran[-1] == "report"
+    assert {name.split("@")[0] for name in ran} == {"train", "evaluate", "report"}
+
+
+@pytest.mark.parametrize("family", ["qwen3", "gemma3"])
+def test_a_target_of_another_family_works_unchanged(family: str, tmp_path: Path):
+    clone = make_clone(tmp_path, family)
+    clone.set("pipeline", ["dspark"])
+    clone.repro()
+    check_reports(clone, ["dspark"])

@@ -1,0 +1,91 @@
+"""A target for tests of the data path: a real tokenizer made on the spot, chat templates, and no model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from deepspec.decoding.request import Generation, Request, Stats
+
+SPECIAL = ["<bos>", "<eos>", "<|start|>", "<|end|>"]
+CHATML = (
+    "{% for m in messages %}<|start|>{{ m.role }}\n{{ m.content }}<|end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
+)
+LLAMA = (
+    "<bos>{% for m in messages %}<|start|>{{ m.role }}<|start|>\n\n{{ m.content | trim }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|start|>assistant<|start|>\n\n{% endif %}"
+)
+GEMMA = (
+    "<bos>{% for m in messages %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('roles must alternate') }}{% endif %}"
+    "<|start|>{{ 'model' if m.role == 'assistant' else m.role }}\n{{ m.content | trim }}<|end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|start|>model\n{% endif %}"
+)
+PLAIN = (
+    "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
+DEAF = "{% for m in messages if m.role == 'user' %}{{ m.content }}<|end|>{% endfor %}"
+TEMPLATES = {"chatml": CHATML, "llama": LLAMA, "gemma": GEMMA, "plain": PLAIN}
+
+
+class FakeTarget:
+    """What the data path needs of a target. A token is a byte; "<|end|>" or "<eos>" ends an answer."""
+
+    digest = "0123456789abcdef"
+    max_length = 4096
+
+    def __init__(self, template: str = CHATML) -> None:
+        self.tokenizer = _tokenizer(template)
+        self.vocab_size = len(self.tokenizer)
+        self.end, self.eos = self.tokenizer.convert_tokens_to_ids(["<|end|>", "<eos>"])
+        self.stop_ids = frozenset({self.end, self.eos})
+
+    def chat_ids(self, messages: list[dict], add_generation_prompt: bool = True) -> list[int]:
+        return self.tokenizer.apply_chat_template(
+            messages, add_generation_prompt=add_generation_prompt, tokenize=True, return_dict=False
+        )
+
+    def ids(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def text(self, ids: list[int]) -> str:
+        return self.tokenizer.decode(ids)
+
+
+def _tokenizer(template: str) -> PreTrainedTokenizerFast:
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: i for i, token in enumerate([*SPECIAL, *alphabet])}
+    core = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    core.add_special_tokens(SPECIAL)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core, bos_token="<bos>", eos_token="<|end|>", chat_template=template
+    )
+
+
+Answer = Callable[[Request], tuple[list[int], str]]
+
+
+def scripted_stream(answer: Answer) -> Callable[..., Iterator[Generation]]:
+    """Stands in for the engine's `stream`: up to batch_size requests in flight, the newest finishes first."""
+
+    def stream(target, drafter, next_request, batch_size) -> Iterator[Generation]:
+        active: list[Request] = []
+        while True:
+            while len(active) < batch_size and (request := next_request()) is not None:
+                active.append(request)
+            if not active:
+                return
+            request = active.pop()
+            tokens, reason = answer(request)
+            if request.on_tokens:
+                request.on_tokens(tokens, 0)
+            error = "the logits are not finite" if reason == "error" else None
+            yield Generation(request.id, request.prompt_ids, tokens, reason, Stats(), error)
+
+    return stream

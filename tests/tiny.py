@@ -1,0 +1,145 @@
+"""Tiny random targets made on the spot: a few layers of 64 dimensions with a tokenizer and a chat template.
+
+python -m tests.tiny data/smoke-target --family qwen3
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+from transformers.utils.logging import disable_progress_bar
+
+FAMILIES = {
+    "llama": (LlamaConfig, LlamaForCausalLM, {}),
+    "qwen3": (Qwen3Config, Qwen3ForCausalLM, {}),
+    # Every other layer sees a short window only, as in the real ones.
+    "gemma3": (
+        Gemma3TextConfig,
+        Gemma3ForCausalLM,
+        {"sliding_window": 48, "layer_types": ["sliding_attention", "full_attention"]},
+    ),
+}
+START, END = "<|im_start|>", "<|im_end|>"
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+TEXT = """
+What is the sum of the numbers from one to ten? The sum is fifty-five: one and ten make eleven, and there
+are five such pairs. Tom has 12 apples and gives 5 of them to his sister; how many does he have left? He
+has 7 apples left. Write a function that returns the largest of the numbers in a list, and explain how it
+works in a few sentences.
+
+    def largest(numbers: list[int]) -> int:
+        best = numbers[0]
+        for number in numbers[1:]:
+            if number > best:
+                best = number
+        return best
+
+The function starts with the first number, then looks at the rest of the list, and keeps whichever is
+larger. The user asks and the assistant answers. A train leaves the station at 9:30 and arrives at 11:15;
+how long is the trip? Please write a short story about a cat that wants to learn how to swim, and give
+some advice to a new student. There was a cat in the garden who watched the water for hours. Then one
+day, while it was raining, she thought that swimming could not be harder than walking. Return the answer
+with an explanation, and check that it is correct.
+"""
+
+
+def make_tokenizer(vocab: int = 512) -> PreTrainedTokenizerFast:
+    """Byte-level BPE: any text goes in and comes back."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab,
+        special_tokens=[AddedToken(START, special=True), AddedToken(END, special=True)],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(TEXT.split("\n"), trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token=END, pad_token=END, chat_template=CHAT_TEMPLATE
+    )
+
+
+def make_model(
+    family: str = "llama",
+    vocab: int = 512,
+    layers: int = 4,
+    hidden: int = 64,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+    end_id: int = 1,
+) -> PreTrainedModel:
+    """A model with random weights, large enough that what it writes depends on what it read."""
+    config_class, model_class, extra = FAMILIES[family]
+    if "layer_types" in extra:
+        extra = {**extra, "layer_types": (extra["layer_types"] * layers)[:layers]}
+    config = config_class(
+        vocab_size=vocab,
+        hidden_size=hidden,
+        intermediate_size=2 * hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=hidden // 4,
+        max_position_embeddings=4096,
+        tie_word_embeddings=False,
+        bos_token_id=None,
+        eos_token_id=end_id,
+        pad_token_id=end_id,
+        **extra,
+    )
+    torch.manual_seed(seed)
+    model = model_class(config).to(dtype).eval()
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if weight.dim() == 2:
+                weight.normal_(0.0, 1.0 if "embed" in name else weight.shape[1] ** -0.5)
+    model.generation_config.eos_token_id = end_id
+    return model
+
+
+def make_target(
+    path: str | Path,
+    family: str = "llama",
+    vocab: int = 512,
+    layers: int = 4,
+    hidden: int = 64,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+) -> Path:
+    """Write a target directory: model, tokenizer, template. The same arguments give the same files."""
+    tokenizer = make_tokenizer(vocab)
+    model = make_model(family, len(tokenizer), layers, hidden, seed, dtype, tokenizer.eos_token_id)
+    disable_progress_bar()
+    model.save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return Path(path)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Make a tiny random target.")
+    parser.add_argument("path")
+    parser.add_argument("--family", choices=sorted(FAMILIES), default="llama")
+    parser.add_argument("--seed", type=int, default=0)
+    flags = parser.parse_args()
+    print(make_target(flags.path, flags.family, seed=flags.seed))
+
+
+if __name__ == "__main__":
+    main()

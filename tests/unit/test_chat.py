@@ -1,0 +1,119 @@
+"""The chat shows every character once, marks what the draft wrote, and remembers the conversation."""
+
+from __future__ import annotations
+
+import io
+import re
+
+import pytest
+from rich.console import Console
+from typer.testing import CliRunner
+
+from deepspec import chat
+from deepspec.cli import app
+from deepspec.decoding.request import Generation, Stats
+from deepspec.errors import DeepSpecError
+from tests.tiny import make_tokenizer
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return make_tokenizer()
+
+
+def settings(**changes) -> chat.Settings:
+    defaults = dict.fromkeys(chat.Settings.__dataclass_fields__)
+    return chat.Settings(**{**defaults, "no_draft": False, "params": "params.yaml", **changes})
+
+
+def test_detokenizer_gives_back_the_text_whatever_the_tokens_split(tokenizer):
+    text = "Tom's τ was 2.41 — naïve 🎉 done."
+    detokenizer = chat.Detokenizer(tokenizer)
+    pieces = [detokenizer.feed(token) for token in tokenizer(text)["input_ids"]]
+    assert "".join(pieces) == text
+    assert "" in pieces  # a byte of an unfinished character showed nothing
+    assert all("\ufffd" not in piece for piece in pieces)
+
+
+def test_accepted_draft_tokens_are_coloured_and_the_targets_own_are_not(tokenizer):
+    shown = []
+    answer = chat.Answer(tokenizer, lambda piece, style: shown.append((piece, style)))
+    a, b, c = tokenizer("abc")["input_ids"]
+    answer.append([a, b, c], 2)
+    answer.append([a], 0)
+    assert shown == [("a", chat.ACCEPTED), ("b", chat.ACCEPTED), ("c", None), ("a", None)]
+    assert answer.status().startswith("τ 2.00")
+    assert answer.status().endswith("4 tokens")
+
+
+def test_in_a_terminal_the_whole_answer_is_left_on_the_screen_in_colour(tokenizer):
+    screen = io.StringIO()
+    console = Console(file=screen, force_terminal=True, width=40, height=8, color_system="standard")
+    long = " ".join(f"word{i}" for i in range(60))
+
+    def produce(answer: chat.Answer) -> None:
+        for token in tokenizer(long)["input_ids"]:
+            answer.append([token], 1)
+
+    chat._live(tokenizer, produce, console)
+    final = screen.getvalue().rsplit("\x1b[2K", 1)[-1]
+    assert "\x1b[32m" in final
+    assert re.sub(r"\x1b\[[0-9;]*m", "", final).split() == long.split()
+
+
+def test_ctrl_c_ends_the_answer_and_not_the_chat(tokenizer):
+    console = Console(file=io.StringIO(), force_terminal=True, width=40, height=8)
+
+    def produce(answer: chat.Answer) -> None:
+        answer.append(tokenizer("half")["input_ids"], 0)
+        raise KeyboardInterrupt
+
+    answer = chat._live(tokenizer, produce, console)
+    assert tokenizer.decode(answer.tokens) == "half"
+    assert "[stopped]" in console.file.getvalue()
+
+
+def test_each_turn_sees_the_earlier_ones_until_reset(tiny_target, monkeypatch, tokenizer):
+    prompts = []
+
+    def generate(target, drafter, prompt_ids, on_tokens, **options):
+        prompts.append(target.tokenizer.decode(prompt_ids))
+        tokens = target.tokenizer("fine")["input_ids"]
+        on_tokens(tokens, 0)
+        return [Generation(0, prompt_ids, tokens, "stop", Stats())]
+
+    monkeypatch.setattr(chat, "generate", generate)
+    words = ["chat", "--no-draft", "--target", str(tiny_target), "--system", "be brief"]
+    result = CliRunner().invoke(app, words, input="first\n\nsecond\n/reset\nthird\n/quit\nfourth\n")
+    assert result.exit_code == 0
+    assert result.output.count("fine\n") == 3
+    assert "first" in prompts[1]
+    assert "fine" in prompts[1]
+    assert "second" in prompts[1]
+    assert "first" not in prompts[2]
+    assert all("be brief" in prompt for prompt in prompts)
+    assert len(prompts) == 3
+
+
+def test_chat_without_a_draft_decodes_the_target_itself(tiny_target):
+    words = ["chat", "--no-draft", "--target", str(tiny_target), "--max-new-tokens", "8"]
+    result = CliRunner().invoke(app, words, input="What is the sum?\n")
+    assert result.exit_code == 0
+    assert "τ 1.00" in result.output
+    assert "8 tokens" in result.output
+
+
+def test_no_such_draft_names_those_there_are(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data/drafts/mine").mkdir(parents=True)
+    with pytest.raises(DeepSpecError, match=r"no such draft: yours \(in data/drafts: mine\)"):
+        chat.find_draft(settings(drafter="yours"))
+    assert chat.find_draft(settings(drafter="mine")).name == "mine"
+
+
+def test_a_target_that_is_not_there_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = CliRunner().invoke(app, ["chat", "--no-draft"], input="hello\n")
+    assert result.exit_code == 2
+    assert result.stderr.startswith("error: data/target: no target yet: run `dvc repro`")
+    assert result.stderr.count("\n") == 1

@@ -1,0 +1,71 @@
+"""`deepspec ...` for people: quick help, each stage under its name, one line for a mistake."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from deepspec.cli import STAGES, app
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def run(monkeypatch, tmp_path):
+    """Runs a command line in an empty directory."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["deepspec"])
+    return lambda *words, stdin=None: CliRunner().invoke(app, list(words), input=stdin)
+
+
+def test_help_lists_every_stage_and_tool(run):
+    result = run("--help")
+    assert result.exit_code == 0
+    for name in (*STAGES, "chat", "doctor"):
+        assert f" {name} " in result.output
+
+
+def test_every_stage_has_a_module_of_its_name_that_the_cli_can_run():
+    for name in STAGES:
+        assert (
+            "def main(params: Params, flags: argparse.Namespace)"
+            in (ROOT / f"deepspec/stages/{name}.py").read_text()
+        )
+
+
+def test_help_imports_nothing_heavy():
+    heavy = {"torch", "transformers", "datasets", "numpy"}
+    code = f"import sys, deepspec.cli; print({heavy} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"
+
+
+def test_a_stage_shows_its_own_flags(run):
+    result = run("evaluate", "--help")
+    assert result.exit_code == 0
+    assert "usage: deepspec evaluate" in result.output
+    assert "--drafter" in result.output
+
+
+def test_a_users_mistake_is_one_line_and_exit_status_2(run):
+    result = run("report")
+    assert result.exit_code == 2
+    assert (
+        result.stderr == "error: params.yaml: no such file; run from the repository's root or pass --params\n"
+    )
+
+
+def test_an_unknown_drafter_is_named_with_the_nearest(run):
+    result = run("evaluate", "--drafter", "dsprk", "--params", str(ROOT / "params.smoke.yaml"))
+    assert result.exit_code == 2
+    assert result.stderr == "error: unknown drafter 'dsprk'; did you mean 'dspark'?\n"
+
+
+def test_a_draft_that_is_not_trained_yet_says_how_to_get_it(run):
+    result = run("evaluate", "--drafter", "dspark", "--params", str(ROOT / "params.smoke.yaml"))
+    assert result.exit_code == 2
+    assert "data/drafts/dspark: no such draft" in result.stderr

@@ -1,0 +1,101 @@
+"""A mistake in params.yaml is named with its key before anything runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from deepspec.config import load_params
+from deepspec.errors import DeepSpecError
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def params_file(tmp_path):
+    """Writes the smoke profile with changes: `write("train.lr", 1)`; a value of None deletes the key."""
+
+    def write(dotted: str, value: object) -> Path:
+        raw = yaml.safe_load((ROOT / "params.smoke.yaml").read_text())
+        *parents, last = dotted.split(".")
+        section = raw
+        for name in parents:
+            section = section.setdefault(name, {})
+        if value is None:
+            section.pop(last)
+        else:
+            section[last] = value
+        path = tmp_path / "params.yaml"
+        path.write_text(yaml.safe_dump(raw))
+        return path
+
+    return write
+
+
+@pytest.mark.parametrize("profile", ["params.yaml", "params.smoke.yaml"])
+def test_profiles_of_the_repository_are_valid(profile):
+    params = load_params(ROOT / profile)
+    assert set(params.pipeline) <= set(params.drafters)
+
+
+@pytest.mark.parametrize(
+    ("key", "near"),
+    [
+        ("train.learning_rate", None),
+        ("train.stps", "steps"),
+        ("trian", "train"),
+        ("evaluate.decode.adaptve", "adaptive"),
+        ("drafters.dspark.markov_rnk", "markov_rank"),
+        ("drafters.lookup.min_mach", "min_match"),
+        ("generate.openai.base_url", "base_urls"),
+    ],
+)
+def test_an_unknown_key_names_itself_and_the_nearest_valid_one(params_file, key, near):
+    with pytest.raises(DeepSpecError) as error:
+        load_params(params_file(key, 1))
+    message = str(error.value)
+    assert f"unknown key '{key}'" in message
+    assert "\n" not in message
+    if near:
+        assert f"did you mean '{near}'?" in message
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "expected"),
+    [
+        ("train.lr", "fast", "train.lr: .*found 'fast'"),
+        ("train.steps", 0, "train.steps: .*found 0"),
+        ("train.lr", None, "missing key 'train.lr'"),
+        ("target.dtype", "int3", "target.dtype: .*found 'int3'"),
+        (
+            "drafters.dspark.type",
+            "dsprk",
+            "drafters.dspark.type: unknown drafter type 'dsprk'; did you mean 'dspark'",
+        ),
+        ("drafters.dspark.layers", "two", "drafters.dspark.layers: .*found 'two'"),
+        ("pipeline", ["lokup"], "'lokup'.*did you mean 'lookup'"),
+        ("prompts.mix", {"csv:x": 1}, "unknown prompt source 'csv:x'"),
+        ("prompts.mix", {"seed": -1}, "weight of prompt source 'seed' is negative"),
+        ("prompts.mix", {"seed": 0}, "no prompt source has a positive weight"),
+    ],
+)
+def test_a_wrong_value_names_its_key_and_what_was_found(params_file, key, value, expected):
+    with pytest.raises(DeepSpecError, match=expected) as error:
+        load_params(params_file(key, value))
+    assert "\n" not in str(error.value)
+
+
+def test_a_missing_a_broken_and_an_empty_file_each_give_one_line(tmp_path):
+    with pytest.raises(DeepSpecError, match="no such file"):
+        load_params(tmp_path / "absent.yaml")
+    for text, expected in (
+        ("a: [1", "not valid YAML"),
+        ("", "expected a mapping"),
+        ("- 1", "expected a mapping"),
+    ):
+        (tmp_path / "bad.yaml").write_text(text)
+        with pytest.raises(DeepSpecError, match=expected) as error:
+            load_params(tmp_path / "bad.yaml")
+        assert "\n" not in str(error.value)

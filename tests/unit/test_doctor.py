@@ -1,0 +1,86 @@
+"""The doctor finds what is broken and says what to mend."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+
+from deepspec import doctor
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def checkout(tmp_path, tiny_target):
+    """A checkout with a target and one draft of it."""
+    for name in ("params.yaml", "constraints.txt"):
+        shutil.copy(ROOT / name, tmp_path)
+    target = shutil.copytree(tiny_target, tmp_path / "data/target")
+    (target / "deepspec.json").write_text(json.dumps({"source": "tiny", "digest": "d1"}))
+    draft = tmp_path / "data/drafts/mine"
+    draft.mkdir(parents=True)
+    (draft / "deepspec.json").write_text(json.dumps({"target_digest": "d1"}))
+    return tmp_path
+
+
+def examined(root: Path) -> dict[str, doctor.Check]:
+    return {check.name: check for check in doctor.examine(root)}
+
+
+def test_a_sound_checkout_passes(checkout, capsys):
+    assert doctor.run(checkout)
+    out = capsys.readouterr().out
+    assert "data/drafts/mine" in out
+    assert "tiny, llama, digest d1" in out
+
+
+def test_a_fresh_clone_passes_with_a_note(tmp_path):
+    shutil.copy(ROOT / "params.yaml", tmp_path)
+    check = examined(tmp_path)["data/target"]
+    assert check.ok
+    assert "dvc repro" in check.mend
+
+
+def test_a_draft_of_another_target_must_be_trained_anew(checkout, capsys):
+    (checkout / "data/drafts/mine/deepspec.json").write_text(json.dumps({"target_digest": "d2"}))
+    check = examined(checkout)["data/drafts/mine"]
+    assert not check.ok
+    assert "for target d2, not d1" in check.found
+    assert check.mend == "dvc repro train@mine"
+    assert not doctor.run(checkout)
+
+
+def test_a_target_that_cannot_be_loaded_is_named(checkout):
+    (checkout / "data/target/config.json").write_text("{")
+    check = examined(checkout)["data/target"]
+    assert not check.ok
+    assert check.mend == "dvc repro --force target"
+
+
+def test_a_mistake_in_params_is_told_as_the_stages_tell_it(checkout):
+    (checkout / "params.yaml").write_text("sed: 0\n")
+    check = examined(checkout)["params.yaml"]
+    assert not check.ok
+    assert "unknown key 'sed'; did you mean 'seed'?" in check.found or "missing key" in check.found
+
+
+def test_missing_and_other_packages_are_told_apart(checkout, monkeypatch):
+    (checkout / "constraints.txt").write_text("numpy==0.0.1\n")
+    monkeypatch.setattr(doctor, "PIPELINE", ("no-such-package",))
+    checks = examined(checkout)
+    assert checks["core packages"].ok
+    assert "(tried: 0.0.1)" in checks["core packages"].found
+    assert not checks["pipeline packages"].ok
+    assert "missing: no-such-package" in checks["pipeline packages"].found
+
+
+def test_an_old_python_and_a_full_disk_must_be_mended(checkout, monkeypatch):
+    monkeypatch.setattr(doctor, "PYTHON", (sys.version_info.major, sys.version_info.minor + 1))
+    monkeypatch.setattr(doctor, "DISK_GB", 1e9)
+    checks = examined(checkout)
+    assert not checks["python"].ok
+    assert not checks["disk"].ok

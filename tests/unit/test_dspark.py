@@ -1,0 +1,134 @@
+"""DSpark against DeepSeek's own classes (tests/fixtures: tiny checkpoints and their outputs) and against itself."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from deepspec.config import DSparkParams
+from deepspec.decoding.request import Sampling
+from deepspec.drafters.checkpoint import dspark_weights, load_drafter, load_dspark, write_drafter
+from deepspec.drafters.dspark import DSparkConfig, DSparkDrafter, DSparkModel, spread_layers
+from deepspec.errors import DeepSpecError
+from deepspec.target import load_target
+from tests.tiny import make_target
+
+FIXTURES = Path(__file__).parents[1] / "fixtures"
+
+
+@pytest.fixture(scope="module")
+def expected():
+    return load_file(FIXTURES / "dspark-vanilla-tiny" / "expected.safetensors")
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory):
+    """A target of the published draft's shape; its own weights do not matter here."""
+    return load_target(make_target(tmp_path_factory.mktemp("target"), "qwen3", vocab=512, layers=6))
+
+
+@pytest.fixture(scope="module")
+def model(published):
+    return load_dspark(FIXTURES / "dspark-vanilla-tiny", published)
+
+
+def drafter_state(drafter, expected):
+    state = drafter.begin()
+    ids, features = expected["prompt_ids"][0].tolist(), expected["features"][0]
+    drafter.extend(state, ids[:13], features[:13])
+    drafter.extend(state, ids[13:], features[13:])
+    return state
+
+
+def test_a_published_checkpoint_gives_the_published_hidden_states(model, expected):
+    tokens = torch.cat([expected["prompt_ids"], expected["anchor"][None]], 1)
+    with torch.no_grad():
+        hidden = model(expected["features"], tokens, torch.tensor([[20]]))
+        assert torch.allclose(hidden[:, 0], expected["block_hidden"], atol=1e-5)
+        assert torch.allclose(model.lm_head(hidden[:, 0]), expected["base_logits"], atol=1e-5)
+
+
+def test_a_published_checkpoint_gives_the_published_confidence(model, expected):
+    previous = torch.cat([expected["anchor"], expected["draft_tokens"][0, :-1]])
+    inputs = torch.cat([expected["block_hidden"][0], model.markov_head.markov_w1(previous)], -1)
+    scores = model.confidence_head.proj(inputs)[:, 0]
+    assert torch.allclose(scores, expected["confidence_logits"][0], atol=1e-5)
+
+
+def test_inference_in_pieces_drafts_the_published_tokens(model, published, expected):
+    drafter = DSparkDrafter(model, published)
+    state = drafter_state(drafter, expected)
+    proposal = drafter.propose(state, int(expected["anchor"]), Sampling(), torch.Generator())
+    assert proposal.tokens == expected["draft_tokens"][0].tolist()
+
+
+def test_sampled_drafts_come_with_the_law_they_were_drawn_from(model, published, expected):
+    drafter = DSparkDrafter(model, published)
+    state = drafter_state(drafter, expected)
+    anchor = int(expected["anchor"])
+    proposal = drafter.propose(state, anchor, Sampling(1.0), torch.Generator().manual_seed(3))
+    hidden, previous = expected["block_hidden"][0], anchor
+    for k, token in enumerate(proposal.tokens):
+        markov = model.markov_head.markov_w1.weight[previous] @ model.markov_head.markov_w2.weight.T
+        law = (model.lm_head(hidden[k]) + markov).softmax(-1)
+        assert torch.allclose(proposal.law(k), law, atol=1e-5)
+        previous = token
+
+
+def small_drafter(target, **overrides) -> DSparkModel:
+    params = DSparkParams(**{"type": "dspark", "layers": 1, "block_size": 3, "markov_rank": 4, **overrides})
+    config = DSparkConfig.for_target(params, target)
+    model = DSparkModel(config)
+    model.share(target, torch.arange(target.vocab_size - config.draft_vocab_size, target.vocab_size))
+    return model
+
+
+def test_what_is_saved_loads_back(published, tmp_path):
+    model = small_drafter(published, draft_vocab_size=100, context_skip=True)
+    write_drafter(tmp_path / "draft", model.config.to_dict(), dspark_weights(model), published, {})
+    again = load_dspark(tmp_path / "draft", published)
+    for name, tensor in model.state_dict().items():
+        assert torch.allclose(again.state_dict()[name].float(), tensor.float(), atol=1e-2), name
+    assert torch.equal(again.draft_ids, model.draft_ids)
+
+
+@pytest.mark.parametrize("fault", ["unknown", "missing", "shape", "nan", "corrupt", "other target", "architecture"])
+def test_a_bad_draft_directory_gives_one_clear_line(fault, published, tmp_path):
+    model = small_drafter(published)
+    weights, config, record = dspark_weights(model), model.config.to_dict(), {}
+    if fault == "unknown":
+        weights["layers.7.mlp.up_proj.weight"] = torch.zeros(2, 2)
+    elif fault == "missing":
+        del weights["fc.weight"]
+    elif fault == "shape":
+        weights["fc.weight"] = torch.zeros(3, 3)
+    elif fault == "nan":
+        weights["fc.weight"][0, 0] = float("nan")
+    elif fault == "other target":
+        record = {"target_digest": "0123456789abcdef"}
+    elif fault == "architecture":
+        config["architectures"] = ["Unheard"]
+    write_drafter(tmp_path / "draft", config, weights, published, record)
+    if fault == "corrupt":
+        path = tmp_path / "draft" / "model.safetensors"
+        path.write_bytes(path.read_bytes()[:100])
+    words = {"unknown": "unknown weights", "missing": "missing weights", "shape": "expected", "nan": "not finite",
+             "corrupt": "corrupt checkpoint", "other target": "made for target", "architecture": "Unheard"}
+    with pytest.raises(DeepSpecError, match=words[fault]) as caught:
+        load_drafter(tmp_path / "draft", published)
+    assert "\n" not in str(caught.value)
+
+
+def test_feature_layers_never_include_the_last():
+    for depth in range(2, 40):
+        layers = spread_layers(depth)
+        assert layers == sorted(set(layers)) and layers[0] >= 0 and layers[-1] <= depth - 2
+    assert spread_layers(30) == [1, 8, 14, 20, 27]
+
+
+def test_saved_weights_are_safetensors_without_the_embeddings(published, tmp_path):
+    save_file(dspark_weights(small_drafter(published)), tmp_path / "x.safetensors")
+    assert "embed_tokens.weight" not in load_file(tmp_path / "x.safetensors")

@@ -1,0 +1,201 @@
+"""The engine against a plain full forward, alone and in ragged batches, with chains and trees."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from deepspec.attention import KVCache, Step
+from deepspec.decoding.engine import Engine, generate, stream
+from deepspec.decoding.request import Request, Sampling
+from deepspec.decoding.scheduler import Adaptive
+from deepspec.drafters.base import Drafter, Proposal
+from deepspec.drafters.lookup import LookupDrafter
+from deepspec.errors import DeepSpecError
+from deepspec.target import load_target
+from tests.tiny import FAMILIES, make_target
+
+PROMPTS = [[5, 9, 14, 3, 77, 20], [100, 101, 102], [7] * 70, [33, 2, 33, 2, 33, 2, 33]]
+
+
+@pytest.fixture(scope="module", params=sorted(FAMILIES))
+def target(request, tmp_path_factory):
+    return load_target(make_target(tmp_path_factory.mktemp("target"), request.param))
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    return load_target(make_target(tmp_path_factory.mktemp("llama"), "llama"))
+
+
+def greedy(target, prompt: list[int], count: int) -> list[int]:
+    """Plain greedy decoding by a full forward for every token."""
+    tokens = list(prompt)
+    for _ in range(count):
+        step = Step(torch.arange(len(tokens))[None])
+        logits = target.logits(target.forward(torch.tensor([tokens]), step))
+        tokens.append(int(logits[0, -1].argmax()))
+        if tokens[-1] in target.stop_ids:
+            break
+    return tokens[len(prompt) :]
+
+
+class Oracle(Drafter):
+    """Knows the continuation and hides it in a tree among wrong branches: every shape of acceptance comes up."""
+
+    block_size = 6
+
+    def __init__(self, answers: dict[int, list[int]], right: int):
+        self.answers, self.right = answers, right
+
+    def begin(self):
+        return []
+
+    def extend(self, state, tokens, features):
+        state += tokens
+
+    def propose(self, state, anchor, sampling, rng):
+        known = [*state, anchor]
+        answer = next(a for a in self.answers.values() if a[: len(known)] == known)
+        following = answer[len(known) : len(known) + self.right]
+        tokens, parents, spine = [], [], -1
+        for token in following:
+            tokens += [(token + 1) % 500, token]  # a wrong sibling before the right node
+            parents += [spine, spine]
+            spine = len(tokens) - 1
+        return Proposal(tokens, parents)
+
+
+def test_plain_decoding_is_the_full_forward(target):
+    for prompt, run in zip(PROMPTS, generate(target, None, PROMPTS, 24), strict=True):
+        assert run.tokens == greedy(target, prompt, 24)
+        assert run.stats.tau == 1
+
+
+@pytest.mark.parametrize("right", [0, 1, 3])
+@pytest.mark.parametrize("together", [True, False])
+def test_trees_change_no_token(target, right, together):
+    plain = generate(target, None, PROMPTS, 24)
+    drafter = Oracle({i: p + g.tokens for i, (p, g) in enumerate(zip(PROMPTS, plain, strict=True))}, right)
+    runs = generate(target, drafter, PROMPTS, 24) if together else [generate(target, drafter, p, 24)[0] for p in PROMPTS]
+    for mine, theirs in zip(runs, plain, strict=True):
+        assert mine.tokens == theirs.tokens
+        assert mine.stats.committed == len(mine.tokens)
+        assert mine.stats.tau > (1.5 if right == 3 else 0)
+
+
+def test_lookup_changes_no_token_and_pays_on_repetition(llama):
+    plain = generate(llama, None, PROMPTS, 40)
+    drafted = generate(llama, LookupDrafter(5, 2), PROMPTS, 40)
+    assert [run.tokens for run in drafted] == [run.tokens for run in plain]
+
+
+def test_refill_gives_each_request_its_own_answer(llama):
+    requests = [Request(p, 3 + 5 * i, Sampling(), i, frozenset(), i) for i, p in enumerate(PROMPTS * 3)]
+    queue = iter(requests)
+    done = {run.id: run for run in stream(llama, None, lambda: next(queue, None), batch_size=3)}
+    assert len(done) == len(requests)
+    for request in requests:
+        alone = generate(llama, None, request.prompt_ids, request.max_new_tokens)[0].tokens
+        assert done[request.id].tokens[: len(alone)] == alone
+        assert len(done[request.id].tokens) == request.max_new_tokens
+
+
+def test_a_follow_up_enqueued_while_others_run_is_served(llama):
+    waiting = [Request(PROMPTS[0], 4, id="first")]
+    seen = []
+    for run in stream(llama, None, lambda: waiting.pop() if waiting else None, batch_size=2):
+        seen.append(run.id)
+        if run.id == "first":
+            waiting.append(Request(run.prompt_ids + run.tokens, 4, id="second"))
+    assert seen == ["first", "second"]
+
+
+def test_sampling_does_not_depend_on_the_company_in_a_batch(llama):
+    alone = [generate(llama, None, p, 16, temperature=1.0, seed=4 + i)[0].tokens for i, p in enumerate(PROMPTS)]
+    together = [run.tokens for run in generate(llama, None, PROMPTS, 16, temperature=1.0, seed=4)]
+    assert alone == together
+
+
+def test_one_bad_request_leaves_the_others_alone(llama):
+    queue = iter([Request([], id="empty"), Request(PROMPTS[1], 4, id="good"), Request([10**6], id="outside")])
+    done = {run.id: run for run in stream(llama, None, lambda: next(queue, None), batch_size=2)}
+    assert done["empty"].error == "the prompt is empty"
+    assert "vocabulary" in done["outside"].error
+    assert done["good"].finish_reason in ("length", "stop")
+
+
+def test_bad_arguments_are_named(llama):
+    with pytest.raises(DeepSpecError, match="prompt is empty"):
+        generate(llama, None, [])
+    with pytest.raises(DeepSpecError, match="temperature"):
+        generate(llama, None, [1], temperature=-1)
+    with pytest.raises(DeepSpecError, match="5000 tokens"):
+        generate(llama, None, [1] * 5000)
+    with pytest.raises(DeepSpecError, match="verification rule"):
+        generate(llama, None, [1], verify="guess")
+
+
+def test_logits_that_are_not_finite_stop_the_request(llama, monkeypatch):
+    monkeypatch.setattr(llama, "logits", lambda hidden: torch.full((*hidden.shape[:2], 512), float("nan")))
+    for temperature in (0.0, 1.0):
+        with pytest.raises(DeepSpecError, match="not finite"):
+            generate(llama, None, [1, 2, 3], 4, temperature=temperature)
+
+
+def test_streamed_tokens_are_the_result(llama):
+    seen = []
+    (run,) = generate(llama, LookupDrafter(4, 1), PROMPTS[3], 20, on_tokens=lambda t, n: seen.append((t, n)))
+    assert [token for tokens, _ in seen for token in tokens] == run.tokens
+    assert all(0 <= accepted <= len(tokens) for tokens, accepted in seen)
+
+
+def test_a_stop_token_inside_an_accepted_draft_ends_the_answer(llama):
+    answer = generate(llama, None, PROMPTS[0], 12)[0].tokens
+    drafter = Oracle({0: PROMPTS[0] + answer}, 6)
+    stop = answer[3]
+    request = Request(PROMPTS[0], 12, Sampling(), 0, frozenset({stop}))
+    queue = iter([request])
+    (run,) = Engine(llama, drafter).run(lambda: next(queue, None))
+    assert run.tokens == answer[: answer.index(stop) + 1]
+    assert run.finish_reason == "stop"
+
+
+def test_features_are_the_layers_outputs(llama):
+    ids = torch.tensor([PROMPTS[0]])
+    whole = Step(torch.arange(6)[None], wanted=(-1, 1))
+    llama.forward(ids, whole)
+    assert torch.equal(whole.features[-1], llama.embeddings[ids])
+    cache = KVCache(1, 32)
+    llama.forward(ids[:, :4], Step(torch.arange(4)[None], cache=cache))
+    rest = Step(torch.arange(4, 6)[None], cache=cache, starts=[4], wanted=(1,))
+    llama.forward(ids[:, 4:], rest)
+    assert torch.allclose(rest.features[1], whole.features[1][:, 4:], atol=1e-5)
+
+
+def test_the_last_layer_is_no_feature(llama):
+    with pytest.raises(DeepSpecError, match="layer 3 cannot"):
+        llama.check_layers([3])
+
+
+def test_the_adaptive_controller_pauses_where_drafts_fail_and_resumes():
+    pace = Adaptive(plain_s=1.0, drafted_s=1.5).pace()
+    rounds = 0
+    for _ in range(60):
+        drafts = pace.drafts()
+        rounds += drafts
+        pace.observe(drafts, 1)
+    assert rounds < 15
+    while not pace.drafts():
+        pace.observe(False, 1)
+    for _ in range(8):
+        pace.observe(True, 4)
+    assert all(pace.drafts() or pace.observe(True, 4) for _ in range(3))
+
+
+def test_pausing_changes_no_token(llama):
+    plain = generate(llama, None, PROMPTS[3], 40)[0].tokens
+    controller = Adaptive(plain_s=1.0, drafted_s=1.9)
+    (run,) = generate(llama, LookupDrafter(5, 1), PROMPTS[3], 40, controller=controller)
+    assert run.tokens == plain
+    assert 0 in run.stats.drafted

@@ -1,0 +1,328 @@
+"""Every expectation has data that breaks it, and it alone."""
+
+import copy
+import json
+
+import pytest
+from datasets import Dataset, disable_progress_bars
+
+from deepspec.config import ValidateParams
+from deepspec.data import quality
+from deepspec.data.flatten import answer_runs, repetition
+from deepspec.data.overlap import Overlap
+from deepspec.data.quality import validate_data
+from deepspec.data.rows import Prompt
+from deepspec.data.shards import FEATURES
+from deepspec.data.tokens import Conversation
+from deepspec.errors import DeepSpecError
+from deepspec.files import file_digest
+from tests.fake_target import FakeTarget
+
+TARGET = FakeTarget()
+PROMPTS = [
+    Prompt(f"p{i}", "seed", (f"What is {i} plus {i + 1}?", f"And twice {i}?")[: 1 + i % 2]) for i in range(6)
+]
+CONSTANTS = {
+    "target": TARGET.digest,
+    "temperature": 0.7,
+    "top_p": 1.0,
+    "seed": 1,
+    "engine": "local",
+}
+MAX_LENGTH = 512
+BOUNDS = ValidateParams(
+    min_rows=6,
+    min_answer_tokens=3,
+    max_truncated_share=0.2,
+    max_failed_share=0.2,
+    repetition_ngram=4,
+    max_repetition=0.5,
+    max_degenerate_share=0.2,
+)
+
+
+def conversation(prompt, text="The answer is {}.", cut=False):
+    talk = Conversation(TARGET, prompt, 400, 4096)
+    while talk.prompt_ids is not None:
+        tokens = TARGET.ids(text.format(prompt.id))
+        talk.add_answer(tokens if cut else [*tokens, TARGET.end], "length" if cut else "stop")
+    return {"id": prompt.id, **talk.row(), **CONSTANTS}
+
+
+@pytest.fixture
+def rows():
+    return copy.deepcopy([conversation(prompt) for prompt in PROMPTS])
+
+
+def write(directory, rows, failures=(), features=FEATURES):
+    disable_progress_bars()
+    directory.mkdir(exist_ok=True)
+    path = directory / "train.parquet"
+    columns = {name: [row[name] for row in rows] for name in features}
+    Dataset.from_dict(columns, features=features).to_parquet(path)
+    (directory / "failures.jsonl").write_text("".join(json.dumps(failure) + "\n" for failure in failures))
+    manifest = {"rows": len(rows), "failures": len(failures), "digest": file_digest(path)}
+    (directory / "manifest.json").write_text(json.dumps(manifest))
+
+
+def validate(
+    tmp_path, rows, failures=(), prompts=PROMPTS, bounds=BOUNDS, eval_texts=("What is the sky made of?",)
+):
+    write(tmp_path / "distill", rows, failures)
+    hits = Overlap(eval_texts, 4).hits
+    return validate_data(tmp_path / "distill", prompts, bounds, MAX_LENGTH, TARGET, hits)
+
+
+def failed(validation):
+    return {check.name: [example["id"] for example in check.examples] for check in validation.failed}
+
+
+def test_good_data_passes_every_check(tmp_path, rows):
+    validation = validate(tmp_path, rows)
+    assert validation.failed == []
+    assert len(validation.checks) == 18
+    assert validation.to_dict()["passed"] is True
+    assert f"all {len(validation.checks)} checks passed" in validation.to_markdown()
+
+
+def test_a_missing_column_and_a_wrong_type(tmp_path, rows):
+    features = FEATURES.copy()
+    del features["loss_mask"]
+    features["seed"] = features["temperature"]
+    for row in rows:
+        del row["loss_mask"]
+    write(tmp_path, rows, features=features)
+    validation = validate_data(tmp_path, PROMPTS, BOUNDS, MAX_LENGTH, TARGET, lambda text: None)
+    assert failed(validation) == {"columns": ["loss_mask", "seed"]}
+    assert "missing" in validation.failed[0].examples[0]["found"]
+
+
+def test_another_parquet_file_than_the_manifest_says(tmp_path, rows):
+    write(tmp_path, rows)
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest | {"digest": "0" * 64}))
+    validation = validate_data(tmp_path, PROMPTS, BOUNDS, MAX_LENGTH, TARGET, lambda text: None)
+    assert failed(validation) == {"manifest": ["digest"]}
+
+
+def test_too_few_rows(tmp_path, rows):
+    validation = validate(tmp_path, rows[:5], prompts=PROMPTS[:5])
+    assert failed(validation) == {"row_count": []}
+    assert validation.failed[0].observed == "5"
+
+
+def test_no_rows_at_all(tmp_path):
+    assert set(failed(validate(tmp_path, []))) == {"row_count", "no_lost_prompts"}
+
+
+def test_a_missing_value(tmp_path, rows):
+    rows[2]["source"] = None
+    rows[3]["engine"] = ""
+    validation = validate(tmp_path, rows)
+    assert failed(validation) == {"no_missing_values": ["p2", "p3"]}
+    assert validation.failed[0].examples[0]["found"] == "source"
+
+
+def test_a_missing_list(tmp_path, rows):
+    rows[2]["messages"] = None
+    assert failed(validate(tmp_path, rows))["no_missing_values"] == ["p2"]
+
+
+def test_a_conversation_that_is_there_twice(tmp_path, rows):
+    assert failed(validate(tmp_path, [*rows, rows[4]])) == {
+        "unique_ids": ["p4", "p4"],
+        "unique_prompts": ["p4", "p4"],
+    }
+
+
+def test_two_prompts_that_ask_the_same(tmp_path, rows):
+    same = Prompt("p6", "seed", ("what is  2 plus 3",))
+    validation = validate(tmp_path, [*rows, conversation(same)], prompts=[*PROMPTS, same])
+    assert failed(validation) == {"unique_prompts": ["p2", "p6"]}
+
+
+def test_prompts_that_differ_in_a_later_turn_are_not_the_same(tmp_path, rows):
+    """Even if both answers were cut short before that turn was asked."""
+    pair = [Prompt(id, "seed", ("Can you help me?", then)) for id, then in (("a", "Sing."), ("b", "Dance."))]
+    more = [conversation(prompt, cut=True) for prompt in pair]
+    bounds = BOUNDS.model_copy(update={"max_truncated_share": 0.3})
+    assert not validate(tmp_path, [*rows, *more], prompts=[*PROMPTS, *pair], bounds=bounds).failed
+
+
+def test_a_last_turn_without_an_answer(tmp_path, rows):
+    rows[1]["messages"] = rows[1]["messages"][:3]
+    assert failed(validate(tmp_path, rows)) == {
+        "last_role": ["p1"],
+        "alternating_roles": ["p1"],
+        "loss_mask": ["p1"],
+    }
+
+
+def test_roles_out_of_turn(tmp_path, rows):
+    rows[0]["messages"].insert(0, {"role": "system", "content": "Be brief."})
+    assert failed(validate(tmp_path, rows)) == {"alternating_roles": ["p0"]}
+
+
+def test_a_conversation_that_is_too_long(tmp_path, rows):
+    rows[3] = conversation(PROMPTS[3], "".join(map(str, range(200))))
+    assert failed(validate(tmp_path, rows)) == {"length": ["p3"]}
+
+
+def test_an_answer_that_is_too_short(tmp_path, rows):
+    rows[2] = conversation(PROMPTS[2], "a")
+    assert failed(validate(tmp_path, rows)) == {"answer_length": ["p2"]}
+
+
+def test_answers_that_loop(tmp_path, rows):
+    loop = "again and again " * 8
+    rows[2] = conversation(PROMPTS[2], loop)
+    assert not validate(tmp_path, rows).failed, "one row in six is within the bound"
+    rows[4] = conversation(PROMPTS[4], loop)
+    validation = validate(tmp_path, rows)
+    assert failed(validation) == {"degenerate_repetition": ["p2", "p4"]}
+    assert validation.failed[0].observed == "2 of 6 break it"
+
+
+def test_answers_that_were_cut_short(tmp_path, rows):
+    rows[2] = conversation(PROMPTS[2], cut=True)
+    assert not validate(tmp_path, rows).failed
+    rows[4] = conversation(PROMPTS[4], cut=True)
+    validation = validate(tmp_path, rows)
+    assert failed(validation) == {"truncated_share": ["p2", "p4"]}
+    assert validation.failed[0].observed == "0.3333"
+
+
+def shifted(mask, by):
+    return mask[by:] + [0] * by if by > 0 else [0] * -by + mask[:by]
+
+
+def first_stop(row):
+    return row["loss_mask"].index(1) + row["input_ids"][row["loss_mask"].index(1) :].index(TARGET.end)
+
+
+MASK_FAULTS = {
+    "one token early": (lambda row: row.update(loss_mask=shifted(row["loss_mask"], 1)), "stop token"),
+    "too early a start": (
+        lambda row: row["loss_mask"].__setitem__(row["loss_mask"].index(1) - 1, 1),
+        "does not start where the template opens",
+    ),
+    "too late a start": (
+        lambda row: row["loss_mask"].__setitem__(row["loss_mask"].index(1), 0),
+        "does not start where the template opens",
+    ),
+    "no stop token": (lambda row: row["loss_mask"].__setitem__(first_stop(row), 0), "stop token"),
+    "an answer left out": (
+        lambda row: row.update(loss_mask=[m * (i > first_stop(row)) for i, m in enumerate(row["loss_mask"])]),
+        "1 masked runs, 2 answers",
+    ),
+    "everything": (lambda row: row.update(loss_mask=[1] * len(row["loss_mask"])), "1 masked runs, 2 answers"),
+    "another length": (lambda row: row["loss_mask"].pop(), "mask values"),
+    "other values": (lambda row: row["loss_mask"].__setitem__(-1, 2), "other than 0 and 1"),
+    "another text": (lambda row: row["messages"][1].update(content="Else."), "do not spell the answer"),
+    "an impossible token": (lambda row: row["input_ids"].__setitem__(0, 10**6), "outside the vocabulary"),
+    "a stop token at a cut": (
+        lambda row: row["finish_reasons"].__setitem__(0, "length"),
+        "cut short has a stop",
+    ),
+    "an unknown reason": (lambda row: row["finish_reasons"].__setitem__(0, "error"), "finish reason 'error'"),
+}
+
+
+@pytest.mark.parametrize("fault", MASK_FAULTS)
+def test_a_loss_mask_that_does_not_cover_exactly_the_answers(tmp_path, rows, fault):
+    change, message = MASK_FAULTS[fault]
+    change(rows[3])
+    validation = validate(tmp_path, rows)
+    assert failed(validation) == {"loss_mask": ["p3"]}
+    assert message in validation.failed[0].examples[0]["found"]
+
+
+def test_answers_of_another_target(tmp_path, rows):
+    rows[5]["target"] = "fedcba9876543210"
+    assert failed(validate(tmp_path, rows)) == {"target": ["p5"]}
+
+
+def test_answers_to_other_prompts(tmp_path, rows):
+    rows[0]["id"] = "unknown"
+    rows[2]["messages"][0]["content"] = "Something else?"
+    validation = validate(tmp_path, rows)
+    assert failed(validation) == {"prompts": ["unknown", "p2"], "no_lost_prompts": ["p0"]}
+
+
+def test_a_prompt_of_the_evaluation(tmp_path, rows):
+    validation = validate(tmp_path, rows, eval_texts=("Tell me: AND TWICE 70?!", "and", "twice"))
+    assert "no_evaluation_prompts" not in failed(validation), "two words are no overlap"
+    validation = validate(tmp_path, rows, eval_texts=("Dear friend, what is 4 plus 5, please",))
+    assert failed(validation)["no_evaluation_prompts"]
+    assert "what is # plus" in validation.failed[0].examples[0]["found"]
+
+
+def test_prompts_that_were_lost(tmp_path, rows):
+    assert failed(validate(tmp_path, rows[:5], bounds=BOUNDS.model_copy(update={"min_rows": 1}))) == {
+        "no_lost_prompts": ["p5"]
+    }
+
+
+def test_too_many_failures(tmp_path, rows):
+    bounds = BOUNDS.model_copy(update={"min_rows": 1})
+    failures = [{"id": "p4", "reason": "the logits are not finite"}, {"id": "p5", "reason": "status 503"}]
+    assert not validate(tmp_path, rows[:5], failures[1:], bounds=bounds).failed
+    validation = validate(tmp_path, rows[:4], failures, bounds=bounds)
+    assert failed(validation) == {"failed_share": ["p4", "p5"]}
+    assert validation.failed[0].examples[1] == {"id": "p5", "found": "status 503"}
+
+
+def test_the_summary_is_one_line_that_names_checks_and_rows(tmp_path, rows):
+    rows[3]["loss_mask"][-1] = 2
+    rows[5]["target"] = "fedcba9876543210"
+    summary = validate(tmp_path, rows).summary()
+    assert "\n" not in summary
+    assert "loss_mask (1 of 6 break it, allowed: exactly; e.g. p3)" in summary
+    assert "target (1 of 6 break it, allowed: 0123456789abcdef; e.g. p5)" in summary
+
+
+def test_the_reports_carry_the_failure(tmp_path, rows):
+    rows[3]["messages"][1]["content"] = "a | b"
+    validation = validate(tmp_path, rows)
+    report = json.loads(json.dumps(validation.to_dict()))
+    assert report["passed"] is False
+    (check,) = [check for check in report["checks"] if not check["passed"]]
+    assert check["name"] == "loss_mask" and check["examples"][0]["id"] == "p3"
+    table = [line for line in validation.to_markdown().splitlines() if line.startswith("| ")]
+    assert len(table) == len(report["checks"]) + 1
+    assert {line.count("|") for line in table} == {7}
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("train.parquet", None, "train.parquet: no such file; run the generate stage"),
+        ("train.parquet", "PAR1 but not really PAR1", "train.parquet: not a readable parquet file"),
+        ("manifest.json", None, "manifest.json: no such file"),
+        ("manifest.json", "{", "manifest.json: not valid JSON"),
+        ("failures.jsonl", None, "failures.jsonl: no such file"),
+        ("failures.jsonl", "{}\n{", "failures.jsonl: not valid JSON"),
+    ],
+)
+def test_files_that_cannot_be_read_are_one_clear_line(tmp_path, rows, name, content, message):
+    write(tmp_path, rows)
+    (tmp_path / name).unlink()
+    if content:
+        (tmp_path / name).write_text(content)
+    with pytest.raises(DeepSpecError, match=message):
+        validate_data(tmp_path, PROMPTS, BOUNDS, MAX_LENGTH, TARGET, lambda text: None)
+
+
+def test_nothing_is_sent():
+    assert quality.os.environ["GX_ANALYTICS_ENABLED"] == "false"
+
+
+def test_repetition_is_the_share_of_repeated_ngrams():
+    assert repetition([1, 2, 3, 4, 5], 2) == 0
+    assert repetition([1, 2] * 4, 2) == pytest.approx(5 / 7)
+    assert repetition([1], 2) == 0
+
+
+def test_answer_runs_are_the_masked_stretches():
+    assert answer_runs([5, 6, 7, 8, 9], [0, 1, 1, 0, 1]) == [(1, [6, 7]), (4, [9])]
+    assert answer_runs([], []) == []
