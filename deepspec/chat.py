@@ -18,7 +18,7 @@ from rich.text import Text
 
 from deepspec.config import load_params
 from deepspec.decoding import generate
-from deepspec.drafters import load_drafter
+from deepspec.drafters.checkpoint import load_drafter
 from deepspec.errors import DeepSpecError
 from deepspec.target import Target, load_target
 

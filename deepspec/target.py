@@ -23,6 +23,7 @@ from deepspec.embedded import PREFIX, write_embedded
 from deepspec.errors import DeepSpecError
 from deepspec.files import replacing
 from deepspec.fused import PackedLinear, fuse
+from deepspec.memory import reuse_freed_memory
 
 RECORD = "deepspec.json"
 _FOUR_DIMENSIONAL = torch.zeros(1, 1, 1, 1)  # transformers leaves a 4-D mask alone, and ours comes with the Step
@@ -64,6 +65,7 @@ def load_target(source: str | Path, dtype: str | None = None, device: str | None
     Raises:
         DeepSpecError: nothing loadable there, no tokenizer, no chat template, or an unsupported attention.
     """
+    reuse_freed_memory()
     source = str(source)
     if source.startswith(PREFIX):
         cached = Path.home() / ".cache" / "deepspec" / source.replace(":", "-")

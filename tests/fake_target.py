@@ -28,8 +28,12 @@ PLAIN = (
     "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
     "{% if add_generation_prompt %}assistant: {% endif %}"
 )
+INST = (
+    "{% for m in messages %}{% if m.role == 'user' %}<bos>[INST] {{ m.content }} [/INST]"
+    "{% else %} {{ m.content }} <|end|>{% endif %}{% endfor %}"
+)
 DEAF = "{% for m in messages if m.role == 'user' %}{{ m.content }}<|end|>{% endfor %}"
-TEMPLATES = {"chatml": CHATML, "llama": LLAMA, "gemma": GEMMA, "plain": PLAIN}
+TEMPLATES = {"chatml": CHATML, "llama": LLAMA, "gemma": GEMMA, "plain": PLAIN, "inst": INST}
 
 
 class FakeTarget:

@@ -3,7 +3,8 @@
 The API returns text, so an answer's ids are those of its text under the target's own tokenizer, and the stop
 token is appended where the server says that the answer ended by itself. These can differ from the ids that
 were sampled (a model can spell a word in several ways); an answer whose ids do not decode to the same text is
-recorded as a failure. The local engine has neither flaw.
+recorded as a failure. What the request does not say, a server may take from the model's generation_config
+(vLLM does, unless started with `--generation-config vllm`). The local engine has none of these flaws.
 """
 
 from __future__ import annotations
@@ -126,7 +127,7 @@ class _Run:
             response = error = None
             try:
                 response = await client.post(endpoint, json=body)
-            except httpx.TransportError as raised:
+            except httpx.RequestError as raised:
                 error = raised
             if response is not None and not _worth_retrying(response):
                 return _parsed(response, endpoint)
@@ -141,7 +142,7 @@ class _Run:
         """The answer's token ids and finish reason."""
         try:
             choice = reply["choices"][0]
-            message, finish_reason = choice["message"], choice["finish_reason"]
+            message, finish_reason = dict(choice["message"]), choice["finish_reason"]
         except (KeyError, IndexError, TypeError):
             raise UnusableError("the server's reply is not a chat completion") from None
         text = message.get("content")

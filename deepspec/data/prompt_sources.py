@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import random
+import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -119,7 +120,7 @@ def _lines(path: Path) -> Iterator[bytes]:
             yield from file
     except FileNotFoundError:
         raise DeepSpecError(f"{path}: no such prompt file") from None
-    except (IsADirectoryError, PermissionError, EOFError, gzip.BadGzipFile) as error:
+    except (IsADirectoryError, PermissionError, EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise DeepSpecError(f"{path}: cannot be read: {_reason(error)}") from None
 
 

@@ -142,7 +142,7 @@ class Engine:
         began = time.perf_counter()
         self.cache.reserve(len(slot.tokens) + slot.limit + self._widest())
         row = len(self.slots)
-        for start in range(0, slot.cached, PREFILL):
+        for start in range(self._shared_prefix(slot, row), slot.cached, PREFILL):
             ids = torch.tensor([slot.tokens[start : min(start + PREFILL, slot.cached)]], device=self.target.device)
             positions = torch.arange(start, start + ids.shape[1], device=ids.device)[None]
             step = Step(positions, None, self.cache, row, [start], self.layers)
@@ -151,6 +151,20 @@ class Engine:
                 self.drafter.extend(slot.state, ids[0].tolist(), self._features(step)[0] if self.layers else None)
         self.slots.append(slot)
         slot.stats.prefill_s = time.perf_counter() - began
+
+    def _shared_prefix(self, slot: Slot, row: int) -> int:
+        """Copy the cache of the longest prompt beginning shared with a request in flight; returns its length.
+
+        Templates and system prompts repeat. A drafter that reads features needs every token's pass, so not then.
+        """
+        if self.layers or not self.slots:
+            return 0
+        lengths = [_common(slot.tokens, other.tokens, min(slot.cached, other.cached)) for other in self.slots]
+        source = max(range(len(lengths)), key=lengths.__getitem__)
+        self.cache.move(source, row, lengths[source])
+        if self.drafter:
+            self.drafter.extend(slot.state, slot.tokens[: lengths[source]], None)
+        return lengths[source]
 
     def _widest(self) -> int:
         return 1 + self.drafter.block_size if self.drafter else 1
@@ -316,6 +330,11 @@ def generate(
         if generation.error:
             raise DeepSpecError(f"prompt {generation.id}: {generation.error}" if many else generation.error)
     return done
+
+
+def _common(one: list[int], other: list[int], most: int) -> int:
+    """Length of the common beginning, at most `most`."""
+    return next((i for i in range(most) if one[i] != other[i]), most)
 
 
 def _tree_mask(proposals: list[Proposal], starts: list[int], n: int) -> Tensor:

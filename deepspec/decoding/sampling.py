@@ -20,7 +20,7 @@ def probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
 
     Cuts are applied in the order top-k, top-p, min-p, each on the renormalised rest; the result sums to 1.
     """
-    scaled = logits.float() / sampling.temperature
+    scaled = logits.to(torch.float32, copy=True).div_(sampling.temperature)
     if sampling.top_k and sampling.top_k < scaled.shape[-1]:
         kept = scaled.topk(sampling.top_k, -1).values[..., -1:]
         scaled = scaled.masked_fill(scaled < kept, float("-inf"))

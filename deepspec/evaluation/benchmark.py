@@ -2,7 +2,7 @@
 
 What makes the numbers honest. Both runs of a turn see the same context (in a conversation the earlier
 answers are the plain run's), the same seed and the same machine one right after the other, and which of
-them goes first alternates by prompt. Seconds are wall-clock time of the whole call less the plain run's
+them goes first alternates by prompt. Seconds are wall-clock time of the whole call less the target's
 prefill, the work that both share: drafting, verification, Python and what the draft itself makes of the
 prompt are all in. Token identity is checked apart, in float32 (`identity.py`), and a drafter that fails it
 gets no speed-up (`record.py`).
@@ -14,15 +14,17 @@ from __future__ import annotations
 
 import json
 import time
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from deepspec.config import EvaluateParams
 from deepspec.data.progress import Progress
 from deepspec.decoding import generate
+from deepspec.decoding.cost import measure as measure_costs
 from deepspec.decoding.request import Generation
-from deepspec.drafters import load_drafter
+from deepspec.decoding.scheduler import Adaptive
+from deepspec.drafters.base import Drafter
+from deepspec.drafters.checkpoint import load_drafter
 from deepspec.evaluation.device import describe_device
 from deepspec.evaluation.identity import check_identity
 from deepspec.evaluation.native import native_tokens_per_second
@@ -69,6 +71,68 @@ def evaluate(
     return record
 
 
+@dataclass(frozen=True)
+class Bench:
+    """A target and a draft, ready to decode prompts in pairs."""
+
+    target: Target
+    drafter: Drafter
+    controller: Adaptive | None
+    params: EvaluateParams
+    seed: int
+
+    def prompt(self, turns: list[str], temperature: float, index: int) -> PromptResult:
+        """One conversation, turn by turn; the drafted run goes first where `index` is odd."""
+        result = PromptResult()
+        messages: list[dict[str, str]] = []
+        outputs: list[list[int]] = []
+        for turn, text in enumerate(turns):
+            messages.append({"role": "user", "content": text})
+            prompt_ids = self.target.chat_ids(messages)
+            generate(self.target, self.drafter, prompt_ids, max_new_tokens=1)  # kernels for this length
+            seed = self.seed + 1000 * index + turn
+            order = (False, True) if index % 2 == 0 else (True, False)
+            runs = {with_draft: self.run(with_draft, prompt_ids, temperature, seed) for with_draft in order}
+            (plain, plain_s), (drafted, drafted_s) = runs[False], runs[True]
+            result.add(plain, plain_s, drafted, drafted_s)
+            outputs.append(drafted.tokens)
+            answer = self.target.tokenizer.decode(plain.tokens, skip_special_tokens=True)
+            messages.append({"role": "assistant", "content": answer})
+        result.output_hash = digest(json.dumps(outputs))
+        return result
+
+    def run(
+        self, with_draft: bool, prompt_ids: list[int], temperature: float, seed: int
+    ) -> tuple[Generation, float]:
+        """A generation and its wall-clock seconds, less the target's prefill."""
+        start = time.perf_counter()
+        (generation,) = generate(
+            self.target,
+            self.drafter if with_draft else None,
+            prompt_ids,
+            max_new_tokens=self.params.max_new_tokens,
+            temperature=temperature,
+            seed=seed,
+            controller=self.controller if with_draft else None,
+        )
+        return generation, time.perf_counter() - start - generation.stats.prefill_s
+
+
+def _open_bench(
+    target: Target, drafter_dir: str | Path, tasks: list[Task], params: EvaluateParams, seed: int
+) -> Bench:
+    """A bench whose kernels, caches, compiled shapes and cost figures are made before the clock starts."""
+    drafter = load_drafter(drafter_dir, target, params.decode)
+    controller = measure_costs(target, drafter) if params.decode.adaptive else None
+    bench = Bench(target, drafter, controller, params, seed)
+    longest = max((prompt[0] for task in tasks for prompt in task.prompts), key=len)
+    prompt_ids = target.chat_ids([{"role": "user", "content": longest}])
+    for temperature in params.temperatures:
+        for with_draft in (False, True):
+            bench.run(with_draft, prompt_ids, temperature, seed)
+    return bench
+
+
 def _measure(
     target: Target,
     drafter_dir: str | Path,
@@ -78,91 +142,35 @@ def _measure(
     log: WorkLog,
 ) -> dict[tuple[str, float], list[PromptResult]]:
     """All prompts of all tasks at all temperatures; finished ones come from the log."""
-    drafter = load_drafter(drafter_dir, target, params.decode)
     pieces = [
         (task, temperature, i)
         for temperature in params.temperatures
         for task in tasks
         for i in range(len(task.prompts))
     ]
-    finished = sum(log.get(_key(*piece)) is not None for piece in pieces)
-    if finished < len(pieces):
-        _warm_up(target, drafter, tasks, params)
+    missing = [piece for piece in pieces if log.get(_key(*piece)) is None]
+    if missing:
+        bench = _open_bench(target, drafter_dir, tasks, params, seed)
+    with Progress("measuring", len(pieces), len(pieces) - len(missing)) as progress:
+        for task, temperature, i in missing:
+            result = bench.prompt(task.prompts[i], temperature, i)
+            log.add(_key(task, temperature, i), asdict(result))
+            progress.tokens(result.plain_tokens + result.drafted_tokens)
+            progress.advance()
     results: dict[tuple[str, float], list[PromptResult]] = {}
-    with Progress("measuring", len(pieces), finished) as progress:
-        for task, temperature, i in pieces:
-            stored = log.get(_key(task, temperature, i))
-            if stored is None:
-                result = _prompt(
-                    target, drafter, task.prompts[i], temperature, params.max_new_tokens, i, seed
-                )
-                log.add(_key(task, temperature, i), asdict(result))
-                progress.tokens(result.plain_tokens + result.drafted_tokens)
-                progress.advance()
-            else:
-                result = PromptResult(**stored)
-            results.setdefault((task.name, temperature), []).append(result)
+    for task, temperature, i in pieces:
+        row = PromptResult(**log.get(_key(task, temperature, i)))
+        results.setdefault((task.name, temperature), []).append(row)
     return results
-
-
-def _prompt(
-    target: Target,
-    drafter: Any,
-    turns: list[str],
-    temperature: float,
-    max_new_tokens: int,
-    index: int,
-    seed: int,
-) -> PromptResult:
-    """One conversation, turn by turn; the drafted run goes first where `index` is odd."""
-    result = PromptResult()
-    messages: list[dict[str, str]] = []
-    outputs: list[list[int]] = []
-    for turn, text in enumerate(turns):
-        messages.append({"role": "user", "content": text})
-        prompt_ids = target.chat_ids(messages)
-        generate(target, None, prompt_ids, max_new_tokens=1)  # kernels for a prompt of this length
-        options = {"max_new_tokens": max_new_tokens, "temperature": temperature}
-        runs: dict[Any, tuple[Generation, float]] = {}
-        for one in (None, drafter) if index % 2 == 0 else (drafter, None):
-            runs[one] = _timed(target, one, prompt_ids, seed=seed + 1000 * index + turn, **options)
-        (plain, plain_s), (drafted, drafted_s) = runs[None], runs[drafter]
-        prefill_s = plain.stats.prefill_s
-        result.add(plain, plain_s - prefill_s, drafted, drafted_s - prefill_s)
-        outputs.append(drafted.tokens)
-        answer = target.tokenizer.decode(plain.tokens, skip_special_tokens=True)
-        messages.append({"role": "assistant", "content": answer})
-    result.output_hash = digest(json.dumps(outputs))
-    return result
-
-
-def _timed(target: Target, drafter: Any, prompt_ids: list[int], **options: Any) -> tuple[Generation, float]:
-    """A generation and its wall-clock seconds."""
-    start = time.perf_counter()
-    generation = generate(target, drafter, prompt_ids, **options)[0]
-    return generation, time.perf_counter() - start
-
-
-def _warm_up(target: Target, drafter: Any, tasks: list[Task], params: EvaluateParams) -> None:
-    """Kernels, caches and compiled shapes are made before the clock starts: a full run of each kind."""
-    longest = max((prompt[0] for task in tasks for prompt in task.prompts), key=len)
-    prompt_ids = target.chat_ids([{"role": "user", "content": longest}])
-    for temperature in params.temperatures:
-        for one in (None, drafter):
-            generate(
-                target, one, prompt_ids, max_new_tokens=params.max_new_tokens, temperature=temperature, seed=0
-            )
 
 
 def _native(target: Target, target_dir: str | Path, tasks: list[Task], log: WorkLog) -> dict[str, float]:
     """Tokens/s of `transformers.generate` by task: the best plain decoding that needs none of our engine."""
-    key = "native"
-    if log.get(key) is None:
-        ids = {
-            task.name: target.chat_ids([{"role": "user", "content": task.prompts[0][0]}]) for task in tasks
-        }
-        log.add(key, native_tokens_per_second(target_dir, target.dtype, target.device, ids))
-    return log.get(key)
+    if log.get("native") is None:
+        first = {task.name: [{"role": "user", "content": task.prompts[0][0]}] for task in tasks}
+        ids = {name: target.chat_ids(messages) for name, messages in first.items()}
+        log.add("native", native_tokens_per_second(target_dir, target.dtype, target.device, ids))
+    return log.get("native")
 
 
 def _identities(
@@ -174,13 +182,12 @@ def _identities(
     device: str | None,
     log: WorkLog,
 ) -> dict[str, Identity]:
+    """The float32 check of each task. It always drafts: a controller would only leave rounds unchecked."""
     missing = [task for task in tasks if log.get(f"identity {task.name}") is None]
     if missing:
         target = load_target(target_dir, dtype="float32", device=device)
         drafter = load_drafter(drafter_dir, target, params.decode)
-        with Progress(
-            "checking token identity in float32", len(tasks), len(tasks) - len(missing)
-        ) as progress:
+        with Progress("token identity in float32", len(tasks), len(tasks) - len(missing)) as progress:
             for task in missing:
                 prompts = [prompt[0] for prompt in task.prompts[: params.lossless_prompts]]
                 ids = [target.chat_ids([{"role": "user", "content": prompt}]) for prompt in prompts]

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 from deepspec.config import EvaluateParams
+from deepspec.decoding import generate as decode
 from deepspec.decoding.request import Generation, Stats
+from deepspec.drafters.lookup import LookupDrafter
 from deepspec.evaluation import benchmark, identity
 from deepspec.evaluation.task import Task
+from deepspec.target import load_target
 
-DRAFT = object()
+DRAFT, COSTS = object(), object()
 PREFILL_S, PLAIN_S, DRAFT_S, VERIFY_S, HOST_S = 1.0, 1 / 8, 1 / 32, 7 / 64, 1 / 64  # exact in binary
 ACCEPTED, PROPOSED = [2, 0, 3, 1], [3, 3, 3, 3]  # 4 rounds commit 10 tokens
 TASKS = {
@@ -33,11 +37,12 @@ class Engine:
         ] = {}  # what the drafted run writes in place of the right token, by position
         self.die_after: int | None = None
 
-    def generate(self, target, drafter, prompt_ids, max_new_tokens, temperature=0.0, seed=0):
+    def generate(self, target, drafter, prompt_ids, max_new_tokens, temperature=0.0, seed=0, controller=None):
         if prompt_ids and isinstance(prompt_ids[0], list):
             return [self.generate(target, drafter, ids, max_new_tokens)[0] for ids in prompt_ids]
         if max_new_tokens > 1:
             self.calls.append((drafter is DRAFT, prompt_ids, temperature, seed))
+            assert controller is None or (controller, drafter) == (COSTS, DRAFT)
             if self.die_after is not None and len(self.calls) > self.die_after:
                 raise KeyboardInterrupt
         tokens = [(sum(prompt_ids) + i) % 50 for i in range(min(10, max_new_tokens))]
@@ -73,6 +78,7 @@ def engine(monkeypatch: pytest.MonkeyPatch) -> Engine:
     monkeypatch.setattr(benchmark.time, "perf_counter", lambda: engine.now)
     monkeypatch.setattr(benchmark, "load_target", fake_target)
     monkeypatch.setattr(benchmark, "load_drafter", lambda path, target, decode: DRAFT)
+    monkeypatch.setattr(benchmark, "measure_costs", lambda target, drafter: COSTS)
     monkeypatch.setattr(benchmark, "native_tokens_per_second", lambda *a: dict.fromkeys(TASKS, 8.0))
     monkeypatch.setattr(
         benchmark,
@@ -156,12 +162,23 @@ def test_the_drafts_own_prefill_is_charged_to_it_and_the_shared_one_to_neither(
         generations = plain_generate(target, drafter, *args, **options)
         if drafter is DRAFT:
             engine.now += 5 / 8
-            generations[0].stats.prefill_s += 5 / 8
+            generations[0].stats.draft_s += 5 / 8
         return generations
 
     monkeypatch.setattr(benchmark, "generate", slow_to_begin)
     entry = measure(draft_dir)["tasks"]["sums@T=0"]
     assert entry["speedup"] == pytest.approx(1.0)
+
+
+def test_the_engine_counts_the_drafts_reading_of_the_prompt_as_drafting(tiny_target):
+    class SlowReader(LookupDrafter):
+        def extend(self, state, tokens, features):
+            time.sleep(0.1)
+            super().extend(state, tokens, features)
+
+    target = load_target(tiny_target)
+    (slow,) = decode(target, SlowReader(block_size=4, min_match=2), [5] * 20, max_new_tokens=1)
+    assert slow.stats.draft_s >= 0.1
 
 
 def test_a_killed_evaluation_goes_on_and_ends_with_the_same_record(engine, draft_dir):

@@ -36,6 +36,9 @@ class FakeServer(ThreadingHTTPServer):
         self.now = self.most = 0
         self.lock = threading.Lock()
 
+    def handle_error(self, request, client_address):
+        """A client that hung up is no news."""
+
     @property
     def url(self):
         return f"http://127.0.0.1:{self.server_address[1]}"
@@ -228,6 +231,7 @@ def test_a_request_that_keeps_failing_fails_its_row_alone(tmp_path, serve):
         (completion("x" * 5000, "length"), "more than 512"),
         (completion("", "length"), "no such last token"),
         ({"error": "none"}, "not a chat completion"),
+        ({"choices": [{"message": None, "finish_reason": "stop"}]}, "not a chat completion"),
         ((200, {}, "<html>"), "not JSON"),
         ((400, {}, "context\ntoo long"), r"refused the request \(status 400\): context too long"),
     ],

@@ -2,6 +2,7 @@
 
 import copy
 import json
+from types import SimpleNamespace
 
 import pytest
 from datasets import Dataset, disable_progress_bars
@@ -16,6 +17,8 @@ from deepspec.data.shards import FEATURES
 from deepspec.data.tokens import Conversation
 from deepspec.errors import DeepSpecError
 from deepspec.files import file_digest
+from deepspec.stages import validate as stage
+from deepspec.stages.common import guarded
 from tests.fake_target import FakeTarget
 
 TARGET = FakeTarget()
@@ -56,7 +59,7 @@ def rows():
 
 def write(directory, rows, failures=(), features=FEATURES):
     disable_progress_bars()
-    directory.mkdir(exist_ok=True)
+    directory.mkdir(parents=True, exist_ok=True)
     path = directory / "train.parquet"
     columns = {name: [row[name] for row in rows] for name in features}
     Dataset.from_dict(columns, features=features).to_parquet(path)
@@ -311,6 +314,26 @@ def test_files_that_cannot_be_read_are_one_clear_line(tmp_path, rows, name, cont
         (tmp_path / name).write_text(content)
     with pytest.raises(DeepSpecError, match=message):
         validate_data(tmp_path, PROMPTS, BOUNDS, MAX_LENGTH, TARGET, lambda text: None)
+
+
+def test_the_stage_writes_its_reports_before_it_fails(tmp_path, rows, monkeypatch, capsys):
+    rows[3]["target"] = "fedcba9876543210"
+    write(tmp_path / "data/distill", rows)
+    (tmp_path / "data/prompts").mkdir()
+    lines = [json.dumps({"id": p.id, "source": p.source, "turns": p.turns}) + "\n" for p in PROMPTS]
+    (tmp_path / "data/prompts/train.jsonl").write_text("".join(lines))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("deepspec.target.load_target", lambda path: TARGET)
+    params = SimpleNamespace(
+        validate_=BOUNDS,
+        prompts=SimpleNamespace(overlap_ngram=8),
+        generate=SimpleNamespace(max_length=MAX_LENGTH),
+        evaluate=SimpleNamespace(tasks=["word_problems"]),
+    )
+    assert guarded(lambda: stage.main(params, None)) == 2
+    assert "target (1 of 6 break it" in capsys.readouterr().err
+    assert json.loads((tmp_path / "reports/validation.json").read_text())["passed"] is False
+    assert "| FAILED | target |" in (tmp_path / "reports/validation.md").read_text()
 
 
 def test_nothing_is_sent():

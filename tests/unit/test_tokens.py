@@ -12,7 +12,7 @@ from deepspec.data.tokens import (
     generation_prompt,
 )
 from deepspec.errors import DeepSpecError
-from tests.fake_target import CHATML, DEAF, PLAIN, TEMPLATES, FakeTarget
+from tests.fake_target import CHATML, DEAF, INST, PLAIN, TEMPLATES, FakeTarget
 
 TURNS = ("How are you?", "And your cat?", "Bye.")
 USER = {"role": "user", "content": "Hello"}
@@ -63,7 +63,8 @@ def test_every_answer_follows_the_generation_prompt(target):
         i for i in range(1, len(conversation.loss_mask)) if conversation.loss_mask[i - 1 : i + 1] == [0, 1]
     ]
     assert len(starts) == 2
-    assert opening and all(conversation.input_ids[i - len(opening) : i] == opening for i in starts)
+    assert bool(opening) == (target.tokenizer.chat_template != INST)
+    assert all(conversation.input_ids[i - len(opening) : i] == opening for i in starts)
 
 
 def test_ids_are_kept_as_generated_even_if_text_would_tokenise_otherwise():
@@ -82,6 +83,11 @@ def test_the_template_s_own_end_of_turn_is_not_repeated_after_another_stop_token
     text = target.text(conversation.prompt_ids)
     assert "Fine.<eos>\n<|start|>user\nAnd your cat?<|end|>\n<|start|>assistant\n" in text
     assert "Fine.<eos><|end|>" not in text
+
+
+def test_blanks_before_the_template_s_end_of_turn_go_with_it():
+    target = FakeTarget(INST)
+    assert target.text(between_turns(target, [USER], USER)) == "<bos>[INST] Hello [/INST]"
 
 
 def test_a_template_without_end_of_turn_loses_nothing():
