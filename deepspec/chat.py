@@ -85,7 +85,7 @@ class Answer:
         self.rounds += 1
         for i, token in enumerate(tokens):
             self.tokens.append(token)
-            if piece := self._detokenizer.feed(token):
+            if piece := _harmless(self._detokenizer.feed(token)):
                 self.write(piece, ACCEPTED if i < accepted else None)
 
     def status(self) -> str:
@@ -95,6 +95,11 @@ class Answer:
         seconds = self.ended - self.started
         speed = f" · {(len(self.tokens) - self.first) / seconds:.1f} tokens/s" if seconds > 0 else ""
         return f"τ {len(self.tokens) / self.rounds:.2f}{speed} · {len(self.tokens)} tokens"
+
+
+def _harmless(text: str) -> str:
+    """Without control characters: what a model writes must not steer the terminal."""
+    return "".join(character for character in text if character.isprintable() or character in "\n\t")
 
 
 def run(settings: Settings) -> None:

@@ -34,6 +34,7 @@ class Clone:
             "PATH": f"{bin_dir}{os.pathsep}{os.environ['PATH']}",
             "PYTHONPATH": str(self.root),
             "HF_HUB_OFFLINE": "1",
+            "OMP_NUM_THREADS": "1",  # all that a tiny model can use
         }
         return subprocess.run(
             [sys.executable, "-m", *words],

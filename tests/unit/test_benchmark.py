@@ -8,12 +8,15 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from deepspec.config import EvaluateParams
 from deepspec.decoding import generate as decode
 from deepspec.decoding.request import Generation, Stats
 from deepspec.drafters.lookup import LookupDrafter
 from deepspec.evaluation import benchmark, identity
+from deepspec.evaluation.device import describe_device
+from deepspec.evaluation.native import native_tokens_per_second
 from deepspec.evaluation.task import Task
 from deepspec.target import load_target
 
@@ -244,3 +247,15 @@ def test_an_output_that_stops_early_is_no_tie(engine, monkeypatch):
     monkeypatch.setattr(identity, "generate", cut)
     found = identity.check_identity(fake_target(""), DRAFT, "nowhere", [[1, 2, 3]], 10)
     assert (found.lossless, found.ties) == (False, 0)
+
+
+def test_the_native_baseline_decodes_every_prompt_without_a_word_of_its_own(tiny_target, capfd):
+    rates = native_tokens_per_second(tiny_target, "float32", "cpu", {"a": [5, 6, 7], "b": [8, 9]})
+    assert set(rates) == {"a", "b"}
+    assert all(rate > 0 for rate in rates.values())
+    assert "warn" not in capfd.readouterr().err.lower()
+
+
+def test_the_device_is_described_in_one_line():
+    assert describe_device("cpu").endswith(f"torch {torch.__version__}")
+    assert "\n" not in describe_device("cpu")

@@ -46,6 +46,13 @@ def test_accepted_draft_tokens_are_coloured_and_the_targets_own_are_not(tokenize
     assert answer.status().endswith("4 tokens")
 
 
+def test_control_characters_do_not_reach_the_terminal(tokenizer):
+    shown = []
+    answer = chat.Answer(tokenizer, lambda piece, _: shown.append(piece))
+    answer.append(tokenizer("a\x1b[2Jb\tc\n")["input_ids"], 0)
+    assert "".join(shown) == "a[2Jb\tc\n"
+
+
 def test_in_a_terminal_the_whole_answer_is_left_on_the_screen_in_colour(tokenizer):
     screen = io.StringIO()
     console = Console(file=screen, force_terminal=True, width=40, height=8, color_system="standard")
