@@ -1,8 +1,8 @@
 """DeepSpec: train, verify and measure speculative-decoding drafts of your own language model.
 
-    target = load_target("data/target")
-    drafter = load_drafter("data/drafts/dspark", target)
-    out = generate(target, drafter, prompt_ids, max_new_tokens=256, temperature=1.0, seed=0)
+target = load_target("data/target")
+drafter = load_drafter("data/drafts/dspark", target)
+out = generate(target, drafter, prompt_ids, max_new_tokens=256, temperature=1.0, seed=0)
 """
 
 from typing import Any

@@ -171,7 +171,9 @@ def attend(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scale: f
 def _attention(module, query, key, value, attention_mask, scaling=None, step: Step | None = None, **extra):
     """The function transformers calls; see `AttentionInterface`."""
     if step is None:
-        raise DeepSpecError("a target loaded by DeepSpec is run through Target.forward, not through its own forward")
+        raise DeepSpecError(
+            "a target loaded by DeepSpec is run through Target.forward, not through its own forward"
+        )
     if extra.get("s_aux") is not None:
         raise DeepSpecError("targets with attention sinks are not supported")
     keys, values = step.store(module.layer_idx, key, value)

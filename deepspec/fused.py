@@ -35,7 +35,9 @@ class PackedLinear(nn.Module):
         self.packed = can_pack(weight)
         self.out_features, self.in_features = weight.shape
         weight = weight.detach()
-        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), 1) if self.packed else weight
+        self.weight = (
+            torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), 1) if self.packed else weight
+        )
         self.bias = None if bias is None else bias.detach()
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
@@ -78,7 +80,9 @@ class FusedLayer(nn.Module):
             (_norm(attention.q_norm), _norm(attention.k_norm)) if hasattr(attention, "q_norm") else None
         )
 
-    def forward(self, hidden_states: Tensor, position_embeddings=None, step: Step | None = None, **_) -> Tensor:
+    def forward(
+        self, hidden_states: Tensor, position_embeddings=None, step: Step | None = None, **_
+    ) -> Tensor:
         x = hidden_states
         batch, n, _ = x.shape
         qkv = self.qkv(self.norms[0](x)).view(batch, n, -1, self.head_dim)

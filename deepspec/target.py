@@ -26,7 +26,9 @@ from deepspec.fused import PackedLinear, fuse
 from deepspec.memory import reuse_freed_memory
 
 RECORD = "deepspec.json"
-_FOUR_DIMENSIONAL = torch.zeros(1, 1, 1, 1)  # transformers leaves a 4-D mask alone, and ours comes with the Step
+_FOUR_DIMENSIONAL = torch.zeros(
+    1, 1, 1, 1
+)  # transformers leaves a 4-D mask alone, and ours comes with the Step
 
 
 def resolve_target(source: str, revision: str | None, dtype: str, directory: str | Path) -> None:
@@ -94,7 +96,11 @@ class Target:
         self.hidden_size: int = self.config.hidden_size
         self.num_layers: int = self.config.num_hidden_layers
         self.max_length: int = getattr(self.config, "max_position_embeddings", 1 << 20)
-        self.digest = _digest(Path(source)) if Path(source).is_dir() else hashlib.sha256(source.encode()).hexdigest()[:16]
+        self.digest = (
+            _digest(Path(source))
+            if Path(source).is_dir()
+            else hashlib.sha256(source.encode()).hexdigest()[:16]
+        )
         self.embeddings: Tensor = model.get_input_embeddings().weight.detach()  # [vocab, d]
         self.head_weight: Tensor = model.get_output_embeddings().weight.detach()  # [vocab, d]
         self._embed = model.get_input_embeddings()
@@ -219,7 +225,9 @@ def _check_directory(source: str) -> None:
     if not (path / "config.json").exists():
         raise DeepSpecError(f"{source}: not a target directory: config.json is missing")
     if not any((path / name).exists() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
-        raise DeepSpecError(f"{source}: the target has no tokenizer (tokenizer.json); add the one it was trained with")
+        raise DeepSpecError(
+            f"{source}: the target has no tokenizer (tokenizer.json); add the one it was trained with"
+        )
 
 
 def _from_pretrained(cls: Any, source: str, **options: Any) -> Any:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -18,20 +17,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 
 from deepspec.attention import Step
+from deepspec.data.sequences import Sequence
 from deepspec.errors import DeepSpecError
 from deepspec.files import digest, write_json
 from deepspec.target import Target
 
 BATCH_TOKENS = 2048
 _FILES = ("features", "hidden", "log_norm")
-
-
-@dataclass(frozen=True)
-class Sequence:
-    """A conversation's tokens and, for each, whether it is to be learnt."""
-
-    ids: list[int]
-    mask: list[int]
 
 
 class FeatureStore:
@@ -50,7 +42,11 @@ class FeatureStore:
         key = digest(f"{target.digest} {target.dtype} {layers} {digest(content)}")
         self.directory = Path(root) / key
         self.target, self.sequences, self.layers = target, sequences, layers
-        self.widths = {"features": len(layers) * target.hidden_size, "hidden": target.hidden_size, "log_norm": 2}
+        self.widths = {
+            "features": len(layers) * target.hidden_size,
+            "hidden": target.hidden_size,
+            "log_norm": 2,
+        }
         self._maps: dict[str, Tensor] = {}
 
     def build(self) -> None:

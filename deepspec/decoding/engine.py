@@ -29,7 +29,9 @@ _NOTHING = Proposal()
 class Slot:
     """One request in flight. `tokens` are all committed ids; the cache holds all but the last, the anchor."""
 
-    def __init__(self, request: Request, target: Target, drafter: Drafter | None, controller: Adaptive | None):
+    def __init__(
+        self, request: Request, target: Target, drafter: Drafter | None, controller: Adaptive | None
+    ):
         self.request = request
         self.tokens = list(request.prompt_ids)
         self.stop_ids = target.stop_ids if request.stop_ids is None else request.stop_ids
@@ -75,7 +77,9 @@ class Slot:
 
     def result(self) -> Generation:
         reason = "error" if self.error else self.finish_reason
-        return Generation(self.request.id, self.request.prompt_ids, self.new_tokens, reason, self.stats, self.error)
+        return Generation(
+            self.request.id, self.request.prompt_ids, self.new_tokens, reason, self.stats, self.error
+        )
 
 
 class Engine:
@@ -143,14 +147,20 @@ class Engine:
         self.cache.reserve(len(slot.tokens) + slot.limit + self._widest())
         row = len(self.slots)
         for start in range(self._shared_prefix(slot, row), slot.cached, PREFILL):
-            ids = torch.tensor([slot.tokens[start : min(start + PREFILL, slot.cached)]], device=self.target.device)
+            ids = torch.tensor(
+                [slot.tokens[start : min(start + PREFILL, slot.cached)]], device=self.target.device
+            )
             positions = torch.arange(start, start + ids.shape[1], device=ids.device)[None]
             step = Step(positions, None, self.cache, row, [start], self.layers)
             self.target.forward(ids, step)
             if self.drafter:
-                self.drafter.extend(slot.state, ids[0].tolist(), self._features(step)[0] if self.layers else None)
+                absorbing = time.perf_counter()
+                self.drafter.extend(
+                    slot.state, ids[0].tolist(), self._features(step)[0] if self.layers else None
+                )
+                slot.stats.draft_s += time.perf_counter() - absorbing
         self.slots.append(slot)
-        slot.stats.prefill_s = time.perf_counter() - began
+        slot.stats.prefill_s = time.perf_counter() - began - slot.stats.draft_s
 
     def _shared_prefix(self, slot: Slot, row: int) -> int:
         """Copy the cache of the longest prompt beginning shared with a request in flight; returns its length.
@@ -199,7 +209,9 @@ class Engine:
         for slot, proposal in zip(self.slots, proposals, strict=True):
             padding = n - 1 - len(proposal.tokens)
             ids.append([slot.tokens[-1], *proposal.tokens] + [0] * padding)
-            positions.append([slot.cached + depth for depth in (0, *proposal.depths)] + [slot.cached] * padding)
+            positions.append(
+                [slot.cached + depth for depth in (0, *proposal.depths)] + [slot.cached] * padding
+            )
         device = self.target.device
         starts = [slot.cached for slot in self.slots]
         visible = None if all(p.is_chain for p in proposals) else _tree_mask(proposals, starts, n).to(device)
@@ -213,9 +225,7 @@ class Engine:
         samplings = [slot.request.sampling for slot in self.slots]
         if all(sampling.temperature == 0 for sampling in samplings):
             best = logits.argmax(-1).tolist()
-            outcomes = [
-                walk(p, lambda node, row=row: best[row][node + 1]) for row, p in enumerate(proposals)
-            ]
+            outcomes = [walk(p, lambda node, row=row: best[row][node + 1]) for row, p in enumerate(proposals)]
         elif not any(p.tokens for p in proposals) and len(set(samplings)) == 1:
             tokens = sample(logits[:, 0], samplings[0], lambda row: self.slots[row].uniform())
             outcomes = [([], token) for token in tokens]
@@ -322,7 +332,10 @@ def generate(
     prompts = prompt_ids if many else [prompt_ids]
     sampling = Sampling(temperature, top_k, top_p, min_p)
     requests = iter(
-        [Request(ids, max_new_tokens, sampling, seed + i, None, i, on_tokens) for i, ids in enumerate(prompts)]
+        [
+            Request(ids, max_new_tokens, sampling, seed + i, None, i, on_tokens)
+            for i, ids in enumerate(prompts)
+        ]
     )
     engine = Engine(target, drafter, min(len(prompts), 64), verify, controller)
     done = sorted(engine.run(lambda: next(requests, None)), key=lambda generation: generation.id)

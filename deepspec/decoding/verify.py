@@ -69,7 +69,9 @@ def block(proposal: Proposal, law: Law, uniform: Uniform, pick: Pick) -> tuple[l
         if i < gamma:
             token = proposal.tokens[i]
             chance = min(1.0, chance * float(p[token]) / float(proposal.law(i)[token]))
-    if float(rest.sum()) <= 0:  # p equals q here and the block was certain to go on: only rounding comes this way
+    if (
+        float(rest.sum()) <= 0
+    ):  # p equals q here and the block was certain to go on: only rounding comes this way
         rest = law(best - 1)
     return list(range(best)), pick(rest)
 

@@ -46,7 +46,10 @@ class Proposal:
 
     def children(self) -> dict[tuple[int, int], int]:
         """(parent, token) → node."""
-        return {(parent, token): i for i, (parent, token) in enumerate(zip(self.parents, self.tokens, strict=True))}
+        return {
+            (parent, token): i
+            for i, (parent, token) in enumerate(zip(self.parents, self.tokens, strict=True))
+        }
 
     def law(self, node: int) -> Tensor:
         """The probabilities [vocab] from which node's token was drawn."""

@@ -48,10 +48,14 @@ def check_target(directory: Path, config: dict, target: Target) -> None:
         ("num_target_layers", target.num_layers),
     ):
         if key in config and config[key] != found:
-            raise DeepSpecError(f"{directory}: {key} is {config[key]}, but the target {target.source} has {found}")
+            raise DeepSpecError(
+                f"{directory}: {key} is {config[key]}, but the target {target.source} has {found}"
+            )
 
 
-def write_drafter(directory: Path, config: dict, weights: dict[str, Tensor], target: Target, record: dict) -> None:
+def write_drafter(
+    directory: Path, config: dict, weights: dict[str, Tensor], target: Target, record: dict
+) -> None:
     """Write a draft directory in one rename. `record` becomes deepspec.json beside the target's identity."""
     identity = {"target": target.source, "target_digest": target.digest}
     with replacing(directory) as scratch:

@@ -40,7 +40,9 @@ class LookupFirst(Drafter):
         self.lookup.extend(state.lookup, tokens, None)
         self.trained.extend(state.trained, tokens, features)
 
-    def propose(self, state: CombinedState, anchor: int, sampling: Sampling, rng: torch.Generator) -> Proposal:
+    def propose(
+        self, state: CombinedState, anchor: int, sampling: Sampling, rng: torch.Generator
+    ) -> Proposal:
         tokens, length = self.lookup.match(state.lookup, anchor)
         if length >= self.min_match:
             return Proposal.chain(tokens)

@@ -54,7 +54,9 @@ class DSparkConfig:
     def read(cls, config: dict) -> DSparkConfig:
         """From a `config.json`, ours or a published one."""
         if config.get("markov_head_type", "vanilla") != "vanilla" and config.get("markov_rank"):
-            raise DeepSpecError(f"markov_head_type {config['markov_head_type']!r} is not supported; use vanilla")
+            raise DeepSpecError(
+                f"markov_head_type {config['markov_head_type']!r} is not supported; use vanilla"
+            )
         rope = config.get("rope_parameters") or {}
         known = {name: config[name] for name in cls.__dataclass_fields__ if name in config}
         known["rope_theta"] = config.get("rope_theta") or rope.get("rope_theta", 10000.0)
@@ -146,7 +148,9 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, context: Tensor, rope: tuple, context_rope: tuple, mask: Tensor) -> Tensor:
         """x [b, m, d] attends to context [b, n, d] and itself under mask [b, 1, m, n + m] (additive)."""
-        queries = rotate(self.q_norm(self.q_proj(x).unflatten(-1, (-1, self.head_dim))), *rope).transpose(1, 2)
+        queries = rotate(self.q_norm(self.q_proj(x).unflatten(-1, (-1, self.head_dim))), *rope).transpose(
+            1, 2
+        )
         context_keys, context_values = self.keys_values(context, context_rope)
         keys, values = self.keys_values(x, rope)
         keys, values = torch.cat((context_keys, keys), 2), torch.cat((context_values, values), 2)
@@ -229,7 +233,9 @@ class DSparkModel(nn.Module):
         """Take embeddings and head from the target. draft_ids int64 [draft_vocab], ascending target ids."""
         self.draft_ids.copy_(draft_ids)
         self.embed_tokens.weight.data = target.embeddings.to(torch.float32).clone()
-        self.lm_head.weight.data = target.head_weight[draft_ids.to(target.head_weight.device)].to(torch.float32)
+        self.lm_head.weight.data = target.head_weight[draft_ids.to(target.head_weight.device)].to(
+            torch.float32
+        )
 
     def context(self, features: Tensor) -> Tensor:
         """Concatenated target features [..., n·d] → H_ctx [..., d]."""
@@ -285,7 +291,9 @@ def block_mask(anchors: Tensor, context: int, gamma: int) -> Tensor:
     own = torch.eye(blocks, dtype=torch.bool, device=anchors.device).expand(batch, -1, -1)
     own = own.repeat_interleave(gamma, 2)  # [batch, blocks, blocks·γ]
     visible = torch.cat((before, own), -1).repeat_interleave(gamma, 1)[:, None]
-    return torch.zeros(visible.shape, device=anchors.device).masked_fill_(~visible, torch.finfo(torch.float32).min / 2)
+    return torch.zeros(visible.shape, device=anchors.device).masked_fill_(
+        ~visible, torch.finfo(torch.float32).min / 2
+    )
 
 
 class DSparkState:
@@ -318,7 +326,13 @@ class DSparkDrafter(Drafter):
         self._fc, self._hidden_norm = PackedLinear(model.fc.weight), model.hidden_norm
         self._skip = model.skip if model.context_skip is not None else None
         self._kv = PackedLinear(
-            torch.cat([w for layer in model.layers for w in (layer.self_attn.k_proj.weight, layer.self_attn.v_proj.weight)])
+            torch.cat(
+                [
+                    w
+                    for layer in model.layers
+                    for w in (layer.self_attn.k_proj.weight, layer.self_attn.v_proj.weight)
+                ]
+            )
         )
         self._blocks = [_PackedLayer(layer, self.config) for layer in model.layers]
         self._norm, self._head = model.norm, PackedLinear(model.lm_head.weight)
@@ -353,7 +367,9 @@ class DSparkDrafter(Drafter):
         m = features.shape[1]
         context = self._hidden_norm(self._fc(features))
         kv = self._kv(context).view(1, m, len(self._blocks), 2, -1, self.config.head_dim)
-        rope = self._rope_of(torch.arange(state.length, state.length + m, device=self.device)[None], self.dtype)
+        rope = self._rope_of(
+            torch.arange(state.length, state.length + m, device=self.device)[None], self.dtype
+        )
         self._reserve(state, state.length + m + self.block_size)
         for i, (block, (keys, values)) in enumerate(zip(self._blocks, state.cache, strict=True)):
             rotated = rotate(block.k_norm(kv[:, :, i, 0]), *rope)
@@ -376,7 +392,9 @@ class DSparkDrafter(Drafter):
 
     def _block(self, state: DSparkState, anchor: int) -> Tensor:
         """[1, γ, d] after the final norm, for the block that starts at the anchor."""
-        ids = torch.tensor([[anchor] + [self.config.mask_token_id] * (self.block_size - 1)], device=self.device)
+        ids = torch.tensor(
+            [[anchor] + [self.config.mask_token_id] * (self.block_size - 1)], device=self.device
+        )
         x = F.embedding(ids, self._embed)
         if self._skip is not None:
             x = x + self._skip(state.newest)

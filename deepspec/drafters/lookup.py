@@ -38,7 +38,11 @@ class LookupDrafter(Drafter):
 
     @classmethod
     def config(cls, params: LookupParams) -> dict:
-        return {"architectures": ["DeepSpecLookup"], "block_size": params.block_size, "min_match": params.min_match}
+        return {
+            "architectures": ["DeepSpecLookup"],
+            "block_size": params.block_size,
+            "min_match": params.min_match,
+        }
 
     def begin(self) -> LookupState:
         return LookupState()
@@ -62,9 +66,7 @@ class LookupDrafter(Drafter):
         if after is None:
             return [], 0
         length, size = self.min_match, len(tokens)
-        while (
-            length < _TRUSTED and after > length and tokens[after - length - 1] == tokens[size - length]
-        ):
+        while length < _TRUSTED and after > length and tokens[after - length - 1] == tokens[size - length]:
             length += 1
         return self._continuation([*tokens[after:], anchor]), length
 

@@ -31,15 +31,17 @@ class Batches:
     """Batches of a feature store.
 
     Args:
-        members: indices of the sequences that may be drawn.
+        members: indices of the sequences that may be drawn; others can still be had from `blocks`.
         size: sequences a step, over all processes.
         anchors: blocks a sequence.
         gamma: block size.
     """
 
-    def __init__(self, store: FeatureStore, members: list[int], size: int, anchors: int, gamma: int, seed: int):
+    def __init__(
+        self, store: FeatureStore, members: list[int], size: int, anchors: int, gamma: int, seed: int
+    ):
         self.store, self.size, self.anchors, self.gamma, self.seed = store, size, anchors, gamma, seed
-        self.members = [i for i in members if any(store.sequences[i].mask[2:])]
+        self.members = [i for i in members if any(store.sequences[i].learnt[2:])]
         self.steps_per_epoch = max(len(self.members) // size, 1)
         self._epoch = (-1, [])
 
@@ -54,7 +56,7 @@ class Batches:
         """The part of a step's batch that process `rank` of `world` trains on."""
         return self.blocks(self.indices(step)[rank::world], step)
 
-    def blocks(self, indices: list[int], step: int) -> Batch:
+    def blocks(self, indices: list[int], step: int, answers_only: bool = False) -> Batch:
         """Random blocks of given sequences; a sequence's anchors depend on (seed, step, sequence) alone."""
         features, hidden, log_norm = self.store.batch(indices)
         sequences = [self.store.sequences[i] for i in indices]
@@ -64,7 +66,8 @@ class Batches:
         anchors = torch.empty(len(indices), self.anchors, dtype=torch.int64)
         for row, sequence in enumerate(sequences):
             tokens[row, : len(sequence.ids)] = torch.tensor(sequence.ids)
-            learnt[row, : len(sequence.mask)] = torch.tensor(sequence.mask, dtype=torch.bool)
+            mask = sequence.answer if answers_only else sequence.learnt
+            learnt[row, : len(mask)] = torch.tensor(mask, dtype=torch.bool)
             starts = learnt[row, 2:].nonzero()[:, 0] + 1  # an anchor's next token is to be learnt
             rng = torch.Generator().manual_seed((self.seed * 1_000_003 + step) * 1_000_003 + indices[row])
             anchors[row] = starts[torch.randint(len(starts), (self.anchors,), generator=rng)]

@@ -35,20 +35,21 @@ class DSparkObjective(nn.Module):
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """The weighted sum over the batch's positions (divide by the sum of `weights`), and sums to report."""
         model = self.model
-        hidden = model(batch.features, batch.tokens, batch.anchors)  # [b, blocks, γ, d]
+        device = batch.features.device.type
+        compute = batch.features.dtype if torch.is_autocast_enabled(device) else torch.float32
+        hidden = model(batch.features.to(compute), batch.tokens, batch.anchors)  # [b, blocks, γ, d]
         gamma = hidden.shape[2]
         previous = (batch.anchors[..., None] + torch.arange(gamma, device=hidden.device)).flatten(1)
         previous = batch.tokens.gather(1, previous.clamp(max=batch.tokens.shape[1] - 1)).flatten()
         markov = model.markov_head.markov_w1(previous)  # [N, r]
         flat = hidden.flatten(0, 2)
-        compute = batch.features.dtype if torch.is_autocast_enabled(flat.device.type) else torch.float32
         law = TargetLaw(
             batch.hidden.flatten(0, 2).to(compute),
             batch.log_norm.flatten(),
             self.to_draft[batch.labels.flatten()],
         )
         weights = self.weights(batch).flatten()
-        with torch.autocast(flat.device.type, enabled=False):
+        with torch.autocast(device, enabled=False):
             loss, alpha, terms = head_loss(
                 flat.to(compute),
                 markov.to(compute),

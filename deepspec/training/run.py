@@ -13,7 +13,8 @@ import torch
 from accelerate import Accelerator
 
 from deepspec.config import DSparkParams, LookupParams, Params
-from deepspec.data.features import FeatureStore, Sequence
+from deepspec.data.features import FeatureStore
+from deepspec.data.sequences import Sequence, read_sequences
 from deepspec.drafters.checkpoint import dspark_weights, write_drafter
 from deepspec.drafters.dspark import DSparkConfig, DSparkModel
 from deepspec.drafters.lookup import LookupDrafter
@@ -40,7 +41,7 @@ def train(params: Params, name: str, target_directory: Path, out: Path, history:
     if isinstance(drafter, LookupParams):
         target = load_target(target_directory)
         write_drafter(out, LookupDrafter.config(drafter), {}, target, {"data_digest": None})
-        write_history(history, [])
+        write_history(history, [{"step": 0}])
         return
     accelerator = Accelerator(mixed_precision=params.train.mixed_precision)
     target = load_target(target_directory, device=str(accelerator.device))
@@ -61,32 +62,11 @@ def train(params: Params, name: str, target_directory: Path, out: Path, history:
     accelerator.end_training()
 
 
-def read_sequences(directory: Path, max_length: int, supervise: str) -> tuple[list[Sequence], str]:
-    """The conversations of a distillation data set, cut to `max_length`, and the data's digest.
-
-    Raises:
-        DeepSpecError: no data set there, or no token to learn from.
-    """
-    from datasets import load_dataset
-
-    path = directory / "train.parquet"
-    if not path.exists():
-        raise DeepSpecError(f"{path}: no such data set; run the generate stage first")
-    rows = load_dataset("parquet", data_files=str(path), split="train", keep_in_memory=True)
-    sequences = []
-    for ids, mask in zip(rows["input_ids"], rows["loss_mask"], strict=True):
-        ids, mask = ids[:max_length], mask[:max_length]
-        sequences.append(Sequence(ids, [1] * len(ids) if supervise == "all" else mask))
-    if not any(any(sequence.mask[2:]) for sequence in sequences):
-        raise DeepSpecError(f"{path}: no token to learn from in {len(sequences)} conversations")
-    return sequences, json.loads((directory / "manifest.json").read_text())["digest"]
-
-
 def draft_vocabulary(sequences: list[Sequence], size: int, vocab_size: int) -> torch.Tensor:
     """The `size` most frequent learnt tokens, as ascending target ids; rarer ids fill up from the lowest."""
     counts: Counter[int] = Counter()
     for sequence in sequences:
-        counts.update(token for token, learnt in zip(sequence.ids, sequence.mask, strict=True) if learnt)
+        counts.update(token for token, learnt in zip(sequence.ids, sequence.learnt, strict=True) if learnt)
     ranked = sorted(range(vocab_size), key=lambda token: (-counts[token], token))
     return torch.tensor(sorted(ranked[:size]))
 
@@ -104,10 +84,12 @@ def _trainer(
     torch.manual_seed(params.seed)
     model = DSparkModel(config)
     model.share(target, draft_vocabulary(store.sequences, config.draft_vocab_size, config.vocab_size))
-    members = torch.randperm(len(store.sequences), generator=torch.Generator().manual_seed(params.seed)).tolist()
+    members = torch.randperm(
+        len(store.sequences), generator=torch.Generator().manual_seed(params.seed)
+    ).tolist()
     kept_out = min(params.train.heldout, max(len(members) // 10, 1))
     heldout, members = members[:kept_out], members[kept_out:]
-    heldout = [i for i in heldout if any(store.sequences[i].mask[2:])]
+    heldout = [i for i in heldout if any(store.sequences[i].answer[2:])]
     settings = (params.train, drafter, target.digest, data_digest, params.seed)
     work = WORK / "train" / f"{name}-{digest(repr(settings))}"
     batches = Batches(

@@ -91,7 +91,9 @@ class Trainer:
         params, accelerator = self.params, self.accelerator
         for group in self.optimizer.param_groups:
             group["lr"] = params.lr * schedule(self.step, params.steps, params.warmup)
-        batch = self._batch(self.batches.make(self.step, accelerator.process_index, accelerator.num_processes))
+        batch = self._batch(
+            self.batches.make(self.step, accelerator.process_index, accelerator.num_processes)
+        )
         self.objective.train()
         with accelerator.autocast():
             loss, sums = self.objective(batch)
@@ -110,13 +112,14 @@ class Trainer:
 
     @torch.no_grad()
     def evaluate(self) -> float:
-        """Expected τ on fixed blocks of the held-out sequences: per block, then averaged."""
+        """Expected τ on fixed blocks in the held-out sequences' answers: per block, then averaged."""
         self.objective.eval()
         accelerator = self.accelerator
         mine = self.heldout[accelerator.process_index :: accelerator.num_processes]
         total = torch.zeros(2, device=accelerator.device)
         for start in range(0, len(mine), self.params.batch_size):
-            batch = self._batch(self.batches.blocks(mine[start : start + self.params.batch_size], step=0))
+            part = mine[start : start + self.params.batch_size]
+            batch = self._batch(self.batches.blocks(part, step=0, answers_only=True))
             with accelerator.autocast():
                 _, sums = self.raw(batch)
             total += torch.stack((sums["tau"], sums["blocks"]))
@@ -174,7 +177,9 @@ class Trainer:
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:
-            raise DeepSpecError(f"{path}: corrupt checkpoint ({error}); delete it to train from the start") from error
+            raise DeepSpecError(
+                f"{path}: corrupt checkpoint ({error}); delete it to train from the start"
+            ) from error
         model = self.accelerator.unwrap_model(self.objective)
         model.load_state_dict(state["weights"], strict=False)
         self.optimizer.load_state_dict(state["optimizer"])

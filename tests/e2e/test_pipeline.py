@@ -43,6 +43,7 @@ class Clone:
             input=stdin,
             capture_output=True,
             text=True,
+            timeout=400,  # before pytest's own, so that a hang shows what was printed last
         )
 
     def repro(self) -> list[str]:

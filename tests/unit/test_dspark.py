@@ -95,7 +95,9 @@ def test_what_is_saved_loads_back(published, tmp_path):
     assert torch.equal(again.draft_ids, model.draft_ids)
 
 
-@pytest.mark.parametrize("fault", ["unknown", "missing", "shape", "nan", "corrupt", "other target", "architecture"])
+@pytest.mark.parametrize(
+    "fault", ["unknown", "missing", "shape", "nan", "corrupt", "other target", "architecture"]
+)
 def test_a_bad_draft_directory_gives_one_clear_line(fault, published, tmp_path):
     model = small_drafter(published)
     weights, config, record = dspark_weights(model), model.config.to_dict(), {}
@@ -115,8 +117,15 @@ def test_a_bad_draft_directory_gives_one_clear_line(fault, published, tmp_path):
     if fault == "corrupt":
         path = tmp_path / "draft" / "model.safetensors"
         path.write_bytes(path.read_bytes()[:100])
-    words = {"unknown": "unknown weights", "missing": "missing weights", "shape": "expected", "nan": "not finite",
-             "corrupt": "corrupt checkpoint", "other target": "made for target", "architecture": "Unheard"}
+    words = {
+        "unknown": "unknown weights",
+        "missing": "missing weights",
+        "shape": "expected",
+        "nan": "not finite",
+        "corrupt": "corrupt checkpoint",
+        "other target": "made for target",
+        "architecture": "Unheard",
+    }
     with pytest.raises(DeepSpecError, match=words[fault]) as caught:
         load_drafter(tmp_path / "draft", published)
     assert "\n" not in str(caught.value)

@@ -77,7 +77,11 @@ def test_plain_decoding_is_the_full_forward(target):
 def test_trees_change_no_token(target, right, together):
     plain = generate(target, None, PROMPTS, 24)
     drafter = Oracle({i: p + g.tokens for i, (p, g) in enumerate(zip(PROMPTS, plain, strict=True))}, right)
-    runs = generate(target, drafter, PROMPTS, 24) if together else [generate(target, drafter, p, 24)[0] for p in PROMPTS]
+    runs = (
+        generate(target, drafter, PROMPTS, 24)
+        if together
+        else [generate(target, drafter, p, 24)[0] for p in PROMPTS]
+    )
     for mine, theirs in zip(runs, plain, strict=True):
         assert mine.tokens == theirs.tokens
         assert mine.stats.committed == len(mine.tokens)
@@ -112,7 +116,9 @@ def test_a_follow_up_enqueued_while_others_run_is_served(llama):
 
 
 def test_sampling_does_not_depend_on_the_company_in_a_batch(llama):
-    alone = [generate(llama, None, p, 16, temperature=1.0, seed=4 + i)[0].tokens for i, p in enumerate(PROMPTS)]
+    alone = [
+        generate(llama, None, p, 16, temperature=1.0, seed=4 + i)[0].tokens for i, p in enumerate(PROMPTS)
+    ]
     together = [run.tokens for run in generate(llama, None, PROMPTS, 16, temperature=1.0, seed=4)]
     assert alone == together
 
