@@ -57,10 +57,8 @@ def guarded(action: Callable[[], None]) -> int:
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        print(
-            f"error: the disk is full ({error.filename or 'while writing'}); free space, run again: finished work is kept",
-            file=sys.stderr,
-        )
+        where = error.filename or "while writing"
+        print(f"error: the disk is full ({where}); free space, run again: finished work is kept", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted; run again to continue", file=sys.stderr)
