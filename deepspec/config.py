@@ -161,7 +161,8 @@ class DecodeParams(Section):
     """How a trained draft is used at decode time."""
 
     lookup_first: bool = Field(True, description="Ask the lookup drafter before the trained one.")
-    lookup_min_match: int = Field(4, ge=1, description="A match this long is trusted over the trained draft.")
+    lookup_min_match: int = Field(3, ge=1, description="A match this long is trusted over the trained draft.")
+    lookup_block_size: int = Field(10, ge=1, description="Tokens drafted from a match.")
     adaptive: bool = Field(True, description="Stop drafting for a while where it does not pay.")
 
 

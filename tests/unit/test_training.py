@@ -1,0 +1,212 @@
+"""The training loop: resumed runs equal unbroken ones, and bad data stops with one line."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+
+import pytest
+import torch
+from accelerate import Accelerator
+
+from deepspec.config import DSparkParams, TrainParams
+from deepspec.data.features import FeatureStore
+from deepspec.data.sequences import Sequence, read_sequences
+from deepspec.drafters.dspark import DSparkConfig, DSparkModel
+from deepspec.errors import DeepSpecError
+from deepspec.target import load_target
+from deepspec.training.batches import Batches
+from deepspec.training.objective import DSparkObjective
+from deepspec.training.run import draft_vocabulary
+from deepspec.training.trainer import CHECKPOINT, Trainer, schedule
+from tests.tiny import make_target
+
+STEPS = 9
+
+
+@pytest.fixture(scope="module")
+def target(tmp_path_factory):
+    return load_target(make_target(tmp_path_factory.mktemp("target"), "llama"))
+
+
+@pytest.fixture(scope="module")
+def sequences():
+    rng = torch.Generator().manual_seed(0)
+    lengths = torch.randint(12, 40, (20,), generator=rng).tolist()
+    rows = [torch.randint(2, 500, (n,), generator=rng).tolist() for n in lengths]
+    return [Sequence(row, [0] * 5 + [1] * (len(row) - 5), [1] * len(row)) for row in rows]
+
+
+@pytest.fixture
+def store(target, sequences, tmp_path):
+    store = FeatureStore(tmp_path / "features", target, sequences, (0, 1))
+    store.build()
+    return store
+
+
+def make_trainer(store, work, steps=STEPS, **changes) -> Trainer:
+    torch.manual_seed(0)
+    params = DSparkParams(type="dspark", layers=1, block_size=3, markov_rank=4, target_layer_ids=[0, 1])
+    config = DSparkConfig.for_target(params, store.target)
+    model = DSparkModel(config)
+    model.share(store.target, torch.arange(config.draft_vocab_size))
+    train = TrainParams(
+        **{"steps": steps, "lr": 3e-3, "batch_size": 4, "anchors": 6, "eval_every": 3, "save_every": 2}
+        | {"mixed_precision": "no", **changes}
+    )
+    batches = Batches(store, list(range(2, 20)), train.batch_size, train.anchors, config.block_size, seed=0)
+    objective = DSparkObjective(model, train.loss)
+    return Trainer(objective, batches, [0, 1], train, Accelerator(mixed_precision="no", cpu=True), work)
+
+
+def weights_of(trainer: Trainer) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in trainer.raw.named_parameters() if p.requires_grad}
+
+
+def test_a_killed_and_resumed_run_equals_an_unbroken_one_bit_for_bit(store, tmp_path):
+    unbroken = make_trainer(store, tmp_path / "unbroken")
+    unbroken.run()
+    killed = make_trainer(store, tmp_path / "killed")
+    killed._train_step, steps = dying_after(5, killed), STEPS
+    with pytest.raises(KeyboardInterrupt):
+        killed.run()
+    resumed = make_trainer(store, tmp_path / "killed")
+    resumed.run()
+    assert resumed.step == steps
+    for name, weight in weights_of(unbroken).items():
+        assert torch.equal(weight, weights_of(resumed)[name]), name
+    assert [line["heldout_tau"] for line in resumed.history] == [
+        line["heldout_tau"] for line in unbroken.history
+    ]
+
+
+def dying_after(count: int, trainer: Trainer):
+    original, done = trainer._train_step, []
+
+    def step():
+        if len(done) == count:
+            raise KeyboardInterrupt
+        done.append(1)
+        return original()
+
+    return step
+
+
+def test_sigterm_writes_a_checkpoint_and_exits(store, tmp_path):
+    trainer = make_trainer(store, tmp_path / "work", save_every=1000)
+    original = trainer._train_step
+
+    def step():
+        if trainer.step == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original()
+
+    trainer._train_step = step
+    with pytest.raises(SystemExit) as stopped:
+        trainer.run()
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    assert stopped.value.code == 143
+    assert torch.load(tmp_path / "work" / CHECKPOINT)["step"] == 4
+
+
+def test_training_learns(store, tmp_path):
+    trainer = make_trainer(store, tmp_path / "work", steps=40, eval_every=10)
+    trainer.run()
+    losses = [line["loss"] for line in trainer.history]
+    assert losses[-1] < losses[0]
+
+
+def test_a_loss_that_is_not_finite_stops_with_one_line(store, tmp_path):
+    trainer = make_trainer(store, tmp_path / "work")
+    with torch.no_grad():
+        trainer.raw.model.fc.weight[0, 0] = float("nan")
+    with pytest.raises(DeepSpecError, match="step 0: the loss is not finite"):
+        trainer.run()
+    assert not (tmp_path / "work" / CHECKPOINT).exists()
+
+
+def test_a_corrupt_checkpoint_is_named(store, tmp_path):
+    (tmp_path / "work").mkdir()
+    (tmp_path / "work" / CHECKPOINT).write_bytes(b"not a checkpoint")
+    with pytest.raises(DeepSpecError, match="corrupt checkpoint"):
+        make_trainer(store, tmp_path / "work").run()
+
+
+def test_two_processes_see_the_blocks_of_one(store):
+    batches = Batches(store, list(range(20)), 4, 5, 3, seed=1)
+    whole = batches.make(2)
+    halves = [batches.make(2, rank, 2) for rank in range(2)]
+    assert torch.equal(whole.anchors[0::2], halves[0].anchors)
+    assert torch.equal(whole.anchors[1::2], halves[1].anchors)
+
+
+def test_blocks_predict_what_follows_the_anchor(store, sequences, target):
+    batch = Batches(store, list(range(20)), 4, 5, 3, seed=1).blocks([3, 7], step=0)
+    for row, index in enumerate([3, 7]):
+        ids = sequences[index].ids
+        for block, anchor in enumerate(batch.anchors[row].tolist()):
+            for k in range(3):
+                assert bool(batch.valid[row, block, k]) == (anchor + k + 1 < len(ids))
+                if batch.valid[row, block, k]:
+                    assert batch.labels[row, block, k] == ids[anchor + k + 1]
+                    here = store.offsets[index] + anchor + k
+                    assert torch.equal(batch.hidden[row, block, k], store._maps["hidden"][here])
+
+
+def test_features_resume_where_extraction_stopped(target, sequences, tmp_path, monkeypatch):
+    monkeypatch.setattr("deepspec.data.features.BATCH_TOKENS", 64)
+    whole = FeatureStore(tmp_path / "whole", target, sequences, (0, 1))
+    whole.build()
+    broken = FeatureStore(tmp_path / "broken", target, sequences, (0, 1))
+    calls, original = [], broken._extract
+
+    def extract(indices):
+        calls.append(indices)
+        if len(calls) == 20:
+            raise KeyboardInterrupt
+        original(indices)
+
+    broken._extract = extract
+    with pytest.raises(KeyboardInterrupt):
+        broken.build()
+    again = FeatureStore(tmp_path / "broken", target, sequences, (0, 1))
+    again.build()
+    for name in ("features", "hidden", "log_norm"):
+        assert torch.equal(again._maps[name].view(torch.int16), whole._maps[name].view(torch.int16))
+
+
+def write_data(directory, rows, masks):
+    import pyarrow as pa
+    import pyarrow.parquet
+
+    directory.mkdir()
+    table = pa.table({"input_ids": rows, "loss_mask": masks})
+    pyarrow.parquet.write_table(table, directory / "train.parquet")
+    (directory / "manifest.json").write_text(json.dumps({"digest": "d"}))
+
+
+def test_the_common_beginning_is_never_learnt(tmp_path):
+    write_data(tmp_path / "data", [[1, 2, 3, 4, 5], [1, 2, 9, 8]], [[0, 0, 0, 1, 1], [0, 0, 0, 1]])
+    everything, digest = read_sequences(tmp_path / "data", 4, "all")
+    assert [s.learnt for s in everything] == [[0, 0, 1, 1], [0, 0, 1, 1]] and digest == "d"
+    answers, _ = read_sequences(tmp_path / "data", 100, "answer")
+    assert answers[0].learnt == [0, 0, 0, 1, 1]
+
+
+def test_data_without_answers_is_refused(tmp_path):
+    write_data(tmp_path / "data", [[1, 2, 3]], [[0, 0, 0]])
+    with pytest.raises(DeepSpecError, match="no token to learn from"):
+        read_sequences(tmp_path / "data", 100, "answer")
+    with pytest.raises(DeepSpecError, match="run the generate stage first"):
+        read_sequences(tmp_path / "nowhere", 100, "answer")
+
+
+def test_the_draft_vocabulary_keeps_the_frequent_tokens_in_order():
+    sequences = [Sequence([7, 7, 3, 9], [1] * 4, [1] * 4), Sequence([9, 9, 9, 2], [0] * 4, [1, 1, 1, 0])]
+    assert draft_vocabulary(sequences, 3, 12).tolist() == [3, 7, 9]
+
+
+def test_the_schedule_warms_up_and_decays_to_zero():
+    values = [schedule(step, 100, 0.1) for step in range(100)]
+    assert values[0] == pytest.approx(0.1) and max(values) == 1 and values[-1] < 0.01
