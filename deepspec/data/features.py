@@ -67,7 +67,7 @@ class FeatureStore:
             bar = progress.add_task("", total=len(batches), completed=done)
             for i in range(done, len(batches)):
                 self._extract(batches[i])
-                if i % 16 == 15 or i == len(batches) - 1:
+                if i % 8 == 7 or i == len(batches) - 1:
                     write_json(progress_file, i + 1)
                 progress.advance(bar)
 

@@ -155,7 +155,7 @@ def test_blocks_predict_what_follows_the_anchor(store, sequences, target):
 
 
 def test_features_resume_where_extraction_stopped(target, sequences, tmp_path, monkeypatch):
-    monkeypatch.setattr("deepspec.data.features.BATCH_TOKENS", 64)
+    monkeypatch.setattr("deepspec.data.features.BATCH_TOKENS", 40)
     whole = FeatureStore(tmp_path / "whole", target, sequences, (0, 1))
     whole.build()
     broken = FeatureStore(tmp_path / "broken", target, sequences, (0, 1))
@@ -163,7 +163,7 @@ def test_features_resume_where_extraction_stopped(target, sequences, tmp_path, m
 
     def extract(indices):
         calls.append(indices)
-        if len(calls) == 20:
+        if len(calls) == 10:
             raise KeyboardInterrupt
         original(indices)
 
@@ -171,7 +171,10 @@ def test_features_resume_where_extraction_stopped(target, sequences, tmp_path, m
     with pytest.raises(KeyboardInterrupt):
         broken.build()
     again = FeatureStore(tmp_path / "broken", target, sequences, (0, 1))
+    repeated, finish = [], again._extract
+    again._extract = lambda indices: (repeated.append(indices), finish(indices))
     again.build()
+    assert repeated[0] == calls[8]  # progress is written every eighth batch
     for name in ("features", "hidden", "log_norm"):
         assert torch.equal(again._maps[name].view(torch.int16), whole._maps[name].view(torch.int16))
 
