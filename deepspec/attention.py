@@ -95,6 +95,7 @@ class Step:
         self.length = max(self.starts) + self.n
         self.wanted = frozenset(wanted)
         self.features: dict[int, Tensor] = {}
+        self.stored: set[int] = set()  # layers that came through
         self._visible = visible
         self._once: dict = {}
         if cache is not None and self.length > cache.max_length:
@@ -107,6 +108,7 @@ class Step:
 
     def store(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Write new keys and values [batch, kv_heads, n, head_dim]; return all that this pass may attend to."""
+        self.stored.add(layer)
         if self.cache is None:
             return keys, values
         all_keys, all_values = self.cache.layer(layer, keys)

@@ -17,7 +17,7 @@ from rich.live import Live
 from rich.text import Text
 
 from deepspec.config import load_params
-from deepspec.decoding import generate
+from deepspec.decoding.engine import generate
 from deepspec.drafters.checkpoint import load_drafter
 from deepspec.errors import DeepSpecError
 from deepspec.target import Target, load_target

@@ -6,14 +6,13 @@ nearest valid one, so that a typo is found before anything runs.
 
 from __future__ import annotations
 
-import difflib
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from deepspec.errors import DeepSpecError
+from deepspec.errors import DeepSpecError, nearest
 
 
 class Section(BaseModel):
@@ -197,12 +196,6 @@ class Params(Section):
                     f"pipeline names {name!r}, which `drafters` lacks{nearest(name, self.drafters)}"
                 )
         return self
-
-
-def nearest(word: str, known: Any) -> str:
-    """`; did you mean 'x'?` for the closest of the known names, or an empty string."""
-    match = difflib.get_close_matches(str(word), [str(name) for name in known], n=1, cutoff=0.5)
-    return f"; did you mean {match[0]!r}?" if match else ""
 
 
 def load_params(path: str | Path = "params.yaml") -> Params:

@@ -15,8 +15,7 @@ from pathlib import Path
 
 import torch
 
-from deepspec.config import nearest
-from deepspec.errors import DeepSpecError
+from deepspec.errors import DeepSpecError, nearest
 from deepspec.files import file_digest
 
 PREFIX = "embedded:"
@@ -70,7 +69,9 @@ def _fetch(embedded: Embedded, scratch: Path) -> Path:
 
 def _convert(gguf: Path, dtype: torch.dtype, directory: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()
     where = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
     tokenizer = AutoTokenizer.from_pretrained(**where)
     dense = GgufConfig(dequantize=True)

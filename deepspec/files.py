@@ -17,15 +17,24 @@ def replacing(path: str | Path) -> Iterator[Path]:
     """A temporary sibling of `path`, for a file or a directory; it takes the place of `path` on success."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    _remove(temporary)
+    _sweep(path)
+    temporary, old = (path.with_name(f".{path.name}.{os.getpid()}.{kind}") for kind in ("tmp", "old"))
     try:
         yield temporary
         if temporary.is_dir() and path.exists():
-            _remove(path)
+            os.replace(path, old)
         os.replace(temporary, path)
     finally:
         _remove(temporary)
+        _remove(old)
+
+
+def _sweep(path: Path) -> None:
+    """Remove what killed processes left beside `path`."""
+    for left in [*path.parent.glob(f".{path.name}.*.tmp"), *path.parent.glob(f".{path.name}.*.old")]:
+        pid = left.name.split(".")[-2]
+        if pid == str(os.getpid()) or (pid.isdigit() and not Path(f"/proc/{pid}").exists()):
+            _remove(left)
 
 
 def write_text(path: str | Path, text: str) -> None:
@@ -40,6 +49,19 @@ def write_json(path: str | Path, value: Any) -> None:
 def digest(data: bytes | str) -> str:
     """The first 16 hexadecimal digits of the SHA-256."""
     return hashlib.sha256(data.encode() if isinstance(data, str) else data).hexdigest()[:16]
+
+
+def source_digest(*names: str) -> str:
+    """Digest of the project's own code: files or folders of the package. Unfinished work is kept under it, so that
+    what other code has made is never continued."""
+    package = Path(__file__).parent
+    files = [
+        file
+        for name in names
+        for file in sorted({package / name, *(package / name).glob("*.py")})
+        if file.is_file()
+    ]
+    return digest(b"".join(file.read_bytes() for file in files))
 
 
 def file_digest(path: str | Path) -> str:

@@ -68,7 +68,8 @@ class FusedLayer(nn.Module):
         self.index = attention.layer_idx
         self.head_dim = attention.head_dim
         self.scale = attention.scaling
-        self.window = getattr(attention, "sliding_window", None)
+        # Mistral's attention asks the configuration at call time, Qwen's keeps its own (some layers have none).
+        self.window = getattr(attention, "sliding_window", getattr(attention.config, "sliding_window", None))
         self.heads = attention.q_proj.out_features // self.head_dim
         self.kv_heads = attention.k_proj.out_features // self.head_dim
         self.qkv = _joined(attention.q_proj, attention.k_proj, attention.v_proj)
@@ -121,7 +122,7 @@ LLAMA_SHAPED = {"LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer",
 def fuse(layers: nn.ModuleList) -> None:
     """Replace Llama-shaped layers by fused ones, and the projections of the others by packed ones, in place."""
     for i, layer in enumerate(layers):
-        if type(layer).__name__ in LLAMA_SHAPED:
+        if type(layer).__name__ in LLAMA_SHAPED and layer.self_attn.config.hidden_act == "silu":
             layers[i] = FusedLayer(layer)
         elif can_pack(next(layer.parameters())):
             pack(layer)

@@ -79,6 +79,10 @@ def load_target(source: str | Path, dtype: str | None = None, device: str | None
     tokenizer = _from_pretrained(AutoTokenizer, source)
     wanted = "auto" if dtype is None else _dtype(dtype)
     model = _from_pretrained(AutoModelForCausalLM, source, dtype=wanted, attn_implementation=NAME)
+    if not tokenizer.chat_template:
+        raise DeepSpecError(
+            f"{source}: the tokenizer has no chat template; add the one the target was trained with"
+        )
     return Target(model.to(device).eval(), tokenizer, source)
 
 
@@ -111,6 +115,7 @@ class Target:
         with torch.no_grad():
             fuse(self._layers)
         self._hooked: set[int] = set()
+        self._checked = False
 
     @property
     def stop_ids(self) -> frozenset[int]:
@@ -139,6 +144,8 @@ class Target:
             use_cache=False,
             step=step,
         )
+        if not self._checked:
+            self._check_attention(step)
         return output.last_hidden_state
 
     @torch.inference_mode()
@@ -160,6 +167,12 @@ class Target:
         rope = rope.get("full_attention", rope)
         return float(rope.get("rope_theta", 10000.0))
 
+    @property
+    def plain_head(self) -> bool:
+        """Whether logits are the head's product with h_last and nothing else."""
+        transforms = ("logits_scaling", "logit_scale", "final_logit_softcapping")
+        return self._head.bias is None and not any(getattr(self.config, name, None) for name in transforms)
+
     def check_layers(self, layer_ids: Iterable[int]) -> None:
         """Feature layers are -1 (embeddings) to num_layers − 2: engines hand out the last one normed."""
         for layer in layer_ids:
@@ -179,6 +192,15 @@ class Target:
         marker = "\u2063deepspec\u2063"
         text = self.tokenizer.apply_chat_template([{"role": "user", "content": marker}], tokenize=False)
         return self.tokenizer(text[: text.index(marker)], add_special_tokens=False)["input_ids"]
+
+    def _check_attention(self, step: Step) -> None:
+        """Every layer must have come through our attention: a recurrent one would lose its state unseen."""
+        if step.stored != set(range(self.num_layers)):
+            missing = sorted(set(range(self.num_layers)) - step.stored)
+            raise DeepSpecError(
+                f"{self.source}: layers {missing[:4]} of this target do not use plain attention; it is not supported"
+            )
+        self._checked = True
 
     def _hook(self, layer: int) -> None:
         """Keep the raw output of decoder layer `layer` in the Step that asks for it."""
@@ -245,16 +267,18 @@ def _from_pretrained(cls: Any, source: str, **options: Any) -> Any:
 
 
 def _digest(directory: Path) -> str:
-    """Identity of a target: its tokenizer and weights, hashed in samples so that a large one costs milliseconds."""
+    """Identity of a target: its configuration, tokenizer, template and weights (many gigabytes are sampled)."""
     recorded = directory / RECORD
     if recorded.exists():
         return json.loads(recorded.read_text())["digest"]
     state = hashlib.sha256()
-    for path in sorted([*directory.glob("tokenizer.json"), *directory.glob("*.safetensors")]):
+    for path in sorted(p for pattern in ("*.json", "*.jinja", "*.model") for p in directory.glob(pattern)):
+        state.update(path.name.encode() + path.read_bytes())
+    for path in sorted(directory.glob("*.safetensors")):
         size = path.stat().st_size
-        state.update(f"{path.name} {size}".encode())
+        step = max(size // 4096, 1 << 20)
         with path.open("rb") as file:
-            for part in range(64):
-                file.seek(part * max(size // 64, 1))
-                state.update(file.read(16384))
+            for start in range(0, size, step):
+                file.seek(start)
+                state.update(file.read(1 << 20))
     return state.hexdigest()[:16]

@@ -15,6 +15,8 @@ from transformers import (
     Gemma3TextConfig,
     LlamaConfig,
     LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerFast,
     Qwen3Config,
@@ -24,6 +26,7 @@ from transformers.utils.logging import disable_progress_bar
 
 FAMILIES = {
     "llama": (LlamaConfig, LlamaForCausalLM, {}),
+    "mistral": (MistralConfig, MistralForCausalLM, {"sliding_window": 48}),
     "qwen3": (Qwen3Config, Qwen3ForCausalLM, {}),
     # Every other layer sees a short window only, as in the real ones.
     "gemma3": (

@@ -8,6 +8,7 @@ interrupted extraction goes on at the sequence where it stopped.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,10 +20,11 @@ from torch import Tensor
 from deepspec.attention import Step
 from deepspec.data.sequences import Sequence
 from deepspec.errors import DeepSpecError
-from deepspec.files import digest, write_json
+from deepspec.files import digest, source_digest, write_json
 from deepspec.target import Target
 
 BATCH_TOKENS = 2048
+DONE = "done.json"
 _FILES = ("features", "hidden", "log_norm")
 
 
@@ -39,7 +41,8 @@ class FeatureStore:
         lengths = [len(sequence.ids) for sequence in sequences]
         self.offsets = np.concatenate(([0], np.cumsum(lengths))).tolist()
         content = "".join(str(sequence.ids) for sequence in sequences)
-        key = digest(f"{target.digest} {target.dtype} {layers} {digest(content)}")
+        code = source_digest("data/features.py", "attention.py", "fused.py", "target.py")
+        key = digest(f"{target.digest} {target.dtype} {layers} {digest(content)} {code}")
         self.directory = Path(root) / key
         self.target, self.sequences, self.layers = target, sequences, layers
         self.widths = {
@@ -58,7 +61,7 @@ class FeatureStore:
         self.directory.mkdir(parents=True, exist_ok=True)
         self._open()
         batches = list(_like_lengths(self.sequences))
-        progress_file = self.directory / "done.json"
+        progress_file = self.directory / DONE
         done = json.loads(progress_file.read_text()) if progress_file.exists() else 0
         if done == len(batches):
             return
@@ -85,8 +88,12 @@ class FeatureStore:
         for name, width in self.widths.items():
             path, size = self.directory / f"{name}.bin", total * width * 2
             if not path.exists() or path.stat().st_size != size:
-                with path.open("wb") as file:
-                    file.truncate(size)
+                (self.directory / DONE).unlink(missing_ok=True)
+                with path.open(
+                    "wb"
+                ) as file:  # claimed now: a full disk under a mapped file would kill the process
+                    if size:
+                        os.posix_fallocate(file.fileno(), 0, size)
             mapped = np.memmap(path, dtype=np.int16, mode="r+", shape=(total, width))
             self._maps[name] = torch.from_numpy(mapped).view(torch.bfloat16)
 

@@ -24,7 +24,7 @@ from deepspec.data.shards import Shard, Sink, Work, assemble, read_work
 from deepspec.data.tokens import Conversation, UnusableError
 from deepspec.decoding.engine import stream
 from deepspec.decoding.request import Generation, Request, Sampling
-from deepspec.files import digest, file_digest
+from deepspec.files import digest, file_digest, source_digest
 
 WORK_ROOT = Path(".deepspec/generate")
 
@@ -45,7 +45,7 @@ def generate_data(
     state = process_state()
     rows = read_prompts(prompts)
     settings = generation_settings(params)
-    key = {"settings": settings, "target": target.digest, "prompts": file_digest(prompts)}
+    key = {"settings": settings, "target": target.digest, "prompts": file_digest(prompts), "code": _code()}
     directory = Path(work_root) / digest(json.dumps(key, sort_keys=True))
     share = longest_first(rows)[state.process_index :: state.num_processes]
     _answer_share(target, params, share, directory, state)
@@ -53,6 +53,12 @@ def generate_data(
     if not state.is_main_process:
         return None
     return assemble(read_work(directory), [row.id for row in rows], Path(out), settings, target.digest)
+
+
+def _code() -> str:
+    """The code that decides an answer's tokens and its row."""
+    data = ("data/generate.py", "data/openai.py", "data/shards.py", "data/tokens.py")
+    return source_digest(*data, "decoding", "attention.py", "fused.py", "target.py")
 
 
 def process_state() -> PartialState:

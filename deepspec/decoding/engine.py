@@ -143,8 +143,8 @@ class Engine:
     def _admit(self, request: Request) -> None:
         """Prefill all of the prompt but its last token, which becomes the anchor."""
         slot = Slot(request, self.target, self.drafter, self.controller)
-        began = time.perf_counter()
-        self.cache.reserve(len(slot.tokens) + slot.limit + self._widest())
+        began = self._clock()
+        self.cache.reserve(len(slot.tokens) + slot.limit + (self.drafter.block_size if self.drafter else 0))
         row = len(self.slots)
         for start in range(self._shared_prefix(slot, row), slot.cached, PREFILL):
             ids = torch.tensor(
@@ -154,13 +154,13 @@ class Engine:
             step = Step(positions, None, self.cache, row, [start], self.layers)
             self.target.forward(ids, step)
             if self.drafter:
-                absorbing = time.perf_counter()
+                absorbing = self._clock()
                 self.drafter.extend(
                     slot.state, ids[0].tolist(), self._features(step)[0] if self.layers else None
                 )
-                slot.stats.draft_s += time.perf_counter() - absorbing
+                slot.stats.draft_s += self._clock() - absorbing
         self.slots.append(slot)
-        slot.stats.prefill_s = time.perf_counter() - began - slot.stats.draft_s
+        slot.stats.prefill_s = self._clock() - began - slot.stats.draft_s
 
     def _shared_prefix(self, slot: Slot, row: int) -> int:
         """Copy the cache of the longest prompt beginning shared with a request in flight; returns its length.
@@ -176,19 +176,22 @@ class Engine:
             self.drafter.extend(slot.state, slot.tokens[: lengths[source]], None)
         return lengths[source]
 
-    def _widest(self) -> int:
-        return 1 + self.drafter.block_size if self.drafter else 1
+    def _clock(self) -> float:
+        """Seconds; on a GPU all that was launched has ended."""
+        if self.target.device.type == "cuda":
+            torch.cuda.synchronize(self.target.device)
+        return time.perf_counter()
 
     def _round(self) -> None:
-        began = time.perf_counter()
+        began = self._clock()
         proposals = [self._propose(slot) for slot in self.slots]
-        drafted = time.perf_counter()
+        drafted = self._clock()
         step, hidden = self._verify_pass(proposals)
         outcomes = self._outcomes(proposals, hidden)
-        verified = time.perf_counter()
+        verified = self._clock()
         for row, (slot, proposal, outcome) in enumerate(zip(self.slots, proposals, outcomes, strict=True)):
             self._commit(row, slot, proposal, outcome, step)
-        ended = time.perf_counter()
+        ended = self._clock()
         share = 1 / len(self.slots)
         for slot in self.slots:
             slot.stats.draft_s += (drafted - began) * share
@@ -200,7 +203,8 @@ class Engine:
         room = slot.limit - len(slot.new_tokens) - 1
         if self.drafter is None or room < 1 or (slot.pace and not slot.pace.drafts()):
             return _NOTHING
-        return self.drafter.propose(slot.state, slot.tokens[-1], slot.request.sampling, slot.rng)
+        proposal = self.drafter.propose(slot.state, slot.tokens[-1], slot.request.sampling, slot.rng)
+        return proposal.cut(room)
 
     def _verify_pass(self, proposals: list[Proposal]) -> tuple[Step, Tensor]:
         """Run the target over every anchor and its tree. Returns the step and h_last [batch, n, d]."""
@@ -214,6 +218,7 @@ class Engine:
             )
         device = self.target.device
         starts = [slot.cached for slot in self.slots]
+        self.cache.reserve(max(starts) + n)
         visible = None if all(p.is_chain for p in proposals) else _tree_mask(proposals, starts, n).to(device)
         step = Step(torch.tensor(positions, device=device), visible, self.cache, 0, starts, self.layers)
         return step, self.target.forward(torch.tensor(ids, device=device), step)
@@ -257,8 +262,11 @@ class Engine:
         nodes, last = outcome
         anchor, start = slot.tokens[-1], slot.cached
         accepted = [proposal.tokens[node] for node in nodes]
-        slot.stats.drafted.append(max(proposal.depths, default=0))
         kept = slot.commit(accepted, last)
+        # A stop token inside the draft ends the answer: the rest of the block was never judged.
+        slot.stats.drafted.append(
+            min(max(proposal.depths, default=0), kept - 1 if kept <= len(accepted) else 1 << 30)
+        )
         if slot.pace:
             slot.pace.observe(bool(proposal.tokens), kept)
         if slot.finish_reason:
@@ -317,7 +325,7 @@ def generate(
         drafter: None decodes plainly, in the same engine.
         prompt_ids: token ids, or a list of such lists (decoded together).
         temperature, top_k, top_p, min_p: the sampler; its law is what is preserved.
-        seed: of the first prompt; prompt i takes seed + i, so results do not depend on the order in a batch.
+        seed: of the first prompt; prompt i takes seed + i.
         verify: rule for sampled chains, "block" (default) or "standard".
         on_tokens: called with (tokens, accepted) after each round of a prompt.
         controller: skips drafting where it does not pay.

@@ -69,7 +69,8 @@ def draw(probs: Tensor, uniform: Tensor) -> Tensor:
     inside = runs.gather(1, run[..., None].expand(-1, -1, _RUN))[:, 0].double().cumsum(-1)  # [batch, _RUN]
     start = before.gather(1, run) - inside[:, -1:]
     token = torch.searchsorted(inside, point - start, right=True)
-    # Rounding between the two sums may point just past a run's end: take its last possible token.
+    # Rounding between the two sums may point just outside the run: take its first or last possible token.
+    token = torch.maximum(token, torch.searchsorted(inside, torch.zeros_like(inside[:, -1:]), right=True))
     token = torch.minimum(token, torch.searchsorted(inside, inside[:, -1:].contiguous()))
     return (run * _RUN + token)[:, 0].clamp_(max=vocab - 1)
 

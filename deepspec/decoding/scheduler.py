@@ -1,7 +1,7 @@
 """When to draft: a controller that falls back to plain rounds where speculation does not pay.
 
 Decisions use measured costs fixed beforehand and the request's own history, never a token that is still to be
-verified, so the output's law is untouched (non-anticipation) and a seed reproduces its tokens.
+verified, so the output's law is untouched (non-anticipation) and a seed with the same costs reproduces its tokens.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -39,6 +39,19 @@ class Proposal:
         for parent in self.parents:
             depths.append(1 if parent < 0 else depths[parent] + 1)
         return depths
+
+    def cut(self, depth: int) -> Proposal:
+        """Without the nodes deeper than `depth`."""
+        if max(self.depths, default=0) <= depth:
+            return self
+        kept = [i for i, d in enumerate(self.depths) if d <= depth]
+        place = {-1: -1} | {node: i for i, node in enumerate(kept)}
+        return replace(
+            self,
+            tokens=[self.tokens[i] for i in kept],
+            parents=[place[self.parents[i]] for i in kept],
+            probs=None if self.probs is None else self.probs[: len(kept)],
+        )
 
     @property
     def is_chain(self) -> bool:

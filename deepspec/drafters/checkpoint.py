@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from deepspec.drafters.dspark import DSparkConfig, DSparkDrafter, DSparkModel
+from deepspec.drafters.dspark import OURS, PUBLISHED, DSparkConfig, DSparkDrafter, DSparkModel
 from deepspec.drafters.lookup import LookupDrafter
 from deepspec.errors import DeepSpecError
 from deepspec.files import replacing
@@ -37,7 +37,10 @@ def check_target(directory: Path, config: dict, target: Target) -> None:
     """Refuse a draft that was made for another target."""
     record = directory / RECORD
     if record.exists():
-        made_for = json.loads(record.read_text())["target_digest"]
+        try:
+            made_for = json.loads(record.read_text())["target_digest"]
+        except (ValueError, KeyError):
+            raise DeepSpecError(f"{record}: not a draft's record (no target_digest in it)") from None
         if made_for != target.digest:
             raise DeepSpecError(
                 f"{directory}: made for target {made_for}, but {target.source} is {target.digest}; train a draft for it"
@@ -112,16 +115,16 @@ def load_drafter(path: str | Path, target: Target, decode=None):
 
     directory = Path(path)
     config = read_config(directory)
-    (architecture,) = config.get("architectures") or ["none named"]
+    architecture = (config.get("architectures") or ["none named"])[0]
     if architecture == "DeepSpecLookup":
         check_target(directory, config, target)
         return LookupDrafter(config["block_size"], config["min_match"])
-    if architecture != "Qwen3DSparkModel":
+    if architecture not in (PUBLISHED, OURS):
         raise DeepSpecError(f"{directory}: unknown draft architecture {architecture!r}")
     drafter = DSparkDrafter(load_dspark(directory, target), target)
     if decode is not None and decode.lookup_first:
         lookup = LookupDrafter(decode.lookup_block_size, decode.lookup_min_match)
-        return LookupFirst(lookup, drafter, decode.lookup_min_match)
+        return LookupFirst(lookup, drafter)
     return drafter
 
 

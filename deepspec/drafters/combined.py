@@ -24,12 +24,11 @@ class CombinedState:
 
 
 class LookupFirst(Drafter):
-    """Ask `lookup`; a match of at least `min_match` tokens is proposed, anything else is left to `trained`."""
+    """Ask `lookup`; what it matches is proposed, anything else is left to `trained`."""
 
-    def __init__(self, lookup: LookupDrafter, trained: Drafter, min_match: int):
+    def __init__(self, lookup: LookupDrafter, trained: Drafter):
         self.lookup = lookup
         self.trained = trained
-        self.min_match = min_match
         self.layers = trained.layers
         self.block_size = max(lookup.block_size, trained.block_size)
 
@@ -43,7 +42,7 @@ class LookupFirst(Drafter):
     def propose(
         self, state: CombinedState, anchor: int, sampling: Sampling, rng: torch.Generator
     ) -> Proposal:
-        tokens, length = self.lookup.match(state.lookup, anchor)
-        if length >= self.min_match:
+        tokens = self.lookup.match(state.lookup, anchor)
+        if tokens:
             return Proposal.chain(tokens)
         return self.trained.propose(state.trained, anchor, sampling, rng)

@@ -6,26 +6,33 @@ layer as extra keys and values. The block [anchor, mask, ..., mask] attends to t
 outputs give base logits U_k. A Markov head adds B_k = W₂ W₁[x_{k−1}], so token k is drawn knowing token k − 1, and a
 confidence head predicts c_k, the chance that token k survives verification, without seeing it.
 
-Directories have the format of DeepSeek's releases (`Qwen3DSparkModel`); `context_skip` is ours.
+Directories have the format of DeepSeek's releases (`Qwen3DSparkModel`, embeddings left to the target); a draft with
+`context_skip`, which is ours, names another architecture.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import MISSING, dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deepspec.attention import attend
-from deepspec.config import DSparkParams
 from deepspec.decoding.request import Sampling
 from deepspec.decoding.sampling import draw, probabilities
 from deepspec.drafters.base import Drafter, Proposal
 from deepspec.errors import DeepSpecError
 from deepspec.fused import PackedLinear, rotate, signed
 from deepspec.target import Target
+
+if TYPE_CHECKING:
+    from deepspec.config import DSparkParams
+
+
+PUBLISHED = "Qwen3DSparkModel"
+OURS = "DeepSpecDSparkModel"  # with context_skip: no other engine may take it for a published one
 
 
 @dataclass(frozen=True)
@@ -53,11 +60,21 @@ class DSparkConfig:
     @classmethod
     def read(cls, config: dict) -> DSparkConfig:
         """From a `config.json`, ours or a published one."""
-        if config.get("markov_head_type", "vanilla") != "vanilla" and config.get("markov_rank"):
-            raise DeepSpecError(
-                f"markov_head_type {config['markov_head_type']!r} is not supported; use vanilla"
-            )
         rope = config.get("rope_parameters") or {}
+        for key, found, supported in (
+            ("markov_head_type", config.get("markov_head_type", "vanilla"), "vanilla"),
+            ("enable_confidence_head", config.get("enable_confidence_head", True), True),
+            ("confidence_head_with_markov", config.get("confidence_head_with_markov", True), True),
+            ("rope_type", rope.get("rope_type", "default"), "default"),
+        ):
+            if found != supported:
+                raise DeepSpecError(f"{key} {found!r} is not supported, only {supported!r}")
+        required = [name for name, field in cls.__dataclass_fields__.items() if field.default is MISSING]
+        missing = [name for name in required if name not in {*config, "rope_theta", "draft_vocab_size"}]
+        if missing:
+            raise DeepSpecError(f"config.json of a DSpark draft lacks {', '.join(missing)}")
+        if not config["markov_rank"]:
+            raise DeepSpecError("markov_rank 0 (a DFlash draft) is not supported")
         known = {name: config[name] for name in cls.__dataclass_fields__ if name in config}
         known["rope_theta"] = config.get("rope_theta") or rope.get("rope_theta", 10000.0)
         known["target_layer_ids"] = tuple(config["target_layer_ids"])
@@ -67,6 +84,10 @@ class DSparkConfig:
     @classmethod
     def for_target(cls, params: DSparkParams, target: Target) -> DSparkConfig:
         """Sizes that follow the target's own."""
+        if not target.plain_head:
+            raise DeepSpecError(
+                f"{target.source}: a head with a bias, a scale or a soft cap cannot be distilled yet"
+            )
         heads = target.config.num_attention_heads
         layers = params.target_layer_ids or spread_layers(target.num_layers)
         target.check_layers(layers)
@@ -94,13 +115,14 @@ class DSparkConfig:
         """The `config.json` of DeepSeek's format, every key written out."""
         sizes = {name: getattr(self, name) for name in self.__dataclass_fields__}
         return {
-            "architectures": ["Qwen3DSparkModel"],
+            "architectures": [OURS if self.context_skip else PUBLISHED],
             "model_type": "qwen3",
             **sizes,
             "target_layer_ids": list(self.target_layer_ids),
             "rope_parameters": {"rope_type": "default", "rope_theta": self.rope_theta},
             "layer_types": ["full_attention"] * self.num_hidden_layers,
             "hidden_act": "silu",
+            "dtype": "bfloat16",
             "attention_bias": False,
             "markov_head_type": "vanilla",
             "enable_confidence_head": True,
@@ -340,7 +362,6 @@ class DSparkDrafter(Drafter):
         self._w2 = PackedLinear(model.markov_head.markov_w2.weight)
         self._draft_ids = model.draft_ids
         self._to_target = model.draft_ids.tolist()
-        self._confidence = model.confidence_head.proj
 
     def begin(self) -> DSparkState:
         return DSparkState()

@@ -1,23 +1,22 @@
-"""Lookup: the continuation of the longest earlier match of the context's end. No training, almost no time.
+"""Lookup: what followed the last time the context ended like this. No training, almost no time.
 
-An n-gram index over the request's own tokens (prompt lookup), kept incrementally: every suffix of length
-`min_match` maps to where it last occurred; the match found is then extended backwards, to know how far to trust it.
+An n-gram index over the request's own tokens (prompt lookup), kept incrementally: every run of `min_match` tokens maps
+to where it last occurred.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from deepspec.config import LookupParams
 from deepspec.decoding.request import Sampling
 from deepspec.drafters.base import Drafter, Proposal
-from deepspec.target import Target
 
-_TRUSTED = 64  # longer matches are not told apart
+if TYPE_CHECKING:
+    from deepspec.config import LookupParams
 
 
 @dataclass
@@ -30,10 +29,6 @@ class LookupDrafter(Drafter):
     def __init__(self, block_size: int, min_match: int):
         self.block_size = block_size
         self.min_match = min_match
-
-    @classmethod
-    def load(cls, config: dict, directory: Path, target: Target) -> LookupDrafter:
-        return cls(config["block_size"], config["min_match"])
 
     @classmethod
     def config(cls, params: LookupParams) -> dict:
@@ -55,20 +50,16 @@ class LookupDrafter(Drafter):
                 state.last[tuple(state.tokens[end - self.min_match : end])] = end
 
     def propose(self, state: LookupState, anchor: int, sampling: Sampling, rng: torch.Generator) -> Proposal:
-        return Proposal.chain(self.match(state, anchor)[0])
+        return Proposal.chain(self.match(state, anchor))
 
-    def match(self, state: LookupState, anchor: int) -> tuple[list[int], int]:
-        """The continuation (at most γ tokens) after the latest match of `tokens + [anchor]`, and its length."""
-        tokens = state.tokens
-        context = [*tokens[len(tokens) - self.min_match + 1 :], anchor] if self.min_match > 1 else [anchor]
-        after = state.last.get(tuple(context)) if len(context) == self.min_match else None
+    def match(self, state: LookupState, anchor: int) -> list[int]:
+        """γ tokens after the latest match of the end of `tokens + [anchor]`, or none.
+
+        Where the context ends before γ tokens are had, the repetition is taken to go on.
+        """
+        context = (*state.tokens[len(state.tokens) - self.min_match + 1 :], anchor)
+        after = state.last.get(context)
         if after is None:
-            return [], 0
-        length, size = self.min_match, len(tokens)
-        while length < _TRUSTED and after > length and tokens[after - length - 1] == tokens[size - length]:
-            length += 1
-        return self._continuation([*tokens[after:], anchor]), length
-
-    def _continuation(self, rest: list[int]) -> list[int]:
-        """γ tokens from the match on; where the context ends first, the repetition is taken to go on."""
+            return []
+        rest = [*state.tokens[after:], anchor]
         return [rest[i % len(rest)] for i in range(self.block_size)]

@@ -19,8 +19,8 @@ from pathlib import Path
 
 from deepspec.config import EvaluateParams
 from deepspec.data.progress import Progress
-from deepspec.decoding import generate
 from deepspec.decoding.cost import measure as measure_costs
+from deepspec.decoding.engine import generate
 from deepspec.decoding.request import Generation
 from deepspec.decoding.scheduler import Adaptive
 from deepspec.drafters.base import Drafter
@@ -66,7 +66,7 @@ def evaluate(
     native = _native(target, target_dir, tasks, log)
     del target  # makes room for the float32 copy
     identities = _identities(target_dir, drafter_dir, tasks, params, seed, device, log)
-    record = build_record(subject, tasks, results, identities, native)
+    record = build_record(subject, tasks, results, identities, native) | {"round_costs": log.get("costs")}
     log.remove()
     return record
 
@@ -119,11 +119,16 @@ class Bench:
 
 
 def _open_bench(
-    target: Target, drafter_dir: str | Path, tasks: list[Task], params: EvaluateParams, seed: int
+    target: Target,
+    drafter_dir: str | Path,
+    tasks: list[Task],
+    params: EvaluateParams,
+    seed: int,
+    log: WorkLog,
 ) -> Bench:
     """A bench whose kernels, caches, compiled shapes and cost figures are made before the clock starts."""
     drafter = load_drafter(drafter_dir, target, params.decode)
-    controller = measure_costs(target, drafter) if params.decode.adaptive else None
+    controller = _controller(target, drafter, log) if params.decode.adaptive else None
     bench = Bench(target, drafter, controller, params, seed)
     longest = max((prompt[0] for task in tasks for prompt in task.prompts), key=len)
     prompt_ids = target.chat_ids([{"role": "user", "content": longest}])
@@ -131,6 +136,13 @@ def _open_bench(
         for with_draft in (False, True):
             bench.run(with_draft, prompt_ids, temperature, seed)
     return bench
+
+
+def _controller(target: Target, drafter: Drafter, log: WorkLog) -> Adaptive:
+    """The round costs, measured once an evaluation: a resumed one goes on with the same controller."""
+    if log.get("costs") is None:
+        log.add("costs", asdict(measure_costs(target, drafter)))
+    return Adaptive(**log.get("costs"))
 
 
 def _measure(
@@ -150,7 +162,7 @@ def _measure(
     ]
     missing = [piece for piece in pieces if log.get(_key(*piece)) is None]
     if missing:
-        bench = _open_bench(target, drafter_dir, tasks, params, seed)
+        bench = _open_bench(target, drafter_dir, tasks, params, seed, log)
     with Progress("measuring", len(pieces), len(pieces) - len(missing)) as progress:
         for task, temperature, i in missing:
             result = bench.prompt(task.prompts[i], temperature, i)

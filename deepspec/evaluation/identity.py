@@ -10,7 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from deepspec.decoding import generate
+from deepspec.decoding.engine import generate
 from deepspec.decoding.lossless import top_two_gap
 from deepspec.evaluation.record import Identity
 from deepspec.target import Target
@@ -41,7 +41,8 @@ def check_identity(
         tie = differs and top_two_gap(target_dir, prompt_ids + reference.tokens[:same]) < TIE
         ties += tie
         lossless &= tie
-    return Identity(lossless=lossless, ties=ties)
+    tokens = sum(len(reference.tokens) for reference in plain)
+    return Identity(lossless=lossless, ties=ties, prompts=len(prompts), tokens=tokens)
 
 
 def _shared(a: list[int], b: list[int]) -> int:

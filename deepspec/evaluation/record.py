@@ -56,7 +56,7 @@ class PromptResult:
 
     @property
     def host_s(self) -> float:
-        """What is neither drafting a block nor verifying it: bookkeeping, Python, the draft's own prefill."""
+        """What is neither drafting nor verifying: bookkeeping and Python."""
         return self.drafted_s - self.draft_s - self.verify_s
 
     @property
@@ -70,6 +70,8 @@ class Identity:
 
     lossless: bool
     ties: int
+    prompts: int = 0
+    tokens: int = 0
 
 
 def task_key(task: str, temperature: float) -> str:
@@ -149,6 +151,7 @@ def _entry(task: Task, temperature: float, rows: list[PromptResult], identity: I
         "host_ms": median_per_round_ms([row.host_s for row in rows], rounds),
         "lossless": identity.lossless,
         "ties": identity.ties,
+        "lossless_checked": {"prompts": identity.prompts, "tokens": identity.tokens},
         "output_hashes": [row.output_hash for row in rows],
     }
 

@@ -18,9 +18,8 @@ from typing import Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from deepspec.config import nearest
 from deepspec.data.prompt_sources import read_jsonl
-from deepspec.errors import DeepSpecError
+from deepspec.errors import DeepSpecError, nearest
 from deepspec.evaluation.word_problems import word_problems
 
 TASKS = Path(__file__).parent / "tasks"

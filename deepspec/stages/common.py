@@ -9,11 +9,14 @@ from __future__ import annotations
 import argparse
 import errno
 import os
+import shutil
 import sys
 from collections.abc import Callable
 
 from deepspec.config import Params, load_params
 from deepspec.errors import DeepSpecError
+
+_NO_SPACE = 1 << 20  # bytes
 
 TELEMETRY_OFF = {
     "DO_NOT_TRACK": "true",
@@ -26,7 +29,7 @@ TELEMETRY_OFF = {
 
 
 def quiet_environment() -> None:
-    """Telemetry off, and one thread per core for libraries that would take more."""
+    """Telemetry off, and no warning from tokenizers about forks."""
     os.environ.update(TELEMETRY_OFF)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
@@ -54,10 +57,10 @@ def guarded(action: Callable[[], None]) -> int:
     except DeepSpecError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+    except Exception as error:
+        if not _disk_is_full(error):
             raise
-        where = error.filename or "while writing"
+        where = getattr(error, "filename", None) or "while writing"
         print(
             f"error: the disk is full ({where}); free space, run again: finished work is kept",
             file=sys.stderr,
@@ -67,3 +70,10 @@ def guarded(action: Callable[[], None]) -> int:
         print("interrupted; run again to continue", file=sys.stderr)
         return 130
     return 0
+
+
+def _disk_is_full(error: Exception) -> bool:
+    """Libraries that write from C++ report a full disk in words of their own: then the disk is asked."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return True
+    return shutil.disk_usage(".").free < _NO_SPACE

@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from deepspec.config import Params, nearest
-from deepspec.errors import DeepSpecError
+from deepspec.config import Params
+from deepspec.errors import DeepSpecError, nearest
 from deepspec.files import write_json
 from deepspec.stages.common import stage
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor, nn
 
-from deepspec.config import LossParams
 from deepspec.drafters.dspark import DSparkModel
 from deepspec.training.batches import Batch
 from deepspec.training.losses import TargetLaw, confidence_loss, expected_tau, head_loss, position_weights
+
+if TYPE_CHECKING:
+    from deepspec.config import LossParams
 
 
 class DSparkObjective(nn.Module):

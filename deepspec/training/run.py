@@ -5,24 +5,28 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections import Counter
+from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, InitProcessGroupKwargs
 
-from deepspec.config import DSparkParams, LookupParams, Params
 from deepspec.data.features import FeatureStore
 from deepspec.data.sequences import Sequence, read_sequences
 from deepspec.drafters.checkpoint import dspark_weights, write_drafter
 from deepspec.drafters.dspark import DSparkConfig, DSparkModel
 from deepspec.drafters.lookup import LookupDrafter
 from deepspec.errors import DeepSpecError
-from deepspec.files import digest
+from deepspec.files import digest, source_digest
 from deepspec.target import Target, load_target
 from deepspec.training.batches import Batches
 from deepspec.training.objective import DSparkObjective
 from deepspec.training.trainer import Trainer, write_history
+
+if TYPE_CHECKING:
+    from deepspec.config import DSparkParams, Params
 
 WORK = Path(".deepspec")
 DATA = Path("data/distill")
@@ -37,12 +41,13 @@ def train(params: Params, name: str, target_directory: Path, out: Path, history:
     if name not in params.drafters:
         raise DeepSpecError(f"params.yaml has no drafter {name!r}; it has {', '.join(params.drafters)}")
     drafter = params.drafters[name]
-    if isinstance(drafter, LookupParams):
+    if drafter.type == "lookup":
         target = load_target(target_directory)
         write_drafter(out, LookupDrafter.config(drafter), {}, target, {"data_digest": None})
         write_history(history, [{"step": 0}])
         return
-    accelerator = Accelerator(mixed_precision=params.train.mixed_precision)
+    patience = InitProcessGroupKwargs(timeout=timedelta(days=7))  # one process extracts, the others wait
+    accelerator = Accelerator(mixed_precision=params.train.mixed_precision, kwargs_handlers=[patience])
     target = load_target(target_directory, device=str(accelerator.device))
     sequences, data_digest = read_sequences(DATA, params.train.max_length, params.train.supervise)
     config = DSparkConfig.for_target(drafter, target)
@@ -82,14 +87,16 @@ def _trainer(
 ) -> Trainer:
     torch.manual_seed(params.seed)
     model = DSparkModel(config)
-    model.share(target, draft_vocabulary(store.sequences, config.draft_vocab_size, config.vocab_size))
     members = torch.randperm(
         len(store.sequences), generator=torch.Generator().manual_seed(params.seed)
     ).tolist()
     kept_out = min(params.train.heldout, max(len(members) // 10, 1))
     heldout, members = members[:kept_out], members[kept_out:]
+    learnt = [store.sequences[i] for i in members]
+    model.share(target, draft_vocabulary(learnt, config.draft_vocab_size, config.vocab_size))
     heldout = [i for i in heldout if any(store.sequences[i].answer[2:])]
-    settings = (params.train, drafter, target.digest, data_digest, params.seed)
+    code = source_digest("training", "drafters", "data/features.py", "data/sequences.py")
+    settings = (params.train, drafter, target.digest, data_digest, params.seed, code)
     work = WORK / "train" / f"{name}-{digest(repr(settings))}"
     batches = Batches(
         store, members, params.train.batch_size, params.train.anchors, config.block_size, params.seed

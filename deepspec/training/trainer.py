@@ -13,15 +13,18 @@ import signal
 import time
 from dataclasses import fields
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from deepspec.config import TrainParams
 from deepspec.errors import DeepSpecError
 from deepspec.files import replacing, write_text
 from deepspec.training.batches import Batch, Batches
+
+if TYPE_CHECKING:
+    from deepspec.config import TrainParams
 
 CHECKPOINT = "checkpoint.pt"
 BEST = "best.pt"
@@ -48,6 +51,10 @@ class Trainer:
     ):
         self.params, self.batches, self.heldout = params, batches, heldout
         self.accelerator, self.work = accelerator, work
+        if params.batch_size < accelerator.num_processes:
+            raise DeepSpecError(
+                f"train.batch_size is {params.batch_size}, fewer than the {accelerator.num_processes} processes"
+            )
         trainable = [p for p in objective.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(
             trainable, lr=params.lr, weight_decay=params.weight_decay, betas=(0.9, 0.95), fused=True
@@ -79,9 +86,10 @@ class Trainer:
                 elapsed = time.monotonic() - began
                 self._report(window, elapsed, (self.step - first) / elapsed)
                 window = {}
-            if self.step % self.params.save_every == 0 or last or self.stopping:
+            stopping = sums["asked"] > 0
+            if self.step % self.params.save_every == 0 or last or stopping:
                 self._save()
-            if self.stopping:
+            if stopping:
                 raise SystemExit(143)
 
     def best_weights(self) -> dict[str, Tensor]:
@@ -98,7 +106,10 @@ class Trainer:
         with accelerator.autocast():
             loss, sums = self.objective(batch)
         weight = self.raw.weights(batch).sum()
-        total = accelerator.reduce(torch.stack([loss.detach(), weight, *sums.values()]), "sum")
+        # All processes stop at the same step, whichever was asked to.
+        asked = weight.new_tensor(float(self.stopping))
+        total = accelerator.reduce(torch.stack([loss.detach(), weight, asked, *sums.values()]), "sum")
+        self.stopping = bool(total[2] > 0)
         if not bool(torch.isfinite(total).all()):
             raise DeepSpecError(
                 f"step {self.step}: the loss is not finite; lower train.lr (now {params.lr}) or check the data"
@@ -108,7 +119,7 @@ class Trainer:
         accelerator.clip_grad_norm_(self.objective.parameters(), params.grad_clip)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return dict(zip(("loss", "weight", *sums), total.tolist(), strict=True))
+        return dict(zip(("loss", "weight", "asked", *sums), total.tolist(), strict=True))
 
     @torch.no_grad()
     def evaluate(self) -> float:

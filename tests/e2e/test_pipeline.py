@@ -2,86 +2,16 @@
 
 from __future__ import annotations
 
-import json
-import os
 import re
-import shutil
-import subprocess
-import sys
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 import yaml
 
-from tests.tiny import make_target
+from tests.e2e.clone import Clone, make_clone
 
 pytestmark = pytest.mark.e2e
-ROOT = Path(__file__).parents[2]
 STAGES = ["target", "prompts", "generate", "validate", "train", "evaluate", "report"]
-
-
-@dataclass
-class Clone:
-    """A copy of the repository with a tiny target and the smoke profile."""
-
-    root: Path
-    first_run: list[str] = field(default_factory=list)
-
-    def run(self, *words: str, stdin: str = "") -> subprocess.CompletedProcess:
-        bin_dir = Path(sys.executable).parent
-        env = os.environ | {
-            "PATH": f"{bin_dir}{os.pathsep}{os.environ['PATH']}",
-            "PYTHONPATH": str(self.root),
-            "HF_HUB_OFFLINE": "1",
-            "OMP_NUM_THREADS": "1",  # all that a tiny model can use
-        }
-        return subprocess.run(
-            [sys.executable, "-m", *words],
-            cwd=self.root,
-            env=env,
-            input=stdin,
-            capture_output=True,
-            text=True,
-            timeout=400,  # before pytest's own, so that a hang shows what was printed last
-        )
-
-    def repro(self) -> list[str]:
-        """Run `dvc repro`, which must succeed; the names of the stages that ran."""
-        done = self.run("dvc", "repro")
-        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-        return re.findall(r"Running stage '(.+?)'", done.stdout)
-
-    def set(self, dotted: str, value: object) -> None:
-        path = self.root / "params.yaml"
-        params = yaml.safe_load(path.read_text())
-        *parents, last = dotted.split(".")
-        section = params
-        for name in parents:
-            section = section[name]
-        section[last] = value
-        path.write_text(yaml.safe_dump(params, sort_keys=False))
-
-    def report(self, path: str) -> dict:
-        return json.loads((self.root / path).read_text())
-
-
-def make_clone(root: Path, family: str) -> Clone:
-    """The tracked files and the new ones that git would take, as a repository of their own."""
-    listed = subprocess.run(
-        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
-        cwd=ROOT,
-        capture_output=True,
-        check=True,
-    ).stdout.decode()
-    for name in filter(None, listed.split("\0")):
-        if (ROOT / name).is_file() and name != "dvc.lock" and not name.startswith("reports/"):
-            (root / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(ROOT / name, root / name)
-    subprocess.run(["git", "init", "--quiet"], cwd=root, check=True)
-    shutil.copy(root / "params.smoke.yaml", root / "params.yaml")
-    make_target(root / "data/smoke-target", family)
-    return Clone(root)
 
 
 @pytest.fixture(scope="module")

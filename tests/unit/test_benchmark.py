@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from deepspec.config import EvaluateParams
-from deepspec.decoding import generate as decode
+from deepspec.decoding.engine import generate as decode
 from deepspec.decoding.request import Generation, Stats
+from deepspec.decoding.scheduler import Adaptive
 from deepspec.drafters.lookup import LookupDrafter
 from deepspec.evaluation import benchmark, identity
 from deepspec.evaluation.device import describe_device
@@ -20,7 +21,7 @@ from deepspec.evaluation.native import native_tokens_per_second
 from deepspec.evaluation.task import Task
 from deepspec.target import load_target
 
-DRAFT, COSTS = object(), object()
+DRAFT, COSTS = object(), Adaptive(plain_s=1.0, drafted_s=1.5)
 PREFILL_S, PLAIN_S, DRAFT_S, VERIFY_S, HOST_S = 1.0, 1 / 8, 1 / 32, 7 / 64, 1 / 64  # exact in binary
 ACCEPTED, PROPOSED = [2, 0, 3, 1], [3, 3, 3, 3]  # 4 rounds commit 10 tokens
 TASKS = {

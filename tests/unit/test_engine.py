@@ -179,6 +179,32 @@ def test_features_are_the_layers_outputs(llama):
     assert torch.allclose(rest.features[1], whole.features[1][:, 4:], atol=1e-5)
 
 
+def test_a_proposal_is_cut_at_a_depth():
+    tree = Proposal([1, 2, 3, 4, 5], [-1, -1, 1, 2, 0])
+    assert tree.cut(2) == Proposal([1, 2, 3, 5], [-1, -1, 1, 0])
+    assert tree.cut(3) is tree
+
+
+def test_no_draft_reaches_beyond_what_may_be_committed(llama):
+    seen = []
+
+    class Watching(LookupDrafter):
+        def propose(self, state, anchor, sampling, rng):
+            seen.append(super().propose(state, anchor, sampling, rng))
+            return seen[-1]
+
+    (run,) = generate(llama, Watching(8, 1), PROMPTS[3], 5)
+    assert len(run.tokens) <= 5 and all(drafted <= 4 for drafted in run.stats.drafted)
+    assert any(len(proposal.tokens) == 8 for proposal in seen)
+
+
+def test_a_target_that_skips_our_attention_is_refused(llama, monkeypatch):
+    monkeypatch.setattr(llama, "_checked", False)
+    monkeypatch.setattr(llama, "num_layers", 5)
+    with pytest.raises(DeepSpecError, match=r"layers \[4\]"):
+        generate(llama, None, [1, 2, 3], 4)
+
+
 def test_the_last_layer_is_no_feature(llama):
     with pytest.raises(DeepSpecError, match="layer 3 cannot"):
         llama.check_layers([3])

@@ -1,0 +1,105 @@
+"""A copy of the repository in which the pipeline runs as a user runs it: smoke profile, tiny random target."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import yaml
+
+from tests.tiny import make_target
+
+ROOT = Path(__file__).parents[2]
+
+
+@dataclass
+class Clone:
+    """A copy of the repository with a tiny target and the smoke profile."""
+
+    root: Path
+    first_run: list[str] = field(default_factory=list)
+
+    @property
+    def environment(self) -> dict[str, str]:
+        return os.environ | {
+            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+            "PYTHONPATH": str(self.root),
+            "HF_HUB_OFFLINE": "1",
+            "OMP_NUM_THREADS": "1",  # all that a tiny model can use
+        }
+
+    def run(self, *words: str, stdin: str = "") -> subprocess.CompletedProcess:
+        return subprocess.run(
+            [sys.executable, "-m", *words],
+            cwd=self.root,
+            env=self.environment,
+            input=stdin,
+            capture_output=True,
+            text=True,
+            timeout=400,
+        )
+
+    def kill_repro(self, when: Callable[[], bool]) -> None:
+        """Start `dvc repro` and `kill -9` it, stage and all, as soon as `when()` holds."""
+        process = subprocess.Popen(
+            [sys.executable, "-m", "dvc", "repro"],
+            cwd=self.root,
+            env=self.environment,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        deadline = time.monotonic() + 300
+        while not when():
+            assert process.poll() is None and time.monotonic() < deadline, (
+                "it ended before it could be killed"
+            )
+            time.sleep(0.005)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+    def repro(self) -> list[str]:
+        """Run `dvc repro`, which must succeed; the names of the stages that ran."""
+        done = self.run("dvc", "repro")
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+        return re.findall(r"Running stage '(.+?)'", done.stdout)
+
+    def set(self, dotted: str, value: object) -> None:
+        path = self.root / "params.yaml"
+        params = yaml.safe_load(path.read_text())
+        *parents, last = dotted.split(".")
+        section = params
+        for name in parents:
+            section = section[name]
+        section[last] = value
+        path.write_text(yaml.safe_dump(params, sort_keys=False))
+
+    def report(self, path: str) -> dict:
+        return json.loads((self.root / path).read_text())
+
+
+def make_clone(root: Path, family: str) -> Clone:
+    """The tracked files and the new ones that git would take, as a repository of their own."""
+    listed = subprocess.run(
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT,
+        capture_output=True,
+        check=True,
+    ).stdout.decode()
+    for name in filter(None, listed.split("\0")):
+        if (ROOT / name).is_file() and name != "dvc.lock" and not name.startswith("reports/"):
+            (root / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, root / name)
+    subprocess.run(["git", "init", "--quiet"], cwd=root, check=True)
+    shutil.copy(root / "params.smoke.yaml", root / "params.yaml")
+    make_target(root / "data/smoke-target", family)
+    return Clone(root)

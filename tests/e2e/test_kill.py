@@ -1,0 +1,57 @@
+"""`kill -9` in the middle of a stage: the next `dvc repro` goes on and ends as an unbroken run does."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pyarrow.parquet
+import pytest
+
+from tests.e2e.clone import Clone, make_clone
+
+pytestmark = pytest.mark.e2e
+
+
+def lines(root: Path, pattern: str) -> int:
+    return sum(path.read_bytes().count(b"\n") for path in root.glob(pattern))
+
+
+def slow_clone(root: Path) -> Clone:
+    """Long enough to be caught in the act: one prompt at a time, many steps."""
+    clone = make_clone(root, "llama")
+    clone.set("pipeline", ["dspark"])
+    clone.set("prompts.count", 40)
+    clone.set("generate.batch_size", 1)
+    clone.set("train.steps", 120)
+    clone.set("train.save_every", 10)
+    clone.set("train.eval_every", 20)
+    clone.set("evaluate.prompts_per_task", 1)
+    return clone
+
+
+def test_killed_stages_resume_and_end_as_an_unbroken_run(tmp_path: Path):
+    unbroken = slow_clone(tmp_path / "unbroken")
+    unbroken.repro()
+    killed = slow_clone(tmp_path / "killed")
+    data, draft = killed.root / "data/distill", killed.root / "data/drafts/dspark"
+
+    killed.kill_repro(lambda: lines(killed.root, ".deepspec/generate/*/shard-*.jsonl") >= 5)
+    assert not data.exists()
+    before = lines(killed.root, ".deepspec/generate/*/shard-*.jsonl")
+    assert before < 40
+
+    killed.kill_repro(lambda: any(killed.root.glob(".deepspec/train/*/checkpoint.pt")))
+    assert not draft.exists()
+    rows = [pyarrow.parquet.read_table(c.root / "data/distill/train.parquet") for c in (killed, unbroken)]
+    assert rows[0].equals(rows[1])
+
+    assert "train@dspark" in killed.repro()
+    for name in ("model.safetensors", "config.json"):
+        assert (draft / name).read_bytes() == (unbroken.root / "data/drafts/dspark" / name).read_bytes()
+    history = [
+        [json.loads(line) for line in (c.root / "reports/train/dspark.jsonl").read_text().splitlines()]
+        for c in (killed, unbroken)
+    ]
+    assert [line["step"] for line in history[0]] == [line["step"] for line in history[1]]
+    assert [line["heldout_tau"] for line in history[0]] == [line["heldout_tau"] for line in history[1]]

@@ -1,0 +1,56 @@
+"""How a stage fails: one line and a status, and no traceback hides a real bug."""
+
+from __future__ import annotations
+
+import errno
+import os
+from types import SimpleNamespace
+
+import pytest
+
+from deepspec.errors import DeepSpecError
+from deepspec.stages import common
+from deepspec.stages.common import TELEMETRY_OFF, guarded, quiet_environment
+
+
+def failing(error: BaseException):
+    def action() -> None:
+        raise error
+
+    return action
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "line"),
+    [
+        (DeepSpecError("params.yaml: no such file"), 2, "error: params.yaml: no such file"),
+        (OSError(errno.ENOSPC, "No space left", "data/x"), 2, "error: the disk is full (data/x);"),
+        (KeyboardInterrupt(), 130, "interrupted; run again to continue"),
+    ],
+)
+def test_each_mistake_has_its_line_and_status(error, status, line, capsys):
+    assert guarded(failing(error)) == status
+    (printed,) = capsys.readouterr().err.splitlines()
+    assert printed.startswith(line)
+
+
+def test_a_full_disk_is_seen_behind_a_librarys_own_words(monkeypatch, capsys):
+    monkeypatch.setattr(common.shutil, "disk_usage", lambda path: SimpleNamespace(free=0))
+    assert guarded(failing(RuntimeError("PytorchStreamWriter failed writing file data/0"))) == 2
+    assert "the disk is full" in capsys.readouterr().err
+
+
+def test_a_bug_keeps_its_traceback():
+    with pytest.raises(ZeroDivisionError):
+        guarded(lambda: print(1 / 0))
+
+
+def test_success_is_zero():
+    assert guarded(lambda: None) == 0
+
+
+def test_entry_points_turn_telemetry_off(monkeypatch):
+    for name in TELEMETRY_OFF:
+        monkeypatch.delenv(name, raising=False)
+    quiet_environment()
+    assert {name: os.environ[name] for name in TELEMETRY_OFF} == TELEMETRY_OFF
