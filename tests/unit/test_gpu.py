@@ -1,0 +1,69 @@
+"""The same tokens on a GPU as on the CPU, and a training step there. Skipped where there is none."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from accelerate import Accelerator
+
+from deepspec.config import DSparkParams, TrainParams
+from deepspec.data.features import FeatureStore
+from deepspec.data.sequences import Sequence
+from deepspec.decoding.engine import generate
+from deepspec.drafters.dspark import DSparkConfig, DSparkDrafter, DSparkModel
+from deepspec.target import load_target
+from deepspec.training.batches import Batches
+from deepspec.training.objective import DSparkObjective
+from deepspec.training.trainer import Trainer
+from tests.tiny import make_target
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+]
+PROMPTS = [[5, 9, 14, 3, 77, 20], [100, 101, 102], [7] * 70]
+
+
+def small_model(target) -> DSparkModel:
+    torch.manual_seed(0)
+    params = DSparkParams(type="dspark", layers=1, block_size=3, markov_rank=4, target_layer_ids=[0, 1])
+    model = DSparkModel(DSparkConfig.for_target(params, target))
+    model.share(target, torch.arange(model.config.draft_vocab_size))
+    return model
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    return make_target(tmp_path_factory.mktemp("target"))
+
+
+@pytest.mark.parametrize("drafted", [False, True])
+def test_greedy_tokens_are_those_of_the_cpu(directory, drafted):
+    tokens = {}
+    for device in ("cpu", "cuda"):
+        target = load_target(directory, dtype="float32", device=device)
+        drafter = DSparkDrafter(small_model(target), target) if drafted else None
+        tokens[device] = [run.tokens for run in generate(target, drafter, PROMPTS, 24)]
+    assert tokens["cpu"] == tokens["cuda"]
+
+
+def test_sampling_with_a_draft_runs_and_reproduces(directory):
+    target = load_target(directory, dtype="bfloat16", device="cuda")
+    drafter = DSparkDrafter(small_model(target), target)
+    runs = [generate(target, drafter, PROMPTS[0], 24, temperature=1.0, seed=3)[0].tokens for _ in range(2)]
+    assert runs[0] == runs[1]
+
+
+def test_training_runs(directory, tmp_path):
+    target = load_target(directory, device="cuda")
+    rows = [[(7 * i + j) % 500 for j in range(30)] for i in range(12)]
+    sequences = [Sequence(row, [1] * 30, [1] * 30) for row in rows]
+    store = FeatureStore(tmp_path / "features", target, sequences, (0, 1))
+    store.build()
+    params = TrainParams(steps=4, lr=1e-3, batch_size=4, anchors=4, eval_every=2, save_every=2)
+    batches = Batches(store, list(range(2, 12)), 4, 4, 3, seed=0)
+    accelerator = Accelerator(mixed_precision="bf16")
+    objective = DSparkObjective(small_model(target), params.loss).to(accelerator.device)
+    trainer = Trainer(objective, batches, [0, 1], params, accelerator, tmp_path / "work")
+    trainer.run()
+    assert trainer.step == 4 and trainer.best_tau >= 1
