@@ -35,8 +35,9 @@ PLACES = (
 )
 METHOD = (
     "Speed is decoding alone, from the end of the prefill, against plain decoding in the same engine; the "
-    "two runs of a prompt follow one another. Lossless: the greedy output in float32 is, token by token, the "
-    "target's own, but for proven ties (logits less than 1e-4 apart in float64), counted in brackets."
+    "two runs of a prompt follow one another. Lossless: on the prompts and tokens that each record counts under "
+    "`lossless_checked`, the greedy output in float32 is token by token that of plain decoding, but for proven "
+    "ties (logits less than 1e-4 apart in float64), given in brackets."
 )
 
 
