@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from deepspec.errors import DeepSpecError, nearest
 
@@ -125,7 +125,11 @@ class TrainParams(Section):
     heldout: int = Field(32, ge=1, description="Conversations kept out for choosing the best checkpoint.")
     eval_every: int = Field(200, ge=1)
     save_every: int = Field(100, ge=1)
-    mixed_precision: Literal["no", "bf16"] = "bf16"
+    mixed_precision: Annotated[
+        Literal["no", "bf16"], BeforeValidator(lambda value: "no" if value is False else value)
+    ] = Field(
+        "bf16", description="YAML reads a bare `no` as false, and `dvc exp run -S` takes its quotes away."
+    )
     loss: LossParams = LossParams()
 
 

@@ -99,3 +99,7 @@ def test_a_missing_a_broken_and_an_empty_file_each_give_one_line(tmp_path):
         with pytest.raises(DeepSpecError, match=expected) as error:
             load_params(tmp_path / "bad.yaml")
         assert "\n" not in str(error.value)
+
+
+def test_a_bare_no_means_no_mixed_precision(params_file):
+    assert load_params(params_file("train.mixed_precision", False)).train.mixed_precision == "no"
