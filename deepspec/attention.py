@@ -67,14 +67,17 @@ class KVCache:
 
 
 class Step:
-    """One forward pass: where its keys go and who sees whom.
+    """One forward pass: which tokens are new, where their keys go, who sees whom.
+
+    With a cache, the new tokens of all requests lie end to end in one row (the model computes no padding), and
+    attention alone spreads them out: request i brings `counts[i]` tokens, its keys go to cache row `rows[i]` from
+    `starts[i]` on. Without a cache a pass is a plain [batch, n] rectangle.
 
     Args:
-        positions: [batch, n] RoPE position of each new token.
-        visible: bool [batch, n, keys]; the last n keys of a row without a cache, or the entries from `starts[b]`
-            on with one, are the new tokens themselves. None: causal.
-        cache, first_slot: rows `first_slot ... first_slot + batch - 1` of the cache hold the batch.
-        starts: cached length of each row before this pass.
+        positions: RoPE position of each new token, [1, sum(counts)] with a cache, [batch, n] without.
+        visible: bool [requests, max(counts), keys]; the entries from `starts[i]` on (all, without a cache) are the
+            new tokens themselves. None: causal, or where `bidirectional` all that the request has.
+        cache, rows, starts, counts: see above; `rows` default to the first ones of the cache, `starts` to 0.
         wanted: layer ids whose outputs to keep in `features` (-1 is the embedding output).
     """
 
@@ -83,47 +86,87 @@ class Step:
         positions: Tensor,
         visible: Tensor | None = None,
         cache: KVCache | None = None,
-        first_slot: int = 0,
+        rows: list[int] | None = None,
         starts: list[int] | None = None,
+        counts: list[int] | None = None,
         wanted: Iterable[int] = (),
+        bidirectional: bool = False,
     ):
         self.positions = positions
-        self.batch, self.n = positions.shape
         self.cache = cache
-        self.first_slot = first_slot
-        self.starts = starts or [0] * self.batch
+        self.bidirectional = bidirectional
+        batch, n = positions.shape
+        self.counts = counts or [n] * batch
+        self.requests, self.n = len(self.counts), max(self.counts)
+        self.starts = starts or [0] * self.requests
+        self.rows = rows or list(range(self.requests))
         self.length = max(self.starts) + self.n
         self.wanted = frozenset(wanted)
         self.features: dict[int, Tensor] = {}
         self.stored: set[int] = set()  # layers that came through
         self._visible = visible
         self._once: dict = {}
-        if cache is not None and self.length > cache.max_length:
-            raise DeepSpecError(f"{self.length} tokens do not fit a KV cache of {cache.max_length}")
-        if cache is not None and self.batch > 1:
-            device = positions.device
-            self._rows = torch.arange(first_slot, first_slot + self.batch, device=device)[:, None]
-            starts_column = torch.tensor(self.starts, device=device)[:, None]
-            self._columns = starts_column + torch.arange(self.n, device=device)
+        self._ragged = cache is not None and min(self.counts) < self.n
+        if cache is not None:
+            if self.length > cache.max_length:
+                raise DeepSpecError(f"{self.length} tokens do not fit a KV cache of {cache.max_length}")
+            self._plan()
+
+    def _plan(self) -> None:
+        """Where each new token goes: its cache row and column, and its place in the spread batch."""
+        device = self.positions.device
+        first = self.rows[0]
+        contiguous = self.rows == list(range(first, first + self.requests))
+        self._read = (
+            slice(first, first + self.requests) if contiguous else torch.tensor(self.rows, device=device)
+        )
+        if self.requests > 1:
+            spans = list(zip(self.rows, self.starts, self.counts, strict=True))
+            rows = [row for row, _, count in spans for _ in range(count)]
+            columns = [start + i for _, start, count in spans for i in range(count)]
+            self._rows, self._columns = torch.tensor([rows, columns], device=device)
+        if self._ragged:
+            flat = [i * self.n + j for i, count in enumerate(self.counts) for j in range(count)]
+            self._flat = torch.tensor(flat, device=device)
 
     def store(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Write new keys and values [batch, kv_heads, n, head_dim]; return all that this pass may attend to."""
+        """Write new keys and values [1, kv_heads, sum(counts), head_dim]; return all that this pass may attend to,
+        [requests, kv_heads, length, head_dim]. Without a cache they are returned as they came."""
         self.stored.add(layer)
         if self.cache is None:
             return keys, values
         all_keys, all_values = self.cache.layer(layer, keys)
-        if self.batch == 1:
-            start = self.starts[0]
-            all_keys[self.first_slot, :, start : start + self.n] = keys[0]
-            all_values[self.first_slot, :, start : start + self.n] = values[0]
+        if self.requests == 1:
+            row, start = self.rows[0], self.starts[0]
+            all_keys[row, :, start : start + self.n] = keys[0]
+            all_values[row, :, start : start + self.n] = values[0]
         else:
-            all_keys[self._rows, :, self._columns] = keys.transpose(1, 2)
-            all_values[self._rows, :, self._columns] = values.transpose(1, 2)
-        rows = slice(self.first_slot, self.first_slot + self.batch)
-        return all_keys[rows, :, : self.length], all_values[rows, :, : self.length]
+            all_keys[self._rows, :, self._columns] = keys[0].transpose(0, 1)
+            all_values[self._rows, :, self._columns] = values[0].transpose(0, 1)
+        return all_keys[self._read, :, : self.length], all_values[self._read, :, : self.length]
 
-    def mask(self, dtype: torch.dtype, groups: int, window: int | None) -> Tensor:
-        """Additive mask [batch, 1, groups·n, keys]; the query heads of a group stand one after another."""
+    def spread(self, queries: Tensor) -> Tensor:
+        """[1, sum(counts), heads, head_dim] → [requests, max(counts), heads, head_dim], padded with zeros."""
+        if self.cache is None or self.requests == 1:
+            return queries
+        shape = (self.requests, self.n, *queries.shape[2:])
+        if not self._ragged:
+            return queries.reshape(shape)
+        padded = queries.new_zeros(self.requests * self.n, *queries.shape[2:])
+        padded[self._flat] = queries[0]
+        return padded.view(shape)
+
+    def gather(self, spread: Tensor) -> Tensor:
+        """The reverse of `spread`."""
+        if self.cache is None or self.requests == 1:
+            return spread
+        flat = spread.flatten(0, 1)
+        return (flat[self._flat] if self._ragged else flat)[None]
+
+    def mask(self, dtype: torch.dtype, groups: int, window: int | None) -> Tensor | None:
+        """Additive mask [requests, 1, groups·n, keys]; the query heads of a group stand one after another.
+
+        None where everything is seen."""
         return self.once((dtype, groups, window), lambda: self._additive(dtype, groups, window))
 
     def once(self, key: Any, make: Callable[[], Any]) -> Any:
@@ -132,24 +175,38 @@ class Step:
             self._once[key] = make()
         return self._once[key]
 
-    def _additive(self, dtype: torch.dtype, groups: int, window: int | None) -> Tensor:
+    def _additive(self, dtype: torch.dtype, groups: int, window: int | None) -> Tensor | None:
+        if self._sees_all() and (window is None or self.length <= window):
+            return None
         visible = self.visible if window is None else self.visible & self._within(window)
         additive = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
         additive.masked_fill_(~visible, torch.finfo(dtype).min)
         return additive[:, None].repeat(1, 1, groups, 1)
 
+    def _sees_all(self) -> bool:
+        even = not self._ragged and min(self.starts) == max(self.starts)
+        return even and self._visible is None and (self.n == 1 or self.bidirectional)
+
     @property
     def visible(self) -> Tensor:
         if self._visible is None:
-            self._visible = causal(self.starts, self.n, self.length, self.positions.device)
+            device = self.positions.device
+            if self.bidirectional:
+                ends = [start + count for start, count in zip(self.starts, self.counts, strict=True)]
+                keys = torch.arange(self.length, device=device)
+                visible = keys < torch.tensor(ends, device=device)[:, None, None]
+                self._visible = visible.expand(-1, self.n, -1)
+            else:
+                self._visible = causal(self.starts, self.n, self.length, device)
         return self._visible
 
     def _within(self, window: int) -> Tensor:
-        """bool [batch, n, keys]: the key lies less than `window` positions before the query."""
-        keys = torch.arange(self.length, device=self.positions.device).repeat(self.batch, 1)
-        for row, start in enumerate(self.starts):
-            keys[row, start : start + self.n] = self.positions[row]
-        return self.positions[:, :, None] - keys[:, None, :] < window
+        """bool [requests, n, keys]: the key lies less than `window` positions before the query."""
+        positions = self.spread(self.positions[..., None, None])[..., 0, 0]  # [requests, n]
+        keys = torch.arange(self.length, device=positions.device).repeat(self.requests, 1)
+        for row, (start, count) in enumerate(zip(self.starts, self.counts, strict=True)):
+            keys[row, start : start + count] = positions[row, :count]
+        return positions[:, :, None] - keys[:, None, :] < window
 
 
 def causal(starts: list[int], n: int, length: int, device: torch.device | None = None) -> Tensor:
@@ -158,7 +215,7 @@ def causal(starts: list[int], n: int, length: int, device: torch.device | None =
     return torch.arange(length, device=device) <= last
 
 
-def attend(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scale: float | None) -> Tensor:
+def attend(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scale: float | None) -> Tensor:
     """Grouped-query attention. queries [b, heads, n, d], keys/values [b, kv_heads, L, d] → [b, n, heads, d].
 
     The query heads that share a key head are laid along the query axis, so keys are never repeated.
@@ -181,10 +238,13 @@ def _attention(module, query, key, value, attention_mask, scaling=None, step: St
     keys, values = step.store(module.layer_idx, key, value)
     groups = query.shape[1] // keys.shape[1]
     mask = step.mask(query.dtype, groups, extra.get("sliding_window"))
+    query = step.spread(query.transpose(1, 2)).transpose(1, 2)
     softcap = extra.get("softcap")
     if softcap is None:
-        return attend(query, keys, values, mask, scaling), None
-    return _softcapped(query, keys, values, mask, scaling, softcap), None
+        attended = attend(query, keys, values, mask, scaling)
+    else:
+        attended = _softcapped(query, keys, values, mask, scaling, softcap)
+    return step.gather(attended), None
 
 
 def _softcapped(query, keys, values, mask, scaling, softcap):
@@ -192,7 +252,9 @@ def _softcapped(query, keys, values, mask, scaling, softcap):
     batch, heads, n, dim = query.shape
     grouped = query.reshape(batch, keys.shape[1], -1, dim)
     scores = torch.matmul(grouped, keys.transpose(2, 3)) * (scaling or dim**-0.5)
-    scores = torch.tanh(scores / softcap) * softcap + mask
+    scores = torch.tanh(scores / softcap) * softcap
+    if mask is not None:
+        scores = scores + mask
     out = torch.matmul(scores.float().softmax(-1).to(query.dtype), values)
     return out.view(batch, heads, n, dim).transpose(1, 2)
 

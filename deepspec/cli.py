@@ -78,6 +78,24 @@ def chat(
 
 
 @app.command(rich_help_panel="Tools")
+def profile(
+    target: Annotated[
+        str, typer.Option(help="A target directory, a hub id, or embedded:<name>.")
+    ] = "data/target",
+    drafter: Annotated[
+        str | None, typer.Option(help="A name under data/drafts or a directory.", show_default="none")
+    ] = None,
+    batches: Annotated[str, typer.Option(help="Requests in flight, comma-separated.")] = "1,4,16",
+    weights: Annotated[str, typer.Option(help="dense, or int4 (a CPU only).")] = "dense",
+    force: Annotated[bool, typer.Option("--force", help="Measure anew what is stored.")] = False,
+) -> None:
+    """Measure what a target pass and a draft cost on this device: the curve that controllers decide with."""
+    from deepspec.profile import Settings, run
+
+    _exit(lambda: run(Settings(target, drafter, batches, weights, force)))
+
+
+@app.command(rich_help_panel="Tools")
 def doctor(
     root: Annotated[Path, typer.Option(help="The repository.")] = Path("."),
 ) -> None:

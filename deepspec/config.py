@@ -7,7 +7,7 @@ nearest valid one, so that a typo is found before anything runs.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
@@ -17,6 +17,10 @@ from deepspec.errors import DeepSpecError, nearest
 
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+    def options(self) -> dict[str, Any]:
+        """All values but the tag `type`."""
+        return self.model_dump(exclude={"type"})
 
 
 class TargetParams(Section):
@@ -156,8 +160,87 @@ class LookupParams(Section):
     min_match: int = Field(2, ge=1, description="Shortest suffix, in tokens, that counts as a match.")
 
 
-DrafterParams = Annotated[DSparkParams | LookupParams, Field(discriminator="type")]
-DRAFTER_SECTIONS: dict[str, type[Section]] = {"dspark": DSparkParams, "lookup": LookupParams}
+class SuffixParams(Section):
+    """Training-free: the longest earlier match of any length, found by a suffix automaton."""
+
+    type: Literal["suffix"]
+    block_size: int = Field(16, ge=1)
+    min_match: int = Field(2, ge=1)
+
+
+DrafterParams = Annotated[DSparkParams | LookupParams | SuffixParams, Field(discriminator="type")]
+
+
+class ChainTree(Section):
+    """One path."""
+
+    type: Literal["chain"]
+    depth: int | None = Field(None, ge=1, description="None: the drafter's block size.")
+
+
+class StaticTree(Section):
+    type: Literal["static"]
+    paths: list[list[int]] = Field(description="Paths of child ranks: [1, 0] is the second child's first.")
+
+
+class BeamTree(Section):
+    """EAGLE-2: the `width` best nodes of a level are expanded, the `nodes` best of all are kept."""
+
+    type: Literal["beam"]
+    width: int = Field(8, ge=1)
+    depth: int | None = Field(None, ge=1)
+    nodes: int = Field(24, ge=1)
+
+
+class BestFirstTree(Section):
+    """The `nodes` likeliest paths, at most `width` children a node."""
+
+    type: Literal["best_first"]
+    width: int = Field(8, ge=1)
+    depth: int | None = Field(None, ge=1)
+    nodes: int = Field(24, ge=1)
+
+
+class SampledTree(Section):
+    type: Literal["sampled"]
+    branching: list[int] = Field([3, 2, 1], description="Children a node, by depth.")
+
+
+TreeParams = Annotated[
+    ChainTree | StaticTree | BeamTree | BestFirstTree | SampledTree, Field(discriminator="type")
+]
+
+
+class FixedController(Section):
+    type: Literal["fixed"]
+    length: int | None = Field(None, ge=1, description="Levels verified; None: all.")
+
+
+class ThresholdController(Section):
+    type: Literal["threshold"]
+    least: float = Field(ge=0, le=1, description="Confidence below which a path is cut.")
+
+
+class CostController(Section):
+    """Verifies what pays on the measured cost curve, one request at a time; pauses where drafting does not."""
+
+    type: Literal["cost"]
+
+
+class SchedulerController(Section):
+    """DSpark's prefix scheduler: one verification budget for all requests in flight."""
+
+    type: Literal["scheduler"]
+
+
+ControllerParams = Annotated[
+    FixedController | ThresholdController | CostController | SchedulerController, Field(discriminator="type")
+]
+TAGGED: dict[str, type[Section]] = {
+    get_args(section.model_fields["type"].annotation)[0]: section
+    for union in (DrafterParams, TreeParams, ControllerParams)
+    for section in get_args(get_args(union)[0])
+}
 
 
 class DecodeParams(Section):
@@ -166,7 +249,11 @@ class DecodeParams(Section):
     lookup_first: bool = Field(True, description="Ask the lookup drafter before the trained one.")
     lookup_min_match: int = Field(3, ge=1, description="A match this long is trusted over the trained draft.")
     lookup_block_size: int = Field(10, ge=1, description="Tokens drafted from a match.")
-    adaptive: bool = Field(True, description="Stop drafting for a while where it does not pay.")
+    tree: TreeParams = ChainTree(type="chain")
+    verify: Literal["standard", "block", "recursive", "traversal"] | None = Field(
+        None, description="Rule for sampled drafts; None: the best that fits."
+    )
+    controller: ControllerParams = CostController(type="cost")
 
 
 class EvaluateParams(Section):
@@ -237,7 +324,7 @@ def _explain(error: ValidationError, raw: dict) -> str:
     if first["type"] == "union_tag_invalid":
         found = first["ctx"]["tag"]
         known = [tag.strip("' ") for tag in first["ctx"]["expected_tags"].split(",")]
-        return f"{key}.type: unknown drafter type {found!r}{nearest(found, known)}; known: {', '.join(known)}"
+        return f"{key}.type: unknown type {found!r}{nearest(found, known)}; known: {', '.join(known)}"
     message = first["msg"].removeprefix("Value error, ")
     return (
         f"{key}: {message} (found {first['input']!r})" if key and first["type"] != "value_error" else message
@@ -255,7 +342,7 @@ def _locate(loc: tuple, raw: dict) -> tuple[str, type[Section] | None]:
     for i, step in enumerate(loc):
         last = i == len(loc) - 1
         if model is None and isinstance(node, dict) and node.get("type") == step and step not in node:
-            model = DRAFTER_SECTIONS[step]
+            model = TAGGED[step]
             continue
         parts.append(str(step))
         node = node.get(step) if isinstance(node, dict) else None

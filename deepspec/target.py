@@ -22,7 +22,7 @@ from deepspec.attention import NAME, Step
 from deepspec.embedded import PREFIX, write_embedded
 from deepspec.errors import DeepSpecError
 from deepspec.files import replacing
-from deepspec.fused import PackedLinear, fuse
+from deepspec.fused import Int4Linear, PackedLinear, fuse
 from deepspec.memory import reuse_freed_memory
 
 RECORD = "deepspec.json"
@@ -56,16 +56,22 @@ def resolve_target(source: str, revision: str | None, dtype: str, directory: str
         (scratch / RECORD).write_text(json.dumps(record, indent=2) + "\n")
 
 
-def load_target(source: str | Path, dtype: str | None = None, device: str | None = None) -> Target:
+def load_target(
+    source: str | Path, dtype: str | None = None, device: str | None = None, weights: str = "dense"
+) -> Target:
     """Load a target for inference.
 
     Args:
         source: a Hugging Face directory, a hub id, or `embedded:<name>` (fetched once into the user's cache).
         dtype: None keeps the directory's own; "float32" and "float64" are for checks.
         device: None takes a GPU where there is one.
+        weights: "dense" as they are; "int4" rounds the decoder's projections to 4 bits in blocks of 32
+            (`Int4Linear`; a CPU only). That is *another target*, and its outputs are its own; the embedded targets
+            were published in such blocks, so for them it is the published precision.
 
     Raises:
-        DeepSpecError: nothing loadable there, no tokenizer, no chat template, or an unsupported attention.
+        DeepSpecError: nothing loadable there, no tokenizer, no chat template, an unsupported attention, or weights
+            that this device or target cannot have.
     """
     reuse_freed_memory()
     source = str(source)
@@ -83,15 +89,23 @@ def load_target(source: str | Path, dtype: str | None = None, device: str | None
         raise DeepSpecError(
             f"{source}: the tokenizer has no chat template; add the one the target was trained with"
         )
-    return Target(model.to(device).eval(), tokenizer, source)
+    if weights not in WEIGHTS:
+        raise DeepSpecError(f"unknown weights {weights!r}; known: {', '.join(WEIGHTS)}")
+    if weights == "int4":
+        _check_int4(model, device, source)
+    return Target(model.to(device).eval(), tokenizer, source, weights)
+
+
+WEIGHTS = {"dense": PackedLinear, "int4": Int4Linear}
 
 
 class Target:
     """A loaded verifier. Not trainable: its layers are fused and packed for inference where that pays."""
 
-    def __init__(self, model: nn.Module, tokenizer: Any, source: str):
+    def __init__(self, model: nn.Module, tokenizer: Any, source: str, weights: str = "dense"):
         self.tokenizer = tokenizer
         self.source = source
+        self.weights = weights
         self.config = model.config.get_text_config()
         self.generation_config = model.generation_config
         self.dtype: torch.dtype = model.dtype
@@ -113,7 +127,7 @@ class Target:
         self._model = model.model if hasattr(model, "model") else model.base_model
         self._layers = _decoder_layers(self._model, self.num_layers)
         with torch.no_grad():
-            fuse(self._layers)
+            fuse(self._layers, WEIGHTS[weights])
         self._hooked: set[int] = set()
         self._checked = False
 
@@ -159,6 +173,11 @@ class Target:
         if softcap := getattr(self.config, "final_logit_softcapping", None):  # Gemma
             logits = torch.tanh(logits / softcap) * softcap
         return logits
+
+    @property
+    def precision(self) -> str:
+        """How it computes, for records: "bfloat16", or "int4 weights, bfloat16"."""
+        return _name(self.dtype) if self.weights == "dense" else f"{self.weights} weights, {_name(self.dtype)}"
 
     @property
     def rope_theta(self) -> float:
@@ -223,11 +242,28 @@ class Target:
         self._hooked.add(layer)
 
 
+def _check_int4(model: nn.Module, device: str, source: str) -> None:
+    if torch.device(device).type != "cpu":
+        raise DeepSpecError("int4 weights run on a CPU only; load the target with device='cpu'")
+    if model.dtype != torch.bfloat16:
+        raise DeepSpecError(f"int4 weights go with bfloat16 activations; {source} is in {_name(model.dtype)}")
+    layers = _decoder_layers(model, model.config.get_text_config().num_hidden_layers)
+    sizes = {m.in_features for m in layers.modules() if isinstance(m, nn.Linear)}
+    if uneven := sorted(size for size in sizes if size % Int4Linear.BLOCK):
+        raise DeepSpecError(
+            f"{source}: int4 weights need input sizes divisible by {Int4Linear.BLOCK}, found {uneven[0]}"
+        )
+
+
 def _decoder_layers(model: nn.Module, count: int) -> nn.ModuleList:
     for module in model.modules():
         if isinstance(module, nn.ModuleList) and len(module) == count:
             return module
     raise DeepSpecError(f"{type(model).__name__}: found no list of {count} decoder layers")
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _dtype(name: str) -> torch.dtype:

@@ -1,30 +1,364 @@
-"""What a round costs on this device, measured once: the figures a controller decides with."""
+"""What a target pass and a draft cost on this device: the curve that controllers decide with.
+
+Measured once by real passes (`measure_passes`, `measure_drafts`) and kept in the user's cache under everything the
+figures depend on, so that every later run decides with the same numbers: a seed reproduces its tokens.
+"""
 
 from __future__ import annotations
 
+import json
+import os
+import time
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
 from statistics import median
+from typing import Any
 
-from deepspec.decoding.engine import stream
-from deepspec.decoding.request import Request
-from deepspec.decoding.scheduler import Adaptive
-from deepspec.drafters.base import Drafter
+import torch
+from torch import Tensor
+
+from deepspec.attention import KVCache, Step
+from deepspec.decoding.request import Sampling
+from deepspec.decoding.sampling import best
+from deepspec.decoding.tree import Chain, Shape
+from deepspec.drafters.base import Ask, Drafter
+from deepspec.errors import DeepSpecError
+from deepspec.evaluation.device import describe_device
+from deepspec.files import digest, source_digest, write_json
 from deepspec.target import Target
 
-_CONTEXT, _TOKENS, _REPEATS = 96, 24, 5
+BATCHES = (1, 4, 16)
+WIDTHS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)  # new tokens a request
+CONTEXT = 256
+CHAIN = Chain()
+_REPEATS = 7
+_COMMITTED = 3  # tokens that a drafter takes in before it proposes again
+Points = list[tuple[float, float]]  # (x, seconds), x ascending
+Watch = Callable[[int, int], None]  # (done, total)
 
 
-def measure(target: Target, drafter: Drafter) -> Adaptive:
-    """Seconds of a plain round and of a drafted one, medians of interleaved short greedy runs after a warm-up.
+@dataclass(frozen=True)
+class CostCurve:
+    """Seconds of a round's parts.
 
-    Of a combined drafter the trained part is timed: it is what costs.
+    Args:
+        passes: requests in a target pass → (their new tokens in all, seconds).
+        drafts: requests that draft together → seconds; empty without a drafter, or with one that costs nothing.
+        identity: what the figures belong to: device, precision, target, versions, threads, code, drafter.
+    """
+
+    passes: dict[int, Points]
+    drafts: dict[int, float] = field(default_factory=dict)
+    identity: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not self.passes or not all(self.passes.values()):
+            raise DeepSpecError("a cost curve needs at least one measured pass")
+
+    def verify(self, requests: int, tokens: float) -> float:
+        """Seconds of a pass over `tokens` new tokens of `requests` requests together, the anchors among them.
+
+        Linear in the tokens between measured points and beyond them, linear in the requests between measured
+        batches; beyond the largest batch its own line goes on, since cost goes by the total.
+        """
+        batches = sorted(self.passes)
+        requests = min(max(requests, batches[0]), batches[-1])
+        if requests in self.passes:
+            return _line(self.passes[requests], tokens)
+        i = bisect_left(batches, requests)
+        return _line([(b, _line(self.passes[b], tokens)) for b in batches[i - 1 : i + 1]], requests)
+
+    def draft(self, requests: int) -> float:
+        """Seconds in which `requests` requests draft together; 0 without a drafter."""
+        return _line(sorted(self.drafts.items()), requests) if self.drafts else 0.0
+
+    def convex(self) -> CostCurve:
+        """The lower convex hull in the tokens: never above the curve, equal to it where it matters most.
+
+        A step (two tokens may cost what eight do) makes every single token beyond the first look unprofitable; on
+        the hull its price is spread over the tokens that share it.
+        """
+        hulls = {requests: _lower_hull(points) for requests, points in self.passes.items()}
+        return CostCurve(hulls, self.drafts, self.identity)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values for a JSON file."""
+        passes = {requests: [list(point) for point in points] for requests, points in self.passes.items()}
+        return {"identity": self.identity, "passes": _keyed(passes), "drafts": _keyed(self.drafts)}
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> CostCurve:
+        """The reverse of `to_json`.
+
+        Raises:
+            DeepSpecError: it is no cost curve.
+        """
+        try:
+            passes = {int(requests): _points(pairs) for requests, pairs in value["passes"].items()}
+            drafts = {int(requests): float(seconds) for requests, seconds in value["drafts"].items()}
+            return cls(passes, drafts, dict(value["identity"]))
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise DeepSpecError(f"not a cost curve: {error!r}") from None
+
+
+def measure_curve(
+    target: Target,
+    drafter: Drafter | None = None,
+    batches: Sequence[int] = BATCHES,
+    widths: Sequence[int] = WIDTHS,
+    context: int = CONTEXT,
+    shape: Shape = CHAIN,
+) -> CostCurve:
+    """A curve measured now and stored nowhere; see `load_or_measure`."""
+    passes = measure_passes(target, batches, widths, context)
+    drafts = measure_drafts(target, drafter, batches, context, shape) if drafter else {}
+    return CostCurve(passes, drafts, _identity(target, drafter, shape))
+
+
+def load_or_measure(
+    target: Target,
+    drafter: Drafter | None = None,
+    path: str | Path | None = None,
+    batches: Sequence[int] = BATCHES,
+    shape: Shape = CHAIN,
+    force: bool = False,
+    watch: Watch | None = None,
+) -> CostCurve:
+    """The stored curve of this target and drafter on this device; what is missing of it is measured and stored.
+
+    A file that is corrupt, or belongs to something else, is measured again. A drafter without a `digest` cannot be
+    told from another: its time is measured each time.
+
+    Args:
+        path: a folder for the files; None: `profiles` in the user's cache.
+        batches: requests in flight that must have been measured; others are interpolated.
+        shape: of the trees that are drafted.
+        force: measure all anew.
+        watch: called with (passes done, passes in all) during a measurement.
+    """
+    folder = profiles_folder() if path is None else Path(path)
+    identity = _identity(target)
+    passes = _kept(
+        folder,
+        identity,
+        batches,
+        force,
+        lambda missing: measure_passes(target, missing, watch=watch),
+        _points,
+    )
+    drafts: dict[int, float] = {}
+    if drafter is not None:
+        identity = _identity(target, drafter, shape)
+        drafts = _kept(
+            folder if identity["drafter"] else None,
+            identity,
+            batches,
+            force,
+            lambda missing: measure_drafts(target, drafter, missing, shape=shape),
+            float,
+        )
+    return CostCurve(passes, drafts, identity)
+
+
+def profiles_folder() -> Path:
+    """Where curves are kept: `$XDG_CACHE_HOME/deepspec/profiles`, by default in ~/.cache."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "deepspec" / "profiles"
+
+
+def profile_path(target: Target, drafter: Drafter | None = None, shape: Shape = CHAIN) -> Path:
+    """Where the passes of this target are kept, or, with a drafter, its drafting times."""
+    return profiles_folder() / _file_name(_identity(target, drafter, shape))
+
+
+@torch.inference_mode()
+def measure_passes(
+    target: Target,
+    batches: Sequence[int] = BATCHES,
+    widths: Sequence[int] = WIDTHS,
+    context: int = CONTEXT,
+    watch: Watch | None = None,
+) -> dict[int, Points]:
+    """Median seconds of verification passes as the engine runs them: forward, logits, best tokens on the host.
+
+    All shapes take turns, so that a slow moment of the machine falls on all of them; the first turn is a warm-up
+    (oneDNN builds its kernels by shape).
+    """
+    context = min(context, target.max_length - max(widths))
+    if context < 1:
+        raise DeepSpecError(f"{target.source}: {target.max_length} positions are too few to measure passes")
+    cache = _filled_cache(target, max(batches), context, max(widths))
+    shapes = [(requests, width) for requests in batches for width in widths]
+    seconds: dict[tuple[int, int], list[float]] = {shape: [] for shape in shapes}
+    total = (1 + _REPEATS) * len(shapes)
+    for turn in range(1 + _REPEATS):
+        for i, shape in enumerate(shapes):
+            began = time.perf_counter()
+            _pass(target, cache, context, *shape)
+            seconds[shape].append(time.perf_counter() - began)
+            if watch:
+                watch(turn * len(shapes) + i + 1, total)
+    return {
+        requests: [(requests * width, median(seconds[requests, width][1:])) for width in sorted(set(widths))]
+        for requests in batches
+    }
+
+
+def _filled_cache(target: Target, slots: int, context: int, width: int) -> KVCache:
+    """A cache in which every row holds `context` tokens."""
+    cache = KVCache(slots, context + width)
+    ids = torch.randint(target.vocab_size, (1, context), generator=_rng()).to(target.device)
+    positions = torch.arange(context, device=target.device)[None]
+    target.forward(ids, Step(positions, None, cache, [0], [0]))
+    for row in range(1, slots):
+        cache.move(0, row, context)
+    return cache
+
+
+def _pass(target: Target, cache: KVCache, context: int, requests: int, width: int) -> None:
+    """One verification pass of `width` tokens for each of `requests` requests; ends with its results on the host."""
+    ids = torch.full((1, requests * width), 1, device=target.device)
+    positions = torch.arange(context, context + width, device=target.device).repeat(requests)[None]
+    step = Step(positions, None, cache, list(range(requests)), [context] * requests, [width] * requests)
+    best(target.logits(target.forward(ids, step)[0]))
+
+
+@torch.inference_mode()
+def measure_drafts(
+    target: Target,
+    drafter: Drafter,
+    batches: Sequence[int] = BATCHES,
+    context: int = CONTEXT,
+    shape: Shape = CHAIN,
+) -> dict[int, float]:
+    """Median seconds in which so many requests take in their newest tokens and draft together, greedily.
+
+    Of a drafter that asks a lookup first, its trained part is timed: it is what costs.
     """
     drafter = getattr(drafter, "trained", drafter)
-    prompt = [(7919 * i) % target.vocab_size for i in range(1, _CONTEXT + 1)]
-    seconds: dict[bool, list[float]] = {False: [], True: []}
-    for repeat in range(_REPEATS + 1):
-        for drafted in (False, True):
-            request = iter([Request(prompt, _TOKENS, stop_ids=frozenset())])
-            (run,) = stream(target, drafter if drafted else None, lambda request=request: next(request, None))
-            if repeat:
-                seconds[drafted].append(run.stats.decode_s / max(run.stats.rounds, 1))
-    return Adaptive(plain_s=median(seconds[False]), drafted_s=median(seconds[True]))
+    rng = _rng()
+    session = drafter.session(max(batches))
+    for row in range(max(batches)):
+        session.begin(row)
+        session.extend(row, *_taken_in(target, drafter, context, rng))
+    news = _taken_in(target, drafter, _COMMITTED, rng)
+    seconds: dict[int, list[float]] = {requests: [] for requests in batches}
+    for _ in range(1 + _REPEATS):
+        for requests in batches:
+            asks = [Ask(row, 1, Sampling(), rng, drafter.block_size, shape) for row in range(requests)]
+            began = _clock(target)
+            for row in range(requests):
+                session.extend(row, *news)
+            session.propose(asks)
+            seconds[requests].append(_clock(target) - began)
+    return {requests: median(times[1:]) for requests, times in seconds.items()}
+
+
+def _taken_in(
+    target: Target, drafter: Drafter, count: int, rng: torch.Generator
+) -> tuple[list[int], Tensor | None]:
+    """Random tokens and, for a drafter that reads them, random features [count, layers·d]."""
+    tokens = torch.randint(target.vocab_size, (count,), generator=rng).tolist()
+    if not drafter.layers:
+        return tokens, None
+    features = torch.randn(count, len(drafter.layers) * target.hidden_size, generator=rng)
+    return tokens, features.to(target.device, target.dtype)
+
+
+def _clock(target: Target) -> float:
+    """Seconds; on a GPU all that was launched has ended."""
+    if target.device.type == "cuda":
+        torch.cuda.synchronize(target.device)
+    return time.perf_counter()
+
+
+def _rng() -> torch.Generator:
+    return torch.Generator().manual_seed(0)
+
+
+def _identity(target: Target, drafter: Drafter | None = None, shape: Shape | None = None) -> dict[str, Any]:
+    """Everything the figures depend on; the code itself is part of it."""
+    identity = {
+        "device": describe_device(target.device),  # with the threads and torch's version
+        "precision": target.precision,
+        "target": target.digest,
+        "code": source_digest("attention.py", "fused.py", "target.py", "decoding/cost.py"),
+    }
+    if drafter is None:
+        return identity
+    drafter = getattr(drafter, "trained", drafter)
+    return identity | {
+        "drafter": getattr(drafter, "digest", None),
+        "drafter_code": source_digest("drafters", "decoding/tree.py"),
+        "shape": repr(shape),
+    }
+
+
+def _kept(
+    folder: Path | None,
+    identity: dict[str, Any],
+    batches: Sequence[int],
+    force: bool,
+    measure: Callable[[list[int]], dict[int, Any]],
+    parse: Callable[[Any], Any],
+) -> dict[int, Any]:
+    """The table stored under `identity`; batches that it lacks are measured and added. No folder: nothing is kept."""
+    path = folder and folder / _file_name(identity)
+    table = _read(path, identity, parse) if path and not force else {}
+    if missing := [requests for requests in batches if requests not in table]:
+        table |= measure(missing)
+        if path:
+            _write(path, {"identity": identity, "seconds": _keyed(table)})
+    return table
+
+
+def _read(path: Path, identity: dict[str, Any], parse: Callable[[Any], Any]) -> dict[int, Any]:
+    """What the file holds of this identity; nothing if it is absent, corrupt or foreign."""
+    with suppress(OSError, AttributeError, KeyError, TypeError, ValueError):
+        stored = json.loads(path.read_text())
+        if stored["identity"] == identity:
+            return {int(requests): parse(value) for requests, value in stored["seconds"].items()}
+    return {}
+
+
+def _write(path: Path, value: dict[str, Any]) -> None:
+    with suppress(OSError):  # a read-only home costs a measurement in each run, no more
+        write_json(path, value)
+
+
+def _file_name(identity: dict[str, Any]) -> str:
+    return f"{digest(json.dumps(identity, sort_keys=True))}.json"
+
+
+def _keyed(table: dict[int, Any]) -> dict[str, Any]:
+    return {str(key): table[key] for key in sorted(table)}
+
+
+def _points(pairs: Any) -> Points:
+    points = sorted((float(x), float(seconds)) for x, seconds in pairs)
+    if not points or min(seconds for _, seconds in points) <= 0:
+        raise ValueError("seconds must be above 0")
+    return points
+
+
+def _line(points: Sequence[tuple[float, float]], x: float) -> float:
+    """Piecewise linear through the points, the outer segments prolonged."""
+    if len(points) == 1:
+        return points[0][1]
+    i = min(max(bisect_left(points, (x,)), 1), len(points) - 1)
+    (x0, y0), (x1, y1) = points[i - 1 : i + 1]
+    return y0 + (y1 - y0) * (x - x0) / (x1 - x0)
+
+
+def _lower_hull(points: Points) -> Points:
+    """The points on the lower convex hull (Andrew's monotone chain)."""
+    hull: Points = []
+    for x, y in points:
+        while len(hull) > 1 and (hull[-1][1] - hull[-2][1]) * (x - hull[-2][0]) >= (y - hull[-2][1]) * (
+            hull[-1][0] - hull[-2][0]
+        ):
+            hull.pop()
+        hull.append((x, y))
+    return hull

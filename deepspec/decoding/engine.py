@@ -15,79 +15,32 @@ from torch import Tensor
 
 from deepspec.attention import KVCache, Step
 from deepspec.decoding.request import Generation, Request, Sampling, Stats
-from deepspec.decoding.sampling import draw, probabilities, sample
-from deepspec.decoding.scheduler import Adaptive
-from deepspec.decoding.verify import CHAIN_RULES, walk
-from deepspec.drafters.base import Drafter, Proposal
+from deepspec.decoding.sampling import best, probabilities, sample
+from deepspec.decoding.scheduler import Controller
+from deepspec.decoding.slot import Slot
+from deepspec.decoding.tree import Chain, Proposal, Shape
+from deepspec.decoding.verify import check_rule, rule_for, walk
+from deepspec.drafters.base import Ask, Drafter
 from deepspec.errors import DeepSpecError
 from deepspec.target import Target
 
 PREFILL = 512  # prompt tokens a pass, which bounds the attention mask
+MAX_NODES = 256  # of a tree
 _NOTHING = Proposal()
-
-
-class Slot:
-    """One request in flight. `tokens` are all committed ids; the cache holds all but the last, the anchor."""
-
-    def __init__(
-        self, request: Request, target: Target, drafter: Drafter | None, controller: Adaptive | None
-    ):
-        self.request = request
-        self.tokens = list(request.prompt_ids)
-        self.stop_ids = target.stop_ids if request.stop_ids is None else request.stop_ids
-        self.limit = min(request.max_new_tokens, target.max_length - len(self.tokens))
-        self.rng = torch.Generator().manual_seed(request.seed)
-        self.stats = Stats()
-        self.state = drafter.begin() if drafter else None
-        self.pace = controller.pace() if controller else None
-        self.finish_reason: str | None = None
-        self.error: str | None = None
-
-    @property
-    def cached(self) -> int:
-        return len(self.tokens) - 1
-
-    @property
-    def new_tokens(self) -> list[int]:
-        return self.tokens[len(self.request.prompt_ids) :]
-
-    def uniform(self) -> float:
-        return float(torch.rand((), generator=self.rng, dtype=torch.float64))
-
-    def pick(self, weights: Tensor) -> int:
-        """A token with probability proportional to `weights` [vocab]."""
-        uniform = torch.tensor([self.uniform()], dtype=torch.float64, device=weights.device)
-        return int(draw(weights[None], uniform))
-
-    def commit(self, accepted: list[int], last: int) -> int:
-        """Append the accepted tokens and the target's own, cut at a stop token or the limit. Returns the count."""
-        room = self.limit - len(self.new_tokens)
-        tokens = [*accepted, last][:room]
-        stop = next((i for i, token in enumerate(tokens) if token in self.stop_ids), None)
-        if stop is not None:
-            tokens = tokens[: stop + 1]
-            self.finish_reason = "stop"
-        elif len(tokens) == room:
-            self.finish_reason = "length"
-        self.tokens += tokens
-        self.stats.accepted.append(len(tokens) - 1)
-        if self.request.on_tokens:
-            self.request.on_tokens(tokens, min(len(accepted), len(tokens)))
-        return len(tokens)
-
-    def result(self) -> Generation:
-        reason = "error" if self.error else self.finish_reason
-        return Generation(
-            self.request.id, self.request.prompt_ids, self.new_tokens, reason, self.stats, self.error
-        )
+Outcome = tuple[list[int], int] | str  # accepted nodes and the target's next token, or what went wrong
 
 
 class Engine:
-    """Decodes up to `batch_size` requests at once with one target, one drafter (or none) and one chain rule.
+    """Decodes up to `batch_size` requests at once with one target and one drafter (or none).
 
     Args:
-        verify: the rule for sampled chains, "block" or "standard"; deterministic proposals are always walked.
-        controller: decides before each round whether drafting pays; None always drafts.
+        tree: the shape that the drafter's laws grow into; None is a chain.
+        verify: rule for sampled proposals: "standard" or "block" for chains, "recursive" or "traversal" for
+            trees; None takes the best one. Deterministic proposals are always walked.
+        controller: decides before each round who drafts, and after it how much is verified; None drafts and
+            verifies everything.
+        max_length: tokens a request may have, prompt included; None is the target's own limit.
+        on_round: called with each verified proposal and how many of its tokens stood.
     """
 
     def __init__(
@@ -95,17 +48,29 @@ class Engine:
         target: Target,
         drafter: Drafter | None = None,
         batch_size: int = 1,
-        verify: str = "block",
-        controller: Adaptive | None = None,
+        tree: Shape | None = None,
+        verify: str | None = None,
+        controller: Controller | None = None,
+        max_length: int | None = None,
+        on_round: Callable[[Proposal, int], None] | None = None,
     ):
-        if verify not in CHAIN_RULES:
-            raise DeepSpecError(f"unknown verification rule {verify!r}; known: {', '.join(CHAIN_RULES)}")
+        if batch_size < 1:
+            raise DeepSpecError(f"batch_size must be >= 1, found {batch_size}")
         self.target = target
-        self.drafter = drafter
-        self.rule = CHAIN_RULES[verify]
+        self.tree = tree or Chain()
+        check_rule(verify, self.tree)
+        if drafter is not None:
+            _check_drafter(drafter, self.tree, target)
+        self.verify = verify
         self.controller = controller
+        if controller:
+            controller.reset()
         self.batch_size = batch_size
+        self.max_length = min(target.max_length, max_length or target.max_length)
+        self.on_round = on_round
+        self.session = drafter.session(batch_size) if drafter else None
         self.layers = drafter.layers if drafter else ()
+        self.reach = drafter.block_size if drafter else 0
         self.cache = KVCache(batch_size, 256)
         self.slots: list[Slot] = []
 
@@ -132,32 +97,33 @@ class Engine:
         size = len(request.prompt_ids)
         if not size:
             return "the prompt is empty"
-        if size >= self.target.max_length:
-            return f"the prompt has {size} tokens; the target takes {self.target.max_length}"
+        if size >= self.max_length:
+            return f"the prompt has {size} tokens; the cache takes {self.max_length}, an answer included"
         if request.max_new_tokens < 1:
             return f"max_new_tokens must be >= 1, found {request.max_new_tokens}"
         if not 0 <= min(request.prompt_ids) <= max(request.prompt_ids) < self.target.vocab_size:
             return f"the prompt has token ids outside the target's vocabulary of {self.target.vocab_size}"
+        if not all(request.stop):
+            return "a stop string is empty"
         return None
 
     def _admit(self, request: Request) -> None:
         """Prefill all of the prompt but its last token, which becomes the anchor."""
-        slot = Slot(request, self.target, self.drafter, self.controller)
-        began = self._clock()
-        self.cache.reserve(len(slot.tokens) + slot.limit + (self.drafter.block_size if self.drafter else 0))
+        slot = Slot(request, self.target, self.max_length)
+        slot.pace = self.controller.pace() if self.controller else None
         row = len(self.slots)
+        began = self._clock()
+        if self.session:
+            self.session.begin(row)
+        self.cache.reserve(len(slot.tokens) + slot.limit + MAX_NODES)
         for start in range(self._shared_prefix(slot, row), slot.cached, PREFILL):
-            ids = torch.tensor(
-                [slot.tokens[start : min(start + PREFILL, slot.cached)]], device=self.target.device
-            )
-            positions = torch.arange(start, start + ids.shape[1], device=ids.device)[None]
-            step = Step(positions, None, self.cache, row, [start], self.layers)
-            self.target.forward(ids, step)
-            if self.drafter:
+            ids = slot.tokens[start : min(start + PREFILL, slot.cached)]
+            positions = torch.arange(start, start + len(ids), device=self.target.device)[None]
+            step = Step(positions, None, self.cache, [row], [start], [len(ids)], self.layers)
+            self.target.forward(torch.tensor([ids], device=self.target.device), step)
+            if self.session:
                 absorbing = self._clock()
-                self.drafter.extend(
-                    slot.state, ids[0].tolist(), self._features(step)[0] if self.layers else None
-                )
+                self.session.extend(row, ids, self._features(step))
                 slot.stats.draft_s += self._clock() - absorbing
         self.slots.append(slot)
         slot.stats.prefill_s = self._clock() - began - slot.stats.draft_s
@@ -172,8 +138,8 @@ class Engine:
         lengths = [_common(slot.tokens, other.tokens, min(slot.cached, other.cached)) for other in self.slots]
         source = max(range(len(lengths)), key=lengths.__getitem__)
         self.cache.move(source, row, lengths[source])
-        if self.drafter:
-            self.drafter.extend(slot.state, slot.tokens[: lengths[source]], None)
+        if self.session:
+            self.session.extend(row, slot.tokens[: lengths[source]], None)
         return lengths[source]
 
     def _clock(self) -> float:
@@ -184,13 +150,17 @@ class Engine:
 
     def _round(self) -> None:
         began = self._clock()
-        proposals = [self._propose(slot) for slot in self.slots]
+        proposals = self._propose()
         drafted = self._clock()
-        step, hidden = self._verify_pass(proposals)
-        outcomes = self._outcomes(proposals, hidden)
+        step, hidden, offsets = self._verify_pass(proposals)
+        outcomes = self._outcomes(proposals, hidden, offsets)
         verified = self._clock()
+        features = self._features(step)
         for row, (slot, proposal, outcome) in enumerate(zip(self.slots, proposals, outcomes, strict=True)):
-            self._commit(row, slot, proposal, outcome, step)
+            if isinstance(outcome, str):
+                slot.error = outcome
+            else:
+                self._commit(row, slot, proposal, *outcome, features, offsets[row])
         ended = self._clock()
         share = 1 / len(self.slots)
         for slot in self.slots:
@@ -198,88 +168,137 @@ class Engine:
             slot.stats.verify_s += (verified - drafted) * share
             slot.stats.host_s += (ended - verified) * share
 
-    def _propose(self, slot: Slot) -> Proposal:
-        """The drafter's proposal, cut to what the request may still commit."""
-        room = slot.limit - len(slot.new_tokens) - 1
-        if self.drafter is None or room < 1 or (slot.pace and not slot.pace.drafts()):
-            return _NOTHING
-        proposal = self.drafter.propose(slot.state, slot.tokens[-1], slot.request.sampling, slot.rng)
-        return proposal.cut(room)
+    def _propose(self) -> list[Proposal]:
+        """One proposal a slot: no path reaches beyond what the request may still commit."""
+        proposals = [_NOTHING] * len(self.slots)
+        if self.session is None:
+            return proposals
+        if self.controller:
+            self.controller.round(len(self.slots))
+        asks = [
+            Ask(row, slot.anchor, slot.request.sampling, slot.rng, slot.room - 1, self.tree)
+            for row, slot in enumerate(self.slots)
+            if slot.room > 1 and (slot.pace is None or slot.pace.drafts())
+        ]
+        if asks:
+            for ask, proposal in zip(asks, self.session.propose(asks), strict=True):
+                proposals[ask.row] = proposal
+        return self.controller.select(proposals) if self.controller else proposals
 
-    def _verify_pass(self, proposals: list[Proposal]) -> tuple[Step, Tensor]:
-        """Run the target over every anchor and its tree. Returns the step and h_last [batch, n, d]."""
-        n = 1 + max(len(proposal.tokens) for proposal in proposals)
-        ids, positions = [], []
-        for slot, proposal in zip(self.slots, proposals, strict=True):
-            padding = n - 1 - len(proposal.tokens)
-            ids.append([slot.tokens[-1], *proposal.tokens] + [0] * padding)
-            positions.append(
-                [slot.cached + depth for depth in (0, *proposal.depths)] + [slot.cached] * padding
-            )
-        device = self.target.device
+    def _verify_pass(self, proposals: list[Proposal]) -> tuple[Step, Tensor, list[int]]:
+        """Run the target over every anchor and its tree, end to end in one row.
+
+        Returns the step, h_last [total, d], and where each request's tokens begin in it.
+        """
+        counts = [1 + len(proposal.tokens) for proposal in proposals]
         starts = [slot.cached for slot in self.slots]
-        self.cache.reserve(max(starts) + n)
-        visible = None if all(p.is_chain for p in proposals) else _tree_mask(proposals, starts, n).to(device)
-        step = Step(torch.tensor(positions, device=device), visible, self.cache, 0, starts, self.layers)
-        return step, self.target.forward(torch.tensor(ids, device=device), step)
+        ids, positions, offsets = [], [], []
+        for slot, proposal in zip(self.slots, proposals, strict=True):
+            offsets.append(len(ids))
+            ids += [slot.anchor, *proposal.tokens]
+            positions += [slot.cached + depth for depth in (0, *proposal.depths)]
+        # A kernel is made for each new number of tokens; the padding lies behind the last request's own tokens.
+        padding = _bucket(len(ids)) - len(ids)
+        counts[-1] += padding
+        ids += [0] * padding
+        positions += [starts[-1]] * padding
+        device = self.target.device
+        self.cache.reserve(
+            max(start + count for start, count in zip(starts, counts, strict=True)) + max(counts)
+        )
+        chains = all(proposal.is_chain for proposal in proposals)
+        visible = None if chains else _tree_mask(proposals, starts, max(counts)).to(device)
+        step = Step(
+            torch.tensor([positions], device=device),
+            visible,
+            self.cache,
+            None,
+            starts,
+            counts,
+            self.layers,
+        )
+        hidden = self.target.forward(torch.tensor([ids], device=device), step)
+        return step, hidden[0], offsets
 
-    def _outcomes(self, proposals: list[Proposal], hidden: Tensor) -> list[tuple[list[int], int] | str]:
-        """Per row the accepted nodes and the target's next token, or what went wrong."""
-        logits = self.target.logits(hidden)  # [batch, n, vocab]
-        finite = torch.isfinite(logits.amax(-1)).all(-1).tolist()
+    def _outcomes(self, proposals: list[Proposal], hidden: Tensor, offsets: list[int]) -> list[Outcome]:
         samplings = [slot.request.sampling for slot in self.slots]
+        logits = self.target.logits(hidden[: offsets[-1] + 1 + len(proposals[-1].tokens)])  # [total, vocab]
         if all(sampling.temperature == 0 for sampling in samplings):
-            best = logits.argmax(-1).tolist()
-            outcomes = [walk(p, lambda node, row=row: best[row][node + 1]) for row, p in enumerate(proposals)]
-        elif not any(p.tokens for p in proposals) and len(set(samplings)) == 1:
-            tokens = sample(logits[:, 0], samplings[0], lambda row: self.slots[row].uniform())
-            outcomes = [([], token) for token in tokens]
+            tokens, highest = best(logits)
+            pick = [
+                (lambda node, at=offset: tokens[at + 1 + node]) for offset in offsets
+            ]  # node -1 is the anchor
+            outcomes = [walk(p, choose) for p, choose in zip(proposals, pick, strict=True)]
         else:
-            outcomes = [
-                self._verify(slot, p, logits[row]) if finite[row] else None
-                for row, (slot, p) in enumerate(zip(self.slots, proposals, strict=True))
-            ]
+            highest = logits.amax(-1)
+            outcomes = self._sampled(proposals, logits, offsets, samplings)
+        finite = torch.isfinite(highest).tolist()
         return [
-            outcome if ok else "the target's logits are not finite"
-            for outcome, ok in zip(outcomes, finite, strict=True)
+            outcome
+            if all(finite[offset : offset + 1 + len(p.tokens)])
+            else "the target's logits are not finite"
+            for outcome, p, offset in zip(outcomes, proposals, offsets, strict=True)
         ]
 
-    def _verify(self, slot: Slot, proposal: Proposal, logits: Tensor) -> tuple[list[int], int]:
-        """One row by its own rule. logits [n, vocab]; row node + 1 belongs to a node."""
+    def _sampled(
+        self, proposals: list[Proposal], logits: Tensor, offsets: list[int], samplings: list[Sampling]
+    ) -> list[tuple[list[int], int]]:
+        if not any(p.tokens for p in proposals) and len(set(samplings)) == 1:
+            tokens = sample(logits, samplings[0], lambda row: self.slots[row].uniform())
+            return [([], token) for token in tokens]
+        return [
+            self._judge(slot, p, logits[offset : offset + 1 + len(p.tokens)])
+            for slot, p, offset in zip(self.slots, proposals, offsets, strict=True)
+        ]
+
+    def _judge(self, slot: Slot, proposal: Proposal, logits: Tensor) -> tuple[list[int], int]:
+        """One request by the rule that fits its proposal. logits [1 + nodes, vocab]; row node + 1 is the node's."""
         sampling = slot.request.sampling
         if sampling.temperature == 0:
-            best = logits.argmax(-1).tolist()
-            return walk(proposal, lambda node: best[node + 1])
+            tokens, _ = best(logits)
+            return walk(proposal, lambda node: tokens[node + 1])
         if proposal.probs is None:
             return walk(proposal, lambda node: slot.pick(probabilities(logits[node + 1], sampling)))
-        laws = probabilities(logits[: len(proposal.tokens) + 1], sampling).cpu()
-        return self.rule(proposal, lambda node: laws[node + 1], slot.uniform, slot.pick)
+        laws = probabilities(logits, sampling).cpu()
+        return rule_for(proposal, self.verify)(proposal, lambda node: laws[node + 1], slot.uniform, slot.pick)
 
-    def _commit(self, row: int, slot: Slot, proposal: Proposal, outcome: tuple | str, step: Step) -> None:
-        if isinstance(outcome, str):
-            slot.error = outcome
-            return
-        nodes, last = outcome
-        anchor, start = slot.tokens[-1], slot.cached
+    def _commit(
+        self,
+        row: int,
+        slot: Slot,
+        proposal: Proposal,
+        nodes: list[int],
+        last: int,
+        features: Tensor | None,
+        offset: int,
+    ) -> None:
+        anchor, start = slot.anchor, slot.cached
         accepted = [proposal.tokens[node] for node in nodes]
         kept = slot.commit(accepted, last)
-        # A stop token inside the draft ends the answer: the rest of the block was never judged.
+        # A stop inside the draft ends the answer: the rest of the block was never judged.
         slot.stats.drafted.append(
             min(max(proposal.depths, default=0), kept - 1 if kept <= len(accepted) else 1 << 30)
         )
+        slot.stats.verified.append(len(proposal.tokens))
         if slot.pace:
             slot.pace.observe(bool(proposal.tokens), kept)
+        if proposal.tokens and self.controller:
+            self.controller.observe(proposal, len(nodes))
+        if proposal.tokens and self.on_round:
+            self.on_round(proposal, len(nodes))
         if slot.finish_reason:
             return
-        passed = [0, *(node + 1 for node in nodes)]  # rows of this pass that are now context
+        passed = [0, *(node + 1 for node in nodes)]  # tokens of this pass that are now context
         self.cache.compact(row, start, passed)
-        if self.drafter:
-            features = self._features(step)[row, passed] if self.layers else None
-            self.drafter.extend(slot.state, [anchor, *accepted], features)
+        if self.session:
+            mine = None if features is None else features[[offset + i for i in passed]]
+            self.session.extend(row, [anchor, *accepted], mine)
 
-    def _features(self, step: Step) -> Tensor:
-        """[batch, n, len(layers)·d]"""
-        return step.once("features", lambda: torch.cat([step.features[layer] for layer in self.layers], -1))
+    def _features(self, step: Step) -> Tensor | None:
+        """[total, len(layers)·d]"""
+        if not self.layers:
+            return None
+        return torch.cat([step.features[layer] for layer in self.layers], -1)[0]
 
     def _finished(self) -> Iterator[Generation]:
         """Take finished requests out; the last slot moves into the gap, so that the batch stays contiguous."""
@@ -290,6 +309,8 @@ class Engine:
             last = len(self.slots) - 1
             if row != last:
                 self.cache.move(last, row, self.slots[last].cached)
+                if self.session:
+                    self.session.move(last, row)
                 self.slots[row] = self.slots[last]
             self.slots.pop()
             yield slot.result()
@@ -315,42 +336,58 @@ def generate(
     top_p: float = 1.0,
     min_p: float = 0.0,
     seed: int = 0,
-    verify: str = "block",
+    tree: Shape | None = None,
+    verify: str | None = None,
+    stop: str | tuple[str, ...] = (),
     on_tokens: Callable[[list[int], int], None] | None = None,
-    controller: Adaptive | None = None,
+    controller: Controller | None = None,
+    batch_size: int = 64,
 ) -> list[Generation]:
     """Continue one prompt or a batch of them.
 
     Args:
         drafter: None decodes plainly, in the same engine.
-        prompt_ids: token ids, or a list of such lists (decoded together).
+        prompt_ids: token ids, or a list of such lists (decoded together, at most `batch_size` at once).
         temperature, top_k, top_p, min_p: the sampler; its law is what is preserved.
         seed: of the first prompt; prompt i takes seed + i.
-        verify: rule for sampled chains, "block" (default) or "standard".
+        tree: shape of what is drafted (`decoding.tree`, `decoding.shapes`); None is a chain.
+        verify: rule for sampled proposals, None the best one that fits; see `Engine`.
+        stop: strings that end an answer; it ends with the token that completes one of them.
         on_tokens: called with (tokens, accepted) after each round of a prompt.
-        controller: skips drafting where it does not pay.
+        controller: decides how much is drafted and verified (`decoding.scheduler`).
 
     Returns:
-        A `Generation` for each prompt, in order.
+        A `Generation` for each prompt, in order. Of several prompts, a bad one has finish_reason "error" and says
+        why in `error`; the others are as if it were not there.
 
     Raises:
-        DeepSpecError: empty or over-long prompt, ids outside the vocabulary, bad sampler, non-finite logits.
+        DeepSpecError: bad sampler, tree or rule; for a single prompt also an empty or over-long one, ids outside
+            the vocabulary, non-finite logits.
     """
     many = bool(prompt_ids) and isinstance(prompt_ids[0], list)
     prompts = prompt_ids if many else [prompt_ids]
     sampling = Sampling(temperature, top_k, top_p, min_p)
+    stops = (stop,) if isinstance(stop, str) else tuple(stop)
     requests = iter(
         [
-            Request(ids, max_new_tokens, sampling, seed + i, None, i, on_tokens)
+            Request(ids, max_new_tokens, sampling, seed + i, None, i, on_tokens, stops)
             for i, ids in enumerate(prompts)
         ]
     )
-    engine = Engine(target, drafter, min(len(prompts), 64), verify, controller)
+    engine = Engine(target, drafter, min(len(prompts), batch_size), tree, verify, controller)
     done = sorted(engine.run(lambda: next(requests, None)), key=lambda generation: generation.id)
-    for generation in done:
-        if generation.error:
-            raise DeepSpecError(f"prompt {generation.id}: {generation.error}" if many else generation.error)
+    if not many and done[0].error:
+        raise DeepSpecError(done[0].error)
     return done
+
+
+def _check_drafter(drafter: Drafter, tree: Shape, target: Target) -> None:
+    if drafter.vocab_size is not None and drafter.vocab_size != target.vocab_size:
+        raise DeepSpecError(
+            f"the drafter's vocabulary has {drafter.vocab_size} tokens, the target's {target.vocab_size}"
+        )
+    if (tree.nodes or 0) > MAX_NODES:
+        raise DeepSpecError(f"a tree of {tree.nodes} nodes is too large; a pass takes {MAX_NODES}")
 
 
 def _common(one: list[int], other: list[int], most: int) -> int:
@@ -358,8 +395,14 @@ def _common(one: list[int], other: list[int], most: int) -> int:
     return next((i for i in range(most) if one[i] != other[i]), most)
 
 
+def _bucket(tokens: int) -> int:
+    """The next of the sizes 1 ... 8, 10, 12, 14, 16, 20, 24, 28, 32, 40, ...: four to an octave."""
+    step = 1 << max((tokens - 1).bit_length() - 3, 0)
+    return -(-tokens // step) * step
+
+
 def _tree_mask(proposals: list[Proposal], starts: list[int], n: int) -> Tensor:
-    """bool [batch, n, max(starts) + n]: each node sees the cached context, the anchor and its own ancestors."""
+    """bool [requests, n, max(starts) + n]: each node sees the cached context, the anchor and its own ancestors."""
     visible = torch.zeros(len(proposals), n, max(starts) + n, dtype=torch.bool)
     for row, (proposal, start) in enumerate(zip(proposals, starts, strict=True)):
         visible[row, :, : start + 1] = True

@@ -47,6 +47,7 @@ class Request:
     stop_ids: frozenset[int] | None = None  # None: the target's own stop tokens
     id: Any = None
     on_tokens: Callable[[list[int], int], None] | None = None
+    stop: tuple[str, ...] = ()  # strings that end the answer too
 
 
 @dataclass
@@ -59,6 +60,7 @@ class Stats:
     draft_s: float = 0.0
     verify_s: float = 0.0
     host_s: float = 0.0
+    verified: list[int] = field(default_factory=list)  # draft tokens that the target looked at, per round
 
     @property
     def rounds(self) -> int:
@@ -81,7 +83,8 @@ class Stats:
 
 @dataclass
 class Generation:
-    """A finished request. `tokens` ends with the stop token where finish_reason is "stop"."""
+    """A finished request. Where finish_reason is "stop", `tokens` ends with the stop token or the one that completed
+    a stop string."""
 
     id: Any
     prompt_ids: list[int]

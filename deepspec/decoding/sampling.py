@@ -56,6 +56,18 @@ def sample(logits: Tensor, sampling: Sampling, uniform: Callable[[int], float]) 
     return tokens
 
 
+def best(logits: Tensor) -> tuple[list[int], Tensor]:
+    """logits [n, vocab] → the first likeliest token of each row, and its logit [n] (not finite where the row is not).
+
+    In two levels, like `draw`: the largest of each run is found by vector instructions, an argmax over it all is not.
+    """
+    runs = F.pad(logits, (0, -logits.shape[-1] % _RUN), value=float("-inf")).unflatten(-1, (-1, _RUN))
+    tops = runs.amax(-1)  # [n, runs]
+    highest, run = tops.max(-1)
+    inside = runs[torch.arange(len(runs), device=runs.device), run]  # [n, _RUN]
+    return (run * _RUN + inside.argmax(-1)).tolist(), highest
+
+
 def draw(probs: Tensor, uniform: Tensor) -> Tensor:
     """Inverse CDF: probs [batch, vocab], uniform [batch] in [0, 1) → token ids [batch]; impossible ones never come.
 

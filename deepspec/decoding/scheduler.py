@@ -1,56 +1,310 @@
-"""When to draft: a controller that falls back to plain rounds where speculation does not pay.
+"""Controllers: how much of the drafts is verified, and when drafting pauses because it does not pay.
 
-Decisions use measured costs fixed beforehand and the request's own history, never a token that is still to be
-verified, so the output's law is untouched (non-anticipation) and a seed with the same costs reproduces its tokens.
+Non-anticipation. Whatever looks at a sampled token before deciding whether to verify it changes the output's law:
+drop the drafts that look poor, and the ones that remain look better than the drafter is (DSpark, DeepSeek 2026, §3.2
+and appendix A: a token of probability 0.70 comes out with 0.85). So a controller here decides from costs measured
+beforehand, from what the context's own history showed, and from survival estimates that do not see their own token.
+The estimate of level j may depend on the token of level j − 1; that is why levels are admitted in descending order
+and the first one that does not pay ends the search. A global optimum over all prefixes would let level j speak for
+or against the verification of the token before it.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import inspect
+from collections.abc import Callable
+from itertools import accumulate
+from typing import Any
 
-_MEMORY = 0.8  # weight of the past in the running mean of tokens committed per drafted round
+from deepspec.decoding.cost import CostCurve
+from deepspec.decoding.tree import Proposal
+from deepspec.errors import DeepSpecError, nearest
+
+_MEMORY = 0.8  # weight of the past in the running mean of what a drafted round gains
 _LONGEST_PAUSE = 32
+_FIRST_GUESS = 0.8  # chance that a token without an estimate follows its accepted parent, before any was seen
+_FOLLOW = 0.05  # how fast that guess follows what is seen
 
 
-@dataclass(frozen=True)
-class Adaptive:
-    """Draft while it pays.
+class Controller:
+    """Verifies every proposal whole, in every round; the others build on it.
 
-    Args:
-        plain_s: seconds of a plain round.
-        drafted_s: seconds of a round with a draft: draft, verification and host.
+    The engine asks in each round: `round`, `Pace.drafts` of each request, `select` once all have drafted; and tells
+    it afterwards: `observe` of each verified proposal, `Pace.observe` of each request.
     """
 
-    plain_s: float
-    drafted_s: float
+    def __init__(self) -> None:
+        self.reset()
 
-    def pace(self) -> Pace:
-        return Pace(self.drafted_s / self.plain_s)
+    def reset(self) -> None:
+        """Forget what was seen: a fresh engine with the same seeds decodes the same tokens."""
+        self._follows: dict[int, float] = {}  # depth → chance that its token follows an accepted parent
+
+    def round(self, requests: int) -> None:
+        """A round with `requests` in flight begins."""
+
+    def pace(self) -> Pace | None:
+        """When a fresh request drafts; None: in every round."""
+        return None
+
+    def select(self, proposals: list[Proposal]) -> list[Proposal]:
+        """What of each request's proposal is verified; they come in one target pass. Never more than was given."""
+        return proposals
+
+    def observe(self, proposal: Proposal, accepted: int) -> None:
+        """`accepted` tokens of a verified proposal stood."""
+        if proposal.survival is not None:
+            return
+        for depth in range(1, min(accepted + 1, max(proposal.depths, default=0)) + 1):
+            known = self._follows.get(depth, _FIRST_GUESS)
+            self._follows[depth] = known + _FOLLOW * ((accepted >= depth) - known)
+
+    def survival(self, proposal: Proposal) -> list[float]:
+        """Estimated chance of the path down to each node.
+
+        A proposal that brings none, such as a lookup's, gets the running mean of such proposals by depth, shared
+        evenly by the nodes of a level.
+        """
+        if proposal.survival is not None:
+            return proposal.survival
+        depths = proposal.depths
+        reached, chances = 1.0, {}
+        for depth in range(1, max(depths, default=0) + 1):
+            reached *= self._follows.get(depth, _FIRST_GUESS)
+            chances[depth] = reached / depths.count(depth)
+        survival: list[float] = []
+        for depth, parent in zip(depths, proposal.parents, strict=True):
+            survival.append(min(chances[depth], survival[parent] if parent >= 0 else 1.0))
+        return survival
+
+
+class Fixed(Controller):
+    """Verifies the first `length` levels of every proposal (None: all of them)."""
+
+    def __init__(self, length: int | None = None):
+        super().__init__()
+        if length is not None and length < 1:
+            raise DeepSpecError(f"fixed verification needs a length >= 1, found {length}")
+        self.length = length
+
+    def select(self, proposals: list[Proposal]) -> list[Proposal]:
+        return proposals if self.length is None else [p.cut(self.length) for p in proposals]
+
+
+class Threshold(Controller):
+    """Cuts every path at the first node whose conditional confidence c_k = a_k / a_{k−1} is below `least`.
+
+    a_k is the path's survival; c_k the chance of its k-th token alone, the quantity that DSpark's Figure 5 sweeps.
+    """
+
+    def __init__(self, least: float):
+        super().__init__()
+        if not 0 <= least <= 1:
+            raise DeepSpecError(f"the confidence threshold must be in [0, 1], found {least}")
+        self.least = least
+
+    def select(self, proposals: list[Proposal]) -> list[Proposal]:
+        return [self._cut(proposal) for proposal in proposals]
+
+    def _cut(self, proposal: Proposal) -> Proposal:
+        survival = self.survival(proposal)
+        kept: list[int] = []
+        standing = {-1}
+        for node, parent in enumerate(proposal.parents):
+            above = survival[parent] if parent >= 0 else 1.0
+            if parent in standing and survival[node] >= self.least * above:
+                standing.add(node)
+                kept.append(node)
+        return proposal.keep(kept)
+
+
+class CostStop(Controller):
+    """Each request by itself: nodes in descending survival, while expected tokens per second rise.
+
+    With n nodes a round of R requests is taken to last T_draft(R) + T(R, R·(1 + n)), as though the others did the
+    same, and to commit 1 + Σa tokens a request. A node pays while its a / Σa exceeds ΔT / T. Drafting pauses for a
+    request whose drafted rounds commit less than they cost.
+
+    Where a token was sampled the search stops at the first node that does not pay, on the lower convex hull of T:
+    there none that pays comes after it, so a step in the curve cannot end the search early. Where proposals are
+    functions of the context alone nothing can be anticipated, and the best n of all is taken on T itself.
+
+    Args:
+        curve: measured costs of this target and drafter on this device.
+    """
+
+    def __init__(self, curve: CostCurve):
+        super().__init__()
+        self.curve = curve
+        self.hull = curve.convex()
+
+    def reset(self) -> None:
+        super().reset()
+        self.cost = 1.0  # of the last round, in plain rounds
+
+    def pace(self) -> Pace | None:
+        return Pace(lambda: self.cost)
+
+    def select(self, proposals: list[Proposal]) -> list[Proposal]:
+        requests = len(proposals)
+        drafting = sum(bool(proposal.tokens) for proposal in proposals)
+        draft_s = self.curve.draft(drafting) if drafting else 0.0
+        selected = self._choose(proposals, draft_s)
+        tokens = requests + sum(len(proposal.tokens) for proposal in selected)
+        plain_s = self.curve.verify(requests, requests)
+        self.cost = (draft_s + self.curve.verify(requests, tokens)) / plain_s
+        return selected
+
+    def _choose(self, proposals: list[Proposal], draft_s: float) -> list[Proposal]:
+        requests = len(proposals)
+
+        def seconds(curve: CostCurve, n: int) -> float:
+            return draft_s + curve.verify(requests, requests * (1 + n))
+
+        return [self._best_nodes([proposal], seconds)[0] for proposal in proposals]
+
+    def _best_nodes(
+        self, group: list[Proposal], seconds: Callable[[CostCurve, int], float]
+    ) -> list[Proposal]:
+        """The nodes of a group of requests that share a budget; seconds(curve, n) is the cost of n of them."""
+        survivals = [self.survival(proposal) for proposal in group]
+        nodes = [
+            (chance, row, node) for row, part in enumerate(survivals) for node, chance in enumerate(part)
+        ]
+        # Parents come before their children: of equal survivals the one with the lower index does.
+        nodes.sort(key=lambda entry: (-entry[0], *entry[1:]))
+        chances = [chance for chance, _, _ in nodes]
+        if all(proposal.probs is None for proposal in group):
+            count = global_best(chances, len(group), lambda n: seconds(self.curve, n))
+        else:
+            count = first_drop(chances, len(group), lambda n: seconds(self.hull, n))
+        kept: list[list[int]] = [[] for _ in group]
+        for _, row, node in nodes[:count]:
+            kept[row].append(node)
+        return [proposal.keep(sorted(part)) for proposal, part in zip(group, kept, strict=True)]
+
+
+class PrefixScheduler(CostStop):
+    """DSpark's hardware-aware prefix scheduler (Algorithm 1): one verification budget for all requests in flight.
+
+    The levels (r, j) of all requests are sorted by survival a_{r,j} = Π_{i≤j} c_{r,i} and admitted in that order while
+    Θ = (R + Σa) · SPS(R, R + admitted) rises, SPS being 1 / (T_draft + T); the first drop ends the search. Drafting
+    pauses for all requests together: the draft's pass is shared, and so is the decision whether it pays.
+    """
+
+    def reset(self) -> None:
+        super().reset()
+        self._pace = _SharedPace(lambda: self.cost)
+        self._drafted = False
+
+    def round(self, requests: int) -> None:
+        self._pace.close(self._drafted)
+
+    def pace(self) -> Pace | None:
+        return self._pace
+
+    def _choose(self, proposals: list[Proposal], draft_s: float) -> list[Proposal]:
+        requests = len(proposals)
+        self._drafted = any(proposal.tokens for proposal in proposals)
+        return self._best_nodes(proposals, lambda curve, n: draft_s + curve.verify(requests, requests + n))
+
+
+def first_drop(chances: list[float], certain: float, seconds: Callable[[int], float]) -> int:
+    """How many of `chances` (descending) to verify: while (certain + Σ chances) / seconds(n) rises."""
+    expected, rate = certain, certain / seconds(0)
+    for n, chance in enumerate(chances, 1):
+        expected += chance
+        if expected / seconds(n) <= rate:
+            return n - 1
+        rate = expected / seconds(n)
+    return len(chances)
+
+
+def global_best(chances: list[float], certain: float, seconds: Callable[[int], float]) -> int:
+    """How many of `chances` (descending) to verify for the highest (certain + Σ chances) / seconds(n) of all n."""
+    sums = accumulate(chances, initial=certain)
+    rates = [expected / seconds(n) for n, expected in enumerate(sums)]
+    return rates.index(max(rates))
 
 
 class Pace:
-    """One request's state. A drafted round pays when it commits more than `cost` tokens on average.
+    """When a request drafts. A drafted round pays when it commits more tokens than the plain rounds it costs.
 
-    When it does not, drafting pauses for a few plain rounds and is then tried once; each failed trial doubles the
-    pause.
+    When on average it does not, drafting pauses for a few plain rounds and is then tried once; each failed trial
+    doubles the pause.
+
+    Args:
+        cost: of the round just ended, in plain rounds.
     """
 
-    def __init__(self, cost: float):
+    def __init__(self, cost: Callable[[], float]):
         self.cost = cost
-        self.gain = cost + 1.0  # optimistic: two or three poor rounds are needed to stop
+        self.surplus = 1.0  # optimistic: two or three poor rounds are needed to stop
         self.wait = 0
         self.pause = 4
 
     def drafts(self) -> bool:
         return self.wait == 0
 
-    def observe(self, drafted: bool, committed: int) -> None:
+    def observe(self, drafted: bool, committed: float) -> None:
+        """The round committed so many tokens. `drafted`: the drafter had something to propose."""
         if not drafted:
             self.wait = max(self.wait - 1, 0)
             return
-        self.gain = _MEMORY * self.gain + (1 - _MEMORY) * committed
-        if self.gain >= self.cost:
+        self.surplus = _MEMORY * self.surplus + (1 - _MEMORY) * (committed - self.cost())
+        if self.surplus >= 0:
             self.pause = 4
         else:
             self.wait = self.pause
             self.pause = min(2 * self.pause, _LONGEST_PAUSE)
+
+
+class _SharedPace(Pace):
+    """One pace for all requests: a round's gain is what they committed on average."""
+
+    def __init__(self, cost: Callable[[], float]):
+        super().__init__(cost)
+        self.committed: list[float] = []
+
+    def observe(self, drafted: bool, committed: float) -> None:
+        self.committed.append(committed)
+
+    def close(self, drafted: bool) -> None:
+        """The round is over: all its requests have been observed."""
+        if self.committed:
+            super().observe(drafted, sum(self.committed) / len(self.committed))
+            self.committed.clear()
+
+
+CONTROLLERS: dict[str, type[Controller]] = {
+    "fixed": Fixed,
+    "threshold": Threshold,
+    "cost": CostStop,
+    "scheduler": PrefixScheduler,
+}
+
+
+def make_controller(name: str, curve: CostCurve | None = None, **options: Any) -> Controller:
+    """A controller by its name: "fixed" (length), "threshold" (least), "cost" or "scheduler" (both by the curve).
+
+    Raises:
+        DeepSpecError: unknown name or option, a missing option, or no curve where one is needed.
+    """
+    if name not in CONTROLLERS:
+        raise DeepSpecError(
+            f"unknown controller {name!r}; known: {', '.join(CONTROLLERS)}{nearest(name, CONTROLLERS)}"
+        )
+    parameters = dict(inspect.signature(CONTROLLERS[name]).parameters)
+    if parameters.pop("curve", None) is None:
+        extra: dict[str, Any] = {}
+    elif curve is None:
+        raise DeepSpecError(f"the {name} controller needs a measured cost curve; run `deepspec profile`")
+    else:
+        extra = {"curve": curve}
+    if unknown := set(options) - set(parameters):
+        known = ", ".join(parameters) or "none"
+        raise DeepSpecError(f"the {name} controller has no option {sorted(unknown)[0]!r}; known: {known}")
+    required = [key for key, parameter in parameters.items() if parameter.default is parameter.empty]
+    if missing := [key for key in required if key not in options]:
+        raise DeepSpecError(f"the {name} controller needs the option {missing[0]!r}")
+    return CONTROLLERS[name](**extra, **options)

@@ -2,20 +2,26 @@
 
 Every rule here leaves the target's law untouched; `tests/unit/test_verify.py` proves it by enumerating all draws on
 a small vocabulary. A rule sees the target's probabilities through `law(node)`, [vocab] at a node of the proposal
-(-1 is the anchor), and takes its randomness from `uniform()`, so the same code runs under enumeration.
+(-1 is the anchor), and takes its randomness from `uniform()` and `pick(weights)`, so the same code runs under
+enumeration. It returns the accepted nodes in order, and the target's token after the last of them.
+
+What is drafted below a sampled token may depend on it; whether that token is verified may not (non-anticipation).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 from torch import Tensor
 
-from deepspec.drafters.base import Proposal
+from deepspec.decoding.tree import Chain, Proposal, Shape
+from deepspec.errors import DeepSpecError, nearest
 
 Law = Callable[[int], Tensor]
 Uniform = Callable[[], float]
 Pick = Callable[[Tensor], int]
+Rule = Callable[[Proposal, Law, Uniform, Pick], tuple[list[int], int]]
 
 
 def walk(proposal: Proposal, choose: Callable[[int], int]) -> tuple[list[int], int]:
@@ -23,9 +29,6 @@ def walk(proposal: Proposal, choose: Callable[[int], int]) -> tuple[list[int], i
 
     The target's own token is drawn at the node by `choose(node)`; while a child carries it, walk there.
     Optimal for a given tree: E[accepted] is the sum of the target's path probabilities over its nodes.
-
-    Returns:
-        The accepted nodes in order, and the target's token after the last of them.
     """
     children = proposal.children()
     node, accepted = -1, []
@@ -37,12 +40,18 @@ def walk(proposal: Proposal, choose: Callable[[int], int]) -> tuple[list[int], i
         accepted.append(node)
 
 
+def drawn_walk(proposal: Proposal, law: Law, uniform: Uniform, pick: Pick) -> tuple[list[int], int]:
+    """`walk` where the target's tokens are drawn from its law."""
+    return walk(proposal, lambda node: pick(law(node)))
+
+
 def standard(proposal: Proposal, law: Law, uniform: Uniform, pick: Pick) -> tuple[list[int], int]:
     """Token-wise rejection of a sampled chain (Leviathan 2023, Chen 2023): accept x with min(1, p(x)/q(x))."""
     for k, token in enumerate(proposal.tokens):
         p, q = law(k - 1), proposal.law(k)
         if uniform() >= float(p[token]) / float(q[token]):
-            return list(range(k)), pick((p - q).clamp_(min=0))
+            rest = (p - q).clamp_(min=0)
+            return list(range(k)), pick(rest if float(rest.sum()) > 0 else p)  # p equals q, but for rounding
     last = len(proposal.tokens)
     return list(range(last)), pick(law(last - 1))
 
@@ -68,11 +77,153 @@ def block(proposal: Proposal, law: Law, uniform: Uniform, pick: Pick) -> tuple[l
         if i < gamma:
             token = proposal.tokens[i]
             chance = min(1.0, chance * float(p[token]) / float(proposal.law(i)[token]))
-    if (
-        float(rest.sum()) <= 0
-    ):  # p equals q here and the block was certain to go on: only rounding comes this way
+    if float(rest.sum()) <= 0:  # p equals q and the block was certain to go on: only rounding comes this way
         rest = law(best - 1)
     return list(range(best)), pick(rest)
 
 
-CHAIN_RULES = {"block": block, "standard": standard}
+def recursive(proposal: Proposal, law: Law, uniform: Uniform, pick: Pick) -> tuple[list[int], int]:
+    """Recursive rejection over the siblings of a sampled tree (SpecInfer, arXiv 2305.09781; EAGLE, 2401.15077).
+
+    A child x stands with min(1, p(x)/q(x)); where it falls, p ← norm((p − q)₊) and q loses x, as the next sibling
+    was drawn without it. When all have fallen the token comes from what is left of p.
+    """
+    below = _below(proposal)
+    node, accepted = -1, []
+    while True:
+        p, siblings = _unit(law(node)), below.get(node, [])
+        q = _unit(proposal.law(siblings[0])) if siblings else p
+        for child in siblings:
+            token = proposal.tokens[child]
+            if uniform() < float(p[token]) / float(q[token]):
+                break
+            p, _ = _excess(p, q)
+            q = _without(q, token)
+        else:
+            return accepted, pick(p)
+        node = child
+        accepted.append(node)
+
+
+def traversal(proposal: Proposal, law: Law, uniform: Uniform, pick: Pick) -> tuple[list[int], int]:
+    """Traversal verification of a sampled tree (arXiv 2505.12398): leaves first, so that a path is judged as a whole.
+
+    Walk down first children with r(v) = min(1, r(u)·p_u(v)/q_u(v)), r(anchor) = 1. A node with no child left stands
+    with chance r, and the next token comes from its p. Where it falls, its parent u takes the loss: with
+    S = Σ (r·p − q)₊, p ← norm((r·p − q)₊), q loses the token, r ← S/(S + 1 − r), and u's next child is tried.
+    On a chain it accepts as block verification does.
+    """
+    below = _below(proposal)
+
+    def visit(node: int, r: float) -> _Stop:
+        children = below.get(node, [])
+        q = _unit(proposal.law(children[0])) if children else None
+        return _Stop(node, r, _unit(law(node)), q, iter(children))
+
+    path = [visit(-1, 1.0)]
+    while True:
+        stop = path[-1]
+        child = next(stop.untried, None)
+        if child is not None:
+            path.append(visit(child, stop.chance(proposal.tokens[child])))
+        elif stop.node < 0 or uniform() < stop.r:
+            return [passed.node for passed in path[1:]], pick(stop.p)
+        else:
+            path.pop()
+            path[-1].lose(proposal.tokens[stop.node])
+
+
+@dataclass
+class _Stop:
+    """A node on traversal's way: its chance r to stand, and what its fallen children have left of p and q."""
+
+    node: int
+    r: float
+    p: Tensor
+    q: Tensor | None  # None: a leaf
+    untried: Iterator[int]
+
+    def chance(self, token: int) -> float:
+        return min(1.0, self.r * float(self.p[token]) / float(self.q[token]))
+
+    def lose(self, token: int) -> None:
+        self.p, mass = _excess(self.p, self.q, self.r)
+        left = mass + 1 - self.r
+        self.r = mass / left if left > 0 else 1.0
+        self.q = _without(self.q, token)
+
+
+RULES: dict[str, Rule] = {
+    "standard": standard,
+    "block": block,
+    "recursive": recursive,
+    "traversal": traversal,
+}
+_CHAINS_ONLY = ("standard", "block")
+
+
+def check_rule(verify: str | Rule | None, shape: Shape | None) -> None:
+    """Refuse a rule that is unknown or can never fit what `shape` (None: a chain) proposes.
+
+    Args:
+        verify: a name of `RULES`, a rule of your own, or None for the best one.
+    """
+    if verify is None:
+        return
+    if isinstance(verify, str) and verify not in RULES:
+        raise DeepSpecError(
+            f"unknown verification rule {verify!r}{nearest(verify, RULES)}; known: {', '.join(RULES)}"
+        )
+    shape = shape or Chain()
+    kind = type(shape).__name__
+    if shape.draws is None:
+        raise DeepSpecError(f"{kind} trees are not drawn: the walk verifies them; leave the rule out")
+    if verify in _CHAINS_ONLY and shape.draws != "chain":
+        raise DeepSpecError(
+            f"rule {verify!r} verifies chains only; use recursive or traversal with {kind} trees"
+        )
+
+
+def rule_for(proposal: Proposal, verify: str | Rule | None) -> Rule:
+    """The rule for a proposal: `verify` where it was drawn, the walk where it is deterministic.
+
+    None takes the best for what was drawn: block verification of a chain, traversal of a tree.
+    """
+    if proposal.probs is None:
+        return drawn_walk
+    if verify is None:
+        verify = "block" if proposal.is_chain else "traversal"
+    if verify in _CHAINS_ONLY and not proposal.is_chain:
+        raise DeepSpecError(f"rule {verify!r} verifies chains only, and a tree was drawn")
+    return RULES[verify] if isinstance(verify, str) else verify
+
+
+def _below(proposal: Proposal) -> dict[int, list[int]]:
+    """Node → its children, in the order in which they were drawn; leaves are absent."""
+    below: dict[int, list[int]] = {}
+    for node, parent in enumerate(proposal.parents):
+        below.setdefault(parent, []).append(node)
+    return below
+
+
+def _unit(law: Tensor) -> Tensor:
+    """A law [vocab] in float64 that sums to 1."""
+    law = law.double()
+    return law / law.sum()
+
+
+def _excess(p: Tensor, q: Tensor, r: float = 1.0) -> tuple[Tensor, float]:
+    """norm((r·p − q)₊) and the mass before it was normalised.
+
+    Where there is no mass r is 0, so that this law is never drawn from, or p equals q, where only rounding comes.
+    """
+    excess = (r * p - q).clamp_(min=0)
+    mass = float(excess.sum())
+    return (excess / mass, mass) if mass > 0 else (p, 0.0)
+
+
+def _without(q: Tensor, token: int) -> Tensor:
+    """q once `token` is out of it."""
+    q = q.clone()
+    q[token] = 0
+    return q / q.sum() if float(q.sum()) > 0 else q

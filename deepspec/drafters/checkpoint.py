@@ -14,12 +14,15 @@ from torch import Tensor
 
 from deepspec.drafters.dspark import OURS, PUBLISHED, DSparkConfig, DSparkDrafter, DSparkModel
 from deepspec.drafters.lookup import LookupDrafter
+from deepspec.drafters.suffix import SuffixDrafter
 from deepspec.errors import DeepSpecError
-from deepspec.files import replacing
+from deepspec.files import digest, file_digest, replacing
 from deepspec.target import Target
 
 RECORD = "deepspec.json"
+CALIBRATION = "calibration.json"  # see `decoding.calibration`
 WEIGHTS = "model.safetensors"
+_TRAINING_FREE = {"DeepSpecLookup": LookupDrafter, "DeepSpecSuffix": SuffixDrafter}
 _SHARED = {"embed_tokens.weight", "lm_head.weight"}  # absent from a file: the target's own
 
 
@@ -116,16 +119,35 @@ def load_drafter(path: str | Path, target: Target, decode=None):
     directory = Path(path)
     config = read_config(directory)
     architecture = (config.get("architectures") or ["none named"])[0]
-    if architecture == "DeepSpecLookup":
+    if architecture in _TRAINING_FREE:
         check_target(directory, config, target)
-        return LookupDrafter(config["block_size"], config["min_match"])
+        return _TRAINING_FREE[architecture](config["block_size"], config["min_match"])
     if architecture not in (PUBLISHED, OURS):
         raise DeepSpecError(f"{directory}: unknown draft architecture {architecture!r}")
-    drafter = DSparkDrafter(load_dspark(directory, target), target)
+    drafter = DSparkDrafter(load_dspark(directory, target), target, _temperatures(directory))
+    drafter.digest = draft_digest(directory)
     if decode is not None and decode.lookup_first:
         lookup = LookupDrafter(decode.lookup_block_size, decode.lookup_min_match)
         return LookupFirst(lookup, drafter)
     return drafter
+
+
+def draft_digest(directory: Path) -> str:
+    """Identity of a draft: all files of its directory."""
+    files = sorted(path for path in directory.iterdir() if path.is_file())
+    return digest("".join(f"{path.name} {file_digest(path)}\n" for path in files))
+
+
+def _temperatures(directory: Path) -> dict[str, list[float]]:
+    """Of the confidence head, by mode; none for a draft that was never calibrated (a published one)."""
+    path = directory / CALIBRATION
+    if not path.exists():
+        return {}
+    try:
+        found = json.loads(path.read_text())
+        return {mode: [float(t) for t in found[mode]] for mode in ("greedy", "sampled")}
+    except (ValueError, KeyError, TypeError):
+        raise DeepSpecError(f"{path}: not a calibration (temperatures `greedy` and `sampled`)") from None
 
 
 def _read_weights(path: Path) -> dict[str, Tensor]:

@@ -12,19 +12,20 @@ Directories have the format of DeepSeek's releases (`Qwen3DSparkModel`, embeddin
 
 from __future__ import annotations
 
-from dataclasses import MISSING, dataclass
+import math
+from collections.abc import Callable
+from dataclasses import MISSING, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from deepspec.attention import attend
-from deepspec.decoding.request import Sampling
-from deepspec.decoding.sampling import draw, probabilities
-from deepspec.drafters.base import Drafter, Proposal
+from deepspec.attention import KVCache, Step, attend
+from deepspec.decoding.tree import Laws, Parent, Proposal, Vocabulary, grow
+from deepspec.drafters.base import Ask, Drafter, Session
 from deepspec.errors import DeepSpecError
-from deepspec.fused import PackedLinear, rotate, signed
+from deepspec.fused import FusedLayer, PackedLinear, rotate, signed
 from deepspec.target import Target
 
 if TYPE_CHECKING:
@@ -144,16 +145,22 @@ class RMSNorm(nn.Module):
     def __init__(self, size: int, eps: float):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(size))
-        self.eps = eps
+        self.variance_epsilon = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
+        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.variance_epsilon)
 
 
 class Attention(nn.Module):
-    def __init__(self, config: DSparkConfig):
+    """Over the context and, both ways, the block; the attributes are those of transformers' own (see `FusedLayer`)."""
+
+    sliding_window = None
+
+    def __init__(self, config: DSparkConfig, index: int):
         super().__init__()
+        self.layer_idx = index
         self.head_dim = config.head_dim
+        self.scaling = config.head_dim**-0.5
         q, kv = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
         self.q_proj = nn.Linear(config.hidden_size, q, bias=False)
         self.k_proj = nn.Linear(config.hidden_size, kv, bias=False)
@@ -192,10 +199,10 @@ class MLP(nn.Module):
 
 
 class Layer(nn.Module):
-    def __init__(self, config: DSparkConfig):
+    def __init__(self, config: DSparkConfig, index: int):
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.self_attn = Attention(config)
+        self.self_attn = Attention(config, index)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
@@ -234,7 +241,7 @@ class DSparkModel(nn.Module):
         self.lm_head = nn.Linear(d, config.draft_vocab_size, bias=False)
         self.fc = nn.Linear(len(config.target_layer_ids) * d, d, bias=False)
         self.hidden_norm = RMSNorm(d, config.rms_norm_eps)
-        self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(Layer(config, i) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(d, config.rms_norm_eps)
         self.markov_head = MarkovHead(config)
         self.confidence_head = ConfidenceHead(config)
@@ -318,163 +325,181 @@ def block_mask(anchors: Tensor, context: int, gamma: int) -> Tensor:
     )
 
 
-class DSparkState:
-    """What a request's drafting remembers: context keys and values a layer, and features not yet projected."""
-
-    def __init__(self) -> None:
-        self.length = 0
-        self.pending: list[Tensor] = []
-        self.newest: Tensor | None = None  # [layers·d] of the last token with a target pass
-        self.cache: list[tuple[Tensor, Tensor]] = []
-
-
 class DSparkDrafter(Drafter):
-    """Proposes chains: argmax at T = 0, else drawn from q through the same sampler as the target's."""
+    """Grows proposals from p_k(x) ∝ exp(U_k + W₂ W₁[x_{k−1}]), conditioned on each node's own parent.
 
-    def __init__(self, model: DSparkModel, target: Target):
+    Args:
+        temperatures: of the confidence head's logit at each position, by mode "greedy" and "sampled"
+            (`decoding.calibration`); none leaves it as trained.
+    """
+
+    def __init__(
+        self, model: DSparkModel, target: Target, temperatures: dict[str, list[float]] | None = None
+    ):
         config = model.config
+        self.config = config
         self.layers = config.target_layer_ids
         self.block_size = config.block_size
         self.vocab_size = target.vocab_size
         self.device, self.dtype = target.device, target.dtype
-        self.config = config
+        self.temperatures = temperatures or {}
         with torch.no_grad():
             self._freeze(model.to(self.device, self.dtype))
 
+    def session(self, slots: int) -> DSparkSession:
+        return DSparkSession(self, slots)
+
     def _freeze(self, model: DSparkModel) -> None:
-        """Weights in the form that reads fastest: joined, packed."""
+        """Weights in the form that reads fastest: joined, packed; the confidence of each token in a table."""
         self._rope_of = model.rope
         self._embed = model.embed_tokens.weight
         self._fc, self._hidden_norm = PackedLinear(model.fc.weight), model.hidden_norm
         self._skip = model.skip if model.context_skip is not None else None
-        self._kv = PackedLinear(
-            torch.cat(
-                [
-                    w
-                    for layer in model.layers
-                    for w in (layer.self_attn.k_proj.weight, layer.self_attn.v_proj.weight)
-                ]
-            )
-        )
-        self._blocks = [_PackedLayer(layer, self.config) for layer in model.layers]
+        attentions = [layer.self_attn for layer in model.layers]
+        self._kv = PackedLinear(torch.cat([w.weight for a in attentions for w in (a.k_proj, a.v_proj)]))
+        self._k_norms = [a.k_norm for a in attentions]
+        self._blocks = [FusedLayer(layer) for layer in model.layers]
         self._norm, self._head = model.norm, PackedLinear(model.lm_head.weight)
         self._w1 = model.markov_head.markov_w1.weight
         self._w2 = PackedLinear(model.markov_head.markov_w2.weight)
-        self._draft_ids = model.draft_ids
-        self._to_target = model.draft_ids.tolist()
+        confidence = model.confidence_head.proj
+        of_hidden, of_token = confidence.weight[0].float().split((self.config.hidden_size, self._w1.shape[1]))
+        self._of_hidden = of_hidden
+        self._of_token = (self._w1.float() @ of_token + confidence.bias.float()).tolist()  # [vocab]
+        ids = model.draft_ids.cpu()
+        whole = len(ids) == self.vocab_size
+        self.vocabulary = (
+            Vocabulary(self.vocab_size) if whole else Vocabulary(self.vocab_size, ids, ids.tolist())
+        )
 
-    def begin(self) -> DSparkState:
-        return DSparkState()
+    def absorb(self, cache: KVCache, rows: list[int], starts: list[int], features: list[Tensor]) -> None:
+        """Write context keys and values of new features [m_i, layers·d] behind what each row holds."""
+        counts = [len(part) for part in features]
+        context = self._hidden_norm(self._fc(torch.cat(features)))[None]
+        positions = [start + i for start, count in zip(starts, counts, strict=True) for i in range(count)]
+        positions = torch.tensor([positions], device=self.device)
+        step = Step(positions, None, cache, rows, starts, counts)
+        kv = self._kv(context).unflatten(-1, (len(self._blocks), 2, -1, self.config.head_dim))
+        rope = self._rope_of(positions, self.dtype)
+        for i, norm in enumerate(self._k_norms):
+            keys, values = kv[:, :, i].unbind(2)
+            step.store(i, rotate(norm(keys), *rope).transpose(1, 2), values.transpose(1, 2))
 
-    def extend(self, state: DSparkState, tokens: list[int], features: Tensor | None) -> None:
+    def block(
+        self, cache: KVCache, rows: list[int], starts: list[int], anchors: list[int], newest: list[Tensor]
+    ) -> Tensor:
+        """[requests, γ, d] after the final norm, for the blocks that start at the anchors."""
+        gamma = self.block_size
+        ids = [[anchor] + [self.config.mask_token_id] * (gamma - 1) for anchor in anchors]
+        x = F.embedding(torch.tensor(ids, device=self.device), self._embed)
+        if self._skip is not None:
+            x = x + self._skip(torch.stack(newest))[:, None]
+        positions = [start + k for start in starts for k in range(gamma)]
+        positions = torch.tensor([positions], device=self.device)
+        step = Step(positions, None, cache, rows, starts, [gamma] * len(rows), bidirectional=True)
+        cos, sin = self._rope_of(positions, self.dtype)
+        step.once("rope", lambda: (cos, sin))
+        x = x.flatten(0, 1)[None]
+        for layer in self._blocks:
+            x = layer(x, step=step)
+        return self._norm(x).view(len(rows), gamma, -1)
+
+    def laws(self, hidden: Tensor, asks: list[Ask]) -> Callable[[list[Parent]], Laws]:
+        """What `grow` asks: the laws of children, from hidden [requests, γ, d] and each parent's token."""
+        base = self._head(hidden)  # [requests, γ, columns]
+        doubts = (hidden.float() @ self._of_hidden).tolist()  # [requests, γ]
+
+        def expand(parents: list[Parent]) -> Laws:
+            tokens = [parent.token for parent in parents]
+            depth = parents[0].depth
+            rows = base[:, depth]
+            if len(parents) != len(asks) or len(asks) > 1:
+                rows = rows[[parent.growth for parent in parents]]
+            logits = self._w2(self._w1[tokens], rows)
+            return Laws(logits, [self._confidence(doubts, asks[p.growth], p) for p in parents])
+
+        return expand
+
+    def _confidence(self, doubts: list[list[float]], ask: Ask, parent: Parent) -> float:
+        """c_k = σ(wᵀ[h_k; W₁[x_{k−1}]] / t_k)"""
+        logit = doubts[parent.growth][parent.depth] + self._of_token[parent.token]
+        temperatures = self.temperatures.get("greedy" if ask.sampling.temperature == 0 else "sampled")
+        if temperatures:
+            logit /= temperatures[parent.depth]
+        return 1 / (1 + math.exp(-min(max(logit, -60.0), 60.0)))
+
+
+@dataclass
+class _Row:
+    """What a request's drafting remembers besides its context keys and values."""
+
+    length: int = 0  # of the context that is in the cache
+    pending: list[Tensor] = field(default_factory=list)  # features not yet there
+    newest: Tensor | None = None  # [layers·d] of the last token with a target pass
+
+
+class DSparkSession(Session):
+    def __init__(self, drafter: DSparkDrafter, slots: int):
+        self.drafter = drafter
+        self.cache = KVCache(slots, 256)
+        self.rows = [_Row() for _ in range(slots)]
+
+    def begin(self, row: int) -> None:
+        self.rows[row] = _Row()
+
+    def extend(self, row: int, tokens: list[int], features: Tensor | None) -> None:
         if len(features):
-            state.pending.append(features)
-            state.newest = features[-1]
+            self.rows[row].pending.append(features)
+            self.rows[row].newest = features[-1]
+
+    def move(self, source: int, destination: int) -> None:
+        self.cache.move(source, destination, self.rows[source].length)
+        self.rows[destination] = self.rows[source]
 
     @torch.inference_mode()
-    def propose(self, state: DSparkState, anchor: int, sampling: Sampling, rng: torch.Generator) -> Proposal:
-        if state.newest is None:  # a one-token prompt has no context yet
-            return Proposal()
-        self._absorb(state)
-        hidden = self._block(state, anchor)
-        return self._sequential(hidden, anchor, sampling, rng)
+    def propose(self, asks: list[Ask]) -> list[Proposal]:
+        proposals = [Proposal()] * len(asks)
+        ready = [i for i, ask in enumerate(asks) if self.rows[ask.row].newest is not None]
+        if not ready:  # a one-token prompt has no context yet
+            return proposals
+        for i, proposal in zip(ready, self._propose([asks[i] for i in ready]), strict=True):
+            proposals[i] = proposal
+        return proposals
 
-    def _absorb(self, state: DSparkState) -> None:
-        """Project the features that have come since the last proposal into context keys and values."""
-        if not state.pending:
+    def _propose(self, asks: list[Ask]) -> list[Proposal]:
+        drafter = self.drafter
+        rows = [ask.row for ask in asks]
+        self._absorb(rows)
+        states = [self.rows[row] for row in rows]
+        anchors = [ask.anchor for ask in asks]
+        hidden = drafter.block(
+            self.cache,
+            rows,
+            [state.length for state in states],
+            anchors,
+            [state.newest for state in states],
+        )
+        growths = [
+            ask.shape.growth(
+                drafter.vocabulary,
+                ask.sampling,
+                min(ask.room, drafter.block_size, ask.shape.depth or drafter.block_size),
+                ask.rng,
+            )
+            for ask in asks
+        ]
+        return grow(growths, anchors, drafter.laws(hidden, asks))
+
+    def _absorb(self, rows: list[int]) -> None:
+        """Project the features that have come since the last proposal."""
+        late = [row for row in rows if self.rows[row].pending]
+        if not late:
             return
-        features = torch.cat(state.pending)[None]  # [1, m, layers·d]
-        state.pending.clear()
-        m = features.shape[1]
-        context = self._hidden_norm(self._fc(features))
-        kv = self._kv(context).view(1, m, len(self._blocks), 2, -1, self.config.head_dim)
-        rope = self._rope_of(
-            torch.arange(state.length, state.length + m, device=self.device)[None], self.dtype
-        )
-        self._reserve(state, state.length + m + self.block_size)
-        for i, (block, (keys, values)) in enumerate(zip(self._blocks, state.cache, strict=True)):
-            rotated = rotate(block.k_norm(kv[:, :, i, 0]), *rope)
-            keys[:, :, state.length : state.length + m] = rotated.transpose(1, 2)
-            values[:, :, state.length : state.length + m] = kv[:, :, i, 1].transpose(1, 2)
-        state.length += m
-
-    def _reserve(self, state: DSparkState, length: int) -> None:
-        room = state.cache[0][0].shape[2] if state.cache else 0
-        if length <= room:
-            return
-        shape = (1, self.config.num_key_value_heads, max(length, 2 * room, 256), self.config.head_dim)
-        grown = []
-        for i in range(len(self._blocks)):
-            pair = tuple(torch.zeros(shape, dtype=self.dtype, device=self.device) for _ in range(2))
-            for new, old in zip(pair, state.cache[i] if state.cache else (), strict=False):
-                new[:, :, : state.length] = old[:, :, : state.length]
-            grown.append(pair)
-        state.cache = grown
-
-    def _block(self, state: DSparkState, anchor: int) -> Tensor:
-        """[1, γ, d] after the final norm, for the block that starts at the anchor."""
-        ids = torch.tensor(
-            [[anchor] + [self.config.mask_token_id] * (self.block_size - 1)], device=self.device
-        )
-        x = F.embedding(ids, self._embed)
-        if self._skip is not None:
-            x = x + self._skip(state.newest)
-        positions = torch.arange(state.length, state.length + self.block_size, device=self.device)[None]
-        rope = self._rope_of(positions, self.dtype)
-        for block, cache in zip(self._blocks, state.cache, strict=True):
-            x = block(x, cache, state.length, rope)
-        return self._norm(x)
-
-    def _sequential(self, hidden: Tensor, anchor: int, sampling: Sampling, rng: torch.Generator) -> Proposal:
-        """Token k is chosen from softmax(U_k + W₂ W₁[x_{k−1}])."""
-        base = self._head(hidden)[0]  # [γ, draft_vocab]
-        tokens, laws, previous = [], [], anchor
-        for k in range(self.block_size):
-            logits = self._w2(self._w1[previous][None], base[k][None])[0]
-            if sampling.temperature == 0:
-                choice = int(logits.argmax())
-            else:
-                law = probabilities(logits, sampling)
-                uniform = torch.rand(1, generator=rng, dtype=torch.float64).to(self.device)
-                choice = int(draw(law[None], uniform))
-                laws.append(law)
-            previous = self._to_target[choice]
-            tokens.append(previous)
-        if not laws:
-            return Proposal.chain(tokens)
-        probs = torch.stack(laws).cpu()
-        return Proposal.chain(tokens, probs=probs, columns=self._draft_ids.cpu(), vocab_size=self.vocab_size)
-
-
-class _PackedLayer:
-    """A draft layer at inference: the block's keys and values stand behind the context's in the cache."""
-
-    def __init__(self, layer: Layer, config: DSparkConfig):
-        attention, mlp = layer.self_attn, layer.mlp
-        self.heads, self.kv_heads, self.head_dim = (
-            config.num_attention_heads,
-            config.num_key_value_heads,
-            config.head_dim,
-        )
-        self.qkv = PackedLinear(
-            torch.cat([attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight])
-        )
-        self.out = PackedLinear(attention.o_proj.weight)
-        self.gate_up = PackedLinear(torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight]))
-        self.down = PackedLinear(mlp.down_proj.weight)
-        self.q_norm, self.k_norm = attention.q_norm, attention.k_norm
-        self.norms = (layer.input_layernorm, layer.post_attention_layernorm)
-
-    def __call__(self, x: Tensor, cache: tuple[Tensor, Tensor], length: int, rope: tuple) -> Tensor:
-        n = x.shape[1]
-        qkv = self.qkv(self.norms[0](x)).view(1, n, -1, self.head_dim)
-        queries, keys, values = qkv.split((self.heads, self.kv_heads, self.kv_heads), 2)
-        queries = rotate(self.q_norm(queries), *rope).transpose(1, 2)
-        all_keys, all_values = cache
-        all_keys[:, :, length : length + n] = rotate(self.k_norm(keys), *rope).transpose(1, 2)
-        all_values[:, :, length : length + n] = values.transpose(1, 2)
-        end = length + n
-        attended = attend(queries, all_keys[:, :, :end], all_values[:, :, :end], None, None)
-        x = self.out(attended.reshape(1, n, -1), x)
-        gate, up = self.gate_up(self.norms[1](x)).chunk(2, -1)
-        return self.down(F.silu(gate).mul_(up), x)
+        features = [torch.cat(self.rows[row].pending) for row in late]
+        starts = [self.rows[row].length for row in late]
+        longest = max(start + len(part) for start, part in zip(starts, features, strict=True))
+        self.cache.reserve(longest + max(len(part) for part in features) + self.drafter.block_size)
+        self.drafter.absorb(self.cache, late, starts, features)
+        for row, part in zip(late, features, strict=True):
+            self.rows[row].length += len(part)
+            self.rows[row].pending.clear()

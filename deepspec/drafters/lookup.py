@@ -1,31 +1,89 @@
 """Lookup: what followed the last time the context ended like this. No training, almost no time.
 
 An n-gram index over the request's own tokens (prompt lookup), kept incrementally: every run of `min_match` tokens maps
-to where it last occurred.
+to where it last occurred. `suffix.py` is the same idea for matches of any length.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Protocol
 
-import torch
 from torch import Tensor
 
-from deepspec.decoding.request import Sampling
-from deepspec.drafters.base import Drafter, Proposal
+from deepspec.drafters.base import Ask, Drafter, Proposal, Session
 
 if TYPE_CHECKING:
     from deepspec.config import LookupParams
 
 
-@dataclass
-class LookupState:
-    tokens: list[int] = field(default_factory=list)
-    last: dict[tuple[int, ...], int] = field(default_factory=dict)  # n-gram → index just after it
+class Index(Protocol):
+    """What one request's tokens are remembered in."""
+
+    def append(self, token: int) -> None:
+        """A token whose target pass is done."""
+
+    def proposal(self, anchor: int, room: int) -> Proposal:
+        """At most `room` tokens to follow the tokens appended so far and `anchor`."""
+
+
+class IndexSession(Session):
+    """A session of a drafter that knows nothing but the tokens: an index a row, made by `make`."""
+
+    def __init__(self, make: Callable[[], Index], block_size: int, slots: int):
+        self.make = make
+        self.block_size = block_size
+        self.rows: list[Index | None] = [None] * slots
+
+    def begin(self, row: int) -> None:
+        self.rows[row] = self.make()
+
+    def extend(self, row: int, tokens: list[int], features: Tensor | None) -> None:
+        for token in tokens:
+            self.rows[row].append(token)
+
+    def propose(self, asks: list[Ask]) -> list[Proposal]:
+        return [self.rows[ask.row].proposal(ask.anchor, self._room(ask)) for ask in asks]
+
+    def move(self, source: int, destination: int) -> None:
+        self.rows[destination], self.rows[source] = self.rows[source], self.rows[destination]
+
+    def _room(self, ask: Ask) -> int:
+        """A match is one path whatever shape is asked for: it may spend all of the shape's nodes on it."""
+        return min(self.block_size, ask.room, ask.shape.nodes or self.block_size)
+
+
+class NGramIndex:
+    """The latest place of every run of `n` tokens."""
+
+    def __init__(self, n: int):
+        self.n = n
+        self.tokens: list[int] = []
+        self.last: dict[tuple[int, ...], int] = {}  # run → index just after it
+
+    def append(self, token: int) -> None:
+        self.tokens.append(token)
+        if len(self.tokens) >= self.n:
+            self.last[tuple(self.tokens[-self.n :])] = len(self.tokens)
+
+    def proposal(self, anchor: int, room: int) -> Proposal:
+        # The anchor is not in `tokens` yet, so the end of the context never finds itself.
+        end = (*self.tokens[len(self.tokens) - self.n + 1 :], anchor)
+        after = self.last.get(end)
+        return Proposal() if after is None else Proposal.chain(continued(self.tokens, after, anchor, room))
+
+
+def continued(tokens: list[int], start: int, anchor: int, count: int) -> list[int]:
+    """`count` tokens of `tokens + [anchor]` from `start` on; past the end the repetition is taken to go on."""
+    rest = tokens[start : start + count]
+    if len(rest) < count:
+        rest.append(anchor)
+    return [rest[i % len(rest)] for i in range(count)]
 
 
 class LookupDrafter(Drafter):
+    """Proposes the `block_size` tokens that followed the last `min_match` ones where they last occurred."""
+
     def __init__(self, block_size: int, min_match: int):
         self.block_size = block_size
         self.min_match = min_match
@@ -38,28 +96,5 @@ class LookupDrafter(Drafter):
             "min_match": params.min_match,
         }
 
-    def begin(self) -> LookupState:
-        return LookupState()
-
-    def extend(self, state: LookupState, tokens: list[int], features: Tensor | None) -> None:
-        for token in tokens:
-            state.tokens.append(token)
-            # A gram is entered one token late, so that the end of the context never finds itself.
-            end = len(state.tokens) - 1
-            if end >= self.min_match:
-                state.last[tuple(state.tokens[end - self.min_match : end])] = end
-
-    def propose(self, state: LookupState, anchor: int, sampling: Sampling, rng: torch.Generator) -> Proposal:
-        return Proposal.chain(self.match(state, anchor))
-
-    def match(self, state: LookupState, anchor: int) -> list[int]:
-        """γ tokens after the latest match of the end of `tokens + [anchor]`, or none.
-
-        Where the context ends before γ tokens are had, the repetition is taken to go on.
-        """
-        context = (*state.tokens[len(state.tokens) - self.min_match + 1 :], anchor)
-        after = state.last.get(context)
-        if after is None:
-            return []
-        rest = [*state.tokens[after:], anchor]
-        return [rest[i % len(rest)] for i in range(self.block_size)]
+    def session(self, slots: int) -> IndexSession:
+        return IndexSession(lambda: NGramIndex(self.min_match), self.block_size, slots)

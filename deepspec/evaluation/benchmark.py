@@ -19,10 +19,12 @@ from pathlib import Path
 
 from deepspec.config import EvaluateParams
 from deepspec.data.progress import Progress
-from deepspec.decoding.cost import measure as measure_costs
+from deepspec.decoding.cost import CostCurve, load_or_measure
 from deepspec.decoding.engine import generate
 from deepspec.decoding.request import Generation
-from deepspec.decoding.scheduler import Adaptive
+from deepspec.decoding.scheduler import Controller, make_controller
+from deepspec.decoding.shapes import make_shape
+from deepspec.decoding.tree import Shape
 from deepspec.drafters.base import Drafter
 from deepspec.drafters.checkpoint import load_drafter
 from deepspec.evaluation.device import describe_device
@@ -77,7 +79,8 @@ class Bench:
 
     target: Target
     drafter: Drafter
-    controller: Adaptive | None
+    tree: Shape
+    controller: Controller
     params: EvaluateParams
     seed: int
 
@@ -113,6 +116,8 @@ class Bench:
             max_new_tokens=self.params.max_new_tokens,
             temperature=temperature,
             seed=seed,
+            tree=self.tree,
+            verify=self.params.decode.verify,
             controller=self.controller if with_draft else None,
         )
         return generation, time.perf_counter() - start - generation.stats.prefill_s
@@ -128,8 +133,9 @@ def _open_bench(
 ) -> Bench:
     """A bench whose kernels, caches, compiled shapes and cost figures are made before the clock starts."""
     drafter = load_drafter(drafter_dir, target, params.decode)
-    controller = _controller(target, drafter, log) if params.decode.adaptive else None
-    bench = Bench(target, drafter, controller, params, seed)
+    chosen = params.decode.controller
+    controller = make_controller(chosen.type, _curve(target, drafter, log), **chosen.options())
+    bench = Bench(target, drafter, _tree(params), controller, params, seed)
     longest = max((prompt[0] for task in tasks for prompt in task.prompts), key=len)
     prompt_ids = target.chat_ids([{"role": "user", "content": longest}])
     for temperature in params.temperatures:
@@ -138,11 +144,16 @@ def _open_bench(
     return bench
 
 
-def _controller(target: Target, drafter: Drafter, log: WorkLog) -> Adaptive:
-    """The round costs, measured once an evaluation: a resumed one goes on with the same controller."""
+def _tree(params: EvaluateParams) -> Shape:
+    return make_shape(params.decode.tree.type, **params.decode.tree.options())
+
+
+def _curve(target: Target, drafter: Drafter, log: WorkLog) -> CostCurve:
+    """The cost curve, measured once an evaluation: a resumed one goes on with the same controller."""
     if log.get("costs") is None:
-        log.add("costs", asdict(measure_costs(target, drafter)))
-    return Adaptive(**log.get("costs"))
+        trained = getattr(drafter, "trained", drafter)  # behind a lookup, it is what costs
+        log.add("costs", load_or_measure(target, trained, batches=(1,)).to_json())
+    return CostCurve.from_json(log.get("costs"))
 
 
 def _measure(
@@ -203,7 +214,9 @@ def _identities(
             for task in missing:
                 prompts = [prompt[0] for prompt in task.prompts[: params.lossless_prompts]]
                 ids = [target.chat_ids([{"role": "user", "content": prompt}]) for prompt in prompts]
-                identity = check_identity(target, drafter, target_dir, ids, params.lossless_new_tokens, seed)
+                identity = check_identity(
+                    target, drafter, target_dir, ids, params.lossless_new_tokens, seed, _tree(params)
+                )
                 log.add(f"identity {task.name}", asdict(identity))
                 progress.advance()
     return {task.name: Identity(**log.get(f"identity {task.name}")) for task in tasks}

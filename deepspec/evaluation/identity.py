@@ -12,6 +12,7 @@ from typing import Any
 
 from deepspec.decoding.engine import generate
 from deepspec.decoding.lossless import top_two_gap
+from deepspec.decoding.tree import Shape
 from deepspec.evaluation.record import Identity
 from deepspec.target import Target
 
@@ -25,6 +26,7 @@ def check_identity(
     prompts: list[list[int]],
     max_new_tokens: int,
     seed: int = 0,
+    tree: Shape | None = None,
 ) -> Identity:
     """Compare the drafted greedy output of each prompt with the plain one; `target` is in float32."""
     options = {"max_new_tokens": max_new_tokens, "temperature": 0.0, "seed": seed}
@@ -32,7 +34,7 @@ def check_identity(
     ties = 0
     lossless = True
     for prompt_ids, reference in zip(prompts, plain, strict=True):
-        drafted = generate(target, drafter, prompt_ids, **options)[0]
+        drafted = generate(target, drafter, prompt_ids, tree=tree, **options)[0]
         same = _shared(reference.tokens, drafted.tokens)
         if same == len(reference.tokens) == len(drafted.tokens):
             continue

@@ -15,9 +15,11 @@ from accelerate import Accelerator, InitProcessGroupKwargs
 
 from deepspec.data.features import FeatureStore
 from deepspec.data.sequences import Sequence, read_sequences
-from deepspec.drafters.checkpoint import dspark_weights, write_drafter
+from deepspec.decoding.calibration import calibrate, save
+from deepspec.drafters.checkpoint import dspark_weights, load_drafter, write_drafter
 from deepspec.drafters.dspark import DSparkConfig, DSparkModel
 from deepspec.drafters.lookup import LookupDrafter
+from deepspec.drafters.suffix import SuffixDrafter
 from deepspec.errors import DeepSpecError
 from deepspec.files import digest, source_digest
 from deepspec.target import Target, load_target
@@ -30,6 +32,8 @@ if TYPE_CHECKING:
 
 WORK = Path(".deepspec")
 DATA = Path("data/distill")
+TRAINING_FREE = {"lookup": LookupDrafter, "suffix": SuffixDrafter}
+CALIBRATION_TOKENS = 64  # of each held-out conversation's answer
 
 
 def train(params: Params, name: str, target_directory: Path, out: Path, history: Path) -> None:
@@ -41,9 +45,10 @@ def train(params: Params, name: str, target_directory: Path, out: Path, history:
     if name not in params.drafters:
         raise DeepSpecError(f"params.yaml has no drafter {name!r}; it has {', '.join(params.drafters)}")
     drafter = params.drafters[name]
-    if drafter.type == "lookup":
+    if drafter.type in TRAINING_FREE:
         target = load_target(target_directory)
-        write_drafter(out, LookupDrafter.config(drafter), {}, target, {"data_digest": None})
+        config = TRAINING_FREE[drafter.type].config(drafter)
+        write_drafter(out, config, {}, target, {"data_digest": None})
         write_history(history, [{"step": 0}])
         return
     patience = InitProcessGroupKwargs(timeout=timedelta(days=7))  # one process extracts, the others wait
@@ -62,8 +67,27 @@ def train(params: Params, name: str, target_directory: Path, out: Path, history:
         trainer.raw.load_state_dict(trainer.best_weights(), strict=False)
         record = provenance(params, data_digest) | {"heldout_tau": trainer.best_tau, "drafter": name}
         write_drafter(out, model.config.to_dict(), dspark_weights(model), target, record)
+        _calibrate(out, target, [_prompt(store.sequences[i]) for i in trainer.heldout], params.seed)
         write_history(history, trainer.history)
     accelerator.end_training()
+
+
+def _prompt(sequence: Sequence) -> list[int]:
+    """The tokens before the first answer."""
+    return sequence.ids[: sequence.answer.index(1)]
+
+
+def _calibrate(draft: Path, target: Target, prompts: list[list[int]], seed: int) -> None:
+    """Fit the confidence head's temperatures on a small real decode of held-out prompts."""
+    try:
+        found = calibrate(target, load_drafter(draft, target), prompts, CALIBRATION_TOKENS, seed)
+    except DeepSpecError as error:  # too little data: the confidence stays as trained
+        print(f"confidence not calibrated: {error}")
+        return
+    save(draft, found)
+    for mode, ece in found["ece"].items():
+        blocks = found["blocks"][mode]
+        print(f"confidence ({mode}): ECE {ece['before']:.3f} → {ece['after']:.3f}, {blocks} blocks")
 
 
 def draft_vocabulary(sequences: list[Sequence], size: int, vocab_size: int) -> torch.Tensor:

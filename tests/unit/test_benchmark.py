@@ -13,7 +13,8 @@ import torch
 from deepspec.config import EvaluateParams
 from deepspec.decoding.engine import generate as decode
 from deepspec.decoding.request import Generation, Stats
-from deepspec.decoding.scheduler import Adaptive
+from deepspec.decoding.cost import CostCurve
+from deepspec.decoding.scheduler import CostStop
 from deepspec.drafters.lookup import LookupDrafter
 from deepspec.evaluation import benchmark, identity
 from deepspec.evaluation.device import describe_device
@@ -21,7 +22,7 @@ from deepspec.evaluation.native import native_tokens_per_second
 from deepspec.evaluation.task import Task
 from deepspec.target import load_target
 
-DRAFT, COSTS = object(), Adaptive(plain_s=1.0, drafted_s=1.5)
+DRAFT, COSTS = object(), CostCurve({1: [(1, 1.0), (8, 1.1)]}, {1: 0.4})
 PREFILL_S, PLAIN_S, DRAFT_S, VERIFY_S, HOST_S = 1.0, 1 / 8, 1 / 32, 7 / 64, 1 / 64  # exact in binary
 ACCEPTED, PROPOSED = [2, 0, 3, 1], [3, 3, 3, 3]  # 4 rounds commit 10 tokens
 TASKS = {
@@ -41,12 +42,23 @@ class Engine:
         ] = {}  # what the drafted run writes in place of the right token, by position
         self.die_after: int | None = None
 
-    def generate(self, target, drafter, prompt_ids, max_new_tokens, temperature=0.0, seed=0, controller=None):
+    def generate(
+        self,
+        target,
+        drafter,
+        prompt_ids,
+        max_new_tokens,
+        temperature=0.0,
+        seed=0,
+        tree=None,
+        verify=None,
+        controller=None,
+    ):
         if prompt_ids and isinstance(prompt_ids[0], list):
             return [self.generate(target, drafter, ids, max_new_tokens)[0] for ids in prompt_ids]
         if max_new_tokens > 1:
             self.calls.append((drafter is DRAFT, prompt_ids, temperature, seed))
-            assert controller is None or (controller, drafter) == (COSTS, DRAFT)
+            assert controller is None or (type(controller), controller.curve) == (CostStop, COSTS)
             if self.die_after is not None and len(self.calls) > self.die_after:
                 raise KeyboardInterrupt
         tokens = [(sum(prompt_ids) + i) % 50 for i in range(min(10, max_new_tokens))]
@@ -82,7 +94,7 @@ def engine(monkeypatch: pytest.MonkeyPatch) -> Engine:
     monkeypatch.setattr(benchmark.time, "perf_counter", lambda: engine.now)
     monkeypatch.setattr(benchmark, "load_target", fake_target)
     monkeypatch.setattr(benchmark, "load_drafter", lambda path, target, decode: DRAFT)
-    monkeypatch.setattr(benchmark, "measure_costs", lambda target, drafter: COSTS)
+    monkeypatch.setattr(benchmark, "load_or_measure", lambda target, drafter, batches: COSTS)
     monkeypatch.setattr(benchmark, "native_tokens_per_second", lambda *a: dict.fromkeys(TASKS, 8.0))
     monkeypatch.setattr(
         benchmark,
@@ -176,9 +188,11 @@ def test_the_drafts_own_prefill_is_charged_to_it_and_the_shared_one_to_neither(
 
 def test_the_engine_counts_the_drafts_reading_of_the_prompt_as_drafting(tiny_target):
     class SlowReader(LookupDrafter):
-        def extend(self, state, tokens, features):
-            time.sleep(0.1)
-            super().extend(state, tokens, features)
+        def session(self, slots):
+            session = super().session(slots)
+            extend = session.extend
+            session.extend = lambda *args: (time.sleep(0.1), extend(*args))
+            return session
 
     target = load_target(tiny_target)
     (slow,) = decode(target, SlowReader(block_size=4, min_match=2), [5] * 20, max_new_tokens=1)

@@ -10,6 +10,9 @@ from safetensors.torch import load_file, save_file
 
 from deepspec.config import DSparkParams
 from deepspec.decoding.request import Sampling
+from deepspec.decoding.shapes import BestFirst
+from deepspec.decoding.tree import Chain
+from deepspec.drafters.base import Ask
 from deepspec.drafters.checkpoint import dspark_weights, load_drafter, load_dspark, write_drafter
 from deepspec.drafters.dspark import DSparkConfig, DSparkDrafter, DSparkModel, spread_layers
 from deepspec.errors import DeepSpecError
@@ -35,12 +38,19 @@ def model(published):
     return load_dspark(FIXTURES / "dspark-vanilla-tiny", published)
 
 
-def drafter_state(drafter, expected):
-    state = drafter.begin()
+def propose(drafter, expected, sampling=None, seed=0, shape=None, rows=(0,)):
+    """What the drafter proposes after the published prompt, taken in in two pieces, in each of the rows."""
+    session = drafter.session(max(rows) + 1)
     ids, features = expected["prompt_ids"][0].tolist(), expected["features"][0]
-    drafter.extend(state, ids[:13], features[:13])
-    drafter.extend(state, ids[13:], features[13:])
-    return state
+    for row in rows:
+        session.begin(row)
+        session.extend(row, ids[:13], features[:13])
+        session.extend(row, ids[13:], features[13:])
+    anchor = int(expected["anchor"])
+    rng = torch.Generator().manual_seed(seed)
+    return session.propose(
+        [Ask(row, anchor, sampling or Sampling(), rng, 99, shape or Chain()) for row in rows]
+    )
 
 
 def test_a_published_checkpoint_gives_the_published_hidden_states(model, expected):
@@ -60,22 +70,52 @@ def test_a_published_checkpoint_gives_the_published_confidence(model, expected):
 
 def test_inference_in_pieces_drafts_the_published_tokens(model, published, expected):
     drafter = DSparkDrafter(model, published)
-    state = drafter_state(drafter, expected)
-    proposal = drafter.propose(state, int(expected["anchor"]), Sampling(), torch.Generator())
+    (proposal,) = propose(drafter, expected)
     assert proposal.tokens == expected["draft_tokens"][0].tolist()
 
 
 def test_sampled_drafts_come_with_the_law_they_were_drawn_from(model, published, expected):
     drafter = DSparkDrafter(model, published)
-    state = drafter_state(drafter, expected)
     anchor = int(expected["anchor"])
-    proposal = drafter.propose(state, anchor, Sampling(1.0), torch.Generator().manual_seed(3))
+    (proposal,) = propose(drafter, expected, Sampling(1.0), seed=3)
     hidden, previous = expected["block_hidden"][0], anchor
     for k, token in enumerate(proposal.tokens):
         markov = model.markov_head.markov_w1.weight[previous] @ model.markov_head.markov_w2.weight.T
         law = (model.lm_head(hidden[k]) + markov).softmax(-1)
         assert torch.allclose(proposal.law(k), law, atol=1e-5)
         previous = token
+
+
+def test_a_draft_does_not_depend_on_its_company(model, published, expected):
+    drafter = DSparkDrafter(model, published)
+    alone = propose(drafter, expected)[0]
+    for proposal in propose(drafter, expected, rows=(2, 0, 3)):
+        assert proposal.tokens == alone.tokens
+        assert proposal.survival == pytest.approx(alone.survival, abs=1e-5)
+
+
+def test_survival_is_the_product_of_the_published_confidences(model, published, expected):
+    chances = torch.sigmoid(expected["confidence_logits"][0]).cumprod(0)
+    (proposal,) = propose(DSparkDrafter(model, published), expected)
+    assert proposal.survival == pytest.approx(chances.tolist(), abs=1e-4)
+    hot = DSparkDrafter(model, published, {"greedy": [2.0] * drafter_depth(expected)})
+    chances = torch.sigmoid(expected["confidence_logits"][0] / 2).cumprod(0)
+    assert propose(hot, expected)[0].survival == pytest.approx(chances.tolist(), abs=1e-4)
+
+
+def drafter_depth(expected) -> int:
+    return expected["confidence_logits"].shape[1]
+
+
+def test_a_tree_is_conditioned_on_each_nodes_own_parent(model, published, expected):
+    (tree,) = propose(DSparkDrafter(model, published), expected, shape=BestFirst(width=3, depth=4, nodes=12))
+    w1, w2 = model.markov_head.markov_w1.weight, model.markov_head.markov_w2.weight
+    for node, (token, parent) in enumerate(zip(tree.tokens, tree.parents, strict=True)):
+        previous = tree.tokens[parent] if parent >= 0 else int(expected["anchor"])
+        hidden = expected["block_hidden"][0, tree.depths[node] - 1]
+        law = (model.lm_head(hidden) + w1[previous] @ w2.T).softmax(-1)
+        above = tree.survival[parent] if parent >= 0 else 1.0
+        assert tree.survival[node] == pytest.approx(above * float(law.detach()[token]), rel=1e-3)
 
 
 def small_drafter(target, **overrides) -> DSparkModel:

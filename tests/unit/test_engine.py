@@ -8,8 +8,10 @@ import torch
 from deepspec.attention import KVCache, Step
 from deepspec.decoding.engine import Engine, generate, stream
 from deepspec.decoding.request import Request, Sampling
-from deepspec.decoding.scheduler import Adaptive
-from deepspec.drafters.base import Drafter, Proposal
+from deepspec.decoding.scheduler import Controller
+from deepspec.decoding.shapes import BestFirst
+from deepspec.decoding.tree import Proposal
+from deepspec.drafters.base import Drafter, Session
 from deepspec.drafters.lookup import LookupDrafter
 from deepspec.errors import DeepSpecError
 from deepspec.target import load_target
@@ -48,16 +50,29 @@ class Oracle(Drafter):
     def __init__(self, answers: dict[int, list[int]], right: int):
         self.answers, self.right = answers, right
 
-    def begin(self):
-        return []
+    def session(self, slots):
+        return OracleSession(self, slots)
 
-    def extend(self, state, tokens, features):
-        state += tokens
 
-    def propose(self, state, anchor, sampling, rng):
-        known = [*state, anchor]
-        answer = next(a for a in self.answers.values() if a[: len(known)] == known)
-        following = answer[len(known) : len(known) + self.right]
+class OracleSession(Session):
+    def __init__(self, oracle, slots):
+        self.oracle, self.known = oracle, [[] for _ in range(slots)]
+
+    def begin(self, row):
+        self.known[row] = []
+
+    def extend(self, row, tokens, features):
+        self.known[row] = self.known[row] + tokens
+
+    def move(self, source, destination):
+        self.known[destination] = self.known[source]
+
+    def propose(self, asks):
+        return [self._propose([*self.known[ask.row], ask.anchor], ask.room) for ask in asks]
+
+    def _propose(self, known, room):
+        answer = next(a for a in self.oracle.answers.values() if a[: len(known)] == known)
+        following = answer[len(known) : len(known) + min(self.oracle.right, room)]
         tokens, parents, spine = [], [], -1
         for token in following:
             tokens += [(token + 1) % 500, token]  # a wrong sibling before the right node
@@ -140,10 +155,51 @@ def test_bad_arguments_are_named(llama):
         generate(llama, None, [1] * 5000)
     with pytest.raises(DeepSpecError, match="verification rule"):
         generate(llama, None, [1], verify="guess")
+    with pytest.raises(DeepSpecError, match="batch_size"):
+        Engine(llama, batch_size=0)
+    with pytest.raises(DeepSpecError, match="too large; a pass takes 256"):
+        generate(llama, LookupDrafter(4, 1), [1], tree=BestFirst(width=8, depth=6, nodes=300))
+
+
+def test_a_drafter_of_another_vocabulary_is_refused(llama):
+    drafter = LookupDrafter(4, 1)
+    drafter.vocab_size = 300
+    with pytest.raises(DeepSpecError, match="vocabulary has 300 tokens, the target's 512"):
+        generate(llama, drafter, [1])
+
+
+def test_a_cache_limit_bounds_the_prompt_and_the_answer(llama):
+    queue = iter([Request([3] * 40, id="long"), Request([3] * 20, 50, stop_ids=frozenset(), id="fits")])
+    runs = Engine(llama, batch_size=2, max_length=32).run(lambda: next(queue, None))
+    done = {run.id: run for run in runs}
+    assert done["long"].error == "the prompt has 40 tokens; the cache takes 32, an answer included"
+    assert len(done["fits"].tokens) == 12 and done["fits"].finish_reason == "length"
+
+
+def test_a_bad_prompt_in_a_batch_leaves_the_others_alone(llama):
+    good, bad, other = generate(llama, None, [PROMPTS[0], [], PROMPTS[1]], 6)
+    assert bad.error == "the prompt is empty" and bad.finish_reason == "error"
+    assert good.tokens == generate(llama, None, PROMPTS[0], 6)[0].tokens
+    assert other.tokens == generate(llama, None, PROMPTS[1], 6)[0].tokens
+
+
+def test_a_stop_string_ends_the_answer_with_the_token_that_completes_it(llama):
+    whole = generate(llama, None, PROMPTS[0], 24)[0].tokens
+    text = llama.tokenizer.decode(whole[:9])
+    stop = text[-3:]
+    drafter = Oracle({0: PROMPTS[0] + whole}, 5)
+    for run in (
+        generate(llama, None, PROMPTS[0], 24, stop=stop)[0],
+        generate(llama, drafter, PROMPTS[0], 24, stop=(stop, "never there"))[0],
+    ):
+        assert run.finish_reason == "stop"
+        assert run.tokens == whole[: len(run.tokens)]
+        assert stop in llama.tokenizer.decode(run.tokens)
+        assert stop not in llama.tokenizer.decode(run.tokens[:-1])
 
 
 def test_logits_that_are_not_finite_stop_the_request(llama, monkeypatch):
-    monkeypatch.setattr(llama, "logits", lambda hidden: torch.full((*hidden.shape[:2], 512), float("nan")))
+    monkeypatch.setattr(llama, "logits", lambda hidden: torch.full((len(hidden), 512), float("nan")))
     for temperature in (0.0, 1.0):
         with pytest.raises(DeepSpecError, match="not finite"):
             generate(llama, None, [1, 2, 3], 4, temperature=temperature)
@@ -174,28 +230,19 @@ def test_features_are_the_layers_outputs(llama):
     assert torch.equal(whole.features[-1], llama.embeddings[ids])
     cache = KVCache(1, 32)
     llama.forward(ids[:, :4], Step(torch.arange(4)[None], cache=cache))
-    rest = Step(torch.arange(4, 6)[None], cache=cache, starts=[4], wanted=(1,))
+    rest = Step(torch.arange(4, 6)[None], cache=cache, starts=[4], counts=[2], wanted=(1,))
     llama.forward(ids[:, 4:], rest)
     assert torch.allclose(rest.features[1], whole.features[1][:, 4:], atol=1e-5)
 
 
-def test_a_proposal_is_cut_at_a_depth():
-    tree = Proposal([1, 2, 3, 4, 5], [-1, -1, 1, 2, 0])
-    assert tree.cut(2) == Proposal([1, 2, 3, 5], [-1, -1, 1, 0])
-    assert tree.cut(3) is tree
-
-
 def test_no_draft_reaches_beyond_what_may_be_committed(llama):
+    drafter = LookupDrafter(8, 1)
     seen = []
-
-    class Watching(LookupDrafter):
-        def propose(self, state, anchor, sampling, rng):
-            seen.append(super().propose(state, anchor, sampling, rng))
-            return seen[-1]
-
-    (run,) = generate(llama, Watching(8, 1), PROMPTS[3], 5)
-    assert len(run.tokens) <= 5 and all(drafted <= 4 for drafted in run.stats.drafted)
-    assert any(len(proposal.tokens) == 8 for proposal in seen)
+    queue = iter([Request(PROMPTS[3], 5)])
+    engine = Engine(llama, drafter, on_round=lambda proposal, accepted: seen.append((proposal, accepted)))
+    (run,) = engine.run(lambda: next(queue, None))
+    assert len(run.tokens) <= 5 and seen
+    assert all(len(proposal.tokens) <= 4 and accepted <= len(proposal.tokens) for proposal, accepted in seen)
 
 
 def test_a_target_that_skips_our_attention_is_refused(llama, monkeypatch):
@@ -210,24 +257,29 @@ def test_the_last_layer_is_no_feature(llama):
         llama.check_layers([3])
 
 
-def test_the_adaptive_controller_pauses_where_drafts_fail_and_resumes():
-    pace = Adaptive(plain_s=1.0, drafted_s=1.5).pace()
-    rounds = 0
-    for _ in range(60):
-        drafts = pace.drafts()
-        rounds += drafts
-        pace.observe(drafts, 1)
-    assert rounds < 15
-    while not pace.drafts():
-        pace.observe(False, 1)
-    for _ in range(8):
-        pace.observe(True, 4)
-    assert all(pace.drafts() or pace.observe(True, 4) for _ in range(3))
+class EveryOther(Controller):
+    """Drafts in every other round and verifies two levels."""
+
+    def pace(self):
+        return self
+
+    def reset(self):
+        self.count = 0
+
+    def drafts(self):
+        self.count += 1
+        return self.count % 2 == 0
+
+    def observe(self, *seen):
+        pass
+
+    def select(self, proposals):
+        return [proposal.cut(2) for proposal in proposals]
 
 
-def test_pausing_changes_no_token(llama):
-    plain = generate(llama, None, PROMPTS[3], 40)[0].tokens
-    controller = Adaptive(plain_s=1.0, drafted_s=1.9)
-    (run,) = generate(llama, LookupDrafter(5, 1), PROMPTS[3], 40, controller=controller)
-    assert run.tokens == plain
-    assert 0 in run.stats.drafted
+def test_a_controller_changes_no_token(llama):
+    plain = generate(llama, None, PROMPTS, 24)
+    drafter = Oracle({i: p + g.tokens for i, (p, g) in enumerate(zip(PROMPTS, plain, strict=True))}, 4)
+    runs = generate(llama, drafter, PROMPTS, 24, controller=EveryOther())
+    assert [run.tokens for run in runs] == [run.tokens for run in plain]
+    assert {depth for run in runs for depth in run.stats.drafted} >= {0, 2}

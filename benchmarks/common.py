@@ -1,0 +1,258 @@
+"""What the benchmarks share: prompts, interleaved paired runs, intervals, the memory floor, and reports that say where
+they come from."""
+
+from __future__ import annotations
+
+import json
+import platform
+import random
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+
+from deepspec.data.progress import Progress
+from deepspec.data.prompt_sources import read_jsonl
+from deepspec.evaluation.device import describe_device
+from deepspec.evaluation.stats import Interval, Pair, speedup
+from deepspec.evaluation.task import load_task
+from deepspec.evaluation.worklog import WorkLog
+from deepspec.files import digest, file_digest, source_digest, write_json, write_text
+from deepspec.target import Target
+
+WORK_DIR = Path(".deepspec/benchmarks")
+REPORTS = Path("reports/benchmarks")
+
+
+@dataclass(frozen=True)
+class Prompt:
+    source: str  # the task's name, or the file's
+    ids: list[int]
+
+
+def load_prompts(target: Target, sources: Iterable[str], count: int, seed: int = 0) -> list[Prompt]:
+    """The first turns of `count` prompts of each source, in the target's chat template.
+
+    Args:
+        sources: names of evaluation tasks, paths of their YAML, or of a JSONL with {"turns": [...]} a line.
+
+    Raises:
+        DeepSpecError: an unknown task, or a file that cannot be read.
+    """
+    prompts = []
+    for source in sources:
+        if source.endswith((".jsonl", ".jsonl.gz")):
+            name, turns = Path(source).name.partition(".")[0], read_jsonl(source)
+            chosen = sorted(random.Random(seed).sample(range(len(turns)), min(count, len(turns))))
+            turns = [turns[i] for i in chosen]
+        else:
+            task = load_task(source, count, seed)
+            name, turns = task.name, task.prompts
+        prompts += [Prompt(name, target.chat_ids([{"role": "user", "content": t[0]}])) for t in turns]
+    return prompts
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a contestant made of a prompt. `passes` are the target's that gave tokens, the first token's among them."""
+
+    tokens: list[int]
+    passes: int
+    draft_s: float | None = None
+    verify_s: float | None = None
+    host_s: float | None = None
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """A way of decoding.
+
+    Args:
+        runtime: what its prefill is shared with: contestants of one runtime start a prompt alike.
+        reference: name of the plain contestant that it is compared with.
+        decode: (prompt, most new tokens) → the answer, greedily.
+        step_bytes: weights that one target pass reads; None where unknown.
+    """
+
+    name: str
+    runtime: str
+    reference: str
+    decode: Callable[[list[int], int], Answer]
+    step_bytes: int | None = None
+
+
+@dataclass(frozen=True)
+class Run:
+    """One contestant on one prompt. `seconds` are without the prefill, to which the first token belongs."""
+
+    tokens: int
+    seconds: float
+    passes: int
+    draft_s: float | None
+    verify_s: float | None
+    host_s: float | None
+    output: str  # digest of all its tokens
+
+
+def interleave(
+    contestants: Sequence[Contestant],
+    first_token: dict[str, Callable[[list[int]], Any]],
+    prompts: Sequence[Prompt],
+    max_new_tokens: int,
+    log: WorkLog,
+) -> dict[str, list[Run]]:
+    """Name of a contestant → its run of each prompt.
+
+    Every prompt is decoded by all contestants one after the other, so that a slow minute of the machine hits all of
+    them; who goes first moves on with each prompt. Seconds are wall-clock time of the whole call less the time in
+    which the contestant's runtime makes the first token alone (`first_token`, without a draft): the prefill is taken
+    off alike on all sides, and what a draft makes of the prompt stays in.
+    """
+    pieces = [(contestant, i) for i in range(len(prompts)) for contestant in _rotated(contestants, i)]
+    missing = [piece for piece in pieces if log.get(_key(*piece)) is None]
+    if missing:
+        _warm_up(contestants, prompts)
+    prefill: dict[tuple[str, int], float] = {}
+    with Progress("decoding", len(pieces), len(pieces) - len(missing)) as progress:
+        for contestant, i in missing:
+            place = (contestant.runtime, i)
+            if place not in prefill:
+                prefill[place] = _prefill_seconds(first_token[contestant.runtime], prompts[i].ids)
+            run = timed(contestant, prompts[i].ids, max_new_tokens, prefill[place])
+            log.add(_key(contestant, i), asdict(run))
+            progress.tokens(run.tokens)
+            progress.advance()
+    return {
+        contestant.name: [Run(**log.get(_key(contestant, i))) for i in range(len(prompts))]
+        for contestant in contestants
+    }
+
+
+def timed(contestant: Contestant, ids: list[int], max_new_tokens: int, prefill_s: float) -> Run:
+    began = time.perf_counter()
+    answer = contestant.decode(ids, max_new_tokens)
+    seconds = time.perf_counter() - began - prefill_s
+    output = digest(json.dumps(answer.tokens))
+    parts = answer.draft_s, answer.verify_s, answer.host_s
+    return Run(len(answer.tokens), seconds, answer.passes, *parts, output)
+
+
+def rate(runs: Sequence[Run]) -> float:
+    """Tokens a second after the first one of each prompt."""
+    return sum(run.tokens - 1 for run in runs) / sum(run.seconds for run in runs)
+
+
+def tau(runs: Sequence[Run]) -> float:
+    """Tokens committed per target pass, the target's own included."""
+    return sum(run.tokens for run in runs) / sum(run.passes for run in runs)
+
+
+def pass_seconds(runs: Sequence[Run]) -> float | None:
+    """Seconds a target pass with all that belongs to it, or None where no answer needed a second one."""
+    passes = sum(run.passes - 1 for run in runs)
+    return sum(run.seconds for run in runs) / passes if passes else None
+
+
+def compared(runs: Sequence[Run], reference: Sequence[Run]) -> Interval | None:
+    """Ratio of tokens a second, with the paired bootstrap over prompts of `evaluation/stats.py`."""
+    pairs = zip(reference, runs, strict=True)
+    return speedup([Pair(a.seconds, a.tokens - 1, b.seconds, b.tokens - 1) for a, b in pairs])
+
+
+def weight_bytes(target: Target) -> int:
+    """Bytes of weights that a pass over one token reads: the decoder layers' and the head's."""
+    tensors: dict[int, Tensor] = {}
+    for module in (*target._layers.modules(), *target._head.modules()):
+        for value in (*vars(module).values(), *module._parameters.values(), *module._buffers.values()):
+            if isinstance(value, Tensor | nn.Parameter):
+                tensors[id(value)] = value
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+
+
+def read_bandwidth(device: torch.device, megabytes: int = 512, repeats: int = 8) -> float:
+    """Bytes a second at which torch, with all its threads, reads a buffer that no cache can hold: the best of a few."""
+    buffer = torch.ones(megabytes << 18, device=device)  # float32
+    best = float("inf")
+    for _ in range(repeats):
+        began = time.perf_counter()
+        float(buffer.sum())
+        best = min(best, time.perf_counter() - began)
+    return buffer.numel() * buffer.element_size() / best
+
+
+def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """The first column is text, the others are numbers."""
+    lines = ["| " + " | ".join(header) + " |", "|---|" + "---:|" * (len(header) - 1)]
+    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
+
+
+def provenance(target: Target) -> dict[str, str]:
+    """Commit, command (of absolute paths the last part), target, machine and versions."""
+    words = [f".../{Path(word).name}" if word.startswith("/") else word for word in sys.argv[1:]]
+    return {
+        "commit": _git("describe", "--always", "--dirty"),
+        "command": " ".join(["python", "-m", f"benchmarks.{Path(sys.argv[0]).stem}", *words]),
+        "target": f"{target.digest}, {str(target.dtype).removeprefix('torch.')}",
+        "device": describe_device(target.device),
+        "versions": f"Python {platform.python_version()}, transformers {transformers.__version__}",
+    }
+
+
+def write_report(folder: Path, name: str, title: str, body: str, data: dict, target: Target) -> None:
+    """Print the Markdown, and write `<name>.md` and `<name>.json` with where the numbers come from."""
+    made = provenance(target)
+    lines = [f"# {title}", "", body, "", *(f"- {key}: `{value}`" for key, value in made.items())]
+    text = "\n".join(lines) + "\n"
+    print(text)
+    write_text(folder / f"{name}.md", text)
+    write_json(folder / f"{name}.json", {"provenance": made, **data})
+
+
+def work_key(target: Target, files: Iterable[str | Path], *settings: Any) -> str:
+    """Digest of all that a kept result depends on: the code, the target, files (or folders of them), settings."""
+    parts = [
+        (file.name, file_digest(file))
+        for path in map(Path, files)
+        for file in (sorted(path.iterdir()) if path.is_dir() else [path])
+        if file.is_file()
+    ]
+    code = source_digest("decoding", "drafters", "attention.py", "fused.py", "target.py")
+    return digest(json.dumps([target.digest, code, parts, settings], default=str))
+
+
+def _warm_up(contestants: Sequence[Contestant], prompts: Sequence[Prompt]) -> None:
+    """Kernels, caches and compiled shapes are made before the clock starts."""
+    longest = max(prompts, key=lambda prompt: len(prompt.ids))
+    for contestant in contestants:
+        contestant.decode(longest.ids, 32)
+
+
+def _prefill_seconds(first_token: Callable[[list[int]], Any], ids: list[int]) -> float:
+    """The better of two, after one that makes the kernels for this length."""
+    seconds = []
+    for _ in range(3):
+        began = time.perf_counter()
+        first_token(ids)
+        seconds.append(time.perf_counter() - began)
+    return min(seconds[1:])
+
+
+def _rotated(contestants: Sequence[Contestant], by: int) -> list[Contestant]:
+    by %= len(contestants)
+    return [*contestants[by:], *contestants[:by]]
+
+
+def _key(contestant: Contestant, prompt: int) -> str:
+    return f"{contestant.name} {prompt}"
+
+
+def _git(*words: str) -> str:
+    result = subprocess.run(["git", *words], capture_output=True, text=True, cwd=Path(__file__).parent)
+    return result.stdout.strip() or "unknown"

@@ -1,0 +1,142 @@
+"""What `benchmarks/decode.py` makes of its runs: the figures, and the Markdown that shows them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from benchmarks.common import Contestant, Prompt, Run, compared, markdown_table, pass_seconds, rate, tau
+from deepspec.evaluation.stats import Interval
+
+
+def figures(
+    field: Sequence[Contestant],
+    runs: Mapping[str, Sequence[Run]],
+    prompts: Sequence[Prompt],
+    bandwidth: float,
+) -> dict[str, Any]:
+    """Everything the report says, as plain data."""
+    sources = list(dict.fromkeys(prompt.source for prompt in prompts))
+    return {
+        "prompts": {source: sum(p.source == source for p in prompts) for source in sources},
+        "read_bandwidth": bandwidth,
+        "contestants": {
+            way.name: _figures(way, runs[way.name], runs[way.reference], prompts, sources, bandwidth)
+            for way in field
+        },
+        "duels": _duels(field, runs),
+    }
+
+
+def _figures(
+    way: Contestant,
+    mine: Sequence[Run],
+    reference: Sequence[Run],
+    prompts: Sequence[Prompt],
+    sources: Sequence[str],
+    bandwidth: float,
+) -> dict[str, Any]:
+    seconds = pass_seconds(mine)
+    floor = way.step_bytes / bandwidth if way.step_bytes else None
+    parts = {part: [getattr(run, part) for run in mine] for part in ("draft_s", "verify_s", "host_s")}
+    known = None not in parts["draft_s"]
+    total = sum(map(sum, parts.values())) if known else 0.0
+    by_source = {
+        source: [i for i, prompt in enumerate(prompts) if prompt.source == source] for source in sources
+    }
+    return {
+        "tokens_per_second": rate(mine),
+        "reference": way.reference,
+        "ratio": _interval(compared(mine, reference)),
+        "ratio_by_source": {
+            source: _interval(compared([mine[i] for i in rows], [reference[i] for i in rows]))
+            for source, rows in by_source.items()
+        },
+        "tau": tau(mine),
+        "shares": {part: sum(values) / total for part, values in parts.items()} if total else None,
+        "pass_seconds": seconds,
+        "floor_seconds": floor,
+        "times_floor": seconds / floor if seconds and floor else None,
+        "same_answers": sum(a.output == b.output for a, b in zip(mine, reference, strict=True)),
+        "tokens": sum(run.tokens for run in mine),
+    }
+
+
+def _duels(field: Sequence[Contestant], runs: Mapping[str, Sequence[Run]]) -> list[dict[str, Any]]:
+    """The fastest of ours against the fastest of each other engine on the same weights, by the same reference."""
+    duels = []
+    for engine in ("Hugging Face", "llama.cpp"):
+        theirs = [way for way in field if way.name.startswith(engine)]
+        if theirs:
+            ours = [way for way in field if way.runtime == theirs[0].reference.partition(":")[0]]
+            a, b = (max(ways, key=lambda way: rate(runs[way.name])).name for ways in (ours, theirs))
+            duels.append({"ours": a, "theirs": b, "ratio": _interval(compared(runs[a], runs[b]))})
+    return duels
+
+
+def body(data: dict[str, Any]) -> str:
+    """The report in Markdown."""
+    ways, sources = data["contestants"], list(data["prompts"])
+    count = sum(data["prompts"].values())
+    header = (
+        "way",
+        "tokens/s",
+        "× plain",
+        "τ",
+        "draft / verify / host",
+        "ms a pass",
+        "× floor",
+        "same answers",
+    )
+    rows = [
+        (
+            name,
+            f"{way['tokens_per_second']:.1f}",
+            _ratio(way["ratio"]),
+            f"{way['tau']:.2f}",
+            " / ".join(f"{100 * share:.0f}" for share in way["shares"].values()) + " %"
+            if way["shares"]
+            else "–",
+            f"{1000 * way['pass_seconds']:.1f}" if way["pass_seconds"] else "–",
+            f"{way['times_floor']:.2f}" if way["times_floor"] else "–",
+            f"{way['same_answers']}/{count}",
+        )
+        for name, way in ways.items()
+    ]
+    by_source = [
+        (name, *(_ratio(way["ratio_by_source"][source]) for source in sources)) for name, way in ways.items()
+    ]
+    duels = [f"- {duel['ours']} against {duel['theirs']}: {_ratio(duel['ratio'])}×" for duel in data["duels"]]
+    lines = [
+        markdown_table(header, rows),
+        "",
+        _notes(data),
+        "",
+        markdown_table(("× plain", *sources), by_source),
+    ]
+    if duels:
+        lines += ["", "The fastest of each side on these prompts:", "", *duels]
+    return "\n".join(lines)
+
+
+def _notes(data: dict[str, Any]) -> str:
+    notes = (
+        "× plain: our plain decoding on the same weights (of Hugging Face: dense; of llama.cpp: int4, where measured). "
+        "A pass is one of the target's with all that belongs to it; the floor is the time in which memory delivers its "
+        f"weights once, at the {data['read_bandwidth'] / 1e9:.1f} GB/s measured here. Same answers: prompts with "
+        "exactly the plain run's tokens."
+    )
+    if idle := data.get("idle_cpu"):
+        notes += (
+            f" While the other side worked, llama.cpp used {idle['llama_cpp']:.3f} of a core and this process "
+            f"{idle['deepspec']:.3f}."
+        )
+    return notes
+
+
+def _interval(interval: Interval | None) -> list[float] | None:
+    return interval and [interval.value, interval.low, interval.high]
+
+
+def _ratio(values: list[float] | None) -> str:
+    return "–" if values is None else "{:.2f} ({:.2f} – {:.2f})".format(*values)

@@ -1,0 +1,228 @@
+"""Calibration of a drafter's confidence: Sequential Temperature Scaling (DSpark, DeepSeek 2026, §3.2).
+
+A controller weighs drafted tokens by Π_{i≤j} c_i, the estimated chance that the first j of a block are accepted, so
+it is the *product* that must mean what it says. Position by position, from left to right, the logit of c_j is
+divided by a temperature chosen on a grid so that the expected calibration error of the product up to j is least;
+what was chosen before stays. Greedy and sampled drafting are accepted by different laws and get their own.
+
+Blocks are arrays: `logits` [blocks, γ] of c_j, NaN where a block was cut before j, and `accepted` [blocks], how many
+of its tokens stood.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from deepspec.decoding.engine import Engine
+from deepspec.decoding.request import Request, Sampling
+from deepspec.decoding.tree import Proposal
+from deepspec.drafters.base import Drafter
+from deepspec.drafters.checkpoint import CALIBRATION
+from deepspec.errors import DeepSpecError
+from deepspec.files import write_json
+from deepspec.target import Target
+
+TEMPERATURES = {
+    "greedy": 0.0,
+    "sampled": 1.0,
+}  # the modes, and the sampler's temperature that stands for each
+BINS = 15
+_GRID = np.exp2(np.linspace(-2.5, 2.5, 101))
+_LEAST = 50  # blocks that must have reached a position before its temperature is moved
+_EVEN = 0.002  # errors so close count as equal: the sharper predictions are taken
+_CERTAIN = 1e-6
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Verified blocks. logits float64 [blocks, γ] (NaN: cut off), accepted int64 [blocks]."""
+
+    logits: np.ndarray
+    accepted: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.accepted)
+
+    def and_also(self, other: Blocks) -> Blocks:
+        return Blocks(
+            np.concatenate((self.logits, other.logits)), np.concatenate((self.accepted, other.accepted))
+        )
+
+    def stood(self, position: int) -> np.ndarray:
+        """1.0 where the first position + 1 tokens were accepted, [blocks]."""
+        return (self.accepted > position).astype(np.float64)
+
+
+@dataclass(frozen=True)
+class Bin:
+    """A row of a reliability table: among `count` predictions in [low, high), their mean and what came."""
+
+    low: float
+    high: float
+    count: int
+    predicted: float
+    observed: float
+
+
+def survival(logits: np.ndarray, temperatures: list[float] | None = None) -> np.ndarray:
+    """Π_{i≤j} σ(logit_i / t_i), [blocks, γ]; NaN stays NaN. Without temperatures: as the drafter was trained."""
+    scaled = logits if temperatures is None else logits / np.asarray(temperatures)
+    return np.cumprod(1 / (1 + np.exp(-scaled)), axis=1)
+
+
+def fit(blocks: Blocks) -> list[float]:
+    """The temperatures [γ]. A position that fewer than 50 blocks reached keeps 1."""
+    temperatures: list[float] = []
+    held = np.ones(len(blocks))  # the calibrated product up to the position before
+    for position, logits in enumerate(blocks.logits.T):
+        known = ~np.isnan(logits)
+        temperature = 1.0
+        if (known & (blocks.accepted >= position)).sum() >= _LEAST:
+            outcome = blocks.stood(position)[known]
+            predictions = held[known] / (1 + np.exp(-logits[known] / _GRID[:, None]))  # [grid, blocks]
+            temperature = float(_GRID[_best(predictions, outcome)])
+        held = held / (1 + np.exp(-logits / temperature))
+        temperatures.append(temperature)
+    return temperatures
+
+
+def _best(predictions: np.ndarray, outcome: np.ndarray) -> int:
+    """Index of the grid's best row: the least error, and of those as good the least Brier score.
+
+    A very high temperature predicts the same for every block; that can be calibrated, and is worth nothing.
+    """
+    errors = np.array([ece(row, outcome) for row in predictions])
+    brier = ((predictions - outcome) ** 2).mean(1)
+    return int(np.where(errors <= errors.min() + _EVEN, brier, np.inf).argmin())
+
+
+def ece(predicted: np.ndarray, outcome: np.ndarray, bins: int = BINS) -> float:
+    """Expected calibration error: Σ over equal bins of |mean prediction − mean outcome|, weighted by their counts."""
+    place = np.minimum((predicted * bins).astype(np.int64), bins - 1)
+    gaps = np.bincount(place, predicted - outcome, bins)
+    return float(np.abs(gaps).sum() / max(len(predicted), 1))
+
+
+def reliability(predicted: np.ndarray, outcome: np.ndarray, bins: int = BINS) -> list[Bin]:
+    """The bins behind `ece` that hold anything."""
+    place = np.minimum((predicted * bins).astype(np.int64), bins - 1)
+    return [
+        Bin(
+            i / bins, (i + 1) / bins, int(own.sum()), float(predicted[own].mean()), float(outcome[own].mean())
+        )
+        for i in range(bins)
+        if (own := place == i).any()
+    ]
+
+
+def survival_ece(blocks: Blocks, temperatures: list[float] | None = None) -> float:
+    """Calibration error of the product, the mean over the positions."""
+    predicted = survival(blocks.logits, temperatures)
+    known = ~np.isnan(predicted)
+    errors = [
+        ece(predicted[own, position], blocks.stood(position)[own])
+        for position, own in enumerate(known.T)
+        if own.any()
+    ]
+    return float(np.mean(errors)) if errors else math.nan
+
+
+def collect(
+    target: Target,
+    drafter: Drafter,
+    prompts: list[list[int]],
+    temperature: float,
+    max_new_tokens: int = 128,
+    seed: int = 0,
+    batch_size: int = 8,
+) -> Blocks:
+    """Decode the prompts with whole blocks, and pair each block's confidences, as trained, with its acceptance.
+
+    Args:
+        drafter: one with a confidence head (an attribute `temperatures`), alone or behind a lookup.
+        prompts: token ids.
+
+    Raises:
+        DeepSpecError: a drafter without a confidence head.
+    """
+    drafter = getattr(drafter, "trained", drafter)
+    if not hasattr(drafter, "temperatures"):
+        raise DeepSpecError(f"{type(drafter).__name__} has no confidence head to calibrate")
+    rows: list[list[float]] = []
+    accepted: list[int] = []
+
+    def watch(proposal: Proposal, count: int) -> None:
+        rows.append(_logits(proposal.survival or []))
+        accepted.append(count)
+
+    sampling = Sampling(temperature)
+    requests = iter([Request(ids, max_new_tokens, sampling, seed + i, id=i) for i, ids in enumerate(prompts)])
+    known, drafter.temperatures = drafter.temperatures, {}
+    try:
+        engine = Engine(target, drafter, batch_size, on_round=watch)
+        for generation in engine.run(lambda: next(requests, None)):
+            if generation.error:
+                raise DeepSpecError(f"prompt {generation.id}: {generation.error}")
+    finally:
+        drafter.temperatures = known
+    logits = np.full((len(rows), drafter.block_size), np.nan)
+    for row, own in zip(logits, rows, strict=True):
+        row[: len(own)] = own
+    return Blocks(logits, np.array(accepted, dtype=np.int64))
+
+
+def _logits(survival: list[float]) -> list[float]:
+    """The logits of the conditional chances a_k / a_{k−1}."""
+    logits, above = [], 1.0
+    for chance in survival:
+        own = min(max(chance / above if above > 0 else 0.0, _CERTAIN), 1 - _CERTAIN)
+        logits.append(math.log(own / (1 - own)))
+        above = chance
+    return logits
+
+
+def calibrate(
+    target: Target,
+    drafter: Drafter,
+    prompts: list[list[int]],
+    max_new_tokens: int = 128,
+    seed: int = 0,
+    batch_size: int = 8,
+) -> dict[str, Any]:
+    """What `calibration.json` holds: temperatures by mode, fitted to all prompts, and the errors of prompts unseen.
+
+    For the errors the prompts are split in halves: each half is judged with temperatures fitted to the other.
+
+    Returns:
+        {"greedy": [γ], "sampled": [γ], "ece": {mode: {"before": x, "after": y}}, "blocks": {mode: n}}
+
+    Raises:
+        DeepSpecError: fewer than two prompts that give blocks, or a drafter without a confidence head.
+    """
+    result: dict[str, Any] = {"ece": {}, "blocks": {}}
+    for mode, temperature in TEMPERATURES.items():
+        first, second = (
+            collect(target, drafter, half, temperature, max_new_tokens, seed, batch_size)
+            for half in (prompts[::2], prompts[1::2])
+        )
+        if not (len(first) and len(second)):
+            raise DeepSpecError("calibration needs two prompts or more, with answers of several tokens")
+        both = first.and_also(second)
+        unseen = survival_ece(first, fit(second)), survival_ece(second, fit(first))
+        result[mode] = fit(both)
+        result["blocks"][mode] = len(both)
+        result["ece"][mode] = {
+            "before": survival_ece(both),
+            "after": float(np.average(unseen, weights=[len(first), len(second)])),
+        }
+    return result
+
+
+def save(directory: str | Path, calibration: dict[str, Any]) -> None:
+    """Write `calibration.json` into a draft's directory."""
+    write_json(Path(directory) / CALIBRATION, calibration)

@@ -1,0 +1,87 @@
+"""One request in flight: what is committed, when it stops, and its own randomness."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from deepspec.decoding.request import Generation, Request, Stats
+from deepspec.decoding.sampling import draw
+from deepspec.target import Target
+
+
+class Slot:
+    """`tokens` are all committed ids; the KV cache holds all but the last one, the anchor."""
+
+    def __init__(self, request: Request, target: Target, max_length: int):
+        self.request = request
+        self.target = target
+        self.tokens = list(request.prompt_ids)
+        self.stop_ids = target.stop_ids if request.stop_ids is None else request.stop_ids
+        self.limit = min(request.max_new_tokens, max_length - len(self.tokens))
+        self.rng = torch.Generator().manual_seed(request.seed)
+        self.stats = Stats()
+        self.pace = None  # the controller's, where there is one
+        self.finish_reason: str | None = None
+        self.error: str | None = None
+
+    @property
+    def anchor(self) -> int:
+        return self.tokens[-1]
+
+    @property
+    def cached(self) -> int:
+        return len(self.tokens) - 1
+
+    @property
+    def new_tokens(self) -> list[int]:
+        return self.tokens[len(self.request.prompt_ids) :]
+
+    @property
+    def room(self) -> int:
+        """Tokens that may still be committed."""
+        return self.limit - len(self.tokens) + len(self.request.prompt_ids)
+
+    def uniform(self) -> float:
+        return float(torch.rand((), generator=self.rng, dtype=torch.float64))
+
+    def pick(self, weights: Tensor) -> int:
+        """A token with probability proportional to `weights` [vocab]."""
+        uniform = torch.tensor([self.uniform()], dtype=torch.float64, device=weights.device)
+        return int(draw(weights[None], uniform))
+
+    def commit(self, accepted: list[int], last: int) -> int:
+        """Append the accepted tokens and the target's own, cut at a stop or the limit. Returns the count."""
+        room = self.room
+        tokens = [*accepted, last][:room]
+        stop = self._stop(tokens)
+        if stop is not None:
+            tokens = tokens[: stop + 1]
+            self.finish_reason = "stop"
+        elif len(tokens) == room:
+            self.finish_reason = "length"
+        self.tokens += tokens
+        self.stats.accepted.append(len(tokens) - 1)
+        if self.request.on_tokens:
+            self.request.on_tokens(tokens, min(len(accepted), len(tokens)))
+        return len(tokens)
+
+    def _stop(self, tokens: list[int]) -> int | None:
+        """Index of the first of `tokens` that ends the answer: a stop token, or the last one of a stop string."""
+        first = next((i for i, token in enumerate(tokens) if token in self.stop_ids), None)
+        if not self.request.stop:
+            return first
+        # A token has at least one byte, so a stop string that ends here began at most this many tokens ago.
+        window = max(len(text.encode()) for text in self.request.stop)
+        before = self.new_tokens[-window:]
+        for i in range(len(tokens) if first is None else first):
+            text = self.target.tokenizer.decode([*before, *tokens[: i + 1]])
+            if any(stop in text for stop in self.request.stop):
+                return i
+        return first
+
+    def result(self) -> Generation:
+        reason = "error" if self.error else self.finish_reason
+        return Generation(
+            self.request.id, self.request.prompt_ids, self.new_tokens, reason, self.stats, self.error
+        )

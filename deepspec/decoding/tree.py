@@ -1,0 +1,238 @@
+"""Draft trees: what is proposed below an anchor, and the shapes in which a drafter's laws grow into one.
+
+A shape grows level by level. At each level the drafter is asked for the laws of all open nodes at once (`grow`), so
+a sequential head runs once a depth, however wide the tree and however many the requests.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+from deepspec.decoding.request import Sampling
+from deepspec.decoding.sampling import draw, probabilities
+from deepspec.errors import DeepSpecError
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """A token tree below the anchor; node i carries `tokens[i]` under `parents[i]` (-1: the anchor).
+
+    Parents come before their children. A chain is the tree with parents -1, 0, 1, ... A proposal is deterministic
+    (a function of the context alone) unless `probs` is given: then the children of a node were drawn one after the
+    other, in the order of their indices and without replacement, from the node's draft law.
+
+    `survival[i]` estimates the chance that the whole path down to node i is accepted; it never grows along a path.
+    Of a sampled node it must not depend on the node's own token (non-anticipation, see `scheduler.py`).
+    """
+
+    tokens: list[int] = field(default_factory=list)
+    parents: list[int] = field(default_factory=list)
+    probs: Tensor | None = None  # [laws, vocab or len(columns)]
+    laws: list[int] | None = None  # node → the row of `probs` it was drawn from; None: node i from row i
+    columns: Tensor | None = None  # target id of each column of probs
+    vocab_size: int = 0
+    survival: list[float] | None = None
+
+    @staticmethod
+    def chain(tokens: list[int], **extra: Any) -> Proposal:
+        return Proposal(tokens, list(range(-1, len(tokens) - 1)), **extra)
+
+    @cached_property
+    def depths(self) -> list[int]:
+        """1 for a child of the anchor."""
+        depths: list[int] = []
+        for parent in self.parents:
+            depths.append(1 if parent < 0 else depths[parent] + 1)
+        return depths
+
+    def cut(self, depth: int) -> Proposal:
+        """Without the nodes deeper than `depth`."""
+        if max(self.depths, default=0) <= depth:
+            return self
+        return self.keep([i for i, d in enumerate(self.depths) if d <= depth])
+
+    def keep(self, nodes: list[int]) -> Proposal:
+        """Only `nodes` (ascending; the parent of each is among them)."""
+        if len(nodes) == len(self.tokens):
+            return self
+        place = {-1: -1} | {node: i for i, node in enumerate(nodes)}
+        laws = self.laws if self.laws is not None else range(len(self.tokens))
+        return replace(
+            self,
+            tokens=[self.tokens[i] for i in nodes],
+            parents=[place[self.parents[i]] for i in nodes],
+            laws=None if self.probs is None else [laws[i] for i in nodes],
+            survival=None if self.survival is None else [self.survival[i] for i in nodes],
+        )
+
+    @property
+    def is_chain(self) -> bool:
+        return self.parents == list(range(-1, len(self.parents) - 1))
+
+    def children(self) -> dict[tuple[int, int], int]:
+        """(parent, token) → node."""
+        return {
+            (parent, token): i
+            for i, (parent, token) in enumerate(zip(self.parents, self.tokens, strict=True))
+        }
+
+    def law(self, node: int) -> Tensor:
+        """The probabilities [vocab] from which node's token was drawn (before its elder siblings were taken out)."""
+        row = self.probs[node if self.laws is None else self.laws[node]]
+        if self.columns is None:
+            return row
+        full = row.new_zeros(self.vocab_size)
+        full[self.columns] = row
+        return full
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """What the columns of a drafter's logits mean: target ids, all of them or those in `columns`."""
+
+    size: int
+    columns: Tensor | None = None  # int64 [columns], on the CPU
+    ids: list[int] | None = None  # the same as a list
+
+    def token(self, column: int) -> int:
+        return column if self.ids is None else self.ids[column]
+
+
+class Parent(NamedTuple):
+    """A node whose children are asked for."""
+
+    growth: int  # which request
+    node: int  # -1: the anchor
+    token: int
+    depth: int  # 0: the anchor
+
+
+class Laws(NamedTuple):
+    """A drafter's answer for m parents."""
+
+    logits: Tensor  # [m, columns], of the parents' children
+    confidence: list[float] | None = (
+        None  # chance that a token drawn from the law survives, before it is drawn
+    )
+
+
+class Growth(ABC):
+    """One proposal in the making. `frontier` are the nodes whose children are wanted next; none when it is done."""
+
+    def __init__(self, vocabulary: Vocabulary, sampling: Sampling, depth: int):
+        self.vocabulary, self.sampling, self.depth = vocabulary, sampling, depth
+        self.tokens: list[int] = []
+        self.parents: list[int] = []
+        self.frontier: list[int] = [-1] if depth > 0 else []
+
+    @abstractmethod
+    def feed(self, laws: Laws) -> None:
+        """Take the laws of the frontier, add children, set the next frontier."""
+
+    @abstractmethod
+    def proposal(self) -> Proposal:
+        """What has grown."""
+
+
+class Shape(ABC):
+    """How a tree grows. `nodes` is the most that it can hold, `depth` its longest path (None: the drafter's).
+
+    `draws` says what is drawn from the draft's law at temperature > 0: a "chain", a "tree", or nothing (None).
+    """
+
+    depth: int | None
+    nodes: int | None
+    draws: ClassVar[str | None] = None
+
+    def levels(self, most: int) -> int:
+        """Levels to grow where at most `most` may be."""
+        return most if self.depth is None else min(self.depth, most)
+
+    @abstractmethod
+    def growth(self, vocabulary: Vocabulary, sampling: Sampling, depth: int, rng: torch.Generator) -> Growth:
+        """A fresh growth of at most `depth` levels."""
+
+
+def grow(growths: list[Growth], anchors: list[int], expand: Callable[[list[Parent]], Laws]) -> list[Proposal]:
+    """Grow all proposals together; `expand` is called once a level with the open nodes of all of them."""
+    depth = 0
+    while parents := [
+        Parent(i, node, growth.tokens[node] if node >= 0 else anchors[i], depth)
+        for i, growth in enumerate(growths)
+        for node in growth.frontier
+    ]:
+        logits, confidence = expand(parents)
+        start = 0
+        for growth in growths:
+            end = start + len(growth.frontier)
+            if end > start:
+                growth.feed(Laws(logits[start:end], confidence and confidence[start:end]))
+            start = end
+        depth += 1
+    return [growth.proposal() for growth in growths]
+
+
+@dataclass(frozen=True)
+class Chain(Shape):
+    """One path: argmax at T = 0, else sampled from the drafter's law through the request's own sampler."""
+
+    depth: int | None = None
+
+    draws: ClassVar[str | None] = "chain"
+
+    def __post_init__(self) -> None:
+        if self.depth is not None and (type(self.depth) is not int or self.depth < 1):
+            raise DeepSpecError(f"chain: depth must be an integer >= 1, found {self.depth!r}")
+
+    @property
+    def nodes(self) -> int | None:
+        return self.depth
+
+    def growth(self, vocabulary: Vocabulary, sampling: Sampling, depth: int, rng: torch.Generator) -> Growth:
+        return _ChainGrowth(vocabulary, sampling, self.levels(depth), rng)
+
+
+class _ChainGrowth(Growth):
+    def __init__(self, vocabulary: Vocabulary, sampling: Sampling, depth: int, rng: torch.Generator):
+        super().__init__(vocabulary, sampling, depth)
+        self.rng = rng
+        self.probs: list[Tensor] = []
+        self.survival: list[float] | None = []
+
+    def feed(self, laws: Laws) -> None:
+        logits = laws.logits[0]
+        chance = None if laws.confidence is None else laws.confidence[0]
+        if self.sampling.temperature == 0:
+            column = int(logits.argmax())
+            if chance is None:
+                chance = float(logits[column].float().sub(logits.float().logsumexp(0)).exp())
+        else:
+            law = probabilities(logits, self.sampling)
+            uniform = torch.rand(1, generator=self.rng, dtype=torch.float64).to(law.device)
+            column = int(draw(law[None], uniform))
+            self.probs.append(law)
+        if chance is None or self.survival is None:
+            self.survival = None
+        else:
+            self.survival.append(chance * (self.survival[-1] if self.survival else 1.0))
+        self.parents.append(len(self.tokens) - 1)
+        self.tokens.append(self.vocabulary.token(column))
+        self.frontier = [len(self.tokens) - 1] if len(self.tokens) < self.depth else []
+
+    def proposal(self) -> Proposal:
+        if not self.probs:
+            return Proposal.chain(self.tokens, survival=self.survival)
+        return Proposal.chain(
+            self.tokens,
+            probs=torch.stack(self.probs).cpu(),
+            columns=self.vocabulary.columns,
+            vocab_size=self.vocabulary.size,
+            survival=self.survival,
+        )

@@ -1,0 +1,161 @@
+"""The cost curve: how it interpolates, how it is measured, and when a stored one is taken."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from deepspec.decoding import cost
+from deepspec.decoding.cost import CostCurve, load_or_measure, measure_curve
+from deepspec.decoding.tree import Chain
+from deepspec.drafters.lookup import LookupDrafter
+from deepspec.errors import DeepSpecError
+from deepspec.target import load_target
+
+CURVE = CostCurve({1: [(1, 10.0), (3, 12.0), (5, 20.0)], 4: [(4, 16.0), (12, 32.0)]}, {1: 1.0, 4: 4.0})
+
+
+def test_it_is_linear_between_measured_points_and_beyond_them():
+    assert CURVE.verify(1, 3) == 12.0
+    assert CURVE.verify(1, 2) == 11.0
+    assert CURVE.verify(1, 4) == 16.0
+    assert CURVE.verify(1, 7) == 28.0
+    assert CURVE.verify(4, 2) == 12.0
+
+
+def test_it_is_linear_between_measured_batches():
+    assert CURVE.verify(2, 4) == pytest.approx(16.0)  # both say 16
+    assert CURVE.verify(2, 3) == pytest.approx(12 + (14 - 12) / 3)
+    assert CURVE.draft(2) == pytest.approx(2.0)
+
+
+def test_beyond_the_largest_batch_its_own_line_goes_on():
+    assert CURVE.verify(9, 20) == CURVE.verify(4, 20) == 48.0
+    assert CURVE.draft(8) == pytest.approx(8.0)
+
+
+def test_a_single_point_is_flat():
+    curve = CostCurve({2: [(2, 5.0)]})
+    assert curve.verify(1, 9) == curve.verify(7, 1) == 5.0
+    assert curve.draft(3) == 0.0
+
+
+def test_the_hull_lies_below_the_curve_and_meets_it_at_its_corners():
+    curve = CostCurve({1: [(1, 1.0), (2, 1.9), (4, 1.8), (8, 2.0), (9, 3.0)]})
+    hull = curve.convex()
+    assert [x for x, _ in hull.passes[1]] == [1, 8, 9]
+    assert all(hull.verify(1, n) <= curve.verify(1, n) + 1e-12 for n in range(1, 12))
+
+
+def test_a_curve_survives_json():
+    assert CostCurve.from_json(json.loads(json.dumps(CURVE.to_json()))) == CURVE
+    for broken in ({}, {"passes": {"1": [[1, -2.0]]}, "drafts": {}, "identity": {}}, {"passes": 3}):
+        with pytest.raises(DeepSpecError, match="not a cost curve"):
+            CostCurve.from_json(broken)
+    with pytest.raises(DeepSpecError, match="at least one measured pass"):
+        CostCurve({})
+
+
+@pytest.fixture(scope="module")
+def target(tiny_target):
+    return load_target(tiny_target)
+
+
+class Trained(LookupDrafter):
+    """A drafter with an identity, and features to read."""
+
+    layers = (0, 1)
+    digest = "abc"
+
+
+@pytest.fixture
+def measured(monkeypatch):
+    """Few and small passes, and a count of how often something was measured."""
+    counts = {"passes": [], "drafts": []}
+    passes, drafts = cost.measure_passes, cost.measure_drafts
+
+    def count_passes(target, batches, **options):
+        counts["passes"].append(tuple(batches))
+        return passes(target, batches, (1, 2, 4), 8, **options)
+
+    def count_drafts(target, drafter, batches, **options):
+        counts["drafts"].append(tuple(batches))
+        return drafts(target, drafter, batches, 8, **options)
+
+    monkeypatch.setattr(cost, "measure_passes", count_passes)
+    monkeypatch.setattr(cost, "measure_drafts", count_drafts)
+    return counts
+
+
+def test_real_passes_are_measured(target):
+    seen = []
+    passes = cost.measure_passes(target, (1, 3), (2, 1), 16, watch=lambda *progress: seen.append(progress))
+    assert {requests: [x for x, _ in points] for requests, points in passes.items()} == {1: [1, 2], 3: [3, 6]}
+    assert all(0 < seconds < 1 for points in passes.values() for _, seconds in points)
+    assert seen[-1][0] == seen[-1][1] == len(seen)
+
+
+def test_a_curve_has_both_parts(target):
+    curve = measure_curve(target, Trained(4, 1), (1, 2), (1, 2), 8)
+    assert curve.verify(1, 1) > 0 and curve.draft(2) > 0
+    assert curve.identity["drafter"] == "abc"
+    assert measure_curve(target, None, (1,), (1,), 8).draft(1) == 0
+
+
+def test_a_curve_is_measured_once(target, measured, tmp_path):
+    first = load_or_measure(target, Trained(4, 1), tmp_path, (1, 2))
+    second = load_or_measure(target, Trained(4, 1), tmp_path, (1, 2))
+    assert first == second
+    assert measured == {"passes": [(1, 2)], "drafts": [(1, 2)]}
+
+
+def test_only_what_is_missing_is_measured(target, measured, tmp_path):
+    small = load_or_measure(target, Trained(4, 1), tmp_path, (1,))
+    more = load_or_measure(target, Trained(4, 1), tmp_path, (1, 2))
+    assert measured["passes"] == [(1,), (2,)] and measured["drafts"] == [(1,), (2,)]
+    assert more.passes[1] == small.passes[1]
+    load_or_measure(target, Trained(4, 1), tmp_path, (1,), shape=Chain(2))
+    assert measured["passes"] == [(1,), (2,)] and measured["drafts"] == [(1,), (2,), (1,)]
+
+
+def test_a_drafter_without_an_identity_is_timed_each_time(target, measured, tmp_path):
+    for _ in range(2):
+        load_or_measure(target, LookupDrafter(4, 1), tmp_path, (1,))
+    assert measured == {"passes": [(1,)], "drafts": [(1,), (1,)]}
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"identity": 1}', "foreign"])
+def test_a_corrupt_or_foreign_file_is_measured_again(target, measured, tmp_path, content):
+    load_or_measure(target, None, tmp_path, (1,))
+    (file,) = tmp_path.glob("*.json")
+    if content == "foreign":
+        content = file.read_text().replace(target.digest, "another")
+    file.write_text(content)
+    load_or_measure(target, None, tmp_path, (1,))
+    load_or_measure(target, None, tmp_path, (1,))
+    assert measured["passes"] == [(1,), (1,)]
+
+
+def test_force_measures_anew(target, measured, tmp_path):
+    for _ in range(2):
+        load_or_measure(target, None, tmp_path, (1,), force=True)
+    assert measured["passes"] == [(1,), (1,)]
+
+
+def test_a_folder_that_cannot_be_written_is_no_error(target, measured, tmp_path):
+    (tmp_path / "file").touch()
+    assert load_or_measure(target, None, tmp_path / "file" / "profiles", (1,)).verify(1, 1) > 0
+
+
+def test_curves_live_in_the_users_cache(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert cost.profiles_folder() == tmp_path / "deepspec" / "profiles"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert cost.profiles_folder().parts[-3:] == (".cache", "deepspec", "profiles")
+
+
+def test_a_target_with_no_room_for_a_pass_is_refused(target, monkeypatch):
+    monkeypatch.setattr(target, "max_length", 8)
+    with pytest.raises(DeepSpecError, match="8 positions are too few"):
+        cost.measure_passes(target, (1,), (8,), 16)
