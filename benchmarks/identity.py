@@ -21,7 +21,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from benchmarks.report import WORK_DIR, read_prompts, work_key, write_report
+from benchmarks.common import REPORTS, WORK_DIR, load_prompts, markdown_table, work_key, write_report
 from benchmarks.verification import RANK_CHANCES
 from deepspec.data.progress import Progress
 from deepspec.decoding.engine import Engine
@@ -167,25 +167,23 @@ def _key(label: str, prompt: int) -> str:
 
 def report(verdicts: dict[str, list[Verdict]], chosen: list[Setting]) -> str:
     """A Markdown table, a row a setting."""
-    lines = [
-        "| drafter | tree | batch | prompts | tokens compared | τ | ties | differences |",
-        "|---|---|---:|---:|---:|---:|---:|---:|",
-    ]
+    rows = []
     for setting in chosen:
         of = verdicts[setting.label]
-        tau = sum(v.committed for v in of) / max(sum(v.rounds for v in of), 1)
-        lines.append(
-            f"| {setting.drafter_name} | {setting.tree_name} | {setting.batch} | {len(of)} "
-            f"| {sum(v.tokens for v in of)} | {tau:.2f} | {sum(v.tie for v in of)} | {sum(v.different for v in of)} |"
+        tau = sum(v.committed for v in of) / sum(v.rounds for v in of)
+        numbers = (len(of), sum(v.tokens for v in of), f"{tau:.2f}", sum(v.tie for v in of))
+        different = sum(v.different for v in of)
+        rows.append(
+            (f"{setting.drafter_name}, {setting.tree_name}", *map(str, (setting.batch, *numbers, different)))
         )
+    header = ["drafter, tree", "batch", "prompts", "tokens compared", "τ", "ties", "differences"]
     every = [verdict for of in verdicts.values() for verdict in of]
-    lines += [
-        "",
+    summary = (
         f"{len(every)} answers, {sum(v.tokens for v in every)} tokens compared: "
         f"**{sum(v.different for v in every)} differences**, {sum(v.tie for v in every)} ties "
-        f"(two top logits closer than {TIE:g} in float64).",
-    ]
-    return "\n".join(lines)
+        f"(two top logits closer than {TIE:g} in float64)."
+    )
+    return f"{markdown_table(header, rows)}\n\n{summary}"
 
 
 def arguments() -> argparse.ArgumentParser:
@@ -206,12 +204,12 @@ def arguments() -> argparse.ArgumentParser:
         metavar="SOURCE",
         help='evaluation tasks (names or .yaml) or .jsonl files of {"turns": [...]} (default: the project\'s three)',
     )
-    add("--count", type=int, default=70, help="prompts of each source (default 70)")
+    add("--count", type=int, default=84, help="prompts of each source (default 84: 200 in all)")
     add("--max-new-tokens", type=int, default=64, help="of an answer (default 64)")
     add("--batch-sizes", type=int, nargs="+", default=[1, 4, 16], help="requests at once (default 1 4 16)")
     add("--nodes", type=int, default=24, help="of the static, beam and best-first trees (default 24)")
     add("--width", type=int, default=4, help="children of a node in beam and best-first trees (default 4)")
-    add("--output", type=Path, default=Path("reports/benchmarks"), help="folder of the report")
+    add("--output", type=Path, default=REPORTS, help="folder of the report")
     return parser
 
 
@@ -219,7 +217,7 @@ def main(argv: list[str] | None = None) -> int:
     flags = arguments().parse_args(argv)
     try:
         target = load_target(flags.target, dtype="float32")
-        prompts = read_prompts(target, flags.prompts, flags.count)
+        prompts = [prompt.ids for prompt in load_prompts(target, flags.prompts, flags.count)]
         chosen = settings(flags.drafters, target, flags.batch_sizes, flags.nodes, flags.width)
         key = work_key(target, flags.drafters, prompts, flags.max_new_tokens, flags.nodes, flags.width)
         log = WorkLog(WORK_DIR / f"identity-{key}.jsonl")

@@ -244,7 +244,7 @@ def arguments() -> argparse.ArgumentParser:
     add(
         "--prompts",
         nargs="+",
-        default=["humaneval", "word-problems", "chat"],
+        default=["humaneval", "word_problems", "conversations"],
         help='evaluation tasks, or JSONL files with {"turns": [...]} a line',
     )
     add("--count", type=int, default=32, help="prompts of each source")
@@ -301,7 +301,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         run(flags)
     except DeepSpecError as error:
-        print(error, file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
 

@@ -22,7 +22,7 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.report import WORK_DIR, read_prompts, work_key, write_report
+from benchmarks.common import REPORTS, WORK_DIR, Prompt, load_prompts, markdown_table, work_key, write_report
 from deepspec.data.progress import Progress
 from deepspec.decoding.engine import generate
 from deepspec.decoding.shapes import Beam, BestFirst, Sampled, Static
@@ -35,14 +35,8 @@ from deepspec.evaluation.stats import COVERAGE, RESAMPLES, Interval
 from deepspec.evaluation.worklog import WorkLog
 from deepspec.target import Target, load_target
 
-RANK_CHANCES = [
-    0.55,
-    0.16,
-    0.08,
-    0.05,
-    0.03,
-    0.02,
-]  # of the static tree: how often the child of a rank is right
+# Of the static tree: how often a parent's child of each rank is right, roughly.
+RANK_CHANCES = [0.55, 0.16, 0.08, 0.05, 0.03, 0.02]
 _SIBLINGS = {"standard": "block", "block": "standard", "recursive": "traversal", "traversal": "recursive"}
 
 
@@ -179,7 +173,7 @@ def measure(
     target: Target,
     drafter: Drafter,
     chosen: list[Setting],
-    prompts: list[list[int]],
+    prompts: list[Prompt],
     tokens: int,
     seeds: int,
     log: WorkLog,
@@ -195,7 +189,7 @@ def measure(
     missing = [piece for piece in pieces if log.get(_key(*piece)) is None]
     with Progress("verification", len(pieces), len(pieces) - len(missing)) as progress:
         for setting, i, seed in missing:
-            count = run(target, drafter, setting, prompts[i], tokens, 1000 * seed + i)
+            count = run(target, drafter, setting, prompts[i].ids, tokens, 1000 * seed + i)
             log.add(_key(setting, i, seed), asdict(count))
             progress.tokens(round(count.tokens))
             progress.advance()
@@ -283,19 +277,18 @@ def _cell(interval: Interval) -> str:
 def report(counts: Mapping[str, list[Count]], chosen: list[Setting], rows: list[Comparison]) -> str:
     """Two Markdown tables: τ of each setting, and what was compared."""
     shapes = {_label(setting): setting.shape for setting in chosen}
-    lines = [
-        "| setting | nodes | rounds | τ |",
-        "|---|---:|---:|---:|",
-        *(
-            f"| {label} | {shapes[label].nodes or 'γ'} | {sum(c.rounds for c in of)} | {_cell(tau(of))} |"
+    settings_table = markdown_table(
+        ["setting", "nodes", "rounds", "τ"],
+        [
+            (label, str(shapes[label].nodes or "γ"), str(sum(c.rounds for c in of)), _cell(tau(of)))
             for label, of in counts.items()
-        ),
-        "",
-        "| comparison of τ | ratio | difference |",
-        "|---|---:|---:|",
-        *(f"| {row.name} | {_cell(row.ratio)} | {_cell(row.difference)} |" for row in rows),
-    ]
-    return "\n".join(lines)
+        ],
+    )
+    comparison_table = markdown_table(
+        ["comparison of τ", "ratio", "difference"],
+        [(row.name, _cell(row.ratio), _cell(row.difference)) for row in rows],
+    )
+    return f"{settings_table}\n\n{comparison_table}"
 
 
 def arguments() -> argparse.ArgumentParser:
@@ -329,7 +322,7 @@ def arguments() -> argparse.ArgumentParser:
         default=[3, 2, 1],
         help="of the sampled tree, by depth (default 3 2 1)",
     )
-    add("--output", type=Path, default=Path("reports/benchmarks"), help="folder of the report")
+    add("--output", type=Path, default=REPORTS, help="folder of the report")
     return parser
 
 
@@ -338,13 +331,12 @@ def main(argv: list[str] | None = None) -> int:
     try:
         target = load_target(flags.target)
         drafter = load_drafter(flags.drafter, target)
-        prompts = read_prompts(target, flags.prompts, flags.count)
+        prompts = load_prompts(target, flags.prompts, flags.count)
         chosen = settings(
             flags.temperature, flags.nodes, flags.width, tuple(flags.branching), drafter.block_size
         )
-        log = WorkLog(
-            WORK_DIR / f"verification-{work_key(target, [flags.drafter], prompts, vars(flags))}.jsonl"
-        )
+        what = ([prompt.ids for prompt in prompts], chosen, flags.max_new_tokens)
+        log = WorkLog(WORK_DIR / f"verification-{work_key(target, [flags.drafter], *what)}.jsonl")
         counts = measure(target, drafter, chosen, prompts, flags.max_new_tokens, flags.seeds, log)
     except DeepSpecError as error:
         print(f"error: {error}", file=sys.stderr)

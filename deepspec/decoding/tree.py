@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from deepspec.decoding.request import Sampling
-from deepspec.decoding.sampling import draw, probabilities
+from deepspec.decoding.sampling import best, draw, probabilities
 from deepspec.errors import DeepSpecError
 
 
@@ -210,7 +210,7 @@ class _ChainGrowth(Growth):
         logits = laws.logits[0]
         chance = None if laws.confidence is None else laws.confidence[0]
         if self.sampling.temperature == 0:
-            column = int(logits.argmax())
+            (column,), _ = best(logits[None])
             if chance is None:
                 chance = float(logits[column].float().sub(logits.float().logsumexp(0)).exp())
         else:

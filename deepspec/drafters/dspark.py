@@ -272,9 +272,7 @@ class DSparkModel(nn.Module):
 
     def skip(self, features: Tensor) -> Tensor:
         """Newest features [..., n·d] → what is added to each input embedding of the block."""
-        d = self.config.hidden_size
-        normed = F.rms_norm(features.unflatten(-1, (-1, d)), (d,), eps=self.config.rms_norm_eps)
-        return self.context_skip(normed.flatten(-2))
+        return self.context_skip(_normed_by_layer(features, self.config))
 
     def forward(self, features: Tensor, tokens: Tensor, anchors: Tensor) -> Tensor:
         """Hidden states of the blocks that start at the anchors, as in training.
@@ -311,6 +309,12 @@ class DSparkModel(nn.Module):
         rates = self.config.rope_theta ** (-torch.arange(0, dim, 2, device=positions.device).double() / dim)
         angles = (positions[..., None] * rates).repeat(1, 1, 2)
         return angles.cos().to(dtype)[:, :, None], signed(angles.sin()).to(dtype)[:, :, None]
+
+
+def _normed_by_layer(features: Tensor, config: DSparkConfig) -> Tensor:
+    """Each target layer's part of features [..., n·d] divided by its root mean square."""
+    d = config.hidden_size
+    return F.rms_norm(features.unflatten(-1, (-1, d)), (d,), eps=config.rms_norm_eps).flatten(-2)
 
 
 def block_mask(anchors: Tensor, context: int, gamma: int) -> Tensor:
@@ -351,10 +355,10 @@ class DSparkDrafter(Drafter):
 
     def _freeze(self, model: DSparkModel) -> None:
         """Weights in the form that reads fastest: joined, packed; the confidence of each token in a table."""
-        self._rope_of = model.rope
+        self._rope_of, self._rope_table = model.rope, ()
         self._embed = model.embed_tokens.weight
         self._fc, self._hidden_norm = PackedLinear(model.fc.weight), model.hidden_norm
-        self._skip = model.skip if model.context_skip is not None else None
+        self._skip = PackedLinear(model.context_skip.weight) if self.config.context_skip else None
         attentions = [layer.self_attn for layer in model.layers]
         self._kv = PackedLinear(torch.cat([w.weight for a in attentions for w in (a.k_proj, a.v_proj)]))
         self._k_norms = [a.k_norm for a in attentions]
@@ -376,11 +380,11 @@ class DSparkDrafter(Drafter):
         """Write context keys and values of new features [m_i, layers·d] behind what each row holds."""
         counts = [len(part) for part in features]
         context = self._hidden_norm(self._fc(torch.cat(features)))[None]
-        positions = [start + i for start, count in zip(starts, counts, strict=True) for i in range(count)]
-        positions = torch.tensor([positions], device=self.device)
+        places = [start + i for start, count in zip(starts, counts, strict=True) for i in range(count)]
+        positions = torch.tensor([places], device=self.device)
         step = Step(positions, None, cache, rows, starts, counts)
         kv = self._kv(context).unflatten(-1, (len(self._blocks), 2, -1, self.config.head_dim))
-        rope = self._rope_of(positions, self.dtype)
+        rope = self._rope(positions, max(places))
         for i, norm in enumerate(self._k_norms):
             keys, values = kv[:, :, i].unbind(2)
             step.store(i, rotate(norm(keys), *rope).transpose(1, 2), values.transpose(1, 2))
@@ -393,16 +397,24 @@ class DSparkDrafter(Drafter):
         ids = [[anchor] + [self.config.mask_token_id] * (gamma - 1) for anchor in anchors]
         x = F.embedding(torch.tensor(ids, device=self.device), self._embed)
         if self._skip is not None:
-            x = x + self._skip(torch.stack(newest))[:, None]
+            x = x + self._skip(_normed_by_layer(torch.stack(newest), self.config))[:, None]
         positions = [start + k for start in starts for k in range(gamma)]
         positions = torch.tensor([positions], device=self.device)
         step = Step(positions, None, cache, rows, starts, [gamma] * len(rows), bidirectional=True)
-        cos, sin = self._rope_of(positions, self.dtype)
-        step.once("rope", lambda: (cos, sin))
+        rope = self._rope(positions, max(starts) + gamma)
+        step.once("rope", lambda: rope)
         x = x.flatten(0, 1)[None]
         for layer in self._blocks:
             x = layer(x, step=step)
         return self._norm(x).view(len(rows), gamma, -1)
+
+    def _rope(self, positions: Tensor, largest: int) -> tuple[Tensor, Tensor]:
+        """Operands of `rotate`, from a table that grows by doubling."""
+        if not self._rope_table or largest >= self._rope_table[0].shape[1]:
+            places = torch.arange(max(512, 2 * largest), device=self.device)[None]
+            self._rope_table = self._rope_of(places, self.dtype)
+        cos, sin = self._rope_table
+        return cos[0, positions], sin[0, positions]
 
     def laws(self, hidden: Tensor, asks: list[Ask]) -> Callable[[list[Parent]], Laws]:
         """What `grow` asks: the laws of children, from hidden [requests, γ, d] and each parent's token."""
