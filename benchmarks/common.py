@@ -1,5 +1,4 @@
-"""What the benchmarks share: prompts, interleaved paired runs, intervals, the memory floor, and reports that say where
-they come from."""
+"""What the benchmarks share: prompts, interleaved paired runs, intervals, and reports that say where they come from."""
 
 from __future__ import annotations
 
@@ -12,11 +11,10 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import median
 from typing import Any
 
-import torch
 import transformers
-from torch import Tensor, nn
 
 from deepspec.data.progress import Progress
 from deepspec.data.prompt_sources import read_jsonl
@@ -29,6 +27,7 @@ from deepspec.target import Target
 
 WORK_DIR = Path(".deepspec/benchmarks")
 REPORTS = Path("reports/benchmarks")
+_WARM_UP_TOKENS = 32
 
 
 @dataclass(frozen=True)
@@ -107,32 +106,37 @@ def interleave(
     prompts: Sequence[Prompt],
     max_new_tokens: int,
     log: WorkLog,
-) -> dict[str, list[Run]]:
-    """Name of a contestant → its run of each prompt.
+    bandwidth: Callable[[], float],
+) -> tuple[dict[str, list[Run]], float]:
+    """Name of a contestant → its run of each prompt; and the median of `bandwidth()`, asked once a prompt.
 
     Every prompt is decoded by all contestants one after the other, so that a slow minute of the machine hits all of
     them; who goes first moves on with each prompt. Seconds are wall-clock time of the whole call less the time in
     which the contestant's runtime makes the first token alone (`first_token`, without a draft): the prefill is taken
-    off alike on all sides, and what a draft makes of the prompt stays in.
+    off alike on all sides, and what a draft makes of the prompt stays in. The bandwidth of a shared machine changes
+    from minute to minute: it is measured under the same conditions.
     """
     pieces = [(contestant, i) for i in range(len(prompts)) for contestant in _rotated(contestants, i)]
     missing = [piece for piece in pieces if log.get(_key(*piece)) is None]
     if missing:
-        _warm_up(contestants, prompts)
+        _warm_up(contestants, prompts, min(max_new_tokens, _WARM_UP_TOKENS))
     prefill: dict[tuple[str, int], float] = {}
     with Progress("decoding", len(pieces), len(pieces) - len(missing)) as progress:
         for contestant, i in missing:
             place = (contestant.runtime, i)
+            if log.get(f"bandwidth {i}") is None:
+                log.add(f"bandwidth {i}", bandwidth())
             if place not in prefill:
                 prefill[place] = _prefill_seconds(first_token[contestant.runtime], prompts[i].ids)
             run = timed(contestant, prompts[i].ids, max_new_tokens, prefill[place])
             log.add(_key(contestant, i), asdict(run))
             progress.tokens(run.tokens)
             progress.advance()
-    return {
+    runs = {
         contestant.name: [Run(**log.get(_key(contestant, i))) for i in range(len(prompts))]
         for contestant in contestants
     }
+    return runs, median(log.get(f"bandwidth {i}") for i in range(len(prompts)))
 
 
 def timed(contestant: Contestant, ids: list[int], max_new_tokens: int, prefill_s: float) -> Run:
@@ -164,27 +168,6 @@ def compared(runs: Sequence[Run], reference: Sequence[Run]) -> Interval | None:
     """Ratio of tokens a second, with the paired bootstrap over prompts of `evaluation/stats.py`."""
     pairs = zip(reference, runs, strict=True)
     return speedup([Pair(a.seconds, a.tokens - 1, b.seconds, b.tokens - 1) for a, b in pairs])
-
-
-def weight_bytes(target: Target) -> int:
-    """Bytes of weights that a pass over one token reads: the decoder layers' and the head's."""
-    tensors: dict[int, Tensor] = {}
-    for module in (*target._layers.modules(), *target._head.modules()):
-        for value in (*vars(module).values(), *module._parameters.values(), *module._buffers.values()):
-            if isinstance(value, Tensor | nn.Parameter):
-                tensors[id(value)] = value
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-
-
-def read_bandwidth(device: torch.device, megabytes: int = 512, repeats: int = 8) -> float:
-    """Bytes a second at which torch, with all its threads, reads a buffer that no cache can hold: the best of a few."""
-    buffer = torch.ones(megabytes << 18, device=device)  # float32
-    best = float("inf")
-    for _ in range(repeats):
-        began = time.perf_counter()
-        float(buffer.sum())
-        best = min(best, time.perf_counter() - began)
-    return buffer.numel() * buffer.element_size() / best
 
 
 def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -227,11 +210,11 @@ def work_key(target: Target, files: Iterable[str | Path], *settings: Any) -> str
     return digest(json.dumps([target.digest, code, parts, settings], default=str))
 
 
-def _warm_up(contestants: Sequence[Contestant], prompts: Sequence[Prompt]) -> None:
+def _warm_up(contestants: Sequence[Contestant], prompts: Sequence[Prompt], tokens: int) -> None:
     """Kernels, caches and compiled shapes are made before the clock starts."""
     longest = max(prompts, key=lambda prompt: len(prompt.ids))
     for contestant in contestants:
-        contestant.decode(longest.ids, 32)
+        contestant.decode(longest.ids, tokens)
 
 
 def _prefill_seconds(first_token: Callable[[list[int]], Any], ids: list[int]) -> float:

@@ -31,8 +31,6 @@ from benchmarks.common import (
     Prompt,
     interleave,
     load_prompts,
-    read_bandwidth,
-    weight_bytes,
     work_key,
     write_report,
 )
@@ -57,6 +55,7 @@ from deepspec.drafters.lookup import LookupDrafter
 from deepspec.drafters.suffix import SuffixDrafter
 from deepspec.errors import DeepSpecError, nearest
 from deepspec.evaluation.worklog import WorkLog
+from deepspec.profile import read_bandwidth, weight_bytes
 from deepspec.stages.common import guarded, quiet_environment
 from deepspec.target import WEIGHTS, Target, load_target
 
@@ -89,9 +88,14 @@ def run(flags: argparse.Namespace) -> None:
         llama, gguf = start_llama_cpp(target, prompts, flags)
         field += llama_cpp(llama, gguf, target, flags.weights, first_token)
     log = WorkLog(WORK_DIR / f"decode-{_key(target, prompts, field, flags)}.jsonl")
-    bandwidth = read_bandwidth(target.device)
-    runs = interleave(field, first_token, prompts, flags.max_new_tokens, log)
-    bandwidth = max(bandwidth, read_bandwidth(target.device))
+    runs, bandwidth = interleave(
+        field,
+        first_token,
+        prompts,
+        flags.max_new_tokens,
+        log,
+        lambda: read_bandwidth(target.device, repeats=3),
+    )
     data = figures(field, runs, prompts, bandwidth)
     if llama:
         data["idle_cpu"] = llama.idle_cpu()

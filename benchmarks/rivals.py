@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM
+from transformers.utils import logging as transformers_logging
 
 from benchmarks.common import Answer
 from deepspec.embedded import EMBEDDED, PREFIX, _fetch
@@ -33,6 +34,7 @@ class HuggingFace:
     """
 
     def __init__(self, target: Target, assistant: str | None = None):
+        transformers_logging.set_verbosity_error()
         self.model = _causal_lm(target.source, target)
         self.assistant = _causal_lm(assistant, target) if assistant else None
         self.stop_ids = sorted(target.stop_ids)
@@ -90,8 +92,9 @@ class LlamaCpp:
     def __init__(self, python: Path, gguf: Path, threads: int, context: int):
         flags = {"gguf": gguf, "threads": threads, "context": context, "draft-tokens": LOOKUP_TOKENS}
         command = [str(python), "-I", str(WORKER), *(f"--{key}={value}" for key, value in flags.items())]
+        self.errors = tempfile.TemporaryFile("w+")
         self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors, text=True
         )
         self._answer()
         self.began = time.perf_counter()
@@ -123,7 +126,11 @@ class LlamaCpp:
     def _answer(self) -> dict:
         line = self.process.stdout.readline()
         if not line:
-            raise DeepSpecError(f"the llama.cpp worker ended with status {self.process.wait()}")
+            status = self.process.wait()
+            self.errors.seek(0)
+            raise DeepSpecError(
+                f"the llama.cpp worker ended with status {status}: {_last_line(self.errors.read())}"
+            )
         return json.loads(line)
 
 
@@ -153,9 +160,12 @@ def llama_cpp_python(folder: Path, build: bool) -> Path:
     ):
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
-            reason = (done.stderr.strip().splitlines() or ["no output"])[-1]
-            raise DeepSpecError(f"cannot build {LLAMA_CPP}: {reason}")
+            raise DeepSpecError(f"cannot build {LLAMA_CPP}: {_last_line(done.stderr)}")
     return python
+
+
+def _last_line(text: str) -> str:
+    return (text.strip().splitlines() or ["no output"])[-1]
 
 
 def _installed(python: Path) -> bool:

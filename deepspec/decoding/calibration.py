@@ -33,8 +33,8 @@ TEMPERATURES = {
 }  # the modes, and the sampler's temperature that stands for each
 BINS = 15
 _GRID = np.exp2(np.linspace(-2.5, 2.5, 101))
-_LEAST = 50  # blocks that must have reached a position before its temperature is moved
-_EVEN = 0.002  # errors so close count as equal: the sharper predictions are taken
+_LEAST = 100  # blocks that must have reached a position before its temperature is moved
+_EVEN = 0.002  # errors so close count as equal
 _CERTAIN = 1e-6
 
 
@@ -76,7 +76,7 @@ def survival(logits: np.ndarray, temperatures: list[float] | None = None) -> np.
 
 
 def fit(blocks: Blocks) -> list[float]:
-    """The temperatures [γ]. A position that fewer than 50 blocks reached keeps 1."""
+    """The temperatures [γ]. A position that fewer than 100 blocks reached keeps 1."""
     temperatures: list[float] = []
     held = np.ones(len(blocks))  # the calibrated product up to the position before
     for position, logits in enumerate(blocks.logits.T):
@@ -94,23 +94,35 @@ def fit(blocks: Blocks) -> list[float]:
 def _best(predictions: np.ndarray, outcome: np.ndarray) -> int:
     """Index of the grid's best row: the least error, and of those as good the least Brier score.
 
-    A very high temperature predicts the same for every block; that can be calibrated, and is worth nothing.
+    As good are all whose error is what chance alone would show: few blocks cannot tell them apart, and picking the
+    least of them would fit noise. A proper score can; it also prefers sharp predictions to the same one for all,
+    which may be calibrated and is worth nothing.
     """
     errors = np.array([ece(row, outcome) for row in predictions])
+    chance = np.array([_chance_ece(row) for row in predictions])
     brier = ((predictions - outcome) ** 2).mean(1)
-    return int(np.where(errors <= errors.min() + _EVEN, brier, np.inf).argmin())
+    return int(np.where(errors <= np.maximum(chance, errors.min() + _EVEN), brier, np.inf).argmin())
+
+
+def _chance_ece(predicted: np.ndarray) -> float:
+    """The error expected of perfect predictions: the mean of |N(0, σ²)| in each bin."""
+    variances = np.bincount(_bins(predicted, BINS), predicted * (1 - predicted), BINS)
+    return float(np.sqrt(2 / math.pi * variances).sum() / max(len(predicted), 1))
+
+
+def _bins(predicted: np.ndarray, bins: int) -> np.ndarray:
+    return np.minimum((predicted * bins).astype(np.int64), bins - 1)
 
 
 def ece(predicted: np.ndarray, outcome: np.ndarray, bins: int = BINS) -> float:
     """Expected calibration error: Σ over equal bins of |mean prediction − mean outcome|, weighted by their counts."""
-    place = np.minimum((predicted * bins).astype(np.int64), bins - 1)
-    gaps = np.bincount(place, predicted - outcome, bins)
+    gaps = np.bincount(_bins(predicted, bins), predicted - outcome, bins)
     return float(np.abs(gaps).sum() / max(len(predicted), 1))
 
 
 def reliability(predicted: np.ndarray, outcome: np.ndarray, bins: int = BINS) -> list[Bin]:
     """The bins behind `ece` that hold anything."""
-    place = np.minimum((predicted * bins).astype(np.int64), bins - 1)
+    place = _bins(predicted, bins)
     return [
         Bin(
             i / bins, (i + 1) / bins, int(own.sum()), float(predicted[own].mean()), float(outcome[own].mean())

@@ -67,8 +67,13 @@ def test_sharp_predictions_are_not_given_up_for_the_mean():
     assert temperature == pytest.approx(1.0, rel=0.15)
 
 
+def test_few_blocks_do_not_move_what_is_right():
+    temperatures = np.array([fit(simulated([1.0, 1.0], count=600, seed=seed)) for seed in range(8)])
+    assert np.abs(np.log(temperatures)).mean() < 0.15
+
+
 def test_positions_that_few_blocks_reached_keep_their_confidence():
-    blocks = simulated([3.0, 3.0], count=60)
+    blocks = simulated([3.0, 3.0], count=130)
     assert fit(blocks)[1] == 1.0
     assert fit(simulated([3.0, 3.0], count=20)) == [1.0, 1.0]
     assert fit(Blocks(np.empty((0, 3)), np.empty(0, dtype=np.int64))) == [1.0] * 3

@@ -8,12 +8,15 @@ import random
 import pytest
 import torch
 
+from deepspec.decoding.engine import generate
 from deepspec.decoding.request import Sampling
 from deepspec.decoding.tree import Chain, Proposal
 from deepspec.drafters.base import Ask, Drafter, Session
 from deepspec.drafters.combined import LookupFirst
 from deepspec.drafters.lookup import LookupDrafter
 from deepspec.drafters.suffix import Odds, SuffixAutomaton, SuffixDrafter, SuffixIndex
+from deepspec.target import load_target
+from tests.tiny import make_target
 
 
 def ask(row: int, anchor: int, room: int = 99, **options) -> Ask:
@@ -109,6 +112,16 @@ def test_lookup_first_hands_all_unmatched_rows_to_the_trained_draft_in_one_call(
     session.move(2, 0)
     assert trained.told[-1] == ("move", 2, 0)
     assert session.propose([ask(0, 2)])[0].tokens == [9, 8]
+
+
+@pytest.mark.parametrize("drafter", [LookupDrafter(5, 2), SuffixDrafter(6, 1, corpus=[[5, 6, 7, 8] * 3])])
+def test_no_token_changes_and_repetition_pays(tmp_path, drafter):
+    target = load_target(make_target(tmp_path, vocab=300, layers=2))
+    prompts = [[5, 6, 7, 8] * 4, [9, 10, 11], [3] * 12, [20, 21, 20, 21, 20]]
+    plain = generate(target, None, prompts, max_new_tokens=40)
+    drafted = generate(target, drafter, prompts, max_new_tokens=40, batch_size=3)
+    assert [run.tokens for run in drafted] == [run.tokens for run in plain]
+    assert sum(run.stats.rounds for run in drafted) < sum(run.stats.rounds for run in plain)
 
 
 def longest_match(tokens: list[int], anchor: int) -> tuple[int, int] | None:
