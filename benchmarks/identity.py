@@ -208,7 +208,7 @@ def arguments() -> argparse.ArgumentParser:
     add("--max-new-tokens", type=int, default=64, help="of an answer (default 64)")
     add("--batch-sizes", type=int, nargs="+", default=[1, 4, 16], help="requests at once (default 1 4 16)")
     add("--nodes", type=int, default=24, help="of the static, beam and best-first trees (default 24)")
-    add("--width", type=int, default=4, help="children of a node in beam and best-first trees (default 4)")
+    add("--width", type=int, default=8, help="children of a node in beam and best-first trees (default 8)")
     add("--output", type=Path, default=REPORTS, help="folder of the report")
     return parser
 

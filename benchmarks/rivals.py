@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
 from benchmarks.common import Answer
-from deepspec.embedded import EMBEDDED, PREFIX, _fetch
+from deepspec.embedded import EMBEDDED, PREFIX, fetch
 from deepspec.errors import DeepSpecError
 from deepspec.files import file_digest
 from deepspec.target import RECORD, Target
@@ -194,5 +194,5 @@ def embedded_gguf(target: Target, folder: Path) -> Path:
     if not gguf.exists() or file_digest(gguf) != embedded.sha256:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
-            os.replace(_fetch(embedded, Path(scratch)), gguf)
+            os.replace(fetch(embedded, Path(scratch)), gguf)
     return gguf

@@ -314,7 +314,7 @@ def arguments() -> argparse.ArgumentParser:
     add("--temperature", type=float, default=1.0, help="of the sampled runs (default 1)")
     add("--seeds", type=int, default=2, help="sampled runs of each prompt (default 2)")
     add("--nodes", type=int, default=24, help="of the static, beam and best-first trees (default 24)")
-    add("--width", type=int, default=4, help="children of a node in beam and best-first trees (default 4)")
+    add("--width", type=int, default=8, help="children of a node in beam and best-first trees (default 8)")
     add(
         "--branching",
         type=int,

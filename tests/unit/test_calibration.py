@@ -41,7 +41,8 @@ def test_a_distortion_is_undone_position_by_position():
 
 def test_the_error_falls_to_its_noise():
     blocks, unseen = simulated([2.5, 2.5, 2.5]), simulated([2.5, 2.5, 2.5], seed=1)
-    before, after = survival_ece(unseen), survival_ece(unseen, fit(blocks))
+    before = survival_ece(survival(unseen.logits), unseen)
+    after = survival_ece(survival(unseen.logits, fit(blocks)), unseen)
     assert before > 0.04 and after < 0.01
 
 
@@ -54,7 +55,8 @@ def test_it_is_the_product_that_is_calibrated():
     temperatures = fit(blocks)
     assert temperatures[0] == pytest.approx(1.0, rel=0.05)
     assert max(temperatures[1:]) < 0.5
-    assert survival_ece(blocks, temperatures) < 0.2 * survival_ece(blocks)
+    error = survival_ece(survival(logits, temperatures), blocks)
+    assert error < 0.2 * survival_ece(survival(logits), blocks)
 
 
 def test_sharp_predictions_are_not_given_up_for_the_mean():

@@ -9,7 +9,10 @@ from accelerate import Accelerator
 from deepspec.config import DSparkParams, TrainParams
 from deepspec.data.features import FeatureStore
 from deepspec.data.sequences import Sequence
+from deepspec.decoding.cost import measure_curve
 from deepspec.decoding.engine import generate
+from deepspec.decoding.shapes import BestFirst, Sampled
+from deepspec.decoding.tree import Chain
 from deepspec.drafters.dspark import DSparkConfig, DSparkDrafter, DSparkModel
 from deepspec.target import load_target
 from deepspec.training.batches import Batches
@@ -37,21 +40,32 @@ def directory(tmp_path_factory):
     return make_target(tmp_path_factory.mktemp("target"))
 
 
-@pytest.mark.parametrize("drafted", [False, True])
-def test_greedy_tokens_are_those_of_the_cpu(directory, drafted):
+TREES = {"plain": None, "chain": Chain(), "tree": BestFirst(width=3, depth=3, nodes=8)}
+
+
+@pytest.mark.parametrize("name", TREES)
+def test_greedy_tokens_are_those_of_the_cpu(directory, name):
     tokens = {}
     for device in ("cpu", "cuda"):
         target = load_target(directory, dtype="float32", device=device)
-        drafter = DSparkDrafter(small_model(target), target) if drafted else None
-        tokens[device] = [run.tokens for run in generate(target, drafter, PROMPTS, 24)]
+        drafter = DSparkDrafter(small_model(target), target) if name != "plain" else None
+        tokens[device] = [run.tokens for run in generate(target, drafter, PROMPTS, 24, tree=TREES[name])]
     assert tokens["cpu"] == tokens["cuda"]
 
 
-def test_sampling_with_a_draft_runs_and_reproduces(directory):
+@pytest.mark.parametrize("tree", [Chain(), Sampled((2, 2))])
+def test_sampling_with_a_draft_runs_and_reproduces(directory, tree):
     target = load_target(directory, dtype="bfloat16", device="cuda")
     drafter = DSparkDrafter(small_model(target), target)
-    runs = [generate(target, drafter, PROMPTS[0], 24, temperature=1.0, seed=3)[0].tokens for _ in range(2)]
+    options = {"temperature": 1.0, "seed": 3, "tree": tree}
+    runs = [generate(target, drafter, PROMPTS[0], 24, **options)[0].tokens for _ in range(2)]
     assert runs[0] == runs[1]
+
+
+def test_a_cost_curve_is_measured_there(directory):
+    target = load_target(directory, dtype="bfloat16", device="cuda")
+    curve = measure_curve(target, DSparkDrafter(small_model(target), target), batches=(1, 4), widths=(1, 4, 8))
+    assert 0 < curve.verify(4, 16) < 1 and 0 < curve.draft(1) < 1
 
 
 def test_training_runs(directory, tmp_path):
