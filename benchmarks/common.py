@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import transformers
@@ -107,14 +106,14 @@ def interleave(
     max_new_tokens: int,
     log: WorkLog,
     bandwidth: Callable[[], float],
-) -> tuple[dict[str, list[Run]], float]:
-    """Name of a contestant → its run of each prompt; and the median of `bandwidth()`, asked once a prompt.
+) -> tuple[dict[str, list[Run]], list[float]]:
+    """Name of a contestant → its run of each prompt; and `bandwidth()`, asked once a prompt.
 
     Every prompt is decoded by all contestants one after the other, so that a slow minute of the machine hits all of
     them; who goes first moves on with each prompt. Seconds are wall-clock time of the whole call less the time in
     which the contestant's runtime makes the first token alone (`first_token`, without a draft): the prefill is taken
     off alike on all sides, and what a draft makes of the prompt stays in. The bandwidth of a shared machine changes
-    from minute to minute: it is measured under the same conditions.
+    from minute to minute, and with the pages that a process happens to get: it is asked in the same conditions.
     """
     pieces = [(contestant, i) for i in range(len(prompts)) for contestant in _rotated(contestants, i)]
     missing = [piece for piece in pieces if log.get(_key(*piece)) is None]
@@ -136,7 +135,7 @@ def interleave(
         contestant.name: [Run(**log.get(_key(contestant, i))) for i in range(len(prompts))]
         for contestant in contestants
     }
-    return runs, median(log.get(f"bandwidth {i}") for i in range(len(prompts)))
+    return runs, [log.get(f"bandwidth {i}") for i in range(len(prompts))]
 
 
 def timed(contestant: Contestant, ids: list[int], max_new_tokens: int, prefill_s: float) -> Run:

@@ -88,7 +88,7 @@ def run(flags: argparse.Namespace) -> None:
         llama, gguf = start_llama_cpp(target, prompts, flags)
         field += llama_cpp(llama, gguf, target, flags.weights, first_token)
     log = WorkLog(WORK_DIR / f"decode-{_key(target, prompts, field, flags)}.jsonl")
-    runs, bandwidth = interleave(
+    runs, bandwidths = interleave(
         field,
         first_token,
         prompts,
@@ -96,7 +96,7 @@ def run(flags: argparse.Namespace) -> None:
         log,
         lambda: read_bandwidth(target.device, repeats=3),
     )
-    data = figures(field, runs, prompts, bandwidth)
+    data = figures(field, runs, prompts, bandwidths)
     if llama:
         data["idle_cpu"] = llama.idle_cpu()
         llama.close()

@@ -92,7 +92,7 @@ class LlamaCpp:
     def __init__(self, python: Path, gguf: Path, threads: int, context: int):
         flags = {"gguf": gguf, "threads": threads, "context": context, "draft-tokens": LOOKUP_TOKENS}
         command = [str(python), "-I", str(WORKER), *(f"--{key}={value}" for key, value in flags.items())]
-        self.errors = tempfile.TemporaryFile("w+")
+        self.errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 -- it lives as long as the worker
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors, text=True
         )

@@ -162,8 +162,8 @@ def settings(
         Setting("chain, standard", temperature, Chain(), "standard"),
         Setting("chain, block", temperature, Chain(), "block"),
         Setting("argmax chain", temperature, likeliest),
-        Setting("sampled tree, recursive", temperature, Sampled(branching), "recursive"),
-        Setting("sampled tree, traversal", temperature, Sampled(branching), "traversal"),
+        Setting("sampled tree, recursive", temperature, Sampled(branching, nodes), "recursive"),
+        Setting("sampled tree, traversal", temperature, Sampled(branching, nodes), "traversal"),
     ]
     ranked = [Setting(name, t, shape) for t in (0.0, temperature) for name, shape in trees.items()]
     return [Setting("chain", 0.0, Chain()), *drawn, *ranked]
@@ -313,14 +313,14 @@ def arguments() -> argparse.ArgumentParser:
     add("--max-new-tokens", type=int, default=128, help="of an answer (default 128)")
     add("--temperature", type=float, default=1.0, help="of the sampled runs (default 1)")
     add("--seeds", type=int, default=2, help="sampled runs of each prompt (default 2)")
-    add("--nodes", type=int, default=24, help="of the static, beam and best-first trees (default 24)")
+    add("--nodes", type=int, default=24, help="of every tree (default 24)")
     add("--width", type=int, default=8, help="children of a node in beam and best-first trees (default 8)")
     add(
         "--branching",
         type=int,
         nargs="+",
-        default=[3, 2, 1],
-        help="of the sampled tree, by depth (default 3 2 1)",
+        default=[8, 4, 2, 1, 1],
+        help="most children of a node of the sampled tree, by depth (default 8 4 2 1 1)",
     )
     add("--output", type=Path, default=REPORTS, help="folder of the report")
     return parser

@@ -1,9 +1,9 @@
 """Inference layers that spend their time reading weights: prepacked matrices and few operations.
 
 `PackedLinear` holds a weight in oneDNN's own layout, so that a bfloat16 product on a CPU does not repack it every
-time (2× at one row); `Int4Linear` holds it in blocks of 4 bits. `fuse` replaces the decoder layers of Llama-shaped targets (Llama, SmolLM, Mistral, Qwen2,
-Qwen3) by one that joins the q/k/v and gate/up projections and folds the residual additions into the products.
-Layers of any other shape keep their own forward, with packed projections.
+time (2× at one row); `Int4Linear` holds it in blocks of 4 bits. `fuse` replaces the decoder layers of Llama-shaped
+targets (Llama, SmolLM, Mistral, Qwen2, Qwen3) by one that joins the q/k/v and gate/up projections and folds the
+residual additions into the products. Layers of any other shape keep their own forward, with packed projections.
 """
 
 from __future__ import annotations
@@ -67,7 +67,9 @@ class Int4Linear(nn.Module):
         scale = ((high - low) / 15).clamp_min(1e-8)
         levels = ((blocks - low[..., None]) / scale[..., None]).round().clamp_(0, 15)
         self.weight = torch.ops.aten._convert_weight_to_int4pack_for_cpu(levels.flatten(1).int(), 1)
-        self.blocks = torch.stack((scale, low + 8 * scale), -1).transpose(0, 1).to(torch.bfloat16).contiguous()
+        self.blocks = (
+            torch.stack((scale, low + 8 * scale), -1).transpose(0, 1).to(torch.bfloat16).contiguous()
+        )
         self.bias = None if bias is None else bias.detach().to(torch.bfloat16)
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:

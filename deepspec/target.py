@@ -177,7 +177,9 @@ class Target:
     @property
     def precision(self) -> str:
         """How it computes, for records: "bfloat16", or "int4 weights, bfloat16"."""
-        return _name(self.dtype) if self.weights == "dense" else f"{self.weights} weights, {_name(self.dtype)}"
+        return (
+            _name(self.dtype) if self.weights == "dense" else f"{self.weights} weights, {_name(self.dtype)}"
+        )
 
     @property
     def rope_theta(self) -> float:

@@ -23,7 +23,7 @@ from torch import Tensor
 from deepspec.attention import KVCache, Step
 from deepspec.decoding.request import Sampling
 from deepspec.decoding.sampling import best
-from deepspec.decoding.tree import Chain, Shape
+from deepspec.decoding.tree import CHAIN, Shape
 from deepspec.drafters.base import Ask, Drafter
 from deepspec.errors import DeepSpecError
 from deepspec.evaluation.device import describe_device
@@ -33,7 +33,6 @@ from deepspec.target import Target
 BATCHES = (1, 4, 16)
 WIDTHS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)  # new tokens a request
 CONTEXT = 256
-CHAIN = Chain()
 _REPEATS = 7
 _COMMITTED = 3  # tokens that a drafter takes in before it proposes again
 Points = list[tuple[float, float]]  # (x, seconds), x ascending

@@ -20,8 +20,9 @@ from deepspec.decoding.cost import CostCurve
 from deepspec.decoding.tree import Proposal
 from deepspec.errors import DeepSpecError, nearest
 
-_MEMORY = 0.8  # weight of the past in the running mean of what a drafted round gains
-_LONGEST_PAUSE = 32
+_CREDIT = 1.0  # plain rounds that drafting may lose before it has to earn them
+_MOST_KEPT = 6.0  # of what it has earned
+_FIRST_PAUSE, _LONGEST_PAUSE = 4, 64
 _FIRST_GUESS = 0.8  # chance that a token without an estimate follows its accepted parent, before any was seen
 _FOLLOW = 0.05  # how fast that guess follows what is seen
 
@@ -230,8 +231,10 @@ def global_best(chances: list[float], certain: float, seconds: Callable[[int], f
 class Pace:
     """When a request drafts. A drafted round pays when it commits more tokens than the plain rounds it costs.
 
-    When on average it does not, drafting pauses for a few plain rounds and is then tried once; each failed trial
-    doubles the pause.
+    An account in plain rounds: a drafted round adds what it committed and takes what it cost. Overdrawn, drafting
+    pauses for a few plain rounds and is then tried again; each failed trial doubles the pause. So no more is ever
+    lost than the account begins with, what was earned before (of which little is kept: contexts change), and the
+    trials.
 
     Args:
         cost: of the round just ended, in plain rounds.
@@ -239,9 +242,9 @@ class Pace:
 
     def __init__(self, cost: Callable[[], float]):
         self.cost = cost
-        self.surplus = 1.0  # optimistic: two or three poor rounds are needed to stop
+        self.account = _CREDIT
         self.wait = 0
-        self.pause = 4
+        self.pause = _FIRST_PAUSE
 
     def drafts(self) -> bool:
         return self.wait == 0
@@ -251,12 +254,13 @@ class Pace:
         if not drafted:
             self.wait = max(self.wait - 1, 0)
             return
-        self.surplus = _MEMORY * self.surplus + (1 - _MEMORY) * (committed - self.cost())
-        if self.surplus >= 0:
-            self.pause = 4
-        else:
+        self.account = min(self.account + committed - self.cost(), _MOST_KEPT)
+        if self.account < 0:
+            self.account = 0.0
             self.wait = self.pause
             self.pause = min(2 * self.pause, _LONGEST_PAUSE)
+        elif self.account >= _CREDIT:
+            self.pause = _FIRST_PAUSE
 
 
 class _SharedPace(Pace):

@@ -10,9 +10,11 @@ Each level of a growth costs one ranking or one drawing for all its open nodes t
 from __future__ import annotations
 
 import heapq
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import product
+from itertools import accumulate
+from operator import mul
 from typing import Any, ClassVar
 
 import torch
@@ -25,6 +27,7 @@ from deepspec.errors import DeepSpecError, nearest
 
 _PLAIN = Sampling(temperature=1.0)
 _RUN = 64
+_GUESS = 0.5  # the confidence of a law that comes without one, for choosing among nodes
 
 
 @dataclass(frozen=True)
@@ -100,7 +103,8 @@ class Beam(Shape):
         _check("beam tree", width=self.width, depth=self.depth, nodes=self.nodes)
 
     def growth(self, vocabulary: Vocabulary, sampling: Sampling, depth: int, rng: torch.Generator) -> Growth:
-        return _RankedGrowth(vocabulary, sampling, self.levels(depth), self.width, self.nodes, self.width)
+        depth = self.levels(depth)
+        return _RankedGrowth(vocabulary, sampling, depth, [self.width] * depth, self.nodes, self.width)
 
 
 @dataclass(frozen=True)
@@ -120,7 +124,8 @@ class BestFirst(Shape):
         _check("best-first tree", width=self.width, depth=self.depth, nodes=self.nodes)
 
     def growth(self, vocabulary: Vocabulary, sampling: Sampling, depth: int, rng: torch.Generator) -> Growth:
-        return _RankedGrowth(vocabulary, sampling, self.levels(depth), self.width, self.nodes, self.nodes)
+        depth = self.levels(depth)
+        return _RankedGrowth(vocabulary, sampling, depth, [self.width] * depth, self.nodes, self.nodes)
 
 
 @dataclass(frozen=True)
@@ -129,9 +134,14 @@ class Sampled(Shape):
 
     They come from the draft's law through the request's own sampler; where that allows fewer tokens, there are fewer
     children. At temperature 0 the likeliest tokens take the place of the drawn ones, and the tree is deterministic.
+
+    Args:
+        budget: keep only that many nodes, the likeliest to survive (at temperature 0: the likeliest paths). With a
+            wide branching this is a best-first tree of drawn tokens; None keeps all.
     """
 
     branching: tuple[int, ...] = (3, 2, 1)
+    budget: int | None = None
 
     draws: ClassVar[str | None] = "tree"
 
@@ -141,6 +151,8 @@ class Sampled(Shape):
             raise DeepSpecError("a sampled tree needs a number of children for at least one level")
         for count in self.branching:
             _check("sampled tree", branching=count)
+        if self.budget is not None:
+            _check("sampled tree", budget=self.budget)
 
     @property
     def depth(self) -> int:
@@ -148,17 +160,14 @@ class Sampled(Shape):
 
     @property
     def nodes(self) -> int:
-        return len(self._ranks.paths)
-
-    @cached_property
-    def _ranks(self) -> Static:
-        levels = range(1, len(self.branching) + 1)
-        return Static(tuple(p for d in levels for p in product(*map(range, self.branching[:d]))))
+        whole = sum(accumulate(self.branching, mul))
+        return whole if self.budget is None else min(self.budget, whole)
 
     def growth(self, vocabulary: Vocabulary, sampling: Sampling, depth: int, rng: torch.Generator) -> Growth:
+        depth = self.levels(depth)
         if sampling.temperature == 0:
-            return self._ranks.growth(vocabulary, sampling, depth, rng)
-        return _SampledGrowth(vocabulary, sampling, self.levels(depth), self.branching, rng)
+            return _RankedGrowth(vocabulary, sampling, depth, self.branching, self.nodes, self.nodes)
+        return _SampledGrowth(vocabulary, sampling, depth, self.branching, self.nodes, rng)
 
 
 class _TreeGrowth(Growth):
@@ -201,38 +210,59 @@ class _StaticGrowth(_TreeGrowth):
         self.frontier = [node for node in new if self.paths[node] in self.below]
 
 
-class _RankedGrowth(_TreeGrowth):
-    """Keeps the `nodes` likeliest paths seen so far (equal ones: the earlier), and of a level's new ones among them
-    expands the `beam` likeliest. Earlier nodes win ties, so a parent is always kept with its child."""
+class _BestGrowth(_TreeGrowth):
+    """Keeps the `nodes` of highest survival seen so far. Of equal ones the earlier stay, so a parent is always kept
+    with its child, and a child that is dropped would only have had children to drop."""
+
+    def __init__(self, vocabulary: Vocabulary, sampling: Sampling, depth: int, nodes: int):
+        super().__init__(vocabulary, sampling, depth)
+        self.nodes = nodes
+        self.best: list[int] = []  # highest first
+
+    def close_level(self, first: int, beam: int) -> None:
+        """Choose anew once the level from node `first` on is there; expand the `beam` best of its nodes."""
+        pool = [*self.best, *range(first, len(self.tokens))]
+        self.best = sorted(pool, key=lambda node: (-self.survival[node], node))[: self.nodes]
+        self.level += 1
+        new = [node for node in self.best if node >= first]
+        self.frontier = sorted(new[:beam]) if self.level < self.depth else []
+
+    def proposal(self) -> Proposal:
+        return super().proposal().keep(sorted(self.best))
+
+
+class _RankedGrowth(_BestGrowth):
+    """The likeliest paths, with at most `widths[d]` children below a node at depth d."""
 
     def __init__(
-        self, vocabulary: Vocabulary, sampling: Sampling, depth: int, width: int, nodes: int, beam: int
+        self,
+        vocabulary: Vocabulary,
+        sampling: Sampling,
+        depth: int,
+        widths: Sequence[int],
+        nodes: int,
+        beam: int,
     ):
-        super().__init__(vocabulary, sampling, depth)
-        self.width, self.nodes, self.beam = width, nodes, beam
-        self.best: list[int] = []  # likeliest first
+        super().__init__(vocabulary, sampling, depth, nodes)
+        self.widths, self.beam = widths, beam
 
     def feed(self, laws: Laws) -> None:
-        first, self.level = len(self.tokens), self.level + 1
+        first = len(self.tokens)
         # What is no likelier than the last of a full set can never enter it.
         floor = self.survival[self.best[-1]] if len(self.best) == self.nodes else 0.0
-        rows = zip(self.frontier, *_likeliest(laws.logits, self.sampling, self.width), strict=True)
+        rows = zip(
+            self.frontier, *_likeliest(laws.logits, self.sampling, self.widths[self.level]), strict=True
+        )
         for parent, probs, columns in rows:
             above = self.above(parent)
             for prob, column in zip(probs, columns, strict=True):
                 if not above * prob > floor:
                     break
                 self.add(parent, column, above * prob)
-        pool = [*self.best, *range(first, len(self.tokens))]
-        self.best = sorted(pool, key=lambda node: (-self.survival[node], node))[: self.nodes]
-        new = [node for node in self.best if node >= first]
-        self.frontier = sorted(new[: self.beam]) if self.level < self.depth else []
-
-    def proposal(self) -> Proposal:
-        return super().proposal().keep(sorted(self.best))
+        self.close_level(first, self.beam)
 
 
-class _SampledGrowth(_TreeGrowth):
+class _SampledGrowth(_BestGrowth):
     """With a confidence c of the parent's law, child j has c·(1 − c)^j of its parent's survival, as if each draw stood
     with chance c once its elder siblings fell.
 
@@ -246,9 +276,10 @@ class _SampledGrowth(_TreeGrowth):
         sampling: Sampling,
         depth: int,
         branching: tuple[int, ...],
+        nodes: int,
         rng: torch.Generator,
     ):
-        super().__init__(vocabulary, sampling, depth)
+        super().__init__(vocabulary, sampling, depth, nodes)
         self.branching, self.rng = branching, rng
         self.probs: list[Tensor] = []  # [open nodes, columns] a level
         self.laws: list[int] = []
@@ -259,14 +290,13 @@ class _SampledGrowth(_TreeGrowth):
         probs = probabilities(laws.logits, self.sampling)
         drawn = self._draw(probs, self.branching[self.level])
         self.known &= laws.confidence is not None
-        chances = laws.confidence or [1.0] * len(drawn)
+        chances = laws.confidence or [_GUESS] * len(drawn)
         for i, (parent, columns, chance) in enumerate(zip(self.frontier, drawn, chances, strict=True)):
             for j, column in enumerate(columns):
                 self.laws.append(row + i)
                 self.add(parent, column, self.above(parent) * chance * (1 - chance) ** j)
         self.probs.append(probs)
-        self.level += 1
-        self.frontier = list(range(first, len(self.tokens))) if self.level < self.depth else []
+        self.close_level(first, self.nodes)
 
     def _draw(self, probs: Tensor, count: int) -> list[list[int]]:
         """Up to `count` distinct columns for each row of probs [m, columns], in the order of drawing."""
@@ -285,7 +315,7 @@ class _SampledGrowth(_TreeGrowth):
     def proposal(self) -> Proposal:
         if not self.tokens:
             return Proposal()
-        return Proposal(
+        drawn = Proposal(
             self.tokens,
             self.parents,
             probs=torch.cat(self.probs).cpu(),
@@ -294,6 +324,7 @@ class _SampledGrowth(_TreeGrowth):
             vocab_size=self.vocabulary.size,
             survival=self.survival if self.known else None,
         )
+        return drawn.keep(sorted(self.best))
 
 
 def _likeliest(logits: Tensor, sampling: Sampling, count: int) -> tuple[list[list[float]], list[list[int]]]:

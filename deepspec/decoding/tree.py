@@ -199,6 +199,9 @@ class Chain(Shape):
         return _ChainGrowth(vocabulary, sampling, self.levels(depth), rng)
 
 
+CHAIN = Chain()
+
+
 class _ChainGrowth(Growth):
     def __init__(self, vocabulary: Vocabulary, sampling: Sampling, depth: int, rng: torch.Generator):
         super().__init__(vocabulary, sampling, depth)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from deepspec.decoding.request import Sampling
-from deepspec.decoding.tree import Chain, Proposal, Shape
+from deepspec.decoding.tree import CHAIN, Proposal, Shape
 
 __all__ = ["Ask", "Drafter", "Proposal", "Session"]
 
@@ -27,7 +27,7 @@ class Ask:
     sampling: Sampling
     rng: torch.Generator  # the request's own, on the CPU
     room: int  # no path may be longer (>= 1)
-    shape: Shape = Chain()
+    shape: Shape = CHAIN
 
 
 class Session(ABC):

@@ -203,7 +203,8 @@ class SuffixDrafter(Drafter):
     """Proposes what followed the longest match of the context's end, if at least `min_match` tokens match.
 
     Args:
-        corpus: texts as token ids, such as earlier answers, that are searched as well (half a kilobyte of memory a token).
+        corpus: texts as token ids, such as earlier answers, that are searched as well (they take half a
+            kilobyte of memory a token).
     """
 
     def __init__(self, block_size: int, min_match: int, corpus: Iterable[list[int]] = ()):

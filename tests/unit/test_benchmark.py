@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from deepspec.config import EvaluateParams
+from deepspec.decoding.cost import CostCurve
 from deepspec.decoding.engine import generate as decode
 from deepspec.decoding.request import Generation, Stats
-from deepspec.decoding.cost import CostCurve
 from deepspec.decoding.scheduler import CostStop
 from deepspec.drafters.lookup import LookupDrafter
 from deepspec.evaluation import benchmark, identity

@@ -50,10 +50,10 @@ def field(clock: Clock) -> tuple[list[Contestant], dict]:
 def test_runs_interleave_take_turns_and_leave_the_prefill_out(monkeypatch, tmp_path):
     clock = Clock(monkeypatch)
     ways, first = field(clock)
-    runs, bandwidth = interleave(ways, first, PROMPTS, 5, WorkLog(tmp_path / "log"), lambda: 7.0)
+    runs, bandwidths = interleave(ways, first, PROMPTS, 5, WorkLog(tmp_path / "log"), lambda: 7.0)
     assert [run.seconds for run in runs["slow"]] == [8.0, 8.0]
     assert [run.seconds for run in runs["fast"]] == [2.0, 2.0]
-    assert bandwidth == 7.0
+    assert bandwidths == [7.0, 7.0]
     decoded = [name for i, name in enumerate(clock.calls[2:]) if i % 4 == 3]  # three prefills, then the run
     assert decoded == ["slow", "fast", "fast", "slow"]
 
@@ -86,7 +86,7 @@ def test_the_report_has_ratios_shares_the_floor_and_a_duel():
         "dense: draft": [run(11, 5.0, 6, parts=(1.0, 2.0, 1.0)), run(11, 5.0, 6, "b", (1.0, 2.0, 1.0))],
         "Hugging Face: plain": [run(11, 20.0, 11), run(11, 20.0, 11)],
     }
-    data = figures(ways, runs, PROMPTS, bandwidth=2000.0)
+    data = figures(ways, runs, PROMPTS, bandwidths=[1000.0, 2000.0, 4000.0])
     plain, draft, native = data["contestants"].values()
     assert plain["tokens_per_second"] == 1.0 and draft["tokens_per_second"] == 2.0
     assert draft["ratio"] == pytest.approx([2.0, 2.0, 2.0]) and native["ratio"][0] == pytest.approx(0.5)

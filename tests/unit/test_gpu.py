@@ -64,7 +64,9 @@ def test_sampling_with_a_draft_runs_and_reproduces(directory, tree):
 
 def test_a_cost_curve_is_measured_there(directory):
     target = load_target(directory, dtype="bfloat16", device="cuda")
-    curve = measure_curve(target, DSparkDrafter(small_model(target), target), batches=(1, 4), widths=(1, 4, 8))
+    curve = measure_curve(
+        target, DSparkDrafter(small_model(target), target), batches=(1, 4), widths=(1, 4, 8)
+    )
     assert 0 < curve.verify(4, 16) < 1 and 0 < curve.draft(1) < 1
 
 

@@ -201,6 +201,7 @@ def test_a_static_tree_of_rank_chances_takes_the_likeliest_paths():
         (lambda: BestFirst(2.5, 3, 4), "best-first tree: width must be an integer >= 1, found 2.5"),
         (lambda: Sampled(()), "at least one level"),
         (lambda: Sampled((2, 0)), "sampled tree: branching must be an integer >= 1, found 0"),
+        (lambda: Sampled((2, 1), budget=0), "sampled tree: budget must be an integer >= 1, found 0"),
         (lambda: Chain(0), "chain: depth must be an integer >= 1, found 0"),
     ],
 )
@@ -313,6 +314,31 @@ def test_survival_of_a_drawn_node_knows_its_past_only():
             tokens.setdefault(above, set()).add(tree.tokens[node])
     assert all(len(survivals) == 1 for survivals in seen.values())
     assert max(len(drawn) for drawn in tokens.values()) == 4
+
+
+def test_a_budget_buys_the_nodes_likeliest_to_survive():
+    whole, part = Sampled((3, 3, 2)), Sampled((3, 3, 2), budget=10)
+    assert (whole.nodes, part.nodes) == (3 + 9 + 18, 10)
+    for seed in range(6):
+        draft = Draft(seed)
+        (tree,) = draft.propose(part, sampling=DRAWN, confident=True)
+        assert len(tree.tokens) == 10 and max(draft.calls) <= 9
+        assert all(path[:-1] in paths(tree) | {()} for path in paths(tree))
+        # Whatever could have been drawn instead is no likelier to survive than the least of what was kept.
+        for node in range(-1, 10):
+            path = path_of(tree, node)
+            drawn = tree.parents.count(node)
+            if len(path) < 3 and drawn < part.branching[len(path)]:
+                chance = draft.confidence(path)
+                above = tree.survival[node] if node >= 0 else 1.0
+                assert above * chance * (1 - chance) ** drawn <= min(tree.survival) + 1e-12
+
+
+def test_at_temperature_0_a_sampled_tree_with_a_budget_is_best_first():
+    draft = Draft(3)
+    (tree,) = draft.propose(Sampled((3, 3, 3, 3), budget=12))
+    (best,) = draft.propose(BestFirst(3, 4, 12))
+    assert (tree.tokens, tree.parents, tree.survival) == (best.tokens, best.parents, best.survival)
 
 
 def test_without_confidences_a_sampled_tree_claims_no_survival():

@@ -283,8 +283,8 @@ class TestNonAnticipation:
         expected = float(torch.minimum(self.p, self.q).sum())
         assert self.chance_of_a(rule, lambda token: expected >= threshold) == pytest.approx(0.7, abs=1e-12)
 
-    def pruned_trees(self, score, tables: Tables, monkeypatch):
-        """Sampled trees cut to their three nodes of the highest `score(tree, node)` (equal ones: the elder)."""
+    def trees(self, shape: Sampled, tables: Tables, monkeypatch) -> list[tuple[float, Proposal]]:
+        """All that the shape can draw where confidences differ from node to node."""
 
         def confidence(path: tuple[int, ...]) -> float:
             return 0.3 + 0.6 * ((7 * sum(path) + 3 * len(path)) % 5) / 5
@@ -293,36 +293,53 @@ class TestNonAnticipation:
             monkeypatch.setattr(
                 shapes, "draw", lambda probs, _: torch.tensor([decisions.pick(row) for row in probs])
             )
-            growth = Sampled((2, 2)).growth(Vocabulary(VOCAB), Sampling(1.0), 2, torch.Generator())
+            growth = shape.growth(Vocabulary(VOCAB), Sampling(1.0), 3, torch.Generator())
 
             def expand(parents):
                 paths = [path_of(growth, parent.node) for parent in parents]
                 logits = torch.stack([tables("q", path) for path in paths]).log()
                 return Laws(logits, [confidence(path) for path in paths])
 
-            (tree,) = grow([growth], [0], expand)
-            nodes = range(len(tree.tokens))
-            return tree.keep(sorted(sorted(nodes, key=lambda node: (-score(tree, node), node))[:3]))
+            return grow([growth], [0], expand)[0]
 
-        trees = enumerate_runs(run)
-        assert len({tuple(tree.parents) for _, tree in trees}) > 1
-        return trees
+        return enumerate_runs(run)
+
+    def cut(self, trees, score) -> list[tuple[float, Proposal]]:
+        """Each tree cut to its three nodes of the highest `score(tree, node)` (equal ones: the elder)."""
+        return [
+            (
+                chance,
+                tree.keep(sorted(sorted(range(len(tree.tokens)), key=lambda i: (-score(tree, i), i))[:3])),
+            )
+            for chance, tree in trees
+        ]
 
     @pytest.mark.parametrize("rule", [recursive, traversal])
-    def test_a_tree_pruned_by_its_survival_keeps_the_law(self, rule, monkeypatch):
+    @pytest.mark.parametrize("shape", [Sampled((2, 2), budget=3), Sampled((2, 2, 1), budget=3)])
+    def test_a_budget_spent_by_survival_keeps_the_law(self, shape, rule, monkeypatch):
         tables = Tables(2)
-        trees = self.pruned_trees(lambda tree, node: tree.survival[node], tables, monkeypatch)
+        trees = self.trees(shape, tables, monkeypatch)
+        assert len({tuple(tree.parents) for _, tree in trees}) > 1
+        assert {len(tree.tokens) for _, tree in trees} == {3}
+        assert largest_error(outcomes(rule, trees, tables), tables, shape.depth + 1) < 1e-12
+
+    @pytest.mark.parametrize("rule", [recursive, traversal])
+    def test_so_does_cutting_a_whole_tree_by_survival(self, rule, monkeypatch):
+        tables = Tables(2)
+        trees = self.cut(
+            self.trees(Sampled((2, 2)), tables, monkeypatch), lambda tree, node: tree.survival[node]
+        )
         assert largest_error(outcomes(rule, trees, tables), tables, 3) < 1e-12
 
     @pytest.mark.parametrize("rule", [recursive, traversal])
-    def test_a_tree_pruned_by_what_was_drawn_does_not(self, rule, monkeypatch):
+    def test_cutting_it_by_what_was_drawn_does_not(self, rule, monkeypatch):
         tables = Tables(2)
 
         def path_probability(tree: Proposal, node: int) -> float:
             above = path_probability(tree, tree.parents[node]) if tree.parents[node] >= 0 else 1.0
             return above * float(tree.law(node)[tree.tokens[node]])
 
-        trees = self.pruned_trees(path_probability, tables, monkeypatch)
+        trees = self.cut(self.trees(Sampled((2, 2)), tables, monkeypatch), path_probability)
         assert largest_error(outcomes(rule, trees, tables), tables, 3) > 0.01
 
 
