@@ -3,10 +3,10 @@
     python -m benchmarks.throughput --target data/target --drafter data/drafts/dspark --prompts gsm8k.jsonl
 
 One run: every group of prompts is decoded by all contestants one after the other, on the same seeds, and who goes
-first moves on with each group. A group has twice as many prompts as fit in flight, so slots are refilled. Seconds are
-wall-clock time less the prefill of the target, which all share. The last column counts drafted tokens verified per
-request and round while the batch is full: the scheduler's falls as the batch grows (Figure 8 of DSpark), since a
-verified token is no longer free.
+first moves on with each group. A group has twice as many prompts as fit in flight, slots are refilled, and the clock
+stops when the first slot stays empty: throughput is that of a full batch. Seconds are wall-clock time less the prefill
+of the target, which all share. The last column counts drafted tokens verified per request and round: the scheduler's
+falls as the batch grows (Figure 8 of DSpark), since a verified token is no longer free.
 
 Ratios are of tokens a second, with 95 % intervals of a paired bootstrap over groups. Finished groups are kept in a
 work file: a killed benchmark goes on.
@@ -18,6 +18,7 @@ import argparse
 import random
 import sys
 import time
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
@@ -34,7 +35,7 @@ from benchmarks.common import (
 from deepspec.data.progress import Progress
 from deepspec.decoding.cost import CostCurve, load_or_measure
 from deepspec.decoding.engine import Engine
-from deepspec.decoding.request import Request, Sampling
+from deepspec.decoding.request import Generation, Request, Sampling
 from deepspec.decoding.scheduler import Controller, make_controller
 from deepspec.decoding.tree import Proposal
 from deepspec.drafters.base import Drafter
@@ -59,7 +60,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class Run:
-    """One contestant on one group of prompts. `budget` is None where the batch was never full, or plain."""
+    """One contestant on one group of prompts. `budget` is None for plain decoding."""
 
     tokens: int
     seconds: float
@@ -68,10 +69,10 @@ class Run:
 
 
 class Counting(Controller):
-    """Another controller, and how many tokens it had verified in the rounds in which the batch was full."""
+    """Another controller, and how many tokens it had verified for each request in each round."""
 
-    def __init__(self, inner: Controller, batch: int):
-        self.inner, self.batch = inner, batch
+    def __init__(self, inner: Controller):
+        self.inner = inner
         self.verified: list[int] = []
         super().__init__()
 
@@ -86,8 +87,7 @@ class Counting(Controller):
 
     def select(self, proposals: list[Proposal]) -> list[Proposal]:
         selected = self.inner.select(proposals)
-        if len(selected) == self.batch:
-            self.verified += [len(proposal.tokens) for proposal in selected]
+        self.verified += [len(proposal.tokens) for proposal in selected]
         return selected
 
     def observe(self, proposal: Proposal, accepted: int) -> None:
@@ -107,27 +107,39 @@ class Bench:
     def run(self, name: str, setting: Setting, group: list[list[int]], limit: int | None = None) -> Run:
         """Decode a group of prompts; request i of it has its own seed, the same for all contestants."""
         controller = self.contestants[name]
-        counting = Counting(controller, setting.batch) if controller else None
+        counting = Counting(controller) if controller else None
+        drafter = self.drafter if controller else None
+        engine = Engine(self.target, drafter, setting.batch, controller=counting)
         sampling = Sampling(setting.temperature)
-        requests = iter(
-            [
-                Request(ids, limit or self.max_new_tokens, sampling, self.seed + i, id=i)
-                for i, ids in enumerate(group)
-            ]
-        )
-        engine = Engine(self.target, self.drafter if controller else None, setting.batch, controller=counting)
+        waiting = [
+            Request(ids, limit or self.max_new_tokens, sampling, self.seed + i, id=i)
+            for i, ids in enumerate(group)
+        ]
+
+        def next_request() -> Request:
+            if not waiting:
+                raise _QueueEmptyError
+            return waiting.pop(0)
+
+        results: list[Generation] = []
         began = time.perf_counter()
-        done = list(engine.run(lambda: next(requests, None)))
-        seconds = time.perf_counter() - began - sum(generation.stats.prefill_s for generation in done)
-        if failed := [generation.error for generation in done if generation.error]:
+        with suppress(_QueueEmptyError):
+            results.extend(engine.run(next_request))
+        seconds = time.perf_counter() - began
+        results += [slot.result() for slot in engine.slots]
+        if failed := [result.error for result in results if result.error]:
             raise DeepSpecError(f"a prompt failed: {failed[0]}")
         verified = counting.verified if counting else []
         return Run(
-            tokens=sum(len(generation.tokens) for generation in done),
-            seconds=seconds,
-            rounds=sum(generation.stats.rounds for generation in done),
+            tokens=sum(len(result.tokens) for result in results),
+            seconds=seconds - sum(result.stats.prefill_s for result in results),
+            rounds=sum(result.stats.rounds for result in results),
             budget=sum(verified) / len(verified) if verified else None,
         )
+
+
+class _QueueEmptyError(Exception):
+    """A slot is free and no prompt is left: from here on the batch would not be full."""
 
 
 def contestants(curve: CostCurve, lengths: list[int], block_size: int) -> dict[str, Controller | None]:
