@@ -124,7 +124,8 @@ class Bench:
         results: list[Generation] = []
         began = time.perf_counter()
         with suppress(_QueueEmptyError):
-            results.extend(engine.run(next_request))
+            for result in engine.run(next_request):
+                results.append(result)
         seconds = time.perf_counter() - began
         results += [slot.result() for slot in engine.slots]
         if failed := [result.error for result in results if result.error]:

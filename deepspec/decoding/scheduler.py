@@ -196,17 +196,15 @@ class PrefixScheduler(CostStop):
     def reset(self) -> None:
         super().reset()
         self._pace = _SharedPace(lambda: self.cost)
-        self._drafted = False
 
     def round(self, requests: int) -> None:
-        self._pace.close(self._drafted)
+        self._pace.close()
 
     def pace(self) -> Pace | None:
         return self._pace
 
     def _choose(self, proposals: list[Proposal], draft_s: float) -> list[Proposal]:
         requests = len(proposals)
-        self._drafted = any(proposal.tokens for proposal in proposals)
         return self._best_nodes(proposals, lambda curve, n: draft_s + curve.verify(requests, requests + n))
 
 
@@ -250,9 +248,9 @@ class Pace:
         return self.wait == 0
 
     def observe(self, drafted: bool, committed: float) -> None:
-        """The round committed so many tokens. `drafted`: the drafter had something to propose."""
-        if not drafted:
-            self.wait = max(self.wait - 1, 0)
+        """The round is over. Whoever was to draft pays for it, even where nothing drafted was worth verifying."""
+        if self.wait:
+            self.wait -= 1
             return
         self.account = min(self.account + committed - self.cost(), _MOST_KEPT)
         if self.account < 0:
@@ -273,10 +271,10 @@ class _SharedPace(Pace):
     def observe(self, drafted: bool, committed: float) -> None:
         self.committed.append(committed)
 
-    def close(self, drafted: bool) -> None:
+    def close(self) -> None:
         """The round is over: all its requests have been observed."""
         if self.committed:
-            super().observe(drafted, sum(self.committed) / len(self.committed))
+            super().observe(True, sum(self.committed) / len(self.committed))
             self.committed.clear()
 
 

@@ -194,18 +194,17 @@ def test_the_nodes_of_a_level_share_its_chance():
 # --- when drafting pauses ---------------------------------------------------------------------------------------
 
 
-def play(controller, rounds: int, committed: int, requests: int = 1) -> int:
+def play(controller, rounds: int, committed: int, requests: int = 1, chance: float = 0.9) -> int:
     """Rounds as the engine runs them; returns how many drafted."""
     paces = [controller.pace() for _ in range(requests)]
     drafted = 0
     for _ in range(rounds):
         controller.round(requests)
         drafts = [pace.drafts() for pace in paces]
-        proposals = [chain(0.9, 0.9, 0.9) if draft else Proposal() for draft in drafts]
-        controller.select(proposals)
+        selected = controller.select([chain(*[chance] * 3) if draft else Proposal() for draft in drafts])
         drafted += any(drafts)
-        for pace, draft in zip(paces, drafts, strict=True):
-            pace.observe(draft, committed if draft else 1)
+        for pace, proposal in zip(paces, selected, strict=True):
+            pace.observe(bool(proposal.tokens), committed if proposal.tokens else 1)
     return drafted
 
 
@@ -213,6 +212,24 @@ def play(controller, rounds: int, committed: int, requests: int = 1) -> int:
 @pytest.mark.parametrize("requests", [1, 5])
 def test_drafting_pauses_where_it_fails(controller, requests):
     assert play(controller(curve()), 60, 1, requests) < 15
+
+
+@pytest.mark.parametrize("controller", [CostStop, PrefixScheduler])
+def test_a_draft_that_is_never_worth_verifying_is_paused(controller):
+    """It knows that it is poor, so nothing of it is verified; its own time is lost all the same."""
+    assert play(controller(curve(token=0.3)), 100, 1, 2, chance=0.05) < 25
+
+
+@pytest.mark.parametrize("controller", [CostStop, PrefixScheduler])
+def test_a_lookup_that_finds_nothing_is_asked_again(controller):
+    """It costs nothing."""
+    free = controller(curve(draft=0.0))
+    pace = free.pace()
+    for _ in range(50):
+        free.round(1)
+        assert pace.drafts()
+        free.select([Proposal()])
+        pace.observe(False, 1)
 
 
 @pytest.mark.parametrize("controller", [CostStop, PrefixScheduler])
