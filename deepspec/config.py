@@ -203,7 +203,8 @@ class BestFirstTree(Section):
 
 class SampledTree(Section):
     type: Literal["sampled"]
-    branching: list[int] = Field([3, 2, 1], description="Children a node, by depth.")
+    branching: list[int] = Field([8, 4, 2, 1], description="Most children a node, by depth.")
+    budget: int | None = Field(24, ge=1, description="Nodes kept, those likeliest to survive; None: all.")
 
 
 TreeParams = Annotated[

@@ -142,9 +142,11 @@ class CostStop(Controller):
     def reset(self) -> None:
         super().reset()
         self.cost = 1.0  # of the last round, in plain rounds
+        self.sharers = 1.0  # requests in that round for each one that drafted
 
     def pace(self) -> Pace | None:
-        return Pace(lambda: self.cost)
+        # All requests wait while the drafts are made and verified: whoever drafted owes that to all of them.
+        return Pace(lambda: 1 + (self.cost - 1) * self.sharers)
 
     def select(self, proposals: list[Proposal]) -> list[Proposal]:
         requests = len(proposals)
@@ -153,6 +155,7 @@ class CostStop(Controller):
         selected = self._choose(proposals, draft_s)
         tokens = requests + sum(len(proposal.tokens) for proposal in selected)
         plain_s = self.curve.verify(requests, requests)
+        self.sharers = requests / max(drafting, 1)
         self.cost = (draft_s + self.curve.verify(requests, tokens)) / plain_s
         return selected
 

@@ -103,3 +103,41 @@ def test_a_missing_a_broken_and_an_empty_file_each_give_one_line(tmp_path):
 
 def test_a_bare_no_means_no_mixed_precision(params_file):
     assert load_params(params_file("train.mixed_precision", False)).train.mixed_precision == "no"
+
+
+@pytest.mark.parametrize(
+    "tree",
+    [
+        {"type": "chain", "depth": 3},
+        {"type": "static", "paths": [[0], [1], [0, 0]]},
+        {"type": "beam", "width": 3, "depth": 2, "nodes": 5},
+        {"type": "best_first", "nodes": 6},
+        {"type": "sampled", "branching": [2, 1], "budget": 3},
+    ],
+)
+def test_every_tree_of_the_parameters_can_be_grown(tree):
+    from deepspec.config import DecodeParams
+    from deepspec.decoding.shapes import make_shape
+
+    params = DecodeParams.model_validate({"tree": tree}).tree
+    shape = make_shape(params.type, **params.options())
+    assert shape.nodes is None or shape.nodes <= 24
+
+
+@pytest.mark.parametrize(
+    "controller",
+    [
+        {"type": "fixed", "length": 2},
+        {"type": "threshold", "least": 0.4},
+        {"type": "cost"},
+        {"type": "scheduler"},
+    ],
+)
+def test_every_controller_of_the_parameters_can_be_made(controller):
+    from deepspec.config import DecodeParams
+    from deepspec.decoding.cost import CostCurve
+    from deepspec.decoding.scheduler import CONTROLLERS, make_controller
+
+    params = DecodeParams.model_validate({"controller": controller}).controller
+    made = make_controller(params.type, CostCurve({1: [(1, 1.0)]}), **params.options())
+    assert isinstance(made, CONTROLLERS[params.type])

@@ -265,6 +265,21 @@ def test_the_requests_of_the_scheduler_pause_together():
     assert controller.pace().drafts()
 
 
+def test_a_lone_drafter_owes_the_time_of_all_who_wait():
+    """Two tokens a round pay for one request; seven others would have to wait for them."""
+    drafted = {}
+    for companions in (0, 7):
+        controller = CostStop(curve())
+        pace = controller.pace()
+        drafted[companions] = 0
+        for _ in range(60):
+            drafts = pace.drafts()
+            drafted[companions] += drafts
+            controller.select([chain(0.9, 0.9) if drafts else Proposal()] + [Proposal()] * companions)
+            pace.observe(drafts, 2 if drafts else 1)
+    assert drafted[0] == 60 and drafted[7] < 15
+
+
 def test_one_good_request_keeps_the_shared_draft_going():
     controller = PrefixScheduler(curve())
     paces = [controller.pace() for _ in range(2)]
