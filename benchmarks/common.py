@@ -17,7 +17,7 @@ import transformers
 
 from deepspec.data.progress import Progress
 from deepspec.data.prompt_sources import read_jsonl
-from deepspec.evaluation.device import describe_device
+from deepspec.device import describe_device
 from deepspec.evaluation.stats import Interval, Pair, speedup
 from deepspec.evaluation.task import load_task
 from deepspec.evaluation.worklog import WorkLog

@@ -24,9 +24,9 @@ from deepspec.attention import KVCache, Step
 from deepspec.decoding.request import Sampling
 from deepspec.decoding.sampling import best
 from deepspec.decoding.tree import CHAIN, Shape
+from deepspec.device import describe_device
 from deepspec.drafters.base import Ask, Drafter
 from deepspec.errors import DeepSpecError
-from deepspec.evaluation.device import describe_device
 from deepspec.files import digest, source_digest, write_json
 from deepspec.target import Target
 

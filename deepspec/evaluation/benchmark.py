@@ -25,9 +25,9 @@ from deepspec.decoding.request import Generation
 from deepspec.decoding.scheduler import Controller, make_controller
 from deepspec.decoding.shapes import make_shape
 from deepspec.decoding.tree import Shape
+from deepspec.device import describe_device
 from deepspec.drafters.base import Drafter
 from deepspec.drafters.checkpoint import load_drafter
-from deepspec.evaluation.device import describe_device
 from deepspec.evaluation.identity import check_identity
 from deepspec.evaluation.native import native_tokens_per_second
 from deepspec.evaluation.record import EVAL_VERSION, Identity, PromptResult, Subject, build_record

@@ -15,9 +15,9 @@ from deepspec.decoding.cost import CostCurve
 from deepspec.decoding.engine import generate as decode
 from deepspec.decoding.request import Generation, Stats
 from deepspec.decoding.scheduler import CostStop
+from deepspec.device import describe_device
 from deepspec.drafters.lookup import LookupDrafter
 from deepspec.evaluation import benchmark, identity
-from deepspec.evaluation.device import describe_device
 from deepspec.evaluation.native import native_tokens_per_second
 from deepspec.evaluation.task import Task
 from deepspec.target import load_target
