@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import platform
 import random
@@ -26,6 +27,7 @@ from deepspec.target import Target
 
 WORK_DIR = Path(".deepspec/benchmarks")
 REPORTS = Path("reports/benchmarks")
+TASKS = ["humaneval", "word_problems", "conversations"]  # the project's three
 _WARM_UP_TOKENS = 32
 
 
@@ -33,6 +35,17 @@ _WARM_UP_TOKENS = 32
 class Prompt:
     source: str  # the task's name, or the file's
     ids: list[int]
+
+
+def command_line(name: str, doc: str) -> argparse.ArgumentParser:
+    """The parser of `python -m benchmarks.<name>`, whose help is the module's docstring."""
+    summary, _, rest = doc.partition("\n\n")
+    return argparse.ArgumentParser(
+        prog=f"python -m benchmarks.{name}",
+        description=summary,
+        epilog=rest,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
 
 
 def load_prompts(target: Target, sources: Iterable[str], count: int, seed: int = 0) -> list[Prompt]:
@@ -181,7 +194,7 @@ def provenance(target: Target) -> dict[str, str]:
     return {
         "commit": _git("describe", "--always", "--dirty"),
         "command": " ".join(["python", "-m", f"benchmarks.{Path(sys.argv[0]).stem}", *words]),
-        "target": f"{target.digest}, {str(target.dtype).removeprefix('torch.')}",
+        "target": f"{target.digest}, {target.precision}",
         "device": describe_device(target.device),
         "versions": f"Python {platform.python_version()}, transformers {transformers.__version__}",
     }

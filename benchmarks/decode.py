@@ -29,6 +29,7 @@ from benchmarks.common import (
     Answer,
     Contestant,
     Prompt,
+    command_line,
     interleave,
     load_prompts,
     work_key,
@@ -233,13 +234,7 @@ def _key(
 
 
 def arguments() -> argparse.ArgumentParser:
-    summary, _, rest = __doc__.partition("\n\n")
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.decode",
-        description=summary,
-        epilog=rest,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_line("decode", __doc__)
     add = parser.add_argument
     add("--target", default="data/target", help="target directory (default %(default)s)")
     add("--weights", nargs="+", choices=list(WEIGHTS), default=["dense"], help="of our runs (default dense)")

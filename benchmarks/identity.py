@@ -21,7 +21,16 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from benchmarks.common import REPORTS, WORK_DIR, load_prompts, markdown_table, work_key, write_report
+from benchmarks.common import (
+    REPORTS,
+    TASKS,
+    WORK_DIR,
+    command_line,
+    load_prompts,
+    markdown_table,
+    work_key,
+    write_report,
+)
 from benchmarks.verification import RANK_CHANCES
 from deepspec.data.progress import Progress
 from deepspec.decoding.engine import Engine
@@ -187,20 +196,14 @@ def report(verdicts: dict[str, list[Verdict]], chosen: list[Setting]) -> str:
 
 
 def arguments() -> argparse.ArgumentParser:
-    summary, _, rest = __doc__.partition("\n\n")
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.identity",
-        description=summary,
-        epilog=rest,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_line("identity", __doc__)
     add = parser.add_argument
     add("--target", required=True, help="target directory; loaded in float32")
     add("--drafters", nargs="*", default=[], metavar="DIR", help="directories of trained drafts for it")
     add(
         "--prompts",
         nargs="+",
-        default=["humaneval", "word_problems", "conversations"],
+        default=TASKS,
         metavar="SOURCE",
         help='evaluation tasks (names or .yaml) or .jsonl files of {"turns": [...]} (default: the project\'s three)',
     )

@@ -25,8 +25,10 @@ from statistics import median
 
 from benchmarks.common import (
     REPORTS,
+    TASKS,
     WORK_DIR,
     Prompt,
+    command_line,
     load_prompts,
     markdown_table,
     work_key,
@@ -244,20 +246,14 @@ def _key(setting: Setting, group: int, name: str) -> str:
 
 
 def arguments() -> argparse.ArgumentParser:
-    summary, _, rest = __doc__.partition("\n\n")
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.throughput",
-        description=summary,
-        epilog=rest,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_line("throughput", __doc__)
     add = parser.add_argument
     add("--target", default="data/target", help="target directory")
     add("--drafter", required=True, help="directory of a trained draft for it")
     add(
         "--prompts",
         nargs="+",
-        default=["humaneval", "word_problems", "conversations"],
+        default=TASKS,
         help='evaluation tasks, or JSONL files with {"turns": [...]} a line',
     )
     add("--count", type=int, default=32, help="prompts of each source")

@@ -22,7 +22,17 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.common import REPORTS, WORK_DIR, Prompt, load_prompts, markdown_table, work_key, write_report
+from benchmarks.common import (
+    REPORTS,
+    TASKS,
+    WORK_DIR,
+    Prompt,
+    command_line,
+    load_prompts,
+    markdown_table,
+    work_key,
+    write_report,
+)
 from deepspec.data.progress import Progress
 from deepspec.decoding.engine import generate
 from deepspec.decoding.shapes import Beam, BestFirst, Sampled, Static
@@ -292,20 +302,14 @@ def report(counts: Mapping[str, list[Count]], chosen: list[Setting], rows: list[
 
 
 def arguments() -> argparse.ArgumentParser:
-    summary, _, rest = __doc__.partition("\n\n")
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.verification",
-        description=summary,
-        epilog=rest,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_line("verification", __doc__)
     add = parser.add_argument
     add("--target", required=True, help="target directory")
     add("--drafter", required=True, help="directory of a trained draft for it")
     add(
         "--prompts",
         nargs="+",
-        default=["humaneval", "word_problems", "conversations"],
+        default=TASKS,
         metavar="SOURCE",
         help='evaluation tasks (names or .yaml) or .jsonl files of {"turns": [...]} (default: the project\'s three)',
     )

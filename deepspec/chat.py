@@ -18,13 +18,12 @@ from rich.text import Text
 
 from deepspec.config import load_params
 from deepspec.decoding.engine import generate
-from deepspec.drafters.checkpoint import load_drafter
+from deepspec.drafters.checkpoint import DRAFTS, draft_directory, load_drafter
 from deepspec.errors import DeepSpecError
 from deepspec.target import Target, load_target
 
 ACCEPTED = "green"
 TARGET = "data/target"
-DRAFTS = Path("data/drafts")
 
 
 @dataclass(frozen=True)
@@ -129,11 +128,7 @@ def run(settings: Settings) -> None:
 def find_draft(settings: Settings) -> Path:
     """The draft's directory: the one asked for, or that of the last trained drafter of the pipeline."""
     if settings.drafter:
-        for path in (DRAFTS / settings.drafter, Path(settings.drafter)):
-            if path.is_dir():
-                return path
-        known = ", ".join(sorted(path.name for path in DRAFTS.glob("*") if path.is_dir())) or "none"
-        raise DeepSpecError(f"no such draft: {settings.drafter} (in {DRAFTS}: {known})")
+        return draft_directory(settings.drafter)
     for name in reversed(load_params(settings.params).pipeline):
         if (DRAFTS / name).is_dir():
             return DRAFTS / name

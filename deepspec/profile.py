@@ -8,7 +8,6 @@ from __future__ import annotations
 import time
 from contextlib import ExitStack
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from rich.console import Console
@@ -17,11 +16,10 @@ from rich.table import Table
 from deepspec.data.progress import Progress
 from deepspec.decoding.cost import WIDTHS, CostCurve, load_or_measure, profile_path
 from deepspec.drafters.base import Drafter
-from deepspec.drafters.checkpoint import load_drafter
+from deepspec.drafters.checkpoint import draft_directory, load_drafter
 from deepspec.errors import DeepSpecError
 from deepspec.target import Target, load_target
 
-DRAFTS = Path("data/drafts")
 MOST_REQUESTS = 256
 
 
@@ -44,7 +42,7 @@ def run(settings: Settings) -> None:
     """
     batches = parse_batches(settings.batches)
     target = load_target(settings.target, weights=settings.weights)
-    drafter = load_drafter(_draft_directory(settings.drafter), target) if settings.drafter else None
+    drafter = load_drafter(draft_directory(settings.drafter), target) if settings.drafter else None
     curve = _measured(target, drafter, batches, settings.force)
     console = Console(highlight=False)
     console.print(curve_table(curve, batches))
@@ -137,11 +135,3 @@ def _floor_line(target: Target, step_s: float) -> str:
         f"memory floor: {size / 1e6:.0f} MB of weights ({target.precision}) at {bandwidth / 1e9:.1f} GB/s take "
         f"{1000 * floor_s:.1f} ms; a pass over one token takes {step_s / floor_s:.1f} times that"
     )
-
-
-def _draft_directory(name: str) -> Path:
-    for path in (DRAFTS / name, Path(name)):
-        if path.is_dir():
-            return path
-    known = ", ".join(sorted(path.name for path in DRAFTS.glob("*") if path.is_dir())) or "none"
-    raise DeepSpecError(f"no such draft: {name} (in {DRAFTS}: {known})")

@@ -79,3 +79,12 @@ def enumerate_runs(run) -> list[tuple[float, object]]:
         results.append((branching.probability, outcome))
         scripts += branching.open
     return results
+
+
+def path_of(tree, node: int) -> tuple[int, ...]:
+    """Tokens from the anchor down to `node` of a proposal or a growth."""
+    path: list[int] = []
+    while node >= 0:
+        path.append(tree.tokens[node])
+        node = tree.parents[node]
+    return tuple(reversed(path))

@@ -19,6 +19,7 @@ from deepspec.errors import DeepSpecError
 from deepspec.files import digest, file_digest, replacing
 from deepspec.target import Target
 
+DRAFTS = Path("data/drafts")
 RECORD = "deepspec.json"
 CALIBRATION = "calibration.json"  # see `decoding.calibration`
 WEIGHTS = "model.safetensors"
@@ -130,6 +131,15 @@ def load_drafter(path: str | Path, target: Target, decode=None):
         lookup = LookupDrafter(decode.lookup_block_size, decode.lookup_min_match)
         return LookupFirst(lookup, drafter)
     return drafter
+
+
+def draft_directory(name: str) -> Path:
+    """Where the draft called `name` is: below data/drafts, or a path."""
+    for path in (DRAFTS / name, Path(name)):
+        if path.is_dir():
+            return path
+    known = ", ".join(sorted(path.name for path in DRAFTS.glob("*") if path.is_dir())) or "none"
+    raise DeepSpecError(f"no such draft: {name} (in {DRAFTS}: {known})")
 
 
 def draft_digest(directory: Path) -> str:

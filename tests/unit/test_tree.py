@@ -14,6 +14,7 @@ from deepspec.decoding.sampling import probabilities
 from deepspec.decoding.shapes import Beam, BestFirst, Sampled, Static, _top
 from deepspec.decoding.tree import Chain, Laws, Proposal, Vocabulary, grow
 from deepspec.errors import DeepSpecError
+from tests.enumeration import path_of
 
 GREEDY = Sampling()
 DRAWN = Sampling(temperature=1.0)
@@ -55,14 +56,6 @@ class Draft:
             return Laws(laws, [self.confidence(path) for path in paths] if confident else None)
 
         return grow(growths, [ANCHOR] * len(growths), expand)
-
-
-def path_of(tree, node: int) -> tuple[int, ...]:
-    path: list[int] = []
-    while node >= 0:
-        path.append(tree.tokens[node])
-        node = tree.parents[node]
-    return tuple(reversed(path))
 
 
 def paths(tree: Proposal) -> set[tuple[int, ...]]:

@@ -13,16 +13,7 @@ from deepspec.decoding.shapes import Beam, BestFirst, Sampled, Static
 from deepspec.decoding.tree import Chain, Laws, Proposal, Vocabulary, grow
 from deepspec.decoding.verify import block, check_rule, drawn_walk, recursive, rule_for, standard, traversal
 from deepspec.errors import DeepSpecError
-from tests.enumeration import VOCAB, Branching, Tables, enumerate_runs
-
-
-def path_of(tree, node: int) -> tuple[int, ...]:
-    """Tokens from the anchor down to `node` of a proposal or a growth."""
-    path: list[int] = []
-    while node >= 0:
-        path.append(tree.tokens[node])
-        node = tree.parents[node]
-    return tuple(reversed(path))
+from tests.enumeration import VOCAB, Branching, Tables, enumerate_runs, path_of
 
 
 def proposed(shape, tables: Tables, temperature: float, depth: int = 3) -> Proposal:
