@@ -2,7 +2,7 @@
 
     python -m benchmarks.identity --target data/target --drafters data/drafts/dspark --prompts humaneval --count 200
 
-Every drafter (those given, n-gram lookup, suffix lookup, and each given one behind the n-gram lookup) with every tree
+Every drafter (those given, n-gram lookup, suffix lookup, and each given one behind the suffix lookup) with every tree
 (chain, static, beam, best-first) at every batch size; lookups propose chains
 only. Plain decoding in batches is checked too.
 
@@ -88,13 +88,13 @@ class Verdict:
 def settings(
     directories: list[str], target: Target, batches: list[int], nodes: int, width: int
 ) -> list[Setting]:
-    lookup = LookupDrafter(LOOKUP_BLOCK, MATCH)
-    chains: dict[str, Drafter] = {"lookup": lookup, "suffix": SuffixDrafter(LOOKUP_BLOCK, MATCH)}
+    suffix = SuffixDrafter(LOOKUP_BLOCK, MATCH)
+    chains: dict[str, Drafter] = {"n-gram": LookupDrafter(LOOKUP_BLOCK, MATCH), "suffix": suffix}
     drafters: dict[str, Drafter] = {}
     for directory in directories:
         name = Path(directory).name
         drafters[name] = load_drafter(directory, target)
-        drafters[f"lookup + {name}"] = LookupFirst(lookup, drafters[name])
+        drafters[f"suffix or {name}"] = LookupFirst(suffix, drafters[name])
     found = [Setting("none", "chain", batch, None, Chain()) for batch in batches if batch > 1]
     found += [
         Setting(name, "chain", batch, drafter, Chain())

@@ -168,6 +168,7 @@ class SuffixParams(Section):
     min_match: int = Field(2, ge=1)
 
 
+LookupChoice = Annotated[LookupParams | SuffixParams, Field(discriminator="type")]
 DrafterParams = Annotated[DSparkParams | LookupParams | SuffixParams, Field(discriminator="type")]
 
 
@@ -247,9 +248,10 @@ TAGGED: dict[str, type[Section]] = {
 class DecodeParams(Section):
     """How a trained draft is used at decode time."""
 
-    lookup_first: bool = Field(True, description="Ask the lookup drafter before the trained one.")
-    lookup_min_match: int = Field(3, ge=1, description="A match this long is trusted over the trained draft.")
-    lookup_block_size: int = Field(10, ge=1, description="Tokens drafted from a match.")
+    lookup: LookupChoice | None = Field(
+        SuffixParams(type="suffix", min_match=3),
+        description="Asked before the trained draft, which answers where nothing matches; null: not asked.",
+    )
     tree: TreeParams = ChainTree(type="chain")
     verify: Literal["standard", "block", "recursive", "traversal"] | None = Field(
         None, description="Rule for sampled drafts; None: the best that fits."

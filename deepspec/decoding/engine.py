@@ -281,7 +281,7 @@ class Engine:
         )
         slot.stats.verified.append(len(proposal.tokens))
         if slot.pace:
-            slot.pace.observe(bool(proposal.tokens), kept)
+            slot.pace.observe(kept)
         if proposal.tokens and self.controller:
             self.controller.observe(proposal, len(nodes))
         if proposal.tokens and self.on_round:

@@ -150,12 +150,13 @@ class CostStop(Controller):
 
     def select(self, proposals: list[Proposal]) -> list[Proposal]:
         requests = len(proposals)
-        drafting = sum(bool(proposal.tokens) for proposal in proposals)
+        sharing = sum(bool(proposal.tokens) for proposal in proposals)
+        drafting = sum(bool(proposal.tokens) and not proposal.free for proposal in proposals)
         draft_s = self.curve.draft(drafting) if drafting else 0.0
         selected = self._choose(proposals, draft_s)
         tokens = requests + sum(len(proposal.tokens) for proposal in selected)
         plain_s = self.curve.verify(requests, requests)
-        self.sharers = requests / max(drafting, 1)
+        self.sharers = requests / max(sharing, 1)
         self.cost = (draft_s + self.curve.verify(requests, tokens)) / plain_s
         return selected
 
@@ -250,12 +251,15 @@ class Pace:
     def drafts(self) -> bool:
         return self.wait == 0
 
-    def observe(self, drafted: bool, committed: float) -> None:
+    def observe(self, committed: float) -> None:
         """The round is over. Whoever was to draft pays for it, even where nothing drafted was worth verifying."""
+        self._settle(committed - self.cost())
+
+    def _settle(self, gain: float) -> None:
         if self.wait:
             self.wait -= 1
             return
-        self.account = min(self.account + committed - self.cost(), _MOST_KEPT)
+        self.account = min(self.account + gain, _MOST_KEPT)
         if self.account < 0:
             self.account = 0.0
             self.wait = self.pause
@@ -265,19 +269,23 @@ class Pace:
 
 
 class _SharedPace(Pace):
-    """One pace for all requests: a round's gain is what they committed on average."""
+    """One pace and one account for all requests: each pays in what it committed and takes out what the round cost.
+
+    The account is no larger than a single request's: the more requests a round has, the fewer rounds it takes to
+    tell a poor draft from bad luck, and the more a lost round costs.
+    """
 
     def __init__(self, cost: Callable[[], float]):
         super().__init__(cost)
         self.committed: list[float] = []
 
-    def observe(self, drafted: bool, committed: float) -> None:
+    def observe(self, committed: float) -> None:
         self.committed.append(committed)
 
     def close(self) -> None:
         """The round is over: all its requests have been observed."""
         if self.committed:
-            super().observe(True, sum(self.committed) / len(self.committed))
+            self._settle(sum(self.committed) - len(self.committed) * self.cost())
             self.committed.clear()
 
 

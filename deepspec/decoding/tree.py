@@ -30,6 +30,7 @@ class Proposal:
 
     `survival[i]` estimates the chance that the whole path down to node i is accepted; it never grows along a path.
     Of a sampled node it must not depend on the node's own token (non-anticipation, see `scheduler.py`).
+    A `free` proposal was looked up: it cost no pass of a draft model.
     """
 
     tokens: list[int] = field(default_factory=list)
@@ -39,6 +40,7 @@ class Proposal:
     columns: Tensor | None = None  # target id of each column of probs
     vocab_size: int = 0
     survival: list[float] | None = None
+    free: bool = False
 
     @staticmethod
     def chain(tokens: list[int], **extra: Any) -> Proposal:

@@ -7,23 +7,27 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from deepspec.drafters.dspark import OURS, PUBLISHED, DSparkConfig, DSparkDrafter, DSparkModel
-from deepspec.drafters.lookup import LookupDrafter
+from deepspec.drafters.lookup import LookupDrafter, TrainingFreeDrafter
 from deepspec.drafters.suffix import SuffixDrafter
 from deepspec.errors import DeepSpecError
 from deepspec.files import digest, file_digest, replacing
 from deepspec.target import Target
 
+if TYPE_CHECKING:
+    from deepspec.config import LookupParams, SuffixParams
+
 DRAFTS = Path("data/drafts")
 RECORD = "deepspec.json"
 CALIBRATION = "calibration.json"  # see `decoding.calibration`
 WEIGHTS = "model.safetensors"
-_TRAINING_FREE = {"DeepSpecLookup": LookupDrafter, "DeepSpecSuffix": SuffixDrafter}
+TRAINING_FREE = {"lookup": LookupDrafter, "suffix": SuffixDrafter}  # by their type in params.yaml
 _SHARED = {"embed_tokens.weight", "lm_head.weight"}  # absent from a file: the target's own
 
 
@@ -110,7 +114,7 @@ def load_drafter(path: str | Path, target: Target, decode=None):
 
     Args:
         path: a draft directory, ours or a published one.
-        decode: `DecodeParams`; with `lookup_first` a trained draft is put behind a lookup.
+        decode: `DecodeParams`; its `lookup` is asked before a trained draft.
 
     Raises:
         DeepSpecError: not a draft directory, unknown architecture, corrupt weights, or another target's draft.
@@ -120,17 +124,22 @@ def load_drafter(path: str | Path, target: Target, decode=None):
     directory = Path(path)
     config = read_config(directory)
     architecture = (config.get("architectures") or ["none named"])[0]
-    if architecture in _TRAINING_FREE:
-        check_target(directory, config, target)
-        return _TRAINING_FREE[architecture](config["block_size"], config["min_match"])
+    for kind in TRAINING_FREE.values():
+        if architecture == kind.architecture:
+            check_target(directory, config, target)
+            return kind(config["block_size"], config["min_match"])
     if architecture not in (PUBLISHED, OURS):
         raise DeepSpecError(f"{directory}: unknown draft architecture {architecture!r}")
     drafter = DSparkDrafter(load_dspark(directory, target), target, _temperatures(directory))
     drafter.digest = draft_digest(directory)
-    if decode is not None and decode.lookup_first:
-        lookup = LookupDrafter(decode.lookup_block_size, decode.lookup_min_match)
-        return LookupFirst(lookup, drafter)
-    return drafter
+    if decode is None or decode.lookup is None:
+        return drafter
+    return LookupFirst(make_lookup(decode.lookup), drafter)
+
+
+def make_lookup(params: LookupParams | SuffixParams) -> TrainingFreeDrafter:
+    """The training-free drafter that a section of params.yaml describes."""
+    return TRAINING_FREE[params.type](params.block_size, params.min_match)
 
 
 def draft_directory(name: str) -> Path:

@@ -6,15 +6,13 @@ to where it last occurred. `suffix.py` is the same idea for matches of any lengt
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Protocol
+from typing import Any, ClassVar, Protocol
 
 from torch import Tensor
 
 from deepspec.drafters.base import Ask, Drafter, Proposal, Session
-
-if TYPE_CHECKING:
-    from deepspec.config import LookupParams
 
 
 class Index(Protocol):
@@ -70,7 +68,9 @@ class NGramIndex:
         # The anchor is not in `tokens` yet, so the end of the context never finds itself.
         end = (*self.tokens[len(self.tokens) - self.n + 1 :], anchor)
         after = self.last.get(end)
-        return Proposal() if after is None else Proposal.chain(continued(self.tokens, after, anchor, room))
+        if after is None:
+            return Proposal()
+        return Proposal.chain(continued(self.tokens, after, anchor, room), free=True)
 
 
 def continued(tokens: list[int], start: int, anchor: int, count: int) -> list[int]:
@@ -81,20 +81,32 @@ def continued(tokens: list[int], start: int, anchor: int, count: int) -> list[in
     return [rest[i % len(rest)] for i in range(count)]
 
 
-class LookupDrafter(Drafter):
-    """Proposes the `block_size` tokens that followed the last `min_match` ones where they last occurred."""
+class TrainingFreeDrafter(Drafter):
+    """Proposes at most `block_size` tokens where at least `min_match` tokens of the context occurred before."""
+
+    architecture: ClassVar[str]  # of config.json
 
     def __init__(self, block_size: int, min_match: int):
         self.block_size = block_size
         self.min_match = min_match
 
-    @classmethod
-    def config(cls, params: LookupParams) -> dict:
+    @property
+    def config(self) -> dict[str, Any]:
+        """What config.json holds: all there is of such a draft."""
         return {
-            "architectures": ["DeepSpecLookup"],
-            "block_size": params.block_size,
-            "min_match": params.min_match,
+            "architectures": [self.architecture],
+            "block_size": self.block_size,
+            "min_match": self.min_match,
         }
+
+    @abstractmethod
+    def session(self, slots: int) -> IndexSession: ...
+
+
+class LookupDrafter(TrainingFreeDrafter):
+    """Proposes the `block_size` tokens that followed the last `min_match` ones where they last occurred."""
+
+    architecture = "DeepSpecLookup"
 
     def session(self, slots: int) -> IndexSession:
         return IndexSession(lambda: NGramIndex(self.min_match), self.block_size, slots)

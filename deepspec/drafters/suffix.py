@@ -9,13 +9,10 @@ before gives the `survival` that controllers weigh. Texts given at construction 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
-from deepspec.drafters.base import Drafter, Proposal
-from deepspec.drafters.lookup import IndexSession, continued
-
-if TYPE_CHECKING:
-    from deepspec.config import SuffixParams
+from deepspec.drafters.base import Proposal
+from deepspec.drafters.lookup import IndexSession, TrainingFreeDrafter, continued
 
 _SEPARATOR = -1  # between the texts of a corpus; no token
 _REFRESHED = 32  # states whose latest place is kept exactly, from the longest match down
@@ -171,7 +168,8 @@ class SuffixIndex:
             end = source.tokens.index(_SEPARATOR, match.end)
             self.guess = source.tokens[match.end : min(end, match.end + count)]
         self.matched, self.start = match.length, len(self.own.tokens) + 1
-        return Proposal.chain(self.guess, survival=self.odds.survival(match.length, len(self.guess)))
+        survival = self.odds.survival(match.length, len(self.guess))
+        return Proposal.chain(self.guess, survival=survival, free=True)
 
     def _longest(self, anchor: int) -> tuple[SuffixAutomaton, Match | None]:
         """The longest match and where it is; of two equally long ones the request's own."""
@@ -199,7 +197,7 @@ class SuffixIndex:
                 self.guess = []
 
 
-class SuffixDrafter(Drafter):
+class SuffixDrafter(TrainingFreeDrafter):
     """Proposes what followed the longest match of the context's end, if at least `min_match` tokens match.
 
     Args:
@@ -207,19 +205,12 @@ class SuffixDrafter(Drafter):
             kilobyte of memory a token).
     """
 
+    architecture = "DeepSpecSuffix"
+
     def __init__(self, block_size: int, min_match: int, corpus: Iterable[list[int]] = ()):
-        self.block_size = block_size
-        self.min_match = min_match
+        super().__init__(block_size, min_match)
         texts = SuffixAutomaton(token for text in corpus for token in (*text, _SEPARATOR))
         self.corpus = texts if texts.tokens else None
-
-    @classmethod
-    def config(cls, params: SuffixParams) -> dict:
-        return {
-            "architectures": ["DeepSpecSuffix"],
-            "block_size": params.block_size,
-            "min_match": params.min_match,
-        }
 
     def session(self, slots: int) -> IndexSession:
         odds = Odds()

@@ -16,10 +16,14 @@ from accelerate import Accelerator, InitProcessGroupKwargs
 from deepspec.data.features import FeatureStore
 from deepspec.data.sequences import Sequence, read_sequences
 from deepspec.decoding.calibration import calibrate, save
-from deepspec.drafters.checkpoint import dspark_weights, load_drafter, write_drafter
+from deepspec.drafters.checkpoint import (
+    TRAINING_FREE,
+    dspark_weights,
+    load_drafter,
+    make_lookup,
+    write_drafter,
+)
 from deepspec.drafters.dspark import DSparkConfig, DSparkModel
-from deepspec.drafters.lookup import LookupDrafter
-from deepspec.drafters.suffix import SuffixDrafter
 from deepspec.errors import DeepSpecError
 from deepspec.files import digest, source_digest
 from deepspec.target import Target, load_target
@@ -32,7 +36,6 @@ if TYPE_CHECKING:
 
 WORK = Path(".deepspec")
 DATA = Path("data/distill")
-TRAINING_FREE = {"lookup": LookupDrafter, "suffix": SuffixDrafter}
 CALIBRATION_TOKENS = 64  # of each held-out conversation's answer
 
 
@@ -47,8 +50,7 @@ def train(params: Params, name: str, target_directory: Path, out: Path, history:
     drafter = params.drafters[name]
     if drafter.type in TRAINING_FREE:
         target = load_target(target_directory)
-        config = TRAINING_FREE[drafter.type].config(drafter)
-        write_drafter(out, config, {}, target, {"data_digest": None})
+        write_drafter(out, make_lookup(drafter).config, {}, target, {"data_digest": None})
         write_history(history, [{"step": 0}])
         return
     patience = InitProcessGroupKwargs(timeout=timedelta(days=7))  # one process extracts, the others wait

@@ -204,7 +204,7 @@ def play(controller, rounds: int, committed: int, requests: int = 1, chance: flo
         selected = controller.select([chain(*[chance] * 3) if draft else Proposal() for draft in drafts])
         drafted += any(drafts)
         for pace, proposal in zip(paces, selected, strict=True):
-            pace.observe(bool(proposal.tokens), committed if proposal.tokens else 1)
+            pace.observe(committed if proposal.tokens else 1)
     return drafted
 
 
@@ -229,7 +229,7 @@ def test_a_lookup_that_finds_nothing_is_asked_again(controller):
         free.round(1)
         assert pace.drafts()
         free.select([Proposal()])
-        pace.observe(False, 1)
+        pace.observe(1)
 
 
 @pytest.mark.parametrize("controller", [CostStop, PrefixScheduler])
@@ -242,12 +242,12 @@ def test_drafting_resumes_where_it_pays_again():
     pace = controller.pace()
     controller.select([chain(0.9, 0.9)])
     for _ in range(60):
-        pace.observe(pace.drafts(), 1)
+        pace.observe(1)
     while not pace.drafts():
-        pace.observe(False, 1)
+        pace.observe(1)
     for _ in range(8):
-        pace.observe(True, 4)
-    assert all(pace.drafts() or pace.observe(True, 4) for _ in range(3))
+        pace.observe(4)
+    assert all(pace.drafts() or pace.observe(4) for _ in range(3))
 
 
 def test_the_requests_of_the_scheduler_pause_together():
@@ -258,8 +258,8 @@ def test_the_requests_of_the_scheduler_pause_together():
         if not first.drafts():
             break
         controller.select([chain(0.9), chain(0.9)])
-        first.observe(True, 1)
-        second.observe(True, 1)
+        first.observe(1)
+        second.observe(1)
     assert not first.drafts() and not second.drafts() and not controller.pace().drafts()
     controller.reset()
     assert controller.pace().drafts()
@@ -276,8 +276,25 @@ def test_a_lone_drafter_owes_the_time_of_all_who_wait():
             drafts = pace.drafts()
             drafted[companions] += drafts
             controller.select([chain(0.9, 0.9) if drafts else Proposal()] + [Proposal()] * companions)
-            pace.observe(drafts, 2 if drafts else 1)
+            pace.observe(2 if drafts else 1)
     assert drafted[0] == 60 and drafted[7] < 15
+
+
+def test_a_poor_draft_is_paused_sooner_in_a_larger_batch():
+    """Sixteen requests that fail together are evidence enough, and cost sixteen rounds."""
+    rounds = {n: play(PrefixScheduler(curve(token=0.02)), 8, 1, n) for n in (1, 16)}
+    assert rounds[16] < rounds[1] < 8
+
+
+@pytest.mark.parametrize("controller", [CostStop, PrefixScheduler])
+def test_a_round_that_a_lookup_answers_costs_no_draft(controller):
+    """Half a plain round of drafting pays where a draft was made, not where the match was free."""
+    costs = controller(curve(draft=0.5))
+    drafted = chain(0.9, 0.9)
+    costs.select([drafted])
+    with_draft = costs.cost
+    costs.select([replace(drafted, free=True)])
+    assert costs.cost == pytest.approx(with_draft - 0.5)
 
 
 def test_one_good_request_keeps_the_shared_draft_going():
@@ -287,8 +304,8 @@ def test_one_good_request_keeps_the_shared_draft_going():
         controller.round(2)
         assert paces[0].drafts()
         controller.select([chain(0.9, 0.9, 0.9), chain(0.9, 0.9, 0.9)])
-        paces[0].observe(True, 4)
-        paces[1].observe(True, 1)
+        paces[0].observe(4)
+        paces[1].observe(1)
 
 
 # --- non-anticipation -------------------------------------------------------------------------------------------
