@@ -76,7 +76,7 @@ def test_the_identity_benchmark_finds_no_difference(flags, tmp_path, capsys):
     assert "**0 differences**" in capsys.readouterr().out
     written = json.loads((tmp_path / "reports" / "identity.json").read_text())
     assert len(written["settings"]) == 1 + 2 * 2 + 2 * 4 * 2
-    assert "lookup + dspark-vanilla-tiny, best-first, batch 2" in written["settings"]
+    assert "suffix or dspark-vanilla-tiny, best-first, batch 2" in written["settings"]
 
 
 def test_the_identity_benchmark_fails_on_a_real_difference(flags, tmp_path, monkeypatch, capsys):
