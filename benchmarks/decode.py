@@ -75,7 +75,10 @@ def run(flags: argparse.Namespace) -> None:
     check_idle_threads()
     if flags.threads:
         torch.set_num_threads(flags.threads)
-    targets = {weights: load_target(flags.target, weights=weights) for weights in flags.weights}
+    targets = {
+        weights: load_target(flags.target, weights=weights, graphs=flags.cuda_graphs)
+        for weights in flags.weights
+    }
     target = next(iter(targets.values()))
     prompts = load_prompts(target, flags.prompts, flags.count)
     field, first_token = [], {}
@@ -238,6 +241,7 @@ def arguments() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--target", default="data/target", help="target directory (default %(default)s)")
     add("--weights", nargs="+", choices=list(WEIGHTS), default=["dense"], help="of our runs (default dense)")
+    add("--cuda-graphs", action="store_true", help="replay our passes as CUDA graphs (a GPU only)")
     add("--drafter", nargs="*", default=[], metavar="DIR", help="directories of drafts for the target")
     add(
         "--controllers",

@@ -19,6 +19,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from deepspec.errors import DeepSpecError
 
 NAME = "deepspec"
+CACHE_LENGTH = 256  # tokens a slot that a fresh cache takes; it grows
 
 
 class KVCache:
@@ -182,6 +183,12 @@ class Step:
         additive = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
         additive.masked_fill_(~visible, torch.finfo(dtype).min)
         return additive[:, None].repeat(1, 1, groups, 1)
+
+    def clear(self) -> None:
+        """Forget what the last pass left here: for a step that is run again."""
+        self._once.clear()
+        self.features.clear()
+        self.stored.clear()
 
     def _sees_all(self) -> bool:
         even = not self._ragged and min(self.starts) == max(self.starts)

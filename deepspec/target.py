@@ -18,11 +18,12 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
-from deepspec.attention import NAME, Step
+from deepspec.attention import CACHE_LENGTH, NAME, KVCache, Step
 from deepspec.embedded import PREFIX, write_embedded
 from deepspec.errors import DeepSpecError
 from deepspec.files import replacing
 from deepspec.fused import Int4Linear, PackedLinear, fuse
+from deepspec.graphs import GraphedPasses
 from deepspec.memory import reuse_freed_memory
 
 RECORD = "deepspec.json"
@@ -57,7 +58,11 @@ def resolve_target(source: str, revision: str | None, dtype: str, directory: str
 
 
 def load_target(
-    source: str | Path, dtype: str | None = None, device: str | None = None, weights: str = "dense"
+    source: str | Path,
+    dtype: str | None = None,
+    device: str | None = None,
+    weights: str = "dense",
+    graphs: bool = False,
 ) -> Target:
     """Load a target for inference.
 
@@ -68,6 +73,7 @@ def load_target(
         weights: "dense" as they are; "int4" rounds the decoder's projections to 4 bits in blocks of 32
             (`Int4Linear`; a CPU only). That is *another target*, and its outputs are its own; the embedded targets
             were published in such blocks, so for them it is the published precision.
+        graphs: replay small passes as CUDA graphs (`deepspec.graphs`; a GPU only).
 
     Raises:
         DeepSpecError: nothing loadable there, no tokenizer, no chat template, an unsupported attention, or weights
@@ -93,7 +99,9 @@ def load_target(
         raise DeepSpecError(f"unknown weights {weights!r}; known: {', '.join(WEIGHTS)}")
     if weights == "int4":
         _check_int4(model, device, source)
-    return Target(model.to(device).eval(), tokenizer, source, weights)
+    if graphs and torch.device(device).type != "cuda":
+        raise DeepSpecError(f"CUDA graphs need a GPU; the target would run on {device}")
+    return Target(model.to(device).eval(), tokenizer, source, weights, graphs)
 
 
 WEIGHTS = {"dense": PackedLinear, "int4": Int4Linear}
@@ -102,7 +110,9 @@ WEIGHTS = {"dense": PackedLinear, "int4": Int4Linear}
 class Target:
     """A loaded verifier. Not trainable: its layers are fused and packed for inference where that pays."""
 
-    def __init__(self, model: nn.Module, tokenizer: Any, source: str, weights: str = "dense"):
+    def __init__(
+        self, model: nn.Module, tokenizer: Any, source: str, weights: str = "dense", graphs: bool = False
+    ):
         self.tokenizer = tokenizer
         self.source = source
         self.weights = weights
@@ -130,6 +140,8 @@ class Target:
             fuse(self._layers, WEIGHTS[weights])
         self._hooked: set[int] = set()
         self._checked = False
+        self.graphs = graphs
+        self._graphs = GraphedPasses(self._run) if graphs else None
 
     @property
     def stop_ids(self) -> frozenset[int]:
@@ -151,6 +163,16 @@ class Target:
         """
         for layer in step.wanted - self._hooked:
             self._hook(layer)
+        hidden = self._graphs(ids, step) if self._graphs else self._run(ids, step)
+        if not self._checked:
+            self._check_attention(step)
+        return hidden
+
+    def cache(self, slots: int, owner: object) -> KVCache:
+        """A KV cache of so many slots, in use while `owner` lives."""
+        return self._graphs.cache(slots, owner) if self._graphs else KVCache(slots, CACHE_LENGTH)
+
+    def _run(self, ids: Tensor, step: Step) -> Tensor:
         output = self._model(
             input_ids=ids,
             attention_mask=_FOUR_DIMENSIONAL,
@@ -158,8 +180,6 @@ class Target:
             use_cache=False,
             step=step,
         )
-        if not self._checked:
-            self._check_attention(step)
         return output.last_hidden_state
 
     @torch.inference_mode()

@@ -289,6 +289,7 @@ def _identity(target: Target, drafter: Drafter | None = None, shape: Shape | Non
     identity = {
         "device": describe_device(target.device),  # with the threads and torch's version
         "precision": target.precision,
+        "graphs": target.graphs,
         "target": target.digest,
         "code": source_digest("attention.py", "fused.py", "target.py", "decoding/cost.py"),
     }

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from deepspec.attention import KVCache, Step
+from deepspec.attention import Step
 from deepspec.decoding.request import Generation, Request, Sampling, Stats
 from deepspec.decoding.sampling import best, probabilities, sample
 from deepspec.decoding.scheduler import Controller
@@ -71,7 +71,7 @@ class Engine:
         self.session = drafter.session(batch_size) if drafter else None
         self.layers = drafter.layers if drafter else ()
         self.reach = drafter.block_size if drafter else 0
-        self.cache = KVCache(batch_size, 256)
+        self.cache = target.cache(batch_size, self)
         self.slots: list[Slot] = []
 
     @torch.inference_mode()

@@ -44,10 +44,11 @@ TREES = {"plain": None, "chain": Chain(), "tree": BestFirst(width=3, depth=3, no
 
 
 @pytest.mark.parametrize("name", TREES)
-def test_greedy_tokens_are_those_of_the_cpu(directory, name):
+@pytest.mark.parametrize("graphs", [False, True])
+def test_greedy_tokens_are_those_of_the_cpu(directory, name, graphs):
     tokens = {}
     for device in ("cpu", "cuda"):
-        target = load_target(directory, dtype="float32", device=device)
+        target = load_target(directory, dtype="float32", device=device, graphs=graphs and device == "cuda")
         drafter = DSparkDrafter(small_model(target), target) if name != "plain" else None
         tokens[device] = [run.tokens for run in generate(target, drafter, PROMPTS, 24, tree=TREES[name])]
     assert tokens["cpu"] == tokens["cuda"]
@@ -68,6 +69,14 @@ def test_a_cost_curve_is_measured_there(directory):
         target, DSparkDrafter(small_model(target), target), batches=(1, 4), widths=(1, 4, 8)
     )
     assert 0 < curve.verify(4, 16) < 1 and 0 < curve.draft(1) < 1
+
+
+def test_graphs_are_replayed_and_go_on_after_the_cache_has_grown(directory):
+    plain, replaying = (load_target(directory, dtype="float32", graphs=graphs) for graphs in (False, True))
+    for prompt in (PROMPTS[0], [7] * 240):
+        tokens = [generate(target, None, prompt, 40)[0].tokens for target in (plain, replaying)]
+        assert tokens[0] == tokens[1]
+    assert len(replaying._graphs._graphs) >= 2
 
 
 def test_training_runs(directory, tmp_path):

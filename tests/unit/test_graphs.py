@@ -1,0 +1,98 @@
+"""Passes in buckets with everything in tensors: what a CUDA graph replays, here replayed by running it again."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from deepspec.config import DSparkParams
+from deepspec.decoding.engine import Engine, generate
+from deepspec.decoding.shapes import BestFirst
+from deepspec.decoding.tree import Chain
+from deepspec.drafters.dspark import DSparkConfig, DSparkDrafter, DSparkModel
+from deepspec.drafters.lookup import LookupDrafter
+from deepspec.errors import DeepSpecError
+from deepspec.graphs import MOST_TOKENS, GraphedPasses
+from deepspec.target import Target, load_target
+from tests.tiny import FAMILIES, make_target
+
+PROMPTS = [[5, 9, 14, 3, 77, 20], [100, 101, 102], [7] * 70, [11, 12] * 9]
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def directory(request, tmp_path_factory):
+    return make_target(tmp_path_factory.mktemp(request.param), request.param)
+
+
+def with_graphs(directory) -> tuple[Target, list[int]]:
+    """A target that replays, and a list that grows by one with each replay."""
+    target = load_target(directory, dtype="float32")
+    replays: list[int] = []
+
+    def capture(run):
+        def replay():
+            replays.append(1)
+            run()
+
+        run()
+        return replay
+
+    target._graphs = GraphedPasses(target._run, capture)
+    return target, replays
+
+
+def draft(target: Target) -> DSparkDrafter:
+    torch.manual_seed(0)
+    params = DSparkParams(type="dspark", layers=1, block_size=3, markov_rank=4, target_layer_ids=[-1, 0])
+    model = DSparkModel(DSparkConfig.for_target(params, target))
+    model.share(target, torch.arange(model.config.draft_vocab_size))
+    return DSparkDrafter(model, target)
+
+
+DRAFTERS = {
+    "plain": (lambda target: None, Chain()),
+    "lookup": (lambda target: LookupDrafter(4, 1), Chain()),
+    "chain": (draft, Chain()),
+    "tree": (draft, BestFirst(width=3, depth=3, nodes=8)),
+}
+
+
+@pytest.mark.parametrize("name", DRAFTERS)
+@pytest.mark.parametrize("batch", [1, 3])
+def test_the_tokens_are_the_same(directory, name, batch):
+    make, tree = DRAFTERS[name]
+    tokens = []
+    replaying, replays = with_graphs(directory)
+    for target in (load_target(directory, dtype="float32"), replaying):
+        runs = generate(target, make(target), PROMPTS, 24, tree=tree, batch_size=batch)
+        tokens.append([run.tokens for run in runs])
+    assert tokens[0] == tokens[1]
+    assert len(replays) > 10
+
+
+def test_the_next_engine_takes_over_the_cache_and_the_graphs(directory):
+    target, replays = with_graphs(directory)
+    prompt = [5]  # nothing to prefill
+    plain = generate(load_target(directory, dtype="float32"), None, prompt, 12)[0].tokens
+    for _ in range(2):
+        before = len(replays)
+        assert generate(target, None, prompt, 12)[0].tokens == plain
+    assert len(replays) - before == 12  # from the first round on
+    assert len(target._graphs._graphs) == 1
+
+
+def test_engines_at_work_together_do_not_share_a_cache(directory):
+    target, _ = with_graphs(directory)
+    first, second = Engine(target), Engine(target)
+    assert first.cache is not second.cache
+
+
+def test_a_long_pass_is_no_graph(directory):
+    target, replays = with_graphs(directory)
+    generate(target, None, [[3] * (MOST_TOKENS + 2)] * 3, 1, batch_size=1)
+    assert len(target._graphs._graphs) == 1 and len(replays) == 2  # the one-token rounds
+
+
+def test_graphs_without_a_gpu_are_an_error(directory):
+    with pytest.raises(DeepSpecError, match="CUDA graphs need a GPU"):
+        load_target(directory, device="cpu", graphs=True)
