@@ -24,6 +24,10 @@ from transformers import (
 )
 from transformers.utils.logging import disable_progress_bar
 
+from deepspec.config import DSparkParams
+from deepspec.drafters.dspark import DSparkConfig, DSparkModel
+from deepspec.target import Target
+
 FAMILIES = {
     "llama": (LlamaConfig, LlamaForCausalLM, {}),
     "mistral": (MistralConfig, MistralForCausalLM, {"sliding_window": 48}),
@@ -133,6 +137,16 @@ def make_target(
     model.save_pretrained(path)
     tokenizer.save_pretrained(path)
     return Path(path)
+
+
+def make_draft(target: Target, **sizes) -> DSparkModel:
+    """An untrained DSpark network for `target`; with `draft_vocab_size` it knows the last ids of the vocabulary."""
+    torch.manual_seed(0)
+    small = {"layers": 1, "block_size": 3, "markov_rank": 4, "target_layer_ids": [0, 1]}
+    config = DSparkConfig.for_target(DSparkParams(type="dspark", **small | sizes), target)
+    model = DSparkModel(config)
+    model.share(target, torch.arange(target.vocab_size - config.draft_vocab_size, target.vocab_size))
+    return model
 
 
 def main() -> None:

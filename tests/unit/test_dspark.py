@@ -8,16 +8,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from deepspec.config import DSparkParams
 from deepspec.decoding.request import Sampling
 from deepspec.decoding.shapes import BestFirst
 from deepspec.decoding.tree import Chain
 from deepspec.drafters.base import Ask
 from deepspec.drafters.checkpoint import dspark_weights, load_drafter, load_dspark, write_drafter
-from deepspec.drafters.dspark import DSparkConfig, DSparkDrafter, DSparkModel, spread_layers
+from deepspec.drafters.dspark import DSparkDrafter, spread_layers
 from deepspec.errors import DeepSpecError
 from deepspec.target import load_target
-from tests.tiny import make_target
+from tests.tiny import make_draft, make_target
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 
@@ -118,16 +117,8 @@ def test_a_tree_is_conditioned_on_each_nodes_own_parent(model, published, expect
         assert tree.survival[node] == pytest.approx(above * float(law.detach()[token]), rel=1e-3)
 
 
-def small_drafter(target, **overrides) -> DSparkModel:
-    params = DSparkParams(**{"type": "dspark", "layers": 1, "block_size": 3, "markov_rank": 4, **overrides})
-    config = DSparkConfig.for_target(params, target)
-    model = DSparkModel(config)
-    model.share(target, torch.arange(target.vocab_size - config.draft_vocab_size, target.vocab_size))
-    return model
-
-
 def test_what_is_saved_loads_back(published, tmp_path):
-    model = small_drafter(published, draft_vocab_size=100, context_skip=True)
+    model = make_draft(published, draft_vocab_size=100, context_skip=True)
     write_drafter(tmp_path / "draft", model.config.to_dict(), dspark_weights(model), published, {})
     again = load_dspark(tmp_path / "draft", published)
     for name, tensor in model.state_dict().items():
@@ -139,7 +130,7 @@ def test_what_is_saved_loads_back(published, tmp_path):
     "fault", ["unknown", "missing", "shape", "nan", "corrupt", "other target", "architecture"]
 )
 def test_a_bad_draft_directory_gives_one_clear_line(fault, published, tmp_path):
-    model = small_drafter(published)
+    model = make_draft(published)
     weights, config, record = dspark_weights(model), model.config.to_dict(), {}
     if fault == "unknown":
         weights["layers.7.mlp.up_proj.weight"] = torch.zeros(2, 2)
@@ -179,5 +170,5 @@ def test_feature_layers_never_include_the_last():
 
 
 def test_saved_weights_are_safetensors_without_the_embeddings(published, tmp_path):
-    save_file(dspark_weights(small_drafter(published)), tmp_path / "x.safetensors")
+    save_file(dspark_weights(make_draft(published)), tmp_path / "x.safetensors")
     assert "embed_tokens.weight" not in load_file(tmp_path / "x.safetensors")

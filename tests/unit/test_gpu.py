@@ -6,33 +6,25 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from deepspec.config import DSparkParams, TrainParams
+from deepspec.config import TrainParams
 from deepspec.data.features import FeatureStore
 from deepspec.data.sequences import Sequence
 from deepspec.decoding.cost import measure_curve
 from deepspec.decoding.engine import generate
 from deepspec.decoding.shapes import BestFirst, Sampled
 from deepspec.decoding.tree import Chain
-from deepspec.drafters.dspark import DSparkConfig, DSparkDrafter, DSparkModel
+from deepspec.drafters.dspark import DSparkDrafter
 from deepspec.target import load_target
 from deepspec.training.batches import Batches
 from deepspec.training.objective import DSparkObjective
 from deepspec.training.trainer import Trainer
-from tests.tiny import make_target
+from tests.tiny import make_draft, make_target
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
 ]
 PROMPTS = [[5, 9, 14, 3, 77, 20], [100, 101, 102], [7] * 70]
-
-
-def small_model(target) -> DSparkModel:
-    torch.manual_seed(0)
-    params = DSparkParams(type="dspark", layers=1, block_size=3, markov_rank=4, target_layer_ids=[0, 1])
-    model = DSparkModel(DSparkConfig.for_target(params, target))
-    model.share(target, torch.arange(model.config.draft_vocab_size))
-    return model
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +41,7 @@ def test_greedy_tokens_are_those_of_the_cpu(directory, name, graphs):
     tokens = {}
     for device in ("cpu", "cuda"):
         target = load_target(directory, dtype="float32", device=device, graphs=graphs and device == "cuda")
-        drafter = DSparkDrafter(small_model(target), target) if name != "plain" else None
+        drafter = DSparkDrafter(make_draft(target), target) if name != "plain" else None
         tokens[device] = [run.tokens for run in generate(target, drafter, PROMPTS, 24, tree=TREES[name])]
     assert tokens["cpu"] == tokens["cuda"]
 
@@ -57,7 +49,7 @@ def test_greedy_tokens_are_those_of_the_cpu(directory, name, graphs):
 @pytest.mark.parametrize("tree", [Chain(), Sampled((2, 2))])
 def test_sampling_with_a_draft_runs_and_reproduces(directory, tree):
     target = load_target(directory, dtype="bfloat16", device="cuda")
-    drafter = DSparkDrafter(small_model(target), target)
+    drafter = DSparkDrafter(make_draft(target), target)
     options = {"temperature": 1.0, "seed": 3, "tree": tree}
     runs = [generate(target, drafter, PROMPTS[0], 24, **options)[0].tokens for _ in range(2)]
     assert runs[0] == runs[1]
@@ -65,9 +57,7 @@ def test_sampling_with_a_draft_runs_and_reproduces(directory, tree):
 
 def test_a_cost_curve_is_measured_there(directory):
     target = load_target(directory, dtype="bfloat16", device="cuda")
-    curve = measure_curve(
-        target, DSparkDrafter(small_model(target), target), batches=(1, 4), widths=(1, 4, 8)
-    )
+    curve = measure_curve(target, DSparkDrafter(make_draft(target), target), batches=(1, 4), widths=(1, 4, 8))
     assert 0 < curve.verify(4, 16) < 1 and 0 < curve.draft(1) < 1
 
 
@@ -88,7 +78,7 @@ def test_training_runs(directory, tmp_path):
     params = TrainParams(steps=4, lr=1e-3, batch_size=4, anchors=4, eval_every=2, save_every=2)
     batches = Batches(store, list(range(2, 12)), 4, 4, 3, seed=0)
     accelerator = Accelerator(mixed_precision="bf16")
-    objective = DSparkObjective(small_model(target), params.loss).to(accelerator.device)
+    objective = DSparkObjective(make_draft(target), params.loss).to(accelerator.device)
     trainer = Trainer(objective, batches, [0, 1], params, accelerator, tmp_path / "work")
     trainer.run()
     assert trainer.step == 4 and trainer.best_tau >= 1

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import pytest
-import torch
 
-from deepspec.config import DSparkParams
 from deepspec.decoding.engine import Engine, generate
 from deepspec.decoding.shapes import BestFirst
 from deepspec.decoding.tree import Chain
-from deepspec.drafters.dspark import DSparkConfig, DSparkDrafter, DSparkModel
+from deepspec.drafters.dspark import DSparkDrafter
 from deepspec.drafters.lookup import LookupDrafter
 from deepspec.errors import DeepSpecError
 from deepspec.graphs import MOST_TOKENS, GraphedPasses
 from deepspec.target import Target, load_target
-from tests.tiny import FAMILIES, make_target
+from tests.tiny import FAMILIES, make_draft, make_target
 
 PROMPTS = [[5, 9, 14, 3, 77, 20], [100, 101, 102], [7] * 70, [11, 12] * 9]
 
@@ -41,19 +39,15 @@ def with_graphs(directory) -> tuple[Target, list[int]]:
     return target, replays
 
 
-def draft(target: Target) -> DSparkDrafter:
-    torch.manual_seed(0)
-    params = DSparkParams(type="dspark", layers=1, block_size=3, markov_rank=4, target_layer_ids=[-1, 0])
-    model = DSparkModel(DSparkConfig.for_target(params, target))
-    model.share(target, torch.arange(model.config.draft_vocab_size))
-    return DSparkDrafter(model, target)
+def trained(target: Target) -> DSparkDrafter:
+    return DSparkDrafter(make_draft(target, target_layer_ids=[-1, 0]), target)
 
 
 DRAFTERS = {
     "plain": (lambda target: None, Chain()),
     "lookup": (lambda target: LookupDrafter(4, 1), Chain()),
-    "chain": (draft, Chain()),
-    "tree": (draft, BestFirst(width=3, depth=3, nodes=8)),
+    "chain": (trained, Chain()),
+    "tree": (trained, BestFirst(width=3, depth=3, nodes=8)),
 }
 
 

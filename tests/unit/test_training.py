@@ -10,17 +10,16 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from deepspec.config import DSparkParams, TrainParams
+from deepspec.config import TrainParams
 from deepspec.data.features import FeatureStore
 from deepspec.data.sequences import Sequence, read_sequences
-from deepspec.drafters.dspark import DSparkConfig, DSparkModel
 from deepspec.errors import DeepSpecError
 from deepspec.target import load_target
 from deepspec.training.batches import Batches
 from deepspec.training.objective import DSparkObjective
 from deepspec.training.run import draft_vocabulary
 from deepspec.training.trainer import CHECKPOINT, Trainer, schedule
-from tests.tiny import make_target
+from tests.tiny import make_draft, make_target
 
 STEPS = 9
 
@@ -46,16 +45,14 @@ def store(target, sequences, tmp_path):
 
 
 def make_trainer(store, work, steps=STEPS, **changes) -> Trainer:
-    torch.manual_seed(0)
-    params = DSparkParams(type="dspark", layers=1, block_size=3, markov_rank=4, target_layer_ids=[0, 1])
-    config = DSparkConfig.for_target(params, store.target)
-    model = DSparkModel(config)
-    model.share(store.target, torch.arange(config.draft_vocab_size))
+    model = make_draft(store.target)
     train = TrainParams(
         **{"steps": steps, "lr": 3e-3, "batch_size": 4, "anchors": 6, "eval_every": 3, "save_every": 2}
         | {"mixed_precision": "no", **changes}
     )
-    batches = Batches(store, list(range(2, 20)), train.batch_size, train.anchors, config.block_size, seed=0)
+    batches = Batches(
+        store, list(range(2, 20)), train.batch_size, train.anchors, model.config.block_size, seed=0
+    )
     objective = DSparkObjective(model, train.loss)
     return Trainer(objective, batches, [0, 1], train, Accelerator(mixed_precision="no", cpu=True), work)
 
