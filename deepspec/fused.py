@@ -118,8 +118,12 @@ class FusedLayer(nn.Module):
         )
 
     def forward(self, x: Tensor, position_embeddings=None, step: Step | None = None, **_) -> Tensor:
+        return self.block(self.norms[0](x), x, position_embeddings, step)
+
+    def block(self, normed: Tensor, x: Tensor, position_embeddings, step: Step) -> Tensor:
+        """The layer on what its attention reads, normed [batch, n, ·], and what its residuals add to."""
         batch, n, _ = x.shape
-        qkv = self.qkv(self.norms[0](x)).view(batch, n, -1, self.head_dim)
+        qkv = self.qkv(normed).view(batch, n, -1, self.head_dim)
         rotated, values = qkv.split((self.heads + self.kv_heads, self.kv_heads), 2)
         if self.qk_norms is not None:
             queries, keys = rotated.split((self.heads, self.kv_heads), 2)

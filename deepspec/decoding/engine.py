@@ -18,14 +18,13 @@ from deepspec.decoding.request import Generation, Request, Sampling, Stats
 from deepspec.decoding.sampling import best, probabilities, sample
 from deepspec.decoding.scheduler import Controller
 from deepspec.decoding.slot import Slot
-from deepspec.decoding.tree import Chain, Proposal, Shape
+from deepspec.decoding.tree import MAX_NODES, Chain, Proposal, Shape
 from deepspec.decoding.verify import check_rule, rule_for, walk
 from deepspec.drafters.base import Ask, Drafter
 from deepspec.errors import DeepSpecError
 from deepspec.target import Target
 
 PREFILL = 512  # prompt tokens a pass, which bounds the attention mask
-MAX_NODES = 256  # of a tree
 _NOTHING = Proposal()
 Outcome = tuple[list[int], int] | str  # accepted nodes and the target's next token, or what went wrong
 

@@ -19,6 +19,8 @@ from deepspec.decoding.request import Sampling
 from deepspec.decoding.sampling import best, draw, probabilities
 from deepspec.errors import DeepSpecError
 
+MAX_NODES = 256  # of a tree
+
 
 @dataclass(frozen=True)
 class Proposal:

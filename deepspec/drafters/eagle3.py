@@ -1,0 +1,443 @@
+"""EAGLE-3: one decoder layer that drafts token by token from the target's features and its own.
+
+Source: arXiv 2503.01840. Features of several target layers are joined by `fc` into g. The layer's attention reads
+[norm(embed(x_{i+1})); norm(g_i)], 2d wide, at RoPE position i; its output h_i gives the logits of x_{i+2}, and takes
+g's place where the target has not been yet: at x_{i+2} drafted, the next input is [norm(embed(x_{i+2})); norm(h_i)].
+
+Trained by *training-time test*: γ steps, the first on the target's features, each later one on the layer's own outputs
+with the true tokens. A query of step k at place i attends to the keys of the first step up to i and to one entry of
+each later step, its own. So the steps of different places never meet, and only the places that a loss looks at
+(anchors) are computed: keys and values of all tokens, queries of the anchors.
+
+Directories: `LlamaForCausalLMEagle3`, which engines serve, and DeepSeek's `Qwen3Eagle3Model` (q/k norms).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from deepspec.attention import CACHE_LENGTH, KVCache, Step, attend
+from deepspec.decoding.tree import MAX_NODES, Growth, Laws, Parent, Proposal, grow
+from deepspec.drafters.base import Ask, Drafter, Session
+from deepspec.drafters.network import (
+    MLP,
+    Network,
+    RMSNorm,
+    RopeTable,
+    like_target,
+    missing_keys,
+    plain_rope,
+)
+from deepspec.errors import DeepSpecError
+from deepspec.fused import FusedLayer, PackedLinear, rotate
+from deepspec.target import Target
+
+if TYPE_CHECKING:
+    from deepspec.config import Eagle3Params
+
+SERVED, DEEPSEEK = "LlamaForCausalLMEagle3", "Qwen3Eagle3Model"
+
+
+@dataclass(frozen=True)
+class Eagle3Config:
+    """Sizes of the network."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    rms_norm_eps: float
+    rope_theta: float
+    vocab_size: int
+    draft_vocab_size: int
+    target_layer_ids: tuple[int, ...]
+    num_target_layers: int
+    block_size: int
+    qk_norm: bool = False
+    max_position_embeddings: int = 8192
+
+    @classmethod
+    def read(cls, config: dict[str, Any]) -> Eagle3Config:
+        """From a `config.json` of either kind.
+
+        Raises:
+            DeepSpecError: a missing key, or an option that is not supported.
+        """
+        for key, supported in _FIXED.items():
+            if config.get(key, supported) != supported:
+                raise DeepSpecError(f"{key} {config[key]!r} is not supported, only {supported!r}")
+        rope_theta = plain_rope(config)
+        heads = config.get("num_attention_heads")
+        eagle = config.get("eagle_config") or {}
+        layers = config.get("target_layer_ids", eagle.get("eagle_aux_hidden_state_layer_ids"))
+        found = config | {"target_layer_ids": layers, "rope_theta": rope_theta}
+        found.setdefault("head_dim", heads and config.get("hidden_size", 0) // heads)
+        found.setdefault("num_key_value_heads", heads)
+        found.setdefault("draft_vocab_size", config.get("vocab_size"))
+        found.setdefault("num_target_layers", config.get("target_num_hidden_layers"))
+        found.setdefault("block_size", config.get("ttt_length", 5))
+        found["qk_norm"] = config["architectures"][0] == DEEPSEEK
+        if missing := missing_keys(cls, found):
+            raise DeepSpecError(f"config.json of an EAGLE-3 draft lacks {', '.join(missing)}")
+        known = {name: found[name] for name in cls.__dataclass_fields__ if found.get(name) is not None}
+        return cls(**known | {"target_layer_ids": tuple(layers)})
+
+    @classmethod
+    def for_target(cls, params: Eagle3Params, target: Target) -> Eagle3Config:
+        """Sizes that follow the target's own."""
+        layers = params.target_layer_ids or default_layers(target.num_layers)
+        sizes = like_target(target, layers, params.draft_vocab_size)
+        return cls(**sizes, block_size=params.block_size, qk_norm=params.qk_norm)
+
+    def to_dict(self) -> dict[str, Any]:
+        """`config.json` with every key that a reader may look for."""
+        sizes = {name: getattr(self, name) for name in self.__dataclass_fields__ if name != "qk_norm"}
+        layers = list(self.target_layer_ids)
+        return {
+            "architectures": [DEEPSEEK if self.qk_norm else SERVED],
+            "model_type": "qwen3" if self.qk_norm else "llama",
+            **sizes,
+            **_FIXED,
+            "target_layer_ids": layers,
+            "target_hidden_size": self.hidden_size,
+            "eagle_config": {"eagle_aux_hidden_state_layer_ids": layers, "use_aux_hidden_state": True},
+            "rope_parameters": {"rope_type": "default", "rope_theta": self.rope_theta},
+            "ttt_length": self.block_size,
+            "dtype": "bfloat16",
+        }
+
+
+_FIXED = {
+    "num_hidden_layers": 1,
+    "draft_num_hidden_layers": 1,
+    "hidden_act": "silu",
+    "attention_bias": False,
+    "tie_word_embeddings": False,
+    "norm_before_residual": False,
+    "norm_before_fc": False,
+    "fc_norm": False,
+    "norm_output": False,
+}
+
+
+def default_layers(count: int) -> list[int]:
+    """EAGLE-3's low, middle and high layer: 1, L/2 − 1 and L − 4, what engines assume; fewer in a shallow target."""
+    return sorted({min(max(layer, 0), max(count - 2, 0)) for layer in (1, count // 2 - 1, count - 4)})
+
+
+class Attention(nn.Module):
+    """Reads [norm(embedding); norm(hidden)], 2d wide. The attributes are those of transformers' own (`FusedLayer`)."""
+
+    layer_idx, sliding_window = 0, None
+
+    def __init__(self, config: Eagle3Config):
+        super().__init__()
+        self.head_dim = config.head_dim
+        self.scaling = config.head_dim**-0.5
+        width = 2 * config.hidden_size
+        q, kv = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+        self.q_proj = nn.Linear(width, q, bias=False)
+        self.k_proj = nn.Linear(width, kv, bias=False)
+        self.v_proj = nn.Linear(width, kv, bias=False)
+        self.o_proj = nn.Linear(q, config.hidden_size, bias=False)
+        if config.qk_norm:
+            self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
+            self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
+
+    def queries(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+        """x [b, n, 2d] → [b, heads, n, head_dim], rotated."""
+        return self._rotated(self.q_proj(x), "q_norm", rope)
+
+    def keys_values(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """x [b, n, 2d] → rotated keys and values, each [b, kv_heads, n, head_dim]."""
+        values = self.v_proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+        return self._rotated(self.k_proj(x), "k_norm", rope), values
+
+    def _rotated(self, x: Tensor, norm: str, rope: tuple[Tensor, Tensor]) -> Tensor:
+        x = x.unflatten(-1, (-1, self.head_dim))
+        if hasattr(self, norm):
+            x = getattr(self, norm)(x)
+        return rotate(x, *rope).transpose(1, 2)
+
+
+class Layer(nn.Module):
+    def __init__(self, config: Eagle3Config):
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)  # of the embeddings
+        self.hidden_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = MLP(config)
+
+    def joined(self, embedded: Tensor, hidden: Tensor) -> Tensor:
+        """[norm(embedding); norm(hidden)] [..., 2d]"""
+        return torch.cat((self.input_layernorm(embedded), self.hidden_norm(hidden)), -1)
+
+    def finish(self, attended: Tensor, hidden: Tensor) -> Tensor:
+        """Output projection, MLP and their residuals; attended [b, n, heads, head_dim]."""
+        hidden = hidden + self.self_attn.o_proj(attended.flatten(2))
+        return hidden + self.mlp(self.post_attention_layernorm(hidden))
+
+
+class Eagle3Model(Network):
+    """The network, trained by unrolling it from anchors."""
+
+    def __init__(self, config: Eagle3Config):
+        super().__init__(config)
+        self.fc = nn.Linear(len(config.target_layer_ids) * config.hidden_size, config.hidden_size, bias=False)
+        self.layer = Layer(config)
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.initialise()
+
+    def forward(self, features: Tensor, tokens: Tensor, anchors: Tensor) -> Tensor:
+        """Hidden states of the drafts that start at the anchors, the true tokens fed.
+
+        Args:
+            features: [batch, n, layers·d] of every token of the sequences.
+            tokens: int64 [batch, n].
+            anchors: int64 [batch, blocks], positions of the anchors (>= 1).
+
+        Returns:
+            [batch, blocks, γ, d] after the final norm: row k predicts the token at anchor + k + 1.
+        """
+        layer, attention = self.layer, self.layer.self_attn
+        n = tokens.shape[1]
+        fused = self.fc(features)  # g [batch, n, d]
+        embedded = self.embed_tokens(tokens)
+        joined = layer.joined(embedded[:, 1:], fused[:, :-1])  # place i: x_{i+1} with g_i
+        places = torch.arange(n - 1, device=tokens.device)
+        keys, values = attention.keys_values(joined, self.rope(places[None], joined.dtype))
+        first = anchors - 1  # place of the first step
+        seen = places <= first[..., None]  # [batch, blocks, n − 1]
+        mask = torch.zeros(seen.shape, dtype=keys.dtype, device=keys.device)
+        mask = mask.masked_fill_(~seen, torch.finfo(keys.dtype).min / 2)[:, None]
+        hidden = _rows(fused, first)
+        steps: list[Tensor] = []
+        own_keys: list[Tensor] = []
+        own_values: list[Tensor] = []
+        for k in range(self.config.block_size):
+            fed = _rows(embedded, (anchors + k).clamp(max=n - 1))
+            x = layer.joined(fed, hidden)
+            rope = self.rope(first + k, x.dtype)
+            queries = attention.queries(x, rope)
+            if k:
+                new_keys, new_values = attention.keys_values(x, rope)
+                own_keys.append(new_keys)
+                own_values.append(new_values)
+            attended = _attend(queries, keys, values, mask, own_keys, own_values)
+            hidden = layer.finish(attended, hidden)
+            steps.append(self.norm(hidden))
+        return torch.stack(steps, 2)
+
+
+def _rows(x: Tensor, index: Tensor) -> Tensor:
+    """x [batch, n, d], index [batch, m] → [batch, m, d]"""
+    return x.gather(1, index[..., None].expand(-1, -1, x.shape[-1]))
+
+
+def _attend(queries, keys, values, mask, own_keys, own_values) -> Tensor:
+    """Attention of each query to the shared keys under the mask, and to its own entries of later steps.
+
+    queries [b, heads, m, d]; keys, values [b, kv_heads, n, d]; mask [b, 1, m, n] additive; own entries
+    [b, kv_heads, m, d] each. Returns [b, m, heads, d].
+    """
+    groups = queries.shape[1] // keys.shape[1]
+    if not own_keys:
+        return attend(queries, keys, values, mask.repeat(1, 1, groups, 1), None)
+    grouped = queries.unflatten(1, (keys.shape[1], groups))  # [b, kv_heads, groups, m, d]
+    scale = queries.shape[-1] ** -0.5
+    shared = grouped @ keys[:, :, None].transpose(-1, -2) * scale + mask[:, :, None]
+    mine = torch.stack([(grouped * own[:, :, None]).sum(-1) for own in own_keys], -1) * scale
+    weights = torch.cat((shared, mine), -1).float().softmax(-1).to(values.dtype)
+    out = weights[..., : keys.shape[2]] @ values[:, :, None]
+    for i, own in enumerate(own_values):
+        out = out + weights[..., keys.shape[2] + i, None] * own[:, :, None]
+    return out.flatten(1, 2).transpose(1, 2)
+
+
+class Eagle3Drafter(Drafter):
+    """Drafts from the layer's own hidden states, a pass for each level of the tree."""
+
+    def __init__(self, model: Eagle3Model, target: Target):
+        config = model.config
+        self.config = config
+        self.layers = config.target_layer_ids
+        self.block_size = config.block_size
+        self.vocab_size = target.vocab_size
+        self.device, self.dtype = target.device, target.dtype
+        with torch.no_grad():
+            model = model.to(self.device, self.dtype)
+            self._embed, self._fc = model.embed_tokens.weight, PackedLinear(model.fc.weight)
+            self._joined, self._layer = model.layer.joined, FusedLayer(model.layer)
+            self._norm, self._head = model.norm, PackedLinear(model.lm_head.weight)
+            self.vocabulary = model.vocabulary()
+        self._rope = RopeTable(config.rope_theta, config.head_dim, self.device, self.dtype)
+
+    def session(self, slots: int) -> Eagle3Session:
+        return Eagle3Session(self, slots)
+
+    def fuse(self, features: Tensor) -> Tensor:
+        """Target features [n, layers·d] → g [n, d]."""
+        return self._fc(features)
+
+    def step(
+        self,
+        cache: KVCache,
+        rows: list[int],
+        starts: list[int],
+        counts: list[int],
+        ids: list[int],
+        hidden: Tensor,
+        positions: list[int],
+        visible: Tensor | None = None,
+    ) -> Tensor:
+        """The layer's outputs [n, d] for n places: a token and a hidden state each, in the packed form of `Step`."""
+        embedded = F.embedding(torch.tensor(ids, device=self.device), self._embed)
+        places = torch.tensor([positions], device=self.device)
+        step = Step(places, visible, cache, rows, starts, counts)
+        rope = self._rope(places, max(positions))
+        step.once("rope", lambda: rope)
+        return self._layer.block(self._joined(embedded, hidden)[None], hidden[None], None, step)[0]
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """The layer's outputs [n, d] → [n, columns]"""
+        return self._head(self._norm(hidden))
+
+
+@dataclass
+class _Row:
+    """What of a request has not been through the layer: its tokens, and the target's features of the same tokens."""
+
+    length: int = 0  # places in the cache: (g_i, x_{i+1}) for each i below
+    tokens: list[int] = field(default_factory=list)
+    features: list[Tensor] = field(default_factory=list)
+
+
+class Eagle3Session(Session):
+    def __init__(self, drafter: Eagle3Drafter, slots: int):
+        self.drafter = drafter
+        self.cache = KVCache(slots, CACHE_LENGTH)
+        self.rows = [_Row() for _ in range(slots)]
+
+    def begin(self, row: int) -> None:
+        self.rows[row] = _Row()
+
+    def extend(self, row: int, tokens: list[int], features: Tensor | None) -> None:
+        self.rows[row].tokens += tokens
+        self.rows[row].features.append(features)
+
+    def move(self, source: int, destination: int) -> None:
+        self.cache.move(source, destination, self.rows[source].length)
+        self.rows[destination] = self.rows[source]
+
+    @torch.inference_mode()
+    def propose(self, asks: list[Ask]) -> list[Proposal]:
+        proposals = [Proposal()] * len(asks)
+        ready = [i for i, ask in enumerate(asks) if self.rows[ask.row].tokens]
+        if ready:  # a one-token prompt has no features yet
+            drafted = self._propose([asks[i] for i in ready])
+            for i, proposal in zip(ready, drafted, strict=True):
+                proposals[i] = proposal
+        return proposals
+
+    def _propose(self, asks: list[Ask]) -> list[Proposal]:
+        drafter = self.drafter
+        roots = self._absorb(asks)
+        growths = [
+            ask.shape.growth(drafter.vocabulary, ask.sampling, min(ask.room, drafter.block_size), ask.rng)
+            for ask in asks
+        ]
+        lengths = [self.rows[ask.row].length for ask in asks]
+        tree = _Expansion(drafter, self.cache, [ask.row for ask in asks], lengths, growths, roots)
+        return grow(growths, [ask.anchor for ask in asks], tree.expand)
+
+    def _absorb(self, asks: list[Ask]) -> Tensor:
+        """Take in what was committed since the last proposal, the anchor included; outputs at the anchors [m, d]."""
+        rows = [ask.row for ask in asks]
+        states = [self.rows[row] for row in rows]
+        counts = [len(state.tokens) for state in states]
+        starts = [state.length for state in states]
+        ids = [t for ask, state in zip(asks, states, strict=True) for t in (*state.tokens[1:], ask.anchor)]
+        positions = [s + i for s, count in zip(starts, counts, strict=True) for i in range(count)]
+        features = torch.cat([part for state in states for part in state.features])
+        self.cache.reserve(max(starts) + 2 * max(counts) + MAX_NODES)
+        hidden = self.drafter.step(
+            self.cache, rows, starts, counts, ids, self.drafter.fuse(features), positions
+        )
+        for state, count in zip(states, counts, strict=True):
+            state.length += count
+            state.tokens, state.features = [], []
+        return hidden[torch.tensor(counts).cumsum(0) - 1]
+
+
+class _Expansion:
+    """The trees in the making: outputs of their nodes, and where in the cache their keys lie."""
+
+    def __init__(
+        self,
+        drafter: Eagle3Drafter,
+        cache: KVCache,
+        rows: list[int],
+        lengths: list[int],
+        growths: list[Growth],
+        roots: Tensor,
+    ):
+        self.drafter, self.cache, self.rows, self.lengths, self.growths = (
+            drafter,
+            cache,
+            rows,
+            lengths,
+            growths,
+        )
+        self.outputs = [{-1: root} for root in roots]  # request → node → [d]
+        self.columns: list[dict[int, int]] = [{} for _ in rows]  # request → node → cache column
+        self.roots = roots
+
+    def expand(self, parents: list[Parent]) -> Laws:
+        """What `grow` asks for."""
+        if parents[0].depth == 0:
+            return Laws(self.drafter.logits(self.roots[[parent.growth for parent in parents]]))
+        by_request: dict[int, list[Parent]] = {}
+        for parent in parents:
+            by_request.setdefault(parent.growth, []).append(parent)
+        requests = list(by_request)
+        counts = [len(by_request[r]) for r in requests]
+        starts = [self.lengths[r] + len(self.columns[r]) for r in requests]
+        chains = all(
+            len(by_request[r]) == 1 and len(self.columns[r]) == parents[0].depth - 1 for r in requests
+        )
+        for r, start in zip(requests, starts, strict=True):
+            self.columns[r] |= {parent.node: start + i for i, parent in enumerate(by_request[r])}
+        visible = None if chains else self._visible(by_request, max(starts) + max(counts), max(counts))
+        above = [self.outputs[p.growth][self.growths[p.growth].parents[p.node]] for p in parents]
+        hidden = self.drafter.step(
+            self.cache,
+            [self.rows[r] for r in requests],
+            starts,
+            counts,
+            [parent.token for parent in parents],
+            torch.stack(above),
+            [self.lengths[p.growth] - 1 + p.depth for p in parents],
+            visible,
+        )
+        for parent, output in zip(parents, hidden, strict=True):
+            self.outputs[parent.growth][parent.node] = output
+        return Laws(self.drafter.logits(hidden))
+
+    def _visible(self, by_request: dict[int, list[Parent]], length: int, most: int) -> Tensor:
+        """bool [requests, most, length]: each node sees the context, its ancestors and itself."""
+        visible = torch.zeros(len(by_request), most, length, dtype=torch.bool)
+        for row, (request, parents) in enumerate(by_request.items()):
+            visible[row, :, : self.lengths[request]] = True
+            for i, parent in enumerate(parents):
+                node = parent.node
+                while node >= 0:
+                    visible[row, i, self.columns[request][node]] = True
+                    node = self.growths[request].parents[node]
+        return visible.to(self.drafter.device)

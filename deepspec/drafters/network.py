@@ -1,0 +1,150 @@
+"""What the networks of trained drafters share: norms, MLP, rotary embedding, and the target's embeddings and head."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import MISSING
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from deepspec.decoding.tree import Vocabulary
+from deepspec.errors import DeepSpecError
+from deepspec.fused import signed
+from deepspec.target import Target
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, size: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.variance_epsilon = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.variance_epsilon)
+
+
+class MLP(nn.Module):
+    """SwiGLU."""
+
+    def __init__(self, config: Any):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Network(nn.Module):
+    """A drafter's network with the target's embeddings and head, frozen.
+
+    `lm_head` keeps only the draft vocabulary's rows, whose target ids are `draft_ids`.
+    """
+
+    def __init__(self, config: Any):
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.lm_head = nn.Linear(config.hidden_size, config.draft_vocab_size, bias=False)
+        self.register_buffer("draft_ids", torch.arange(config.draft_vocab_size))
+
+    def initialise(self) -> None:
+        """Normal weights of deviation 0.02; call it at the end of __init__."""
+        for module in self.modules():
+            if isinstance(module, (nn.Linear, nn.Embedding)):
+                nn.init.normal_(module.weight, std=0.02)
+        self.embed_tokens.requires_grad_(False)
+        self.lm_head.requires_grad_(False)
+
+    def share(self, target: Target, draft_ids: Tensor) -> None:
+        """Take embeddings and head from the target. draft_ids int64 [draft_vocab], ascending target ids."""
+        self.draft_ids.copy_(draft_ids)
+        self.embed_tokens.weight.data = target.embeddings.to(torch.float32).clone()
+        rows = target.head_weight[draft_ids.to(target.head_weight.device)]
+        self.lm_head.weight.data = rows.to(torch.float32)
+
+    def rope(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Operands of `rotate` for positions [b, n]: each [b, n, 1, head_dim]."""
+        return rope(positions, self.config.rope_theta, self.config.head_dim, dtype)
+
+    def vocabulary(self) -> Vocabulary:
+        """What the columns of the logits mean."""
+        ids = self.draft_ids.cpu()
+        if len(ids) == self.config.vocab_size:
+            return Vocabulary(self.config.vocab_size)
+        return Vocabulary(self.config.vocab_size, ids, ids.tolist())
+
+
+def rope(positions: Tensor, theta: float, dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Operands of `rotate` for positions [b, n]: each [b, n, 1, dim]."""
+    rates = theta ** (-torch.arange(0, dim, 2, device=positions.device).double() / dim)
+    angles = (positions[..., None] * rates).repeat(1, 1, 2)
+    return angles.cos().to(dtype)[:, :, None], signed(angles.sin()).to(dtype)[:, :, None]
+
+
+class RopeTable:
+    """`rope` for inference, from a table that grows by doubling."""
+
+    def __init__(self, theta: float, dim: int, device: torch.device, dtype: torch.dtype):
+        self.theta, self.dim, self.device, self.dtype = theta, dim, device, dtype
+        self._table: tuple[Tensor, ...] = ()
+
+    def __call__(self, positions: Tensor, largest: int) -> tuple[Tensor, Tensor]:
+        """positions [b, n], none above `largest`."""
+        if not self._table or largest >= self._table[0].shape[1]:
+            places = torch.arange(max(512, 2 * largest), device=self.device)[None]
+            self._table = rope(places, self.theta, self.dim, self.dtype)
+        cos, sin = self._table
+        return cos[0, positions], sin[0, positions]
+
+
+def like_target(target: Target, layers: Sequence[int], draft_vocab_size: int | None) -> dict[str, Any]:
+    """Sizes of a draft that follow its target's.
+
+    Raises:
+        DeepSpecError: a target that cannot be distilled, or a layer that it lacks.
+    """
+    if not target.plain_head:
+        raise DeepSpecError(
+            f"{target.source}: a head with a bias, a scale or a soft cap cannot be distilled yet"
+        )
+    target.check_layers(layers)
+    config = target.config
+    heads = config.num_attention_heads
+    return {
+        "hidden_size": target.hidden_size,
+        "intermediate_size": getattr(config, "intermediate_size", 4 * target.hidden_size),
+        "num_attention_heads": heads,
+        "num_key_value_heads": getattr(config, "num_key_value_heads", None) or heads,
+        "head_dim": getattr(config, "head_dim", None) or target.hidden_size // heads,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": target.rope_theta,
+        "vocab_size": target.vocab_size,
+        "draft_vocab_size": min(draft_vocab_size or target.vocab_size, target.vocab_size),
+        "target_layer_ids": tuple(layers),
+        "num_target_layers": target.num_layers,
+        "max_position_embeddings": target.max_length,
+    }
+
+
+def plain_rope(config: dict[str, Any]) -> float:
+    """The base of a `config.json`'s rotary embedding.
+
+    Raises:
+        DeepSpecError: it is scaled in a way that is not supported.
+    """
+    rope = config.get("rope_parameters") or {}
+    kind = rope.get("rope_type", "default")
+    if kind != "default" or config.get("rope_scaling"):
+        raise DeepSpecError(f"rope_type {kind!r} is not supported, only 'default'")
+    return config.get("rope_theta") or rope.get("rope_theta", 10000.0)
+
+
+def missing_keys(sizes: type, config: dict[str, Any]) -> list[str]:
+    """Fields of the dataclass `sizes` without a default that `config` does not give."""
+    fields = sizes.__dataclass_fields__.values()
+    return [f.name for f in fields if f.default is MISSING and config.get(f.name) is None]
