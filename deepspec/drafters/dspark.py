@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import MISSING, dataclass, field
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,10 +22,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deepspec.attention import KVCache, Step, attend
-from deepspec.decoding.tree import Laws, Parent, Proposal, Vocabulary, grow
+from deepspec.decoding.tree import Laws, Parent, Proposal, grow
 from deepspec.drafters.base import Ask, Drafter, Session
+from deepspec.drafters.network import (
+    MLP,
+    Network,
+    RMSNorm,
+    RopeTable,
+    like_target,
+    missing_keys,
+    plain_rope,
+)
 from deepspec.errors import DeepSpecError
-from deepspec.fused import FusedLayer, PackedLinear, rotate, signed
+from deepspec.fused import FusedLayer, PackedLinear, rotate
 from deepspec.target import Target
 
 if TYPE_CHECKING:
@@ -61,55 +70,33 @@ class DSparkConfig:
     @classmethod
     def read(cls, config: dict) -> DSparkConfig:
         """From a `config.json`, ours or a published one."""
-        rope = config.get("rope_parameters") or {}
-        for key, found, supported in (
-            ("markov_head_type", config.get("markov_head_type", "vanilla"), "vanilla"),
-            ("enable_confidence_head", config.get("enable_confidence_head", True), True),
-            ("confidence_head_with_markov", config.get("confidence_head_with_markov", True), True),
-            ("rope_type", rope.get("rope_type", "default"), "default"),
+        for key, supported in (
+            ("markov_head_type", "vanilla"),
+            ("enable_confidence_head", True),
+            ("confidence_head_with_markov", True),
         ):
-            if found != supported:
-                raise DeepSpecError(f"{key} {found!r} is not supported, only {supported!r}")
-        required = [name for name, field in cls.__dataclass_fields__.items() if field.default is MISSING]
-        missing = [name for name in required if name not in {*config, "rope_theta", "draft_vocab_size"}]
-        if missing:
+            if config.get(key, supported) != supported:
+                raise DeepSpecError(f"{key} {config[key]!r} is not supported, only {supported!r}")
+        found = config | {"rope_theta": plain_rope(config)}
+        found.setdefault("draft_vocab_size", config.get("vocab_size"))
+        if missing := missing_keys(cls, found):
             raise DeepSpecError(f"config.json of a DSpark draft lacks {', '.join(missing)}")
         if not config["markov_rank"]:
             raise DeepSpecError("markov_rank 0 (a DFlash draft) is not supported")
-        known = {name: config[name] for name in cls.__dataclass_fields__ if name in config}
-        known["rope_theta"] = config.get("rope_theta") or rope.get("rope_theta", 10000.0)
-        known["target_layer_ids"] = tuple(config["target_layer_ids"])
-        known.setdefault("draft_vocab_size", config["vocab_size"])
-        return cls(**known)
+        known = {name: found[name] for name in cls.__dataclass_fields__ if name in found}
+        return cls(**known | {"target_layer_ids": tuple(config["target_layer_ids"])})
 
     @classmethod
     def for_target(cls, params: DSparkParams, target: Target) -> DSparkConfig:
         """Sizes that follow the target's own."""
-        if not target.plain_head:
-            raise DeepSpecError(
-                f"{target.source}: a head with a bias, a scale or a soft cap cannot be distilled yet"
-            )
-        heads = target.config.num_attention_heads
         layers = params.target_layer_ids or spread_layers(target.num_layers)
-        target.check_layers(layers)
         return cls(
-            hidden_size=target.hidden_size,
-            intermediate_size=getattr(target.config, "intermediate_size", 4 * target.hidden_size),
+            **like_target(target, layers, params.draft_vocab_size),
             num_hidden_layers=params.layers,
-            num_attention_heads=heads,
-            num_key_value_heads=getattr(target.config, "num_key_value_heads", None) or heads,
-            head_dim=getattr(target.config, "head_dim", None) or target.hidden_size // heads,
-            rms_norm_eps=1e-6,
-            rope_theta=target.rope_theta,
-            vocab_size=target.vocab_size,
-            draft_vocab_size=min(params.draft_vocab_size or target.vocab_size, target.vocab_size),
-            target_layer_ids=tuple(layers),
-            num_target_layers=target.num_layers,
             block_size=params.block_size,
             mask_token_id=target.vocab_size - 1,
             markov_rank=params.markov_rank,
             context_skip=params.context_skip,
-            max_position_embeddings=target.max_length,
         )
 
     def to_dict(self) -> dict:
@@ -139,16 +126,6 @@ def spread_layers(count: int, wanted: int = 5) -> list[int]:
     first = min(1, last)
     wanted = min(wanted, last - first + 1)
     return sorted({round(first + i * (last - first) / max(wanted - 1, 1)) for i in range(wanted)})
-
-
-class RMSNorm(nn.Module):
-    def __init__(self, size: int, eps: float):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
-        self.variance_epsilon = eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.variance_epsilon)
 
 
 class Attention(nn.Module):
@@ -187,17 +164,6 @@ class Attention(nn.Module):
         return self.o_proj(attend(queries, keys, values, grouped, None).flatten(2))
 
 
-class MLP(nn.Module):
-    def __init__(self, config: DSparkConfig):
-        super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
-
-
 class Layer(nn.Module):
     def __init__(self, config: DSparkConfig, index: int):
         super().__init__()
@@ -226,19 +192,12 @@ class ConfidenceHead(nn.Module):
         self.proj = nn.Linear(config.hidden_size + config.markov_rank, 1)
 
 
-class DSparkModel(nn.Module):
-    """The network, trained in blocks.
-
-    `embed_tokens` and `lm_head` are the target's, frozen; `lm_head` keeps only the draft vocabulary's rows, whose
-    target ids are `draft_ids`.
-    """
+class DSparkModel(Network):
+    """The network, trained in blocks."""
 
     def __init__(self, config: DSparkConfig):
-        super().__init__()
-        self.config = config
+        super().__init__(config)
         d = config.hidden_size
-        self.embed_tokens = nn.Embedding(config.vocab_size, d)
-        self.lm_head = nn.Linear(d, config.draft_vocab_size, bias=False)
         self.fc = nn.Linear(len(config.target_layer_ids) * d, d, bias=False)
         self.hidden_norm = RMSNorm(d, config.rms_norm_eps)
         self.layers = nn.ModuleList(Layer(config, i) for i in range(config.num_hidden_layers))
@@ -246,25 +205,8 @@ class DSparkModel(nn.Module):
         self.markov_head = MarkovHead(config)
         self.confidence_head = ConfidenceHead(config)
         self.context_skip = nn.Linear(self.fc.in_features, d, bias=False) if config.context_skip else None
-        self.register_buffer("draft_ids", torch.arange(config.draft_vocab_size))
-        self.apply(self._initialise)
-        self.embed_tokens.requires_grad_(False)
-        self.lm_head.requires_grad_(False)
-
-    @staticmethod
-    def _initialise(module: nn.Module) -> None:
-        if isinstance(module, (nn.Linear, nn.Embedding)):
-            nn.init.normal_(module.weight, std=0.02)
-        if isinstance(module, MarkovHead):  # starts as no correction, so that the backbone leads
-            nn.init.zeros_(module.markov_w2.weight)
-
-    def share(self, target: Target, draft_ids: Tensor) -> None:
-        """Take embeddings and head from the target. draft_ids int64 [draft_vocab], ascending target ids."""
-        self.draft_ids.copy_(draft_ids)
-        self.embed_tokens.weight.data = target.embeddings.to(torch.float32).clone()
-        self.lm_head.weight.data = target.head_weight[draft_ids.to(target.head_weight.device)].to(
-            torch.float32
-        )
+        self.initialise()
+        nn.init.zeros_(self.markov_head.markov_w2.weight)  # starts as no correction: the backbone leads
 
     def context(self, features: Tensor) -> Tensor:
         """Concatenated target features [..., n·d] → H_ctx [..., d]."""
@@ -302,13 +244,6 @@ class DSparkModel(nn.Module):
         for layer in self.layers:
             x = layer(x, context, rope, context_rope, mask)
         return self.norm(x).unflatten(1, (blocks, gamma))
-
-    def rope(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Operands of `rotate` for positions [b, n]: each [b, n, 1, head_dim]."""
-        dim = self.config.head_dim
-        rates = self.config.rope_theta ** (-torch.arange(0, dim, 2, device=positions.device).double() / dim)
-        angles = (positions[..., None] * rates).repeat(1, 1, 2)
-        return angles.cos().to(dtype)[:, :, None], signed(angles.sin()).to(dtype)[:, :, None]
 
 
 def _normed_by_layer(features: Tensor, config: DSparkConfig) -> Tensor:
@@ -355,7 +290,7 @@ class DSparkDrafter(Drafter):
 
     def _freeze(self, model: DSparkModel) -> None:
         """Weights in the form that reads fastest: joined, packed; the confidence of each token in a table."""
-        self._rope_of, self._rope_table = model.rope, ()
+        self._rope = RopeTable(self.config.rope_theta, self.config.head_dim, self.device, self.dtype)
         self._embed = model.embed_tokens.weight
         self._fc, self._hidden_norm = PackedLinear(model.fc.weight), model.hidden_norm
         self._skip = PackedLinear(model.context_skip.weight) if self.config.context_skip else None
@@ -370,11 +305,7 @@ class DSparkDrafter(Drafter):
         of_hidden, of_token = confidence.weight[0].float().split((self.config.hidden_size, self._w1.shape[1]))
         self._of_hidden = of_hidden
         self._of_token = (self._w1.float() @ of_token + confidence.bias.float()).tolist()  # [vocab]
-        ids = model.draft_ids.cpu()
-        whole = len(ids) == self.vocab_size
-        self.vocabulary = (
-            Vocabulary(self.vocab_size) if whole else Vocabulary(self.vocab_size, ids, ids.tolist())
-        )
+        self.vocabulary = model.vocabulary()
 
     def absorb(self, cache: KVCache, rows: list[int], starts: list[int], features: list[Tensor]) -> None:
         """Write context keys and values of new features [m_i, layers·d] behind what each row holds."""
@@ -407,14 +338,6 @@ class DSparkDrafter(Drafter):
         for layer in self._blocks:
             x = layer(x, step=step)
         return self._norm(x).view(len(rows), gamma, -1)
-
-    def _rope(self, positions: Tensor, largest: int) -> tuple[Tensor, Tensor]:
-        """Operands of `rotate`, from a table that grows by doubling."""
-        if not self._rope_table or largest >= self._rope_table[0].shape[1]:
-            places = torch.arange(max(512, 2 * largest), device=self.device)[None]
-            self._rope_table = self._rope_of(places, self.dtype)
-        cos, sin = self._rope_table
-        return cos[0, positions], sin[0, positions]
 
     def laws(self, hidden: Tensor, asks: list[Ask]) -> Callable[[list[Parent]], Laws]:
         """What `grow` asks: the laws of children, from hidden [requests, γ, d] and each parent's token."""
