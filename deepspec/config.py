@@ -144,8 +144,9 @@ class DSparkParams(Section):
     layers: int = Field(2, ge=1)
     block_size: int = Field(7, ge=1, description="γ: tokens drafted per block.")
     target_layer_ids: list[int] | None = Field(None, description="None spreads five over the depth.")
-    markov_head: Literal["vanilla"] = "vanilla"
-    markov_rank: int = Field(128, ge=1)
+    markov_head: Literal["vanilla", "gated", "rnn"] = "vanilla"
+    markov_rank: int = Field(128, ge=0, description="Of the sequential head; 0 leaves it out (DFlash).")
+    confidence_head: bool = True
     draft_vocab_size: int = Field(8192, ge=0, description="Most frequent tokens kept; 0 keeps them all.")
     context_skip: bool = Field(
         False, description="Feed the newest target feature into the block's input (our engine only)."

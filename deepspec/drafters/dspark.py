@@ -22,10 +22,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deepspec.attention import KVCache, Step, attend
-from deepspec.decoding.tree import Laws, Parent, Proposal, grow
+from deepspec.decoding.tree import Growth, Laws, Parent, Proposal, grow
 from deepspec.drafters.base import Ask, Drafter, Session
+from deepspec.drafters.markov import MarkovHead
 from deepspec.drafters.network import (
     MLP,
+    Corrections,
     Network,
     RMSNorm,
     RopeTable,
@@ -63,26 +65,20 @@ class DSparkConfig:
     num_target_layers: int
     block_size: int
     mask_token_id: int
-    markov_rank: int
+    markov_rank: int  # 0: no sequential head (DFlash)
+    markov_head_type: str = "vanilla"
+    enable_confidence_head: bool = True
+    confidence_head_with_markov: bool = True
     context_skip: bool = False
     max_position_embeddings: int = 8192
 
     @classmethod
     def read(cls, config: dict) -> DSparkConfig:
         """From a `config.json`, ours or a published one."""
-        for key, supported in (
-            ("markov_head_type", "vanilla"),
-            ("enable_confidence_head", True),
-            ("confidence_head_with_markov", True),
-        ):
-            if config.get(key, supported) != supported:
-                raise DeepSpecError(f"{key} {config[key]!r} is not supported, only {supported!r}")
         found = config | {"rope_theta": plain_rope(config)}
         found.setdefault("draft_vocab_size", config.get("vocab_size"))
         if missing := missing_keys(cls, found):
             raise DeepSpecError(f"config.json of a DSpark draft lacks {', '.join(missing)}")
-        if not config["markov_rank"]:
-            raise DeepSpecError("markov_rank 0 (a DFlash draft) is not supported")
         known = {name: found[name] for name in cls.__dataclass_fields__ if name in found}
         return cls(**known | {"target_layer_ids": tuple(config["target_layer_ids"])})
 
@@ -96,6 +92,9 @@ class DSparkConfig:
             block_size=params.block_size,
             mask_token_id=target.vocab_size - 1,
             markov_rank=params.markov_rank,
+            markov_head_type=params.markov_head,
+            enable_confidence_head=params.confidence_head,
+            confidence_head_with_markov=params.markov_rank > 0,
             context_skip=params.context_skip,
         )
 
@@ -112,9 +111,6 @@ class DSparkConfig:
             "hidden_act": "silu",
             "dtype": "bfloat16",
             "attention_bias": False,
-            "markov_head_type": "vanilla",
-            "enable_confidence_head": True,
-            "confidence_head_with_markov": True,
             "sample_from_anchor": True,
             "tie_word_embeddings": False,
         }
@@ -177,19 +173,16 @@ class Layer(nn.Module):
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
-class MarkovHead(nn.Module):
-    """B_k = W₂ W₁[x_{k−1}], rank r."""
-
-    def __init__(self, config: DSparkConfig):
-        super().__init__()
-        self.markov_w1 = nn.Embedding(config.vocab_size, config.markov_rank)
-        self.markov_w2 = nn.Linear(config.markov_rank, config.draft_vocab_size, bias=False)
-
-
 class ConfidenceHead(nn.Module):
     def __init__(self, config: DSparkConfig):
         super().__init__()
-        self.proj = nn.Linear(config.hidden_size + config.markov_rank, 1)
+        self.with_markov = config.confidence_head_with_markov and config.markov_rank > 0
+        self.proj = nn.Linear(config.hidden_size + self.with_markov * config.markov_rank, 1)
+
+    def forward(self, hidden: Tensor, embedded: Tensor | None) -> Tensor:
+        """Logits [...] of c_k from h_k [..., d] and e = W₁[x_{k−1}] [..., r]."""
+        seen = torch.cat((hidden, embedded), -1) if self.with_markov else hidden
+        return self.proj(seen)[..., 0]
 
 
 class DSparkModel(Network):
@@ -202,11 +195,12 @@ class DSparkModel(Network):
         self.hidden_norm = RMSNorm(d, config.rms_norm_eps)
         self.layers = nn.ModuleList(Layer(config, i) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(d, config.rms_norm_eps)
-        self.markov_head = MarkovHead(config)
-        self.confidence_head = ConfidenceHead(config)
+        self.markov_head = MarkovHead(config) if config.markov_rank else None
+        self.confidence_head = ConfidenceHead(config) if config.enable_confidence_head else None
         self.context_skip = nn.Linear(self.fc.in_features, d, bias=False) if config.context_skip else None
         self.initialise()
-        nn.init.zeros_(self.markov_head.markov_w2.weight)  # starts as no correction: the backbone leads
+        if self.markov_head is not None:
+            nn.init.zeros_(self.markov_head.markov_w2.weight)  # starts as no correction: the backbone leads
 
     def context(self, features: Tensor) -> Tensor:
         """Concatenated target features [..., n·d] → H_ctx [..., d]."""
@@ -244,6 +238,17 @@ class DSparkModel(Network):
         for layer in self.layers:
             x = layer(x, context, rope, context_rope, mask)
         return self.norm(x).unflatten(1, (blocks, gamma))
+
+    def corrections(self, hidden: Tensor, previous: Tensor) -> Corrections:
+        if self.markov_head is None:
+            embedded = latents = w2 = None
+        else:
+            embedded = self.markov_head.markov_w1(previous)
+            latents, w2 = self.markov_head.unrolled(embedded, hidden), self.markov_head.markov_w2.weight
+        confidence = None
+        if self.confidence_head is not None:
+            confidence = self.confidence_head(hidden, None if embedded is None else embedded.to(hidden.dtype))
+        return Corrections(latents, w2, confidence)
 
 
 def _normed_by_layer(features: Tensor, config: DSparkConfig) -> Tensor:
@@ -299,12 +304,19 @@ class DSparkDrafter(Drafter):
         self._k_norms = [a.k_norm for a in attentions]
         self._blocks = [FusedLayer(layer) for layer in model.layers]
         self._norm, self._head = model.norm, PackedLinear(model.lm_head.weight)
-        self._w1 = model.markov_head.markov_w1.weight
-        self._w2 = PackedLinear(model.markov_head.markov_w2.weight)
-        confidence = model.confidence_head.proj
-        of_hidden, of_token = confidence.weight[0].float().split((self.config.hidden_size, self._w1.shape[1]))
-        self._of_hidden = of_hidden
-        self._of_token = (self._w1.float() @ of_token + confidence.bias.float()).tolist()  # [vocab]
+        self._markov = model.markov_head
+        if self._markov is not None:
+            self._w1 = self._markov.markov_w1.weight
+            self._w2 = PackedLinear(self._markov.markov_w2.weight)
+        self._confident = model.confidence_head is not None
+        if self._confident:
+            proj = model.confidence_head.proj
+            weight, bias = proj.weight[0].float(), float(proj.bias)
+            self._of_hidden, of_token = weight[: self.config.hidden_size], weight[self.config.hidden_size :]
+            if model.confidence_head.with_markov:
+                self._of_token = (self._w1.float() @ of_token + bias).tolist()  # [vocab]
+            else:
+                self._of_token = [bias] * self.vocab_size
         self.vocabulary = model.vocabulary()
 
     def absorb(self, cache: KVCache, rows: list[int], starts: list[int], features: list[Tensor]) -> None:
@@ -339,18 +351,30 @@ class DSparkDrafter(Drafter):
             x = layer(x, step=step)
         return self._norm(x).view(len(rows), gamma, -1)
 
-    def laws(self, hidden: Tensor, asks: list[Ask]) -> Callable[[list[Parent]], Laws]:
+    def laws(self, hidden: Tensor, asks: list[Ask], growths: list[Growth]) -> Callable[[list[Parent]], Laws]:
         """What `grow` asks: the laws of children, from hidden [requests, γ, d] and each parent's token."""
         base = self._head(hidden)  # [requests, γ, columns]
-        doubts = (hidden.float() @ self._of_hidden).tolist()  # [requests, γ]
+        doubts = (hidden.float() @ self._of_hidden).tolist() if self._confident else None  # [requests, γ]
+        states: dict[tuple[int, int], Tensor] = {}  # of the rnn head, after (request, node)
 
         def expand(parents: list[Parent]) -> Laws:
-            tokens = [parent.token for parent in parents]
             depth = parents[0].depth
-            rows = base[:, depth]
-            if len(parents) != len(asks) or len(asks) > 1:
-                rows = rows[[parent.growth for parent in parents]]
-            logits = self._w2(self._w1[tokens], rows)
+            every = len(parents) == len(asks) == 1
+            requests = slice(None) if every else [parent.growth for parent in parents]
+            logits = base[requests, depth]
+            if self._markov is not None:
+                embedded = self._w1[[parent.token for parent in parents]]
+                before = None
+                if self._markov.kind == "rnn" and depth:
+                    before = torch.stack(
+                        [states[p.growth, growths[p.growth].parents[p.node]] for p in parents]
+                    )
+                latents, after = self._markov.step(embedded, hidden[requests, depth], before)
+                if self._markov.kind == "rnn":
+                    states.update({(p.growth, p.node): s for p, s in zip(parents, after, strict=True)})
+                logits = self._w2(latents, logits)
+            if doubts is None:
+                return Laws(logits)
             return Laws(logits, [self._confidence(doubts, asks[p.growth], p) for p in parents])
 
         return expand
@@ -423,7 +447,7 @@ class DSparkSession(Session):
             )
             for ask in asks
         ]
-        return grow(growths, anchors, drafter.laws(hidden, asks))
+        return grow(growths, anchors, drafter.laws(hidden, asks, growths))
 
     def _absorb(self, rows: list[int]) -> None:
         """Project the features that have come since the last proposal."""

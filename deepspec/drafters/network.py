@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import MISSING
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -39,6 +39,14 @@ class MLP(nn.Module):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
+class Corrections(NamedTuple):
+    """What a drafter adds to its base logits head · h_k, and what it says of them. None: nothing."""
+
+    latents: Tensor | None = None  # [..., r], added to the logits as w2 · latent
+    w2: Tensor | None = None  # [draft_vocab, r]
+    confidence: Tensor | None = None  # [...], logits of the chance that a token drawn at k survives
+
+
 class Network(nn.Module):
     """A drafter's network with the target's embeddings and head, frozen.
 
@@ -51,6 +59,10 @@ class Network(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.lm_head = nn.Linear(config.hidden_size, config.draft_vocab_size, bias=False)
         self.register_buffer("draft_ids", torch.arange(config.draft_vocab_size))
+
+    def corrections(self, hidden: Tensor, previous: Tensor) -> Corrections:
+        """For hidden states [..., γ, d] of blocks and the tokens before each, int64 [..., γ]."""
+        return Corrections()
 
     def initialise(self) -> None:
         """Normal weights of deviation 0.02; call it at the end of __init__."""

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from deepspec.drafters.dspark import DSparkModel
+from deepspec.drafters.network import Network
 from deepspec.training.batches import Batch
 from deepspec.training.losses import TargetLaw, confidence_loss, expected_tau, head_loss, position_weights
 
@@ -15,13 +15,13 @@ if TYPE_CHECKING:
     from deepspec.config import LossParams
 
 
-class DSparkObjective(nn.Module):
+class BlockObjective(nn.Module):
     """The drafter with its loss as one module, so that a data-parallel wrapper sees every parameter used.
 
     0.1·CE + 0.9·‖q − p‖₁ + 1.0·BCE by default, each position weighted exp(−(k−1)/γ_w).
     """
 
-    def __init__(self, model: DSparkModel, params: LossParams):
+    def __init__(self, model: Network, params: LossParams):
         super().__init__()
         self.model = model
         self.params = params
@@ -43,10 +43,14 @@ class DSparkObjective(nn.Module):
         compute = batch.features.dtype if torch.is_autocast_enabled(device) else torch.float32
         hidden = model(batch.features.to(compute), batch.tokens, batch.anchors)  # [b, blocks, γ, d]
         gamma = hidden.shape[2]
-        previous = (batch.anchors[..., None] + torch.arange(gamma, device=hidden.device)).flatten(1)
-        previous = batch.tokens.gather(1, previous.clamp(max=batch.tokens.shape[1] - 1)).flatten()
-        markov = model.markov_head.markov_w1(previous)  # [N, r]
+        previous = batch.anchors[..., None] + torch.arange(gamma, device=hidden.device)
+        previous = previous.clamp(max=batch.tokens.shape[1] - 1).flatten(1)
+        previous = batch.tokens.gather(1, previous).view(hidden.shape[:3])
+        added = model.corrections(hidden, previous)
         flat = hidden.flatten(0, 2)
+        head = model.lm_head.weight.to(compute)
+        latents = flat.new_zeros(len(flat), 0) if added.latents is None else added.latents.flatten(0, 2)
+        w2 = head.new_zeros(len(head), 0) if added.w2 is None else added.w2
         law = TargetLaw(
             batch.hidden.flatten(0, 2).to(compute),
             batch.log_norm.flatten(),
@@ -56,16 +60,17 @@ class DSparkObjective(nn.Module):
         with torch.autocast(device, enabled=False):
             loss, alpha, terms = head_loss(
                 flat.to(compute),
-                markov.to(compute),
-                model.markov_head.markov_w2.weight.to(compute),
-                model.lm_head.weight.to(compute),
+                latents.to(compute),
+                w2.to(compute),
+                head,
                 law,
                 weights,
                 self.params.ce,
                 self.params.tv,
             )
-        scores = model.confidence_head.proj(torch.cat((flat, markov.to(flat.dtype)), -1))[:, 0]
-        confidence = confidence_loss(scores, alpha, weights)
+        confidence = loss.new_zeros(())
+        if added.confidence is not None:
+            confidence = confidence_loss(added.confidence.flatten(), alpha, weights)
         with torch.no_grad():
             total = (terms * weights[:, None]).sum(0)
             tau = expected_tau(alpha.view(-1, gamma), batch.valid.flatten(0, 1)).sum()

@@ -28,7 +28,7 @@ from deepspec.errors import DeepSpecError
 from deepspec.files import digest, source_digest
 from deepspec.target import Target, load_target
 from deepspec.training.batches import Batches
-from deepspec.training.objective import DSparkObjective
+from deepspec.training.objective import BlockObjective
 from deepspec.training.trainer import Trainer, write_history
 
 if TYPE_CHECKING:
@@ -129,7 +129,7 @@ def _trainer(
     )
     if not batches.members or not heldout:
         raise DeepSpecError(f"{len(store.sequences)} conversations are too few to train on and hold some out")
-    objective = DSparkObjective(model, params.train.loss).to(accelerator.device)
+    objective = BlockObjective(model, params.train.loss).to(accelerator.device)
     return Trainer(objective, batches, heldout, params.train, accelerator, work)
 
 

@@ -16,7 +16,7 @@ from deepspec.decoding.tree import Chain
 from deepspec.drafters.dspark import DSparkDrafter
 from deepspec.target import load_target
 from deepspec.training.batches import Batches
-from deepspec.training.objective import DSparkObjective
+from deepspec.training.objective import BlockObjective
 from deepspec.training.trainer import Trainer
 from tests.tiny import make_draft, make_target
 
@@ -78,7 +78,7 @@ def test_training_runs(directory, tmp_path):
     params = TrainParams(steps=4, lr=1e-3, batch_size=4, anchors=4, eval_every=2, save_every=2)
     batches = Batches(store, list(range(2, 12)), 4, 4, 3, seed=0)
     accelerator = Accelerator(mixed_precision="bf16")
-    objective = DSparkObjective(make_draft(target), params.loss).to(accelerator.device)
+    objective = BlockObjective(make_draft(target), params.loss).to(accelerator.device)
     trainer = Trainer(objective, batches, [0, 1], params, accelerator, tmp_path / "work")
     trainer.run()
     assert trainer.step == 4 and trainer.best_tau >= 1

@@ -16,7 +16,7 @@ from deepspec.data.sequences import Sequence, read_sequences
 from deepspec.errors import DeepSpecError
 from deepspec.target import load_target
 from deepspec.training.batches import Batches
-from deepspec.training.objective import DSparkObjective
+from deepspec.training.objective import BlockObjective
 from deepspec.training.run import draft_vocabulary
 from deepspec.training.trainer import CHECKPOINT, Trainer, schedule
 from tests.tiny import make_draft, make_target
@@ -53,7 +53,7 @@ def make_trainer(store, work, steps=STEPS, **changes) -> Trainer:
     batches = Batches(
         store, list(range(2, 20)), train.batch_size, train.anchors, model.config.block_size, seed=0
     )
-    objective = DSparkObjective(model, train.loss)
+    objective = BlockObjective(model, train.loss)
     return Trainer(objective, batches, [0, 1], train, Accelerator(mixed_precision="no", cpu=True), work)
 
 
