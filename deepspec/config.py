@@ -7,20 +7,16 @@ nearest valid one, so that a typo is found before anything runs.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, Union, get_args
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
+from deepspec.drafters.lookup import LookupParams
+from deepspec.drafters.registry import algorithms
+from deepspec.drafters.suffix import SuffixParams
 from deepspec.errors import DeepSpecError, nearest
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    def options(self) -> dict[str, Any]:
-        """All values but the tag `type`."""
-        return self.model_dump(exclude={"type"})
+from deepspec.section import Section
 
 
 class TargetParams(Section):
@@ -68,7 +64,7 @@ class PromptsParams(Section):
 class OpenAIParams(Section):
     """Any server that speaks the OpenAI chat API. The key is read from `$DEEPSPEC_OPENAI_KEY`."""
 
-    base_urls: list[str] = []
+    base_urls: list[str] = Field([], description="Each is sent `concurrency` requests at once.")
     model: str = ""
     concurrency: int = Field(32, ge=1, description="Requests in flight per base URL.")
     retries: int = Field(5, ge=0)
@@ -137,40 +133,10 @@ class TrainParams(Section):
     loss: LossParams = LossParams()
 
 
-class DSparkParams(Section):
-    """DSpark: a parallel block drafter with a sequential head and a confidence head."""
-
-    type: Literal["dspark"]
-    layers: int = Field(2, ge=1)
-    block_size: int = Field(7, ge=1, description="γ: tokens drafted per block.")
-    target_layer_ids: list[int] | None = Field(None, description="None spreads five over the depth.")
-    markov_head: Literal["vanilla", "gated", "rnn"] = "vanilla"
-    markov_rank: int = Field(128, ge=0, description="Of the sequential head; 0 leaves it out (DFlash).")
-    confidence_head: bool = True
-    draft_vocab_size: int = Field(8192, ge=0, description="Most frequent tokens kept; 0 keeps them all.")
-    context_skip: bool = Field(
-        False, description="Feed the newest target feature into the block's input (our engine only)."
-    )
-
-
-class LookupParams(Section):
-    """Training-free: the continuation of the longest earlier match of the context's end."""
-
-    type: Literal["lookup"]
-    block_size: int = Field(7, ge=1)
-    min_match: int = Field(2, ge=1, description="Shortest suffix, in tokens, that counts as a match.")
-
-
-class SuffixParams(Section):
-    """Training-free: the longest earlier match of any length, found by a suffix automaton."""
-
-    type: Literal["suffix"]
-    block_size: int = Field(16, ge=1)
-    min_match: int = Field(2, ge=1)
-
-
 LookupChoice = Annotated[LookupParams | SuffixParams, Field(discriminator="type")]
-DrafterParams = Annotated[DSparkParams | LookupParams | SuffixParams, Field(discriminator="type")]
+DrafterParams = Annotated[
+    Union[tuple(algorithm.params for algorithm in algorithms().values())], Field(discriminator="type")  # noqa: UP007
+]
 
 
 class ChainTree(Section):
@@ -264,7 +230,7 @@ class EvaluateParams(Section):
     tasks: list[str] = Field(
         description="Names of `deepspec/evaluation/tasks/*.yaml` or paths to such files."
     )
-    temperatures: list[float] = [0.0, 1.0]
+    temperatures: list[float] = Field([0.0, 1.0], description="0 is greedy.")
     prompts_per_task: int = Field(8, ge=1)
     max_new_tokens: int = Field(128, ge=1)
     lossless_prompts: int = Field(4, ge=1, description="Per task, checked in float32 at T = 0.")

@@ -24,8 +24,7 @@ from transformers import (
 )
 from transformers.utils.logging import disable_progress_bar
 
-from deepspec.config import DSparkParams
-from deepspec.drafters.dspark import DSparkConfig, DSparkModel
+from deepspec.drafters.dspark import DSparkConfig, DSparkModel, DSparkParams
 from deepspec.target import Target
 
 FAMILIES = {

@@ -7,27 +7,20 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from deepspec.drafters.dspark import OURS, PUBLISHED, DSparkConfig, DSparkDrafter, DSparkModel
-from deepspec.drafters.lookup import LookupDrafter, TrainingFreeDrafter
-from deepspec.drafters.suffix import SuffixDrafter
+from deepspec.drafters.network import Network
 from deepspec.errors import DeepSpecError
 from deepspec.files import digest, file_digest, replacing
 from deepspec.target import Target
-
-if TYPE_CHECKING:
-    from deepspec.config import LookupParams, SuffixParams
 
 DRAFTS = Path("data/drafts")
 RECORD = "deepspec.json"
 CALIBRATION = "calibration.json"  # see `decoding.calibration`
 WEIGHTS = "model.safetensors"
-TRAINING_FREE = {"lookup": LookupDrafter, "suffix": SuffixDrafter}  # by their type in params.yaml
 _SHARED = {"embed_tokens.weight", "lm_head.weight"}  # absent from a file: the target's own
 
 
@@ -78,35 +71,32 @@ def write_drafter(
             target.tokenizer.save_pretrained(scratch)
 
 
-def dspark_weights(model: DSparkModel) -> dict[str, Tensor]:
-    """What a DSpark directory stores: all but the embeddings, which are the target's, and d2t as offsets."""
+def stored_weights(network: Network) -> dict[str, Tensor]:
+    """What a draft's file holds: all but the embeddings, which are the target's, and the vocabulary as offsets."""
     weights = {
-        name: tensor.detach().to("cpu", torch.bfloat16).contiguous()
-        for name, tensor in model.state_dict().items()
+        network.stored_name(name): tensor.detach().to("cpu", torch.bfloat16).contiguous()
+        for name, tensor in network.state_dict().items()
         if name not in ("embed_tokens.weight", "draft_ids")
     }
-    if model.config.draft_vocab_size < model.config.vocab_size:
-        ids = model.draft_ids.cpu()
+    if network.config.draft_vocab_size < network.config.vocab_size:
+        ids = network.draft_ids.cpu()
         weights["d2t"] = ids - torch.arange(len(ids))
-        weights["t2d"] = torch.zeros(model.config.vocab_size, dtype=torch.bool).index_fill_(0, ids, True)
+        weights["t2d"] = torch.zeros(network.config.vocab_size, dtype=torch.bool).index_fill_(0, ids, True)
     return weights
 
 
-def load_dspark(directory: Path, target: Target) -> DSparkModel:
-    """A DSpark network from DeepSeek's format, ours or a published one, in float32.
+def load_network(network: Network, directory: Path, target: Target) -> Network:
+    """Fill a fresh network with the weights of a directory, ours or a published one; float32.
 
     Raises:
         DeepSpecError: unreadable file, or an unknown, missing or misshapen weight.
     """
-    config = read_config(directory)
-    check_target(directory, config, target)
-    model = DSparkModel(DSparkConfig.read(config))
     weights = _read_weights(directory / WEIGHTS)
     weights.pop("t2d", None)
-    offsets = weights.pop("d2t", torch.zeros(model.config.draft_vocab_size, dtype=torch.int64))
-    model.share(target, offsets + torch.arange(model.config.draft_vocab_size))
-    _fill(model, weights, directory)
-    return model
+    offsets = weights.pop("d2t", torch.zeros(network.config.draft_vocab_size, dtype=torch.int64))
+    network.share(target, offsets + torch.arange(network.config.draft_vocab_size))
+    _fill(network, weights, directory)
+    return network
 
 
 def load_drafter(path: str | Path, target: Target, decode=None):
@@ -120,26 +110,21 @@ def load_drafter(path: str | Path, target: Target, decode=None):
         DeepSpecError: not a draft directory, unknown architecture, corrupt weights, or another target's draft.
     """
     from deepspec.drafters.combined import LookupFirst
+    from deepspec.drafters.registry import algorithms, reader
 
     directory = Path(path)
     config = read_config(directory)
     architecture = (config.get("architectures") or ["none named"])[0]
-    for kind in TRAINING_FREE.values():
-        if architecture == kind.architecture:
-            check_target(directory, config, target)
-            return kind(config["block_size"], config["min_match"])
-    if architecture not in (PUBLISHED, OURS):
+    algorithm = reader(architecture)
+    if algorithm is None:
         raise DeepSpecError(f"{directory}: unknown draft architecture {architecture!r}")
-    drafter = DSparkDrafter(load_dspark(directory, target), target, _temperatures(directory))
+    check_target(directory, config, target)
+    drafter = algorithm.load(directory, config, target)
     drafter.digest = draft_digest(directory)
-    if decode is None or decode.lookup is None:
+    if decode is None or decode.lookup is None or algorithm.network is None:
         return drafter
-    return LookupFirst(make_lookup(decode.lookup), drafter)
-
-
-def make_lookup(params: LookupParams | SuffixParams) -> TrainingFreeDrafter:
-    """The training-free drafter that a section of params.yaml describes."""
-    return TRAINING_FREE[params.type](params.block_size, params.min_match)
+    lookup = algorithms()[decode.lookup.type]
+    return LookupFirst(lookup.make(decode.lookup), drafter)
 
 
 def draft_directory(name: str) -> Path:
@@ -157,7 +142,7 @@ def draft_digest(directory: Path) -> str:
     return digest("".join(f"{path.name} {file_digest(path)}\n" for path in files))
 
 
-def _temperatures(directory: Path) -> dict[str, list[float]]:
+def temperatures(directory: Path) -> dict[str, list[float]]:
     """Of the confidence head, by mode; none for a draft that was never calibrated (a published one)."""
     path = directory / CALIBRATION
     if not path.exists():
@@ -178,9 +163,10 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
         raise DeepSpecError(f"{path}: corrupt checkpoint: {error}") from error
 
 
-def _fill(model: DSparkModel, weights: dict[str, Tensor], directory: Path) -> None:
+def _fill(model: Network, weights: dict[str, Tensor], directory: Path) -> None:
     """Copy the weights in; what is neither in the file nor shared with the target is an error."""
-    expected = {name: tensor for name, tensor in model.state_dict().items() if name != "draft_ids"}
+    names = {model.stored_name(name): name for name in model.state_dict() if name != "draft_ids"}
+    expected = {stored: model.state_dict()[name] for stored, name in names.items()}
     unknown = sorted(set(weights) - set(expected))
     missing = sorted(set(expected) - set(weights) - _SHARED)
     if unknown or missing:
@@ -193,4 +179,4 @@ def _fill(model: DSparkModel, weights: dict[str, Tensor], directory: Path) -> No
             )
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise DeepSpecError(f"{directory / WEIGHTS}: {name} holds values that are not finite")
-    model.load_state_dict(weights, strict=False)
+    model.load_state_dict({names[name]: tensor for name, tensor in weights.items()}, strict=False)

@@ -15,15 +15,19 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
+from pydantic import Field
 from torch import Tensor, nn
 
 from deepspec.attention import KVCache, Step, attend
 from deepspec.decoding.tree import Growth, Laws, Parent, Proposal, grow
+from deepspec.drafters.algorithm import Algorithm
 from deepspec.drafters.base import Ask, Drafter, Session
+from deepspec.drafters.checkpoint import load_network, temperatures
 from deepspec.drafters.markov import MarkovHead
 from deepspec.drafters.network import (
     MLP,
@@ -37,14 +41,27 @@ from deepspec.drafters.network import (
 )
 from deepspec.errors import DeepSpecError
 from deepspec.fused import FusedLayer, PackedLinear, rotate
+from deepspec.section import Section
 from deepspec.target import Target
-
-if TYPE_CHECKING:
-    from deepspec.config import DSparkParams
-
 
 PUBLISHED = "Qwen3DSparkModel"
 OURS = "DeepSpecDSparkModel"  # with context_skip: no other engine may take it for a published one
+
+
+class DSparkParams(Section):
+    """DSpark: a parallel block drafter with a sequential head and a confidence head."""
+
+    type: Literal["dspark"]
+    layers: int = Field(2, ge=1)
+    block_size: int = Field(7, ge=1, description="γ: tokens drafted per block.")
+    target_layer_ids: list[int] | None = Field(None, description="None spreads five over the depth.")
+    markov_head: Literal["vanilla", "gated", "rnn"] = "vanilla"
+    markov_rank: int = Field(128, ge=0, description="Of the sequential head; 0 leaves it out (DFlash).")
+    confidence_head: bool = True
+    draft_vocab_size: int = Field(8192, ge=0, description="Most frequent tokens kept; 0 keeps them all.")
+    context_skip: bool = Field(
+        False, description="Feed the newest target feature into the block's input (our engine only)."
+    )
 
 
 @dataclass(frozen=True)
@@ -462,3 +479,17 @@ class DSparkSession(Session):
         for row, part in zip(late, features, strict=True):
             self.rows[row].length += len(part)
             self.rows[row].pending.clear()
+
+
+def load(directory: Path, config: dict[str, Any], target: Target) -> DSparkDrafter:
+    """A draft of DeepSeek's format, ours or a published one."""
+    network = load_network(DSparkModel(DSparkConfig.read(config)), directory, target)
+    return DSparkDrafter(network, target, temperatures(directory))
+
+
+ALGORITHM = Algorithm(
+    DSparkParams,
+    (PUBLISHED, OURS),
+    load,
+    lambda params, target: DSparkModel(DSparkConfig.for_target(params, target)),
+)

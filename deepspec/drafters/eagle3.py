@@ -15,15 +15,19 @@ Directories: `LlamaForCausalLMEagle3`, which engines serve, and DeepSeek's `Qwen
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
+from pydantic import Field
 from torch import Tensor, nn
 
 from deepspec.attention import CACHE_LENGTH, KVCache, Step, attend
 from deepspec.decoding.tree import MAX_NODES, Growth, Laws, Parent, Proposal, grow
+from deepspec.drafters.algorithm import Algorithm
 from deepspec.drafters.base import Ask, Drafter, Session
+from deepspec.drafters.checkpoint import load_network
 from deepspec.drafters.network import (
     MLP,
     Network,
@@ -35,12 +39,20 @@ from deepspec.drafters.network import (
 )
 from deepspec.errors import DeepSpecError
 from deepspec.fused import FusedLayer, PackedLinear, rotate
+from deepspec.section import Section
 from deepspec.target import Target
 
-if TYPE_CHECKING:
-    from deepspec.config import Eagle3Params
-
 SERVED, DEEPSEEK = "LlamaForCausalLMEagle3", "Qwen3Eagle3Model"
+
+
+class Eagle3Params(Section):
+    """EAGLE-3: one layer that drafts token by token from the target's features and its own outputs."""
+
+    type: Literal["eagle3"]
+    block_size: int = Field(5, ge=1, description="γ: steps unrolled in training, tokens drafted at most.")
+    target_layer_ids: list[int] | None = Field(None, description="None takes a low, a middle and a high one.")
+    draft_vocab_size: int = Field(8192, ge=0, description="Most frequent tokens kept; 0 keeps them all.")
+    qk_norm: bool = Field(False, description="Qwen3-style layer, DeepSeek's format; else Llama's.")
 
 
 @dataclass(frozen=True)
@@ -195,6 +207,10 @@ class Eagle3Model(Network):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.initialise()
 
+    def stored_name(self, name: str) -> str:
+        place = "layers.0." if self.config.qk_norm else "midlayer."
+        return place + name.removeprefix("layer.") if name.startswith("layer.") else name
+
     def forward(self, features: Tensor, tokens: Tensor, anchors: Tensor) -> Tensor:
         """Hidden states of the drafts that start at the anchors, the true tokens fed.
 
@@ -234,6 +250,19 @@ class Eagle3Model(Network):
             hidden = layer.finish(attended, hidden)
             steps.append(self.norm(hidden))
         return torch.stack(steps, 2)
+
+
+def load(directory: Path, config: dict[str, Any], target: Target) -> Eagle3Drafter:
+    """A draft of either format, ours or a published one."""
+    return Eagle3Drafter(load_network(Eagle3Model(Eagle3Config.read(config)), directory, target), target)
+
+
+ALGORITHM = Algorithm(
+    Eagle3Params,
+    (SERVED, DEEPSEEK),
+    load,
+    lambda params, target: Eagle3Model(Eagle3Config.for_target(params, target)),
+)
 
 
 def _rows(x: Tensor, index: Tensor) -> Tensor:

@@ -8,11 +8,14 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
+from pydantic import Field
 from torch import Tensor
 
+from deepspec.drafters.algorithm import Algorithm
 from deepspec.drafters.base import Ask, Drafter, Proposal, Session
+from deepspec.section import Section
 
 
 class Index(Protocol):
@@ -81,6 +84,14 @@ def continued(tokens: list[int], start: int, anchor: int, count: int) -> list[in
     return [rest[i % len(rest)] for i in range(count)]
 
 
+class LookupParams(Section):
+    """Training-free: the continuation of the longest earlier match of the context's end."""
+
+    type: Literal["lookup"]
+    block_size: int = Field(7, ge=1)
+    min_match: int = Field(2, ge=1, description="Shortest suffix, in tokens, that counts as a match.")
+
+
 class TrainingFreeDrafter(Drafter):
     """Proposes at most `block_size` tokens where at least `min_match` tokens of the context occurred before."""
 
@@ -99,6 +110,16 @@ class TrainingFreeDrafter(Drafter):
             "min_match": self.min_match,
         }
 
+    @classmethod
+    def algorithm(cls, params: type[Section]) -> Algorithm:
+        """Its entry in the registry."""
+        return Algorithm(
+            params,
+            (cls.architecture,),
+            load=lambda directory, config, target: cls(config["block_size"], config["min_match"]),
+            make=lambda section: cls(section.block_size, section.min_match),
+        )
+
     @abstractmethod
     def session(self, slots: int) -> IndexSession: ...
 
@@ -110,3 +131,6 @@ class LookupDrafter(TrainingFreeDrafter):
 
     def session(self, slots: int) -> IndexSession:
         return IndexSession(lambda: NGramIndex(self.min_match), self.block_size, slots)
+
+
+ALGORITHM = LookupDrafter.algorithm(LookupParams)

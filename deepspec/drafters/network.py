@@ -64,6 +64,10 @@ class Network(nn.Module):
         """For hidden states [..., γ, d] of blocks and the tokens before each, int64 [..., γ]."""
         return Corrections()
 
+    def stored_name(self, name: str) -> str:
+        """A weight's name in a draft's file."""
+        return name
+
     def initialise(self) -> None:
         """Normal weights of deviation 0.02; call it at the end of __init__."""
         for module in self.modules():

@@ -9,10 +9,13 @@ before gives the `survival` that controllers weigh. Texts given at construction 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Literal, NamedTuple
+
+from pydantic import Field
 
 from deepspec.drafters.base import Proposal
 from deepspec.drafters.lookup import IndexSession, TrainingFreeDrafter, continued
+from deepspec.section import Section
 
 _SEPARATOR = -1  # between the texts of a corpus; no token
 _REFRESHED = 32  # states whose latest place is kept exactly, from the longest match down
@@ -197,6 +200,14 @@ class SuffixIndex:
                 self.guess = []
 
 
+class SuffixParams(Section):
+    """Training-free: the longest earlier match of any length, found by a suffix automaton."""
+
+    type: Literal["suffix"]
+    block_size: int = Field(16, ge=1)
+    min_match: int = Field(2, ge=1)
+
+
 class SuffixDrafter(TrainingFreeDrafter):
     """Proposes what followed the longest match of the context's end, if at least `min_match` tokens match.
 
@@ -215,3 +226,6 @@ class SuffixDrafter(TrainingFreeDrafter):
     def session(self, slots: int) -> IndexSession:
         odds = Odds()
         return IndexSession(lambda: SuffixIndex(self.min_match, self.corpus, odds), self.block_size, slots)
+
+
+ALGORITHM = SuffixDrafter.algorithm(SuffixParams)

@@ -12,9 +12,12 @@ import os
 import shutil
 import sys
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
-from deepspec.config import Params, load_params
 from deepspec.errors import DeepSpecError
+
+if TYPE_CHECKING:
+    from deepspec.config import Params
 
 _NO_SPACE = 1 << 20  # bytes
 
@@ -47,6 +50,8 @@ def stage(
     if add_flags:
         add_flags(parser)
     flags = parser.parse_args(argv)
+    from deepspec.config import load_params  # after --help: it imports torch
+
     sys.exit(guarded(lambda: main(load_params(flags.params), flags)))
 
 

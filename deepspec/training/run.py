@@ -16,14 +16,9 @@ from accelerate import Accelerator, InitProcessGroupKwargs
 from deepspec.data.features import FeatureStore
 from deepspec.data.sequences import Sequence, read_sequences
 from deepspec.decoding.calibration import calibrate, save
-from deepspec.drafters.checkpoint import (
-    TRAINING_FREE,
-    dspark_weights,
-    load_drafter,
-    make_lookup,
-    write_drafter,
-)
-from deepspec.drafters.dspark import DSparkConfig, DSparkModel
+from deepspec.drafters.checkpoint import load_drafter, stored_weights, write_drafter
+from deepspec.drafters.network import Network
+from deepspec.drafters.registry import algorithms
 from deepspec.errors import DeepSpecError
 from deepspec.files import digest, source_digest
 from deepspec.target import Target, load_target
@@ -32,7 +27,7 @@ from deepspec.training.objective import BlockObjective
 from deepspec.training.trainer import Trainer, write_history
 
 if TYPE_CHECKING:
-    from deepspec.config import DSparkParams, Params
+    from deepspec.config import Params
 
 WORK = Path(".deepspec")
 DATA = Path("data/distill")
@@ -48,27 +43,29 @@ def train(params: Params, name: str, target_directory: Path, out: Path, history:
     if name not in params.drafters:
         raise DeepSpecError(f"params.yaml has no drafter {name!r}; it has {', '.join(params.drafters)}")
     drafter = params.drafters[name]
-    if drafter.type in TRAINING_FREE:
+    algorithm = algorithms()[drafter.type]
+    if algorithm.network is None:
         target = load_target(target_directory)
-        write_drafter(out, make_lookup(drafter).config, {}, target, {"data_digest": None})
+        write_drafter(out, algorithm.make(drafter).config, {}, target, {"data_digest": None})
         write_history(history, [{"step": 0}])
         return
     patience = InitProcessGroupKwargs(timeout=timedelta(days=7))  # one process extracts, the others wait
     accelerator = Accelerator(mixed_precision=params.train.mixed_precision, kwargs_handlers=[patience])
     target = load_target(target_directory, device=str(accelerator.device))
     sequences, data_digest = read_sequences(DATA, params.train.max_length, params.train.supervise)
-    config = DSparkConfig.for_target(drafter, target)
-    store = FeatureStore(WORK / "features", target, sequences, config.target_layer_ids)
+    torch.manual_seed(params.seed)
+    network = algorithm.network(drafter, target)
+    store = FeatureStore(WORK / "features", target, sequences, network.config.target_layer_ids)
     with accelerator.main_process_first():
         store.build()
-    trainer = _trainer(params, drafter, config, target, store, data_digest, accelerator, name)
+    trainer = _trainer(params, network, target, store, data_digest, accelerator, name)
     trainer.run()
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         model = trainer.raw.model
         trainer.raw.load_state_dict(trainer.best_weights(), strict=False)
         record = provenance(params, data_digest) | {"heldout_tau": trainer.best_tau, "drafter": name}
-        write_drafter(out, model.config.to_dict(), dspark_weights(model), target, record)
+        write_drafter(out, model.config.to_dict(), stored_weights(model), target, record)
         _calibrate(out, target, [_prompt(store.sequences[i]) for i in trainer.heldout], params.seed)
         write_history(history, trainer.history)
     accelerator.end_training()
@@ -103,33 +100,31 @@ def draft_vocabulary(sequences: list[Sequence], size: int, vocab_size: int) -> t
 
 def _trainer(
     params: Params,
-    drafter: DSparkParams,
-    config: DSparkConfig,
+    network: Network,
     target: Target,
     store: FeatureStore,
     data_digest: str,
     accelerator: Accelerator,
     name: str,
 ) -> Trainer:
-    torch.manual_seed(params.seed)
-    model = DSparkModel(config)
+    config = network.config
     members = torch.randperm(
         len(store.sequences), generator=torch.Generator().manual_seed(params.seed)
     ).tolist()
     kept_out = min(params.train.heldout, max(len(members) // 10, 1))
     heldout, members = members[:kept_out], members[kept_out:]
     learnt = [store.sequences[i] for i in members]
-    model.share(target, draft_vocabulary(learnt, config.draft_vocab_size, config.vocab_size))
+    network.share(target, draft_vocabulary(learnt, config.draft_vocab_size, config.vocab_size))
     heldout = [i for i in heldout if any(store.sequences[i].answer[2:])]
     code = source_digest("training", "drafters", "data/features.py", "data/sequences.py")
-    settings = (params.train, drafter, target.digest, data_digest, params.seed, code)
+    settings = (params.train, params.drafters[name], target.digest, data_digest, params.seed, code)
     work = WORK / "train" / f"{name}-{digest(repr(settings))}"
     batches = Batches(
         store, members, params.train.batch_size, params.train.anchors, config.block_size, params.seed
     )
     if not batches.members or not heldout:
         raise DeepSpecError(f"{len(store.sequences)} conversations are too few to train on and hold some out")
-    objective = BlockObjective(model, params.train.loss).to(accelerator.device)
+    objective = BlockObjective(network, params.train.loss).to(accelerator.device)
     return Trainer(objective, batches, heldout, params.train, accelerator, work)
 
 

@@ -12,7 +12,7 @@ from deepspec.decoding.request import Sampling
 from deepspec.decoding.shapes import BestFirst
 from deepspec.decoding.tree import Chain
 from deepspec.drafters.base import Ask
-from deepspec.drafters.checkpoint import dspark_weights, load_drafter, load_dspark, write_drafter
+from deepspec.drafters.checkpoint import load_drafter, load_dspark, stored_weights, write_drafter
 from deepspec.drafters.dspark import DSparkDrafter, spread_layers
 from deepspec.errors import DeepSpecError
 from deepspec.target import load_target
@@ -119,7 +119,7 @@ def test_a_tree_is_conditioned_on_each_nodes_own_parent(model, published, expect
 
 def test_what_is_saved_loads_back(published, tmp_path):
     model = make_draft(published, draft_vocab_size=100, context_skip=True)
-    write_drafter(tmp_path / "draft", model.config.to_dict(), dspark_weights(model), published, {})
+    write_drafter(tmp_path / "draft", model.config.to_dict(), stored_weights(model), published, {})
     again = load_dspark(tmp_path / "draft", published)
     for name, tensor in model.state_dict().items():
         assert torch.allclose(again.state_dict()[name].float(), tensor.float(), atol=1e-2), name
@@ -131,7 +131,7 @@ def test_what_is_saved_loads_back(published, tmp_path):
 )
 def test_a_bad_draft_directory_gives_one_clear_line(fault, published, tmp_path):
     model = make_draft(published)
-    weights, config, record = dspark_weights(model), model.config.to_dict(), {}
+    weights, config, record = stored_weights(model), model.config.to_dict(), {}
     if fault == "unknown":
         weights["layers.7.mlp.up_proj.weight"] = torch.zeros(2, 2)
     elif fault == "missing":
@@ -170,5 +170,5 @@ def test_feature_layers_never_include_the_last():
 
 
 def test_saved_weights_are_safetensors_without_the_embeddings(published, tmp_path):
-    save_file(dspark_weights(make_draft(published)), tmp_path / "x.safetensors")
+    save_file(stored_weights(make_draft(published)), tmp_path / "x.safetensors")
     assert "embed_tokens.weight" not in load_file(tmp_path / "x.safetensors")

@@ -1,0 +1,36 @@
+"""What a drafting algorithm brings to the registry."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, get_args
+
+from deepspec.drafters.base import Drafter
+from deepspec.drafters.network import Network
+from deepspec.section import Section
+from deepspec.target import Target
+
+
+@dataclass(frozen=True)
+class Algorithm:
+    """What a drafting algorithm brings.
+
+    Args:
+        params: its section under `drafters` in params.yaml; the literal of its `type` is the algorithm's name.
+        architectures: of the `config.json` that `load` reads; an algorithm may write another's.
+        load: (directory, its config.json, target) → the drafter.
+        network: (params, target) → the network to train; None for an algorithm that is not trained.
+        make: params → the drafter of an algorithm that is not trained; its `config` is its config.json.
+    """
+
+    params: type[Section]
+    architectures: tuple[str, ...]
+    load: Callable[[Path, dict[str, Any], Target], Drafter] | None = None
+    network: Callable[[Any, Target], Network] | None = None
+    make: Callable[[Any], Drafter] | None = None
+
+    @property
+    def type(self) -> str:
+        return get_args(self.params.model_fields["type"].annotation)[0]

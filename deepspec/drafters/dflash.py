@@ -1,0 +1,37 @@
+"""DFlash: DSpark's backbone without its heads (arXiv 2602.06036). All tokens of a block are drafted at once.
+
+Directories have the format of DeepSeek's own DFlash releases: `Qwen3DSparkModel` with `markov_rank: 0`.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from deepspec.drafters.algorithm import Algorithm
+from deepspec.drafters.dspark import DSparkConfig, DSparkModel, DSparkParams
+from deepspec.section import Section
+from deepspec.target import Target
+
+
+class DFlashParams(Section):
+    """DFlash: a parallel block drafter; every position is predicted on its own."""
+
+    type: Literal["dflash"]
+    layers: int = Field(2, ge=1)
+    block_size: int = Field(7, ge=1, description="γ: tokens drafted per block.")
+    target_layer_ids: list[int] | None = Field(None, description="None spreads five over the depth.")
+    draft_vocab_size: int = Field(8192, ge=0, description="Most frequent tokens kept; 0 keeps them all.")
+    context_skip: bool = Field(
+        False, description="Feed the newest target feature into the block's input (our engine only)."
+    )
+
+
+def network(params: DFlashParams, target: Target) -> DSparkModel:
+    """A DSpark network without sequential and confidence heads."""
+    same = DSparkParams(type="dspark", markov_rank=0, confidence_head=False, **params.options())
+    return DSparkModel(DSparkConfig.for_target(same, target))
+
+
+ALGORITHM = Algorithm(DFlashParams, (), network=network)
