@@ -12,8 +12,14 @@ from deepspec.decoding.request import Sampling
 from deepspec.decoding.shapes import BestFirst
 from deepspec.decoding.tree import Chain
 from deepspec.drafters.base import Ask
-from deepspec.drafters.checkpoint import load_drafter, load_dspark, stored_weights, write_drafter
-from deepspec.drafters.dspark import DSparkDrafter, spread_layers
+from deepspec.drafters.checkpoint import (
+    load_drafter,
+    load_network,
+    read_config,
+    stored_weights,
+    write_drafter,
+)
+from deepspec.drafters.dspark import DSparkConfig, DSparkDrafter, DSparkModel, spread_layers
 from deepspec.errors import DeepSpecError
 from deepspec.target import load_target
 from tests.tiny import make_draft, make_target
@@ -21,9 +27,14 @@ from tests.tiny import make_draft, make_target
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 
 
+@pytest.fixture(scope="module", params=["dspark-vanilla-tiny", "dspark-gated-tiny"])
+def checkpoint(request):
+    return FIXTURES / request.param
+
+
 @pytest.fixture(scope="module")
-def expected():
-    return load_file(FIXTURES / "dspark-vanilla-tiny" / "expected.safetensors")
+def expected(checkpoint):
+    return load_file(checkpoint / "expected.safetensors")
 
 
 @pytest.fixture(scope="module")
@@ -33,8 +44,12 @@ def published(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def model(published):
-    return load_dspark(FIXTURES / "dspark-vanilla-tiny", published)
+def model(published, checkpoint):
+    return load_dspark(checkpoint, published)
+
+
+def load_dspark(directory: Path, target) -> DSparkModel:
+    return load_network(DSparkModel(DSparkConfig.read(read_config(directory))), directory, target)
 
 
 def propose(drafter, expected, sampling=None, seed=0, shape=None, rows=(0,)):
@@ -62,8 +77,7 @@ def test_a_published_checkpoint_gives_the_published_hidden_states(model, expecte
 
 def test_a_published_checkpoint_gives_the_published_confidence(model, expected):
     previous = torch.cat([expected["anchor"], expected["draft_tokens"][0, :-1]])
-    inputs = torch.cat([expected["block_hidden"][0], model.markov_head.markov_w1(previous)], -1)
-    scores = model.confidence_head.proj(inputs)[:, 0]
+    scores = model.corrections(expected["block_hidden"][0], previous).confidence
     assert torch.allclose(scores, expected["confidence_logits"][0], atol=1e-5)
 
 
@@ -77,12 +91,18 @@ def test_sampled_drafts_come_with_the_law_they_were_drawn_from(model, published,
     drafter = DSparkDrafter(model, published)
     anchor = int(expected["anchor"])
     (proposal,) = propose(drafter, expected, Sampling(1.0), seed=3)
-    hidden, previous = expected["block_hidden"][0], anchor
-    for k, token in enumerate(proposal.tokens):
-        markov = model.markov_head.markov_w1.weight[previous] @ model.markov_head.markov_w2.weight.T
-        law = (model.lm_head(hidden[k]) + markov).softmax(-1)
-        assert torch.allclose(proposal.law(k), law, atol=1e-5)
-        previous = token
+    laws = path_laws(model, expected["block_hidden"][0], anchor, proposal.tokens)
+    for k in range(len(proposal.tokens)):
+        assert torch.allclose(proposal.law(k), laws[k], atol=1e-5)
+
+
+def path_laws(model, hidden, anchor: int, tokens: list[int]) -> torch.Tensor:
+    """[γ, vocab], of a block with hidden states [γ, d] in which `tokens` are drafted, as training computes them."""
+    previous = torch.tensor([anchor, *tokens, *[0] * len(hidden)][: len(hidden)])
+    with torch.no_grad():
+        added = model.corrections(hidden, previous)
+        logits = model.lm_head(hidden)
+        return (logits if added.latents is None else logits + added.latents @ added.w2.T).softmax(-1)
 
 
 def test_a_draft_does_not_depend_on_its_company(model, published, expected):
@@ -108,13 +128,41 @@ def drafter_depth(expected) -> int:
 
 def test_a_tree_is_conditioned_on_each_nodes_own_parent(model, published, expected):
     (tree,) = propose(DSparkDrafter(model, published), expected, shape=BestFirst(width=3, depth=4, nodes=12))
-    w1, w2 = model.markov_head.markov_w1.weight, model.markov_head.markov_w2.weight
-    for node, (token, parent) in enumerate(zip(tree.tokens, tree.parents, strict=True)):
-        previous = tree.tokens[parent] if parent >= 0 else int(expected["anchor"])
-        hidden = expected["block_hidden"][0, tree.depths[node] - 1]
-        law = (model.lm_head(hidden) + w1[previous] @ w2.T).softmax(-1)
-        above = tree.survival[parent] if parent >= 0 else 1.0
-        assert tree.survival[node] == pytest.approx(above * float(law.detach()[token]), rel=1e-3)
+    check_paths(tree, model, expected["block_hidden"][0], int(expected["anchor"]))
+
+
+def check_paths(tree, model, hidden, anchor: int) -> None:
+    """The survival of each node is its path's probability."""
+    for node in range(len(tree.tokens)):
+        path, at = [], node
+        while at >= 0:
+            path.insert(0, tree.tokens[at])
+            at = tree.parents[at]
+        laws = path_laws(model, hidden, anchor, path)
+        chance = torch.stack([laws[k, token] for k, token in enumerate(path)]).prod()
+        assert tree.survival[node] == pytest.approx(float(chance), rel=1e-3)
+
+
+@pytest.mark.parametrize(("kind", "rank"), [("vanilla", 8), ("gated", 8), ("rnn", 8), ("vanilla", 0)])
+def test_every_head_drafts_by_the_law_it_was_trained_with(kind, rank, published, expected):
+    """Rank 0 is DFlash: no head at all."""
+    sizes = {"markov_head": kind, "markov_rank": rank, "block_size": 4, "draft_vocab_size": 0}
+    model = make_draft(published, confidence_head=rank > 0, target_layer_ids=[0, 2, 4], **sizes)
+    if rank:
+        for weight in (model.markov_head.markov_w1.weight, model.markov_head.markov_w2.weight):
+            torch.nn.init.normal_(weight, std=1.0)
+    drafter = DSparkDrafter(model, published)
+    anchor = int(expected["anchor"])
+    tokens = torch.cat([expected["prompt_ids"], expected["anchor"][None]], 1)
+    with torch.no_grad():
+        hidden = model(expected["features"], tokens, torch.tensor([[20]]))[0, 0]
+    (tree,) = propose(drafter, expected, shape=BestFirst(width=3, depth=4, nodes=12))
+    check_paths(tree, model, hidden, anchor)
+    (chain,) = propose(drafter, expected, Sampling(1.0), seed=3)
+    laws = path_laws(model, hidden, anchor, chain.tokens)
+    for k in range(len(chain.tokens)):
+        assert torch.allclose(chain.law(k), laws[k], atol=1e-5)
+    assert (chain.survival is None) == (rank == 0)
 
 
 def test_what_is_saved_loads_back(published, tmp_path):
