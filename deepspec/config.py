@@ -98,13 +98,43 @@ class ValidateParams(Section):
     max_degenerate_share: float = Field(0.2, ge=0, le=1, description="Rows allowed above max_repetition.")
 
 
+class GeometricWeights(Section):
+    """exp(−(k−1)/γ_w): the same for every block."""
+
+    type: Literal["geometric"]
+    decay: float = Field(4.0, gt=0, description="γ_w")
+
+
+class DPaceWeights(Section):
+    """D-PACE: each position by the expected tokens that hang on it under the draft of the moment."""
+
+    type: Literal["dpace"]
+    smoothing: float = Field(0.5, ge=0, le=1, description="a of q̃ = (1 − a)·q(x*) + a.")
+
+
 class LossParams(Section):
-    """Weights of the DSpark loss terms and the decay of later block positions (`training/losses.py`)."""
+    """Weights of the loss terms (`training/losses.py` has their formulas) and of the positions of a block."""
 
     ce: float = Field(0.1, ge=0)
-    tv: float = Field(0.9, ge=0)
-    confidence: float = Field(1.0, ge=0)
-    position_decay: float = Field(4.0, gt=0, description="γ_w of exp(−(k−1)/γ_w).")
+    kl: float = Field(0.0, ge=0)
+    tv: float = Field(0.9, ge=0, description="Of ‖q − p‖₁, as in the DSpark paper.")
+    lk: float = Field(0.0, ge=0, description="Of −log α.")
+    lk_mixed: float = Field(0.0, ge=0, description="Of λ·KL + (1 − λ)·½‖q − p‖₁, λ = exp(−3α).")
+    confidence: float = Field(1.0, ge=0, description="Of the confidence head's cross-entropy.")
+    positions: Annotated[GeometricWeights | DPaceWeights, Field(discriminator="type")] = GeometricWeights(
+        type="geometric"
+    )
+    budget_mib: float | None = Field(
+        None,
+        gt=0,
+        description="Largest tensor over the vocabulary; null: 8 on a CPU, 256 on a GPU.",
+    )
+
+    @model_validator(mode="after")
+    def _some(self) -> LossParams:
+        if not any((self.ce, self.kl, self.tv, self.lk, self.lk_mixed)):
+            raise ValueError("train.loss: every term has weight 0")
+        return self
 
 
 class TrainParams(Section):
@@ -207,7 +237,12 @@ ControllerParams = Annotated[
 ]
 TAGGED: dict[str, type[Section]] = {
     get_args(section.model_fields["type"].annotation)[0]: section
-    for union in (DrafterParams, TreeParams, ControllerParams)
+    for union in (
+        DrafterParams,
+        TreeParams,
+        ControllerParams,
+        LossParams.model_fields["positions"].annotation,
+    )
     for section in get_args(get_args(union)[0])
 }
 

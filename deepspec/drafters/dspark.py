@@ -31,8 +31,8 @@ from deepspec.drafters.checkpoint import load_network, temperatures
 from deepspec.drafters.markov import MarkovHead
 from deepspec.drafters.network import (
     MLP,
-    Corrections,
     Network,
+    Outputs,
     RMSNorm,
     RopeTable,
     like_target,
@@ -256,16 +256,14 @@ class DSparkModel(Network):
             x = layer(x, context, rope, context_rope, mask)
         return self.norm(x).unflatten(1, (blocks, gamma))
 
-    def corrections(self, hidden: Tensor, previous: Tensor) -> Corrections:
-        if self.markov_head is None:
-            embedded = latents = w2 = None
-        else:
+    def outputs(self, hidden: Tensor, previous: Tensor) -> Outputs:
+        factors, embedded, confidence = [(hidden, self.lm_head.weight)], None, None
+        if self.markov_head is not None:
             embedded = self.markov_head.markov_w1(previous)
-            latents, w2 = self.markov_head.unrolled(embedded, hidden), self.markov_head.markov_w2.weight
-        confidence = None
+            factors.append((self.markov_head.unrolled(embedded, hidden), self.markov_head.markov_w2.weight))
         if self.confidence_head is not None:
             confidence = self.confidence_head(hidden, None if embedded is None else embedded.to(hidden.dtype))
-        return Corrections(latents, w2, confidence)
+        return Outputs(factors, confidence)
 
 
 def _normed_by_layer(features: Tensor, config: DSparkConfig) -> Tensor:

@@ -39,11 +39,10 @@ class MLP(nn.Module):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
-class Corrections(NamedTuple):
-    """What a drafter adds to its base logits head · h_k, and what it says of them. None: nothing."""
+class Outputs(NamedTuple):
+    """What a loss reads: the draft's logits are Σ x Wᵀ over `factors`, which are never multiplied out at once."""
 
-    latents: Tensor | None = None  # [..., r], added to the logits as w2 · latent
-    w2: Tensor | None = None  # [draft_vocab, r]
+    factors: list[tuple[Tensor, Tensor]]  # x [..., m], W [draft_vocab, m]
     confidence: Tensor | None = None  # [...], logits of the chance that a token drawn at k survives
 
 
@@ -60,9 +59,9 @@ class Network(nn.Module):
         self.lm_head = nn.Linear(config.hidden_size, config.draft_vocab_size, bias=False)
         self.register_buffer("draft_ids", torch.arange(config.draft_vocab_size))
 
-    def corrections(self, hidden: Tensor, previous: Tensor) -> Corrections:
+    def outputs(self, hidden: Tensor, previous: Tensor) -> Outputs:
         """For hidden states [..., γ, d] of blocks and the tokens before each, int64 [..., γ]."""
-        return Corrections()
+        return Outputs([(hidden, self.lm_head.weight)])
 
     def stored_name(self, name: str) -> str:
         """A weight's name in a draft's file."""

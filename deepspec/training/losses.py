@@ -1,126 +1,219 @@
-"""The DSpark loss, in chunks of positions, with gradients in closed form.
+"""The losses by which a draft learns its target's law, in chunks of blocks, with gradients in closed form.
 
 For a position with draft logits z (over the draft vocabulary), q = softmax(z), target law p (over the whole
 vocabulary, of which the draft vocabulary's part is used) and data token x*:
 
-    CE   = −log q(x*)                        ∂/∂z = q − 1[x*]
-    TV   = ‖q − p‖₁ = Σ_v |q(v) − p(v)|      ∂/∂z = q ⊙ (s − Σ_v q(v) s(v)),  s = sign(q − p)
-    α    = Σ_v min(p(v), q(v))               the chance that a token drawn from q is accepted
-    BCE  = −α log c − (1 − α) log(1 − c)     c the confidence head's output, α held fixed
+    ce    −log q(x*)                        ∂/∂z = q − 1[x*]
+    kl    Σ_v p log(p/q)                    ∂/∂z = P q − p,  P = Σ_v p(v) over the draft vocabulary
+    tv    ‖q − p‖₁ = Σ_v |q(v) − p(v)|      ∂/∂z = q ⊙ (s − Σ_v q(v) s(v)) =: g,  s = sign(q − p)
+    lk    −log α                            ∂/∂z = g / (2 α)
+    lk_mixed  λ·KL + (1 − λ)·½‖q − p‖₁      with λ = exp(−3 α), held fixed
 
-(DeepSeek 2026, DSpark §3.1.) Probability that p puts outside the draft vocabulary adds a constant to TV and nothing
-to α. Logits of all positions never exist at once: a chunk's loss and gradients are computed together, in the
-forward pass, so memory is bounded by `chunk` × draft vocabulary in float32.
+where α = Σ_v min(p, q) = 1 − ½‖q − p‖₁ is the chance that a token drawn from q is accepted (Leviathan et al. 2023).
+The DSpark paper's loss is 0.1·ce + 0.9·tv (DeepSeek 2026, §3.1). LK has a gradient where p and q hardly meet and TV
+has none. Probability that p puts outside the draft vocabulary adds a constant to TV and nothing to KL and α. The
+confidence head's BCE, −α log c − (1 − α) log(1 − c), holds α fixed.
+
+Positions of a block are weighed (`geometric`, `dpace`): later tokens are reached less often.
+
+Logits of all positions never exist at once. A chunk's loss and gradients are computed together, in the forward pass,
+so no float32 tensor over the vocabulary is larger than `budget` bytes (or one block's logits).
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-CHUNK = 256  # positions; 8 MiB of float32 at 8,192 draft tokens stays in the cache of a CPU
+BUDGET = {"cpu": 8 << 20}  # bytes of one chunk's logits: what stays in a CPU's cache, what fills a GPU
+GPU_BUDGET = 256 << 20
+_LEAST_ALPHA = 1e-6
+LK_DECAY = 3.0
+
+Weighing = Callable[[Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """How much each term counts."""
+
+    ce: float = 0.0
+    kl: float = 0.0
+    tv: float = 0.0
+    lk: float = 0.0
+    lk_mixed: float = 0.0
 
 
 @dataclass(frozen=True)
 class TargetLaw:
     """What a loss needs of the target at N positions: p(v) = exp(head · hidden − log_norm).
 
-    hidden [N, d] post-norm, log_norm [N] the log-sum-exp over the whole vocabulary, labels [N] the data token as an
-    index into the draft vocabulary (−1: not in it).
+    hidden [N, d] post-norm, head [V, d] the draft vocabulary's rows, log_norm [N] the log-sum-exp over the whole
+    vocabulary, labels [N] the data token as an index into the draft vocabulary (−1: not in it).
     """
 
     hidden: Tensor
+    head: Tensor
     log_norm: Tensor
     labels: Tensor
 
 
+class HeadLoss(NamedTuple):
+    """Of N positions; only `loss` has a gradient."""
+
+    loss: Tensor  # the weighted sum
+    alpha: Tensor  # [N]
+    terms: Tensor  # [N, 3]: CE, KL (zero unless asked for) and TV
+    weights: Tensor  # [N]
+
+
+def geometric(decay: float) -> Weighing:
+    """exp(−(k − 1)/γ_w) for k = 1..γ, of valid positions."""
+
+    def weigh(chances: Tensor, valid: Tensor) -> Tensor:
+        return valid * torch.exp(-torch.arange(valid.shape[-1], device=valid.device) / decay)
+
+    return weigh
+
+
+def dpace(smoothing: float) -> Weighing:
+    """D-PACE: w_j = Σ_{m≥j} Π_{i≤m} q̃_i with q̃ = (1 − a)·q(x*) + a, held fixed.
+
+    A position counts as much as the expected number of tokens that hang on it under the draft of the moment.
+    """
+
+    def weigh(chances: Tensor, valid: Tensor) -> Tensor:
+        reached = ((1 - smoothing) * chances + smoothing).cumprod(-1) * valid
+        return reached.flip(-1).cumsum(-1).flip(-1) * valid
+
+    return weigh
+
+
 class _HeadLoss(torch.autograd.Function):
-    """Σ weights · (ce · CE + tv · TV) over N positions, and α of each."""
+    """See `head_loss`. `factors` are x₁, W₁, x₂, W₂, ...: logits are Σ xᵢ Wᵢᵀ."""
 
     @staticmethod
-    def forward(ctx, hidden, markov, w2, head, law: TargetLaw, weights, ce: float, tv: float):
-        hidden_grad, markov_grad = torch.empty_like(hidden), torch.empty_like(markov)
-        w2_grad = torch.zeros_like(w2)
-        alpha = torch.empty(len(hidden), device=hidden.device)
-        losses = torch.empty(len(hidden), 2, device=hidden.device)  # CE and TV of each position
-        for rows in torch.arange(len(hidden), device=hidden.device).split(CHUNK):
-            part = slice(int(rows[0]), int(rows[-1]) + 1)
-            logits = F.linear(hidden[part], head) + F.linear(markov[part], w2)
-            target_logits = F.linear(law.hidden[part], head)
-            dz, losses[part], alpha[part] = _position_losses(
-                logits.float(), target_logits.float(), law.log_norm[part], law.labels[part], ce, tv
+    def forward(ctx, law: TargetLaw, mixture: Mixture, weigh: Weighing, valid, budget: int, *factors):
+        inputs, matrices = factors[::2], factors[1::2]
+        wanted = ctx.needs_input_grad[5:]
+        n, gamma = len(law.labels), valid.shape[-1]
+        x_grads = [torch.empty_like(x) if wanted[2 * i] else None for i, x in enumerate(inputs)]
+        w_grads = [
+            torch.zeros_like(w, dtype=torch.promote_types(w.dtype, torch.float32))
+            if wanted[2 * i + 1]
+            else None
+            for i, w in enumerate(matrices)
+        ]
+        alpha = law.log_norm.new_empty(n)
+        weights, terms = torch.empty_like(alpha), alpha.new_empty(n, 3)
+        blocks = max(budget // (4 * len(law.head) * gamma), 1)
+        for start in range(0, n, blocks * gamma):
+            part = slice(start, start + blocks * gamma)
+            logits = F.linear(inputs[0][part], matrices[0])
+            for x, w in zip(inputs[1:], matrices[1:], strict=True):
+                logits = logits + F.linear(x[part], w)
+            target_logits = F.linear(law.hidden[part], law.head)
+            dz, terms[part], alpha[part], chances = _position_losses(
+                logits, target_logits, law.log_norm[part], law.labels[part], mixture
             )
-            dz = dz.mul_(weights[part, None]).to(hidden.dtype)
-            hidden_grad[part] = dz @ head
-            markov_grad[part] = dz @ w2
-            w2_grad += dz.T @ markov[part]
-        ctx.save_for_backward(hidden_grad, markov_grad, w2_grad)
-        total = (losses * weights[:, None]).sum(0)
-        ctx.mark_non_differentiable(alpha, losses)
-        return ce * total[0] + tv * total[1], alpha, losses
+            here = valid[start // gamma : start // gamma + blocks]
+            weights[part] = weigh(chances.view(-1, gamma), here).flatten()
+            dz = dz.mul_(weights[part, None]).to(inputs[0].dtype)
+            for i, (x, w) in enumerate(zip(inputs, matrices, strict=True)):
+                if x_grads[i] is not None:
+                    x_grads[i][part] = dz @ w
+                if w_grads[i] is not None:
+                    w_grads[i] += dz.T @ x[part]
+        grads = [grad for pair in zip(x_grads, w_grads, strict=True) for grad in pair]
+        ctx.save_for_backward(*grads)
+        ctx.dtypes = [factor.dtype for factor in factors]
+        ctx.mark_non_differentiable(alpha, terms, weights)
+        return (_value(terms, alpha, mixture) * weights).sum(), alpha, terms, weights
 
     @staticmethod
     def backward(ctx, grad, *_):
-        hidden_grad, markov_grad, w2_grad = ctx.saved_tensors
-        return hidden_grad * grad, markov_grad * grad, w2_grad * grad, None, None, None, None, None
+        scaled = [
+            None if saved is None else (saved * grad).to(dtype)
+            for saved, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        ]
+        return None, None, None, None, None, *scaled
 
 
-def _position_losses(logits, target_logits, log_norm, labels, ce, tv):
-    """(∂loss/∂logits [n, V], [CE, TV] [n, 2], α [n]) of a chunk, all float32."""
-    log_q = logits.log_softmax(-1)
-    q = log_q.exp()
-    p = (target_logits - log_norm[:, None].to(q.dtype)).exp_()
-    known = (labels >= 0).to(q.dtype)
+def _value(terms: Tensor, alpha: Tensor, mixture: Mixture) -> Tensor:
+    """The loss of each position [n], from its terms [n, 3] and α."""
+    ce, kl, distance = terms.unbind(-1)
+    alpha = alpha.clamp(min=_LEAST_ALPHA)
+    blend = torch.exp(-LK_DECAY * alpha)
+    mixed = blend * kl + (1 - blend) * distance / 2
+    total = mixture.ce * ce + mixture.kl * kl + mixture.tv * distance
+    return total - mixture.lk * alpha.log() + mixture.lk_mixed * mixed
+
+
+def _position_losses(logits, target_logits, log_norm, labels, mixture: Mixture):
+    """∂loss/∂logits [n, V], terms [n, 3], α [n] and q(x*) [n] of a chunk; in float32, or float64 if given that."""
+    precise = torch.promote_types(logits.dtype, torch.float32)
+    logits, target_logits, log_norm = (x.to(precise) for x in (logits, target_logits, log_norm))
+    norm = logits.logsumexp(-1, keepdim=True)
+    known = (labels >= 0).to(precise)
     index = labels.clamp(min=0)[:, None]
-    cross_entropy = -log_q.gather(1, index)[:, 0] * known
-    missing = (1 - p.sum(-1)).clamp_(min=0)  # of p, outside the draft vocabulary
-    difference = q - p
-    distance = difference.abs().sum(-1) + missing
-    sign = difference.sign_()
-    dz = q * (sign - (q * sign).sum(-1, keepdim=True)).mul_(tv) if tv else torch.zeros_like(q)
-    if ce:
-        dz.add_(q * (ce * known)[:, None])
-        dz.scatter_add_(1, index, (-ce * known)[:, None])
+    log_chances = (logits.gather(1, index) - norm)[:, 0]
+    log_p = target_logits - log_norm[:, None]
+    p = log_p.exp()
+    inside = p.sum(-1)
+    divergence = torch.zeros_like(inside)
+    if mixture.kl or mixture.lk_mixed:
+        divergence = (p * log_p.sub_(logits).add_(norm)).sum(-1)
+    q = logits.sub_(norm).exp_()
+    sign = q - p
     # ‖q − p‖₁ = 2 − 2 Σ min(p, q), both laws summing to one
-    return dz, torch.stack((cross_entropy, distance), -1), 1 - distance / 2
+    distance = sign.abs().sum(-1) + (1 - inside).clamp_(min=0)
+    alpha = 1 - distance / 2
+    sign.sign_()
+    floor = alpha.clamp(min=_LEAST_ALPHA)
+    blend = torch.exp(-LK_DECAY * floor)
+    by_ce = mixture.ce * known
+    by_kl = mixture.kl + mixture.lk_mixed * blend
+    by_tv = mixture.tv + mixture.lk / (2 * floor) + mixture.lk_mixed * (1 - blend) / 2
+    centre = by_ce + by_kl * inside - by_tv * (q * sign).sum(-1)
+    dz = sign.mul_(by_tv[:, None]).add_(centre[:, None]).mul_(q)
+    if mixture.kl or mixture.lk_mixed:
+        dz.sub_(p.mul_(by_kl[:, None]))
+    dz.scatter_add_(1, index, -by_ce[:, None])
+    terms = torch.stack((-log_chances * known, divergence, distance), -1)
+    return dz, terms, alpha, log_chances.exp() * known
 
 
 def head_loss(
-    hidden: Tensor,
-    markov: Tensor,
-    w2: Tensor,
-    head: Tensor,
+    factors: Sequence[tuple[Tensor, Tensor]],
     law: TargetLaw,
-    weights: Tensor,
-    ce: float,
-    tv: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Weighted CE and TV of N positions.
+    mixture: Mixture,
+    weigh: Weighing,
+    valid: Tensor,
+    budget: int | None = None,
+) -> HeadLoss:
+    """The mixture of losses over N = blocks·γ positions, block by block.
 
     Args:
-        hidden: [N, d] draft hidden states; markov: [N, r] rows W₁[x_{k−1}]; w2: [V, r]; head: [V, d], frozen.
+        factors: (x [N, m], W [V, m]) pairs; the draft's logits are Σ x Wᵀ. Gradients go to those that require them.
         law: the target at the same positions.
-        weights: float32 [N]; 0 leaves a position out.
-        ce, tv: weights of the two terms.
-
-    Returns:
-        The weighted sum (differentiable in hidden, markov and w2), α [N], and [CE, TV] [N, 2].
+        weigh: (q(x*) [blocks, γ], valid [blocks, γ]) → weights [blocks, γ].
+        valid: bool [blocks, γ]; others do not count.
+        budget: bytes of the largest tensor over the vocabulary; None: 8 MiB on a CPU, 256 MiB on a GPU.
     """
-    return _HeadLoss.apply(hidden, markov, w2, head, law, weights, ce, tv)
+    budget = budget or BUDGET.get(valid.device.type, GPU_BUDGET)
+    flat = [tensor for pair in factors for tensor in pair]
+    return HeadLoss(*_HeadLoss.apply(law, mixture, weigh, valid, budget, *flat))
 
 
 def confidence_loss(scores: Tensor, alpha: Tensor, weights: Tensor) -> Tensor:
     """Weighted sum of the BCE of confidence logits [N] against the acceptance chance α [N]."""
     losses = F.binary_cross_entropy_with_logits(scores.float(), alpha.clamp(0, 1), reduction="none")
     return (losses * weights).sum()
-
-
-def position_weights(gamma: int, decay: float, device: torch.device | None = None) -> Tensor:
-    """exp(−(k − 1)/γ_w) for k = 1..γ: later tokens of a block are reached less often."""
-    return torch.exp(-torch.arange(gamma, device=device) / decay)
 
 
 def expected_tau(alpha: Tensor, valid: Tensor) -> Tensor:

@@ -34,8 +34,8 @@ class Trainer:
     """Trains an objective to `params.steps`, keeping the best weights by expected τ on held-out sequences.
 
     Args:
-        objective: module whose forward(batch) gives (weighted loss sum, sums to report) and whose `weights(batch)`
-            gives the weights.
+        objective: module whose forward(batch) gives (weighted loss sum, sums to report); `weight` among the sums is
+            what the loss is to be divided by.
         heldout: indices of the sequences kept out of `batches`.
         work: directory of checkpoints, outside DVC outputs.
     """
@@ -105,7 +105,7 @@ class Trainer:
         self.objective.train()
         with accelerator.autocast():
             loss, sums = self.objective(batch)
-        weight = self.raw.weights(batch).sum()
+        weight = sums.pop("weight")
         # All processes stop at the same step, whichever was asked to.
         asked = weight.new_tensor(float(self.stopping))
         total = accelerator.reduce(torch.stack([loss.detach(), weight, asked, *sums.values()]), "sum")
@@ -139,7 +139,9 @@ class Trainer:
 
     def _report(self, window: dict[str, float], elapsed: float, rate: float) -> None:
         heldout_tau = self.evaluate()
-        per_weight = {name: window[name] / window["weight"] for name in ("loss", "ce", "tv", "confidence")}
+        per_weight = {
+            name: window[name] / window["weight"] for name in ("loss", "ce", "kl", "tv", "confidence")
+        }
         line = {
             "step": self.step,
             **{name: round(value, 5) for name, value in per_weight.items()},

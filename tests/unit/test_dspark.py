@@ -77,7 +77,7 @@ def test_a_published_checkpoint_gives_the_published_hidden_states(model, expecte
 
 def test_a_published_checkpoint_gives_the_published_confidence(model, expected):
     previous = torch.cat([expected["anchor"], expected["draft_tokens"][0, :-1]])
-    scores = model.corrections(expected["block_hidden"][0], previous).confidence
+    scores = model.outputs(expected["block_hidden"][0], previous).confidence
     assert torch.allclose(scores, expected["confidence_logits"][0], atol=1e-5)
 
 
@@ -100,9 +100,7 @@ def path_laws(model, hidden, anchor: int, tokens: list[int]) -> torch.Tensor:
     """[γ, vocab], of a block with hidden states [γ, d] in which `tokens` are drafted, as training computes them."""
     previous = torch.tensor([anchor, *tokens, *[0] * len(hidden)][: len(hidden)])
     with torch.no_grad():
-        added = model.corrections(hidden, previous)
-        logits = model.lm_head(hidden)
-        return (logits if added.latents is None else logits + added.latents @ added.w2.T).softmax(-1)
+        return sum(x @ w.T for x, w in model.outputs(hidden, previous).factors).softmax(-1)
 
 
 def test_a_draft_does_not_depend_on_its_company(model, published, expected):

@@ -1,63 +1,143 @@
-"""The closed-form gradients against autograd, and the figures against their definitions."""
+"""The closed-form gradients against autograd in float64, and the figures against their definitions."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 from deepspec.training import losses
-from deepspec.training.losses import TargetLaw, confidence_loss, expected_tau, head_loss, position_weights
+from deepspec.training.losses import (
+    Mixture,
+    TargetLaw,
+    confidence_loss,
+    dpace,
+    expected_tau,
+    geometric,
+    head_loss,
+)
 
-N, D, R, VOCAB, KEPT = 37, 6, 3, 20, 13
-
-
-@pytest.fixture
-def inputs():
-    rng = torch.Generator().manual_seed(0)
-
-    def random(*shape):
-        return torch.randn(*shape, generator=rng, dtype=torch.float64)
-
-    full_head = random(VOCAB, D)
-    target_hidden = random(N, D)
-    labels = torch.randint(-1, KEPT, (N,), generator=rng)
-    law = TargetLaw(target_hidden, (target_hidden @ full_head.T).logsumexp(-1), labels)
-    leaves = [random(N, D), random(N, R), random(KEPT, R)]
-    return [leaf.requires_grad_() for leaf in leaves], full_head[:KEPT], law, torch.rand(N, generator=rng)
-
-
-def reference(leaves, head, law, weights, ce, tv):
-    """The definitions, written with autograd and the whole logits at once."""
-    hidden, markov, w2 = leaves
-    log_q = (hidden @ head.T + markov @ w2.T).log_softmax(-1)
-    p = (law.hidden @ head.T - law.log_norm[:, None]).exp()
-    known = law.labels >= 0
-    cross_entropy = -log_q.gather(1, law.labels.clamp(min=0)[:, None])[:, 0] * known
-    distance = (log_q.exp() - p).abs().sum(-1) + (1 - p.sum(-1))
-    alpha = torch.minimum(log_q.exp(), p).sum(-1)
-    return (weights * (ce * cross_entropy + tv * distance)).sum(), alpha
+BLOCKS, GAMMA, D, R, VOCAB, KEPT = 9, 4, 6, 3, 20, 13
+N = BLOCKS * GAMMA
+MIXTURES = {
+    "ce": Mixture(ce=1),
+    "kl": Mixture(kl=1),
+    "tv": Mixture(tv=1),
+    "lk": Mixture(lk=1),
+    "lk_mixed": Mixture(lk_mixed=1),
+    "dspark": Mixture(ce=0.1, tv=0.9),
+    "all": Mixture(0.3, 0.2, 0.4, 0.5, 0.6),
+}
+WEIGHINGS = {"geometric": geometric(3.0), "dpace": dpace(0.5)}
 
 
-@pytest.mark.parametrize(("ce", "tv"), [(0.1, 0.9), (1.0, 0.0), (0.0, 1.0)])
-def test_head_loss_and_its_gradients_match_autograd(inputs, ce, tv, monkeypatch):
-    monkeypatch.setattr(losses, "CHUNK", 10)
-    leaves, head, law, weights = inputs
-    loss, alpha, _ = head_loss(*leaves, head, law, weights, ce, tv)
-    expected, expected_alpha = reference(leaves, head, law, weights, ce, tv)
-    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
-    assert torch.allclose(alpha.double(), expected_alpha, atol=1e-5)
-    found = torch.autograd.grad(3 * loss, leaves)
-    for mine, theirs in zip(found, torch.autograd.grad(3 * expected, leaves), strict=True):
-        assert torch.allclose(mine, theirs, atol=1e-5)
+class Case:
+    """Factors that all require gradients, a target over the whole vocabulary, and blocks cut short."""
+
+    def __init__(self, kept: int = KEPT):
+        rng = torch.Generator().manual_seed(0)
+
+        def random(*shape):
+            return torch.randn(*shape, generator=rng, dtype=torch.float64)
+
+        full_head = random(VOCAB, D)
+        hidden = random(N, D)
+        labels = torch.randint(-1 if kept < VOCAB else 0, kept, (N,), generator=rng)
+        log_norm = (hidden @ full_head.T).logsumexp(-1)
+        self.law = TargetLaw(hidden, full_head[:kept], log_norm, labels)
+        self.valid = torch.rand(BLOCKS, GAMMA, generator=rng).lt(0.8).cumprod(-1).bool()
+        self.leaves = [random(N, D), random(kept, D), random(N, R), random(kept, R)]
+        for leaf in self.leaves:
+            leaf.requires_grad_()
+
+    def loss(self, mixture: Mixture, weigh=WEIGHINGS["geometric"], budget: int | None = None):
+        factors = [tuple(self.leaves[:2]), tuple(self.leaves[2:])]
+        return head_loss(factors, self.law, mixture, weigh, self.valid, budget)
+
+    def reference(self, mixture: Mixture, weigh):
+        """The definitions, written with autograd and the whole logits at once: loss and α."""
+        x, head, latents, w2 = self.leaves
+        law = self.law
+        log_q = (x @ head.T + latents @ w2.T).log_softmax(-1)
+        log_p = law.hidden @ law.head.T - law.log_norm[:, None]
+        p, q = log_p.exp(), log_q.exp()
+        known = law.labels >= 0
+        chances = q.gather(1, law.labels.clamp(min=0)[:, None])[:, 0] * known
+        cross_entropy = torch.where(known, -chances.clamp(min=1e-30).log(), 0.0)
+        divergence = (p * (log_p - log_q)).sum(-1)
+        distance = (q - p).abs().sum(-1) + (1 - p.sum(-1))
+        alpha = torch.minimum(p, q).sum(-1)
+        blend = torch.exp(-3 * alpha.detach())
+        value = (
+            mixture.ce * cross_entropy
+            + mixture.kl * divergence
+            + mixture.tv * distance
+            - mixture.lk * alpha.log()
+            + mixture.lk_mixed * (blend * divergence + (1 - blend) * distance / 2)
+        )
+        weights = weigh(chances.detach().view(BLOCKS, GAMMA), self.valid).flatten()
+        return (value * weights).sum(), alpha
 
 
-def test_a_position_of_weight_zero_has_no_gradient(inputs):
-    leaves, head, law, weights = inputs
-    weights[5] = 0
-    loss, _, _ = head_loss(*leaves, head, law, weights, 0.1, 0.9)
-    (gradient,) = torch.autograd.grad(loss, leaves[:1])
-    assert not gradient[5].any() and gradient[6].any()
+@pytest.mark.parametrize("kept", [KEPT, VOCAB])
+@pytest.mark.parametrize("weighing", WEIGHINGS)
+@pytest.mark.parametrize("name", MIXTURES)
+def test_losses_and_their_gradients_match_autograd_in_float64(name, weighing, kept):
+    case = Case(kept)
+    found = case.loss(MIXTURES[name], WEIGHINGS[weighing], budget=3 * GAMMA * kept * 4)
+    expected, alpha = case.reference(MIXTURES[name], WEIGHINGS[weighing])
+    assert found.loss.item() == pytest.approx(expected.item(), rel=1e-9)
+    assert torch.allclose(found.alpha, alpha, atol=1e-9)
+    gradients = torch.autograd.grad(3 * found.loss, case.leaves)
+    for mine, theirs in zip(gradients, torch.autograd.grad(3 * expected, case.leaves), strict=True):
+        assert torch.allclose(mine, theirs, atol=1e-9)
+
+
+def test_no_tensor_over_the_vocabulary_exceeds_the_budget(monkeypatch):
+    case, sizes, original = Case(), [], losses._position_losses
+
+    def watched(logits, *rest):
+        sizes.append(logits.numel() * 4)
+        return original(logits, *rest)
+
+    monkeypatch.setattr(losses, "_position_losses", watched)
+    budget = 2 * GAMMA * KEPT * 4
+    case.loss(MIXTURES["dspark"], budget=budget)
+    assert max(sizes) == budget and len(sizes) == -(-BLOCKS // 2)
+
+
+def test_a_frozen_head_costs_no_gradient():
+    case = Case()
+    case.leaves[1].requires_grad_(False)
+    case.loss(MIXTURES["dspark"]).loss.backward()
+    assert case.leaves[1].grad is None and case.leaves[0].grad is not None
+
+
+def test_positions_that_do_not_count_have_no_gradient():
+    case = Case()
+    (gradient,) = torch.autograd.grad(case.loss(MIXTURES["all"], WEIGHINGS["dpace"]).loss, case.leaves[:1])
+    moved = gradient.abs().sum(-1).view(BLOCKS, GAMMA) > 0
+    assert torch.equal(moved, case.valid) and not bool(case.valid.all())
+
+
+def test_lk_has_a_gradient_where_the_laws_hardly_meet_and_tv_has_none():
+    head = torch.eye(2, dtype=torch.float64)
+    hidden = torch.tensor([[20.0, 0.0]], dtype=torch.float64)
+    law = TargetLaw(hidden, head, hidden.logsumexp(-1), torch.tensor([0]))
+    sizes = {}
+    for name in ("tv", "lk"):
+        x = torch.tensor([[0.0, 12.0]], dtype=torch.float64, requires_grad=True)
+        valid = torch.ones(1, 1, dtype=torch.bool)
+        head_loss([(x, head)], law, MIXTURES[name], geometric(1.0), valid).loss.backward()
+        sizes[name] = float(x.grad.abs().max())
+    assert sizes["tv"] < 1e-4 and sizes["lk"] == pytest.approx(1, abs=0.01)
+
+
+def test_dpace_weighs_a_position_by_what_hangs_on_it():
+    chances = torch.tensor([[1.0, 0.0, 1.0], [0.5, 0.5, 0.5]])
+    valid = torch.tensor([[True, True, True], [True, True, False]])
+    weights = dpace(0.5)(chances, valid)
+    assert weights[0].tolist() == [2.0, 1.0, 0.5]  # q̃ = 1, ½, 1: reached 1, ½, ½
+    assert weights[1].tolist() == [0.75 + 0.5625, 0.5625, 0.0]
 
 
 def test_confidence_loss_is_least_at_the_acceptance_chance():
@@ -73,7 +153,6 @@ def test_expected_tau_multiplies_along_each_block():
     assert expected_tau(alpha, valid).tolist() == [3.0, 1.0, 1.5]
 
 
-def test_position_weights_decay_from_one():
-    weights = position_weights(4, 2.0)
-    assert weights[0] == 1 and torch.allclose(weights, F.relu(weights))
-    assert weights[2] == pytest.approx(torch.exp(torch.tensor(-1.0)).item())
+def test_geometric_weights_decay_from_one():
+    weights = geometric(2.0)(torch.zeros(1, 4), torch.tensor([[True, True, True, False]]))
+    assert weights[0].tolist() == pytest.approx([1.0, 0.6065, 0.3679, 0.0], abs=1e-4)
