@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, Union, get_args
 import yaml
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
+from deepspec.data.codec import CODECS
 from deepspec.drafters.lookup import LookupParams
 from deepspec.drafters.registry import algorithms
 from deepspec.drafters.suffix import SuffixParams
@@ -137,6 +138,18 @@ class LossParams(Section):
         return self
 
 
+class FeaturesParams(Section):
+    """Where the target's hidden states come from in training."""
+
+    mode: Literal["cached", "online"] = Field(
+        "cached", description="`online` runs the target in every step and stores nothing."
+    )
+    form: Literal[tuple(CODECS)] = Field("bf16", description="Of the cache: how each hidden state is stored.")
+    directory: str | None = Field(
+        None, description="Of the cache, to share it; null: one of its own under .deepspec/features."
+    )
+
+
 class TrainParams(Section):
     """One training run; the same for every drafter unless its own section overrides it."""
 
@@ -160,7 +173,22 @@ class TrainParams(Section):
     ] = Field(
         "bf16", description="YAML reads a bare `no` as false, and `dvc exp run -S` takes its quotes away."
     )
+    features: FeaturesParams = FeaturesParams()
+    accumulate: int = Field(1, ge=1, description="Parts of a step's batch, each with a pass of its own.")
+    gradient_checkpointing: bool = Field(False, description="Less memory, more time.")
+    compile: bool = Field(False, description="torch.compile the network (GPU).")
+    written_out: bool = Field(
+        False, description="Write embeddings and the whole head into the draft; else they are the target's."
+    )
     loss: LossParams = LossParams()
+
+    @model_validator(mode="after")
+    def _parts(self) -> TrainParams:
+        if self.accumulate > self.batch_size:
+            raise ValueError(
+                f"train.accumulate is {self.accumulate}, more than batch_size ({self.batch_size})"
+            )
+        return self
 
 
 LookupChoice = Annotated[LookupParams | SuffixParams, Field(discriminator="type")]

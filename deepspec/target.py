@@ -27,6 +27,7 @@ from deepspec.graphs import GraphedPasses
 from deepspec.memory import reuse_freed_memory
 
 RECORD = "deepspec.json"
+H_LAST = -2  # as a layer id: h_last, after the final norm
 _FOUR_DIMENSIONAL = torch.zeros(
     1, 1, 1, 1
 )  # transformers leaves a 4-D mask alone, and ours comes with the Step
@@ -49,8 +50,8 @@ def resolve_target(source: str, revision: str | None, dtype: str, directory: str
             write_embedded(source, torch_dtype, scratch)
         else:
             _check_directory(source)
-            tokenizer = _from_pretrained(AutoTokenizer, source, revision=revision)
-            model = _from_pretrained(AutoModelForCausalLM, source, revision=revision, dtype=torch_dtype)
+            tokenizer = from_pretrained(AutoTokenizer, source, revision=revision)
+            model = from_pretrained(AutoModelForCausalLM, source, revision=revision, dtype=torch_dtype)
             model.save_pretrained(scratch)
             tokenizer.save_pretrained(scratch)
         record = {"source": source, "revision": revision, "dtype": dtype, "digest": _digest(scratch)}
@@ -88,9 +89,9 @@ def load_target(
         source = str(cached)
     _check_directory(source)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    tokenizer = _from_pretrained(AutoTokenizer, source)
+    tokenizer = from_pretrained(AutoTokenizer, source)
     wanted = "auto" if dtype is None else _dtype(dtype)
-    model = _from_pretrained(AutoModelForCausalLM, source, dtype=wanted, attn_implementation=NAME)
+    model = from_pretrained(AutoModelForCausalLM, source, dtype=wanted, attn_implementation=NAME)
     if not tokenizer.chat_template:
         raise DeepSpecError(
             f"{source}: the tokenizer has no chat template; add the one the target was trained with"
@@ -135,7 +136,7 @@ class Target:
         head = model.get_output_embeddings()
         self._head = PackedLinear(head.weight, head.bias)
         self._model = model.model if hasattr(model, "model") else model.base_model
-        self._layers = _decoder_layers(self._model, self.num_layers)
+        self._layers = decoder_layers(self._model, self.num_layers)
         with torch.no_grad():
             fuse(self._layers, WEIGHTS[weights])
         self._hooked: set[int] = set()
@@ -156,14 +157,17 @@ class Target:
 
         Args:
             ids: [batch, n].
-            step: positions, mask and cache; its `features` are filled with [batch, n, d] for each wanted layer.
+            step: positions, mask and cache; its `features` are filled with [batch, n, d] for each wanted layer
+                (`H_LAST` is the returned state itself).
 
         Returns:
             h_last [batch, n, d], after the final norm.
         """
-        for layer in step.wanted - self._hooked:
+        for layer in step.wanted - self._hooked - {H_LAST}:
             self._hook(layer)
         hidden = self._graphs(ids, step) if self._graphs else self._run(ids, step)
+        if H_LAST in step.wanted:
+            step.features[H_LAST] = hidden
         if not self._checked:
             self._check_attention(step)
         return hidden
@@ -269,7 +273,7 @@ def _check_int4(model: nn.Module, device: str, source: str) -> None:
         raise DeepSpecError("int4 weights run on a CPU only; load the target with device='cpu'")
     if model.dtype != torch.bfloat16:
         raise DeepSpecError(f"int4 weights go with bfloat16 activations; {source} is in {_name(model.dtype)}")
-    layers = _decoder_layers(model, model.config.get_text_config().num_hidden_layers)
+    layers = decoder_layers(model, model.config.get_text_config().num_hidden_layers)
     sizes = {m.in_features for m in layers.modules() if isinstance(m, nn.Linear)}
     if uneven := sorted(size for size in sizes if size % Int4Linear.BLOCK):
         raise DeepSpecError(
@@ -277,7 +281,7 @@ def _check_int4(model: nn.Module, device: str, source: str) -> None:
         )
 
 
-def _decoder_layers(model: nn.Module, count: int) -> nn.ModuleList:
+def decoder_layers(model: nn.Module, count: int) -> nn.ModuleList:
     for module in model.modules():
         if isinstance(module, nn.ModuleList) and len(module) == count:
             return module
@@ -310,7 +314,7 @@ def _check_directory(source: str) -> None:
         )
 
 
-def _from_pretrained(cls: Any, source: str, **options: Any) -> Any:
+def from_pretrained(cls: Any, source: str, **options: Any) -> Any:
     """`from_pretrained`, its many errors turned into one line."""
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
@@ -327,8 +331,10 @@ def _from_pretrained(cls: Any, source: str, **options: Any) -> Any:
 def _digest(directory: Path) -> str:
     """Identity of a target: its configuration, tokenizer, template and weights (many gigabytes are sampled)."""
     recorded = directory / RECORD
-    if recorded.exists():
-        return json.loads(recorded.read_text())["digest"]
+    if recorded.exists() and "digest" in (
+        record := json.loads(recorded.read_text())
+    ):  # a draft's record has none
+        return record["digest"]
     state = hashlib.sha256()
     for path in sorted(p for pattern in ("*.json", "*.jinja", "*.model") for p in directory.glob(pattern)):
         state.update(path.name.encode() + path.read_bytes())

@@ -1,120 +1,245 @@
-"""The target's view of the distillation data, computed once and memory-mapped.
+"""The target's view of the distillation data: for every token the chosen layers' hidden states, the post-norm hidden
+state (with the head it gives the target's whole law) and the log-normaliser of that law.
 
-For every token: the chosen layers' hidden states, the post-norm hidden state (with the head it gives the target's
-whole law) and the log-normaliser of that law. Kept outside DVC under a key of everything that it depends on; an
-interrupted extraction goes on at the sequence where it stopped.
+`CachedFeatures` computes them once into shards of safetensors, outside DVC, and memory-maps them; an interrupted
+extraction goes on at the shard where it stopped. `OnlineFeatures` runs the target inside the training loop and stores
+nothing.
 """
 
 from __future__ import annotations
 
 import json
-import os
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from deepspec.attention import Step
+from deepspec.data.codec import codec
 from deepspec.data.sequences import Sequence
 from deepspec.errors import DeepSpecError
-from deepspec.files import digest, source_digest, write_json
-from deepspec.target import Target
+from deepspec.files import digest, file_digest, replacing, source_digest, write_json
+from deepspec.target import H_LAST, Target
 
-BATCH_TOKENS = 2048
-DONE = "done.json"
-_FILES = ("features", "hidden", "log_norm")
+BATCH_TOKENS = 2048  # of a target pass
+SHARD_TOKENS = 16384
+MANIFEST = "manifest.json"
+_FORMAT = 1
+_NORM = "log_norm"
 
 
-class FeatureStore:
-    """Flat files of bfloat16 rows, one a token: features [N, layers·d], hidden [N, d], log_norm float32 [N].
-
+class Features(ABC):
+    """
     Args:
-        root: where stores live (outside DVC outputs).
         sequences: in the order of the data set.
-        layers: target layer ids, concatenated in this order.
+        layers: target layer ids, concatenated in this order; `H_LAST` is the post-norm state.
     """
 
-    def __init__(self, root: str | Path, target: Target, sequences: list[Sequence], layers: tuple[int, ...]):
-        lengths = [len(sequence.ids) for sequence in sequences]
-        self.offsets = np.concatenate(([0], np.cumsum(lengths))).tolist()
-        content = "".join(str(sequence.ids) for sequence in sequences)
-        code = source_digest("data/features.py", "attention.py", "fused.py", "target.py")
-        key = digest(f"{target.digest} {target.dtype} {layers} {digest(content)} {code}")
-        self.directory = Path(root) / key
+    def __init__(self, target: Target, sequences: list[Sequence], layers: tuple[int, ...]):
         self.target, self.sequences, self.layers = target, sequences, layers
-        self.widths = {
-            "features": len(layers) * target.hidden_size,
-            "hidden": target.hidden_size,
-            "log_norm": 2,
-        }
-        self._maps: dict[str, Tensor] = {}
 
-    def build(self) -> None:
-        """Compute what is missing, in batches of like length, longest first.
+    @abstractmethod
+    def rows(self, indices: list[int]) -> list[dict[int | str, Tensor]]:
+        """Of each sequence: layer → bfloat16 [n, d] for all layers and `H_LAST`; "log_norm" → float32 [n]."""
+
+    def batch(self, indices: list[int]) -> tuple[Tensor, Tensor, Tensor]:
+        """features [b, n, layers·d], hidden [b, n, d] and log_norm [b, n] of some sequences, zero-padded."""
+        rows = self.rows(indices)
+        hidden = [row[H_LAST] for row in rows]
+        features = [
+            torch.cat([row[layer] for layer in self.layers], -1)
+            if self.layers
+            else last.new_empty(len(last), 0)
+            for row, last in zip(rows, hidden, strict=True)
+        ]
+        parts = (features, hidden, [row[_NORM] for row in rows])
+        return tuple(pad_sequence(part, batch_first=True) for part in parts)
+
+    def compute(self, indices: list[int]) -> list[dict[int | str, Tensor]]:
+        """`rows`, by a pass of the target; on its device and in its dtype.
 
         Raises:
             DeepSpecError: the target's hidden states are not finite.
         """
-        self.directory.mkdir(parents=True, exist_ok=True)
-        self._open()
-        batches = list(_like_lengths(self.sequences))
-        progress_file = self.directory / DONE
-        done = json.loads(progress_file.read_text()) if progress_file.exists() else 0
-        if done == len(batches):
-            return
-        columns = (TextColumn("features"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        with Progress(*columns) as progress:
-            bar = progress.add_task("", total=len(batches), completed=done)
-            for i in range(done, len(batches)):
-                self._extract(batches[i])
-                if i % 8 == 7 or i == len(batches) - 1:
-                    write_json(progress_file, i + 1)
-                progress.advance(bar)
-
-    def batch(self, indices: list[int]) -> tuple[Tensor, Tensor, Tensor]:
-        """features [b, n, layers·d], hidden [b, n, d] and log_norm [b, n] of some sequences, zero-padded."""
-        parts = []
-        for name in _FILES:
-            rows = [self._maps[name][self.offsets[i] : self.offsets[i + 1]] for i in indices]
-            parts.append(torch.nn.utils.rnn.pad_sequence(rows, batch_first=True))
-        features, hidden, log_norm = parts
-        return features, hidden, log_norm.view(torch.float32)[..., 0]
-
-    def _open(self) -> None:
-        total = self.offsets[-1]
-        for name, width in self.widths.items():
-            path, size = self.directory / f"{name}.bin", total * width * 2
-            if not path.exists() or path.stat().st_size != size:
-                (self.directory / DONE).unlink(missing_ok=True)
-                with path.open(
-                    "wb"
-                ) as file:  # claimed now: a full disk under a mapped file would kill the process
-                    if size:
-                        os.posix_fallocate(file.fileno(), 0, size)
-            mapped = np.memmap(path, dtype=np.int16, mode="r+", shape=(total, width))
-            self._maps[name] = torch.from_numpy(mapped).view(torch.bfloat16)
-
-    def _extract(self, indices: list[int]) -> None:
-        rows = [torch.tensor(self.sequences[i].ids) for i in indices]
-        ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(self.target.device)
+        ids = pad_sequence([torch.tensor(self.sequences[i].ids) for i in indices], batch_first=True)
+        ids = ids.to(self.target.device)
         positions = torch.arange(ids.shape[1], device=ids.device).expand(ids.shape)
-        step = Step(positions, wanted=self.layers)  # causal: padding at the end is never seen
-        hidden = self.target.forward(ids, step)
-        features = torch.cat([step.features[layer] for layer in self.layers], -1) if self.layers else None
+        wanted = (*self.layers, H_LAST)
+        step = Step(positions, wanted=wanted)  # causal: padding at the end is never seen
+        self.target.forward(ids, step)
+        rows = []
         for row, i in enumerate(indices):
             n = len(self.sequences[i].ids)
-            here = slice(self.offsets[i], self.offsets[i + 1])
-            last = hidden[row, :n]
-            log_norm = torch.cat([self.target.logits(part).float().logsumexp(-1) for part in last.split(256)])
-            if not bool(torch.isfinite(log_norm).all()):
+            found: dict[int | str, Tensor] = {layer: step.features[layer][row, :n] for layer in wanted}
+            found[_NORM] = self.log_norm(found[H_LAST])
+            if not bool(torch.isfinite(found[_NORM]).all()):
                 raise DeepSpecError(f"conversation {i}: the target's logits are not finite")
-            self._maps["hidden"][here] = last.to("cpu", torch.bfloat16)
-            self._maps["log_norm"][here] = log_norm.cpu()[:, None].view(torch.bfloat16)
-            if features is not None:
-                self._maps["features"][here] = features[row, :n].to("cpu", torch.bfloat16)
+            rows.append(found)
+        return rows
+
+    def log_norm(self, hidden: Tensor) -> Tensor:
+        """Of post-norm states [n, d], in chunks."""
+        return torch.cat([self.target.logits(part).float().logsumexp(-1) for part in hidden.split(256)])
+
+
+class OnlineFeatures(Features):
+    """Computed when asked for; nothing is stored."""
+
+    def rows(self, indices: list[int]) -> list[dict[int | str, Tensor]]:
+        return [
+            {name: x if name == _NORM else x.to(torch.bfloat16) for name, x in row.items()}
+            for row in self.compute(indices)
+        ]
+
+
+class CachedFeatures(Features):
+    """Kept in shards, memory-mapped.
+
+    Args:
+        directory: of the shards.
+        data_digest: of the data set that the sequences are from.
+        form: a name in `deepspec.data.codec.CODECS`.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        target: Target,
+        sequences: list[Sequence],
+        layers: tuple[int, ...],
+        data_digest: str,
+        form: str = "bf16",
+    ):
+        super().__init__(target, sequences, layers)
+        self.directory, self.codec = directory, codec(form)
+        self.identity = {
+            "format": _FORMAT,
+            "target": target.digest,
+            "dtype": target.precision,
+            "layers": list(layers),
+            "data": data_digest,
+            "sequences": digest("".join(str(sequence.ids) for sequence in sequences)),
+            "form": form,
+        }
+        self.manifest: dict[str, Any] = self.identity | {"shards": []}
+        self._maps: dict[int, dict[str, Tensor]] = {}  # of shards that were read
+        self._places: dict[int, tuple[int, int]] = {}  # sequence → shard and first row
+
+    @classmethod
+    def below(cls, root: Path, *what: Any) -> CachedFeatures:
+        """In a directory below `root` that is named by everything the features depend on, the code too."""
+        found = cls(root, *what)
+        code = source_digest("data/features.py", "data/codec.py", "attention.py", "fused.py", "target.py")
+        found.directory = root / digest(json.dumps(found.identity) + code)
+        return found
+
+    @property
+    def bytes_a_token(self) -> float:
+        tokens = sum(len(sequence.ids) for sequence in self.sequences)
+        return sum(shard["bytes"] for shard in self.manifest["shards"]) / tokens
+
+    def build(self) -> None:
+        """Compute the shards that are missing, sequences of like length together, longest first.
+
+        Raises:
+            DeepSpecError: the directory holds features of another target, data set or form.
+        """
+        self.directory.mkdir(parents=True, exist_ok=True)
+        path = self.directory / MANIFEST
+        if path.exists():
+            self.manifest = self._checked(path)
+        plan = list(_shards(self.sequences))
+        done = len(self.manifest["shards"])
+        columns = (TextColumn("features"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        with Progress(*columns, disable=done == len(plan)) as progress:
+            bar = progress.add_task("", total=len(plan), completed=done)
+            for number in range(done, len(plan)):
+                self.manifest["shards"].append(self._write(number, plan[number]))
+                write_json(path, self.manifest)
+                progress.advance(bar)
+        for number, batches in enumerate(plan):
+            start = 0
+            for i in (i for batch in batches for i in batch):
+                self._places[i] = (number, start)
+                start += len(self.sequences[i].ids)
+
+    def rows(self, indices: list[int]) -> list[dict[int | str, Tensor]]:
+        return [self._row(i) for i in indices]
+
+    def _row(self, i: int) -> dict[int | str, Tensor]:
+        number, start = self._places[i]
+        shard = self._map(number)
+        here = slice(start, start + len(self.sequences[i].ids))
+        row: dict[int | str, Tensor] = {_NORM: shard[_NORM][here]}
+        for layer in {*self.layers, H_LAST}:
+            parts = ("codes", "scales") if self.codec.group is not None else ("codes",)
+            row[layer] = self.codec.decode({part: shard[f"{layer}.{part}"][here] for part in parts})
+        return row
+
+    def _checked(self, path: Path) -> dict[str, Any]:
+        try:
+            found = json.loads(path.read_text())
+        except ValueError:
+            raise DeepSpecError(f"{path}: not a manifest of features; delete {path.parent}") from None
+        for name, value in self.identity.items():
+            if found.get(name) != value:
+                raise DeepSpecError(
+                    f"{path.parent}: features of another {name} ({found.get(name)}, wanted {value}); "
+                    "give another directory or delete it"
+                )
+        return found
+
+    def _write(self, number: int, batches: list[list[int]]) -> dict[str, Any]:
+        parts: dict[str, list[Tensor]] = {}
+        for batch in batches:
+            for row in self.compute(batch):
+                for layer in {*self.layers, H_LAST}:
+                    encoded = self.codec.encode(row[layer])
+                    for part, tensor in encoded.items():
+                        parts.setdefault(f"{layer}.{part}", []).append(tensor.cpu())
+                    if layer == H_LAST and self.codec.group is not None:  # of what will be read back
+                        row[_NORM] = self.log_norm(self.codec.decode(encoded).to(self.target.dtype))
+                parts.setdefault(_NORM, []).append(row[_NORM].cpu())
+        path = self._path(number)
+        with replacing(path) as scratch:
+            save_file({name: torch.cat(tensors) for name, tensors in parts.items()}, scratch)
+        return {"file": path.name, "bytes": path.stat().st_size, "sha256": file_digest(path)}
+
+    def _map(self, number: int) -> dict[str, Tensor]:
+        """A shard's tensors, mapped; its checksum is verified when it is first read."""
+        if number not in self._maps:
+            path, entry = self._path(number), self.manifest["shards"][number]
+            if not path.exists() or file_digest(path) != entry["sha256"]:
+                raise DeepSpecError(
+                    f"{path}: missing or damaged; delete {self.directory} to compute it again"
+                )
+            with safe_open(path, "pt") as file:
+                self._maps[number] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        return self._maps[number]
+
+    def _path(self, number: int) -> Path:
+        return self.directory / f"features-{number:05d}.safetensors"
+
+
+def _shards(sequences: list[Sequence]) -> Iterator[list[list[int]]]:
+    """Batches of sequences, a shard's worth at a time."""
+    shard: list[list[int]] = []
+    tokens = 0
+    for batch in _like_lengths(sequences):
+        shard.append(batch)
+        tokens += sum(len(sequences[i].ids) for i in batch)
+        if tokens >= SHARD_TOKENS:
+            yield shard
+            shard, tokens = [], 0
+    if shard:
+        yield shard
 
 
 def _like_lengths(sequences: list[Sequence]) -> Iterator[list[int]]:

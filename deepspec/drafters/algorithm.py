@@ -19,9 +19,10 @@ class Algorithm:
 
     Args:
         params: its section under `drafters` in params.yaml; the literal of its `type` is the algorithm's name.
-        architectures: of the `config.json` that `load` reads; an algorithm may write another's.
+        architectures: of the `config.json` that `load` reads, as patterns; an algorithm may write another's.
         load: (directory, its config.json, target) → the drafter.
         network: (params, target) → the network to train; None for an algorithm that is not trained.
+        standalone: its drafts are models whose sizes say nothing of the target's.
         make: params → the drafter of an algorithm that is not trained; its `config` is its config.json.
     """
 
@@ -30,6 +31,7 @@ class Algorithm:
     load: Callable[[Path, dict[str, Any], Target], Drafter] | None = None
     network: Callable[[Any, Target], Network] | None = None
     make: Callable[[Any], Drafter] | None = None
+    standalone: bool = False
 
     @property
     def type(self) -> str:

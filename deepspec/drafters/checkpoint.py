@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from deepspec.drafters.network import Network
+from deepspec.drafters.network import SHARED, Network
 from deepspec.errors import DeepSpecError
 from deepspec.files import digest, file_digest, replacing
 from deepspec.target import Target
@@ -21,7 +21,6 @@ DRAFTS = Path("data/drafts")
 RECORD = "deepspec.json"
 CALIBRATION = "calibration.json"  # see `decoding.calibration`
 WEIGHTS = "model.safetensors"
-_SHARED = {"embed_tokens.weight", "lm_head.weight"}  # absent from a file: the target's own
 
 
 def read_config(directory: Path) -> dict:
@@ -34,8 +33,8 @@ def read_config(directory: Path) -> dict:
         raise DeepSpecError(f"{path}: not valid JSON: {error}") from None
 
 
-def check_target(directory: Path, config: dict, target: Target) -> None:
-    """Refuse a draft that was made for another target."""
+def check_target(directory: Path, config: dict, target: Target, standalone: bool = False) -> None:
+    """Refuse a draft that was made for another target; a standalone one shares its vocabulary alone."""
     record = directory / RECORD
     if record.exists():
         try:
@@ -46,11 +45,10 @@ def check_target(directory: Path, config: dict, target: Target) -> None:
             raise DeepSpecError(
                 f"{directory}: made for target {made_for}, but {target.source} is {target.digest}; train a draft for it"
             )
-    for key, found in (
-        ("vocab_size", target.vocab_size),
-        ("hidden_size", target.hidden_size),
-        ("num_target_layers", target.num_layers),
-    ):
+    expected = {"vocab_size": target.vocab_size}
+    if not standalone:
+        expected |= {"hidden_size": target.hidden_size, "num_target_layers": target.num_layers}
+    for key, found in expected.items():
         if key in config and config[key] != found:
             raise DeepSpecError(
                 f"{directory}: {key} is {config[key]}, but the target {target.source} has {found}"
@@ -71,12 +69,11 @@ def write_drafter(
             target.tokenizer.save_pretrained(scratch)
 
 
-def stored_weights(network: Network) -> dict[str, Tensor]:
-    """What a draft's file holds: all but the embeddings, which are the target's, and the vocabulary as offsets."""
+def stored_weights(network: Network, written_out: bool = False) -> dict[str, Tensor]:
+    """What a draft's file holds, in bfloat16; a reduced vocabulary as offsets. See `Network.stored`."""
     weights = {
-        network.stored_name(name): tensor.detach().to("cpu", torch.bfloat16).contiguous()
-        for name, tensor in network.state_dict().items()
-        if name not in ("embed_tokens.weight", "draft_ids")
+        name: tensor.detach().to("cpu", torch.bfloat16).contiguous()
+        for name, tensor in network.stored(written_out).items()
     }
     if network.config.draft_vocab_size < network.config.vocab_size:
         ids = network.draft_ids.cpu()
@@ -85,17 +82,23 @@ def stored_weights(network: Network) -> dict[str, Tensor]:
     return weights
 
 
-def load_network(network: Network, directory: Path, target: Target) -> Network:
-    """Fill a fresh network with the weights of a directory, ours or a published one; float32.
+def weight_names(directory: Path, file: str | None = None) -> set[str]:
+    """Of a draft's file."""
+    return set(_read_weights(directory / (file or WEIGHTS)))
+
+
+def load_network(network: Network, directory: Path, target: Target, file: str | None = None) -> Network:
+    """Fill a fresh network with the weights of a directory's `file`, ours or a published one; float32.
 
     Raises:
         DeepSpecError: unreadable file, or an unknown, missing or misshapen weight.
     """
-    weights = _read_weights(directory / WEIGHTS)
+    path = directory / (file or WEIGHTS)
+    weights = _read_weights(path)
     weights.pop("t2d", None)
     offsets = weights.pop("d2t", torch.zeros(network.config.draft_vocab_size, dtype=torch.int64))
     network.share(target, offsets + torch.arange(network.config.draft_vocab_size))
-    _fill(network, weights, directory)
+    _fill(network, weights, path)
     return network
 
 
@@ -114,11 +117,10 @@ def load_drafter(path: str | Path, target: Target, decode=None):
 
     directory = Path(path)
     config = read_config(directory)
-    architecture = (config.get("architectures") or ["none named"])[0]
-    algorithm = reader(architecture)
+    algorithm = reader(config)
     if algorithm is None:
-        raise DeepSpecError(f"{directory}: unknown draft architecture {architecture!r}")
-    check_target(directory, config, target)
+        raise DeepSpecError(f"{directory}: unknown draft architecture {config.get('architectures')}")
+    check_target(directory, config, target, algorithm.standalone)
     drafter = algorithm.load(directory, config, target)
     drafter.digest = draft_digest(directory)
     if decode is None or decode.lookup is None or algorithm.network is None:
@@ -163,20 +165,20 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
         raise DeepSpecError(f"{path}: corrupt checkpoint: {error}") from error
 
 
-def _fill(model: Network, weights: dict[str, Tensor], directory: Path) -> None:
+def _fill(model: Network, weights: dict[str, Tensor], path: Path) -> None:
     """Copy the weights in; what is neither in the file nor shared with the target is an error."""
     names = {model.stored_name(name): name for name in model.state_dict() if name != "draft_ids"}
     expected = {stored: model.state_dict()[name] for stored, name in names.items()}
     unknown = sorted(set(weights) - set(expected))
-    missing = sorted(set(expected) - set(weights) - _SHARED)
+    missing = sorted(set(expected) - set(weights) - SHARED)
     if unknown or missing:
         what = f"unknown weights {unknown[:3]}" if unknown else f"missing weights {missing[:3]}"
-        raise DeepSpecError(f"{directory / WEIGHTS}: {what}")
+        raise DeepSpecError(f"{path}: {what}")
     for name, tensor in weights.items():
         if tensor.shape != expected[name].shape:
             raise DeepSpecError(
-                f"{directory / WEIGHTS}: {name} is {list(tensor.shape)}, expected {list(expected[name].shape)}"
+                f"{path}: {name} is {list(tensor.shape)}, expected {list(expected[name].shape)}"
             )
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            raise DeepSpecError(f"{directory / WEIGHTS}: {name} holds values that are not finite")
+            raise DeepSpecError(f"{path}: {name} holds values that are not finite")
     model.load_state_dict({names[name]: tensor for name, tensor in weights.items()}, strict=False)

@@ -219,6 +219,9 @@ class DSparkModel(Network):
         if self.markov_head is not None:
             nn.init.zeros_(self.markov_head.markov_w2.weight)  # starts as no correction: the backbone leads
 
+    def blocks(self) -> list[nn.Module]:
+        return list(self.layers)
+
     def context(self, features: Tensor) -> Tensor:
         """Concatenated target features [..., n·d] → H_ctx [..., d]."""
         return self.hidden_norm(self.fc(features))
@@ -253,7 +256,7 @@ class DSparkModel(Network):
         context_rope = self.rope(torch.arange(features.shape[1], device=device)[None], x.dtype)
         mask = block_mask(anchors, features.shape[1], gamma)
         for layer in self.layers:
-            x = layer(x, context, rope, context_rope, mask)
+            x = self.run(layer, x, context, rope, context_rope, mask)
         return self.norm(x).unflatten(1, (blocks, gamma))
 
     def outputs(self, hidden: Tensor, previous: Tensor) -> Outputs:

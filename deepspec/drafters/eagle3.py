@@ -14,7 +14,7 @@ Directories: `LlamaForCausalLMEagle3`, which engines serve, and DeepSeek's `Qwen
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,10 +23,9 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from deepspec.attention import CACHE_LENGTH, KVCache, Step, attend
-from deepspec.decoding.tree import MAX_NODES, Growth, Laws, Parent, Proposal, grow
+from deepspec.attention import Step, attend
 from deepspec.drafters.algorithm import Algorithm
-from deepspec.drafters.base import Ask, Drafter, Session
+from deepspec.drafters.autoregressive import AutoregressiveDrafter
 from deepspec.drafters.checkpoint import load_network
 from deepspec.drafters.network import (
     MLP,
@@ -235,21 +234,26 @@ class Eagle3Model(Network):
         mask = mask.masked_fill_(~seen, torch.finfo(keys.dtype).min / 2)[:, None]
         hidden = _rows(fused, first)
         steps: list[Tensor] = []
-        own_keys: list[Tensor] = []
-        own_values: list[Tensor] = []
+        steps_own: list[tuple[Tensor, Tensor]] = []  # keys and values of the later steps
         for k in range(self.config.block_size):
             fed = _rows(embedded, (anchors + k).clamp(max=n - 1))
-            x = layer.joined(fed, hidden)
-            rope = self.rope(first + k, x.dtype)
-            queries = attention.queries(x, rope)
-            if k:
-                new_keys, new_values = attention.keys_values(x, rope)
-                own_keys.append(new_keys)
-                own_values.append(new_values)
-            attended = _attend(queries, keys, values, mask, own_keys, own_values)
-            hidden = layer.finish(attended, hidden)
+            rope = self.rope(first + k, hidden.dtype)
+            hidden, own = self.run(
+                self._unrolled, fed, hidden, rope, (keys, values, mask), tuple(steps_own), k > 0
+            )
+            steps_own += own
             steps.append(self.norm(hidden))
         return torch.stack(steps, 2)
+
+    def _unrolled(self, fed, hidden, rope, shared, own, later: bool) -> tuple[Tensor, list]:
+        """A step of the unrolled pass: tokens' embeddings `fed` and the states below, both [batch, blocks, d] → the
+        layer's outputs, and of a later step its own keys and values."""
+        attention = self.layer.self_attn
+        x = self.layer.joined(fed, hidden)
+        queries = attention.queries(x, rope)
+        new = [attention.keys_values(x, rope)] if later else []
+        attended = _attend(queries, *shared, [*own, *new])
+        return self.layer.finish(attended, hidden), new
 
 
 def load(directory: Path, config: dict[str, Any], target: Target) -> Eagle3Drafter:
@@ -270,27 +274,27 @@ def _rows(x: Tensor, index: Tensor) -> Tensor:
     return x.gather(1, index[..., None].expand(-1, -1, x.shape[-1]))
 
 
-def _attend(queries, keys, values, mask, own_keys, own_values) -> Tensor:
+def _attend(queries, keys, values, mask, own) -> Tensor:
     """Attention of each query to the shared keys under the mask, and to its own entries of later steps.
 
-    queries [b, heads, m, d]; keys, values [b, kv_heads, n, d]; mask [b, 1, m, n] additive; own entries
-    [b, kv_heads, m, d] each. Returns [b, m, heads, d].
+    queries [b, heads, m, d]; keys, values [b, kv_heads, n, d]; mask [b, 1, m, n] additive; own entries: keys and
+    values [b, kv_heads, m, d] each. Returns [b, m, heads, d].
     """
     groups = queries.shape[1] // keys.shape[1]
-    if not own_keys:
+    if not own:
         return attend(queries, keys, values, mask.repeat(1, 1, groups, 1), None)
     grouped = queries.unflatten(1, (keys.shape[1], groups))  # [b, kv_heads, groups, m, d]
     scale = queries.shape[-1] ** -0.5
     shared = grouped @ keys[:, :, None].transpose(-1, -2) * scale + mask[:, :, None]
-    mine = torch.stack([(grouped * own[:, :, None]).sum(-1) for own in own_keys], -1) * scale
+    mine = torch.stack([(grouped * key[:, :, None]).sum(-1) for key, _ in own], -1) * scale
     weights = torch.cat((shared, mine), -1).float().softmax(-1).to(values.dtype)
     out = weights[..., : keys.shape[2]] @ values[:, :, None]
-    for i, own in enumerate(own_values):
-        out = out + weights[..., keys.shape[2] + i, None] * own[:, :, None]
+    for i, (_, value) in enumerate(own):
+        out = out + weights[..., keys.shape[2] + i, None] * value[:, :, None]
     return out.flatten(1, 2).transpose(1, 2)
 
 
-class Eagle3Drafter(Drafter):
+class Eagle3Drafter(AutoregressiveDrafter):
     """Drafts from the layer's own hidden states, a pass for each level of the tree."""
 
     def __init__(self, model: Eagle3Model, target: Target):
@@ -308,165 +312,16 @@ class Eagle3Drafter(Drafter):
             self.vocabulary = model.vocabulary()
         self._rope = RopeTable(config.rope_theta, config.head_dim, self.device, self.dtype)
 
-    def session(self, slots: int) -> Eagle3Session:
-        return Eagle3Session(self, slots)
-
     def fuse(self, features: Tensor) -> Tensor:
         """Target features [n, layers·d] → g [n, d]."""
         return self._fc(features)
 
-    def step(
-        self,
-        cache: KVCache,
-        rows: list[int],
-        starts: list[int],
-        counts: list[int],
-        ids: list[int],
-        hidden: Tensor,
-        positions: list[int],
-        visible: Tensor | None = None,
-    ) -> Tensor:
-        """The layer's outputs [n, d] for n places: a token and a hidden state each, in the packed form of `Step`."""
-        embedded = F.embedding(torch.tensor(ids, device=self.device), self._embed)
-        places = torch.tensor([positions], device=self.device)
-        step = Step(places, visible, cache, rows, starts, counts)
-        rope = self._rope(places, max(positions))
+    def step(self, ids: Tensor, above: Tensor, step: Step) -> Tensor:
+        embedded = F.embedding(ids, self._embed)
+        rope = self._rope(step.positions, step.length)
         step.once("rope", lambda: rope)
-        return self._layer.block(self._joined(embedded, hidden)[None], hidden[None], None, step)[0]
+        return self._layer.block(self._joined(embedded, above)[None], above[None], None, step)[0]
 
     def logits(self, hidden: Tensor) -> Tensor:
         """The layer's outputs [n, d] → [n, columns]"""
         return self._head(self._norm(hidden))
-
-
-@dataclass
-class _Row:
-    """What of a request has not been through the layer: its tokens, and the target's features of the same tokens."""
-
-    length: int = 0  # places in the cache: (g_i, x_{i+1}) for each i below
-    tokens: list[int] = field(default_factory=list)
-    features: list[Tensor] = field(default_factory=list)
-
-
-class Eagle3Session(Session):
-    def __init__(self, drafter: Eagle3Drafter, slots: int):
-        self.drafter = drafter
-        self.cache = KVCache(slots, CACHE_LENGTH)
-        self.rows = [_Row() for _ in range(slots)]
-
-    def begin(self, row: int) -> None:
-        self.rows[row] = _Row()
-
-    def extend(self, row: int, tokens: list[int], features: Tensor | None) -> None:
-        self.rows[row].tokens += tokens
-        self.rows[row].features.append(features)
-
-    def move(self, source: int, destination: int) -> None:
-        self.cache.move(source, destination, self.rows[source].length)
-        self.rows[destination] = self.rows[source]
-
-    @torch.inference_mode()
-    def propose(self, asks: list[Ask]) -> list[Proposal]:
-        proposals = [Proposal()] * len(asks)
-        ready = [i for i, ask in enumerate(asks) if self.rows[ask.row].tokens]
-        if ready:  # a one-token prompt has no features yet
-            drafted = self._propose([asks[i] for i in ready])
-            for i, proposal in zip(ready, drafted, strict=True):
-                proposals[i] = proposal
-        return proposals
-
-    def _propose(self, asks: list[Ask]) -> list[Proposal]:
-        drafter = self.drafter
-        roots = self._absorb(asks)
-        growths = [
-            ask.shape.growth(drafter.vocabulary, ask.sampling, min(ask.room, drafter.block_size), ask.rng)
-            for ask in asks
-        ]
-        lengths = [self.rows[ask.row].length for ask in asks]
-        tree = _Expansion(drafter, self.cache, [ask.row for ask in asks], lengths, growths, roots)
-        return grow(growths, [ask.anchor for ask in asks], tree.expand)
-
-    def _absorb(self, asks: list[Ask]) -> Tensor:
-        """Take in what was committed since the last proposal, the anchor included; outputs at the anchors [m, d]."""
-        rows = [ask.row for ask in asks]
-        states = [self.rows[row] for row in rows]
-        counts = [len(state.tokens) for state in states]
-        starts = [state.length for state in states]
-        ids = [t for ask, state in zip(asks, states, strict=True) for t in (*state.tokens[1:], ask.anchor)]
-        positions = [s + i for s, count in zip(starts, counts, strict=True) for i in range(count)]
-        features = torch.cat([part for state in states for part in state.features])
-        self.cache.reserve(max(starts) + 2 * max(counts) + MAX_NODES)
-        hidden = self.drafter.step(
-            self.cache, rows, starts, counts, ids, self.drafter.fuse(features), positions
-        )
-        for state, count in zip(states, counts, strict=True):
-            state.length += count
-            state.tokens, state.features = [], []
-        return hidden[torch.tensor(counts).cumsum(0) - 1]
-
-
-class _Expansion:
-    """The trees in the making: outputs of their nodes, and where in the cache their keys lie."""
-
-    def __init__(
-        self,
-        drafter: Eagle3Drafter,
-        cache: KVCache,
-        rows: list[int],
-        lengths: list[int],
-        growths: list[Growth],
-        roots: Tensor,
-    ):
-        self.drafter, self.cache, self.rows, self.lengths, self.growths = (
-            drafter,
-            cache,
-            rows,
-            lengths,
-            growths,
-        )
-        self.outputs = [{-1: root} for root in roots]  # request → node → [d]
-        self.columns: list[dict[int, int]] = [{} for _ in rows]  # request → node → cache column
-        self.roots = roots
-
-    def expand(self, parents: list[Parent]) -> Laws:
-        """What `grow` asks for."""
-        if parents[0].depth == 0:
-            return Laws(self.drafter.logits(self.roots[[parent.growth for parent in parents]]))
-        by_request: dict[int, list[Parent]] = {}
-        for parent in parents:
-            by_request.setdefault(parent.growth, []).append(parent)
-        requests = list(by_request)
-        counts = [len(by_request[r]) for r in requests]
-        starts = [self.lengths[r] + len(self.columns[r]) for r in requests]
-        chains = all(
-            len(by_request[r]) == 1 and len(self.columns[r]) == parents[0].depth - 1 for r in requests
-        )
-        for r, start in zip(requests, starts, strict=True):
-            self.columns[r] |= {parent.node: start + i for i, parent in enumerate(by_request[r])}
-        visible = None if chains else self._visible(by_request, max(starts) + max(counts), max(counts))
-        above = [self.outputs[p.growth][self.growths[p.growth].parents[p.node]] for p in parents]
-        hidden = self.drafter.step(
-            self.cache,
-            [self.rows[r] for r in requests],
-            starts,
-            counts,
-            [parent.token for parent in parents],
-            torch.stack(above),
-            [self.lengths[p.growth] - 1 + p.depth for p in parents],
-            visible,
-        )
-        for parent, output in zip(parents, hidden, strict=True):
-            self.outputs[parent.growth][parent.node] = output
-        return Laws(self.drafter.logits(hidden))
-
-    def _visible(self, by_request: dict[int, list[Parent]], length: int, most: int) -> Tensor:
-        """bool [requests, most, length]: each node sees the context, its ancestors and itself."""
-        visible = torch.zeros(len(by_request), most, length, dtype=torch.bool)
-        for row, (request, parents) in enumerate(by_request.items()):
-            visible[row, :, : self.lengths[request]] = True
-            for i, parent in enumerate(parents):
-                node = parent.node
-                while node >= 0:
-                    visible[row, i, self.columns[request][node]] = True
-                    node = self.growths[request].parents[node]
-        return visible.to(self.drafter.device)

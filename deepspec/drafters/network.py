@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import MISSING
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from deepspec.decoding.tree import Vocabulary
 from deepspec.errors import DeepSpecError
 from deepspec.fused import signed
 from deepspec.target import Target
+
+SHARED = frozenset({"embed_tokens.weight", "lm_head.weight"})  # absent from a draft's file: the target's own
 
 
 class RMSNorm(nn.Module):
@@ -59,6 +62,18 @@ class Network(nn.Module):
         self.lm_head = nn.Linear(config.hidden_size, config.draft_vocab_size, bias=False)
         self.register_buffer("draft_ids", torch.arange(config.draft_vocab_size))
 
+    checkpointing = False  # activations of blocks are computed again in the backward pass
+
+    def run(self, block: Callable[..., Any], *inputs: Any) -> Any:
+        """Call a part of the network, under `checkpointing` without keeping what it computes."""
+        if self.checkpointing and self.training:
+            return checkpoint(block, *inputs, use_reentrant=False)
+        return block(*inputs)
+
+    def blocks(self) -> list[nn.Module]:
+        """Its layers, which FSDP2 shards one by one; only those that are called as modules."""
+        return []
+
     def outputs(self, hidden: Tensor, previous: Tensor) -> Outputs:
         """For hidden states [..., γ, d] of blocks and the tokens before each, int64 [..., γ]."""
         return Outputs([(hidden, self.lm_head.weight)])
@@ -66,6 +81,23 @@ class Network(nn.Module):
     def stored_name(self, name: str) -> str:
         """A weight's name in a draft's file."""
         return name
+
+    def stored(self, written_out: bool = False) -> dict[str, Tensor]:
+        """The weights of a draft's file, by their names there.
+
+        Embeddings, and a head over the whole vocabulary, are left to the target unless they are to be written out, as
+        an engine wants that does not share them.
+        """
+        left_out = {"draft_ids"}
+        if not written_out:
+            reduced = self.config.draft_vocab_size < self.config.vocab_size
+            left_out |= SHARED - {"lm_head.weight"} if reduced else SHARED
+        state = self.state_dict()
+        return {self.stored_name(name): tensor for name, tensor in state.items() if name not in left_out}
+
+    def description(self) -> dict[str, Any]:
+        """Its `config.json`."""
+        return self.config.to_dict()
 
     def initialise(self) -> None:
         """Normal weights of deviation 0.02; call it at the end of __init__."""

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import pkgutil
+from fnmatch import fnmatchcase
 from functools import cache
 from importlib import import_module
+from typing import Any
 
 import deepspec.drafters
 from deepspec.drafters.algorithm import Algorithm
@@ -18,6 +20,12 @@ def algorithms() -> dict[str, Algorithm]:
     return {algorithm.type: algorithm for algorithm in found if algorithm}
 
 
-def reader(architecture: str) -> Algorithm | None:
-    """The algorithm that loads drafts of this architecture."""
-    return next((a for a in algorithms().values() if architecture in a.architectures), None)
+def reader(config: dict[str, Any]) -> Algorithm | None:
+    """The algorithm that loads drafts with this `config.json`."""
+    named = config.get("architectures") or (
+        ["MedusaModel"] if "medusa_num_heads" in config else []
+    )  # TGI's has none
+    for algorithm in algorithms().values():
+        if named and any(fnmatchcase(named[0], pattern) for pattern in algorithm.architectures):
+            return algorithm
+    return None

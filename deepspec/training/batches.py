@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from deepspec.data.features import FeatureStore
+from deepspec.data.features import Features
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Batch:
 
 
 class Batches:
-    """Batches of a feature store.
+    """Batches of sequences with their features.
 
     Args:
         members: indices of the sequences that may be drawn; others can still be had from `blocks`.
@@ -37,9 +37,7 @@ class Batches:
         gamma: block size.
     """
 
-    def __init__(
-        self, store: FeatureStore, members: list[int], size: int, anchors: int, gamma: int, seed: int
-    ):
+    def __init__(self, store: Features, members: list[int], size: int, anchors: int, gamma: int, seed: int):
         self.store, self.size, self.anchors, self.gamma, self.seed = store, size, anchors, gamma, seed
         self.members = [i for i in members if any(store.sequences[i].learnt[2:])]
         self.steps_per_epoch = max(len(self.members) // size, 1)
@@ -52,9 +50,11 @@ class Batches:
             self._epoch = (epoch, self._order(epoch))
         return self._epoch[1][place]
 
-    def make(self, step: int, rank: int = 0, world: int = 1) -> Batch:
-        """The part of a step's batch that process `rank` of `world` trains on."""
-        return self.blocks(self.indices(step)[rank::world], step)
+    def make(self, step: int, rank: int = 0, world: int = 1, parts: int = 1) -> list[Batch]:
+        """What process `rank` of `world` trains on in a step, in at most `parts` parts."""
+        mine = self.indices(step)[rank::world]
+        size = -(-len(mine) // parts)
+        return [self.blocks(mine[start : start + size], step) for start in range(0, len(mine), size)]
 
     def blocks(self, indices: list[int], step: int, answers_only: bool = False) -> Batch:
         """Random blocks of given sequences; a sequence's anchors depend on (seed, step, sequence) alone."""

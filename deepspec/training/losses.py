@@ -14,7 +14,7 @@ The DSpark paper's loss is 0.1·ce + 0.9·tv (DeepSeek 2026, §3.1). LK has a gr
 has none. Probability that p puts outside the draft vocabulary adds a constant to TV and nothing to KL and α. The
 confidence head's BCE, −α log c − (1 − α) log(1 − c), holds α fixed.
 
-Positions of a block are weighed (`geometric`, `dpace`): later tokens are reached less often.
+Positions of a block are weighed (`Geometric`, `DPace`): later tokens are reached less often.
 
 Logits of all positions never exist at once. A chunk's loss and gradients are computed together, in the forward pass,
 so no float32 tensor over the vocabulary is larger than `budget` bytes (or one block's logits).
@@ -22,9 +22,9 @@ so no float32 tensor over the vocabulary is larger than `budget` bytes (or one b
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -35,7 +35,15 @@ GPU_BUDGET = 256 << 20
 _LEAST_ALPHA = 1e-6
 LK_DECAY = 3.0
 
-Weighing = Callable[[Tensor, Tensor], Tensor]
+
+class Weighing(Protocol):
+    """How much each position of a block counts."""
+
+    def __call__(self, chances: Tensor, valid: Tensor) -> Tensor:
+        """q(x*) [blocks, γ], valid [blocks, γ] → weights [blocks, γ]"""
+
+    def total(self, valid: Tensor) -> Tensor:
+        """What the weighted sum over valid [..., γ] positions is to be divided by."""
 
 
 @dataclass(frozen=True)
@@ -72,26 +80,35 @@ class HeadLoss(NamedTuple):
     weights: Tensor  # [N]
 
 
-def geometric(decay: float) -> Weighing:
+@dataclass(frozen=True)
+class Geometric:
     """exp(−(k − 1)/γ_w) for k = 1..γ, of valid positions."""
 
-    def weigh(chances: Tensor, valid: Tensor) -> Tensor:
-        return valid * torch.exp(-torch.arange(valid.shape[-1], device=valid.device) / decay)
+    decay: float  # γ_w
 
-    return weigh
+    def __call__(self, chances: Tensor, valid: Tensor) -> Tensor:
+        return valid * torch.exp(-torch.arange(valid.shape[-1], device=valid.device) / self.decay)
+
+    def total(self, valid: Tensor) -> Tensor:
+        return self(valid, valid).sum()
 
 
-def dpace(smoothing: float) -> Weighing:
+@dataclass(frozen=True)
+class DPace:
     """D-PACE: w_j = Σ_{m≥j} Π_{i≤m} q̃_i with q̃ = (1 − a)·q(x*) + a, held fixed.
 
-    A position counts as much as the expected number of tokens that hang on it under the draft of the moment.
+    A position counts as much as the expected number of tokens that hang on it under the draft of the moment. A loss
+    is divided by the number of blocks, so that weights that grow with the draft are not divided away.
     """
 
-    def weigh(chances: Tensor, valid: Tensor) -> Tensor:
-        reached = ((1 - smoothing) * chances + smoothing).cumprod(-1) * valid
+    smoothing: float  # a
+
+    def __call__(self, chances: Tensor, valid: Tensor) -> Tensor:
+        reached = ((1 - self.smoothing) * chances + self.smoothing).cumprod(-1) * valid
         return reached.flip(-1).cumsum(-1).flip(-1) * valid
 
-    return weigh
+    def total(self, valid: Tensor) -> Tensor:
+        return valid.any(-1).sum().float()
 
 
 class _HeadLoss(torch.autograd.Function):
@@ -201,7 +218,7 @@ def head_loss(
     Args:
         factors: (x [N, m], W [V, m]) pairs; the draft's logits are Σ x Wᵀ. Gradients go to those that require them.
         law: the target at the same positions.
-        weigh: (q(x*) [blocks, γ], valid [blocks, γ]) → weights [blocks, γ].
+        weigh: the positions of a block.
         valid: bool [blocks, γ]; others do not count.
         budget: bytes of the largest tensor over the vocabulary; None: 8 MiB on a CPU, 256 MiB on a GPU.
     """

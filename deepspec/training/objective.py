@@ -10,12 +10,12 @@ from torch import Tensor, nn
 from deepspec.drafters.network import Network
 from deepspec.training.batches import Batch
 from deepspec.training.losses import (
+    DPace,
+    Geometric,
     Mixture,
     TargetLaw,
     confidence_loss,
-    dpace,
     expected_tau,
-    geometric,
     head_loss,
 )
 
@@ -32,15 +32,20 @@ class BlockObjective(nn.Module):
         self.params = params
         self.mixture = Mixture(params.ce, params.kl, params.tv, params.lk, params.lk_mixed)
         positions = params.positions
-        self.by_blocks = positions.type == "dpace"
-        self.weigh = dpace(positions.smoothing) if self.by_blocks else geometric(positions.decay)
+        dpace = positions.type == "dpace"
+        self.weigh = DPace(positions.smoothing) if dpace else Geometric(positions.decay)
         self.budget = params.budget_mib and int(params.budget_mib * 2**20)
+        self.draft_ids = model.draft_ids.clone()  # its columns, whatever becomes of the model's own tensors
         to_draft = torch.full((model.config.vocab_size,), -1)
         to_draft[model.draft_ids] = torch.arange(len(model.draft_ids))
         self.register_buffer("to_draft", to_draft, persistent=False)
 
+    def weight(self, batch: Batch) -> Tensor:
+        """What the loss of these blocks is to be divided by."""
+        return self.weigh.total(batch.valid)
+
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """The weighted sum over the batch's positions, and sums to report; `weight` is what to divide the loss by."""
+        """The weighted sum over the batch's positions, and sums to report."""
         model = self.model
         device = batch.features.device.type
         compute = batch.features.dtype if torch.is_autocast_enabled(device) else torch.float32
@@ -65,7 +70,6 @@ class BlockObjective(nn.Module):
             ce, kl, tv = (terms * weights[:, None]).sum(0)
             tau = expected_tau(alpha.view(valid.shape), valid)
             sums = {
-                "weight": valid.any(-1).sum().to(loss.dtype) if self.by_blocks else weights.sum(),
                 "ce": ce,
                 "kl": kl,
                 "tv": tv,

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
 
-from deepspec.data.features import FeatureStore
+from deepspec.data.features import CachedFeatures, Features, OnlineFeatures
 from deepspec.data.sequences import Sequence, read_sequences
 from deepspec.decoding.calibration import calibrate, save
 from deepspec.drafters.checkpoint import load_drafter, stored_weights, write_drafter
@@ -55,20 +55,49 @@ def train(params: Params, name: str, target_directory: Path, out: Path, history:
     sequences, data_digest = read_sequences(DATA, params.train.max_length, params.train.supervise)
     torch.manual_seed(params.seed)
     network = algorithm.network(drafter, target)
-    store = FeatureStore(WORK / "features", target, sequences, network.config.target_layer_ids)
-    with accelerator.main_process_first():
-        store.build()
-    trainer = _trainer(params, network, target, store, data_digest, accelerator, name)
+    if not any(p.requires_grad for p in network.parameters()):  # a model that is used as it is
+        write_drafter(out, network.description(), stored_weights(network), target, provenance(params, None))
+        write_history(history, [{"step": 0}])
+        return
+    features = _features(params, target, sequences, network.config.target_layer_ids, data_digest, accelerator)
+    trainer = _trainer(params, network, features, data_digest, accelerator, name)
     trainer.run()
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        model = trainer.raw.model
-        trainer.raw.load_state_dict(trainer.best_weights(), strict=False)
+        torch.manual_seed(params.seed)
+        best = algorithm.network(drafter, target)  # whole, where the trained one may be sharded
+        best.share(target, trainer.raw.draft_ids)
+        best.load_state_dict(
+            {name.removeprefix("model."): w for name, w in trainer.best_weights().items()}, strict=False
+        )
         record = provenance(params, data_digest) | {"heldout_tau": trainer.best_tau, "drafter": name}
-        write_drafter(out, model.config.to_dict(), stored_weights(model), target, record)
-        _calibrate(out, target, [_prompt(store.sequences[i]) for i in trainer.heldout], params.seed)
+        weights = stored_weights(best, params.train.written_out)
+        write_drafter(out, best.description(), weights, target, record)
+        _calibrate(out, target, [_prompt(sequences[i]) for i in trainer.heldout], params.seed)
         write_history(history, trainer.history)
     accelerator.end_training()
+
+
+def _features(
+    params: Params,
+    target: Target,
+    sequences: list[Sequence],
+    layers: tuple[int, ...],
+    data_digest: str,
+    accelerator: Accelerator,
+) -> Features:
+    """The target's hidden states, cached or as they are needed."""
+    chosen = params.train.features
+    if chosen.mode == "online":
+        return OnlineFeatures(target, sequences, layers)
+    what = (target, sequences, layers, data_digest, chosen.form)
+    if chosen.directory:
+        features = CachedFeatures(Path(chosen.directory), *what)
+    else:
+        features = CachedFeatures.below(WORK / "features", *what)
+    with accelerator.main_process_first():
+        features.build()
+    return features
 
 
 def _prompt(sequence: Sequence) -> list[int]:
@@ -101,34 +130,35 @@ def draft_vocabulary(sequences: list[Sequence], size: int, vocab_size: int) -> t
 def _trainer(
     params: Params,
     network: Network,
-    target: Target,
-    store: FeatureStore,
+    features: Features,
     data_digest: str,
     accelerator: Accelerator,
     name: str,
 ) -> Trainer:
-    config = network.config
-    members = torch.randperm(
-        len(store.sequences), generator=torch.Generator().manual_seed(params.seed)
-    ).tolist()
+    config, target, sequences = network.config, features.target, features.sequences
+    members = torch.randperm(len(sequences), generator=torch.Generator().manual_seed(params.seed)).tolist()
     kept_out = min(params.train.heldout, max(len(members) // 10, 1))
     heldout, members = members[:kept_out], members[kept_out:]
-    learnt = [store.sequences[i] for i in members]
-    network.share(target, draft_vocabulary(learnt, config.draft_vocab_size, config.vocab_size))
-    heldout = [i for i in heldout if any(store.sequences[i].answer[2:])]
-    code = source_digest("training", "drafters", "data/features.py", "data/sequences.py")
+    learnt = [sequences[i] for i in members]
+    draft_ids = draft_vocabulary(learnt, config.draft_vocab_size, config.vocab_size)
+    network.share(target, draft_ids)
+    heldout = [i for i in heldout if any(sequences[i].answer[2:])]
+    code = source_digest("training", "drafters", "data/codec.py", "data/features.py", "data/sequences.py")
     settings = (params.train, params.drafters[name], target.digest, data_digest, params.seed, code)
     work = WORK / "train" / f"{name}-{digest(repr(settings))}"
     batches = Batches(
-        store, members, params.train.batch_size, params.train.anchors, config.block_size, params.seed
+        features, members, params.train.batch_size, params.train.anchors, config.block_size, params.seed
     )
     if not batches.members or not heldout:
-        raise DeepSpecError(f"{len(store.sequences)} conversations are too few to train on and hold some out")
+        raise DeepSpecError(f"{len(sequences)} conversations are too few to train on and hold some out")
+    network.checkpointing = params.train.gradient_checkpointing
+    if params.train.compile:
+        network.compile()
     objective = BlockObjective(network, params.train.loss).to(accelerator.device)
     return Trainer(objective, batches, heldout, params.train, accelerator, work)
 
 
-def provenance(params: Params, data_digest: str) -> dict:
+def provenance(params: Params, data_digest: str | None) -> dict:
     """How a draft was made, for its deepspec.json."""
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True)
     return {

@@ -11,6 +11,7 @@ import json
 import math
 import signal
 import time
+from contextlib import nullcontext
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,23 +19,32 @@ from typing import TYPE_CHECKING
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
 
 from deepspec.errors import DeepSpecError
 from deepspec.files import replacing, write_text
 from deepspec.training.batches import Batch, Batches
+from deepspec.training.distribute import distribute
 
 if TYPE_CHECKING:
     from deepspec.config import TrainParams
 
 CHECKPOINT = "checkpoint.pt"
 BEST = "best.pt"
+_WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True, strict=False)
 
 
 class Trainer:
     """Trains an objective to `params.steps`, keeping the best weights by expected τ on held-out sequences.
 
     Args:
-        objective: module whose forward(batch) gives (weighted loss sum, sums to report); `weight` among the sums is
+        objective: module whose forward(batch) gives (weighted loss sum, sums to report) and whose `weight(batch)` is
             what the loss is to be divided by.
         heldout: indices of the sequences kept out of `batches`.
         work: directory of checkpoints, outside DVC outputs.
@@ -55,12 +65,8 @@ class Trainer:
             raise DeepSpecError(
                 f"train.batch_size is {params.batch_size}, fewer than the {accelerator.num_processes} processes"
             )
-        trainable = [p for p in objective.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(
-            trainable, lr=params.lr, weight_decay=params.weight_decay, betas=(0.9, 0.95), fused=True
-        )
         self.raw = objective
-        self.objective, self.optimizer = accelerator.prepare(objective, optimizer)
+        self.objective, self.optimizer = distribute(objective, params, accelerator)
         self.step, self.best_tau, self.history = 0, 0.0, []
         self.stopping = False
 
@@ -86,10 +92,9 @@ class Trainer:
                 elapsed = time.monotonic() - began
                 self._report(window, elapsed, (self.step - first) / elapsed)
                 window = {}
-            stopping = sums["asked"] > 0
-            if self.step % self.params.save_every == 0 or last or stopping:
+            if self.step % self.params.save_every == 0 or last or self.stopping:
                 self._save()
-            if stopping:
+            if self.stopping:
                 raise SystemExit(143)
 
     def best_weights(self) -> dict[str, Tensor]:
@@ -99,41 +104,53 @@ class Trainer:
         params, accelerator = self.params, self.accelerator
         for group in self.optimizer.param_groups:
             group["lr"] = params.lr * schedule(self.step, params.steps, params.warmup)
-        batch = self._batch(
-            self.batches.make(self.step, accelerator.process_index, accelerator.num_processes)
-        )
-        self.objective.train()
-        with accelerator.autocast():
-            loss, sums = self.objective(batch)
-        weight = sums.pop("weight")
+        parts = [
+            self._batch(part)
+            for part in self.batches.make(
+                self.step, accelerator.process_index, accelerator.num_processes, params.accumulate
+            )
+        ]
+        weight = sum(self.raw.weight(part) for part in parts)
         # All processes stop at the same step, whichever was asked to.
         asked = weight.new_tensor(float(self.stopping))
-        total = accelerator.reduce(torch.stack([loss.detach(), weight, asked, *sums.values()]), "sum")
-        self.stopping = bool(total[2] > 0)
+        total_weight, asked = accelerator.reduce(torch.stack((weight, asked)), "sum")
+        self.stopping = bool(asked > 0)
+        self.objective.train()
+        sums: dict[str, Tensor] = {}
+        for i, part in enumerate(parts):
+            last = i == len(parts) - 1
+            with nullcontext() if last else accelerator.no_sync(self.objective):
+                with accelerator.autocast():
+                    loss, found = self.objective(part)
+                # A data-parallel wrapper averages gradients over processes; the sum over the global weight is wanted.
+                accelerator.backward(loss * accelerator.num_processes / total_weight.clamp(min=1e-6))
+            for name, value in {"loss": loss.detach(), **found}.items():
+                sums[name] = sums.get(name, 0.0) + value
+        total = accelerator.reduce(torch.stack(list(sums.values())), "sum")
         if not bool(torch.isfinite(total).all()):
             raise DeepSpecError(
                 f"step {self.step}: the loss is not finite; lower train.lr (now {params.lr}) or check the data"
             )
-        # A data-parallel wrapper averages gradients over processes; the sum over the global weight is wanted.
-        accelerator.backward(loss * accelerator.num_processes / total[1].clamp(min=1e-6))
         accelerator.clip_grad_norm_(self.objective.parameters(), params.grad_clip)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return dict(zip(("loss", "weight", "asked", *sums), total.tolist(), strict=True))
+        return dict(zip(sums, total.tolist(), strict=True)) | {"weight": float(total_weight)}
 
     @torch.no_grad()
     def evaluate(self) -> float:
         """Expected τ on fixed blocks in the held-out sequences' answers: per block, then averaged."""
         self.objective.eval()
         accelerator = self.accelerator
-        mine = self.heldout[accelerator.process_index :: accelerator.num_processes]
+        share = max(self.params.batch_size // accelerator.num_processes, 1)
         total = torch.zeros(2, device=accelerator.device)
-        for start in range(0, len(mine), self.params.batch_size):
-            part = mine[start : start + self.params.batch_size]
-            batch = self._batch(self.batches.blocks(part, step=0, answers_only=True))
+        for start in range(0, len(self.heldout), share * accelerator.num_processes):
+            # Every process runs every pass, if only on the first sequence: a sharded network needs them all.
+            part = self.heldout[start + accelerator.process_index :: accelerator.num_processes][:share]
+            batch = self._batch(self.batches.blocks(part or self.heldout[:1], step=0, answers_only=True))
             with accelerator.autocast():
                 _, sums = self.raw(batch)
-            total += torch.stack((sums["tau"], sums["blocks"]))
+            if part:
+                total += torch.stack((sums["tau"], sums["blocks"]))
         tau, blocks = accelerator.reduce(total, "sum").tolist()
         return tau / max(blocks, 1)
 
@@ -160,28 +177,28 @@ class Trainer:
         )
 
     def _best(self, tau: float) -> None:
-        if tau > self.best_tau and self.accelerator.is_main_process:
-            with replacing(self.work / BEST) as scratch:
-                torch.save(self._weights(), scratch)
-        self.best_tau = max(tau, self.best_tau)
+        if tau > self.best_tau:
+            self.best_tau = tau
+            weights = self._weights()
+            if self.accelerator.is_main_process:
+                with replacing(self.work / BEST) as scratch:
+                    torch.save(weights, scratch)
 
     def _weights(self) -> dict[str, Tensor]:
-        model = self.accelerator.unwrap_model(self.objective)
-        return {name: p.detach().cpu().clone() for name, p in model.named_parameters() if p.requires_grad}
+        """Of what is trained, whole, on the CPU; every process takes part."""
+        return get_model_state_dict(self.objective, options=_WHOLE)
 
     def _save(self) -> None:
-        self.accelerator.wait_for_everyone()
-        if not self.accelerator.is_main_process:
-            return
         state = {
             "step": self.step,
             "best_tau": self.best_tau,
             "history": json.dumps(self.history),
             "weights": self._weights(),
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": get_optimizer_state_dict(self.objective, self._inner_optimizer, options=_WHOLE),
         }
-        with replacing(self.work / CHECKPOINT) as scratch:
-            torch.save(state, scratch)
+        if self.accelerator.is_main_process:
+            with replacing(self.work / CHECKPOINT) as scratch:
+                torch.save(state, scratch)
 
     def _resume(self) -> None:
         path = self.work / CHECKPOINT
@@ -193,12 +210,15 @@ class Trainer:
             raise DeepSpecError(
                 f"{path}: corrupt checkpoint ({error}); delete it to train from the start"
             ) from error
-        model = self.accelerator.unwrap_model(self.objective)
-        model.load_state_dict(state["weights"], strict=False)
-        self.optimizer.load_state_dict(state["optimizer"])
+        set_model_state_dict(self.objective, state["weights"], options=_WHOLE)
+        set_optimizer_state_dict(self.objective, self._inner_optimizer, state["optimizer"], options=_WHOLE)
         self.step, self.best_tau = state["step"], state["best_tau"]
         self.history = json.loads(state["history"])
         self.accelerator.print(f"resumed at step {self.step}", flush=True)
+
+    @property
+    def _inner_optimizer(self) -> torch.optim.Optimizer:
+        return getattr(self.optimizer, "optimizer", self.optimizer)
 
     def _batch(self, batch: Batch) -> Batch:
         device = self.accelerator.device

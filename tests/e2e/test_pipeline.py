@@ -12,7 +12,7 @@ from tests.e2e.clone import Clone, make_clone
 
 pytestmark = pytest.mark.e2e
 STAGES = ["target", "prompts", "generate", "validate", "train", "evaluate", "report"]
-DRAFTERS = ["lookup", "dspark", "dflash", "eagle3"]
+DRAFTERS = ["lookup", "dspark", "dflash", "eagle3", "medusa", "lm"]
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ import torch
 from accelerate import Accelerator
 
 from deepspec.config import TrainParams
-from deepspec.data.features import FeatureStore
+from deepspec.data.features import CachedFeatures
 from deepspec.data.sequences import Sequence
 from deepspec.decoding.cost import measure_curve
 from deepspec.decoding.engine import generate
@@ -73,7 +73,7 @@ def test_training_runs(directory, tmp_path):
     target = load_target(directory, device="cuda")
     rows = [[(7 * i + j) % 500 for j in range(30)] for i in range(12)]
     sequences = [Sequence(row, [1] * 30, [1] * 30) for row in rows]
-    store = FeatureStore(tmp_path / "features", target, sequences, (0, 1))
+    store = CachedFeatures(tmp_path / "features", target, sequences, (0, 1), "data")
     store.build()
     params = TrainParams(steps=4, lr=1e-3, batch_size=4, anchors=4, eval_every=2, save_every=2)
     batches = Batches(store, list(range(2, 12)), 4, 4, 3, seed=0)

@@ -7,12 +7,12 @@ import torch
 
 from deepspec.training import losses
 from deepspec.training.losses import (
+    DPace,
+    Geometric,
     Mixture,
     TargetLaw,
     confidence_loss,
-    dpace,
     expected_tau,
-    geometric,
     head_loss,
 )
 
@@ -27,7 +27,7 @@ MIXTURES = {
     "dspark": Mixture(ce=0.1, tv=0.9),
     "all": Mixture(0.3, 0.2, 0.4, 0.5, 0.6),
 }
-WEIGHINGS = {"geometric": geometric(3.0), "dpace": dpace(0.5)}
+WEIGHINGS = {"geometric": Geometric(3.0), "dpace": DPace(0.5)}
 
 
 class Case:
@@ -127,7 +127,7 @@ def test_lk_has_a_gradient_where_the_laws_hardly_meet_and_tv_has_none():
     for name in ("tv", "lk"):
         x = torch.tensor([[0.0, 12.0]], dtype=torch.float64, requires_grad=True)
         valid = torch.ones(1, 1, dtype=torch.bool)
-        head_loss([(x, head)], law, MIXTURES[name], geometric(1.0), valid).loss.backward()
+        head_loss([(x, head)], law, MIXTURES[name], Geometric(1.0), valid).loss.backward()
         sizes[name] = float(x.grad.abs().max())
     assert sizes["tv"] < 1e-4 and sizes["lk"] == pytest.approx(1, abs=0.01)
 
@@ -135,7 +135,7 @@ def test_lk_has_a_gradient_where_the_laws_hardly_meet_and_tv_has_none():
 def test_dpace_weighs_a_position_by_what_hangs_on_it():
     chances = torch.tensor([[1.0, 0.0, 1.0], [0.5, 0.5, 0.5]])
     valid = torch.tensor([[True, True, True], [True, True, False]])
-    weights = dpace(0.5)(chances, valid)
+    weights = DPace(0.5)(chances, valid)
     assert weights[0].tolist() == [2.0, 1.0, 0.5]  # q̃ = 1, ½, 1: reached 1, ½, ½
     assert weights[1].tolist() == [0.75 + 0.5625, 0.5625, 0.0]
 
@@ -154,5 +154,5 @@ def test_expected_tau_multiplies_along_each_block():
 
 
 def test_geometric_weights_decay_from_one():
-    weights = geometric(2.0)(torch.zeros(1, 4), torch.tensor([[True, True, True, False]]))
+    weights = Geometric(2.0)(torch.zeros(1, 4), torch.tensor([[True, True, True, False]]))
     assert weights[0].tolist() == pytest.approx([1.0, 0.6065, 0.3679, 0.0], abs=1e-4)

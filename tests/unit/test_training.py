@@ -11,10 +11,10 @@ import torch
 from accelerate import Accelerator
 
 from deepspec.config import TrainParams
-from deepspec.data.features import FeatureStore
+from deepspec.data.features import CachedFeatures
 from deepspec.data.sequences import Sequence, read_sequences
 from deepspec.errors import DeepSpecError
-from deepspec.target import load_target
+from deepspec.target import H_LAST, load_target
 from deepspec.training.batches import Batches
 from deepspec.training.objective import BlockObjective
 from deepspec.training.run import draft_vocabulary
@@ -39,7 +39,7 @@ def sequences():
 
 @pytest.fixture
 def store(target, sequences, tmp_path):
-    store = FeatureStore(tmp_path / "features", target, sequences, (0, 1))
+    store = CachedFeatures(tmp_path / "features", target, sequences, (0, 1), "data")
     store.build()
     return store
 
@@ -90,6 +90,30 @@ def dying_after(count: int, trainer: Trainer):
     return step
 
 
+def test_a_batch_in_parts_trains_as_a_whole_one(store, tmp_path):
+    whole, parts = (
+        make_trainer(store, tmp_path / "whole"),
+        make_trainer(store, tmp_path / "parts", accumulate=3),
+    )
+    whole.run()
+    parts.run()
+    for ours, theirs in zip(whole.history, parts.history, strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], abs=1e-4)
+        assert ours["heldout_tau"] == pytest.approx(theirs["heldout_tau"], abs=1e-3)
+
+
+def test_gradient_checkpointing_changes_no_gradient(store, tmp_path):
+    gradients = []
+    for checkpointing in (False, True):
+        trainer = make_trainer(store, tmp_path / "work")
+        trainer.raw.model.checkpointing = checkpointing
+        trainer.raw.train()
+        loss, _ = trainer.raw(trainer.batches.make(0)[0])
+        loss.backward()
+        gradients.append(trainer.raw.model.layers[0].mlp.up_proj.weight.grad)
+    assert torch.equal(*gradients)
+
+
 def test_sigterm_writes_a_checkpoint_and_exits(store, tmp_path):
     trainer = make_trainer(store, tmp_path / "work", save_every=1000)
     original = trainer._train_step
@@ -132,8 +156,8 @@ def test_a_corrupt_checkpoint_is_named(store, tmp_path):
 
 def test_two_processes_see_the_blocks_of_one(store):
     batches = Batches(store, list(range(20)), 4, 5, 3, seed=1)
-    whole = batches.make(2)
-    halves = [batches.make(2, rank, 2) for rank in range(2)]
+    (whole,) = batches.make(2)
+    halves = [batches.make(2, rank, 2)[0] for rank in range(2)]
     assert torch.equal(whole.anchors[0::2], halves[0].anchors)
     assert torch.equal(whole.anchors[1::2], halves[1].anchors)
 
@@ -147,33 +171,8 @@ def test_blocks_predict_what_follows_the_anchor(store, sequences, target):
                 assert bool(batch.valid[row, block, k]) == (anchor + k + 1 < len(ids))
                 if batch.valid[row, block, k]:
                     assert batch.labels[row, block, k] == ids[anchor + k + 1]
-                    here = store.offsets[index] + anchor + k
-                    assert torch.equal(batch.hidden[row, block, k], store._maps["hidden"][here])
-
-
-def test_features_resume_where_extraction_stopped(target, sequences, tmp_path, monkeypatch):
-    monkeypatch.setattr("deepspec.data.features.BATCH_TOKENS", 40)
-    whole = FeatureStore(tmp_path / "whole", target, sequences, (0, 1))
-    whole.build()
-    broken = FeatureStore(tmp_path / "broken", target, sequences, (0, 1))
-    calls, original = [], broken._extract
-
-    def extract(indices):
-        calls.append(indices)
-        if len(calls) == 10:
-            raise KeyboardInterrupt
-        original(indices)
-
-    broken._extract = extract
-    with pytest.raises(KeyboardInterrupt):
-        broken.build()
-    again = FeatureStore(tmp_path / "broken", target, sequences, (0, 1))
-    repeated, finish = [], again._extract
-    again._extract = lambda indices: (repeated.append(indices), finish(indices))
-    again.build()
-    assert repeated[0] == calls[8]  # progress is written every eighth batch
-    for name in ("features", "hidden", "log_norm"):
-        assert torch.equal(again._maps[name].view(torch.int16), whole._maps[name].view(torch.int16))
+                    (kept,) = store.rows([index])
+                    assert torch.equal(batch.hidden[row, block, k], kept[H_LAST][anchor + k])
 
 
 def write_data(directory, rows, masks):

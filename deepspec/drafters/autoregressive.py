@@ -1,0 +1,196 @@
+"""Drafting by passes of a small network, one a level of the tree: what EAGLE-3 and a draft language model share.
+
+The network has a KV cache of its own. Before each proposal it takes in what was committed since the last one, anchor
+included; the trees then grow a level a pass, for all requests together. Keys of drafted tokens are overwritten by the
+next proposal.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from deepspec.attention import CACHE_LENGTH, KVCache, Step
+from deepspec.decoding.tree import MAX_NODES, Growth, Laws, Parent, Proposal, Vocabulary, grow
+from deepspec.drafters.base import Ask, Drafter, Session
+
+
+class AutoregressiveDrafter(Drafter):
+    """
+    Attributes:
+        on_features: the network reads a state of the target at each place, x_{i+1} beside g_i, and so starts with the
+            second token; else it reads tokens alone, from the first.
+    """
+
+    on_features: ClassVar[bool] = True
+    vocabulary: Vocabulary
+    device: torch.device
+
+    def fuse(self, features: Tensor) -> Tensor | None:
+        """Target features [n, layers·d] → what `step` reads in the place of outputs, [n, d]."""
+        return None
+
+    @abstractmethod
+    def step(self, ids: Tensor, above: Tensor | None, step: Step) -> Tensor:
+        """The network's outputs [n, d] for tokens int64 [n], each below an output (or fused features) [n, d]."""
+
+    @abstractmethod
+    def logits(self, outputs: Tensor) -> Tensor:
+        """[n, d] → [n, columns], of the tokens that come next."""
+
+    def session(self, slots: int) -> AutoregressiveSession:
+        return AutoregressiveSession(self, slots)
+
+    def run(
+        self,
+        cache: KVCache,
+        rows: list[int],
+        starts: list[int],
+        counts: list[int],
+        ids: list[int],
+        above: Tensor | None,
+        positions: list[int],
+        visible: Tensor | None = None,
+    ) -> Tensor:
+        """`step`, in the packed form of `Step`."""
+        places = torch.tensor([positions], device=self.device)
+        step = Step(places, visible, cache, rows, starts, counts)
+        return self.step(torch.tensor(ids, device=self.device), above, step)
+
+
+@dataclass
+class _Row:
+    """What of a request has not been through the network: its tokens, and the target's features of the same tokens."""
+
+    length: int = 0  # places in the cache
+    tokens: list[int] = field(default_factory=list)
+    features: list[Tensor] = field(default_factory=list)
+
+
+class AutoregressiveSession(Session):
+    def __init__(self, drafter: AutoregressiveDrafter, slots: int):
+        self.drafter = drafter
+        self.cache = KVCache(slots, CACHE_LENGTH)
+        self.rows = [_Row() for _ in range(slots)]
+
+    def begin(self, row: int) -> None:
+        self.rows[row] = _Row()
+
+    def extend(self, row: int, tokens: list[int], features: Tensor | None) -> None:
+        self.rows[row].tokens += tokens
+        if self.drafter.on_features:
+            self.rows[row].features.append(features)
+
+    def move(self, source: int, destination: int) -> None:
+        self.cache.move(source, destination, self.rows[source].length)
+        self.rows[destination] = self.rows[source]
+
+    @torch.inference_mode()
+    def propose(self, asks: list[Ask]) -> list[Proposal]:
+        proposals = [Proposal()] * len(asks)
+        ready = [i for i, ask in enumerate(asks) if self.rows[ask.row].tokens or not self.drafter.on_features]
+        if ready:  # a one-token prompt has no features yet
+            drafted = self._propose([asks[i] for i in ready])
+            for i, proposal in zip(ready, drafted, strict=True):
+                proposals[i] = proposal
+        return proposals
+
+    def _propose(self, asks: list[Ask]) -> list[Proposal]:
+        drafter = self.drafter
+        roots = self._absorb(asks)
+        growths = [
+            ask.shape.growth(drafter.vocabulary, ask.sampling, min(ask.room, drafter.block_size), ask.rng)
+            for ask in asks
+        ]
+        lengths = [self.rows[ask.row].length for ask in asks]
+        tree = _Expansion(drafter, self.cache, [ask.row for ask in asks], lengths, growths, roots)
+        return grow(growths, [ask.anchor for ask in asks], tree.expand)
+
+    def _absorb(self, asks: list[Ask]) -> Tensor:
+        """Take in what was committed since the last proposal, the anchor included; outputs at the anchors [m, d]."""
+        rows = [ask.row for ask in asks]
+        states = [self.rows[row] for row in rows]
+        fresh = [self._fresh(state, ask.anchor) for state, ask in zip(states, asks, strict=True)]
+        counts, starts = [len(ids) for ids in fresh], [state.length for state in states]
+        positions = [s + i for s, count in zip(starts, counts, strict=True) for i in range(count)]
+        features = [part for state in states for part in state.features]
+        above = self.drafter.fuse(torch.cat(features)) if features else None
+        self.cache.reserve(max(starts) + 2 * max(counts) + MAX_NODES)
+        ids = [token for part in fresh for token in part]
+        outputs = self.drafter.run(self.cache, rows, starts, counts, ids, above, positions)
+        for state, count in zip(states, counts, strict=True):
+            state.length += count
+            state.tokens, state.features = [], []
+        return outputs[torch.tensor(counts).cumsum(0) - 1]
+
+    def _fresh(self, state: _Row, anchor: int) -> list[int]:
+        """The tokens to take in. The first of those that were committed was the last proposal's anchor, and is in."""
+        if not self.drafter.on_features and not state.length:
+            return [*state.tokens, anchor]
+        return [*state.tokens[1:], anchor]
+
+
+class _Expansion:
+    """The trees in the making: outputs of their nodes, and where in the cache their keys lie."""
+
+    def __init__(
+        self,
+        drafter: AutoregressiveDrafter,
+        cache: KVCache,
+        rows: list[int],
+        lengths: list[int],
+        growths: list[Growth],
+        roots: Tensor,
+    ):
+        self.drafter, self.cache, self.rows = drafter, cache, rows
+        self.lengths, self.growths = lengths, growths
+        self.outputs = [{-1: root} for root in roots]  # request → node → [d]
+        self.columns: list[dict[int, int]] = [{} for _ in rows]  # request → node → cache column
+        self.roots = roots
+
+    def expand(self, parents: list[Parent]) -> Laws:
+        """What `grow` asks for."""
+        if parents[0].depth == 0:
+            return Laws(self.drafter.logits(self.roots[[parent.growth for parent in parents]]))
+        by_request: dict[int, list[Parent]] = {}
+        for parent in parents:
+            by_request.setdefault(parent.growth, []).append(parent)
+        requests = list(by_request)
+        counts = [len(by_request[r]) for r in requests]
+        starts = [self.lengths[r] + len(self.columns[r]) for r in requests]
+        chains = all(
+            len(by_request[r]) == 1 and len(self.columns[r]) == parents[0].depth - 1 for r in requests
+        )
+        for r, start in zip(requests, starts, strict=True):
+            self.columns[r] |= {parent.node: start + i for i, parent in enumerate(by_request[r])}
+        visible = None if chains else self._visible(by_request, max(starts) + max(counts), max(counts))
+        above = [self.outputs[p.growth][self.growths[p.growth].parents[p.node]] for p in parents]
+        outputs = self.drafter.run(
+            self.cache,
+            [self.rows[r] for r in requests],
+            starts,
+            counts,
+            [parent.token for parent in parents],
+            torch.stack(above),
+            [self.lengths[p.growth] - 1 + p.depth for p in parents],
+            visible,
+        )
+        for parent, output in zip(parents, outputs, strict=True):
+            self.outputs[parent.growth][parent.node] = output
+        return Laws(self.drafter.logits(outputs))
+
+    def _visible(self, by_request: dict[int, list[Parent]], length: int, most: int) -> Tensor:
+        """bool [requests, most, length]: each node sees the context, its ancestors and itself."""
+        visible = torch.zeros(len(by_request), most, length, dtype=torch.bool)
+        for row, (request, parents) in enumerate(by_request.items()):
+            visible[row, :, : self.lengths[request]] = True
+            for i, parent in enumerate(parents):
+                node = parent.node
+                while node >= 0:
+                    visible[row, i, self.columns[request][node]] = True
+                    node = self.growths[request].parents[node]
+        return visible.to(self.drafter.device)

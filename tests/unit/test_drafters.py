@@ -1,0 +1,284 @@
+"""Every trained algorithm of the registry: trains, is written and read back, drafts as it was trained, and is lossless.
+
+A toy algorithm shows what adding one takes (docs/drafters.md).
+"""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from deepspec.data.features import OnlineFeatures
+from deepspec.data.sequences import Sequence
+from deepspec.decoding.engine import generate
+from deepspec.decoding.shapes import BestFirst, Sampled
+from deepspec.decoding.tree import Chain
+from deepspec.drafters import registry
+from deepspec.drafters.checkpoint import load_drafter, stored_weights, write_drafter
+from deepspec.drafters.lm import LMParams, network
+from deepspec.drafters.network import Network
+from deepspec.errors import DeepSpecError
+from deepspec.target import Target, load_target
+from deepspec.training.batches import Batches
+from deepspec.training.objective import BlockObjective
+from tests.tiny import make_target
+
+SMALL = {"draft_vocab_size": 128}
+DRAFTS = {
+    "dspark": {"layers": 1, "block_size": 3, "markov_rank": 4, "target_layer_ids": [0, 1], **SMALL},
+    "dflash": {"layers": 1, "block_size": 3, "target_layer_ids": [0, 1], **SMALL},
+    "eagle3": {"block_size": 3, **SMALL},
+    "medusa": {"heads": 3, "layers": 2, **SMALL},
+    "lm": {"block_size": 3, "from_layers": [0, 3]},
+    "lm-scratch": {"block_size": 3, "hidden_size": 32, "layers": 1},
+}
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    return make_target(tmp_path_factory.mktemp("target"), "llama")
+
+
+@pytest.fixture(scope="module")
+def target(directory):
+    return load_target(directory)
+
+
+@pytest.fixture(scope="module")
+def batch(target):
+    rng = torch.Generator().manual_seed(0)
+    rows = [torch.randint(2, 500, (n,), generator=rng).tolist() for n in (24, 30, 18, 27)]
+    sequences = [Sequence(row, [1] * len(row), [1] * len(row)) for row in rows]
+
+    def of(model: Network):
+        features = OnlineFeatures(target, sequences, model.config.target_layer_ids)
+        return Batches(features, [0, 1, 2, 3], 4, 5, model.config.block_size, seed=0).make(0)[0]
+
+    return of
+
+
+def make(name: str, target: Target) -> Network:
+    """An untrained network whose weights are all random."""
+    algorithm = registry.algorithms()[name.split("-")[0]]
+    torch.manual_seed(0)
+    model = algorithm.network(algorithm.params(type=algorithm.type, **DRAFTS[name]), target)
+    model.share(
+        target,
+        torch.arange(model.config.draft_vocab_size) + target.vocab_size - model.config.draft_vocab_size,
+    )
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad and parameter.dim() == 2:
+                parameter.normal_(0, parameter.shape[1] ** -0.5)
+    return model
+
+
+def write(model: Network, target: Target, path, written_out: bool = False):
+    """A draft directory in float32, so that what is read back can be compared closely."""
+    weights = {
+        name: tensor.float() if tensor.is_floating_point() else tensor
+        for name, tensor in stored_weights(model, written_out).items()
+    }
+    own = {name: tensor for name, tensor in model.stored(written_out).items() if name in weights}
+    write_drafter(path, model.description(), weights | {n: t.clone() for n, t in own.items()}, target, {})
+    return path
+
+
+def test_the_registry_has_every_algorithm():
+    assert set(registry.algorithms()) >= {"dspark", "dflash", "eagle3", "medusa", "lm", "lookup", "suffix"}
+
+
+@pytest.mark.parametrize("name", DRAFTS)
+def test_an_objective_trains_every_weight(name, target, batch):
+    from deepspec.config import LossParams
+
+    model = make(name, target)
+    loss, sums = BlockObjective(model, LossParams())(batch(model))
+    loss.backward()
+    idle = [
+        n for n, p in model.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())
+    ]
+    assert idle == [] and sums["tau"] >= sums["blocks"]
+
+
+@pytest.mark.parametrize("written_out", [False, True])
+@pytest.mark.parametrize("name", DRAFTS)
+def test_a_written_draft_proposes_what_the_network_in_training_says(
+    name, written_out, target, batch, tmp_path
+):
+    model = make(name, target)
+    drafter = load_drafter(write(model, target, tmp_path / "draft", written_out), target)
+    data = batch(model)
+    anchor = int(data.anchors[0, 0])
+    ids = data.tokens[0, :anchor].tolist()
+    session = drafter.session(1)
+    session.begin(0)
+    session.extend(0, ids, data.features[0, :anchor].float())
+    from deepspec.decoding.request import Sampling
+    from deepspec.drafters.base import Ask
+
+    rng = torch.Generator().manual_seed(0)
+    (proposal,) = session.propose([Ask(0, int(data.tokens[0, anchor]), Sampling(1.0), rng, 9, Chain())])
+    # The same tokens, fed to the network as in training.
+    tokens = torch.tensor([[*ids, int(data.tokens[0, anchor]), *proposal.tokens]])
+    features = torch.zeros(1, tokens.shape[1], data.features.shape[-1])
+    features[:, :anchor] = data.features[0, :anchor].float()
+    with torch.no_grad():
+        hidden = model(features, tokens, torch.tensor([[anchor]]))
+        outputs = model.outputs(hidden, tokens[:, anchor : anchor + hidden.shape[2]][:, None])
+        laws = sum(x @ w.T for x, w in outputs.factors)[0, 0].softmax(-1)
+    assert len(proposal.tokens) == model.config.block_size
+    for k, law in enumerate(laws):
+        found = proposal.law(k)[model.draft_ids]
+        assert torch.allclose(found, law, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [Chain(), BestFirst(3, None, 8)], ids=["chain", "tree"])
+@pytest.mark.parametrize("name", DRAFTS)
+def test_drafting_changes_no_token(name, shape, target, tmp_path):
+    drafter = load_drafter(write(make(name, target), target, tmp_path / "draft"), target)
+    prompts = [[5, 9, 17, 3], [8], [100, 200, 300, 400, 11, 12]]
+    plain = generate(target, None, prompts, max_new_tokens=24)
+    drafted = generate(target, drafter, prompts, max_new_tokens=24, tree=shape)
+    assert [g.tokens for g in drafted] == [g.tokens for g in plain]
+
+
+@pytest.mark.parametrize("name", ["eagle3", "medusa", "lm"])
+def test_sampled_trees_are_drafted_too(name, target, tmp_path):
+    drafter = load_drafter(write(make(name, target), target, tmp_path / "draft"), target)
+    (out,) = generate(
+        target, drafter, [5, 9, 17, 3], max_new_tokens=16, temperature=1.0, tree=Sampled((3, 2, 1), 8)
+    )
+    assert len(out.tokens) == 16 or out.finish_reason == "stop"
+
+
+def test_a_target_is_its_own_perfect_draft(directory, target, tmp_path):
+    params = LMParams(type="lm", block_size=4, source=str(directory), finetune=False)
+    model = network(params, target)
+    assert not any(p.requires_grad for p in model.parameters())
+    drafter = load_drafter(write(model, target, tmp_path / "draft"), target)
+    (out,) = generate(target, drafter, [5, 9, 17, 3], max_new_tokens=21)
+    assert set(out.stats.accepted[:-1]) == {4}
+
+
+def test_a_draft_cut_out_of_the_target_has_its_layers(target):
+    model = network(LMParams(type="lm", from_layers=[0, 3]), target)
+    whole = AutoModelForCausalLM.from_pretrained(target.source, dtype=torch.float32)
+    for place, layer in enumerate((0, 3)):
+        ours, theirs = model.model.model.layers[place], whole.model.layers[layer]
+        assert torch.equal(ours.mlp.up_proj.weight, theirs.mlp.up_proj.weight)
+    assert not model.model.get_input_embeddings().weight.requires_grad
+
+
+def test_a_draft_of_another_tokenizer_is_refused(target, tmp_path):
+    other = make_target(tmp_path / "other", vocab=400)
+    with pytest.raises(DeepSpecError, match="another tokenizer than the target's"):
+        network(LMParams(type="lm", source=str(other)), target)
+
+
+def test_a_draft_lm_has_one_origin():
+    with pytest.raises(ValueError, match="wants one of source, from_layers, hidden_size; found none"):
+        LMParams(type="lm")
+    with pytest.raises(ValueError, match="found source and from_layers"):
+        LMParams(type="lm", source="x", from_layers=[1])
+
+
+def test_a_draft_lm_with_a_missing_weight_is_refused(target, tmp_path):
+    path = write(make("lm", target), target, tmp_path / "draft")
+    weights = load_file(path / "model.safetensors")
+    weights.pop("model.layers.1.mlp.up_proj.weight")
+    save_file(weights, path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(DeepSpecError, match="missing keys"):
+        load_drafter(path, target)
+
+
+def test_a_published_medusa_with_heads_of_its_own_loads(target, tmp_path):
+    """FasterDecoding's layout: no architectures, other file name, a vocabulary matrix for each head."""
+    model = make("medusa", target)
+    heads = [torch.randn(target.vocab_size, target.hidden_size) for _ in range(3)]
+    weights = {n: t.clone() for n, t in model.stored().items() if n[0].isdigit()}
+    weights |= {f"{k}.2.weight": head for k, head in enumerate(heads)}
+    save_file(weights, tmp_path / "medusa_lm_head.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps({"medusa_num_heads": 3, "medusa_num_layers": 2}))
+    drafter = load_drafter(tmp_path, target)
+    hidden = torch.randn(2, target.hidden_size)
+    with torch.no_grad():
+        states, found = model.states(hidden), drafter.logits(hidden)
+    for k, head in enumerate(heads):
+        assert torch.allclose(found[:, k], states[:, k] @ head.T, atol=1e-4)
+    (plain,), (drafted,) = (generate(target, d, [5, 9, 17], max_new_tokens=16) for d in (None, drafter))
+    assert plain.tokens == drafted.tokens
+
+
+TOY = '''
+"""Always drafts the tokens that came before, in reverse."""
+
+from typing import Literal
+
+from deepspec.decoding.tree import Proposal
+from deepspec.drafters.algorithm import Algorithm
+from deepspec.drafters.base import Drafter, Session
+from deepspec.section import Section
+
+
+class ToyParams(Section):
+    type: Literal["toy"]
+    block_size: int = 2
+
+
+class Toy(Drafter):
+    config = {"architectures": ["ToyDrafter"]}
+
+    def __init__(self, block_size=2):
+        self.block_size = block_size
+
+    def session(self, slots):
+        return ToySession(self, slots)
+
+
+class ToySession(Session):
+    def __init__(self, drafter, slots):
+        self.drafter, self.tokens = drafter, [[] for _ in range(slots)]
+
+    def begin(self, row):
+        self.tokens[row] = []
+
+    def extend(self, row, tokens, features):
+        self.tokens[row] += tokens
+
+    def move(self, source, destination):
+        self.tokens[destination] = self.tokens[source]
+
+    def propose(self, asks):
+        return [Proposal.chain(self.tokens[a.row][::-1][: min(a.room, self.drafter.block_size)]) for a in asks]
+
+
+ALGORITHM = Algorithm(
+    ToyParams, ("ToyDrafter",), load=lambda directory, config, target: Toy(), make=lambda params: Toy(params.block_size)
+)
+'''
+
+
+@pytest.fixture
+def toy(tmp_path, monkeypatch):
+    """One file in drafters/, nothing else."""
+    import deepspec.drafters
+
+    (tmp_path / "more").mkdir()
+    (tmp_path / "more" / "toy.py").write_text(TOY)
+    monkeypatch.setattr(deepspec.drafters, "__path__", [*deepspec.drafters.__path__, str(tmp_path / "more")])
+    registry.algorithms.cache_clear()
+    yield registry.algorithms()["toy"]
+    registry.algorithms.cache_clear()
+
+
+def test_a_file_in_drafters_is_all_that_a_new_algorithm_takes(toy, target, tmp_path):
+    drafter = toy.make(toy.params(type="toy", block_size=2))
+    write_drafter(tmp_path / "draft", drafter.config, {}, target, {})
+    loaded = load_drafter(tmp_path / "draft", target)
+    (plain,), (drafted,) = (generate(target, d, [5, 9, 17], max_new_tokens=16) for d in (None, loaded))
+    assert plain.tokens == drafted.tokens and sum(drafted.stats.drafted) > 0

@@ -1,0 +1,127 @@
+"""The target's features: online as cached, compressed, resumed, checked and refused."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from deepspec.data.codec import CODECS, codec
+from deepspec.data.features import CachedFeatures, OnlineFeatures
+from deepspec.data.sequences import Sequence
+from deepspec.errors import DeepSpecError
+from deepspec.target import H_LAST, load_target
+from tests.tiny import make_target
+
+LAYERS = (0, 1)
+
+
+@pytest.fixture(scope="module")
+def target(tmp_path_factory):
+    return load_target(make_target(tmp_path_factory.mktemp("target"), "llama"), dtype="bfloat16")
+
+
+@pytest.fixture(scope="module")
+def sequences():
+    rng = torch.Generator().manual_seed(0)
+    rows = [torch.randint(2, 500, (n,), generator=rng).tolist() for n in (31, 12, 25, 40, 18, 22)]
+    return [Sequence(row, [1] * len(row), [1] * len(row)) for row in rows]
+
+
+@pytest.fixture
+def make(target, sequences, tmp_path, monkeypatch):
+    """A cache of several shards."""
+    monkeypatch.setattr("deepspec.data.features.BATCH_TOKENS", 40)
+    monkeypatch.setattr("deepspec.data.features.SHARD_TOKENS", 30)
+
+    def cached(form="bf16", layers=LAYERS, data="data", name="cache"):
+        features = CachedFeatures(tmp_path / name, target, sequences, layers, data, form)
+        features.build()
+        return features
+
+    return cached
+
+
+def test_cached_features_are_those_computed_online(make, target, sequences):
+    online, cached = OnlineFeatures(target, sequences, LAYERS), make()
+    assert len(cached.manifest["shards"]) > 2
+    for ours, theirs in zip(cached.batch([4, 0]), online.batch([4, 0]), strict=True):
+        assert ours.shape == theirs.shape
+        assert torch.allclose(ours.float(), theirs.float(), rtol=0.02, atol=0.02)
+
+
+def test_h_last_is_a_feature_and_no_layers_are_none(make):
+    features, hidden, log_norm = make(layers=(H_LAST,)).batch([1, 2])
+    assert torch.equal(features, hidden) and log_norm.shape == hidden.shape[:2]
+    assert make(layers=(), name="none").batch([1, 2])[0].shape == (2, 25, 0)
+
+
+@pytest.mark.parametrize(
+    ("form", "most", "error"), [("fp8", 0.53, 0.04), ("int8", 0.53, 0.02), ("int4", 0.30, 0.12)]
+)
+def test_compressed_features_are_close_and_small(make, target, sequences, form, most, error):
+    whole, small = make(name="whole"), make(form, name="small")
+    features, _, _ = whole.batch([3])
+    found, last, log_norm = small.batch([3])
+    assert float((found - features).norm() / features.norm()) < error
+    assert codec(form).encode(torch.zeros(1, 64))["codes"].element_size() == 1
+    d = target.hidden_size
+    kept = sum(x.numel() * x.element_size() for x in codec(form).encode(torch.randn(8, 4096)).values())
+    assert kept / (8 * 4096 * 2) <= most
+    expected = (
+        target.logits(last[0]).float().logsumexp(-1)
+    )  # of the state that will be read, not of the true one
+    assert torch.allclose(log_norm[0], expected, atol=0.02) and last.shape == (1, 40, d)
+
+
+@pytest.mark.parametrize("form", CODECS)
+def test_a_codec_keeps_zeros_signs_and_the_largest_value(form):
+    x = torch.zeros(2, 64)
+    x[0, 3], x[0, 40], x[1, 7] = 5.0, -5.0, -0.25
+    back = codec(form).decode(codec(form).encode(x)).float()
+    assert torch.allclose(back, x, rtol=0.01)
+
+
+def test_an_interrupted_build_goes_on_at_the_shard_where_it_stopped(make, target, sequences, tmp_path):
+    whole = make(name="whole")
+    broken = CachedFeatures(tmp_path / "broken", target, sequences, LAYERS, "data")
+    original, written = broken._write, []
+
+    def write(number, batches):
+        if number == 2:
+            raise KeyboardInterrupt
+        written.append(number)
+        return original(number, batches)
+
+    broken._write = write
+    with pytest.raises(KeyboardInterrupt):
+        broken.build()
+    again = CachedFeatures(tmp_path / "broken", target, sequences, LAYERS, "data")
+    original = again._write
+    again._write = lambda number, batches: (written.append(number), original(number, batches))[1]
+    again.build()
+    assert written == list(range(len(whole.manifest["shards"])))
+    assert again.manifest == whole.manifest  # checksums too
+
+
+@pytest.mark.parametrize(
+    ("other", "what"), [({"form": "int8"}, "form"), ({"layers": (0,)}, "layers"), ({"data": "d2"}, "data")]
+)
+def test_features_of_something_else_are_refused(make, other, what):
+    make()
+    with pytest.raises(DeepSpecError, match=f"features of another {what}"):
+        make(**other)
+
+
+def test_a_damaged_shard_is_named(make):
+    cached = make()
+    path = cached._path(1)
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(DeepSpecError, match=r"features-00001\.safetensors: missing or damaged"):
+        cached.batch(list(range(len(cached.sequences))))
+
+
+def test_an_unknown_form_is_refused():
+    with pytest.raises(DeepSpecError, match="unknown feature format 'int9'; did you mean 'int8'"):
+        codec("int9")
