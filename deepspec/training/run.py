@@ -59,8 +59,7 @@ def train(params: Params, name: str, target_directory: Path, out: Path, history:
         write_drafter(out, network.description(), stored_weights(network), target, provenance(params, None))
         write_history(history, [{"step": 0}])
         return
-    features = _features(params, target, sequences, network.config.target_layer_ids, data_digest, accelerator)
-    trainer = _trainer(params, network, features, data_digest, accelerator, name)
+    trainer = make_trainer(params, name, network, target, sequences, data_digest, accelerator)
     trainer.run()
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
@@ -127,15 +126,22 @@ def draft_vocabulary(sequences: list[Sequence], size: int, vocab_size: int) -> t
     return torch.tensor(sorted(ranked[:size]))
 
 
-def _trainer(
+def make_trainer(
     params: Params,
+    name: str,
     network: Network,
-    features: Features,
+    target: Target,
+    sequences: list[Sequence],
     data_digest: str,
     accelerator: Accelerator,
-    name: str,
 ) -> Trainer:
-    config, target, sequences = network.config, features.target, features.sequences
+    """A trainer of drafter `name` on the target's features, which are computed first where they are cached.
+
+    Raises:
+        DeepSpecError: too few conversations.
+    """
+    config = network.config
+    features = _features(params, target, sequences, config.target_layer_ids, data_digest, accelerator)
     members = torch.randperm(len(sequences), generator=torch.Generator().manual_seed(params.seed)).tolist()
     kept_out = min(params.train.heldout, max(len(members) // 10, 1))
     heldout, members = members[:kept_out], members[kept_out:]

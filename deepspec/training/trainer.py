@@ -83,7 +83,7 @@ class Trainer:
         window: dict[str, float] = {}
         while self.step < self.params.steps:
             tick = time.monotonic()
-            sums = self._train_step()
+            sums = self.train_step()
             sums["seconds"] = time.monotonic() - tick
             window = {name: window.get(name, 0.0) + value for name, value in sums.items()}
             self.step += 1
@@ -100,7 +100,7 @@ class Trainer:
     def best_weights(self) -> dict[str, Tensor]:
         return torch.load(self.work / BEST, weights_only=True)
 
-    def _train_step(self) -> dict[str, float]:
+    def train_step(self) -> dict[str, float]:
         params, accelerator = self.params, self.accelerator
         for group in self.optimizer.param_groups:
             group["lr"] = params.lr * schedule(self.step, params.steps, params.warmup)

@@ -65,7 +65,7 @@ def test_a_killed_and_resumed_run_equals_an_unbroken_one_bit_for_bit(store, tmp_
     unbroken = make_trainer(store, tmp_path / "unbroken")
     unbroken.run()
     killed = make_trainer(store, tmp_path / "killed")
-    killed._train_step, steps = dying_after(5, killed), STEPS
+    killed.train_step, steps = dying_after(5, killed), STEPS
     with pytest.raises(KeyboardInterrupt):
         killed.run()
     resumed = make_trainer(store, tmp_path / "killed")
@@ -79,7 +79,7 @@ def test_a_killed_and_resumed_run_equals_an_unbroken_one_bit_for_bit(store, tmp_
 
 
 def dying_after(count: int, trainer: Trainer):
-    original, done = trainer._train_step, []
+    original, done = trainer.train_step, []
 
     def step():
         if len(done) == count:
@@ -116,14 +116,14 @@ def test_gradient_checkpointing_changes_no_gradient(store, tmp_path):
 
 def test_sigterm_writes_a_checkpoint_and_exits(store, tmp_path):
     trainer = make_trainer(store, tmp_path / "work", save_every=1000)
-    original = trainer._train_step
+    original = trainer.train_step
 
     def step():
         if trainer.step == 3:
             os.kill(os.getpid(), signal.SIGTERM)
         return original()
 
-    trainer._train_step = step
+    trainer.train_step = step
     with pytest.raises(SystemExit) as stopped:
         trainer.run()
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
