@@ -1,0 +1,60 @@
+"""Two processes on this machine (gloo), data parallel and sharded by FSDP2, train as one does."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.tiny import make_target
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def target(tmp_path_factory):
+    return make_target(tmp_path_factory.mktemp("target"), "llama")
+
+
+def launch(target: Path, work: Path, processes: int, sharded: bool = False, steps: int = 99) -> int:
+    launcher = ["torch.distributed.run", "--nproc-per-node", str(processes), "--standalone", "-m"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT)}
+    if sharded:
+        environment |= {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+    words = [*(launcher if processes > 1 else []), "tests.train_small", str(target), str(work), str(steps)]
+    done = subprocess.run(
+        [sys.executable, "-m", *words], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert steps < 99 or done.returncode == 0, done.stderr[-3000:]
+    return done.returncode
+
+
+@pytest.fixture(scope="module")
+def alone(target, tmp_path_factory):
+    work = tmp_path_factory.mktemp("alone")
+    launch(target, work, 1)
+    return json.loads((work / "result.json").read_text())
+
+
+@pytest.mark.parametrize("sharded", [False, True], ids=["ddp", "fsdp2"])
+def test_two_processes_have_the_loss_curve_of_one(alone, target, tmp_path, sharded):
+    launch(target, tmp_path, 2, sharded)
+    history, weights = json.loads((tmp_path / "result.json").read_text())
+    assert len(history) == len(alone[0]) == 4
+    for ours, theirs in zip(history, alone[0], strict=True):
+        for name in ("loss", "ce", "tv", "confidence", "heldout_tau"):
+            assert ours[name] == pytest.approx(theirs[name], abs=1e-4), name
+    for name, weight in weights.items():
+        assert weight == pytest.approx(alone[1][name], abs=1e-4), name
+
+
+def test_a_sharded_run_goes_on_in_one_process(alone, target, tmp_path):
+    assert launch(target, tmp_path, 2, sharded=True, steps=5) != 0
+    assert (tmp_path / "checkpoint.pt").exists()
+    launch(target, tmp_path, 1)
+    history, _ = json.loads((tmp_path / "result.json").read_text())
+    assert [line["loss"] for line in history] == pytest.approx([line["loss"] for line in alone[0]], abs=1e-4)
