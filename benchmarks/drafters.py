@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 import yaml
 from accelerate import Accelerator
 
@@ -40,13 +39,12 @@ from deepspec.data.progress import Progress
 from deepspec.data.sequences import read_sequences
 from deepspec.decoding.engine import generate
 from deepspec.drafters.checkpoint import load_drafter
-from deepspec.drafters.registry import algorithms
 from deepspec.errors import DeepSpecError
 from deepspec.evaluation.stats import COVERAGE, RESAMPLES, Interval
 from deepspec.evaluation.worklog import WorkLog
 from deepspec.files import digest
 from deepspec.target import Target, load_target
-from deepspec.training.run import DATA, make_trainer, train
+from deepspec.training.run import DATA, Outputs, make_network, make_trainer, train
 
 TARGET = Path("data/target")
 TEMPERATURES = (0.0, 1.0)
@@ -98,10 +96,8 @@ def step_seconds(variants: dict[str, Params], target: Target) -> dict[str, float
     accelerator = Accelerator(mixed_precision=next(iter(variants.values())).train.mixed_precision)
     trainers = {}
     for name, params in variants.items():
-        algorithm = algorithms()[params.drafters[name].type]
         sequences, data_digest = read_sequences(DATA, params.train.max_length, params.train.supervise)
-        torch.manual_seed(params.seed)
-        network = algorithm.network(params.drafters[name], target)
+        network = make_network(params, name, target)
         trainers[name] = make_trainer(params, name, network, target, sequences, data_digest, accelerator)
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     for _ in range(_UNTIMED_ROUNDS + _TIMED_ROUNDS):
@@ -223,7 +219,7 @@ def main(argv: list[str] | None = None) -> int:
             place = WORK_DIR / "drafts" / digest(repr((settings[name], steps, target.digest))) / name
             history = place.with_suffix(".jsonl")
             if not history.exists():
-                train(run, name, TARGET, place, history)
+                train(run, name, TARGET, Outputs(place, history, place.with_suffix(".features.json")))
             lines = [yaml.safe_load(line) for line in history.read_text().splitlines()]
             heldout = max((line.get("heldout_tau", 0.0) for line in lines), default=0.0)
             training[name] = {"steps": steps, "step_s": seconds[name], "heldout": heldout}

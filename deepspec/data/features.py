@@ -49,6 +49,10 @@ class Features(ABC):
     def rows(self, indices: list[int]) -> list[dict[int | str, Tensor]]:
         """Of each sequence: layer → bfloat16 [n, d] for all layers and `H_LAST`; "log_norm" → float32 [n]."""
 
+    @abstractmethod
+    def describe(self) -> dict[str, Any]:
+        """What they are, for a manifest that DVC tracks."""
+
     def batch(self, indices: list[int]) -> tuple[Tensor, Tensor, Tensor]:
         """features [b, n, layers·d], hidden [b, n, d] and log_norm [b, n] of some sequences, zero-padded."""
         rows = self.rows(indices)
@@ -91,6 +95,9 @@ class Features(ABC):
 
 class OnlineFeatures(Features):
     """Computed when asked for; nothing is stored."""
+
+    def describe(self) -> dict[str, Any]:
+        return {"mode": "online", "target": self.target.digest, "layers": list(self.layers)}
 
     def rows(self, indices: list[int]) -> list[dict[int | str, Tensor]]:
         return [
@@ -139,6 +146,9 @@ class CachedFeatures(Features):
         code = source_digest("data/features.py", "data/codec.py", "attention.py", "fused.py", "target.py")
         found.directory = root / digest(json.dumps(found.identity) + code)
         return found
+
+    def describe(self) -> dict[str, Any]:
+        return {"mode": "cached", "bytes_a_token": round(self.bytes_a_token, 1), **self.manifest}
 
     @property
     def bytes_a_token(self) -> float:

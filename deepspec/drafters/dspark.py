@@ -213,7 +213,8 @@ class DSparkModel(Network):
         self.layers = nn.ModuleList(Layer(config, i) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(d, config.rms_norm_eps)
         self.markov_head = MarkovHead(config) if config.markov_rank else None
-        self.confidence_head = ConfidenceHead(config) if config.enable_confidence_head else None
+        self.confident = config.enable_confidence_head
+        self.confidence_head = ConfidenceHead(config) if self.confident else None
         self.context_skip = nn.Linear(self.fc.in_features, d, bias=False) if config.context_skip else None
         self.initialise()
         if self.markov_head is not None:

@@ -62,6 +62,7 @@ class Network(nn.Module):
         self.lm_head = nn.Linear(config.hidden_size, config.draft_vocab_size, bias=False)
         self.register_buffer("draft_ids", torch.arange(config.draft_vocab_size))
 
+    confident = False  # whether it says how sure it is (`Outputs.confidence`)
     checkpointing = False  # activations of blocks are computed again in the backward pass
 
     def run(self, block: Callable[..., Any], *inputs: Any) -> Any:

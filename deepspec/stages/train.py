@@ -14,10 +14,9 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def main(params: Params, flags: argparse.Namespace) -> None:
-    from deepspec.training.run import train
+    from deepspec.training.run import Outputs, train
 
-    name = flags.drafter
-    train(params, name, Path("data/target"), Path("data/drafts") / name, Path(f"reports/train/{name}.jsonl"))
+    train(params, flags.drafter, Path("data/target"), Outputs.of(flags.drafter))
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from deepspec.data.features import Features
+from deepspec.errors import DeepSpecError
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,20 @@ class Batches:
             rng = torch.Generator().manual_seed((self.seed * 1_000_003 + step) * 1_000_003 + indices[row])
             anchors[row] = starts[torch.randint(len(starts), (self.anchors,), generator=rng)]
         return self._gather(features, hidden, log_norm, tokens, learnt, anchors)
+
+    def check_alive(self) -> None:
+        """Refuse data that cannot teach: the loss would fall, and the draft be useless.
+
+        Raises:
+            DeepSpecError: features or post-norm states that are the same for every token.
+        """
+        features, hidden, _ = self.store.batch(self.indices(0))
+        n = min(len(self.store.sequences[i].ids) for i in self.indices(0))
+        for name, x in (("features", features), ("post-norm states", hidden)):
+            if x.shape[-1] and float(x[:, :n].float().flatten(0, 1).std(0).max()) == 0:
+                raise DeepSpecError(
+                    f"the target's {name} are the same for every token: there is nothing to learn"
+                )
 
     def _gather(self, features, hidden, log_norm, tokens, learnt, anchors) -> Batch:
         """Targets of the blocks: prediction k of a block is of the token at anchor + k, from the pass over k − 1."""

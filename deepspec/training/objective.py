@@ -30,6 +30,7 @@ class BlockObjective(nn.Module):
         super().__init__()
         self.model = model
         self.params = params
+        self._no_split_modules = sorted({type(block).__name__ for block in model.blocks()})  # FSDP2's units
         self.mixture = Mixture(params.ce, params.kl, params.tv, params.lk, params.lk_mixed)
         positions = params.positions
         dpace = positions.type == "dpace"

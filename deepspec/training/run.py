@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections import Counter
+from dataclasses import dataclass
 from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
@@ -15,12 +17,13 @@ from accelerate import Accelerator, InitProcessGroupKwargs
 
 from deepspec.data.features import CachedFeatures, Features, OnlineFeatures
 from deepspec.data.sequences import Sequence, read_sequences
-from deepspec.decoding.calibration import calibrate, save
+from deepspec.decoding.calibration import TEMPERATURES, calibrate, save
+from deepspec.decoding.engine import generate
 from deepspec.drafters.checkpoint import load_drafter, stored_weights, write_drafter
 from deepspec.drafters.network import Network
 from deepspec.drafters.registry import algorithms
 from deepspec.errors import DeepSpecError
-from deepspec.files import digest, source_digest
+from deepspec.files import digest, source_digest, write_json
 from deepspec.target import Target, load_target
 from deepspec.training.batches import Batches
 from deepspec.training.objective import BlockObjective
@@ -32,10 +35,29 @@ if TYPE_CHECKING:
 WORK = Path(".deepspec")
 DATA = Path("data/distill")
 CALIBRATION_TOKENS = 64  # of each held-out conversation's answer
+DECODED_PROMPTS, DECODED_TOKENS = 8, 48
 
 
-def train(params: Params, name: str, target_directory: Path, out: Path, history: Path) -> None:
-    """Train drafter `name` and write it to `out`, its metrics to `history` (JSON lines).
+@dataclass(frozen=True)
+class Outputs:
+    """Where a training run writes."""
+
+    draft: Path
+    history: Path  # metrics as JSON lines
+    manifest: Path  # what the target's features were, and their checksums where they are kept
+
+    @classmethod
+    def of(cls, name: str) -> Outputs:
+        """As dvc.yaml has them."""
+        return cls(
+            Path("data/drafts") / name,
+            Path("reports/train") / f"{name}.jsonl",
+            Path("data/features") / f"{name}.json",
+        )
+
+
+def train(params: Params, name: str, target_directory: Path, outputs: Outputs) -> None:
+    """Train drafter `name`.
 
     Raises:
         DeepSpecError: no such drafter, no usable data, or a loss that is not finite.
@@ -46,35 +68,84 @@ def train(params: Params, name: str, target_directory: Path, out: Path, history:
     algorithm = algorithms()[drafter.type]
     if algorithm.network is None:
         target = load_target(target_directory)
-        write_drafter(out, algorithm.make(drafter).config, {}, target, {"data_digest": None})
-        write_history(history, [{"step": 0}])
-        return
-    patience = InitProcessGroupKwargs(timeout=timedelta(days=7))  # one process extracts, the others wait
-    accelerator = Accelerator(mixed_precision=params.train.mixed_precision, kwargs_handlers=[patience])
+        write_drafter(outputs.draft, algorithm.make(drafter).config, {}, target, {"data_digest": None})
+        return _untrained(outputs)
+    accelerator = _accelerator(params, name)
     target = load_target(target_directory, device=str(accelerator.device))
-    sequences, data_digest = read_sequences(DATA, params.train.max_length, params.train.supervise)
-    torch.manual_seed(params.seed)
-    network = algorithm.network(drafter, target)
+    network = make_network(params, name, target)
     if not any(p.requires_grad for p in network.parameters()):  # a model that is used as it is
-        write_drafter(out, network.description(), stored_weights(network), target, provenance(params, None))
-        write_history(history, [{"step": 0}])
-        return
+        record = provenance(params, None)
+        write_drafter(outputs.draft, network.description(), stored_weights(network), target, record)
+        return _untrained(outputs)
+    sequences, data_digest = read_sequences(DATA, params.train.max_length, params.train.supervise)
     trainer = make_trainer(params, name, network, target, sequences, data_digest, accelerator)
     trainer.run()
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        torch.manual_seed(params.seed)
-        best = algorithm.network(drafter, target)  # whole, where the trained one may be sharded
+        best = make_network(params, name, target)  # whole, where the trained one may be sharded
         best.share(target, trainer.raw.draft_ids)
         best.load_state_dict(
             {name.removeprefix("model."): w for name, w in trainer.best_weights().items()}, strict=False
         )
         record = provenance(params, data_digest) | {"heldout_tau": trainer.best_tau, "drafter": name}
         weights = stored_weights(best, params.train.written_out)
-        write_drafter(out, best.description(), weights, target, record)
-        _calibrate(out, target, [_prompt(sequences[i]) for i in trainer.heldout], params.seed)
-        write_history(history, trainer.history)
+        write_drafter(outputs.draft, best.description(), weights, target, record)
+        prompts = [_prompt(sequences[i]) for i in trainer.heldout]
+        if best.confident:
+            _calibrate(outputs.draft, target, prompts, params.seed)
+        trainer.history[-1] |= _decoded(outputs.draft, target, prompts, params.seed)
+        write_json(outputs.manifest, trainer.batches.store.describe())
+        write_history(outputs.history, trainer.history)
     accelerator.end_training()
+
+
+def make_network(params: Params, name: str, target: Target) -> Network:
+    """The network of drafter `name`, its weights drawn from the seed."""
+    torch.manual_seed(params.seed)
+    drafter = params.drafters[name]
+    return algorithms()[drafter.type].network(drafter, target)
+
+
+def _accelerator(params: Params, name: str) -> Accelerator:
+    """With metrics to MLflow where its environment variable names a server."""
+    patience = InitProcessGroupKwargs(timeout=timedelta(days=7))  # one process extracts, the others wait
+    tracked = bool(os.environ.get("MLFLOW_TRACKING_URI"))
+    try:
+        accelerator = Accelerator(
+            mixed_precision=params.train.mixed_precision,
+            kwargs_handlers=[patience],
+            log_with="mlflow" if tracked else None,
+        )
+    except ValueError as error:
+        raise DeepSpecError(f"$MLFLOW_TRACKING_URI is set: {error}") from None
+    if tracked:
+        settings = {key: str(value) for key, value in params.train.model_dump().items()}
+        accelerator.init_trackers("deepspec", settings, {"mlflow": {"run_name": f"train {name}"}})
+    return accelerator
+
+
+def _untrained(outputs: Outputs) -> None:
+    write_json(outputs.manifest, {"mode": "none"})
+    write_history(outputs.history, [{"step": 0}])
+
+
+def _decoded(draft: Path, target: Target, prompts: list[list[int]], seed: int) -> dict[str, float]:
+    """τ of a small real decode of held-out prompts: what training expects is checked before anything relies on it."""
+    drafter = load_drafter(draft, target)
+    found = {}
+    for mode, temperature in TEMPERATURES.items():
+        answers = generate(
+            target,
+            drafter,
+            prompts[:DECODED_PROMPTS],
+            max_new_tokens=DECODED_TOKENS,
+            temperature=temperature,
+            seed=seed,
+        )
+        rounds = sum(answer.stats.rounds for answer in answers)
+        found[f"decoded_tau_{mode}"] = sum(answer.stats.committed for answer in answers) / max(rounds, 1)
+    print("a real decode: " + ", ".join(f"{name} {tau:.3f}" for name, tau in found.items()))
+    return found
 
 
 def _features(
@@ -157,6 +228,7 @@ def make_trainer(
     )
     if not batches.members or not heldout:
         raise DeepSpecError(f"{len(sequences)} conversations are too few to train on and hold some out")
+    batches.check_alive()
     network.checkpointing = params.train.gradient_checkpointing
     if params.train.compile:
         network.compile()

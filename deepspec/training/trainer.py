@@ -131,10 +131,14 @@ class Trainer:
             raise DeepSpecError(
                 f"step {self.step}: the loss is not finite; lower train.lr (now {params.lr}) or check the data"
             )
-        accelerator.clip_grad_norm_(self.objective.parameters(), params.grad_clip)
+        norm = accelerator.clip_grad_norm_(self.objective.parameters(), params.grad_clip)
+        norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+        if norm == 0:
+            raise DeepSpecError(f"step {self.step}: no weight has a gradient; the data or the loss is dead")
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return dict(zip(sums, total.tolist(), strict=True)) | {"weight": float(total_weight)}
+        figures = {"weight": float(total_weight), "norm": norm, "steps": 1.0}
+        return dict(zip(sums, total.tolist(), strict=True)) | figures
 
     @torch.no_grad()
     def evaluate(self) -> float:
@@ -164,10 +168,12 @@ class Trainer:
             **{name: round(value, 5) for name, value in per_weight.items()},
             "train_tau": round(window["tau"] / window["blocks"], 4),
             "heldout_tau": round(heldout_tau, 4),
+            "gradient_norm": round(window["norm"] / window["steps"], 5),
             "lr": self.params.lr * schedule(self.step, self.params.steps, self.params.warmup),
             "positions_per_second": round(window["positions"] / window["seconds"], 1),
         }
         self.history.append(line)
+        self.accelerator.log({name: value for name, value in line.items() if name != "step"}, self.step)
         self._best(heldout_tau)
         left = (self.params.steps - self.step) / rate
         self.accelerator.print(

@@ -9,6 +9,7 @@ import signal
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.tracking import GeneralTracker
 
 from deepspec.config import TrainParams
 from deepspec.data.features import CachedFeatures
@@ -173,6 +174,54 @@ def test_blocks_predict_what_follows_the_anchor(store, sequences, target):
                     assert batch.labels[row, block, k] == ids[anchor + k + 1]
                     (kept,) = store.rows([index])
                     assert torch.equal(batch.hidden[row, block, k], kept[H_LAST][anchor + k])
+
+
+def test_dead_features_are_refused(store):
+    batches = Batches(store, list(range(20)), 4, 5, 3, seed=1)
+    batches.check_alive()
+    original = store.batch
+    store.batch = lambda indices: (torch.ones_like(original(indices)[0]), *original(indices)[1:])
+    with pytest.raises(DeepSpecError, match="features are the same for every token"):
+        batches.check_alive()
+
+
+def test_a_loss_without_gradients_stops_with_one_line(store, tmp_path):
+    trainer = make_trainer(store, tmp_path / "work")
+    trainer.raw.model.lm_head.weight.data.zero_()
+    trainer.raw.model.markov_head.markov_w1.weight.data.zero_()
+    trainer.raw.params = trainer.raw.params.model_copy(update={"confidence": 0.0})
+    with pytest.raises(DeepSpecError, match="step 0: no weight has a gradient"):
+        trainer.run()
+
+
+class Noted(GeneralTracker):
+    """A tracker that keeps what it is given."""
+
+    name, requires_logging_directory = "noted", False
+
+    def __init__(self):
+        super().__init__()
+        self.lines = []
+
+    @property
+    def tracker(self):
+        return self.lines
+
+    def store_init_configuration(self, values):
+        pass
+
+    def log(self, values, step=None, **_):
+        self.lines.append((step, values))
+
+
+def test_metrics_go_to_a_tracker_where_one_is_set(store, tmp_path):
+    trainer = make_trainer(store, tmp_path / "work")
+    noted = Noted()
+    trainer.accelerator = Accelerator(mixed_precision="no", cpu=True, log_with=noted)
+    trainer.accelerator.init_trackers("deepspec")
+    trainer.run()
+    assert [step for step, _ in noted.lines] == [3, 6, 9]
+    assert noted.lines[-1][1]["heldout_tau"] == trainer.history[-1]["heldout_tau"]
 
 
 def write_data(directory, rows, masks):
