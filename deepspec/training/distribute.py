@@ -1,40 +1,166 @@
-"""The objective over several processes: data parallel, or sharded by FSDP2, as accelerate's configuration says."""
+"""The objective over several processes: data parallel, sharded by FSDP2, or DeepSpeed's ZeRO, as accelerate's
+configuration says. The trainer's loop is the same for all.
+"""
 
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
 
+from deepspec.errors import DeepSpecError
+from deepspec.files import replacing
 from deepspec.training.objective import BlockObjective
 
 if TYPE_CHECKING:
     from deepspec.config import TrainParams
 
+CHECKPOINT = "checkpoint.pt"
+_WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True, strict=False)
 
-def distribute(
-    objective: BlockObjective, params: TrainParams, accelerator: Accelerator
-) -> tuple[nn.Module, Any]:
-    """The wrapped objective and its AdamW.
 
-    accelerate shards on accelerators only; on CPUs (a test of the same code on any machine) FSDP2 is applied here.
+def distribute(objective: BlockObjective, params: TrainParams, accelerator: Accelerator) -> Processes:
+    zero = accelerator.distributed_type == DistributedType.DEEPSPEED
+    return (ZeroProcesses if zero else Processes)(objective, params, accelerator)
+
+
+class Processes:
+    """One process, data parallel ones, or FSDP2's.
+
+    accelerate shards on accelerators only; on CPUs (the same code, tested on any machine) FSDP2 is applied here.
+
+    Attributes:
+        objective: wrapped; call it in training.
+        optimizer: AdamW.
     """
-    sharded = (
-        accelerator.distributed_type == DistributedType.MULTI_CPU
-        and os.environ.get("ACCELERATE_USE_FSDP") == "true"
-    )
-    if sharded:
-        from torch.distributed.fsdp import fully_shard
 
-        for block in objective.model.blocks():
-            fully_shard(block)
-        fully_shard(objective)
-        return objective, _adamw(objective, params, fused=False)
-    return accelerator.prepare(objective, _adamw(objective, params, fused=True))
+    def __init__(self, objective: BlockObjective, params: TrainParams, accelerator: Accelerator):
+        self.accelerator, self.clip = accelerator, params.grad_clip
+        cpus = accelerator.distributed_type == DistributedType.MULTI_CPU
+        if cpus and os.environ.get("ACCELERATE_USE_FSDP") == "true":
+            from torch.distributed.fsdp import fully_shard
+
+            for block in objective.model.blocks():
+                fully_shard(block)
+            fully_shard(objective)
+            self.objective, self.optimizer = objective, _adamw(objective, params, fused=False)
+        else:
+            self.objective, self.optimizer = accelerator.prepare(
+                objective, _adamw(objective, params, fused=True)
+            )
+
+    def backward(self, loss: Tensor, last: bool) -> None:
+        """Add the gradients of a part of the step's loss; the `last` part's pass brings the processes together.
+
+        Wrappers average gradients over processes; their sum is wanted.
+        """
+        self.accelerator.backward(loss * self.accelerator.num_processes)
+
+    def together(self, last: bool) -> Any:
+        """The context of a part's passes."""
+        return self.accelerator.no_sync(self.objective) if not last else torch.enable_grad()
+
+    def norm(self) -> float:
+        """Clip the gradients by their global norm, and return it as it was."""
+        norm = self.accelerator.clip_grad_norm_(self.objective.parameters(), self.clip)
+        return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+
+    def update(self) -> None:
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def weights(self) -> dict[str, Tensor]:
+        """Of what is trained, whole, on the CPU; every process takes part."""
+        return get_model_state_dict(self.objective, options=_WHOLE)
+
+    def save(self, work: Path, progress: dict[str, Any]) -> None:
+        """Write a checkpoint, whole or not at all; it can be read by any number of processes."""
+        state = {
+            "progress": progress,
+            "weights": self.weights(),
+            "optimizer": get_optimizer_state_dict(self.objective, self._inner, options=_WHOLE),
+        }
+        if self.accelerator.is_main_process:
+            with replacing(work / CHECKPOINT) as scratch:
+                torch.save(state, scratch)
+
+    def load(self, work: Path) -> dict[str, Any] | None:
+        """Go on from the checkpoint in `work`; its progress, or None where there is none.
+
+        Raises:
+            DeepSpecError: it cannot be read.
+        """
+        path = work / CHECKPOINT
+        if not path.exists():
+            return None
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:
+            raise DeepSpecError(
+                f"{path}: corrupt checkpoint ({error}); delete it to train from the start"
+            ) from error
+        set_model_state_dict(self.objective, state["weights"], options=_WHOLE)
+        set_optimizer_state_dict(self.objective, self._inner, state["optimizer"], options=_WHOLE)
+        return state["progress"]
+
+    @property
+    def _inner(self) -> torch.optim.Optimizer:
+        return getattr(self.optimizer, "optimizer", self.optimizer)
+
+
+class ZeroProcesses(Processes):
+    """DeepSpeed's ZeRO: its engine clips, steps and keeps its own checkpoints (read by as many processes only)."""
+
+    def __init__(self, objective: BlockObjective, params: TrainParams, accelerator: Accelerator):
+        config = accelerator.state.deepspeed_plugin.deepspeed_config
+        share = -(-params.batch_size // (accelerator.num_processes * params.accumulate))
+        config |= {
+            "train_micro_batch_size_per_gpu": share,
+            "gradient_accumulation_steps": 1,  # the boundary is set by hand
+            "gradient_clipping": params.grad_clip,
+            "zero_force_ds_cpu_optimizer": False,
+        }
+        super().__init__(objective, params, accelerator)
+
+    def together(self, last: bool) -> Any:
+        return torch.enable_grad()
+
+    def backward(self, loss: Tensor, last: bool) -> None:
+        self.objective.set_gradient_accumulation_boundary(last)
+        self.objective.backward(loss * self.accelerator.num_processes)
+
+    def norm(self) -> float:
+        """Known after the update only: the engine clips there."""
+        return 1.0
+
+    def update(self) -> None:
+        self.objective.step()
+
+    def weights(self) -> dict[str, Tensor]:
+        names = {name for name, p in self.objective.module.named_parameters() if p.requires_grad}
+        state = self.accelerator.get_state_dict(self.objective)
+        return {name: tensor.cpu() for name, tensor in state.items() if name in names}
+
+    def save(self, work: Path, progress: dict[str, Any]) -> None:
+        self.objective.save_checkpoint(str(work), client_state={"progress": progress})
+
+    def load(self, work: Path) -> dict[str, Any] | None:
+        if not (work / "latest").exists():
+            return None
+        _, state = self.objective.load_checkpoint(str(work))
+        return state["progress"]
 
 
 def _adamw(objective: nn.Module, params: TrainParams, fused: bool) -> torch.optim.AdamW:

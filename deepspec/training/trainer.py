@@ -11,7 +11,6 @@ import json
 import math
 import signal
 import time
-from contextlib import nullcontext
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,13 +18,6 @@ from typing import TYPE_CHECKING
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    get_optimizer_state_dict,
-    set_model_state_dict,
-    set_optimizer_state_dict,
-)
 
 from deepspec.errors import DeepSpecError
 from deepspec.files import replacing, write_text
@@ -35,9 +27,7 @@ from deepspec.training.distribute import distribute
 if TYPE_CHECKING:
     from deepspec.config import TrainParams
 
-CHECKPOINT = "checkpoint.pt"
 BEST = "best.pt"
-_WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True, strict=False)
 
 
 class Trainer:
@@ -66,7 +56,7 @@ class Trainer:
                 f"train.batch_size is {params.batch_size}, fewer than the {accelerator.num_processes} processes"
             )
         self.raw = objective
-        self.objective, self.optimizer = distribute(objective, params, accelerator)
+        self.processes = distribute(objective, params, accelerator)
         self.step, self.best_tau, self.history = 0, 0.0, []
         self.stopping = False
 
@@ -102,7 +92,7 @@ class Trainer:
 
     def train_step(self) -> dict[str, float]:
         params, accelerator = self.params, self.accelerator
-        for group in self.optimizer.param_groups:
+        for group in self.processes.optimizer.param_groups:
             group["lr"] = params.lr * schedule(self.step, params.steps, params.warmup)
         parts = [
             self._batch(part)
@@ -115,15 +105,14 @@ class Trainer:
         asked = weight.new_tensor(float(self.stopping))
         total_weight, asked = accelerator.reduce(torch.stack((weight, asked)), "sum")
         self.stopping = bool(asked > 0)
-        self.objective.train()
+        self.processes.objective.train()
         sums: dict[str, Tensor] = {}
         for i, part in enumerate(parts):
             last = i == len(parts) - 1
-            with nullcontext() if last else accelerator.no_sync(self.objective):
+            with self.processes.together(last):
                 with accelerator.autocast():
-                    loss, found = self.objective(part)
-                # A data-parallel wrapper averages gradients over processes; the sum over the global weight is wanted.
-                accelerator.backward(loss * accelerator.num_processes / total_weight.clamp(min=1e-6))
+                    loss, found = self.processes.objective(part)
+                self.processes.backward(loss / total_weight.clamp(min=1e-6), last)
             for name, value in {"loss": loss.detach(), **found}.items():
                 sums[name] = sums.get(name, 0.0) + value
         total = accelerator.reduce(torch.stack(list(sums.values())), "sum")
@@ -131,19 +120,17 @@ class Trainer:
             raise DeepSpecError(
                 f"step {self.step}: the loss is not finite; lower train.lr (now {params.lr}) or check the data"
             )
-        norm = accelerator.clip_grad_norm_(self.objective.parameters(), params.grad_clip)
-        norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+        norm = self.processes.norm()
         if norm == 0:
             raise DeepSpecError(f"step {self.step}: no weight has a gradient; the data or the loss is dead")
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.processes.update()
         figures = {"weight": float(total_weight), "norm": norm, "steps": 1.0}
         return dict(zip(sums, total.tolist(), strict=True)) | figures
 
     @torch.no_grad()
     def evaluate(self) -> float:
         """Expected τ on fixed blocks in the held-out sequences' answers: per block, then averaged."""
-        self.objective.eval()
+        self.processes.objective.eval()
         accelerator = self.accelerator
         share = max(self.params.batch_size // accelerator.num_processes, 1)
         total = torch.zeros(2, device=accelerator.device)
@@ -185,46 +172,22 @@ class Trainer:
     def _best(self, tau: float) -> None:
         if tau > self.best_tau:
             self.best_tau = tau
-            weights = self._weights()
+            weights = self.processes.weights()
             if self.accelerator.is_main_process:
                 with replacing(self.work / BEST) as scratch:
                     torch.save(weights, scratch)
 
-    def _weights(self) -> dict[str, Tensor]:
-        """Of what is trained, whole, on the CPU; every process takes part."""
-        return get_model_state_dict(self.objective, options=_WHOLE)
-
     def _save(self) -> None:
-        state = {
-            "step": self.step,
-            "best_tau": self.best_tau,
-            "history": json.dumps(self.history),
-            "weights": self._weights(),
-            "optimizer": get_optimizer_state_dict(self.objective, self._inner_optimizer, options=_WHOLE),
-        }
-        if self.accelerator.is_main_process:
-            with replacing(self.work / CHECKPOINT) as scratch:
-                torch.save(state, scratch)
+        progress = {"step": self.step, "best_tau": self.best_tau, "history": json.dumps(self.history)}
+        self.processes.save(self.work, progress)
 
     def _resume(self) -> None:
-        path = self.work / CHECKPOINT
-        if not path.exists():
+        progress = self.processes.load(self.work)
+        if progress is None:
             return
-        try:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:
-            raise DeepSpecError(
-                f"{path}: corrupt checkpoint ({error}); delete it to train from the start"
-            ) from error
-        set_model_state_dict(self.objective, state["weights"], options=_WHOLE)
-        set_optimizer_state_dict(self.objective, self._inner_optimizer, state["optimizer"], options=_WHOLE)
-        self.step, self.best_tau = state["step"], state["best_tau"]
-        self.history = json.loads(state["history"])
+        self.step, self.best_tau = progress["step"], progress["best_tau"]
+        self.history = json.loads(progress["history"])
         self.accelerator.print(f"resumed at step {self.step}", flush=True)
-
-    @property
-    def _inner_optimizer(self) -> torch.optim.Optimizer:
-        return getattr(self.optimizer, "optimizer", self.optimizer)
 
     def _batch(self, batch: Batch) -> Batch:
         device = self.accelerator.device

@@ -17,9 +17,10 @@ from deepspec.data.sequences import Sequence, read_sequences
 from deepspec.errors import DeepSpecError
 from deepspec.target import H_LAST, load_target
 from deepspec.training.batches import Batches
+from deepspec.training.distribute import CHECKPOINT
 from deepspec.training.objective import BlockObjective
 from deepspec.training.run import draft_vocabulary
-from deepspec.training.trainer import CHECKPOINT, Trainer, schedule
+from deepspec.training.trainer import Trainer, schedule
 from tests.tiny import make_draft, make_target
 
 STEPS = 9
@@ -129,7 +130,7 @@ def test_sigterm_writes_a_checkpoint_and_exits(store, tmp_path):
         trainer.run()
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     assert stopped.value.code == 143
-    assert torch.load(tmp_path / "work" / CHECKPOINT)["step"] == 4
+    assert torch.load(tmp_path / "work" / CHECKPOINT)["progress"]["step"] == 4
 
 
 def test_training_learns(store, tmp_path):
