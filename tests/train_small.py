@@ -23,7 +23,7 @@ from tests.tiny import make_draft
 
 
 def main(directory: str, work: str, steps: str) -> None:
-    accelerator = Accelerator(cpu=True, mixed_precision="no")
+    accelerator = Accelerator(mixed_precision="no")
     target = load_target(directory)
     rng = torch.Generator().manual_seed(0)
     rows = [torch.randint(2, 500, (n,), generator=rng).tolist() for n in range(14, 34)]

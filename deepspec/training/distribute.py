@@ -124,10 +124,15 @@ class ZeroProcesses(Processes):
     """DeepSpeed's ZeRO: its engine clips, steps and keeps its own checkpoints (read by as many processes only)."""
 
     def __init__(self, objective: BlockObjective, params: TrainParams, accelerator: Accelerator):
-        config = accelerator.state.deepspeed_plugin.deepspeed_config
+        plugin = accelerator.state.deepspeed_plugin
+        if plugin.zero_stage > 2:
+            raise DeepSpecError(
+                f"DeepSpeed ZeRO stage {plugin.zero_stage} would cut the target too; use stage 2 or configs/fsdp2.yaml"
+            )
         share = -(-params.batch_size // (accelerator.num_processes * params.accumulate))
-        config |= {
+        plugin.deepspeed_config |= {
             "train_micro_batch_size_per_gpu": share,
+            "train_batch_size": share * accelerator.num_processes,
             "gradient_accumulation_steps": 1,  # the boundary is set by hand
             "gradient_clipping": params.grad_clip,
             "zero_force_ds_cpu_optimizer": False,
