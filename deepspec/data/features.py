@@ -141,11 +141,32 @@ class CachedFeatures(Features):
 
     @classmethod
     def below(cls, root: Path, *what: Any) -> CachedFeatures:
-        """In a directory below `root` that is named by everything the features depend on, the code too."""
+        """In a directory below `root` that is named by everything the features depend on, the code too.
+
+        A finished one that has more layers serves as well: drafters of one target share what they can.
+        """
         found = cls(root, *what)
-        code = source_digest("data/features.py", "data/codec.py", "attention.py", "fused.py", "target.py")
-        found.directory = root / digest(json.dumps(found.identity) + code)
+        found.directory = root / found._name(found.identity)
+        if not found.directory.exists():
+            for path in sorted(root.glob(f"*/{MANIFEST}")):
+                if found._serves(path):
+                    found.directory = path.parent
+                    found.identity["layers"] = json.loads(path.read_text())["layers"]
+                    break
         return found
+
+    def _name(self, identity: dict[str, Any]) -> str:
+        code = source_digest("data/features.py", "data/codec.py", "attention.py", "fused.py", "target.py")
+        return digest(json.dumps(identity) + code)
+
+    def _serves(self, path: Path) -> bool:
+        manifest = json.loads(path.read_text())
+        whole = self.identity | {"layers": manifest["layers"]}
+        return (
+            set(self.layers) <= {*manifest["layers"], H_LAST}
+            and path.parent.name == self._name(whole)
+            and len(manifest["shards"]) == len(list(_shards(self.sequences)))
+        )
 
     def describe(self) -> dict[str, Any]:
         return {"mode": "cached", "bytes_a_token": round(self.bytes_a_token, 1), **self.manifest}

@@ -112,6 +112,22 @@ def test_features_of_something_else_are_refused(make, other, what):
         make(**other)
 
 
+def test_a_finished_cache_with_more_layers_serves_another_drafter(target, sequences, tmp_path, monkeypatch):
+    def below(layers, data="data"):
+        features = CachedFeatures.below(tmp_path, target, sequences, layers, data, "bf16")
+        features.build()
+        return features
+
+    large = below((0, 1, 2))
+    small = below((2, 0))
+    assert small.directory == large.directory
+    expected = torch.cat(large.batch([3])[0].chunk(3, -1)[::-2], -1)
+    assert torch.equal(small.batch([3])[0], expected)
+    assert below((H_LAST,)).directory == large.directory
+    for other in (below((1, -1)), below((0, 1), "other data")):
+        assert other.directory != large.directory
+
+
 def test_a_damaged_shard_is_named(make):
     cached = make()
     path = cached._path(1)
