@@ -175,6 +175,9 @@ class TrainParams(Section):
     )
     features: FeaturesParams = FeaturesParams()
     accumulate: int = Field(1, ge=1, description="Parts of a step's batch, each with a pass of its own.")
+    replay: float = Field(
+        0.0, ge=0, lt=1, description="Share of the steps, the last ones, whose blocks start after rejections."
+    )
     gradient_checkpointing: bool = Field(False, description="Less memory, more time.")
     compile: bool = Field(False, description="torch.compile the network (GPU).")
     written_out: bool = Field(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -27,6 +27,9 @@ class Batch:
     labels: Tensor
     valid: Tensor
 
+    def to(self, device: torch.device) -> Batch:
+        return Batch(**{field.name: getattr(self, field.name).to(device) for field in fields(self)})
+
 
 class Batches:
     """Batches of sequences with their features.
@@ -43,6 +46,7 @@ class Batches:
         self.members = [i for i in members if any(store.sequences[i].learnt[2:])]
         self.steps_per_epoch = max(len(self.members) // size, 1)
         self._epoch = (-1, [])
+        self.replayed: dict[int, list[int]] = {}  # anchors to take instead (`training.replay`)
 
     def indices(self, step: int) -> list[int]:
         """The sequences of a step: an epoch visits each once, in batches of like length, in a seeded order."""
@@ -59,20 +63,42 @@ class Batches:
 
     def blocks(self, indices: list[int], step: int, answers_only: bool = False) -> Batch:
         """Random blocks of given sequences; a sequence's anchors depend on (seed, step, sequence) alone."""
+        anchors = torch.empty(len(indices), self.anchors, dtype=torch.int64)
+        for row, i in enumerate(indices):
+            replayed = None if answers_only else self.replayed.get(i)
+            starts = torch.tensor(replayed or self.starts(i, answers_only))
+            rng = torch.Generator().manual_seed((self.seed * 1_000_003 + step) * 1_000_003 + i)
+            anchors[row] = starts[torch.randint(len(starts), (self.anchors,), generator=rng)]
+        return self.at(indices, anchors, answers_only)
+
+    def starts(self, i: int, answers_only: bool = False) -> list[int]:
+        """Where a block of sequence i may start: its next token is to be learnt."""
+        mask = self._mask(i, answers_only)
+        return [anchor for anchor in range(1, len(mask) - 1) if mask[anchor + 1]]
+
+    def at(self, indices: list[int], anchors: Tensor, answers_only: bool = False) -> Batch:
+        """Blocks of given sequences at given anchors [sequences, blocks].
+
+        Prediction k of a block is of the token at anchor + k, from the target's pass over the one before.
+        """
         features, hidden, log_norm = self.store.batch(indices)
-        sequences = [self.store.sequences[i] for i in indices]
         n = features.shape[1]
         tokens = torch.zeros(len(indices), n, dtype=torch.int64)
         learnt = torch.zeros(len(indices), n + self.gamma, dtype=torch.bool)
-        anchors = torch.empty(len(indices), self.anchors, dtype=torch.int64)
-        for row, sequence in enumerate(sequences):
-            tokens[row, : len(sequence.ids)] = torch.tensor(sequence.ids)
-            mask = sequence.answer if answers_only else sequence.learnt
+        for row, i in enumerate(indices):
+            ids, mask = self.store.sequences[i].ids, self._mask(i, answers_only)
+            tokens[row, : len(ids)] = torch.tensor(ids)
             learnt[row, : len(mask)] = torch.tensor(mask, dtype=torch.bool)
-            starts = learnt[row, 2:].nonzero()[:, 0] + 1  # an anchor's next token is to be learnt
-            rng = torch.Generator().manual_seed((self.seed * 1_000_003 + step) * 1_000_003 + indices[row])
-            anchors[row] = starts[torch.randint(len(starts), (self.anchors,), generator=rng)]
-        return self._gather(features, hidden, log_norm, tokens, learnt, anchors)
+        rows = torch.arange(len(indices))[:, None, None]
+        sources = anchors[..., None] + torch.arange(self.gamma)  # [b, blocks, γ]
+        valid = learnt[rows, sources + 1].cumprod(-1).bool()  # only while contiguous learnt tokens last
+        sources = sources.clamp(max=n - 1)
+        labels = tokens[rows, (sources + 1).clamp(max=n - 1)]
+        return Batch(features, tokens, anchors, hidden[rows, sources], log_norm[rows, sources], labels, valid)
+
+    def _mask(self, i: int, answers_only: bool) -> list[int]:
+        sequence = self.store.sequences[i]
+        return sequence.answer if answers_only else sequence.learnt
 
     def check_alive(self) -> None:
         """Refuse data that cannot teach: the loss would fall, and the draft be useless.
@@ -87,16 +113,6 @@ class Batches:
                 raise DeepSpecError(
                     f"the target's {name} are the same for every token: there is nothing to learn"
                 )
-
-    def _gather(self, features, hidden, log_norm, tokens, learnt, anchors) -> Batch:
-        """Targets of the blocks: prediction k of a block is of the token at anchor + k, from the pass over k − 1."""
-        n = tokens.shape[1]
-        rows = torch.arange(len(tokens))[:, None, None]
-        sources = anchors[..., None] + torch.arange(self.gamma)  # [b, blocks, γ]
-        valid = learnt[rows, sources + 1].cumprod(-1).bool()  # only while contiguous learnt tokens last
-        sources = sources.clamp(max=n - 1)
-        labels = tokens[rows, (sources + 1).clamp(max=n - 1)]
-        return Batch(features, tokens, anchors, hidden[rows, sources], log_norm[rows, sources], labels, valid)
 
     def _order(self, epoch: int) -> list[list[int]]:
         rng = torch.Generator().manual_seed(self.seed * 100003 + epoch)

@@ -12,6 +12,7 @@ from deepspec.training.batches import Batch
 from deepspec.training.losses import (
     DPace,
     Geometric,
+    HeadLoss,
     Mixture,
     TargetLaw,
     confidence_loss,
@@ -47,6 +48,30 @@ class BlockObjective(nn.Module):
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """The weighted sum over the batch's positions, and sums to report."""
+        found, scores = self._head_loss(batch)
+        valid = batch.valid.flatten(0, 1)
+        loss, confidence = found.loss, found.loss.new_zeros(())
+        if scores is not None:
+            confidence = confidence_loss(scores.flatten(), found.alpha, found.weights)
+        with torch.no_grad():
+            ce, kl, tv = (found.terms * found.weights[:, None]).sum(0)
+            sums = {
+                "ce": ce,
+                "kl": kl,
+                "tv": tv,
+                "confidence": confidence.detach(),
+                "tau": expected_tau(found.alpha.view(valid.shape), valid).sum(),
+                "blocks": loss.new_tensor(len(valid)),
+                "positions": valid.sum().to(loss.dtype),
+            }
+        return loss + self.params.confidence * confidence, sums
+
+    def acceptance(self, batch: Batch) -> Tensor:
+        """α of each position, [b, blocks, γ]."""
+        return self._head_loss(batch)[0].alpha.view(batch.valid.shape)
+
+    def _head_loss(self, batch: Batch) -> tuple[HeadLoss, Tensor | None]:
+        """Losses of all positions, and the confidence head's logits [b, blocks, γ] where there is one."""
         model = self.model
         device = batch.features.device.type
         compute = batch.features.dtype if torch.is_autocast_enabled(device) else torch.float32
@@ -59,27 +84,9 @@ class BlockObjective(nn.Module):
             batch.log_norm.flatten(),
             self.to_draft[batch.labels.flatten()],
         )
-        valid = batch.valid.flatten(0, 1)  # [blocks, γ]
         with torch.autocast(device, enabled=False):
-            loss, alpha, terms, weights = head_loss(
-                factors, law, self.mixture, self.weigh, valid, self.budget
-            )
-        confidence = loss.new_zeros(())
-        if outputs.confidence is not None:
-            confidence = confidence_loss(outputs.confidence.flatten(), alpha, weights)
-        with torch.no_grad():
-            ce, kl, tv = (terms * weights[:, None]).sum(0)
-            tau = expected_tau(alpha.view(valid.shape), valid)
-            sums = {
-                "ce": ce,
-                "kl": kl,
-                "tv": tv,
-                "confidence": confidence.detach(),
-                "tau": tau.sum(),
-                "blocks": loss.new_tensor(len(valid)),
-                "positions": valid.sum().to(loss.dtype),
-            }
-        return loss + self.params.confidence * confidence, sums
+            found = head_loss(factors, law, self.mixture, self.weigh, batch.valid.flatten(0, 1), self.budget)
+        return found, outputs.confidence
 
     def _previous(self, batch: Batch, gamma: int) -> Tensor:
         """The true token before each prediction, int64 [b, blocks, γ]."""

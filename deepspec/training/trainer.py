@@ -11,7 +11,6 @@ import json
 import math
 import signal
 import time
-from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,8 +20,9 @@ from torch import Tensor, nn
 
 from deepspec.errors import DeepSpecError
 from deepspec.files import replacing, write_text
-from deepspec.training.batches import Batch, Batches
+from deepspec.training.batches import Batches
 from deepspec.training.distribute import distribute
+from deepspec.training.replay import rejected_starts
 
 if TYPE_CHECKING:
     from deepspec.config import TrainParams
@@ -59,6 +59,8 @@ class Trainer:
         self.processes = distribute(objective, params, accelerator)
         self.step, self.best_tau, self.history = 0, 0.0, []
         self.stopping = False
+        # The first step of the second stage; no step where there is none.
+        self.replay_from = params.steps - round(params.steps * params.replay) if params.replay else -1
 
     def run(self) -> None:
         """Train from the last checkpoint to the end.
@@ -72,6 +74,10 @@ class Trainer:
         began, first = time.monotonic(), self.step
         window: dict[str, float] = {}
         while self.step < self.params.steps:
+            if self.step == self.replay_from and not self.batches.replayed:
+                self.batches.replayed = rejected_starts(
+                    self.raw, self.batches, self.accelerator, self.batches.seed
+                )
             tick = time.monotonic()
             sums = self.train_step()
             sums["seconds"] = time.monotonic() - tick
@@ -94,11 +100,9 @@ class Trainer:
         params, accelerator = self.params, self.accelerator
         for group in self.processes.optimizer.param_groups:
             group["lr"] = params.lr * schedule(self.step, params.steps, params.warmup)
+        mine = accelerator.process_index, accelerator.num_processes
         parts = [
-            self._batch(part)
-            for part in self.batches.make(
-                self.step, accelerator.process_index, accelerator.num_processes, params.accumulate
-            )
+            part.to(accelerator.device) for part in self.batches.make(self.step, *mine, params.accumulate)
         ]
         weight = sum(self.raw.weight(part) for part in parts)
         # All processes stop at the same step, whichever was asked to.
@@ -137,9 +141,9 @@ class Trainer:
         for start in range(0, len(self.heldout), share * accelerator.num_processes):
             # Every process runs every pass, if only on the first sequence: a sharded network needs them all.
             part = self.heldout[start + accelerator.process_index :: accelerator.num_processes][:share]
-            batch = self._batch(self.batches.blocks(part or self.heldout[:1], step=0, answers_only=True))
+            batch = self.batches.blocks(part or self.heldout[:1], step=0, answers_only=True)
             with accelerator.autocast():
-                _, sums = self.raw(batch)
+                _, sums = self.raw(batch.to(accelerator.device))
             if part:
                 total += torch.stack((sums["tau"], sums["blocks"]))
         tau, blocks = accelerator.reduce(total, "sum").tolist()
@@ -178,7 +182,12 @@ class Trainer:
                     torch.save(weights, scratch)
 
     def _save(self) -> None:
-        progress = {"step": self.step, "best_tau": self.best_tau, "history": json.dumps(self.history)}
+        progress = {
+            "step": self.step,
+            "best_tau": self.best_tau,
+            "history": json.dumps(self.history),
+            "replayed": self.batches.replayed,
+        }
         self.processes.save(self.work, progress)
 
     def _resume(self) -> None:
@@ -187,11 +196,8 @@ class Trainer:
             return
         self.step, self.best_tau = progress["step"], progress["best_tau"]
         self.history = json.loads(progress["history"])
+        self.batches.replayed = progress["replayed"]
         self.accelerator.print(f"resumed at step {self.step}", flush=True)
-
-    def _batch(self, batch: Batch) -> Batch:
-        device = self.accelerator.device
-        return Batch(**{field.name: getattr(batch, field.name).to(device) for field in fields(Batch)})
 
     def _on_sigterm(self, *_) -> None:
         self.stopping = True
