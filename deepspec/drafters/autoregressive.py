@@ -8,6 +8,7 @@ next proposal.
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -15,8 +16,8 @@ import torch
 from torch import Tensor
 
 from deepspec.attention import CACHE_LENGTH, KVCache, Step
-from deepspec.decoding.tree import MAX_NODES, Growth, Laws, Parent, Proposal, Vocabulary, grow
-from deepspec.drafters.base import Ask, Drafter, Session
+from deepspec.decoding.tree import MAX_NODES, Growth, Laws, Parent, Vocabulary
+from deepspec.drafters.base import Ask, Drafter, GrowingSession
 
 
 class AutoregressiveDrafter(Drafter):
@@ -71,7 +72,7 @@ class _Row:
     features: list[Tensor] = field(default_factory=list)
 
 
-class AutoregressiveSession(Session):
+class AutoregressiveSession(GrowingSession):
     def __init__(self, drafter: AutoregressiveDrafter, slots: int):
         self.drafter = drafter
         self.cache = KVCache(slots, CACHE_LENGTH)
@@ -89,26 +90,14 @@ class AutoregressiveSession(Session):
         self.cache.move(source, destination, self.rows[source].length)
         self.rows[destination] = self.rows[source]
 
-    @torch.inference_mode()
-    def propose(self, asks: list[Ask]) -> list[Proposal]:
-        proposals = [Proposal()] * len(asks)
-        ready = [i for i, ask in enumerate(asks) if self.rows[ask.row].tokens or not self.drafter.on_features]
-        if ready:  # a one-token prompt has no features yet
-            drafted = self._propose([asks[i] for i in ready])
-            for i, proposal in zip(ready, drafted, strict=True):
-                proposals[i] = proposal
-        return proposals
+    def ready(self, row: int) -> bool:
+        return bool(self.rows[row].tokens) or not self.drafter.on_features
 
-    def _propose(self, asks: list[Ask]) -> list[Proposal]:
-        drafter = self.drafter
+    def laws(self, asks: list[Ask], growths: list[Growth]) -> Callable[[list[Parent]], Laws]:
         roots = self._absorb(asks)
-        growths = [
-            ask.shape.growth(drafter.vocabulary, ask.sampling, min(ask.room, drafter.block_size), ask.rng)
-            for ask in asks
-        ]
-        lengths = [self.rows[ask.row].length for ask in asks]
-        tree = _Expansion(drafter, self.cache, [ask.row for ask in asks], lengths, growths, roots)
-        return grow(growths, [ask.anchor for ask in asks], tree.expand)
+        rows = [ask.row for ask in asks]
+        lengths = [self.rows[row].length for row in rows]
+        return _Expansion(self.drafter, self.cache, rows, lengths, growths, roots).expand
 
     def _absorb(self, asks: list[Ask]) -> Tensor:
         """Take in what was committed since the last proposal, the anchor included; outputs at the anchors [m, d]."""

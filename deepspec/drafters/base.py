@@ -7,15 +7,17 @@ each, the same rows as the engine's.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from deepspec.decoding.request import Sampling
-from deepspec.decoding.tree import CHAIN, Proposal, Shape
+from deepspec.decoding.tree import CHAIN, Growth, Laws, Parent, Proposal, Shape, grow
 
-__all__ = ["Ask", "Drafter", "Proposal", "Session"]
+__all__ = ["Ask", "Drafter", "GrowingSession", "Proposal", "Session"]
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,42 @@ class Session(ABC):
     @abstractmethod
     def move(self, source: int, destination: int) -> None:
         """The request of row `source` goes on in row `destination`."""
+
+
+class GrowingSession(Session):
+    """A session of a network: what it proposes is grown from its laws, for all requests together.
+
+    Attributes:
+        drafter: with the `vocabulary` that its laws are over.
+    """
+
+    drafter: Any
+
+    @abstractmethod
+    def ready(self, row: int) -> bool:
+        """Whether anything can be drafted yet: a one-token prompt has no features, for example."""
+
+    @abstractmethod
+    def laws(self, asks: list[Ask], growths: list[Growth]) -> Callable[[list[Parent]], Laws]:
+        """What `grow` asks for the laws of children; all asks are ready."""
+
+    @torch.inference_mode()
+    def propose(self, asks: list[Ask]) -> list[Proposal]:
+        proposals = [Proposal()] * len(asks)
+        ready = [i for i, ask in enumerate(asks) if self.ready(ask.row)]
+        if ready:
+            drafted = self._grow([asks[i] for i in ready])
+            for i, proposal in zip(ready, drafted, strict=True):
+                proposals[i] = proposal
+        return proposals
+
+    def _grow(self, asks: list[Ask]) -> list[Proposal]:
+        drafter = self.drafter
+        growths = [
+            ask.shape.growth(drafter.vocabulary, ask.sampling, min(ask.room, drafter.block_size), ask.rng)
+            for ask in asks
+        ]
+        return grow(growths, [ask.anchor for ask in asks], self.laws(asks, growths))
 
 
 class Drafter(ABC):

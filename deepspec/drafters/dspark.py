@@ -24,9 +24,9 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from deepspec.attention import KVCache, Step, attend
-from deepspec.decoding.tree import Growth, Laws, Parent, Proposal, grow
+from deepspec.decoding.tree import Growth, Laws, Parent
 from deepspec.drafters.algorithm import Algorithm
-from deepspec.drafters.base import Ask, Drafter, Session
+from deepspec.drafters.base import Ask, Drafter, GrowingSession
 from deepspec.drafters.checkpoint import load_network, temperatures
 from deepspec.drafters.markov import MarkovHead
 from deepspec.drafters.network import (
@@ -416,7 +416,7 @@ class _Row:
     newest: Tensor | None = None  # [layers·d] of the last token with a target pass
 
 
-class DSparkSession(Session):
+class DSparkSession(GrowingSession):
     def __init__(self, drafter: DSparkDrafter, slots: int):
         self.drafter = drafter
         self.cache = KVCache(slots, 256)
@@ -434,39 +434,21 @@ class DSparkSession(Session):
         self.cache.move(source, destination, self.rows[source].length)
         self.rows[destination] = self.rows[source]
 
-    @torch.inference_mode()
-    def propose(self, asks: list[Ask]) -> list[Proposal]:
-        proposals = [Proposal()] * len(asks)
-        ready = [i for i, ask in enumerate(asks) if self.rows[ask.row].newest is not None]
-        if not ready:  # a one-token prompt has no context yet
-            return proposals
-        for i, proposal in zip(ready, self._propose([asks[i] for i in ready]), strict=True):
-            proposals[i] = proposal
-        return proposals
+    def ready(self, row: int) -> bool:
+        return self.rows[row].newest is not None
 
-    def _propose(self, asks: list[Ask]) -> list[Proposal]:
-        drafter = self.drafter
+    def laws(self, asks: list[Ask], growths: list[Growth]) -> Callable[[list[Parent]], Laws]:
         rows = [ask.row for ask in asks]
         self._absorb(rows)
         states = [self.rows[row] for row in rows]
-        anchors = [ask.anchor for ask in asks]
-        hidden = drafter.block(
+        hidden = self.drafter.block(
             self.cache,
             rows,
             [state.length for state in states],
-            anchors,
+            [ask.anchor for ask in asks],
             [state.newest for state in states],
         )
-        growths = [
-            ask.shape.growth(
-                drafter.vocabulary,
-                ask.sampling,
-                min(ask.room, drafter.block_size, ask.shape.depth or drafter.block_size),
-                ask.rng,
-            )
-            for ask in asks
-        ]
-        return grow(growths, anchors, drafter.laws(hidden, asks, growths))
+        return self.drafter.laws(hidden, asks, growths)
 
     def _absorb(self, rows: list[int]) -> None:
         """Project the features that have come since the last proposal."""

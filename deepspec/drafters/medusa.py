@@ -9,6 +9,7 @@ Heads do not see each other's tokens: a tree takes the marginals.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -18,9 +19,9 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from deepspec.decoding.tree import Laws, Parent, Proposal, grow
+from deepspec.decoding.tree import Growth, Laws, Parent
 from deepspec.drafters.algorithm import Algorithm
-from deepspec.drafters.base import Ask, Drafter, Session
+from deepspec.drafters.base import Ask, Drafter, GrowingSession
 from deepspec.drafters.checkpoint import load_network, weight_names
 from deepspec.drafters.network import Network, like_target, missing_keys
 from deepspec.errors import DeepSpecError
@@ -161,7 +162,7 @@ class MedusaDrafter(Drafter):
         return torch.stack([head(states[:, k]) for k, head in enumerate(self._heads)], 1)
 
 
-class MedusaSession(Session):
+class MedusaSession(GrowingSession):
     def __init__(self, drafter: MedusaDrafter, slots: int):
         self.drafter = drafter
         self.newest: list[Tensor | None] = [None] * slots  # h_last [d] of the token before the anchor
@@ -176,28 +177,12 @@ class MedusaSession(Session):
     def move(self, source: int, destination: int) -> None:
         self.newest[destination] = self.newest[source]
 
-    @torch.inference_mode()
-    def propose(self, asks: list[Ask]) -> list[Proposal]:
-        proposals = [Proposal()] * len(asks)
-        ready = [i for i, ask in enumerate(asks) if self.newest[ask.row] is not None]
-        if ready:  # a one-token prompt has no state yet
-            drafted = self._propose([asks[i] for i in ready])
-            for i, proposal in zip(ready, drafted, strict=True):
-                proposals[i] = proposal
-        return proposals
+    def ready(self, row: int) -> bool:
+        return self.newest[row] is not None
 
-    def _propose(self, asks: list[Ask]) -> list[Proposal]:
-        drafter = self.drafter
-        logits = drafter.logits(torch.stack([self.newest[ask.row] for ask in asks]))
-        growths = [
-            ask.shape.growth(drafter.vocabulary, ask.sampling, min(ask.room, drafter.block_size), ask.rng)
-            for ask in asks
-        ]
-
-        def expand(parents: list[Parent]) -> Laws:
-            return Laws(logits[[parent.growth for parent in parents], parents[0].depth])
-
-        return grow(growths, [ask.anchor for ask in asks], expand)
+    def laws(self, asks: list[Ask], growths: list[Growth]) -> Callable[[list[Parent]], Laws]:
+        logits = self.drafter.logits(torch.stack([self.newest[ask.row] for ask in asks]))
+        return lambda parents: Laws(logits[[parent.growth for parent in parents], parents[0].depth])
 
 
 def load(directory: Path, config: dict[str, Any], target: Target) -> MedusaDrafter:
