@@ -51,9 +51,11 @@ class Trainer:
     ):
         self.params, self.batches, self.heldout = params, batches, heldout
         self.accelerator, self.work = accelerator, work
-        if params.batch_size < accelerator.num_processes:
+        processes, size = accelerator.num_processes, min(params.batch_size, len(batches.members))
+        if processes > 1 and size % (processes * params.accumulate):
             raise DeepSpecError(
-                f"train.batch_size is {params.batch_size}, fewer than the {accelerator.num_processes} processes"
+                f"a batch of {size} conversations cannot be shared evenly by {processes} processes with "
+                f"train.accumulate {params.accumulate}; change train.batch_size"
             )
         self.raw = objective
         self.processes = distribute(objective, params, accelerator)
