@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
 
 from deepspec.data.progress import Progress
@@ -188,19 +189,21 @@ def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
 
 
-def provenance(target: Target) -> dict[str, str]:
-    """Commit, command (of absolute paths the last part), target, machine and versions."""
+def provenance(target: Target | None) -> dict[str, str]:
+    """Commit, command (of absolute paths the last part), target (of what needs one), machine and versions."""
     words = [f".../{Path(word).name}" if word.startswith("/") else word for word in sys.argv[1:]]
     return {
         "commit": _git("describe", "--always", "--dirty"),
         "command": " ".join(["python", "-m", f"benchmarks.{Path(sys.argv[0]).stem}", *words]),
-        "target": f"{target.digest}, {target.precision}",
-        "device": describe_device(target.device),
+        **({"target": f"{target.digest}, {target.precision}"} if target else {}),
+        "device": describe_device(target.device if target else torch.device("cpu")),
         "versions": f"Python {platform.python_version()}, transformers {transformers.__version__}",
     }
 
 
-def write_report(folder: Path, name: str, title: str, body: str, data: dict, target: Target) -> None:
+def write_report(
+    folder: Path, name: str, title: str, body: str, data: dict, target: Target | None = None
+) -> None:
     """Print the Markdown, and write `<name>.md` and `<name>.json` with where the numbers come from."""
     made = provenance(target)
     lines = [f"# {title}", "", body, "", *(f"- {key}: `{value}`" for key, value in made.items())]
