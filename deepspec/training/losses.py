@@ -133,19 +133,20 @@ class _HeadLoss(torch.autograd.Function):
             part = slice(start, start + blocks * gamma)
             logits = F.linear(inputs[0][part], matrices[0])
             for x, w in zip(inputs[1:], matrices[1:], strict=True):
-                logits = logits + F.linear(x[part], w)
+                logits.addmm_(x[part], w.T)
             target_logits = F.linear(law.hidden[part], law.head)
             dz, terms[part], alpha[part], chances = _position_losses(
                 logits, target_logits, law.log_norm[part], law.labels[part], mixture
             )
             here = valid[start // gamma : start // gamma + blocks]
             weights[part] = weigh(chances.view(-1, gamma), here).flatten()
-            dz = dz.mul_(weights[part, None]).to(inputs[0].dtype)
+            dz = dz.to(inputs[0].dtype)
+            by_row = weights[part, None].to(dz.dtype)  # on the small side of the products
             for i, (x, w) in enumerate(zip(inputs, matrices, strict=True)):
                 if x_grads[i] is not None:
-                    x_grads[i][part] = dz @ w
+                    x_grads[i][part] = (dz @ w).mul_(by_row)
                 if w_grads[i] is not None:
-                    w_grads[i] += dz.T @ x[part]
+                    w_grads[i] += dz.T @ (x[part] * by_row)
         grads = [grad for pair in zip(x_grads, w_grads, strict=True) for grad in pair]
         ctx.save_for_backward(*grads)
         ctx.dtypes = [factor.dtype for factor in factors]
@@ -172,37 +173,54 @@ def _value(terms: Tensor, alpha: Tensor, mixture: Mixture) -> Tensor:
 
 
 def _position_losses(logits, target_logits, log_norm, labels, mixture: Mixture):
-    """∂loss/∂logits [n, V], terms [n, 3], α [n] and q(x*) [n] of a chunk; in float32, or float64 if given that."""
+    """∂loss/∂logits [n, V], terms [n, 3], α [n] and q(x*) [n] of a chunk; in float32, or float64 if given that.
+
+    Nearly all of the time goes to passes over [n, V], so what can be done in place is, and row-wise factors stay out.
+    """
     precise = torch.promote_types(logits.dtype, torch.float32)
-    logits, target_logits, log_norm = (x.to(precise) for x in (logits, target_logits, log_norm))
-    norm = logits.logsumexp(-1, keepdim=True)
     known = (labels >= 0).to(precise)
     index = labels.clamp(min=0)[:, None]
-    log_chances = (logits.gather(1, index) - norm)[:, 0]
-    log_p = target_logits - log_norm[:, None]
-    p = log_p.exp()
+    q = logits.softmax(-1, dtype=precise)
+    largest, place = q.max(-1, keepdim=True)
+    norm = logits.gather(1, place).to(precise) - largest.log()  # log-sum-exp of the logits
+    log_chances = (logits.gather(1, index).to(precise) - norm)[:, 0]
+    log_p = target_logits.to(precise).sub_(log_norm[:, None].to(precise))
+    with_kl = bool(mixture.kl or mixture.lk_mixed)
+    p = log_p.exp() if with_kl else log_p.exp_()
     inside = p.sum(-1)
     divergence = torch.zeros_like(inside)
-    if mixture.kl or mixture.lk_mixed:
-        divergence = (p * log_p.sub_(logits).add_(norm)).sum(-1)
-    q = logits.sub_(norm).exp_()
-    sign = q - p
+    if with_kl:
+        divergence = _dot(p, log_p.sub_(logits).add_(norm))
+    difference = q - p if with_kl else torch.sub(q, p, out=p)
     # ‖q − p‖₁ = 2 − 2 Σ min(p, q), both laws summing to one
-    distance = sign.abs().sum(-1) + (1 - inside).clamp_(min=0)
+    distance = torch.linalg.vector_norm(difference, 1, -1) + (1 - inside).clamp_(min=0)
     alpha = 1 - distance / 2
-    sign.sign_()
-    floor = alpha.clamp(min=_LEAST_ALPHA)
-    blend = torch.exp(-LK_DECAY * floor)
-    by_ce = mixture.ce * known
-    by_kl = mixture.kl + mixture.lk_mixed * blend
-    by_tv = mixture.tv + mixture.lk / (2 * floor) + mixture.lk_mixed * (1 - blend) / 2
-    centre = by_ce + by_kl * inside - by_tv * (q * sign).sum(-1)
-    dz = sign.mul_(by_tv[:, None]).add_(centre[:, None]).mul_(q)
-    if mixture.kl or mixture.lk_mixed:
+    sign = difference.sign_()
+    by_ce, by_kl, by_tv = _coefficients(alpha, known, mixture)
+    centre = by_ce + by_kl * inside - by_tv * _dot(q, sign)
+    if mixture.lk or mixture.lk_mixed:
+        dz = sign.mul_(by_tv[:, None]).add_(centre[:, None]).mul_(q)
+    else:
+        dz = torch.add(centre[:, None], sign, alpha=mixture.tv, out=sign).mul_(q)
+    if with_kl:
         dz.sub_(p.mul_(by_kl[:, None]))
     dz.scatter_add_(1, index, -by_ce[:, None])
     terms = torch.stack((-log_chances * known, divergence, distance), -1)
     return dz, terms, alpha, log_chances.exp() * known
+
+
+def _coefficients(alpha: Tensor, known: Tensor, mixture: Mixture) -> tuple[Tensor, Tensor, Tensor]:
+    """How much q − 1[x*], P q − p and g count in ∂loss/∂z, each [n]."""
+    alpha = alpha.clamp(min=_LEAST_ALPHA)
+    blend = torch.exp(-LK_DECAY * alpha)
+    by_kl = mixture.kl + mixture.lk_mixed * blend
+    by_tv = mixture.tv + mixture.lk / (2 * alpha) + mixture.lk_mixed * (1 - blend) / 2
+    return mixture.ce * known, by_kl, by_tv
+
+
+def _dot(a: Tensor, b: Tensor) -> Tensor:
+    """Row by row, [n, V] · [n, V] → [n], without a product of that size."""
+    return torch.bmm(a[:, None], b[:, :, None])[:, 0, 0]
 
 
 def head_loss(
