@@ -68,7 +68,8 @@ class Batches:
             replayed = None if answers_only else self.replayed.get(i)
             starts = torch.tensor(replayed or self.starts(i, answers_only))
             rng = torch.Generator().manual_seed((self.seed * 1_000_003 + step) * 1_000_003 + i)
-            anchors[row] = starts[torch.randint(len(starts), (self.anchors,), generator=rng)]
+            order = torch.randperm(len(starts), generator=rng)  # none twice before each was taken
+            anchors[row] = starts[order.repeat(-(-self.anchors // len(starts)))[: self.anchors]]
         return self.at(indices, anchors, answers_only)
 
     def starts(self, i: int, answers_only: bool = False) -> list[int]:

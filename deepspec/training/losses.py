@@ -30,7 +30,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-BUDGET = {"cpu": 8 << 20}  # bytes of one chunk's logits: what stays in a CPU's cache, what fills a GPU
+BUDGET = {"cpu": 20 << 20}  # bytes of one chunk's logits: what stays in a CPU's cache, what fills a GPU
 GPU_BUDGET = 256 << 20
 _LEAST_ALPHA = 1e-6
 LK_DECAY = 3.0
@@ -238,7 +238,7 @@ def head_loss(
         law: the target at the same positions.
         weigh: the positions of a block.
         valid: bool [blocks, γ]; others do not count.
-        budget: bytes of the largest tensor over the vocabulary; None: 8 MiB on a CPU, 256 MiB on a GPU.
+        budget: bytes of the largest tensor over the vocabulary; None: 20 MiB on a CPU, 256 MiB on a GPU.
     """
     budget = budget or BUDGET.get(valid.device.type, GPU_BUDGET)
     flat = [tensor for pair in factors for tensor in pair]

@@ -77,10 +77,14 @@ class BlockObjective(nn.Module):
         compute = batch.features.dtype if torch.is_autocast_enabled(device) else torch.float32
         hidden = model(batch.features.to(compute), batch.tokens, batch.anchors)  # [b, blocks, γ, d]
         outputs = model.outputs(hidden, self._previous(batch, hidden.shape[2]))
-        factors = [(x.flatten(0, 2).to(compute), w.to(compute)) for x, w in outputs.factors]
+        shared = model.lm_head.weight  # converted once, though two laws are made with it
+        head = shared.to(compute)
+        factors = [
+            (x.flatten(0, 2).to(compute), head if w is shared else w.to(compute)) for x, w in outputs.factors
+        ]
         law = TargetLaw(
             batch.hidden.flatten(0, 2).to(compute),
-            model.lm_head.weight.to(compute),
+            head,
             batch.log_norm.flatten(),
             self.to_draft[batch.labels.flatten()],
         )
