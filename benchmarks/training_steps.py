@@ -1,14 +1,16 @@
-"""One side of `benchmarks/training.py`, in a process of its own: a training step of DeepSpec's or SpecForge's DSpark.
+"""One side of `benchmarks/training.py`, in a process of its own: a training step of DeepSpec's or SpecForge's.
 
-python -m benchmarks.training_steps deepspec|specforge DIR; DIR holds setup.json (sizes) and setup.safetensors (weights
-by their published names, the target's embeddings and head, and the inputs). A line on stdin asks for a step; its answer
-is a JSON line with seconds, loss, and the step's peak of memory over what the process held before.
+python -m benchmarks.training_steps deepspec|specforge DIR; DIR holds setup.json (algorithm and sizes) and
+setup.safetensors (weights by their published names, and the inputs). A line on stdin asks for a step; its answer is a
+JSON line with seconds, loss, and the step's peak of memory over what the process held before.
 """
 
 from __future__ import annotations
 
 import gc
+import importlib
 import json
+import math
 import sys
 import time
 from collections.abc import Callable
@@ -18,102 +20,79 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-Step = Callable[[], Tensor]  # forward and backward; returns the loss
+Step = Callable[[], Tensor]  # forward; returns the loss
+TTT_DECAY = 0.8  # of EAGLE-3's steps
 
 
-def deepspec_step(sizes: dict, tensors: dict[str, Tensor], dtype: torch.dtype) -> tuple[nn.Module, Step]:
+def dspark_step(sizes: dict, tensors: dict[str, Tensor], dtype: torch.dtype) -> tuple[nn.Module, Step]:
+    """The paper's loss at the anchors."""
     from deepspec.config import LossParams
     from deepspec.drafters.dspark import DSparkConfig, DSparkModel
+
+    places = tensors["anchors"][..., None] + torch.arange(sizes["block_size"])  # [1, blocks, γ]
+    batch = _batch(tensors, dtype, tensors["anchors"], places, torch.ones_like(places, dtype=torch.bool))
+    return _objective(DSparkModel(DSparkConfig.read(sizes)), LossParams(), tensors, batch, dtype)
+
+
+def dflash_step(sizes: dict, tensors: dict[str, Tensor], dtype: torch.dtype) -> tuple[nn.Module, Step]:
+    """SpecForge's layout: position k of a block has the token at anchor + k, so the first has nothing to learn."""
+    from deepspec.config import LossParams
+    from deepspec.drafters.dspark import DSparkConfig, DSparkModel
+
+    places = tensors["anchors"][..., None] + torch.arange(sizes["block_size"]) - 1
+    valid = (torch.arange(sizes["block_size"]) > 0).expand(places.shape)
+    batch = _batch(tensors, dtype, tensors["anchors"], places, valid)
+    loss = LossParams(ce=1.0, tv=0.0, confidence=0.0)
+    return _objective(DSparkModel(DSparkConfig.read(sizes)), loss, tensors, batch, dtype)
+
+
+def eagle3_step(sizes: dict, tensors: dict[str, Tensor], dtype: torch.dtype) -> tuple[nn.Module, Step]:
+    """KL at every token, as SpecForge does it, and the laws' entropy, which it does not leave out."""
+    from deepspec.config import LossParams
+    from deepspec.drafters.eagle3 import Eagle3Config, Eagle3Model
+
+    n, gamma = tensors["tokens"].shape[1], sizes["block_size"]
+    anchors = torch.arange(1, n)[None]
+    places = anchors[..., None] + torch.arange(gamma)
+    batch = _batch(tensors, dtype, anchors, places.clamp(max=n - 1), places < n)
+    decay = {"type": "geometric", "decay": -1 / math.log(TTT_DECAY)}
+    loss = LossParams(ce=0.0, tv=0.0, kl=1.0, confidence=0.0, positions=decay)
+    model, step = _objective(Eagle3Model(Eagle3Config.read(sizes)), loss, tensors, batch, dtype)
+    law = (tensors["last_hidden"][0] @ tensors["lm_head.weight"].T).log_softmax(-1)
+    entropy = -(law.exp() * law).sum(-1)[places.clamp(max=n - 1)] * (places < n)
+    weight = model.weight(batch) / n
+    constant = float((entropy * TTT_DECAY ** torch.arange(gamma)).sum() / n)
+    return model, lambda: step() * weight + constant
+
+
+STEPS = {"dspark": dspark_step, "dflash": dflash_step, "eagle3": eagle3_step}
+
+
+def _batch(tensors: dict[str, Tensor], dtype: torch.dtype, anchors: Tensor, places: Tensor, valid: Tensor):
+    """The blocks at `anchors`, whose predictions are the target's at `places` [1, blocks, γ]."""
     from deepspec.training.batches import Batch
+
+    hidden, tokens = tensors["last_hidden"], tensors["tokens"]
+    log_norm = (hidden @ tensors["lm_head.weight"].T).logsumexp(-1)
+    labels = tokens[0][(places + 1).clamp(max=tokens.shape[1] - 1)]
+    features = tensors["features"].to(dtype)
+    return Batch(features, tokens, anchors, hidden[0][places].to(dtype), log_norm[0][places], labels, valid)
+
+
+def _objective(model, loss, tensors: dict[str, Tensor], batch, dtype: torch.dtype) -> tuple[nn.Module, Step]:
+    """The mean loss of a batch by our objective, on the weights of the file."""
     from deepspec.training.objective import BlockObjective
 
-    gamma, anchors = sizes["block_size"], tensors["anchors"]
-    model = DSparkModel(DSparkConfig.read(sizes))
-    weights = {name: t for name, t in tensors.items() if name in model.state_dict()}
-    model.load_state_dict(weights, strict=False)
-    places = anchors[..., None] + torch.arange(gamma)  # [1, blocks, γ]
-    hidden = tensors["last_hidden"]
-    logits = hidden.float() @ tensors["lm_head.weight"].T
-    batch = Batch(
-        tensors["features"].to(dtype),
-        tensors["tokens"],
-        anchors,
-        hidden[0][places].to(dtype),
-        logits.logsumexp(-1)[0][places],
-        tensors["tokens"][0][places + 1],
-        torch.ones(places.shape, dtype=torch.bool),
-    )
-    objective = BlockObjective(model, LossParams())
+    names = {name: model.stored_name(name) for name in model.state_dict() if name != "draft_ids"}
+    model.load_state_dict({name: tensors[stored] for name, stored in names.items()}, strict=False)
+    objective = BlockObjective(model, loss)
 
     def step() -> Tensor:
         with torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32):
-            loss, _ = objective(batch)
-        loss = loss / objective.weight(batch)
-        loss.backward()
-        return loss.detach()
+            total, _ = objective(batch)
+        return total / objective.weight(batch)
 
     return objective, step
-
-
-def specforge_step(sizes: dict, tensors: dict[str, Tensor], dtype: torch.dtype) -> tuple[nn.Module, Step]:
-    from specforge.algorithms.common.dflash_family_model import OnlineDSparkModel
-    from specforge.modeling.draft.dspark import DSparkDraftModel
-    from transformers.models.qwen3.modeling_qwen3 import Qwen3Config
-
-    known = {
-        name: sizes[name]
-        for name in (
-            "hidden_size",
-            "intermediate_size",
-            "num_hidden_layers",
-            "num_attention_heads",
-            "num_key_value_heads",
-            "head_dim",
-            "rms_norm_eps",
-            "vocab_size",
-            "max_position_embeddings",
-        )
-    }
-    config = Qwen3Config(**known, rope_parameters=sizes["rope_parameters"], attn_implementation="sdpa")
-    config.block_size, config.num_target_layers = sizes["block_size"], sizes["num_target_layers"]
-    config.dflash_config = {
-        "target_layer_ids": sizes["target_layer_ids"],
-        "mask_token_id": sizes["mask_token_id"],
-        "markov_rank": sizes["markov_rank"],
-        "markov_head_type": "vanilla",
-        "enable_confidence_head": True,
-        "confidence_head_with_markov": True,
-    }
-    draft = DSparkDraftModel(config)
-    shared = ("embed_tokens.weight", "lm_head.weight")
-    weights = {name: t for name, t in tensors.items() if name in draft.state_dict() and name not in shared}
-    if missing := set(draft.state_dict()) - set(weights):
-        raise SystemExit(f"SpecForge's draft has weights that ours lacks: {sorted(missing)[:3]}")
-    draft.load_state_dict(weights)
-    embed = nn.Embedding.from_pretrained(tensors["embed_tokens.weight"].to(dtype), freeze=True)
-    head = nn.Linear(sizes["hidden_size"], sizes["vocab_size"], bias=False).requires_grad_(False)
-    head.weight.data = tensors["lm_head.weight"]
-    model = OnlineDSparkModel(
-        draft,
-        head,
-        embed,
-        mask_token_id=sizes["mask_token_id"],
-        block_size=sizes["block_size"],
-        attention_backend="sdpa",
-        num_anchors=tensors["anchors"].shape[1],
-        loss_decay_gamma=4.0,
-    ).to(dtype)
-    anchors = tensors["anchors"].sort(-1).values
-    model._sample_anchor_positions = lambda *_: (anchors, torch.ones_like(anchors, dtype=torch.bool))
-    mask = torch.ones_like(tensors["tokens"])
-    features, last = tensors["features"].to(dtype), tensors["last_hidden"].to(dtype)
-
-    def step() -> Tensor:
-        loss, _, _ = model(tensors["tokens"], features, mask, last)
-        loss.backward()
-        return loss.detach()
-
-    return model, step
 
 
 def resident(field: str) -> int:
@@ -131,8 +110,8 @@ def forget_peak() -> None:
 def main(side: str, directory: str) -> None:
     setup = json.loads((Path(directory) / "setup.json").read_text())
     tensors = load_file(Path(directory) / "setup.safetensors")
-    make = {"deepspec": deepspec_step, "specforge": specforge_step}[side]
-    model, step = make(setup["sizes"], tensors, getattr(torch, setup["dtype"]))
+    steps = STEPS if side == "deepspec" else importlib.import_module("benchmarks.training_specforge").STEPS
+    model, step = steps[setup["algorithm"]](setup["sizes"], tensors, getattr(torch, setup["dtype"]))
     del tensors
     print("ready", flush=True)
     for _ in sys.stdin:
@@ -141,12 +120,11 @@ def main(side: str, directory: str) -> None:
         forget_peak()
         before, began = resident("VmRSS"), time.perf_counter()
         loss = step()
-        seconds = time.perf_counter() - began
+        loss.backward()
+        seconds, loss = time.perf_counter() - began, float(loss)
         peak = resident("VmHWM")
-        print(
-            json.dumps({"seconds": seconds, "loss": float(loss), "over": peak - before, "peak": peak}),
-            flush=True,
-        )
+        answer = {"seconds": seconds, "loss": loss, "over": peak - before, "peak": peak}
+        print(json.dumps(answer), flush=True)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks.training import Side, arguments, main, ratio, sizes, summary, table, write_setup
+from benchmarks.training import STEPS, Side, arguments, main, ratio, summary, table, write_setup
 
 SMALL = [
     "--vocab",
@@ -24,9 +24,10 @@ SMALL = [
 ]
 
 
-def test_our_side_steps_and_says_what_it_took(tmp_path):
+@pytest.mark.parametrize("algorithm", STEPS)
+def test_our_side_steps_and_says_what_it_took(algorithm, tmp_path):
     flags = arguments().parse_args(SMALL)
-    write_setup(tmp_path, sizes(flags), flags, "float32")
+    write_setup(tmp_path, algorithm, flags, "float32")
     side = Side("deepspec", tmp_path, tmp_path)
     first, second = side.step(), side.step()
     side.close()
@@ -45,8 +46,8 @@ def test_the_table_says_how_ours_compares():
     found = summary({"deepspec": [step] * 3, "specforge": [twice] * 3}, 100)
     assert found["tokens_per_second"] == {"deepspec": 100, "specforge": 50}
     assert found["speed_ratio"]["value"] == 2 and found["memory_ratio"] == 0.5
-    assert "| deepspec, float32 | 100 | 2.00× (2.00 – 2.00) | 1 | 0.50× | 4 | 3.500000 |" in table(
-        {"float32": found}
+    assert "| dspark, float32: deepspec | 100 | 2.00× (2.00 – 2.00) | 1 | 0.50× | 4 | 3.500000 |" in table(
+        {"dspark, float32": found}
     )
 
 
