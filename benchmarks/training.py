@@ -85,7 +85,7 @@ def write_setup(directory: Path, algorithm: str, flags: argparse.Namespace, dtyp
         "features": torch.randn(1, n, flags.hidden * len(config.target_layer_ids)),
         "last_hidden": torch.randn(1, n, flags.hidden),
         "tokens": torch.randint(0, flags.vocab - 1, (1, n)),
-        "anchors": torch.randperm(n - flags.block - 2)[: flags.anchors][None] + 1,
+        "anchors": torch.randperm(n - flags.block - 2)[: flags.anchors].sort().values[None] + 1,
     }
     save_file(tensors, directory / "setup.safetensors")
     setup = {"algorithm": algorithm, "sizes": config.to_dict(), "dtype": dtype}

@@ -76,7 +76,7 @@ def _batch(tensors: dict[str, Tensor], dtype: torch.dtype, anchors: Tensor, plac
     log_norm = (hidden @ tensors["lm_head.weight"].T).logsumexp(-1)
     labels = tokens[0][(places + 1).clamp(max=tokens.shape[1] - 1)]
     features = tensors["features"].to(dtype)
-    return Batch(features, tokens, anchors, hidden[0][places].to(dtype), log_norm[0][places], labels, valid)
+    return Batch(features, tokens, hidden.to(dtype), log_norm, anchors, places, labels, valid)
 
 
 def _objective(model, loss, tensors: dict[str, Tensor], batch, dtype: torch.dtype) -> tuple[nn.Module, Step]:

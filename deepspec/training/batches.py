@@ -15,15 +15,17 @@ from deepspec.errors import DeepSpecError
 class Batch:
     """Blocks to train on.
 
-    features [b, n, layers·d], tokens [b, n], anchors [b, blocks]; and for the γ predictions of each block
-    hidden [b, blocks, γ, d], log_norm, labels (target ids) and valid, all [b, blocks, γ].
+    features [b, n, layers·d], tokens [b, n], the target's hidden [b, n, d] and log_norm [b, n], anchors [b, blocks];
+    and for the γ predictions of each block places (the token whose pass predicts it), labels (target ids) and valid,
+    all [b, blocks, γ].
     """
 
     features: Tensor
     tokens: Tensor
-    anchors: Tensor
     hidden: Tensor
     log_norm: Tensor
+    anchors: Tensor
+    places: Tensor
     labels: Tensor
     valid: Tensor
 
@@ -69,7 +71,8 @@ class Batches:
             starts = torch.tensor(replayed or self.starts(i, answers_only))
             rng = torch.Generator().manual_seed((self.seed * 1_000_003 + step) * 1_000_003 + i)
             order = torch.randperm(len(starts), generator=rng)  # none twice before each was taken
-            anchors[row] = starts[order.repeat(-(-self.anchors // len(starts)))[: self.anchors]]
+            chosen = starts[order.repeat(-(-self.anchors // len(starts)))[: self.anchors]]
+            anchors[row] = chosen.sort().values  # neighbours share the target's laws
         return self.at(indices, anchors, answers_only)
 
     def starts(self, i: int, answers_only: bool = False) -> list[int]:
@@ -95,7 +98,7 @@ class Batches:
         valid = learnt[rows, sources + 1].cumprod(-1).bool()  # only while contiguous learnt tokens last
         sources = sources.clamp(max=n - 1)
         labels = tokens[rows, (sources + 1).clamp(max=n - 1)]
-        return Batch(features, tokens, anchors, hidden[rows, sources], log_norm[rows, sources], labels, valid)
+        return Batch(features, tokens, hidden, log_norm, anchors, sources, labels, valid)
 
     def _mask(self, i: int, answers_only: bool) -> list[int]:
         sequence = self.store.sequences[i]

@@ -61,14 +61,35 @@ class Mixture:
 class TargetLaw:
     """What a loss needs of the target at N positions: p(v) = exp(head · hidden − log_norm).
 
-    hidden [N, d] post-norm, head [V, d] the draft vocabulary's rows, log_norm [N] the log-sum-exp over the whole
-    vocabulary, labels [N] the data token as an index into the draft vocabulary (−1: not in it).
+    hidden [M, d] post-norm and log_norm [M], the log-sum-exp over the whole vocabulary, of M tokens; head [V, d] the
+    draft vocabulary's rows; places [N] the token that each position's law is of; labels [N] the data token as an index
+    into the draft vocabulary (−1: not in it).
     """
 
     hidden: Tensor
-    head: Tensor
     log_norm: Tensor
+    head: Tensor
+    places: Tensor
     labels: Tensor
+
+    def at(self, part: slice, with_kl: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """p [n, V], Σ p [n] and Σ p log p [n] (zero unless asked for) of a part of the positions.
+
+        Blocks overlap: what several ask of one token is computed once.
+        """
+        asked = self.places[part]
+        places, rows = asked.unique(return_inverse=True)
+        repeated = len(places) < len(asked)
+        if not repeated:
+            places = asked
+        log_norm = self.log_norm[places]
+        log_p = F.linear(self.hidden[places], self.head).to(log_norm.dtype).sub_(log_norm[:, None])
+        p = log_p.exp() if with_kl else log_p.exp_()
+        inside = p.sum(-1)
+        negentropy = _dot(p, log_p) if with_kl else torch.zeros_like(inside)
+        if not repeated:
+            return p, inside, negentropy
+        return p[rows], inside[rows], negentropy[rows]
 
 
 class HeadLoss(NamedTuple):
@@ -134,9 +155,9 @@ class _HeadLoss(torch.autograd.Function):
             logits = F.linear(inputs[0][part], matrices[0])
             for x, w in zip(inputs[1:], matrices[1:], strict=True):
                 logits.addmm_(x[part], w.T)
-            target_logits = F.linear(law.hidden[part], law.head)
+            with_kl = bool(mixture.kl or mixture.lk_mixed)
             dz, terms[part], alpha[part], chances = _position_losses(
-                logits, target_logits, law.log_norm[part], law.labels[part], mixture
+                logits, *law.at(part, with_kl), law.labels[part], mixture
             )
             here = valid[start // gamma : start // gamma + blocks]
             weights[part] = weigh(chances.view(-1, gamma), here).flatten()
@@ -172,25 +193,22 @@ def _value(terms: Tensor, alpha: Tensor, mixture: Mixture) -> Tensor:
     return total - mixture.lk * alpha.log() + mixture.lk_mixed * mixed
 
 
-def _position_losses(logits, target_logits, log_norm, labels, mixture: Mixture):
-    """∂loss/∂logits [n, V], terms [n, 3], α [n] and q(x*) [n] of a chunk; in float32, or float64 if given that.
+def _position_losses(logits, p, inside, negentropy, labels, mixture: Mixture):
+    """∂loss/∂logits [n, V], terms [n, 3], α [n] and q(x*) [n] of a chunk; in p's dtype. Overwrites p.
 
     Nearly all of the time goes to passes over [n, V], so what can be done in place is, and row-wise factors stay out.
     """
-    precise = torch.promote_types(logits.dtype, torch.float32)
+    precise = p.dtype
     known = (labels >= 0).to(precise)
     index = labels.clamp(min=0)[:, None]
     q = logits.softmax(-1, dtype=precise)
     largest, place = q.max(-1, keepdim=True)
     norm = logits.gather(1, place).to(precise) - largest.log()  # log-sum-exp of the logits
     log_chances = (logits.gather(1, index).to(precise) - norm)[:, 0]
-    log_p = target_logits.to(precise).sub_(log_norm[:, None].to(precise))
     with_kl = bool(mixture.kl or mixture.lk_mixed)
-    p = log_p.exp() if with_kl else log_p.exp_()
-    inside = p.sum(-1)
     divergence = torch.zeros_like(inside)
     if with_kl:
-        divergence = _dot(p, log_p.sub_(logits).add_(norm))
+        divergence = negentropy - _dot(p, logits.to(precise)) + norm[:, 0] * inside
     difference = q - p if with_kl else torch.sub(q, p, out=p)
     # ‖q − p‖₁ = 2 − 2 Σ min(p, q), both laws summing to one
     distance = torch.linalg.vector_norm(difference, 1, -1) + (1 - inside).clamp_(min=0)

@@ -82,10 +82,12 @@ class BlockObjective(nn.Module):
         factors = [
             (x.flatten(0, 2).to(compute), head if w is shared else w.to(compute)) for x, w in outputs.factors
         ]
+        rows, n = batch.tokens.shape
         law = TargetLaw(
-            batch.hidden.flatten(0, 2).to(compute),
-            head,
+            batch.hidden.flatten(0, 1).to(compute),
             batch.log_norm.flatten(),
+            head,
+            (batch.places + n * torch.arange(rows, device=batch.places.device)[:, None, None]).flatten(),
             self.to_draft[batch.labels.flatten()],
         )
         with torch.autocast(device, enabled=False):

@@ -16,7 +16,7 @@ from deepspec.training.losses import (
     head_loss,
 )
 
-BLOCKS, GAMMA, D, R, VOCAB, KEPT = 9, 4, 6, 3, 20, 13
+BLOCKS, GAMMA, D, R, VOCAB, KEPT, TOKENS = 9, 4, 6, 3, 20, 13, 24
 N = BLOCKS * GAMMA
 MIXTURES = {
     "ce": Mixture(ce=1),
@@ -40,10 +40,10 @@ class Case:
             return torch.randn(*shape, generator=rng, dtype=torch.float64)
 
         full_head = random(VOCAB, D)
-        hidden = random(N, D)
+        hidden, places = random(TOKENS, D), torch.randint(TOKENS, (N,), generator=rng)
         labels = torch.randint(-1 if kept < VOCAB else 0, kept, (N,), generator=rng)
         log_norm = (hidden @ full_head.T).logsumexp(-1)
-        self.law = TargetLaw(hidden, full_head[:kept], log_norm, labels)
+        self.law = TargetLaw(hidden, log_norm, full_head[:kept], places, labels)
         self.valid = torch.rand(BLOCKS, GAMMA, generator=rng).lt(0.8).cumprod(-1).bool()
         self.leaves = [random(N, D), random(kept, D), random(N, R), random(kept, R)]
         for leaf in self.leaves:
@@ -58,7 +58,7 @@ class Case:
         x, head, latents, w2 = self.leaves
         law = self.law
         log_q = (x @ head.T + latents @ w2.T).log_softmax(-1)
-        log_p = law.hidden @ law.head.T - law.log_norm[:, None]
+        log_p = (law.hidden @ law.head.T - law.log_norm[:, None])[law.places]
         p, q = log_p.exp(), log_q.exp()
         known = law.labels >= 0
         chances = q.gather(1, law.labels.clamp(min=0)[:, None])[:, 0] * known
@@ -122,7 +122,7 @@ def test_positions_that_do_not_count_have_no_gradient():
 def test_lk_has_a_gradient_where_the_laws_hardly_meet_and_tv_has_none():
     head = torch.eye(2, dtype=torch.float64)
     hidden = torch.tensor([[20.0, 0.0]], dtype=torch.float64)
-    law = TargetLaw(hidden, head, hidden.logsumexp(-1), torch.tensor([0]))
+    law = TargetLaw(hidden, hidden.logsumexp(-1), head, torch.tensor([0]), torch.tensor([0]))
     sizes = {}
     for name in ("tv", "lk"):
         x = torch.tensor([[0.0, 12.0]], dtype=torch.float64, requires_grad=True)

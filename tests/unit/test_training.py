@@ -174,7 +174,9 @@ def test_blocks_predict_what_follows_the_anchor(store, sequences, target):
                 if batch.valid[row, block, k]:
                     assert batch.labels[row, block, k] == ids[anchor + k + 1]
                     (kept,) = store.rows([index])
-                    assert torch.equal(batch.hidden[row, block, k], kept[H_LAST][anchor + k])
+                    assert torch.equal(
+                        batch.hidden[row, batch.places[row, block, k]], kept[H_LAST][anchor + k]
+                    )
 
 
 def test_dead_features_are_refused(store):
