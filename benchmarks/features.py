@@ -18,14 +18,14 @@ import time
 from pathlib import Path
 
 from benchmarks.common import REPORTS, command_line, markdown_table, write_report
-from benchmarks.training import ROOT
 from benchmarks.training_steps import forget_peak, resident
 from deepspec.config import Params, load_params
+from deepspec.data.codec import CODECS
 from deepspec.data.progress import Progress
 from deepspec.errors import DeepSpecError
 
 SHARES = (1.0, 0.125)
-WAYS = ("online", "bf16", "fp8", "int8", "int4")
+WAYS = ("online", *CODECS)
 _UNTIMED = 2
 
 
@@ -47,8 +47,7 @@ def one(drafter: str, way: str, share: float, steps: int, params: Params) -> dic
     params = with_features(params, way)
     target = load_target("data/target")
     sequences, data_digest = read_sequences(DATA, params.train.max_length, params.train.supervise)
-    if share < 1:
-        sequences = sequences[: int(len(sequences) * share)]
+    sequences = sequences[: int(len(sequences) * share)]
     network = make_network(params, drafter, target)
     accelerator = Accelerator(mixed_precision=params.train.mixed_precision)
     began = time.perf_counter()
@@ -78,7 +77,7 @@ def measure(flags: argparse.Namespace, way: str, share: float) -> dict[str, floa
     """
     arguments = ["--drafter", flags.drafter, "--steps", str(flags.steps), "--params", flags.params]
     command = [sys.executable, "-m", "benchmarks.features", *arguments, "--one", way, str(share)]
-    ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    ran = subprocess.run(command, capture_output=True, text=True, check=False)
     if ran.returncode:
         last = ran.stderr.strip().splitlines()[-1:] or ["no message"]
         raise DeepSpecError(f"{way}: {last[0]}")
