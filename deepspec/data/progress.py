@@ -47,7 +47,7 @@ class Progress:
             self._say()
 
     def advance(self, items: int = 1) -> None:
-        self.done += items
+        self.done = min(self.done + items, self.total)
         self._show()
 
     def tokens(self, count: int) -> None:
@@ -55,11 +55,12 @@ class Progress:
         self._show()
 
     def state(self) -> str:
-        """`412/900, 145 tokens/s, 12m30s left`."""
+        """`412/900, 145 tokens/s, 12m30s left`; no speed where no tokens are counted."""
         elapsed = time.monotonic() - self._started
         new = self.done - self._at_start
         left = _clock(elapsed / new * (self.total - self.done)) if new else "?"
-        return f"{self.done}/{self.total}, {self._tokens / max(elapsed, 1e-9):.0f} tokens/s, {left} left"
+        speed = f"{self._tokens / max(elapsed, 1e-9):.0f} tokens/s, " if self._tokens else ""
+        return f"{self.done}/{self.total}, {speed}{left} left"
 
     def _show(self) -> None:
         if self._bar:

@@ -5,14 +5,16 @@ it is the *product* that must mean what it says. Position by position, from left
 divided by a temperature chosen on a grid so that the expected calibration error of the product up to j is least;
 what was chosen before stays. Greedy and sampled drafting are accepted by different laws and get their own.
 
-Blocks are arrays: `logits` [blocks, γ] of c_j, NaN where a block was cut before j, and `accepted` [blocks], how many
-of its tokens stood.
+Blocks are arrays: `logits` [blocks, γ] of c_j, NaN where a block was cut before j, `accepted` [blocks], how many of
+its tokens stood, and `drafted` [blocks], how many there were.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -40,17 +42,20 @@ _CERTAIN = 1e-6
 
 @dataclass(frozen=True)
 class Blocks:
-    """Verified blocks. logits float64 [blocks, γ] (NaN: cut off), accepted int64 [blocks]."""
+    """Verified blocks: logits float64 [blocks, γ] (NaN: cut off, or no estimate), accepted, drafted int64 [blocks]."""
 
     logits: np.ndarray
     accepted: np.ndarray
+    drafted: np.ndarray
 
     def __len__(self) -> int:
         return len(self.accepted)
 
     def and_also(self, other: Blocks) -> Blocks:
         return Blocks(
-            np.concatenate((self.logits, other.logits)), np.concatenate((self.accepted, other.accepted))
+            np.concatenate((self.logits, other.logits)),
+            np.concatenate((self.accepted, other.accepted)),
+            np.concatenate((self.drafted, other.drafted)),
         )
 
     def stood(self, position: int) -> np.ndarray:
@@ -132,6 +137,63 @@ def reliability(predicted: np.ndarray, outcome: np.ndarray, bins: int = BINS) ->
     ]
 
 
+def auc(predicted: np.ndarray, outcome: np.ndarray) -> float | None:
+    """Chance that what came was predicted higher than what did not; None where only one of the two was seen."""
+    came = outcome > 0
+    if came.all() or not came.any():
+        return None
+    _, place, counts = np.unique(predicted, return_inverse=True, return_counts=True)
+    ranks = (np.cumsum(counts) - (counts - 1) / 2)[place]  # ties share theirs
+    wins = ranks[came].sum() - came.sum() * (came.sum() + 1) / 2
+    return float(wins / (came.sum() * (~came).sum()))
+
+
+def quality(blocks: Blocks, before: np.ndarray, after: np.ndarray) -> dict[str, Any]:
+    """How much a confidence head's products are worth: errors, ranking, curves.
+
+    Args:
+        before, after: predicted products [blocks, γ] (NaN: cut off), as trained and calibrated.
+
+    Returns:
+        {"blocks": n, "ece": {"before": x, "after": y}, "auc": z of the calibrated products, "reliability": {"before":
+        [bins], "after": [bins]} of all positions together, "thresholds": [{"threshold", "accepted", "rejected",
+        "acceptance_rate"}]}: tokens that are verified, and stand or fall, where each block is cut at the first
+        position whose own chance c_j is below the threshold (DSpark, Figure 5).
+    """
+    known = ~np.isnan(after)
+    outcome = (blocks.accepted[:, None] > np.arange(after.shape[1]))[known].astype(np.float64)
+    curves = {"before": before[known], "after": after[known]}
+    return {
+        "blocks": len(blocks),
+        "ece": {"before": survival_ece(before, blocks), "after": survival_ece(after, blocks)},
+        "auc": auc(curves["after"], outcome),
+        "reliability": {
+            name: [asdict(row) for row in reliability(values, outcome)] for name, values in curves.items()
+        },
+        "thresholds": _thresholds(blocks, after),
+    }
+
+
+def _thresholds(blocks: Blocks, products: np.ndarray) -> list[dict[str, float]]:
+    above = np.concatenate((np.ones((len(products), 1)), products[:, :-1]), axis=1)
+    own = products / np.maximum(above, _CERTAIN)  # c_j; NaN stays NaN, which is below every threshold
+    rows = []
+    for threshold in np.arange(20) / 20:
+        kept = np.cumprod(own >= threshold, axis=1).sum(1)  # [blocks]
+        stood = int(np.minimum(blocks.accepted, kept).sum())
+        verified = int(kept.sum())
+        rate = stood / verified if verified else None
+        rows.append(
+            {
+                "threshold": float(threshold),
+                "accepted": stood,
+                "rejected": verified - stood,
+                "acceptance_rate": rate,
+            }
+        )
+    return rows
+
+
 def survival_ece(predicted: np.ndarray, blocks: Blocks) -> float:
     """Calibration error of predicted products [blocks, γ] (NaN: cut off), the mean over the positions."""
     known = ~np.isnan(predicted)
@@ -149,42 +211,55 @@ def collect(
     prompts: list[list[int]],
     temperature: float,
     max_new_tokens: int = 128,
-    seed: int = 0,
+    seeds: list[int] | None = None,
     batch_size: int = 8,
 ) -> Blocks:
-    """Decode the prompts with whole blocks, and pair each block's confidences, as trained, with its acceptance.
+    """Decode the prompts with whole blocks of the draft alone, and pair each block's confidences with its acceptance.
 
     Args:
-        drafter: one with a confidence head (an attribute `temperatures`), alone or behind a lookup.
+        drafter: alone or behind a lookup, which is not asked. Its confidences are taken as they were trained.
         prompts: token ids.
-
-    Raises:
-        DeepSpecError: a drafter without a confidence head.
+        seeds: of the prompts; None: 0, 1, ...
     """
     drafter = getattr(drafter, "trained", drafter)
-    if not hasattr(drafter, "temperatures"):
-        raise DeepSpecError(f"{type(drafter).__name__} has no confidence head to calibrate")
     rows: list[list[float]] = []
     accepted: list[int] = []
+    drafted: list[int] = []
 
     def watch(proposal: Proposal, count: int) -> None:
         rows.append(_logits(proposal.survival or []))
         accepted.append(count)
+        drafted.append(len(proposal.tokens))
 
     sampling = Sampling(temperature)
-    requests = iter([Request(ids, max_new_tokens, sampling, seed + i, id=i) for i, ids in enumerate(prompts)])
-    known, drafter.temperatures = drafter.temperatures, {}
-    try:
+    requests = iter(
+        [
+            Request(ids, max_new_tokens, sampling, seed, id=i)
+            for i, (ids, seed) in enumerate(zip(prompts, seeds or range(len(prompts)), strict=True))
+        ]
+    )
+    with _as_trained(drafter):
         engine = Engine(target, drafter, batch_size, on_round=watch)
         for generation in engine.run(lambda: next(requests, None)):
             if generation.error:
                 raise DeepSpecError(f"prompt {generation.id}: {generation.error}")
-    finally:
-        drafter.temperatures = known
     logits = np.full((len(rows), drafter.block_size), np.nan)
     for row, own in zip(logits, rows, strict=True):
         row[: len(own)] = own
-    return Blocks(logits, np.array(accepted, dtype=np.int64))
+    return Blocks(logits, np.array(accepted, dtype=np.int64), np.array(drafted, dtype=np.int64))
+
+
+@contextmanager
+def _as_trained(drafter: Drafter) -> Iterator[None]:
+    """Without the temperatures of an earlier calibration."""
+    known = getattr(drafter, "temperatures", None)
+    if known is not None:
+        drafter.temperatures = {}
+    try:
+        yield
+    finally:
+        if known is not None:
+            drafter.temperatures = known
 
 
 def _logits(survival: list[float]) -> list[float]:
@@ -211,27 +286,30 @@ def calibrate(
     Where that is no better than the confidence as trained (few blocks, or a head that needs none), it stays as it is.
 
     Returns:
-        {"greedy": [γ], "sampled": [γ], "ece": {mode: {"before": x, "after": y}}, "blocks": {mode: n}}
+        {"greedy": [γ], "sampled": [γ], "quality": {mode: see `quality`}}
 
     Raises:
         DeepSpecError: fewer than two prompts that give blocks, or a drafter without a confidence head.
     """
-    result: dict[str, Any] = {"ece": {}, "blocks": {}}
+    if not hasattr(getattr(drafter, "trained", drafter), "temperatures"):
+        raise DeepSpecError(f"{type(drafter).__name__} has no confidence head to calibrate")
+    seeds = [seed + i for i in range(len(prompts))]
+    result: dict[str, Any] = {"quality": {}}
     for mode, temperature in TEMPERATURES.items():
         first, second = (
-            collect(target, drafter, half, temperature, max_new_tokens, seed, batch_size)
-            for half in (prompts[::2], prompts[1::2])
+            collect(
+                target, drafter, prompts[half::2], temperature, max_new_tokens, seeds[half::2], batch_size
+            )
+            for half in (0, 1)
         )
         if not (len(first) and len(second)):
             raise DeepSpecError("calibration needs two prompts or more, with answers of several tokens")
         both = first.and_also(second)
         unseen = survival(first.logits, fit(second)), survival(second.logits, fit(first))
-        before, after = (
-            survival_ece(predicted, both) for predicted in (survival(both.logits), np.concatenate(unseen))
-        )
-        result[mode] = fit(both) if after < before else [1.0] * both.logits.shape[1]
-        result["blocks"][mode] = len(both)
-        result["ece"][mode] = {"before": before, "after": after}
+        found = quality(both, survival(both.logits), np.concatenate(unseen))
+        better = found["ece"]["after"] < found["ece"]["before"]
+        result[mode] = fit(both) if better else [1.0] * both.logits.shape[1]
+        result["quality"][mode] = found
     return result
 
 

@@ -1,242 +1,485 @@
-"""Measures one drafter: every evaluation prompt decoded without and with the draft, in the same engine.
+"""Measures drafters: every evaluation prompt decoded without and with each draft, in the same engine and run.
 
-What makes the numbers honest. Both runs of a turn see the same context (in a conversation the earlier
-answers are the plain run's), the same seed and the same machine one right after the other, and which of
-them goes first alternates by prompt. Seconds are wall-clock time of the whole call less the target's
-prefill, the work that both share: drafting, verification, Python and what the draft itself makes of the
-prompt are all in. Token identity is checked apart, in float32 (`identity.py`), and a drafter that fails it
+Drafters × tasks × temperatures × controllers meet prompt by prompt (`contest.py`), with plain decoding and the lookup
+alone as baselines beside them. Apart from that contest, and shorter: the draft alone (`alone.py`), whether decoding
+keeps what training promised (`decoding/promise.py`), sweeps (`sweep.py`), full batches (`throughput.py`), and a few
+generations token by token (`trace.py`). Token identity is checked in float32 (`identity.py`); a path that fails it
 gets no speed-up (`record.py`).
 
-Every finished prompt goes to a work file, so a killed evaluation goes on where it stopped.
+Everything is a piece of work with a key (`work.py`): a killed evaluation goes on where it stopped, and several
+processes share the pieces. What a piece decodes depends on its prompt and the seed alone, so τ does not depend on how
+many processes there are; their seconds do, where they share a machine.
 """
 
 from __future__ import annotations
 
 import json
-import time
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
-from deepspec.config import EvaluateParams
-from deepspec.data.progress import Progress
+from deepspec.config import ControllerParams, EvaluateParams
+from deepspec.decoding import promise
+from deepspec.decoding.calibration import TEMPERATURES
 from deepspec.decoding.cost import CostCurve, load_or_measure
 from deepspec.decoding.engine import generate
 from deepspec.decoding.request import Generation
-from deepspec.decoding.scheduler import Controller, make_controller
+from deepspec.decoding.scheduler import make_controller
 from deepspec.decoding.shapes import make_shape
-from deepspec.decoding.tree import Shape
+from deepspec.decoding.tree import CHAIN, Shape
 from deepspec.device import describe_device
 from deepspec.drafters.base import Drafter
-from deepspec.drafters.checkpoint import load_drafter
+from deepspec.drafters.checkpoint import RECORD as DRAFT_RECORD
+from deepspec.drafters.checkpoint import draft_digest, load_drafter, read_config
+from deepspec.drafters.registry import algorithms, reader
+from deepspec.evaluation import alone, sweep, throughput
+from deepspec.evaluation.contest import (
+    PLAIN,
+    Contest,
+    Contestant,
+    PromptRuns,
+    from_json,
+    prompt_seed,
+    to_json,
+)
 from deepspec.evaluation.identity import check_identity
 from deepspec.evaluation.native import native_tokens_per_second
-from deepspec.evaluation.record import EVAL_VERSION, Identity, PromptResult, Subject, build_record
+from deepspec.evaluation.record import DRAFT, EVAL_VERSION, LOOKUP, Identity, Measured, Subject, build_record
 from deepspec.evaluation.task import Task, load_task
-from deepspec.evaluation.worklog import WorkLog
-from deepspec.files import digest, file_digest
+from deepspec.evaluation.throughput import Server, Setting
+from deepspec.evaluation.trace import trace
+from deepspec.evaluation.work import Work, process_state
+from deepspec.files import digest, source_digest
+from deepspec.provenance import provenance
 from deepspec.target import RECORD, Target, load_target
 
 WORK_DIR = Path(".deepspec/evaluate")
+_CODE = ("attention.py", "fused.py", "graphs.py", "target.py", "decoding", "drafters", "evaluation")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Of one drafter: its record, its measurements prompt by prompt, and generations to look at."""
+
+    record: dict[str, Any]
+    prompts: list[dict[str, Any]]
+    traces: list[dict[str, Any]]
 
 
 def evaluate(
-    name: str,
+    drafts: Mapping[str, str | Path],
     target_dir: str | Path,
-    drafter_dir: str | Path,
     params: EvaluateParams,
     seed: int = 0,
     work_dir: str | Path = WORK_DIR,
     device: str | None = None,
-) -> dict:
-    """The evaluation record (DESIGN.md §4) of the drafter in `drafter_dir`.
+) -> dict[str, Outcome] | None:
+    """Measure drafts together: name → directory, name → outcome. None in all processes but the main one.
 
     Raises:
         DeepSpecError: an unknown task, a draft of another target, a corrupt checkpoint, or a failed run.
     """
-    tasks = [load_task(task, params.prompts_per_task, seed) for task in params.tasks]
+    tasks = [load_task(task, params.prompts_per_task, seed, params.tasks_dir) for task in params.tasks]
+    digests = {name: draft_digest(Path(directory)) for name, directory in drafts.items()}
+    prompts = [(task.name, task.version, task.prompts) for task in tasks]
+    state = process_state()
+    if device is None and state.device.type == "cuda":
+        device = str(state.device)  # one each
     target = load_target(target_dir, device=device)
-    subject = Subject(
-        drafter=name,
-        target=_origin(target_dir),
-        target_digest=target.digest,
-        device=describe_device(target.device),
-        dtype=str(target.dtype).removeprefix("torch."),
-        seed=seed,
+    code = source_digest(*_CODE)
+    settings = (
+        EVAL_VERSION,
+        digests,
+        target.digest,
+        target.precision,
+        params.model_dump(),
+        seed,
+        prompts,
+        code,
     )
-    log = WorkLog(Path(work_dir) / f"{name}-{_work_key(subject, drafter_dir, params, tasks)}.jsonl")
-    results = _measure(target, drafter_dir, tasks, params, seed, log)
-    native = _native(target, target_dir, tasks, log)
-    del target  # makes room for the float32 copy
-    identities = _identities(target_dir, drafter_dir, tasks, params, seed, device, log)
-    record = build_record(subject, tasks, results, identities, native) | {"round_costs": log.get("costs")}
-    log.remove()
-    return record
+    work = Work(state, work_dir, f"{'-'.join(drafts)}-{digest(json.dumps(settings))}")
+    bench = Bench(drafts, digests, Path(target_dir), tasks, params, seed, device, work)
+    bench.target = target
+    outcomes = bench.run()
+    work.remove()
+    return outcomes if work.main else None
 
 
-@dataclass(frozen=True)
+@dataclass
 class Bench:
-    """A target and a draft, ready to decode prompts in pairs."""
+    """One evaluation at work. What a phase needs is loaded when its first missing piece asks for it."""
 
-    target: Target
-    drafter: Drafter
-    tree: Shape
-    controller: Controller
+    drafts: Mapping[str, str | Path]
+    digests: Mapping[str, str]
+    target_dir: Path
+    tasks: list[Task]
     params: EvaluateParams
     seed: int
+    device: str | None
+    work: Work
 
-    def prompt(self, turns: list[str], temperature: float, index: int) -> PromptResult:
-        """One conversation, turn by turn; the drafted run goes first where `index` is odd."""
-        result = PromptResult()
-        messages: list[dict[str, str]] = []
-        outputs: list[list[int]] = []
-        for turn, text in enumerate(turns):
-            messages.append({"role": "user", "content": text})
-            prompt_ids = self.target.chat_ids(messages)
-            generate(self.target, self.drafter, prompt_ids, max_new_tokens=1)  # kernels for this length
-            seed = self.seed + 1000 * index + turn
-            order = (False, True) if index % 2 == 0 else (True, False)
-            runs = {with_draft: self.run(with_draft, prompt_ids, temperature, seed) for with_draft in order}
-            (plain, plain_s), (drafted, drafted_s) = runs[False], runs[True]
-            result.add(plain, plain_s, drafted, drafted_s)
-            outputs.append(drafted.tokens)
-            answer = self.target.tokenizer.decode(plain.tokens, skip_special_tokens=True)
-            messages.append({"role": "assistant", "content": answer})
-        result.output_hash = digest(json.dumps(outputs))
-        return result
+    def run(self) -> dict[str, Outcome]:
+        contest = self._contest()
+        native = self._native()
+        parts = {name: self._parts(name) for name in self.drafts}
+        kept = {name: self._promise(name) for name in self.drafts}
+        traces = {name: self._traces(name) for name in self.drafts}
+        sweeps = {name: self._sweeps(name) for name in self.drafts}
+        subjects = {name: self._subject(name) for name in self.drafts}
+        costs = self._curves()
+        self.forget()  # makes room for the float32 copy
+        identities = {name: self._identities(name) for name in self.drafts}
+        outcomes = {}
+        for name in self.drafts:
+            own = _of(name, contest)
+            checked = identities[name]
+            section = parts[name] | {"sweeps": sweeps[name] and self._points(sweeps[name], checked)}
+            if not all(identity.lossless for identity in checked.get("alone", {}).values()):
+                section["throughput"] = _without_speed(section["throughput"])
+            measured = Measured(own, checked, native, section, kept[name])
+            record = build_record(subjects[name], self.tasks, measured)
+            record |= {"decode": self.params.decode.model_dump(), "round_costs": costs[name]}
+            record |= {"provenance": self._provenance(name)}
+            outcomes[name] = Outcome(record, _lines(own), traces[name])
+        return outcomes
 
-    def run(
-        self, with_draft: bool, prompt_ids: list[int], temperature: float, seed: int
-    ) -> tuple[Generation, float]:
-        """A generation and its wall-clock seconds, less the target's prefill."""
-        start = time.perf_counter()
-        (generation,) = generate(
-            self.target,
-            self.drafter if with_draft else None,
-            prompt_ids,
-            max_new_tokens=self.params.max_new_tokens,
-            temperature=temperature,
-            seed=seed,
-            tree=self.tree,
-            verify=self.params.decode.verify,
-            controller=self.controller if with_draft else None,
+    def forget(self) -> None:
+        for name in ("target", "drafters"):
+            self.__dict__.pop(name, None)
+
+    @cached_property
+    def target(self) -> Target:
+        return load_target(self.target_dir, device=self.device)
+
+    @cached_property
+    def drafters(self) -> dict[str, Drafter]:
+        return {name: self._load(name, self.target) for name in self.drafts}
+
+    def _load(self, name: str, target: Target) -> Drafter:
+        return load_drafter(self.drafts[name], target, self.params.decode)
+
+    @cached_property
+    def tree(self) -> Shape:
+        chosen = self.params.decode.tree
+        return make_shape(chosen.type, **chosen.options())
+
+    @cached_property
+    def baseline(self) -> Drafter:
+        """The lookup alone: that of `decode`, or the default one."""
+        chosen = self.params.decode.lookup or type(self.params.decode)().lookup
+        return algorithms()[chosen.type].make(chosen)
+
+    def _curves(self) -> dict[str, Any]:
+        """Cost curves by drafter: one measurement for all processes and all runs on this machine."""
+        batches = (1, *self.params.throughput.batches) if self.params.throughput else (1,)
+
+        def measure(key: str) -> Any:
+            drafter = _trained(self.drafters[key.removeprefix("costs ")])
+            return load_or_measure(self.target, drafter, batches=sorted(set(batches))).to_json()
+
+        found = self.work.do("costs", [f"costs {name}" for name in self.drafts], measure)
+        return {key.removeprefix("costs "): curve for key, curve in found.items()}
+
+    @cached_property
+    def curves(self) -> dict[str, CostCurve]:
+        return {name: CostCurve.from_json(curve) for name, curve in self._curves().items()}
+
+    def _contestants(self) -> list[Contestant]:
+        decode = self.params.decode
+        found = [Contestant(PLAIN), Contestant(LOOKUP, self.baseline)]
+        for name, drafter in self.drafters.items():
+            others = {
+                _label(chosen): chosen for chosen in self.params.controllers if chosen != decode.controller
+            }
+            for label, chosen in {DRAFT: decode.controller, **others}.items():
+                controller = make_controller(chosen.type, self.curves[name], **chosen.options())
+                found.append(Contestant(f"{name}/{label}", drafter, self.tree, decode.verify, controller))
+        return found
+
+    def _contest(self) -> dict[tuple[str, float], list[PromptRuns]]:
+        """All prompts of all tasks at all temperatures."""
+        pieces = {
+            f"{task.name} T={temperature:g} {i}": (task, temperature, i)
+            for temperature in self.params.temperatures
+            for task in self.tasks
+            for i in range(len(task.prompts))
+        }
+        self.curves  # noqa: B018  all processes measure costs before any decodes
+
+        @_once
+        def contest() -> Contest:
+            found = Contest(self.target, self._contestants(), self.params.max_new_tokens, self.seed)
+            longest = max((prompt[0] for task in self.tasks for prompt in task.prompts), key=len)
+            found.warm_up(longest, self.params.temperatures)
+            return found
+
+        def decode(key: str) -> Any:
+            task, temperature, i = pieces[key]
+            return to_json(contest().prompt(task.name, task.prompts[i], temperature, i))
+
+        found = self.work.do("measuring", list(pieces), decode)
+        results: dict[tuple[str, float], list[PromptRuns]] = {}
+        for key, (task, temperature, _) in pieces.items():
+            results.setdefault((task.name, temperature), []).append(from_json(found[key]))
+        return results
+
+    def _native(self) -> dict[str, float]:
+        """Tokens/s of `transformers.generate` by task: the best plain decoding that needs none of our engine."""
+
+        def measure(_: str) -> Any:
+            ids = {task.name: self._prompt_ids(task, 1)[0] for task in self.tasks}
+            return native_tokens_per_second(self.target_dir, self.target.dtype, self.target.device, ids)
+
+        return self.work.do("transformers.generate", ["native"], measure)["native"]
+
+    def _parts(self, name: str) -> dict[str, Any]:
+        """What is said of a trained draft alone."""
+        trained = self._is_trained(name)
+        return {
+            **(self._alone(name) if trained else {"blocks": None, "confidence": None}),
+            "throughput": self._throughput(name) if trained and self.params.throughput else None,
+        }
+
+    def _is_trained(self, name: str) -> bool:
+        return reader(read_config(Path(self.drafts[name]))).network is not None
+
+    def _alone(self, name: str) -> dict[str, Any]:
+        pieces = {
+            f"alone {name} {mode} {task.name}": (mode, task) for mode in TEMPERATURES for task in self.tasks
+        }
+
+        def decode(key: str) -> Any:
+            mode, task = pieces[key]
+            limit = self.params.max_new_tokens
+            return alone.decode_blocks(self.target, self.drafters[name], task, mode, limit, self.seed)
+
+        found = self.work.do(f"{name} alone", list(pieces), decode)
+        by_mode: dict[str, dict[str, Any]] = {mode: {} for mode in TEMPERATURES}
+        for key, (mode, task) in pieces.items():
+            by_mode[mode][task.name] = alone.from_json(found[key])
+        return {
+            "blocks": {mode: alone.acceptance(tasks) for mode, tasks in by_mode.items()},
+            "confidence": alone.confidence(
+                self.drafters[name], {mode: list(tasks.values()) for mode, tasks in by_mode.items()}
+            ),
+        }
+
+    def _promise(self, name: str) -> promise.Check | None:
+        kept = promise.load(self.drafts[name])
+
+        def measure(_: str) -> Any:
+            check = promise.check(self.target, self.drafters[name], kept)
+            return check and asdict(check)
+
+        found = self.work.do(f"{name}: training's promise", [f"promise {name}"], measure) if kept else {}
+        return next((promise.Check(**check) for check in found.values()), None)
+
+    def _traces(self, name: str) -> list[dict[str, Any]]:
+        pieces = {
+            f"trace {name} {task.name} T={temperature:g} {i}": (task, temperature, i)
+            for task in self.tasks
+            for temperature in self.params.temperatures
+            for i in range(min(self.params.traces, len(task.prompts)))
+        }
+
+        @_once
+        def contestant() -> Contestant:
+            return next(each for each in self._contestants() if each.name == f"{name}/{DRAFT}")
+
+        def decode(key: str) -> Any:
+            task, temperature, i = pieces[key]
+            (ids,) = self._prompt_ids(task, 1, i)
+            seed = prompt_seed(self.seed, task.name, task.prompts[i], 0)
+            limit = self.params.max_new_tokens
+            shown = trace(self.target, contestant(), ids, temperature, limit, seed)
+            return {"task": task.name, "temperature": temperature, "prompt": task.prompts[i][0], **shown}
+
+        return list(self.work.do(f"{name}, token by token", list(pieces), decode).values())
+
+    def _sweeps(self, name: str) -> dict[str, list[PromptRuns]] | None:
+        chosen = self.params.sweeps
+        if chosen is None or not self._is_trained(name):
+            return None
+        pieces = {
+            f"sweep {name} {task.name} {i}": (task, i)
+            for task in self.tasks
+            for i in range(min(chosen.prompts, len(task.prompts)))
+        }
+
+        @_once
+        def contest() -> Contest:
+            drafter = _trained(self.drafters[name])
+            found = Contest(self.target, sweep.contestants(drafter, chosen), chosen.max_new_tokens, self.seed)
+            found.warm_up(self.tasks[0].prompts[0][0], [0.0])
+            return found
+
+        def decode(key: str) -> Any:
+            task, i = pieces[key]
+            return to_json(contest().prompt(task.name, task.prompts[i][:1], 0.0, i))
+
+        found = self.work.do(f"{name}: sweeps", list(pieces), decode)
+        results: dict[str, list[PromptRuns]] = {}
+        for key, (task, _) in pieces.items():
+            results.setdefault(task.name, []).append(from_json(found[key]))
+        return results
+
+    def _points(self, sweeps: dict[str, list[PromptRuns]], checked: Mapping[str, Any]) -> dict[str, Any]:
+        return sweep.points(sweeps, checked["alone"], checked["tree"], self.seed)
+
+    def _throughput(self, name: str) -> list[dict[str, Any]]:
+        chosen = self.params.throughput
+        settings = [Setting(t, batch) for t in chosen.temperatures for batch in chosen.batches]
+
+        @_once
+        def server() -> Server:
+            drafter = _trained(self.drafters[name])
+            entrants = throughput.contestants(self.curves[name], chosen.lengths, drafter.block_size)
+            return Server(self.target, drafter, entrants, chosen.max_new_tokens, self.seed)
+
+        @_once
+        def prompts() -> list[list[int]]:
+            return [ids for task in self.tasks for ids in self._prompt_ids(task)]
+
+        pieces = {f"throughput {name} T={s.temperature:g} batch={s.batch}": s for s in settings}
+
+        def decode(key: str) -> Any:
+            return throughput.measure(server(), pieces[key], prompts(), chosen.groups)
+
+        found = self.work.do(f"{name}: full batches", list(pieces), decode)
+        return throughput.rows({pieces[key]: throughput.from_json(runs) for key, runs in found.items()})
+
+    def _identities(self, name: str) -> dict[str, dict[str, Identity]]:
+        """The float32 check of each path and task. It always drafts: a controller would only leave rounds unchecked."""
+        trained = self._is_trained(name)
+        paths = [DRAFT, LOOKUP]
+        if trained and (self.params.sweeps or self.params.throughput):
+            paths.append("alone")
+        if trained and self.params.sweeps:
+            paths.append("tree")
+        pieces = {
+            f"identity {name} {path} {task.name}": (path, task) for path in paths for task in self.tasks
+        }
+
+        @_once
+        def loaded() -> tuple[Target, Drafter]:
+            target = load_target(self.target_dir, dtype="float32", device=self.device)
+            return target, self._load(name, target)
+
+        limit = self.params.lossless_new_tokens
+        plain: dict[str, list[Generation]] = {}
+
+        def check(key: str) -> Any:
+            path, task = pieces[key]
+            target, drafter = loaded()
+            if task.name not in plain:
+                ids = self._prompt_ids(task, self.params.lossless_prompts, of=target)
+                plain[task.name] = generate(target, None, ids, max_new_tokens=limit)
+            references = plain[task.name] if path in (DRAFT, "alone") else plain[task.name][:1]
+            way, tree = {
+                DRAFT: (drafter, self.tree),
+                LOOKUP: (self.baseline, CHAIN),
+                "alone": (_trained(drafter), CHAIN),
+                "tree": (_trained(drafter), self._largest_tree(_trained(drafter))),
+            }[path]
+            found = check_identity(
+                target, way, self.target_dir, references, limit, tree, together=path == "alone"
+            )
+            return asdict(found)
+
+        found = self.work.do(f"{name}: token identity in float32", list(pieces), check)
+        identities: dict[str, dict[str, Identity]] = {}
+        for key, (path, task) in pieces.items():
+            identities.setdefault(path, {})[task.name] = Identity(**found[key])
+        return identities
+
+    def _largest_tree(self, drafter: Drafter) -> Shape:
+        return sweep.largest_tree(drafter.block_size, self.params.sweeps) if self.params.sweeps else CHAIN
+
+    def _prompt_ids(
+        self, task: Task, count: int | None = None, start: int = 0, of: Target | None = None
+    ) -> list[list[int]]:
+        """First turns in the target's chat template."""
+        chosen = task.prompts[start : None if count is None else start + count]
+        target = of or self.target
+        return [target.chat_ids([{"role": "user", "content": turns[0]}]) for turns in chosen]
+
+    def _subject(self, name: str) -> Subject:
+        return Subject(
+            drafter=name,
+            draft_digest=self.digests[name],
+            target=_origin(self.target_dir),
+            target_digest=self.target.digest,
+            device=describe_device(self.target.device),
+            dtype=str(self.target.dtype).removeprefix("torch."),
+            seed=self.seed,
+            processes=self.work.processes,
         )
-        return generation, time.perf_counter() - start - generation.stats.prefill_s
+
+    def _provenance(self, name: str) -> dict[str, Any]:
+        file = Path(self.drafts[name]) / DRAFT_RECORD
+        made = json.loads(file.read_text()) if file.exists() else {}
+        of_draft = {"data_digest": made.get("data_digest"), "trained_at_commit": made.get("git_commit")}
+        return provenance() | of_draft
 
 
-def _open_bench(
-    target: Target,
-    drafter_dir: str | Path,
-    tasks: list[Task],
-    params: EvaluateParams,
-    seed: int,
-    log: WorkLog,
-) -> Bench:
-    """A bench whose kernels, caches, compiled shapes and cost figures are made before the clock starts."""
-    drafter = load_drafter(drafter_dir, target, params.decode)
-    chosen = params.decode.controller
-    controller = make_controller(chosen.type, _curve(target, drafter, log), **chosen.options())
-    bench = Bench(target, drafter, _tree(params), controller, params, seed)
-    longest = max((prompt[0] for task in tasks for prompt in task.prompts), key=len)
-    prompt_ids = target.chat_ids([{"role": "user", "content": longest}])
-    for temperature in params.temperatures:
-        for with_draft in (False, True):
-            bench.run(with_draft, prompt_ids, temperature, seed)
-    return bench
+def _label(controller: ControllerParams) -> str:
+    """`fixed`, `threshold 0.5`"""
+    return " ".join([controller.type, *(f"{v:g}" for v in controller.options().values() if v is not None)])
 
 
-def _tree(params: EvaluateParams) -> Shape:
-    return make_shape(params.decode.tree.type, **params.decode.tree.options())
+def _once(make: Callable[[], Any]) -> Callable[[], Any]:
+    """The same object at every call, made by the first."""
+    made: list[Any] = []
+
+    def get() -> Any:
+        if not made:
+            made.append(make())
+        return made[0]
+
+    return get
 
 
-def _curve(target: Target, drafter: Drafter, log: WorkLog) -> CostCurve:
-    """The cost curve, measured once an evaluation: a resumed one goes on with the same controller."""
-    if log.get("costs") is None:
-        trained = getattr(drafter, "trained", drafter)  # behind a lookup, it is what costs
-        log.add("costs", load_or_measure(target, trained, batches=(1,)).to_json())
-    return CostCurve.from_json(log.get("costs"))
+def _trained(drafter: Drafter) -> Drafter:
+    """Without the lookup before it."""
+    return getattr(drafter, "trained", drafter)
 
 
-def _measure(
-    target: Target,
-    drafter_dir: str | Path,
-    tasks: list[Task],
-    params: EvaluateParams,
-    seed: int,
-    log: WorkLog,
-) -> dict[tuple[str, float], list[PromptResult]]:
-    """All prompts of all tasks at all temperatures; finished ones come from the log."""
-    pieces = [
-        (task, temperature, i)
-        for temperature in params.temperatures
-        for task in tasks
-        for i in range(len(task.prompts))
+def _of(
+    name: str, contest: Mapping[tuple[str, float], list[PromptRuns]]
+) -> dict[tuple[str, float], list[PromptRuns]]:
+    """The contest as one drafter's record sees it: the baselines, and its own runs without its name."""
+    return {
+        key: [
+            {
+                each.removeprefix(f"{name}/"): run
+                for each, run in row.items()
+                if each in (PLAIN, LOOKUP) or each.startswith(f"{name}/")
+            }
+            for row in rows
+        ]
+        for key, rows in contest.items()
+    }
+
+
+def _lines(contest: Mapping[tuple[str, float], list[PromptRuns]]) -> list[dict[str, Any]]:
+    return [
+        {"task": task, "temperature": temperature, "index": i, "runs": to_json(row)}
+        for (task, temperature), rows in contest.items()
+        for i, row in enumerate(rows)
     ]
-    missing = [piece for piece in pieces if log.get(_key(*piece)) is None]
-    if missing:
-        bench = _open_bench(target, drafter_dir, tasks, params, seed, log)
-    with Progress("measuring", len(pieces), len(pieces) - len(missing)) as progress:
-        for task, temperature, i in missing:
-            result = bench.prompt(task.prompts[i], temperature, i)
-            log.add(_key(task, temperature, i), asdict(result))
-            progress.tokens(result.plain_tokens + result.drafted_tokens)
-            progress.advance()
-    results: dict[tuple[str, float], list[PromptResult]] = {}
-    for task, temperature, i in pieces:
-        row = PromptResult(**log.get(_key(task, temperature, i)))
-        results.setdefault((task.name, temperature), []).append(row)
-    return results
 
 
-def _native(target: Target, target_dir: str | Path, tasks: list[Task], log: WorkLog) -> dict[str, float]:
-    """Tokens/s of `transformers.generate` by task: the best plain decoding that needs none of our engine."""
-    if log.get("native") is None:
-        first = {task.name: [{"role": "user", "content": task.prompts[0][0]}] for task in tasks}
-        ids = {name: target.chat_ids(messages) for name, messages in first.items()}
-        log.add("native", native_tokens_per_second(target_dir, target.dtype, target.device, ids))
-    return log.get("native")
+def _without_speed(rows: list[dict[str, Any]] | None) -> list[dict[str, Any]] | None:
+    """No speed-up is reported for a path that changed a token."""
+    return rows and [row | {"speedup": None, "against_best_fixed": None} for row in rows]
 
 
-def _identities(
-    target_dir: str | Path,
-    drafter_dir: str | Path,
-    tasks: list[Task],
-    params: EvaluateParams,
-    seed: int,
-    device: str | None,
-    log: WorkLog,
-) -> dict[str, Identity]:
-    """The float32 check of each task. It always drafts: a controller would only leave rounds unchecked."""
-    missing = [task for task in tasks if log.get(f"identity {task.name}") is None]
-    if missing:
-        target = load_target(target_dir, dtype="float32", device=device)
-        drafter = load_drafter(drafter_dir, target, params.decode)
-        with Progress("token identity in float32", len(tasks), len(tasks) - len(missing)) as progress:
-            for task in missing:
-                prompts = [prompt[0] for prompt in task.prompts[: params.lossless_prompts]]
-                ids = [target.chat_ids([{"role": "user", "content": prompt}]) for prompt in prompts]
-                identity = check_identity(
-                    target, drafter, target_dir, ids, params.lossless_new_tokens, seed, _tree(params)
-                )
-                log.add(f"identity {task.name}", asdict(identity))
-                progress.advance()
-    return {task.name: Identity(**log.get(f"identity {task.name}")) for task in tasks}
-
-
-def _origin(target_dir: str | Path) -> str:
+def _origin(target_dir: Path) -> str:
     """Where the target came from, `source[@revision]`, as `resolve_target` wrote it down; else the path."""
-    file = Path(target_dir) / RECORD
+    file = target_dir / RECORD
     if not file.exists():
         return str(target_dir)
     origin = json.loads(file.read_text())
     return f"{origin['source']}@{origin['revision']}" if origin.get("revision") else origin["source"]
-
-
-def _key(task: Task, temperature: float, index: int) -> str:
-    return f"{task.name} T={temperature:g} {index}"
-
-
-def _work_key(subject: Subject, drafter_dir: str | Path, params: EvaluateParams, tasks: list[Task]) -> str:
-    """Digest of all that a stored result depends on, so that none is taken over from another setting."""
-    files = {file.name: file_digest(file) for file in sorted(Path(drafter_dir).glob("*")) if file.is_file()}
-    prompts = [(task.name, task.version, task.prompts) for task in tasks]
-    return digest(json.dumps([EVAL_VERSION, asdict(subject), files, params.model_dump(), prompts]))

@@ -12,6 +12,7 @@ from typing import Any
 
 from deepspec.decoding.engine import generate
 from deepspec.decoding.lossless import top_two_gap
+from deepspec.decoding.request import Generation
 from deepspec.decoding.tree import Shape
 from deepspec.evaluation.record import Identity
 from deepspec.target import Target
@@ -23,27 +24,35 @@ def check_identity(
     target: Target,
     drafter: Any,
     target_dir: str | Path,
-    prompts: list[list[int]],
+    references: list[Generation],
     max_new_tokens: int,
-    seed: int = 0,
     tree: Shape | None = None,
+    together: bool = False,
 ) -> Identity:
-    """Compare the drafted greedy output of each prompt with the plain one; `target` is in float32."""
-    options = {"max_new_tokens": max_new_tokens, "temperature": 0.0, "seed": seed}
-    plain = generate(target, None, prompts, **options)
+    """Compare the drafted greedy output of each prompt with the plain one; `target` is in float32.
+
+    Args:
+        references: plain greedy generations of at most `max_new_tokens`, by the same target.
+        together: decode the prompts in one batch, not one at a time.
+    """
+    prompts = [reference.prompt_ids for reference in references]
+    options = {"max_new_tokens": max_new_tokens, "temperature": 0.0, "tree": tree}
+    if together:
+        outputs = generate(target, drafter, prompts, **options)
+    else:
+        outputs = (generate(target, drafter, prompt_ids, **options)[0] for prompt_ids in prompts)
     ties = 0
     lossless = True
-    for prompt_ids, reference in zip(prompts, plain, strict=True):
-        drafted = generate(target, drafter, prompt_ids, tree=tree, **options)[0]
+    for reference, drafted in zip(references, outputs, strict=True):
         same = _shared(reference.tokens, drafted.tokens)
         if same == len(reference.tokens) == len(drafted.tokens):
             continue
         # A run that just ends early differs in no token: that is no tie.
         differs = same < min(len(reference.tokens), len(drafted.tokens))
-        tie = differs and top_two_gap(target_dir, prompt_ids + reference.tokens[:same]) < TIE
+        tie = differs and top_two_gap(target_dir, reference.prompt_ids + reference.tokens[:same]) < TIE
         ties += tie
         lossless &= tie
-    tokens = sum(len(reference.tokens) for reference in plain)
+    tokens = sum(len(reference.tokens) for reference in references)
     return Identity(lossless=lossless, ties=ties, prompts=len(prompts), tokens=tokens)
 
 

@@ -3,18 +3,36 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from itertools import accumulate
 from statistics import fmean
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from deepspec.evaluation.stats import Interval, Pair, macro_speedup, median_per_round_ms, speedup
+import numpy as np
+
+from deepspec.evaluation.contest import PLAIN, PromptRuns, Run, pair
+from deepspec.evaluation.stats import (
+    Interval,
+    against,
+    bootstrap,
+    macro_speedup,
+    median_per_round_ms,
+    pair_table,
+    quotient,
+    speed_ratio,
+    speedup,
+)
 
 if TYPE_CHECKING:
-    from deepspec.decoding.request import Generation
+    from deepspec.decoding.promise import Check
     from deepspec.evaluation.task import Task
 
-EVAL_VERSION = "1"  # raised whenever numbers of before and after cannot be compared
+EVAL_VERSION = "2"  # raised whenever numbers of before and after cannot be compared
+DRAFT = "draft"  # the contestant that a record is about: the draft as `evaluate.decode` uses it
+LOOKUP = "lookup"  # the strongest baseline that needs no training
+OUTPUT_BIN = 16  # tokens
+_UNLIKE = 0.8  # of the held-out acceptance at position 1
 
 
 @dataclass(frozen=True)
@@ -22,51 +40,18 @@ class Subject:
     """What was measured, on what."""
 
     drafter: str
+    draft_digest: str
     target: str
     target_digest: str
     device: str
     dtype: str
     seed: int
-
-
-@dataclass
-class PromptResult:
-    """One prompt at one temperature, its turns added up; `accepted` and `drafted` count tokens by round."""
-
-    plain_s: float = 0.0
-    plain_tokens: int = 0
-    drafted_s: float = 0.0
-    drafted_tokens: int = 0
-    draft_s: float = 0.0
-    verify_s: float = 0.0
-    accepted: list[int] = field(default_factory=list)
-    drafted: list[int] = field(default_factory=list)
-    output_hash: str = ""  # of the drafted run's token ids
-
-    def add(self, plain: Generation, plain_s: float, drafted: Generation, drafted_s: float) -> None:
-        """Add the two runs of one turn, with their seconds after the target's prefill."""
-        self.plain_s += plain_s
-        self.plain_tokens += len(plain.tokens)
-        self.drafted_s += drafted_s
-        self.drafted_tokens += len(drafted.tokens)
-        self.draft_s += drafted.stats.draft_s
-        self.verify_s += drafted.stats.verify_s
-        self.accepted += drafted.stats.accepted
-        self.drafted += drafted.stats.drafted
-
-    @property
-    def host_s(self) -> float:
-        """What is neither drafting nor verifying: bookkeeping and Python."""
-        return self.drafted_s - self.draft_s - self.verify_s
-
-    @property
-    def pair(self) -> Pair:
-        return Pair(self.plain_s, self.plain_tokens, self.drafted_s, self.drafted_tokens)
+    processes: int
 
 
 @dataclass(frozen=True)
 class Identity:
-    """Outcome of a task's token-identity check: no difference but `ties` proven ties, or not lossless."""
+    """Outcome of a token-identity check: no difference but `ties` proven ties, or not lossless."""
 
     lossless: bool
     ties: int
@@ -74,133 +59,256 @@ class Identity:
     tokens: int = 0
 
 
+Results = Mapping[tuple[str, float], list[PromptRuns]]  # (task, temperature) → its prompts
+
+
+@dataclass(frozen=True)
+class Measured:
+    """All that a record is made of.
+
+    Args:
+        contest: of the contestants `plain`, `draft`, `lookup` and other controllers of the same draft.
+        identities: path ("draft", "lookup") → task → outcome. Other controllers verify less of what "draft" does.
+        native: task → tokens/s of `transformers.generate`.
+        parts: further sections of the record: blocks, confidence, sweeps, throughput.
+        promise: what became of training's figures in decoding.
+    """
+
+    contest: Results
+    identities: Mapping[str, Mapping[str, Identity]]
+    native: Mapping[str, float]
+    parts: Mapping[str, Any] = field(default_factory=dict)
+    promise: Check | None = None
+
+
 def task_key(task: str, temperature: float) -> str:
     return f"{task}@T={temperature:g}"
 
 
-def build_record(
-    subject: Subject,
-    tasks: list[Task],
-    results: Mapping[tuple[str, float], list[PromptResult]],
-    identities: Mapping[str, Identity],
-    native: Mapping[str, float],
-) -> dict:
+def build_record(subject: Subject, tasks: list[Task], measured: Measured) -> dict:
     """The whole record. An entry of T > 0 carries the verdict of its task's check, which is made at T = 0.
 
     A task that failed its check has no speed-up, and neither has a mean over it: both are null.
     """
     by_name = {task.name: task for task in tasks}
+    seed = subject.seed
     entries = {
-        task_key(name, temperature): _entry(by_name[name], temperature, rows, identities[name], subject.seed)
-        for (name, temperature), rows in results.items()
+        task_key(name, temperature): _entry(by_name[name], temperature, rows, measured.identities, seed)
+        for (name, temperature), rows in measured.contest.items()
     }
-    for name, identity in identities.items():
-        if not identity.lossless:
-            print(
-                f"warning: {subject.drafter} changed the target's greedy output on {name}; "
-                "no speed-up is reported",
-                file=sys.stderr,
-            )
-    return {
+    record = {
         "eval_version": EVAL_VERSION,
-        "target": subject.target,
-        "target_digest": subject.target_digest,
-        "drafter": subject.drafter,
-        "device": subject.device,
-        "dtype": subject.dtype,
-        "seed": subject.seed,
+        **asdict(subject),
         "tasks": entries,
-        "summary": _summary(results, identities, native, entries, subject.seed),
+        "summary": _summary(measured, entries, seed),
+        **measured.parts,
+        "promise": measured.promise and {"greedy": asdict(measured.promise)},
     }
+    record["warnings"] = warnings(record)
+    for warning in record["warnings"]:
+        print(f"warning: {subject.drafter}: {warning['name']}: {warning['message']}", file=sys.stderr)
+    return record
 
 
-def accept_rates(rows: list[PromptResult]) -> list[float]:
-    """Share accepted at position k+1, of the rounds that proposed it and accepted every earlier position."""
-    rounds = [(a, d) for row in rows for a, d in zip(row.accepted, row.drafted, strict=True)]
-    rates = []
+def accept_rates(rounds: Iterable[tuple[int, int]]) -> tuple[list[float], list[int]]:
+    """Share accepted at position k+1, of the rounds that proposed it and accepted every earlier position; and how
+    many rounds that were. `rounds` are (accepted, drafted) tokens."""
+    rounds = list(rounds)
+    rates, counts = [], []
     for k in range(max((drafted for _, drafted in rounds), default=0)):
         reached = [accepted > k for accepted, drafted in rounds if drafted > k and accepted >= k]
         if not reached:
             break
         rates.append(sum(reached) / len(reached))
-    return rates
+        counts.append(len(reached))
+    return rates, counts
 
 
-def tau(rows: list[PromptResult]) -> float | None:
-    """Tokens committed per verification, the target's own included; counted over all rounds."""
-    rounds = sum(len(row.accepted) for row in rows)
-    return 1 + sum(sum(row.accepted) for row in rows) / rounds if rounds else None
+def tau_by_output_position(runs: Iterable[Run]) -> list[dict[str, Any]]:
+    """τ of the rounds that begin where so many tokens of the answer are there, by bins of `OUTPUT_BIN`."""
+    bins: dict[int, list[int]] = {}
+    for run in runs:
+        for accepted in run.accepted:  # a turn
+            starts = accumulate((count + 1 for count in accepted), initial=0)
+            for start, count in zip(starts, accepted, strict=False):
+                bins.setdefault(start // OUTPUT_BIN, []).append(count + 1)
+    return [
+        {"start": at * OUTPUT_BIN, "end": (at + 1) * OUTPUT_BIN, "rounds": len(found), "tau": fmean(found)}
+        for at, found in sorted(bins.items())
+    ]
 
 
-def _entry(task: Task, temperature: float, rows: list[PromptResult], identity: Identity, seed: int) -> dict:
-    interval = speedup([row.pair for row in rows], seed) if identity.lossless else None
-    rounds = [len(row.accepted) for row in rows]
+def tau_table(runs: Iterable[Run]) -> np.ndarray:
+    """[prompts, 2]: tokens committed and rounds, the columns of `quotient`."""
+    return np.array([(run.committed, run.rounds) for run in runs], dtype=np.float64).reshape(-1, 2)
+
+
+def warnings(record: dict) -> list[dict[str, str]]:
+    """What a reader must not overlook, by name; nothing here changes a number."""
+    found = []
+
+    def warn(name: str, message: str) -> None:
+        found.append({"name": name, "message": message})
+
+    broken = sorted({key.rsplit("@", 1)[0] for key, e in record["tasks"].items() if not e["lossless"]})
+    if broken:
+        warn(
+            "not_lossless",
+            f"the target's greedy output changed on {', '.join(broken)}; no speed-up is reported",
+        )
+    promise = (record["promise"] or {}).get("greedy")
+    if promise and promise["below"]:
+        warn(
+            "below_training_promise",
+            f"acceptance at position 1 is {promise['measured']:.3f} in decoding and {promise['promised']:.3f} in "
+            f"training, on the same {promise['blocks']} held-out contexts",
+        )
+    if promise and promise["unlike"]:
+        shares = ", ".join(f"{share:.3f}" for share in promise["agreement"])
+        warn(
+            "drafts_other_tokens",
+            f"on the same {promise['blocks']} held-out contexts decoding drafts other tokens than training did "
+            f"(shares alike by position: {shares}): what decodes is not what was trained",
+        )
+    if promise and not promise["below"] and not promise["unlike"]:
+        for task, entry in (record["blocks"] or {}).get("greedy", {}).items():
+            rate = entry["accept_rate_by_position"][0] if entry["accept_rate_by_position"] else None
+            if rate is not None and rate < _UNLIKE * promise["promised"]:
+                warn(
+                    "unlike_training_data",
+                    f"on {task} acceptance at position 1 is {rate:.2f}, on held-out training data "
+                    f"{promise['promised']:.2f}: more prompts like these in the mix would help",
+                )
+    for temperature, mean in record["summary"]["by_temperature"].items():
+        if mean["speedup_ci95"] and mean["speedup_ci95"][1] < 1:
+            warn("slower_than_plain", f"at T = {temperature} decoding with the draft is slower than without")
+        lookup = mean["beside"].get(LOOKUP)
+        if lookup and lookup["ratio_ci95"] and lookup["ratio_ci95"][1] < 1:
+            warn("weaker_than_lookup", f"at T = {temperature} the lookup alone, without training, is faster")
+    return found
+
+
+def _entry(
+    task: Task,
+    temperature: float,
+    rows: list[PromptRuns],
+    identities: Mapping[str, Mapping[str, Identity]],
+    seed: int,
+) -> dict:
+    own = [row[DRAFT] for row in rows]
+    identity = identities[DRAFT][task.name]
+    beside = {}
+    for name in rows[0]:
+        if name not in (PLAIN, DRAFT):
+            path = name if name in identities else DRAFT
+            beside[name] = _figures(rows, name, identities[path][task.name], seed)
+            both = identity.lossless and identities[path][task.name].lossless
+            ratio = speedup([pair(row[name], row[DRAFT]) for row in rows], seed) if both else None
+            beside[name] |= _keys("ratio", ratio)
     return {
         "category": task.category,
         "task_version": task.version,
+        "source": task.source,
+        "prompts_digest": task.digest,
         "temperature": temperature,
         "prompts": len(rows),
-        "new_tokens": sum(row.drafted_tokens for row in rows),
-        "tau": tau(rows),
-        "accept_rate_by_position": accept_rates(rows),
-        "tokens_per_second": _rate(sum(r.drafted_tokens for r in rows), sum(r.drafted_s for r in rows)),
-        "baseline_tokens_per_second": _rate(sum(r.plain_tokens for r in rows), sum(r.plain_s for r in rows)),
-        **_speedup_keys(interval),
-        "draft_ms": median_per_round_ms([row.draft_s for row in rows], rounds),
-        "verify_ms": median_per_round_ms([row.verify_s for row in rows], rounds),
-        "host_ms": median_per_round_ms([row.host_s for row in rows], rounds),
-        "lossless": identity.lossless,
+        "new_tokens": sum(run.tokens for run in own),
+        **_figures(rows, DRAFT, identity, seed),
+        "tau_by_output_position": tau_by_output_position(own),
+        "baseline_tokens_per_second": _rate([row[PLAIN] for row in rows]),
         "ties": identity.ties,
         "lossless_checked": {"prompts": identity.prompts, "tokens": identity.tokens},
-        "output_hashes": [row.output_hash for row in rows],
+        "output_hashes": [run.output for run in own],
+        "beside": beside,
     }
 
 
-def _summary(
-    results: Mapping[tuple[str, float], list[PromptResult]],
-    identities: Mapping[str, Identity],
-    native: Mapping[str, float],
-    entries: dict[str, dict],
-    seed: int,
-) -> dict:
+def _figures(rows: list[PromptRuns], name: str, identity: Identity, seed: int) -> dict:
+    """What is said of every contestant."""
+    runs = [row[name] for row in rows]
+    rounds = [run.rounds for run in runs]
+    rates, reached = accept_rates(
+        pair
+        for run in runs
+        for turn in zip(run.accepted, run.drafted, strict=True)
+        for pair in zip(*turn, strict=True)
+    )
+    gain = speedup([pair(row[PLAIN], row[name]) for row in rows], seed) if identity.lossless else None
+    return {
+        "rounds": sum(rounds),
+        **_keys("tau", bootstrap([tau_table(runs)], quotient, seed)),
+        "accept_rate_by_position": rates,
+        "reached_by_position": reached,
+        "tokens_per_second": _rate(runs),
+        **_keys("speedup", gain),
+        "draft_ms": median_per_round_ms([run.draft_s for run in runs], rounds),
+        "verify_ms": median_per_round_ms([run.verify_s for run in runs], rounds),
+        "host_ms": median_per_round_ms([run.host_s for run in runs], rounds),
+        "lossless": identity.lossless,
+    }
+
+
+def _summary(measured: Measured, entries: dict[str, dict], seed: int) -> dict:
     """Macro means over tasks. The headline is greedy decoding, or the lowest temperature measured."""
-    temperatures = sorted({temperature for _, temperature in results})
-    lossless = all(identity.lossless for identity in identities.values())
-    means = {f"{t:g}": _macro(results, t, lossless, seed) for t in temperatures}
+    temperatures = sorted({temperature for _, temperature in measured.contest})
+    lossless = {
+        path: all(i.lossless for i in by_task.values()) for path, by_task in measured.identities.items()
+    }
+    means = {f"{t:g}": _macro(measured.contest, t, lossless, seed) for t in temperatures}
     headline = temperatures[0]
     rates = [
         entries[task_key(name, headline)]["tokens_per_second"]
-        for name in native
-        if lossless and headline == 0
+        for name in measured.native
+        if lossless[DRAFT] and headline == 0
     ]
     against_native = (
-        fmean(rate / native[name] for rate, name in zip(rates, native, strict=True))
+        fmean(rate / measured.native[name] for rate, name in zip(rates, measured.native, strict=True))
         if rates and all(rates)
         else None
     )
+    own = {key: value for key, value in means[f"{headline:g}"].items() if key != "beside"}
     return {
         "temperature": headline,
-        **means[f"{headline:g}"],
+        **own,
         "speedup_vs_hf": against_native,
-        "lossless": lossless,
+        "lossless": lossless[DRAFT],
         "by_temperature": means,
     }
 
 
-def _macro(
-    results: Mapping[tuple[str, float], list[PromptResult]], temperature: float, lossless: bool, seed: int
-) -> dict:
-    tasks = [rows for (_, t), rows in results.items() if t == temperature]
-    taus = [tau(rows) for rows in tasks]
-    interval = macro_speedup([[row.pair for row in rows] for rows in tasks], seed) if lossless else None
-    return {"tau": fmean(taus) if None not in taus else None, **_speedup_keys(interval)}
+def _macro(contest: Results, temperature: float, lossless: Mapping[str, bool], seed: int) -> dict:
+    tasks = [rows for (_, t), rows in contest.items() if t == temperature]
+    means = {}
+    for name in tasks[0][0]:
+        if name == PLAIN:
+            continue
+        sound = lossless[name if name in lossless else DRAFT]
+        gain = macro_speedup([[pair(row[PLAIN], row[name]) for row in rows] for rows in tasks], seed)
+        tau = bootstrap([tau_table(row[name] for row in rows) for rows in tasks], quotient, seed)
+        means[name] = {**_keys("tau", tau), **_keys("speedup", gain if sound else None)}
+        if name != DRAFT:
+            ratio = macro_speedup([[pair(row[name], row[DRAFT]) for row in rows] for rows in tasks], seed)
+            means[name] |= _keys("ratio", ratio if sound and lossless[DRAFT] else None)
+    own = means.pop(DRAFT)
+    return {**own, "beside": means}
 
 
-def _speedup_keys(interval: Interval | None) -> dict:
+def compare_tables(first: list[PromptRuns], second: list[PromptRuns]) -> dict[str, np.ndarray]:
+    """Of two records on the same prompts, the tables of `against(speed_ratio)` and `against(quotient)`."""
+    pairs = [pair_table([pair(row[PLAIN], row[DRAFT]) for row in rows]) for rows in (first, second)]
+    taus = [tau_table(row[DRAFT] for row in rows) for rows in (first, second)]
+    return {"speedup": np.concatenate(pairs, axis=1), "tau": np.concatenate(taus, axis=1)}
+
+
+STATISTICS = {"speedup": against(speed_ratio), "tau": against(quotient)}
+
+
+def _keys(name: str, interval: Interval | None) -> dict:
     if interval is None:
-        return {"speedup": None, "speedup_ci95": None}
-    return {"speedup": interval.value, "speedup_ci95": [interval.low, interval.high]}
+        return {name: None, f"{name}_ci95": None}
+    return {name: interval.value, f"{name}_ci95": [interval.low, interval.high]}
 
 
-def _rate(tokens: int, seconds: float) -> float | None:
-    return tokens / seconds if seconds > 0 else None
+def _rate(runs: list[Run]) -> float | None:
+    seconds = sum(run.seconds for run in runs)
+    return sum(run.tokens for run in runs) / seconds if seconds > 0 else None

@@ -1,7 +1,8 @@
-"""Numbers with their uncertainty: speed-ups as ratios of sums, with a paired bootstrap over prompts.
+"""Numbers with their uncertainty: ratios of sums, with a paired bootstrap over prompts.
 
-A prompt is the unit of resampling: its plain and its drafted run saw the same context one after the other,
-so they stay together, and so do the turns of one conversation. A task's speed-up is
+A prompt is the unit of resampling: all its runs saw the same context one after the other, so they stay together, and
+so do the turns of one conversation. Of a task, a table has a row of sums for each prompt, and a statistic is a ratio
+of the table's column sums: a speed-up is
 
     (Σ plain seconds / Σ plain tokens) / (Σ drafted seconds / Σ drafted tokens)
 
@@ -10,12 +11,17 @@ over its prompts, not a mean of per-prompt ratios, which short answers would dom
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 
 RESAMPLES = 2000
 COVERAGE = 0.95
+
+Statistic = Callable[
+    [np.ndarray], np.ndarray
+]  # column sums [..., columns] → values [...], NaN where undefined
 
 
 @dataclass(frozen=True)
@@ -37,25 +43,64 @@ class Interval:
     high: float
 
 
+def bootstrap(tables: list[np.ndarray], statistic: Statistic, seed: int = 0) -> Interval | None:
+    """Mean of a statistic over tasks; prompts are resampled within each task.
+
+    Args:
+        tables: float64 [prompts, columns], one a task.
+
+    Returns:
+        None where some task has no value, since a mean over the others would flatter.
+    """
+    values = [float(statistic(table.sum(axis=0))) for table in tables]
+    if not values or not np.isfinite(values).all():
+        return None
+    rng = np.random.default_rng(seed)
+    resampled = np.mean([_resampled(table, statistic, rng) for table in tables], axis=0)  # [RESAMPLES]
+    tail = (1 - COVERAGE) / 2
+    low, high = np.nanquantile(resampled, [tail, 1 - tail])
+    return Interval(float(np.mean(values)), float(low), float(high))
+
+
 def speedup(pairs: list[Pair], seed: int = 0) -> Interval | None:
     """Speed-up of one task with its interval, or None where no time was measured."""
     return macro_speedup([pairs], seed)
 
 
 def macro_speedup(tasks: list[list[Pair]], seed: int = 0) -> Interval | None:
-    """Mean over tasks of their speed-ups; prompts are resampled within each task.
+    """Mean over tasks of their speed-ups."""
+    return bootstrap([pair_table(pairs) for pairs in tasks], speed_ratio, seed)
 
-    None where some task has no measured time, since a mean over the others would flatter.
-    """
-    tables = [_table(pairs) for pairs in tasks]
-    values = [float(_ratio(table.sum(axis=0))) for table in tables]
-    if not values or not np.isfinite(values).all():
-        return None
-    rng = np.random.default_rng(seed)
-    resampled = np.mean([_resampled_ratios(table, rng) for table in tables], axis=0)  # [RESAMPLES]
-    tail = (1 - COVERAGE) / 2
-    low, high = np.nanquantile(resampled, [tail, 1 - tail])
-    return Interval(float(np.mean(values)), float(low), float(high))
+
+def pair_table(pairs: list[Pair]) -> np.ndarray:
+    """[prompts, 4], the columns of `speed_ratio`."""
+    rows = [(p.plain_s, p.plain_tokens, p.drafted_s, p.drafted_tokens) for p in pairs]
+    return np.array(rows, dtype=np.float64).reshape(len(rows), 4)
+
+
+def speed_ratio(sums: np.ndarray) -> np.ndarray:
+    """Speed-up from sums [..., 4] of plain seconds and tokens, drafted seconds and tokens."""
+    plain_s, plain_tokens, drafted_s, drafted_tokens = np.moveaxis(sums, -1, 0)
+    measured = (plain_tokens > 0) & (drafted_s > 0)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.where(measured, (plain_s / plain_tokens) * (drafted_tokens / drafted_s), np.nan)
+
+
+def quotient(sums: np.ndarray) -> np.ndarray:
+    """First column over second, from sums [..., 2]: τ of tokens and rounds."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.where(sums[..., 1] > 0, sums[..., 0] / sums[..., 1], np.nan)
+
+
+def against(statistic: Statistic) -> Statistic:
+    """The statistic of the second half of the columns over that of the first."""
+
+    def ratio(sums: np.ndarray) -> np.ndarray:
+        first, second = np.split(sums, 2, axis=-1)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            return statistic(second) / statistic(first)
+
+    return ratio
 
 
 def median_per_round_ms(seconds: list[float], rounds: list[int]) -> float | None:
@@ -64,19 +109,6 @@ def median_per_round_ms(seconds: list[float], rounds: list[int]) -> float | None
     return float(np.median(per_prompt)) if per_prompt else None
 
 
-def _table(pairs: list[Pair]) -> np.ndarray:
-    rows = [(p.plain_s, p.plain_tokens, p.drafted_s, p.drafted_tokens) for p in pairs]
-    return np.array(rows, dtype=np.float64).reshape(len(rows), 4)  # [prompts, 4]
-
-
-def _resampled_ratios(table: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+def _resampled(table: np.ndarray, statistic: Statistic, rng: np.random.Generator) -> np.ndarray:
     picks = rng.integers(len(table), size=(RESAMPLES, len(table)))
-    return _ratio(table[picks].sum(axis=1))  # [RESAMPLES]
-
-
-def _ratio(sums: np.ndarray) -> np.ndarray:
-    """Speed-up from sums [..., 4]; NaN where nothing was measured."""
-    plain_s, plain_tokens, drafted_s, drafted_tokens = np.moveaxis(sums, -1, 0)
-    measured = (plain_tokens > 0) & (drafted_s > 0)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        return np.where(measured, (plain_s / plain_tokens) * (drafted_tokens / drafted_s), np.nan)
+    return statistic(table[picks].sum(axis=1))  # [RESAMPLES]

@@ -13,14 +13,7 @@ class WorkLog:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._done: dict[str, Any] = {}
-        whole = 0
-        for line in self.path.read_bytes().splitlines(keepends=True) if self.path.exists() else []:
-            entry = _parse(line)
-            if entry is None:
-                break
-            self._done[entry["key"]] = entry["result"]
-            whole += len(line)
+        self._done, whole = _read(self.path)
         self._file = self.path.open("ab")
         self._file.truncate(whole)
 
@@ -39,6 +32,24 @@ class WorkLog:
         """To be called once the results are safe elsewhere."""
         self.close()
         self.path.unlink(missing_ok=True)
+
+
+def read_log(path: Path) -> dict[str, Any]:
+    """The finished results of a work file, by key; the file stays as it is."""
+    return _read(path)[0]
+
+
+def _read(path: Path) -> tuple[dict[str, Any], int]:
+    """The results by key, and how many bytes of the file are whole lines of them."""
+    done: dict[str, Any] = {}
+    whole = 0
+    for line in path.read_bytes().splitlines(keepends=True) if path.exists() else []:
+        entry = _parse(line)
+        if entry is None:
+            break
+        done[entry["key"]] = entry["result"]
+        whole += len(line)
+    return done, whole
 
 
 def _parse(line: bytes) -> dict | None:

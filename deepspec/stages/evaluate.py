@@ -1,32 +1,71 @@
-"""Measure one drafter on the evaluation tasks: data/drafts/NAME → reports/eval/NAME.json."""
+"""Measure drafters on the evaluation tasks, all in one interleaved run: data/drafts/NAME → reports/eval/NAME.json."""
 
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
 
 from deepspec.config import Params
 from deepspec.errors import DeepSpecError, nearest
-from deepspec.files import write_json
+from deepspec.files import write_json, write_text
 from deepspec.stages.common import stage
+
+FIGURES = """what the record says, and how it is computed (docs/evaluation.md has more):
+  tau                      tokens committed per target pass, the target's own included; counted round by round
+  speedup                  seconds a token of plain decoding over seconds a token with the draft: same engine, prompts,
+                           seeds and minute, prefill left out; the mean over tasks of ratios of sums
+  ..._ci95                 95 % interval of a paired bootstrap over prompts
+  accept_rate_by_position  share accepted at a position of the rounds that accepted all before it (reached_by_position)
+  tau_by_output_position   the same tau by how much of the answer was there when the round began
+  draft_ms, verify_ms, host_ms   of a round: the draft, the target's pass with the verdict, and the rest; medians
+  beside                   the lookup alone, and other controllers of the same draft, on the same prompts; `ratio` is
+                           how much faster the draft is than each
+  lossless, ties           greedy output in float32 is token for token the plain one, but for proven ties
+  blocks                   the draft alone with whole blocks: acceptance by position without lookup and controller
+  confidence               ECE, AUC and reliability of the confidence head before and after calibration; thresholds:
+                           tokens that stand or fall where a block is cut below so much confidence
+  sweeps, throughput       tau and speed over chain length, tree depth and nodes; tokens/s with several requests
+  promise, warnings        acceptance at position 1 on held-out contexts in training and in decoding; what to look at
+"""
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--drafter", required=True, help="a name under `drafters` in params.yaml")
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.epilog = FIGURES
+    parser.add_argument(
+        "--drafter",
+        required=True,
+        action="append",
+        help="a name under `drafters` in params.yaml; several (repeat the flag) meet on the same prompts",
+    )
     parser.add_argument("--device", help="cpu, cuda, ... (default: a GPU where there is one)")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=Path("reports/eval"),
+        help="folder of the records (default: %(default)s)",
+    )
 
 
 def main(params: Params, flags: argparse.Namespace) -> None:
-    name = flags.drafter
-    if name not in params.drafters:
-        raise DeepSpecError(f"unknown drafter {name!r}{nearest(name, params.drafters)}")
-    draft = Path("data/drafts") / name
-    if not draft.is_dir():
-        raise DeepSpecError(f"{draft}: no such draft; train it first (deepspec train --drafter {name})")
+    drafts = {}
+    for name in flags.drafter:
+        if name not in params.drafters:
+            raise DeepSpecError(f"unknown drafter {name!r}{nearest(name, params.drafters)}")
+        drafts[name] = Path("data/drafts") / name
+        if not drafts[name].is_dir():
+            raise DeepSpecError(
+                f"{drafts[name]}: no such draft; train it first (deepspec train --drafter {name})"
+            )
     from deepspec.evaluation.benchmark import evaluate
 
-    record = evaluate(name, "data/target", draft, params.evaluate, params.seed, device=flags.device)
-    write_json(f"reports/eval/{name}.json", record)
+    outcomes = evaluate(drafts, "data/target", params.evaluate, params.seed, device=flags.device)
+    for name, outcome in (outcomes or {}).items():
+        lines = "".join(json.dumps(line) + "\n" for line in outcome.prompts)
+        write_text(flags.output / f"{name}.prompts.jsonl", lines)
+        write_json(flags.output / f"{name}.traces.json", outcome.traces)
+        write_json(flags.output / f"{name}.json", outcome.record)
 
 
 if __name__ == "__main__":

@@ -56,6 +56,11 @@ class Mixture:
     lk: float = 0.0
     lk_mixed: float = 0.0
 
+    @property
+    def with_kl(self) -> bool:
+        """Whether any term needs KL(p ‖ q)."""
+        return bool(self.kl or self.lk_mixed)
+
 
 @dataclass(frozen=True)
 class TargetLaw:
@@ -155,9 +160,8 @@ class _HeadLoss(torch.autograd.Function):
             logits = F.linear(inputs[0][part], matrices[0])
             for x, w in zip(inputs[1:], matrices[1:], strict=True):
                 logits.addmm_(x[part], w.T)
-            with_kl = bool(mixture.kl or mixture.lk_mixed)
             dz, terms[part], alpha[part], chances = _position_losses(
-                logits, *law.at(part, with_kl), law.labels[part], mixture
+                logits, *law.at(part, mixture.with_kl), law.labels[part], mixture
             )
             here = valid[start // gamma : start // gamma + blocks]
             weights[part] = weigh(chances.view(-1, gamma), here).flatten()
@@ -205,7 +209,7 @@ def _position_losses(logits, p, inside, negentropy, labels, mixture: Mixture):
     largest, place = q.max(-1, keepdim=True)
     norm = logits.gather(1, place).to(precise) - largest.log()  # log-sum-exp of the logits
     log_chances = (logits.gather(1, index).to(precise) - norm)[:, 0]
-    with_kl = bool(mixture.kl or mixture.lk_mixed)
+    with_kl = mixture.with_kl
     divergence = torch.zeros_like(inside)
     if with_kl:
         divergence = negentropy - _dot(p, logits.to(precise)) + norm[:, 0] * inside

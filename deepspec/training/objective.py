@@ -70,13 +70,28 @@ class BlockObjective(nn.Module):
         """α of each position, [b, blocks, γ]."""
         return self._head_loss(batch)[0].alpha.view(batch.valid.shape)
 
+    @torch.no_grad()
+    def greedy_chains(self, batch: Batch) -> Tensor:
+        """What blocks draft by themselves, each token the likeliest after those before it: target ids [b, γ].
+
+        One block a row, of which the tokens after the anchor do not count.
+        """
+        model, tokens, chain = self.model, batch.tokens.clone(), []
+        for k in range(batch.places.shape[-1]):
+            hidden = model(batch.features.float(), tokens, batch.anchors)
+            outputs = model.outputs(hidden, tokens.gather(1, batch.places[:, 0])[:, None])
+            logits = sum(x[:, 0, k].float() @ w.float().T for x, w in outputs.factors)  # [b, columns]
+            chain.append(self.draft_ids.to(logits.device)[logits.argmax(-1)])
+            tokens.scatter_(1, batch.anchors + k + 1, chain[-1][:, None])
+        return torch.stack(chain, -1)
+
     def _head_loss(self, batch: Batch) -> tuple[HeadLoss, Tensor | None]:
         """Losses of all positions, and the confidence head's logits [b, blocks, γ] where there is one."""
         model = self.model
         device = batch.features.device.type
         compute = batch.features.dtype if torch.is_autocast_enabled(device) else torch.float32
         hidden = model(batch.features.to(compute), batch.tokens, batch.anchors)  # [b, blocks, γ, d]
-        outputs = model.outputs(hidden, self._previous(batch, hidden.shape[2]))
+        outputs = model.outputs(hidden, self._previous(batch))
         shared = model.lm_head.weight  # converted once, though two laws are made with it
         head = shared.to(compute)
         factors = [
@@ -94,8 +109,6 @@ class BlockObjective(nn.Module):
             found = head_loss(factors, law, self.mixture, self.weigh, batch.valid.flatten(0, 1), self.budget)
         return found, outputs.confidence
 
-    def _previous(self, batch: Batch, gamma: int) -> Tensor:
+    def _previous(self, batch: Batch) -> Tensor:
         """The true token before each prediction, int64 [b, blocks, γ]."""
-        places = batch.anchors[..., None] + torch.arange(gamma, device=batch.anchors.device)
-        places = places.clamp(max=batch.tokens.shape[1] - 1)
-        return batch.tokens.gather(1, places.flatten(1)).view(places.shape)
+        return batch.tokens.gather(1, batch.places.flatten(1)).view(batch.places.shape)

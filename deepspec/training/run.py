@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from collections import Counter
 from dataclasses import dataclass
 from datetime import timedelta
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,6 +14,7 @@ from accelerate import Accelerator, InitProcessGroupKwargs
 
 from deepspec.data.features import CachedFeatures, Features, OnlineFeatures
 from deepspec.data.sequences import Sequence, read_sequences
+from deepspec.decoding import promise
 from deepspec.decoding.calibration import TEMPERATURES, calibrate, save
 from deepspec.decoding.engine import generate
 from deepspec.drafters.checkpoint import load_drafter, stored_weights, write_drafter
@@ -24,6 +22,7 @@ from deepspec.drafters.network import Network
 from deepspec.drafters.registry import algorithms
 from deepspec.errors import DeepSpecError
 from deepspec.files import digest, source_digest, write_json
+from deepspec.provenance import provenance
 from deepspec.target import Target, load_target
 from deepspec.training.batches import Batches
 from deepspec.training.objective import BlockObjective
@@ -36,6 +35,7 @@ WORK = Path(".deepspec")
 DATA = Path("data/distill")
 CALIBRATION_TOKENS = 64  # of each held-out conversation's answer
 DECODED_PROMPTS, DECODED_TOKENS = 8, 48
+PROMISED_SEQUENCES, PROMISED_ANCHORS = 16, 6  # held-out conversations, and blocks of each
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ def train(params: Params, name: str, target_directory: Path, outputs: Outputs) -
     target = load_target(target_directory, device=str(accelerator.device))
     network = make_network(params, name, target)
     if not any(p.requires_grad for p in network.parameters()):  # a model that is used as it is
-        record = provenance(params, None)
+        record = _record(params, None)
         write_drafter(outputs.draft, network.description(), stored_weights(network), target, record)
         return _untrained(outputs)
     sequences, data_digest = read_sequences(DATA, params.train.max_length, params.train.supervise)
@@ -87,12 +87,14 @@ def train(params: Params, name: str, target_directory: Path, outputs: Outputs) -
         best.load_state_dict(
             {name.removeprefix("model."): w for name, w in trainer.best_weights().items()}, strict=False
         )
-        record = provenance(params, data_digest) | {"heldout_tau": trainer.best_tau, "drafter": name}
+        record = _record(params, data_digest) | {"heldout_tau": trainer.best_tau, "drafter": name}
         weights = stored_weights(best, params.train.written_out)
         write_drafter(outputs.draft, best.description(), weights, target, record)
         prompts = [_prompt(sequences[i]) for i in trainer.heldout]
         if best.confident:
             _calibrate(outputs.draft, target, prompts, params.seed)
+        objective = BlockObjective(best.to(target.device), params.train.loss).to(target.device)
+        promise.save(outputs.draft, _kept(objective, trainer.batches, trainer.heldout, target))
         trainer.history[-1] |= _decoded(outputs.draft, target, prompts, params.seed)
         write_json(outputs.manifest, trainer.batches.store.describe())
         write_history(outputs.history, trainer.history)
@@ -183,9 +185,29 @@ def _calibrate(draft: Path, target: Target, prompts: list[list[int]], seed: int)
         print(f"confidence not calibrated: {error}")
         return
     save(draft, found)
-    for mode, ece in found["ece"].items():
-        blocks = found["blocks"][mode]
+    for mode, quality in found["quality"].items():
+        ece, blocks = quality["ece"], quality["blocks"]
         print(f"confidence ({mode}): ECE {ece['before']:.3f} → {ece['after']:.3f}, {blocks} blocks")
+
+
+def _kept(
+    objective: BlockObjective, batches: Batches, heldout: list[int], target: Target
+) -> list[promise.Kept]:
+    """Blocks of held-out conversations as the network that was trained drafts them."""
+    kept = []
+    for i in heldout[:PROMISED_SEQUENCES]:
+        ids = batches.store.sequences[i].ids
+        starts = [start for start in batches.starts(i, answers_only=True) if start + batches.gamma < len(ids)]
+        if not starts:
+            continue
+        anchors = torch.tensor(starts[:: -(-len(starts) // PROMISED_ANCHORS)])
+        batch = batches.at([i] * len(anchors), anchors[:, None], answers_only=True).to(target.device)
+        chains = objective.greedy_chains(batch)
+        with torch.no_grad():
+            after = target.logits(batch.hidden[0, anchors].to(target.dtype)).argmax(-1)
+        accepted = (chains[:, 0] == after).int().tolist()
+        kept.append(promise.Kept(ids, anchors.tolist(), chains.tolist(), accepted))
+    return kept
 
 
 def draft_vocabulary(sequences: list[Sequence], size: int, vocab_size: int) -> torch.Tensor:
@@ -236,14 +258,11 @@ def make_trainer(
     return Trainer(objective, batches, heldout, params.train, accelerator, work)
 
 
-def provenance(params: Params, data_digest: str | None) -> dict:
+def _record(params: Params, data_digest: str | None) -> dict:
     """How a draft was made, for its deepspec.json."""
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True)
     return {
         "data_digest": data_digest,
-        "git_commit": commit.stdout.strip() or None,
-        "packages": {name: version(name) for name in ("torch", "transformers", "accelerate", "safetensors")},
+        **provenance(),
         "seed": params.seed,
-        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "train": params.train.model_dump(),
     }

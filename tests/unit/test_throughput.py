@@ -7,10 +7,10 @@ import json
 import pytest
 
 from benchmarks import throughput
-from benchmarks.common import Prompt
-from benchmarks.throughput import Run, Setting, best_fixed, groups_of, main, report
+from benchmarks.throughput import main, report
 from deepspec.decoding.cost import CostCurve
 from deepspec.drafters.lookup import LookupDrafter
+from deepspec.evaluation.throughput import BatchRun, Setting, best_fixed, groups_of
 
 FLAT = [(1, 1.0), (1000, 1.1)]
 
@@ -45,10 +45,10 @@ def test_a_mistake_is_one_line(tiny_target, tmp_path, capsys):
 
 def test_the_best_fixed_length_is_the_fastest():
     runs = {
-        "plain": [Run(10, 0.1, 10, None)],
-        "fixed 2": [Run(10, 2.0, 5, 2.0)],
-        "fixed 5": [Run(10, 1.0, 5, 5.0)],
-        "scheduler": [Run(10, 0.5, 5, 3.0)],
+        "plain": [BatchRun(10, 0.1, 10, None)],
+        "fixed 2": [BatchRun(10, 2.0, 5, 2.0)],
+        "fixed 5": [BatchRun(10, 1.0, 5, 5.0)],
+        "scheduler": [BatchRun(10, 0.5, 5, 3.0)],
     }
     assert best_fixed(runs) == "fixed 5"
     _, data = report({Setting(0.0, 1): runs})
@@ -58,7 +58,7 @@ def test_the_best_fixed_length_is_the_fastest():
 
 
 def test_groups_reuse_prompts_only_where_there_are_too_few():
-    prompts = [Prompt("s", [i]) for i in range(5)]
+    prompts = [[i] for i in range(5)]
     first, second = groups_of(prompts, 2, 2, seed=0)
     assert len({tuple(ids) for ids in first + second}) == 4
     assert len(groups_of(prompts, 8, 1, seed=0)[0]) == 8

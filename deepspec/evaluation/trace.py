@@ -1,0 +1,157 @@
+"""A generation token by token: who produced each, what had been proposed there, and the draft's alternatives."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+
+from deepspec.decoding.engine import Engine
+from deepspec.decoding.request import Request, Sampling
+from deepspec.decoding.sampling import probabilities
+from deepspec.decoding.tree import Growth, Laws, Proposal, Shape, Vocabulary
+from deepspec.evaluation.contest import Contestant
+from deepspec.target import Target
+
+ALTERNATIVES = 5
+
+
+def trace(
+    target: Target,
+    contestant: Contestant,
+    prompt_ids: list[int],
+    temperature: float,
+    max_new_tokens: int,
+    seed: int,
+) -> dict[str, Any]:
+    """Decode one prompt and note all that was proposed.
+
+    Returns:
+        {"tau": τ, "tokens": [{"text", "origin": "draft", "lookup" or "target", "round", "confidence", "proposed",
+        "alternatives": [[text, probability], ...]}]}. `confidence` is the chance, as seen before verification, that
+        the proposals down to this place are accepted; `proposed` what was proposed here, which a token of the target's
+        replaced or follows (None). Alternatives are the draft's law here, the likeliest first.
+    """
+    notes = _Notes(target)
+    controller = contestant.controller
+    engine = Engine(
+        target,
+        contestant.drafter,
+        1,
+        _Traced(contestant.tree, notes),
+        contestant.verify,
+        controller,
+        on_round=notes.verified,
+    )
+    request = Request(prompt_ids, max_new_tokens, Sampling(temperature), seed, on_tokens=notes.committed)
+    (generation,) = engine.run(iter([request, None]).__next__)
+    return {"tau": generation.stats.tau, "tokens": _tokens(target, notes.rounds)}
+
+
+@dataclass
+class _Round:
+    tokens: list[int]
+    accepted: int
+    laws: dict[tuple[int, ...], list[tuple[int, float]]]  # path below the anchor → its children's likeliest
+    proposal: Proposal | None = None
+
+
+@dataclass
+class _Notes:
+    """What happens in each round, in the order in which the engine tells it: laws, tokens, verified proposal."""
+
+    target: Target
+    rounds: list[_Round] = field(default_factory=list)
+    laws: dict[tuple[int, ...], list[tuple[int, float]]] = field(default_factory=dict)
+
+    def committed(self, tokens: list[int], accepted: int) -> None:
+        self.rounds.append(_Round(tokens, accepted, self.laws))
+        self.laws = {}
+
+    def verified(self, proposal: Proposal, accepted: int) -> None:
+        self.rounds[-1].proposal = proposal
+
+
+class _Traced(Shape):
+    """Another shape, whose growths note the laws they are fed."""
+
+    draws: ClassVar[str | None]
+
+    def __init__(self, inner: Shape, notes: _Notes):
+        self.inner, self.notes = inner, notes
+        self.depth, self.nodes, self.draws = inner.depth, inner.nodes, inner.draws
+
+    def growth(self, vocabulary: Vocabulary, sampling: Sampling, depth: int, rng: torch.Generator) -> Growth:
+        growth = self.inner.growth(vocabulary, sampling, depth, rng)
+        feed = growth.feed
+
+        def noted(laws: Laws) -> None:
+            for node, logits in zip(growth.frontier, laws.logits, strict=True):
+                law = probabilities(logits.float(), Sampling(sampling.temperature or 1.0))
+                top = law.topk(min(ALTERNATIVES, len(law)))
+                likeliest = [
+                    (vocabulary.token(column), chance)
+                    for column, chance in zip(top.indices.tolist(), top.values.tolist(), strict=True)
+                ]
+                self.notes.laws[_path(growth.tokens, growth.parents, node)] = likeliest
+            feed(laws)
+
+        growth.feed = noted
+        return growth
+
+
+def _path(tokens: list[int], parents: list[int], node: int) -> tuple[int, ...]:
+    """The tokens from the anchor's child down to `node`."""
+    path: list[int] = []
+    while node >= 0:
+        path.append(tokens[node])
+        node = parents[node]
+    return tuple(reversed(path))
+
+
+def _tokens(target: Target, rounds: list[_Round]) -> list[dict[str, Any]]:
+    texts = iter(_texts(target, [token for each in rounds for token in each.tokens]))
+    rows = []
+    for number, each in enumerate(rounds):
+        proposal = each.proposal or Proposal()
+        drafter = "lookup" if proposal.free else "draft"
+        children, node = proposal.children(), -1
+        for place, token in enumerate(each.tokens):
+            path = tuple(each.tokens[:place])
+            below = [i for i, parent in enumerate(proposal.parents) if parent == node]
+            own = children.get((node, token))
+            shown = own if place < each.accepted else (below[0] if below else None)
+            rows.append(
+                {
+                    "text": next(texts),
+                    "origin": drafter if place < each.accepted else "target",
+                    "round": number,
+                    "confidence": _chance(proposal, shown),
+                    "proposed": None if shown is None else _text(target, proposal.tokens[shown]),
+                    "alternatives": [[_text(target, t), round(p, 4)] for t, p in each.laws.get(path, [])],
+                }
+            )
+            node = own if own is not None else -2  # nothing was proposed below a token of the target's own
+    return rows
+
+
+def _chance(proposal: Proposal, node: int | None) -> float | None:
+    if node is None or proposal.survival is None:
+        return None
+    return round(proposal.survival[node], 4)
+
+
+def _text(target: Target, token: int) -> str:
+    return target.tokenizer.decode([token])
+
+
+def _texts(target: Target, tokens: list[int]) -> list[str]:
+    """The text that each token adds; a character of several tokens comes with its last one."""
+    texts, shown = [], ""
+    for end in range(1, len(tokens) + 1):
+        text = target.tokenizer.decode(tokens[:end])
+        whole = text if end == len(tokens) else text.rstrip("�")
+        texts.append(whole[len(shown) :] if whole.startswith(shown) else "")
+        shown = whole if whole.startswith(shown) else shown
+    return texts

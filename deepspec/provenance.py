@@ -1,0 +1,38 @@
+"""Where a result comes from: commit, command, versions."""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+PACKAGES = ("torch", "transformers", "accelerate", "safetensors", "numpy")
+
+
+def provenance() -> dict[str, Any]:
+    """git_commit (None outside a repository), git_dirty, command and packages of this process."""
+    status = _git("status", "--porcelain", "--untracked-files=no")
+    return {
+        "git_commit": _git("rev-parse", "HEAD") or None,
+        "git_dirty": bool(status),
+        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "packages": {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES},
+    }
+
+
+def _git(*words: str) -> str:
+    try:
+        result = subprocess.run(["git", *words], capture_output=True, text=True)
+    except FileNotFoundError:
+        return ""
+    return result.stdout.strip() if result.returncode == 0 else ""
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
