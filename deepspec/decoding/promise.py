@@ -88,29 +88,33 @@ def load(directory: str | Path) -> list[Kept]:
 def check(target: Target, drafter: Drafter, kept: list[Kept], batch_size: int = 16) -> Check | None:
     """Decode from the contexts with the draft alone and compare; None where none was kept.
 
-    Acceptance is `below` the promise where more than 2 % of the contexts are lost, and more than chance would have it:
-    of the contexts that differ, which rounding alone would split evenly, too many are losses (McNemar's test).
-
     Args:
         drafter: alone or behind a lookup, which is not asked.
     """
     contexts = [context for row in kept for context in row.contexts()]
     if not contexts:
         return None
-    rounds = _first_rounds(target, getattr(drafter, "trained", drafter), contexts, batch_size)
+    return _compare(kept, _first_rounds(target, getattr(drafter, "trained", drafter), contexts, batch_size))
+
+
+def _compare(kept: list[Kept], rounds: list[tuple[list[int], int]]) -> Check:
+    """`rounds`: of each context the drafted block, and how many of its tokens were accepted.
+
+    Acceptance is `below` the promise where more than 2 % of the contexts are lost, and more than chance would have it:
+    of the contexts that differ, which rounding alone would split evenly, too many are losses (McNemar's test).
+    """
     before = [bool(accepted) for row in kept for accepted in row.accepted]
     after = [accepted > 0 for _, accepted in rounds]
     lost = sum(b and not a for b, a in zip(before, after, strict=True))
     gained = sum(a and not b for b, a in zip(before, after, strict=True))
-    shortfall = (lost - gained) / len(contexts)
-    doubt = _DOUBT * math.sqrt(lost + gained) / len(contexts)
-    chains = [chain for row in kept for chain in row.chains]
-    agreement = _agreement(chains, [tokens for tokens, _ in rounds])
+    shortfall = (lost - gained) / len(rounds)
+    doubt = _DOUBT * math.sqrt(lost + gained) / len(rounds)
+    agreement = _agreement([chain for row in kept for chain in row.chains], [tokens for tokens, _ in rounds])
     return Check(
         promised=sum(before) / len(before),
         measured=sum(after) / len(after),
         agreement=agreement,
-        blocks=len(contexts),
+        blocks=len(rounds),
         below=shortfall > max(_TOLERANCE, doubt),
         unlike=min(agreement, default=1.0) < _ALIKE,
     )

@@ -10,10 +10,12 @@ import torch
 
 from deepspec.decoding.calibration import (
     Blocks,
+    auc,
     calibrate,
     collect,
     ece,
     fit,
+    quality,
     reliability,
     save,
     survival,
@@ -26,12 +28,17 @@ from deepspec.errors import DeepSpecError
 from deepspec.target import load_target
 
 
+def whole(logits: np.ndarray, accepted: np.ndarray) -> Blocks:
+    """Blocks of which none was cut."""
+    return Blocks(logits, accepted, np.full(len(accepted), logits.shape[1]))
+
+
 def simulated(distortion: list[float], count: int = 20000, seed: int = 0) -> Blocks:
     """Blocks whose true logits are known; the drafter reports them times `distortion`."""
     rng = np.random.default_rng(seed)
     true = rng.normal(0.8, 1.5, (count, len(distortion)))
     stands = rng.random(true.shape) < 1 / (1 + np.exp(-true))
-    return Blocks(true * distortion, np.cumprod(stands, axis=1).sum(1))
+    return whole(true * distortion, np.cumprod(stands, axis=1).sum(1))
 
 
 def test_a_distortion_is_undone_position_by_position():
@@ -51,7 +58,7 @@ def test_it_is_the_product_that_is_calibrated():
     rng = np.random.default_rng(2)
     together = rng.random(20000) < 0.8
     logits = np.full((20000, 4), np.log(0.8 / 0.2))
-    blocks = Blocks(logits, np.where(together, 4, 0))
+    blocks = whole(logits, np.where(together, 4, 0))
     temperatures = fit(blocks)
     assert temperatures[0] == pytest.approx(1.0, rel=0.05)
     assert max(temperatures[1:]) < 0.5
@@ -64,7 +71,7 @@ def test_sharp_predictions_are_not_given_up_for_the_mean():
     rng = np.random.default_rng(3)
     likely = rng.random(5000) < 0.5
     stands = rng.random(5000) < np.where(likely, 0.9, 0.1)
-    blocks = Blocks(np.where(likely, 1.0, -1.0)[:, None] * np.log(9), stands.astype(np.int64))
+    blocks = whole(np.where(likely, 1.0, -1.0)[:, None] * np.log(9), stands.astype(np.int64))
     (temperature,) = fit(blocks)
     assert temperature == pytest.approx(1.0, rel=0.15)
 
@@ -78,12 +85,12 @@ def test_positions_that_few_blocks_reached_keep_their_confidence():
     blocks = simulated([3.0, 3.0], count=130)
     assert fit(blocks)[1] == 1.0
     assert fit(simulated([3.0, 3.0], count=20)) == [1.0, 1.0]
-    assert fit(Blocks(np.empty((0, 3)), np.empty(0, dtype=np.int64))) == [1.0] * 3
+    assert fit(whole(np.empty((0, 3)), np.empty(0, dtype=np.int64))) == [1.0] * 3
 
 
 def test_what_was_cut_off_counts_for_nothing():
     whole = simulated([2.0, 0.5], count=4000)
-    cut = Blocks(whole.logits.copy(), np.minimum(whole.accepted, 1))
+    cut = Blocks(whole.logits.copy(), np.minimum(whole.accepted, 1), whole.drafted)
     cut.logits[:, 1] = np.nan
     both = whole.and_also(cut)
     assert fit(both)[0] == pytest.approx(2.0, rel=0.25)
@@ -166,7 +173,7 @@ def test_blocks_carry_the_confidence_as_trained(target, temperature):
 
 def test_only_a_confidence_can_be_calibrated(target):
     with pytest.raises(DeepSpecError, match="LookupDrafter has no confidence head"):
-        collect(target, LookupDrafter(4, 1), PROMPTS, 0.0)
+        calibrate(target, LookupDrafter(4, 1), PROMPTS)
     with pytest.raises(DeepSpecError, match="two prompts or more"):
         calibrate(target, Guesser(target.vocab_size), PROMPTS[:1], max_new_tokens=8)
 
@@ -176,5 +183,28 @@ def test_the_record_has_both_modes_and_their_errors(target, tmp_path):
     save(tmp_path, record)
     assert json.loads((tmp_path / "calibration.json").read_text()) == record
     for mode in ("greedy", "sampled"):
-        assert len(record[mode]) == 4 and record["blocks"][mode] > 40
-        assert all(0 <= record["ece"][mode][when] <= 1 for when in ("before", "after"))
+        found = record["quality"][mode]
+        assert len(record[mode]) == 4 and found["blocks"] > 40
+        for when in ("before", "after"):
+            assert 0 <= found["ece"][when] <= 1
+            counts = sum(row["count"] for row in found["reliability"][when])
+            assert counts == found["thresholds"][0]["accepted"] + found["thresholds"][0]["rejected"]
+
+
+def test_the_area_under_the_curve_counts_pairs():
+    predicted, outcome = np.array([0.1, 0.4, 0.4, 0.9]), np.array([0.0, 1.0, 0.0, 1.0])
+    pairs = [(a > b) + 0.5 * (a == b) for a in predicted[outcome == 1] for b in predicted[outcome == 0]]
+    assert auc(predicted, outcome) == pytest.approx(np.mean(pairs))
+    assert auc(predicted, np.ones(4)) is None
+
+
+def test_a_threshold_cuts_a_block_at_the_first_position_below_it():
+    chances = np.array([[0.9, 0.3, 0.8], [0.6, 0.9, np.nan]])
+    blocks = Blocks(np.log(chances / (1 - chances)), np.array([2, 1]), np.array([3, 2]))
+    rows = {row["threshold"]: row for row in quality(blocks, *[survival(blocks.logits)] * 2)["thresholds"]}
+    assert (rows[0.0]["accepted"], rows[0.0]["rejected"]) == (3, 2)
+    assert (rows[0.5]["accepted"], rows[0.5]["rejected"]) == (
+        2,
+        1,
+    )  # 0.3 cuts the first block after one token
+    assert (rows[0.95]["accepted"], rows[0.95]["acceptance_rate"]) == (0, None)

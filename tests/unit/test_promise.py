@@ -1,0 +1,122 @@
+"""What training keeps of held-out contexts finds every difference between training and decoding."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from torch import nn
+
+from deepspec.config import LossParams
+from deepspec.data.features import OnlineFeatures
+from deepspec.data.sequences import Sequence
+from deepspec.decoding import promise
+from deepspec.drafters.checkpoint import load_drafter
+from deepspec.drafters.combined import LookupFirst
+from deepspec.drafters.lookup import LookupDrafter
+from deepspec.errors import DeepSpecError
+from deepspec.evaluation.record import warnings
+from deepspec.target import load_target
+from deepspec.training.batches import Batches
+from deepspec.training.objective import BlockObjective
+from deepspec.training.run import _kept
+from tests.unit.test_drafters import DRAFTS, make, write
+
+
+@pytest.fixture(scope="module")
+def target(tiny_target):
+    return load_target(tiny_target)
+
+
+@pytest.fixture
+def draft(target, tmp_path):
+    """A function: algorithm → the directory of a draft that keeps its promise."""
+
+    def of(name: str):
+        model = make(name, target)
+        rng = torch.Generator().manual_seed(0)
+        rows = [torch.randint(2, 500, (n,), generator=rng).tolist() for n in range(24, 40)]
+        sequences = [Sequence(row, [0] * 4 + [1] * (len(row) - 4), [1] * len(row)) for row in rows]
+        features = OnlineFeatures(target, sequences, model.config.target_layer_ids)
+        batches = Batches(features, list(range(16)), 4, 5, model.config.block_size, seed=0)
+        directory = write(model, target, tmp_path / name)
+        promise.save(directory, _kept(BlockObjective(model, LossParams()), batches, list(range(16)), target))
+        return directory
+
+    return of
+
+
+def change(directory, **keys) -> None:
+    path = directory / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | keys))
+
+
+@pytest.mark.parametrize("name", DRAFTS)
+def test_decoding_drafts_what_the_network_in_training_drafts(name, target, draft):
+    directory = draft(name)
+    kept = promise.load(directory)
+    found = promise.check(target, load_drafter(directory, target), kept)
+    assert len(found.agreement) == len(kept[0].chains[0]) and min(found.agreement) > 0.98  # but for near-ties
+    assert found.measured == found.promised
+    assert found.blocks >= 60 and not found.below and not found.unlike
+
+
+def named(found: promise.Check) -> set[str]:
+    """The names of the warnings that a record with this check has."""
+    summary = {"by_temperature": {}}
+    record = {"tasks": {}, "blocks": None, "summary": summary, "promise": {"greedy": vars(found)}}
+    return {warning["name"] for warning in warnings(record)}
+
+
+@pytest.mark.parametrize("name", ["dspark", "dflash", "eagle3"])
+def test_a_layer_id_off_by_one_is_named(name, target, draft):
+    directory = draft(name)
+    drafter = load_drafter(directory, target)
+    drafter.layers = tuple(layer + 1 if layer < 2 else layer - 1 for layer in drafter.layers)
+    assert "drafts_other_tokens" in named(promise.check(target, drafter, promise.load(directory)))
+
+
+@pytest.mark.parametrize("name", ["dspark", "dflash"])
+def test_a_wrong_mask_token_is_named(name, target, draft):
+    directory = draft(name)
+    change(directory, mask_token_id=17)
+    drafter = load_drafter(directory, target)
+    assert "drafts_other_tokens" in named(promise.check(target, drafter, promise.load(directory)))
+
+
+def test_a_missing_norm_is_named(target, draft):
+    directory = draft("dspark")
+    drafter = load_drafter(directory, target)
+    drafter._hidden_norm = nn.Identity()
+    assert "drafts_other_tokens" in named(promise.check(target, drafter, promise.load(directory)))
+
+
+def test_lost_acceptance_is_named_and_noise_is_not():
+    def check(kept, tokens):
+        rounds = [([token], int(token == 1)) for token in tokens]
+        return promise._compare(kept, rounds)
+
+    kept = [promise.Kept([0] * 200, list(range(100)), [[1]] * 100, [1] * 60 + [0] * 40)]
+    worse = check(kept, [1] * 50 + [2] * 50)
+    assert worse.below and worse.unlike is True and worse.measured == 0.5
+    noise = check(kept, [1] * 58 + [2] * 40 + [1] * 2)
+    assert not noise.below and noise.measured == noise.promised
+    assert named(worse) >= {"below_training_promise"} and "below_training_promise" not in named(noise)
+
+
+def test_a_lookup_before_the_draft_is_not_asked(target, draft):
+    directory = draft("dspark")
+    drafter = LookupFirst(LookupDrafter(4, 1), load_drafter(directory, target))
+    assert promise.check(target, drafter, promise.load(directory)).agreement[0] == 1.0
+
+
+def test_a_draft_without_a_promise_is_not_checked(target, tmp_path):
+    assert promise.load(tmp_path) == []
+    assert promise.check(target, LookupDrafter(4, 1), []) is None
+
+
+def test_another_file_in_its_place_is_named(tmp_path):
+    (tmp_path / promise.PROMISE).write_text('[{"id": 3}]')
+    with pytest.raises(DeepSpecError, match=r"promise\.json: not a record of held-out contexts"):
+        promise.load(tmp_path)
