@@ -57,7 +57,7 @@ def hub_candidates(spec: str, seed: int) -> Iterator[Candidate]:
     Raises:
         DeepSpecError: it cannot be loaded, or none of its columns holds prompts.
     """
-    dataset = _load(spec).shuffle(seed=seed)
+    dataset = _load(f"hub:{spec}").shuffle(seed=seed)
     column = next((name for name in COLUMNS if name in dataset.column_names), None)
     if column is None:
         raise DeepSpecError(
@@ -67,17 +67,37 @@ def hub_candidates(spec: str, seed: int) -> Iterator[Candidate]:
     return _row_candidates(dataset)
 
 
-def user_turns(row: Any) -> list[str]:
-    """The user turns of one row: `turns`, a list of messages, or a single prompt.
+def dataset_prompts(source: str, column: str | None = None, revision: str | None = None) -> list[list[str]]:
+    """User turns of every row of a dataset, in its order.
+
+    Args:
+        source: `hub:<dataset>[:split]`, `hub:<dataset>:<config>/<split>`, or `json:<address of a JSON-lines file>`.
+        column: that holds the turns; None: the first of `COLUMNS` that is there.
+
+    Raises:
+        DeepSpecError: it cannot be loaded, or a row has no prompt.
+    """
+    prompts = []
+    for number, row in enumerate(_load(source, revision), start=1):
+        try:
+            prompts.append(user_turns(row, column))
+        except ValueError as error:
+            raise DeepSpecError(f"{source}: row {number}: {error}") from None
+    return prompts
+
+
+def user_turns(row: Any, column: str | None = None) -> list[str]:
+    """The user turns of one row: `turns`, a list of messages, or a single prompt; or what `column` holds.
 
     Raises:
         ValueError: the row has none of the known fields, or its field holds something else.
     """
     if not isinstance(row, Mapping):
         raise ValueError(f"expected an object, found {type(row).__name__}")
-    column = next((name for name in COLUMNS if row.get(name) is not None), None)
+    names = COLUMNS if column is None else (column,)
+    column = next((name for name in names if row.get(name) is not None), None)
     if column is None:
-        raise ValueError(f"none of the fields {', '.join(COLUMNS)}")
+        raise ValueError(f"none of the fields {', '.join(names)}")
     value = row[column]
     if isinstance(value, str):
         value = [f"{value}\n\n{row['input']}" if column == "instruction" and row.get("input") else value]
@@ -95,7 +115,7 @@ def _user_text(item: Any, column: str) -> str | None:
         return item
     if not isinstance(item, Mapping):
         raise ValueError(f"{column!r} must hold strings or messages, found {type(item).__name__}")
-    if item.get("role", item.get("from")) not in USER_ROLES:
+    if item.get("role", item.get("from", "user")) not in USER_ROLES:
         return None
     content = item.get("content", item.get("value"))
     if isinstance(content, list):
@@ -124,23 +144,26 @@ def _lines(path: Path) -> Iterator[bytes]:
         raise DeepSpecError(f"{path}: cannot be read: {_reason(error)}") from None
 
 
-def _load(spec: str) -> Any:
+def _load(source: str, revision: str | None = None) -> Any:
     """One split of a dataset, by hub name or directory. Imports `datasets` here: the core runs without it."""
-    name, _, part = spec.partition(":")
-    config, _, split = part.rpartition("/")
+    kind, _, spec = source.partition(":")
     try:
         import datasets
     except ImportError:
-        raise DeepSpecError(f"hub:{spec} needs the package `datasets`: install deepspec[pipeline]") from None
+        raise DeepSpecError(f"{source} needs the package `datasets`: install deepspec[pipeline]") from None
     try:
+        if kind == "json":
+            return datasets.load_dataset("json", data_files=spec, split="train")
+        name, _, part = spec.partition(":")
+        config, _, split = part.rpartition("/")
         if (Path(name) / "state.json").exists():
             return datasets.load_from_disk(name)
         if (Path(name) / "dataset_dict.json").exists():
             return datasets.load_from_disk(name)[split or "train"]
-        return datasets.load_dataset(name, config or None, split=split or "train")
+        return datasets.load_dataset(name, config or None, split=split or "train", revision=revision)
     except Exception as error:  # datasets raises dozens of types, all of which mean: check the name
         raise DeepSpecError(
-            f"hub:{spec}: the dataset could not be loaded ({_reason(error)}); "
+            f"{source}: the dataset could not be loaded ({_reason(error)}); "
             "check its name, its split (hub:<dataset>:<config>/<split>) and the network"
         ) from None
 

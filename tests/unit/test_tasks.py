@@ -2,6 +2,7 @@
 
 import gzip
 import json
+from pathlib import Path
 
 import pytest
 
@@ -10,6 +11,7 @@ from deepspec.evaluation.task import evaluation_texts, load_task, task_names
 from deepspec.evaluation.word_problems import TEMPLATES, word_problems
 
 HUMANEVAL_PROMPTS = 164
+EMBEDDED = ("conversations", "humaneval", "word_problems")  # those that need neither hub nor files of others
 
 
 def write_task(directory, **fields):
@@ -33,10 +35,6 @@ def test_an_embedded_task_has_its_prompts_and_a_version(name, category, least):
     assert (task.name, task.category) == (name, category)
     assert task.version and len(task.prompts) >= least
     assert all(turn.strip() for turns in task.prompts for turn in turns)
-
-
-def test_the_embedded_tasks_are_these():
-    assert task_names() == ["conversations", "humaneval", "word_problems"]
 
 
 def test_humaneval_stands_in_a_python_block_with_its_docstring_whole():
@@ -141,3 +139,100 @@ def test_a_malformed_line_of_a_task_is_named_with_its_number(tmp_path):
 def test_an_empty_task_is_an_error(tmp_path):
     with pytest.raises(DeepSpecError, match="has no prompts"):
         load_task(jsonl_task(tmp_path))
+
+
+# What the datasets of the hub hold, one row each: what is asked for, the row, and its turns.
+BOXED = "\nPlease reason step by step, and put your final answer within \\boxed{}."
+HUB = {
+    "gsm8k": (("openai/gsm8k", "main"), {"question": "1+1?", "answer": "#### 2"}, ["1+1?" + BOXED]),
+    "math500": (("HuggingFaceH4/MATH-500", None), {"problem": "x?", "solution": "3"}, ["x?" + BOXED]),
+    "aime25": (("math-ai/aime25", None), {"problem": "n?", "answer": "70"}, ["n?" + BOXED]),
+    "mbpp": (("google-research-datasets/mbpp", "sanitized"), {"prompt": "Sort.", "code": "def"}, ["Sort."]),
+    "livecodebench": (("json",), {"question_title": "T", "question_content": "Print."}, ["Print."]),
+    "mt-bench": (("HuggingFaceH4/mt_bench_prompts", None), {"prompt": ["a", "b"]}, ["a", "b"]),
+    "alpaca": (("tatsu-lab/alpaca", None), {"instruction": "Add.", "input": "1 2"}, ["Add.\n\n1 2"]),
+    "arena-hard": (("lmarena-ai/arena-hard-auto-v0.1", None), {"turns": [{"content": "c"}]}, ["c"]),
+    "spec-bench": (("json",), {"category": "qa", "turns": ["q", "r"]}, ["q", "r"]),
+    "speed-bench": (("nvidia/SPEED-Bench", "qualitative"), {"turns": ["s"], "category": "rag"}, ["s"]),
+}
+
+
+@pytest.mark.parametrize("name", HUB)
+def test_a_task_of_the_hub_asks_for_its_dataset_and_finds_the_turns(name, monkeypatch):
+    import datasets
+
+    asked = []
+
+    def load_dataset(*args, **options):
+        asked.append((args, options))
+        return datasets.Dataset.from_list([row])
+
+    expected, row, turns = HUB[name]
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    task = load_task(name)
+    assert task.prompts == [turns]
+    assert asked[0][0] == expected
+    assert asked[0][1]["split"] in ("test", "train")
+
+
+def test_every_task_is_tried():
+    assert set(task_names()) == set(HUB) | set(EMBEDDED)
+
+
+def test_an_unreachable_hub_names_the_file_that_would_do():
+    with pytest.raises(
+        DeepSpecError, match=r"gsm8k\.jsonl in a directory named by evaluate\.tasks_dir"
+    ) as caught:
+        load_task("gsm8k")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    lines = "".join(f'{{"turns": ["question {i}", "and then?"]}}\n' for i in range(20))
+    (tmp_path / "gsm8k.jsonl").write_text(lines)
+    (tmp_path / "ours.jsonl").write_text(lines)
+    return tmp_path
+
+
+def test_a_local_file_stands_in_for_a_task_as_it_is(folder):
+    task = load_task("gsm8k", tasks_dir=folder)
+    assert task.prompts[3] == ["question 3", "and then?"]  # no frame around it
+    assert (task.category, task.source) == ("math", "jsonl:gsm8k.jsonl")
+    version = task.version
+    (folder / "gsm8k.jsonl").write_text('{"turns": ["another"]}\n')
+    changed = load_task("gsm8k", tasks_dir=folder)
+    assert changed.version != version and changed.digest != task.digest
+    assert load_task("humaneval", 1, tasks_dir=folder).source.startswith("package:")  # not there: as always
+
+
+def test_a_local_file_needs_no_yaml(folder):
+    task = load_task("ours", 5, seed=3, tasks_dir=folder)
+    numbers = [int(turns[0].split()[1]) for turns in task.prompts]
+    assert task.category == "other" and len(numbers) == 5 and numbers == sorted(numbers)
+    assert (
+        task
+        == load_task("ours", 5, seed=3, tasks_dir=folder)
+        != load_task("ours", 5, seed=4, tasks_dir=folder)
+    )
+    assert len(evaluation_texts(["ours"], folder)) == 40
+
+
+def test_the_environment_goes_before_the_params(folder, monkeypatch, tmp_path):
+    monkeypatch.setenv("DEEPSPEC_TASKS_DIR", str(folder))
+    assert load_task("ours", tasks_dir="elsewhere").prompts
+    monkeypatch.setenv("DEEPSPEC_TASKS_DIR", str(tmp_path / "absent"))
+    with pytest.raises(DeepSpecError, match="absent: no such directory of tasks"):
+        load_task("ours")
+
+
+REAL = Path(__file__).parents[3] / "shared/eval_datasets"
+
+
+@pytest.mark.skipif(not REAL.is_dir(), reason="the benchmark prompts are not here")
+def test_the_real_prompts_are_read_whole():
+    sizes = {
+        name: len(load_task(name, tasks_dir=REAL).prompts) for name in ("gsm8k", "humaneval", "mt-bench")
+    }
+    assert sizes == {"gsm8k": 1319, "humaneval": 164, "mt-bench": 80}
+    assert all(len(turns) == 2 for turns in load_task("mt-bench", tasks_dir=REAL).prompts)
