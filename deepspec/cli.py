@@ -21,7 +21,7 @@ STAGES = {
     "generate": "Let the target answer the prompts: the distillation data.",
     "validate": "Check the distillation data against its suite of expectations.",
     "train": "Train one drafter (--drafter NAME) in this process; dvc.yaml shows how to start several.",
-    "evaluate": "Measure one drafter (--drafter NAME): τ, speed-up, losslessness.",
+    "evaluate": "Measure drafters (--drafter NAME, repeatable): τ, speed-up, losslessness.",
     "report": "Sum everything up in reports/ and print the table.",
 }
 # A stage parses its own flags, `--help` among them.
@@ -93,6 +93,32 @@ def profile(
     from deepspec.profile import Settings, run
 
     _exit(lambda: run(Settings(target, drafter, batches, weights, force)))
+
+
+@app.command(rich_help_panel="Tools")
+def compare(
+    first: Annotated[str, typer.Argument(metavar="A", help="A drafter's name, or the file of its record.")],
+    second: Annotated[str, typer.Argument(metavar="B", help="The one that may not be worse.")],
+    margin: Annotated[float, typer.Option(min=0.0, max=1.0, help="What B may lose, as a share.")] = 0.03,
+    proof: Annotated[
+        bool, typer.Option("--proof", help="The whole 95 % interval must lie above 1 - margin.")
+    ] = False,
+) -> None:
+    """Set two evaluation records side by side, paired by prompt; exits with 1 if B is worse than A.
+
+    Worse: the mean over tasks of speed-up or τ, at any temperature, is below 1 - margin of A's, or a token changed."""
+    from deepspec.evaluation import compare as comparing
+
+    failures: list[str] = []
+
+    def run() -> None:
+        measured = comparing.load(first), comparing.load(second)
+        found = comparing.compare(*measured, margin, proof)
+        comparing.show(found, *measured)
+        failures.extend(found.failures)
+
+    quiet_environment()
+    raise typer.Exit(guarded(run) or int(bool(failures)))
 
 
 @app.command(rich_help_panel="Tools")

@@ -14,7 +14,6 @@ import numpy as np
 from deepspec.evaluation.contest import PLAIN, PromptRuns, Run, pair
 from deepspec.evaluation.stats import (
     Interval,
-    against,
     bootstrap,
     macro_speedup,
     median_per_round_ms,
@@ -294,13 +293,13 @@ def _macro(contest: Results, temperature: float, lossless: Mapping[str, bool], s
 
 
 def compare_tables(first: list[PromptRuns], second: list[PromptRuns]) -> dict[str, np.ndarray]:
-    """Of two records on the same prompts, the tables of `against(speed_ratio)` and `against(quotient)`."""
+    """Of two records on the same prompts: for each of `FIGURES` the columns of the first, then of the second."""
     pairs = [pair_table([pair(row[PLAIN], row[DRAFT]) for row in rows]) for rows in (first, second)]
     taus = [tau_table(row[DRAFT] for row in rows) for rows in (first, second)]
     return {"speedup": np.concatenate(pairs, axis=1), "tau": np.concatenate(taus, axis=1)}
 
 
-STATISTICS = {"speedup": against(speed_ratio), "tau": against(quotient)}
+FIGURES = {"speedup": speed_ratio, "tau": quotient}
 
 
 def _keys(name: str, interval: Interval | None) -> dict:
