@@ -296,6 +296,9 @@ class EvaluateParams(Section):
     tasks: list[str] = Field(
         description="Names of `deepspec/evaluation/tasks/*.yaml` or paths to such files."
     )
+    tasks_dir: str | None = Field(
+        None, description="Its `<task>.jsonl` is read instead; `$DEEPSPEC_TASKS_DIR` takes its place."
+    )
     temperatures: list[float] = Field([0.0, 1.0], description="0 is greedy.")
     prompts_per_task: int = Field(8, ge=1)
     max_new_tokens: int = Field(128, ge=1)

@@ -17,7 +17,7 @@ def main(params: Params, flags: argparse.Namespace) -> None:
     prompts = build_prompts(
         params.prompts,
         params.seed,
-        evaluation_texts(params.evaluate.tasks),
+        evaluation_texts(params.evaluate.tasks, params.evaluate.tasks_dir),
         target=_target() if params.prompts.mix.get("magpie", 0) > 0 else None,
         batch_size=params.generate.batch_size,
     )
