@@ -318,8 +318,7 @@ class EvaluateParams(Section):
         description="Names of `deepspec/evaluation/tasks/*.yaml` or paths to such files."
     )
     tasks_dir: str | None = Field(
-        None,
-        description="Directory of <task>.jsonl files that stand in for the tasks' sources; $DEEPSPEC_TASKS_DIR first.",
+        None, description="Its `<task>.jsonl` is read instead; `$DEEPSPEC_TASKS_DIR` takes its place."
     )
     temperatures: list[float] = Field([0.0, 1.0], description="0 is greedy.")
     prompts_per_task: int = Field(8, ge=1)

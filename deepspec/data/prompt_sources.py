@@ -6,7 +6,7 @@ import gzip
 import json
 import random
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from deepspec.errors import DeepSpecError
 
 COLUMNS = ("turns", "messages", "conversations", "conversation", "prompt", "question", "instruction")
 USER_ROLES = ("user", "human")
+FILE_TYPES = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,9 @@ def hub_candidates(spec: str, seed: int) -> Iterator[Candidate]:
     Raises:
         DeepSpecError: it cannot be loaded, or none of its columns holds prompts.
     """
-    dataset = _load(f"hub:{spec}").shuffle(seed=seed)
+    name, _, part = spec.partition(":")
+    config, _, split = part.rpartition("/")
+    dataset = load_split(name, config or None, split or "train").shuffle(seed=seed)
     column = next((name for name in COLUMNS if name in dataset.column_names), None)
     if column is None:
         raise DeepSpecError(
@@ -67,40 +70,30 @@ def hub_candidates(spec: str, seed: int) -> Iterator[Candidate]:
     return _row_candidates(dataset)
 
 
-def dataset_prompts(source: str, column: str | None = None, revision: str | None = None) -> list[list[str]]:
-    """User turns of every row of a dataset, in its order.
+def user_turns(row: Any, columns: Sequence[str] = ()) -> list[str]:
+    """The user turns of one row: those of its named columns, or of the first of `COLUMNS` that it has.
 
-    Args:
-        source: `hub:<dataset>[:split]`, `hub:<dataset>:<config>/<split>`, or `json:<address of a JSON-lines file>`.
-        column: that holds the turns; None: the first of `COLUMNS` that is there.
+    A column holds a string, a list of strings or a list of messages; several columns follow one another.
 
     Raises:
-        DeepSpecError: it cannot be loaded, or a row has no prompt.
-    """
-    prompts = []
-    for number, row in enumerate(_load(source, revision), start=1):
-        try:
-            prompts.append(user_turns(row, column))
-        except ValueError as error:
-            raise DeepSpecError(f"{source}: row {number}: {error}") from None
-    return prompts
-
-
-def user_turns(row: Any, column: str | None = None) -> list[str]:
-    """The user turns of one row: `turns`, a list of messages, or a single prompt; or what `column` holds.
-
-    Raises:
-        ValueError: the row has none of the known fields, or its field holds something else.
+        ValueError: the row has none of the fields, or a field holds something else.
     """
     if not isinstance(row, Mapping):
         raise ValueError(f"expected an object, found {type(row).__name__}")
-    names = COLUMNS if column is None else (column,)
-    column = next((name for name in names if row.get(name) is not None), None)
+    if columns:
+        return [turn for column in columns for turn in _turns(row.get(column), column)]
+    column = next((name for name in COLUMNS if row.get(name) is not None), None)
     if column is None:
         raise ValueError(f"none of the fields {', '.join(names)}")
     value = row[column]
+    if isinstance(value, str) and column == "instruction" and row.get("input"):
+        value = f"{value}\n\n{row['input']}"
+    return _turns(value, column)
+
+
+def _turns(value: Any, column: str) -> list[str]:
     if isinstance(value, str):
-        value = [f"{value}\n\n{row['input']}" if column == "instruction" and row.get("input") else value]
+        value = [value]
     if not isinstance(value, list):
         raise ValueError(f"{column!r} must be a string or a list, found {type(value).__name__}")
     turns = [turn for turn in (_user_text(item, column) for item in value) if turn is not None]
@@ -144,28 +137,59 @@ def _lines(path: Path) -> Iterator[bytes]:
         raise DeepSpecError(f"{path}: cannot be read: {_reason(error)}") from None
 
 
-def _load(source: str, revision: str | None = None) -> Any:
-    """One split of a dataset, by hub name or directory. Imports `datasets` here: the core runs without it."""
-    kind, _, spec = source.partition(":")
+def load_split(
+    name: str,
+    config: str | None = None,
+    split: str = "train",
+    revision: str | None = None,
+    files: Sequence[str] = (),
+) -> Any:
+    """One split of a dataset, by hub name or directory. Imports `datasets` here: the core runs without it.
+
+    Args:
+        files: data files inside the dataset, or addresses; they alone are read, and make up the split.
+
+    Raises:
+        DeepSpecError: it cannot be loaded.
+    """
     try:
         import datasets
     except ImportError:
-        raise DeepSpecError(f"{source} needs the package `datasets`: install deepspec[pipeline]") from None
+        raise DeepSpecError(f"hub:{name} needs the package `datasets`: install deepspec[pipeline]") from None
     try:
-        if kind == "json":
-            return datasets.load_dataset("json", data_files=spec, split="train")
-        name, _, part = spec.partition(":")
-        config, _, split = part.rpartition("/")
+        if files:
+            places = [_place(name, revision, file) for file in files]
+            return datasets.load_dataset(_file_type(files[0]), data_files={split: places}, split=split)
         if (Path(name) / "state.json").exists():
             return datasets.load_from_disk(name)
         if (Path(name) / "dataset_dict.json").exists():
-            return datasets.load_from_disk(name)[split or "train"]
-        return datasets.load_dataset(name, config or None, split=split or "train", revision=revision)
+            return datasets.load_from_disk(name)[split]
+        return datasets.load_dataset(name, config, split=split, revision=revision)
     except Exception as error:  # datasets raises dozens of types, all of which mean: check the name
+        part = f"{config}/{split}" if config else split
+        if "://" in name:
+            where, check = f"url:{name}", "its address"
+        else:
+            where, check = f"hub:{name}:{part}", "its name, its split (hub:<dataset>:<config>/<split>)"
         raise DeepSpecError(
-            f"{source}: the dataset could not be loaded ({_reason(error)}); "
-            "check its name, its split (hub:<dataset>:<config>/<split>) and the network"
+            f"{where}: the dataset could not be loaded ({_reason(error)}); check {check} and the network"
         ) from None
+
+
+def _place(name: str, revision: str | None, file: str) -> str:
+    """Where a data file is: an address, in a directory, or on the hub."""
+    if "://" in file:
+        return file
+    if Path(name).is_dir():
+        return str(Path(name) / file)
+    return f"hf://datasets/{name}{f'@{revision}' if revision else ''}/{file}"
+
+
+def _file_type(file: str) -> str:
+    suffix = Path(file.removesuffix(".gz")).suffix
+    if suffix not in FILE_TYPES:
+        raise ValueError(f"{file}: not one of {', '.join(FILE_TYPES)}")
+    return FILE_TYPES[suffix]
 
 
 def _reason(error: Exception) -> str:

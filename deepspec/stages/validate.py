@@ -21,9 +21,8 @@ def main(params: Params, flags: argparse.Namespace) -> None:
     from deepspec.evaluation.task import evaluation_texts
     from deepspec.target import load_target
 
-    overlap = Overlap(
-        evaluation_texts(params.evaluate.tasks, params.evaluate.tasks_dir), params.prompts.overlap_ngram
-    )
+    texts = evaluation_texts(params.evaluate.tasks, params.evaluate.tasks_dir)
+    overlap = Overlap(texts, params.prompts.overlap_ngram)
     validation = validate_data(
         "data/distill",
         read_prompts("data/prompts/train.jsonl"),

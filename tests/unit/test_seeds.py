@@ -12,7 +12,6 @@ from deepspec.data.prompt_filters import duplicate_key, noise
 from deepspec.data.seeds import KINDS, seed_prompts
 from deepspec.data.slots import capitalise, template, with_article
 from deepspec.evaluation.task import evaluation_texts
-from tests.unit.test_tasks import EMBEDDED
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +43,7 @@ def test_about_15_percent_have_a_second_turn(seeds):
 
 
 def test_no_seed_prompt_overlaps_an_embedded_evaluation_prompt(seeds):
-    overlap = Overlap(evaluation_texts(EMBEDDED), n=8)
+    overlap = Overlap(evaluation_texts(["conversations", "humaneval", "word_problems"]), n=8)
     assert [hit for turns in seeds for turn in turns if (hit := overlap.hits(turn))] == []
 
 
