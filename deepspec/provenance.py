@@ -11,10 +11,12 @@ from typing import Any
 
 PACKAGES = ("torch", "transformers", "accelerate", "safetensors", "numpy")
 
+CODE = ("deepspec", "dvc.yaml", "params.yaml")  # what decides a result; reports and dvc.lock change with each
+
 
 def provenance() -> dict[str, Any]:
-    """git_commit (None outside a repository), git_dirty, command and packages of this process."""
-    status = _git("status", "--porcelain", "--untracked-files=no")
+    """git_commit (None outside a repository), git_dirty (of `CODE`), command and packages of this process."""
+    status = _git("status", "--porcelain", "--untracked-files=no", "--", *CODE)
     return {
         "git_commit": _git("rev-parse", "HEAD") or None,
         "git_dirty": bool(status),

@@ -84,7 +84,7 @@ def user_turns(row: Any, columns: Sequence[str] = ()) -> list[str]:
         return [turn for column in columns for turn in _turns(row.get(column), column)]
     column = next((name for name in COLUMNS if row.get(name) is not None), None)
     if column is None:
-        raise ValueError(f"none of the fields {', '.join(names)}")
+        raise ValueError(f"none of the fields {', '.join(COLUMNS)}")
     value = row[column]
     if isinstance(value, str) and column == "instruction" and row.get("input"):
         value = f"{value}\n\n{row['input']}"
@@ -108,7 +108,7 @@ def _user_text(item: Any, column: str) -> str | None:
         return item
     if not isinstance(item, Mapping):
         raise ValueError(f"{column!r} must hold strings or messages, found {type(item).__name__}")
-    if item.get("role", item.get("from", "user")) not in USER_ROLES:
+    if item.get("role", item.get("from")) not in USER_ROLES:
         return None
     content = item.get("content", item.get("value"))
     if isinstance(content, list):

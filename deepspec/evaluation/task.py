@@ -40,10 +40,7 @@ ROW_KEYS = ("columns", "append", "placeholder")
 
 @dataclass(frozen=True)
 class Task:
-    """Prompts of one kind, ready to be decoded: each is the list of its user turns.
-
-    `version` is the YAML's, or the digest of a JSONL file that stands in for it; `digest` is that of the prompts.
-    """
+    """Prompts of one kind, ready to be decoded: each is the list of its user turns."""
 
     name: str
     version: str
@@ -51,10 +48,6 @@ class Task:
     source: str
     prompts: list[list[str]]
     digest: str  # of the prompts
-
-    @property
-    def digest(self) -> str:
-        return digest(json.dumps(self.prompts))
 
 
 class TaskFile(BaseModel):
@@ -86,10 +79,6 @@ class TaskFile(BaseModel):
     )
     count: int | None = Field(None, ge=1, description="Prompts to write (generator only).")
     seed: int = Field(0, description="Of the generator.")
-    column: str | None = Field(
-        None, description="Of a dataset: what holds the turns (default: the usual names)."
-    )
-    revision: str | None = Field(None, description="Of a dataset of the hub: a commit.")
 
     @field_validator("columns", "files", mode="before")
     @classmethod

@@ -88,7 +88,7 @@ def engine(monkeypatch: pytest.MonkeyPatch) -> Engine:
 
 
 def tasks() -> list[Task]:
-    return [Task(name, "1", "math", "made up", prompts) for name, prompts in TASKS.items()]
+    return [Task(name, "1", "math", "made up", prompts, f"{name} digest") for name, prompts in TASKS.items()]
 
 
 def hold() -> dict:
