@@ -1,18 +1,17 @@
-"""The pipeline's outcome in three forms: numbers for `dvc metrics`, CSV for `dvc plots`, and a table for
-people.
+"""What the stages left behind, as numbers for `dvc metrics` and a table for people; figures come from `tables.py`.
 
-Everything is read from what the stages left under `reports/` and `data/distill`; nothing is measured here."""
+Everything is read from `reports/` and `data/distill`; nothing is measured here.
+"""
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from deepspec.errors import DeepSpecError
+from deepspec.evaluation.record import EVAL_VERSION
 
 COLUMNS = (
     "drafter",
@@ -25,10 +24,11 @@ COLUMNS = (
     "lossless",
 )
 PLACES = (
+    ("reports/report.html", "all of this with figures, and generations token by token"),
     ("data/target", "the target"),
     ("data/distill", "the answers it was trained on"),
     ("data/drafts", "the drafts"),
-    ("reports/eval", "every number, task by task"),
+    ("reports/eval", "every number, by task and by prompt; `deepspec compare A B`"),
     ("reports/validation.json", "the data's checks"),
     ("reports/plots", "curves: `dvc plots show`"),
     ("reports/metrics.json", "headline numbers: `dvc metrics show`, `dvc metrics diff`"),
@@ -43,10 +43,11 @@ METHOD = (
 
 @dataclass(frozen=True)
 class Inputs:
-    """What the stages left behind. `records` and `training` are by drafter name."""
+    """What the stages left behind. `records`, `training` and `traces` are by drafter name."""
 
     records: dict[str, dict]
     training: dict[str, list[dict]]
+    traces: dict[str, list[dict]]
     validation: dict
     manifest: dict
 
@@ -63,23 +64,29 @@ def load_inputs(drafters: list[str], root: str | Path = ".") -> Inputs:
     """Read the reports of the named drafters; one that left no training log was not trained.
 
     Raises:
-        DeepSpecError: a drafter without evaluation record, or a file that is not JSON.
+        DeepSpecError: a drafter without evaluation record or with one of another version, or a file that is not JSON.
     """
     root = Path(root)
-    records, training = {}, {}
+    records, training, traces = {}, {}, {}
     for name in drafters:
         record = root / "reports/eval" / f"{name}.json"
         if not record.exists():
             raise DeepSpecError(f"{record}: no such record; evaluate the drafter first (dvc repro)")
         records[name] = _json(record, record.read_text())
+        if (version := records[name].get("eval_version")) != EVAL_VERSION:
+            raise DeepSpecError(
+                f"{record}: of evaluation version {version}, not {EVAL_VERSION}; evaluate it again"
+            )
+        traces[name] = _optional(record.with_suffix(".traces.json"), [])
         log = root / "reports/train" / f"{name}.jsonl"
         lines = log.read_text().splitlines() if log.exists() else []
         training[name] = [_json(log, line) for line in lines if line.strip()]
     return Inputs(
         records,
         training,
-        _optional(root / "reports/validation.json"),
-        _optional(root / "data/distill/manifest.json"),
+        traces,
+        _optional(root / "reports/validation.json", {}),
+        _optional(root / "data/distill/manifest.json", {}),
     )
 
 
@@ -96,29 +103,6 @@ def metrics(inputs: Inputs) -> dict[str, float | int]:
             (line["heldout_tau"] for line in inputs.training[name] if "heldout_tau" in line), default=None
         )
     return {key: int(v) if isinstance(v, bool) else v for key, v in flat.items() if v is not None}
-
-
-def plots(inputs: Inputs) -> dict[str, str]:
-    """CSV text by file name, one row a point, the drafter's name in a column."""
-    lines = [{"drafter": name, **line} for name, log in inputs.training.items() for line in log]
-    entries = [
-        {"drafter": name, "task": task, **entry}
-        for name, record in inputs.records.items()
-        for task, entry in record["tasks"].items()
-    ]
-    acceptance = [
-        {**entry, "position": k, "accept_rate": rate}
-        for entry in entries
-        for k, rate in enumerate(entry["accept_rate_by_position"], start=1)
-    ]
-    return {
-        "training.csv": _csv(lines, ("drafter", "step", "loss", "lr"), needs="loss"),
-        "heldout.csv": _csv(lines, ("drafter", "step", "heldout_tau"), needs="heldout_tau"),
-        "acceptance.csv": _csv(
-            acceptance, ("drafter", "task", "position", "accept_rate"), needs="accept_rate"
-        ),
-        "speedup.csv": _csv(entries, ("drafter", "task", "tau", "speedup"), needs="speedup"),
-    }
 
 
 def table(inputs: Inputs) -> list[Row]:
@@ -188,6 +172,7 @@ def _facts(inputs: Inputs) -> list[str]:
         f"- Evaluation version {first['eval_version']}, seed {first['seed']}",
     ]
     for name, record in inputs.records.items():
+        facts += [f"- Warning, {name}: {w['name']}: {w['message']}" for w in record["warnings"]]
         if record["summary"]["speedup_vs_hf"] is not None:
             ratio = _number(record["summary"]["speedup_vs_hf"])
             facts.append(f"- {name} against `transformers.generate`: {ratio}×")
@@ -197,15 +182,6 @@ def _facts(inputs: Inputs) -> list[str]:
     if "passed" in inputs.validation:
         facts.append(f"- Data checks: {'passed' if inputs.validation['passed'] else 'FAILED'}")
     return facts
-
-
-def _csv(rows: list[dict], columns: tuple[str, ...], needs: str) -> str:
-    """The rows that have a value for `needs`, as CSV."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, columns, extrasaction="ignore", restval="", lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(row for row in rows if row.get(needs) is not None)
-    return text.getvalue()
 
 
 def _number(value: float | None, digits: int = 2) -> str:
@@ -225,11 +201,11 @@ def _lossless(lossless: bool, ties: int) -> str:
     return f"yes ({ties} {'tie' if ties == 1 else 'ties'})" if ties else "yes"
 
 
-def _optional(path: Path) -> dict:
-    return _json(path, path.read_text()) if path.exists() else {}
+def _optional(path: Path, default: Any) -> Any:
+    return _json(path, path.read_text()) if path.exists() else default
 
 
-def _json(path: Path, text: str) -> dict:
+def _json(path: Path, text: str) -> Any:
     try:
         return json.loads(text)
     except ValueError as error:

@@ -1,22 +1,28 @@
-"""Sum up the pipeline in reports/metrics.json, reports/plots and reports/report.md, and print the table."""
+"""Sum up the pipeline: reports/report.html, report.md, metrics.json and plots; print the table."""
 
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 from deepspec.config import Params
-from deepspec.files import write_json, write_text
+from deepspec.files import replacing, write_json, write_text
 from deepspec.stages.common import stage
 
 
 def main(params: Params, flags: argparse.Namespace) -> None:
-    from deepspec.evaluation import report
+    from deepspec.evaluation import charts, page, report, tables
 
     inputs = report.load_inputs(params.pipeline)
+    found = tables.tables(inputs)
+    figures = charts.figures(found)
     write_json("reports/metrics.json", report.metrics(inputs))
-    for name, text in report.plots(inputs).items():
-        write_text(Path("reports/plots") / name, text)
+    with replacing("reports/plots") as folder:
+        folder.mkdir()
+        for name, rows in found.items():
+            write_text(folder / f"{name}.csv", tables.to_csv(name, rows))
+        for name, image in charts.pngs(figures).items():
+            (folder / name).write_bytes(image)
+    write_text("reports/report.html", page.render(inputs, figures))
     write_text("reports/report.md", report.markdown(inputs))
     show(report.table(inputs), report.COLUMNS, next(iter(inputs.records.values()))["device"])
 
@@ -35,7 +41,7 @@ def show(rows: list, columns: tuple[str, ...], device: str) -> None:
     for row in rows:
         grid.add_row(*row.cells, style="bold" if row.macro else None, end_section=row.macro)
     console.print(grid)
-    console.print("Everything: [bold]reports/report.md[/bold]; the drafts: [bold]data/drafts[/bold]")
+    console.print("Everything: [bold]reports/report.html[/bold]; the drafts: [bold]data/drafts[/bold]")
 
 
 if __name__ == "__main__":
