@@ -419,14 +419,8 @@ def _training(tables: dict[str, Rows], colours: alt.Scale) -> Iterator[Figure]:
 
 def pngs(found: list[Figure]) -> dict[str, bytes]:
     """Name → PNG of the main figures."""
-    wanted = (
-        "speedup-",
-        "tau-",
-        "acceptance-",
-        "reliability-",
-        "throughput-",
-        "budget-",
-        "training",
-        "heldout",
-    )
-    return {f"{figure.name}.png": figure.png() for figure in found if figure.name.startswith(wanted)}
+    wanted = ("speedup-", "acceptance-", "reliability-", "throughput-", "training", "heldout")
+    main = [
+        figure for figure in found if figure.name.startswith(wanted) and not figure.name.endswith("-sampled")
+    ]
+    return {f"{figure.name}.png": figure.png() for figure in main}

@@ -39,6 +39,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         action="append",
         help="a name under `drafters` in params.yaml; several (repeat the flag) meet on the same prompts",
     )
+    parser.add_argument("--tasks", help="comma-separated, in place of evaluate.tasks")
+    parser.add_argument("--prompts", type=int, help="per task, in place of evaluate.prompts_per_task")
     parser.add_argument("--device", help="cpu, cuda, ... (default: a GPU where there is one)")
     parser.add_argument(
         "--output",
@@ -58,9 +60,11 @@ def main(params: Params, flags: argparse.Namespace) -> None:
             raise DeepSpecError(
                 f"{drafts[name]}: no such draft; train it first (deepspec train --drafter {name})"
             )
+    changes = {"tasks": flags.tasks and flags.tasks.split(","), "prompts_per_task": flags.prompts}
+    chosen = params.evaluate.model_copy(update={key: value for key, value in changes.items() if value})
     from deepspec.evaluation.benchmark import evaluate
 
-    outcomes = evaluate(drafts, "data/target", params.evaluate, params.seed, device=flags.device)
+    outcomes = evaluate(drafts, "data/target", chosen, params.seed, device=flags.device)
     for name, outcome in (outcomes or {}).items():
         lines = "".join(json.dumps(line) + "\n" for line in outcome.prompts)
         write_text(flags.output / f"{name}.prompts.jsonl", lines)
