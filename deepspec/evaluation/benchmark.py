@@ -206,7 +206,7 @@ class Bench:
             for task in self.tasks
             for i in range(len(task.prompts))
         }
-        self.curves  # noqa: B018  all processes measure costs before any decodes
+        self._curves()  # measured before any process decodes
 
         @_once
         def contest() -> Contest:

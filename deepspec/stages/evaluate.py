@@ -60,6 +60,8 @@ def main(params: Params, flags: argparse.Namespace) -> None:
             raise DeepSpecError(
                 f"{drafts[name]}: no such draft; train it first (deepspec train --drafter {name})"
             )
+    if flags.prompts is not None and flags.prompts < 1:
+        raise DeepSpecError(f"--prompts must be >= 1, found {flags.prompts}")
     changes = {"tasks": flags.tasks and flags.tasks.split(","), "prompts_per_task": flags.prompts}
     chosen = params.evaluate.model_copy(update={key: value for key, value in changes.items() if value})
     from deepspec.evaluation.benchmark import evaluate

@@ -41,6 +41,10 @@ def test_every_stage_runs_and_every_draft_is_lossless(clone: Clone):
     check_reports(clone, DRAFTERS)
     assert clone.report("reports/validation.json")["passed"] is True
     assert "dspark,12," in (clone.root / "reports/plots/training.csv").read_text()
+    assert clone.report("reports/eval/dspark.json")["promise"]["greedy"]["blocks"] > 0
+    page = (clone.root / "reports/report.html").read_text()
+    assert all(f"acceptance-{name}-greedy" in page for name in DRAFTERS)
+    assert list((clone.root / "reports/plots").glob("*.png"))
 
 
 def test_doctor_finds_nothing_to_mend_and_chat_answers_with_the_draft(clone: Clone):
@@ -49,6 +53,32 @@ def test_doctor_finds_nothing_to_mend_and_chat_answers_with_the_draft(clone: Clo
     chat = clone.run("deepspec.cli", "chat", "--max-new-tokens", "8", stdin="What is the sum?\nAnd then?\n")
     assert chat.returncode == 0, chat.stderr
     assert len(re.findall(r"τ \d\.\d\d.* tokens", chat.stdout)) == 2
+
+
+def test_two_processes_find_the_tau_of_one_and_so_does_a_second_run(clone: Clone):
+    """Drafters measured together, in one process and in two, against the records of the pipeline."""
+    words = ["deepspec.stages.evaluate", "--drafter", "dspark", "--drafter", "lookup"]
+    launch = [
+        "accelerate.commands.launch",
+        "--cpu",
+        "--num_processes",
+        "2",
+        "--num_cpu_threads_per_process",
+        "1",
+        "-m",
+    ]
+    for launcher in ([], launch):
+        done = clone.run(*launcher, *words, "--output", "again")
+        assert done.returncode == 0, done.stderr[-3000:]
+        for name in ("dspark", "lookup"):
+            first, second = (clone.report(f"{folder}/{name}.json") for folder in ("reports/eval", "again"))
+            assert second["processes"] == (2 if launcher else 1)
+            for key, entry in first["tasks"].items():
+                same = ("tau", "output_hashes", "accept_rate_by_position", "reached_by_position", "rounds")
+                assert {k: entry[k] for k in same} == {k: second["tasks"][key][k] for k in same}
+            compared = clone.run("deepspec.cli", "compare", f"reports/eval/{name}.json", f"again/{name}.json")
+            assert compared.returncode in (0, 1), compared.stderr  # the clock may say anything here
+            assert "tau at T" not in compared.stdout
 
 
 def test_a_second_repro_does_nothing(clone: Clone):
