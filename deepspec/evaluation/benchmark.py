@@ -102,6 +102,7 @@ def evaluate(
     work = Work(state, work_dir, f"{'-'.join(drafts)}-{digest(json.dumps(settings))}")
     bench = Bench(drafts, digests, Path(target_dir), tasks, params, seed, device, work)
     bench.target = target
+    del target  # the bench lets go of it before it loads the float32 copy
     outcomes = bench.run()
     work.remove()
     return outcomes if work.main else None
