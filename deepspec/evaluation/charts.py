@@ -290,18 +290,19 @@ def _shape(tables: dict[str, Rows], colours: alt.Scale) -> Iterator[Figure]:
 
 
 def _confidence(tables: dict[str, Rows]) -> Iterator[Figure]:
+    predicted, came = "predicted chance that the path is accepted", "share that was accepted"
     for drafter in _values(tables["reliability"], "drafter"):
         for mode in _values(tables["reliability"], "mode"):
             curve = _data(tables["reliability"], drafter=drafter, mode=mode)
             line = alt.Chart(alt.Data(values=[{"p": 0}, {"p": 1}])).mark_line(strokeDash=[4, 3], opacity=0.6)
-            diagonal = line.encode(x=_x("p", "predicted"), y=_y("p", "came"))
+            diagonal = line.encode(x=_x("p", predicted), y=_y("p", came))
             percent = {"axis": alt.Axis(format="%"), "scale": alt.Scale(domain=[0, 1])}
             points = (
                 alt.Chart(curve)
                 .mark_line(point=alt.OverlayMarkDef(size=55))
                 .encode(
-                    x=_x("predicted", "predicted chance that the path is accepted", **percent),
-                    y=_y("observed", "share that was", **percent),
+                    x=_x("predicted", predicted, **percent),
+                    y=_y("observed", came, **percent),
                     color=_key("when", alt.Scale(domain=["before", "after"], range=[GREY, PALETTE[0]])),
                     tooltip=_tips("when", "predicted:Q", "observed:Q", "count"),
                 )
