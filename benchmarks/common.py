@@ -24,6 +24,7 @@ from deepspec.evaluation.stats import Interval, Pair, speedup
 from deepspec.evaluation.task import load_task
 from deepspec.evaluation.worklog import WorkLog
 from deepspec.files import digest, file_digest, source_digest, write_json, write_text
+from deepspec.provenance import without_folders
 from deepspec.target import Target
 
 WORK_DIR = Path(".deepspec/benchmarks")
@@ -191,7 +192,7 @@ def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 def provenance(target: Target | None) -> dict[str, str]:
     """Commit, command (of absolute paths the last part), target (of what needs one), machine and versions."""
-    words = [f".../{Path(word).name}" if word.startswith("/") else word for word in sys.argv[1:]]
+    words = without_folders(sys.argv[1:])
     return {
         "commit": _git("describe", "--always", "--dirty"),
         "command": " ".join(["python", "-m", f"benchmarks.{Path(sys.argv[0]).stem}", *words]),

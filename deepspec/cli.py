@@ -39,7 +39,7 @@ def _add_stage(name: str, summary: str) -> None:
     @app.command(name, help=summary, context_settings=PASS_THROUGH, rich_help_panel="Stages")
     def run_stage(context: typer.Context) -> None:
         module = importlib.import_module(f"deepspec.stages.{name}")
-        sys.argv[0] = f"deepspec {name}"  # what its own --help calls it
+        sys.argv[:] = [f"deepspec {name}", *context.args]  # what its own --help and its records call it
         stage(module.main, getattr(module, "add_flags", None), context.args)
 
 

@@ -20,9 +20,14 @@ def provenance() -> dict[str, Any]:
     return {
         "git_commit": _git("rev-parse", "HEAD") or None,
         "git_dirty": bool(status),
-        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": " ".join([Path(sys.argv[0]).name, *without_folders(sys.argv[1:])]),
         "packages": {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES},
     }
+
+
+def without_folders(words: list[str]) -> list[str]:
+    """Of absolute paths the last part: where somebody keeps their files is nobody's business."""
+    return [f".../{Path(word).name}" if word.startswith("/") else word for word in words]
 
 
 def _git(*words: str) -> str:
