@@ -12,8 +12,9 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import PartialState
-from accelerate.utils import gather_object
+from accelerate.utils import gather_object, parse_flag_from_env
 
 from deepspec.data.progress import Progress
 from deepspec.evaluation.worklog import WorkLog, read_log
@@ -22,8 +23,9 @@ _PATIENCE = timedelta(days=7)  # one process may have much more to do than the o
 
 
 def process_state() -> PartialState:
-    """This process among those that `accelerate launch` started; alone without it."""
-    return PartialState(timeout=_PATIENCE) if "WORLD_SIZE" in os.environ else PartialState()
+    """This process among those that were launched together; alone without a launcher."""
+    cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
+    return PartialState(cpu=cpu, timeout=_PATIENCE) if "WORLD_SIZE" in os.environ else PartialState(cpu=cpu)
 
 
 class Work:

@@ -34,6 +34,7 @@ class Clone:
             "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
             "PYTHONPATH": str(self.root),
             "HF_HUB_OFFLINE": "1",
+            "ACCELERATE_USE_CPU": "true",
             "OMP_NUM_THREADS": "1",  # all that a tiny model can use
         }
 

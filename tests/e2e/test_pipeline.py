@@ -58,15 +58,7 @@ def test_doctor_finds_nothing_to_mend_and_chat_answers_with_the_draft(clone: Clo
 def test_two_processes_find_the_tau_of_one_and_so_does_a_second_run(clone: Clone):
     """Drafters measured together, in one process and in two, against the records of the pipeline."""
     words = ["deepspec.stages.evaluate", "--drafter", "dspark", "--drafter", "lookup"]
-    launch = [
-        "accelerate.commands.launch",
-        "--cpu",
-        "--num_processes",
-        "2",
-        "--num_cpu_threads_per_process",
-        "1",
-        "-m",
-    ]
+    launch = ["torch.distributed.run", "--nproc-per-node", "2", "--standalone", "-m"]
     for launcher in ([], launch):
         done = clone.run(*launcher, *words, "--output", "again")
         assert done.returncode == 0, done.stderr[-3000:]

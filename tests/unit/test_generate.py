@@ -320,7 +320,7 @@ def test_progress_prints_plain_lines_now_and_then_where_there_is_no_terminal(mon
             progress.tokens(80)
             progress.advance()
     assert capsys.readouterr().err.splitlines() == [
-        "generate: 2/10, 0 tokens/s, ? left",
+        "generate: 2/10, ? left",
         "generate: 3/10, 10 tokens/s, 1m52s left",
         "generate: 5/10, 10 tokens/s, 53s left",
         "generate: 6/10, 10 tokens/s, 32s left",

@@ -328,7 +328,7 @@ def test_the_stage_writes_its_reports_before_it_fails(tmp_path, rows, monkeypatc
         validate_=BOUNDS,
         prompts=SimpleNamespace(overlap_ngram=8),
         generate=SimpleNamespace(max_length=MAX_LENGTH),
-        evaluate=SimpleNamespace(tasks=["word_problems"]),
+        evaluate=SimpleNamespace(tasks=["word_problems"], tasks_dir=None),
     )
     assert guarded(lambda: stage.main(params, None)) == 2
     assert "target (1 of 6 break it" in capsys.readouterr().err
