@@ -113,7 +113,12 @@ def _worth_retrying(_task, _run, state: State) -> bool:
     return not isinstance(state.result(raise_on_failure=False), UserMistake)
 
 
-@task(task_run_name="{stage.name}", cache_policy=NO_CACHE, retry_condition_fn=_worth_retrying, retry_jitter_factor=0.1)
+@task(
+    task_run_name="{stage.name}",
+    cache_policy=NO_CACHE,
+    retry_condition_fn=_worth_retrying,
+    retry_jitter_factor=0.1,
+)
 def run_stage(stage: Stage, work: Workspace, hours: float) -> State:
     """`dvc repro --single-item` of a stage whose dependencies are up to date.
 
@@ -140,7 +145,9 @@ def run_stage(stage: Stage, work: Workspace, hours: float) -> State:
 def _show_notes(stage: Stage, work: Workspace) -> None:
     """Every Markdown output of a stage, also that of a stage which failed, and links to its pages."""
     for path in filter(Path.exists, (work.root / out for out in stage.outputs(".md"))):
-        create_markdown_artifact(path.read_text(encoding="utf-8"), key=slug(path.stem), description=stage.name)
+        create_markdown_artifact(
+            path.read_text(encoding="utf-8"), key=slug(path.stem), description=stage.name
+        )
     for path in filter(Path.exists, (work.root / out for out in stage.outputs(".html"))):
         where = f"on the worker's machine; committed on the branch {work.branch}"
         create_link_artifact(path.as_uri(), path.name, key=slug(f"{path.stem}-page"), description=where)
@@ -154,7 +161,12 @@ def results(work: Workspace) -> None:
         create_table_artifact(table, key="metrics", description="Metrics of this run and of the last one")
 
 
-@task(task_run_name="push {work.branch}", cache_policy=NO_CACHE, retries=RETRIES, retry_delay_seconds=[10, 20, 40])
+@task(
+    task_run_name="push {work.branch}",
+    cache_policy=NO_CACHE,
+    retries=RETRIES,
+    retry_delay_seconds=[10, 20, 40],
+)
 def publish_run(work: Workspace, title: str, overrides: dict[str, Any]) -> None:
     commit = publish(work, title, overrides)
     get_run_logger().info("pushed %s to %s", commit, work.branch)

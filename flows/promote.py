@@ -15,7 +15,7 @@ from prefect.runtime import flow_run
 from prefect.states import Completed, Failed
 
 from flows import command
-from flows.command import CommandFailed, UserMistake, follow
+from flows.command import CommandFailed, follow
 from flows.pipeline import HOME
 from flows.workspace import Workspace, workspace
 
@@ -49,11 +49,9 @@ def promote(
 @task(task_run_name="deepspec {words[0]}", cache_policy=NO_CACHE)
 def deepspec(work: Workspace, words: list[str]) -> list[str]:
     """One command of the registry in the clone; it is not tried again, since a refusal stays one."""
-    logger = get_run_logger()
-    try:
-        return follow([sys.executable, "-m", "deepspec.cli", *words], work.root, logger.info, keep_open=[work.lock])
-    except UserMistake:
-        raise
-    except CommandFailed as failed:  # the gate's own status is 1
-        logger.error("%s", failed)
-        raise
+    return follow(
+        [sys.executable, "-m", "deepspec.cli", *words],
+        work.root,
+        get_run_logger().info,
+        keep_open=[work.lock],
+    )

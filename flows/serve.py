@@ -1,6 +1,6 @@
 """Schedules on one machine, without a work pool: `prefect server start`, then `python -m flows.serve`.
 
-    python -m flows.serve --cron '0 2 * * *' -S pipeline=[dspark] -S train.steps=640
+python -m flows.serve --cron '0 2 * * *' -S pipeline=[dspark] -S train.steps=640
 """
 
 from __future__ import annotations
@@ -31,7 +31,9 @@ def main() -> None:
     parser.add_argument("--repository", default=".", help="a path or URL to clone (default: here)")
     parser.add_argument("--ref", default="HEAD", help="branch, tag or commit (default: %(default)s)")
     parser.add_argument("--cron", default="0 2 * * *", help="when (default: every night at two, UTC)")
-    parser.add_argument("-S", dest="settings", action="append", default=[], metavar="KEY=VALUE", help="override")
+    parser.add_argument(
+        "-S", dest="settings", action="append", default=[], metavar="KEY=VALUE", help="override"
+    )
     flags = parser.parse_args()
 
     def run() -> None:

@@ -47,7 +47,16 @@ def ensure_pool() -> None:
 def deploy() -> None:
     """Register what prefect.yaml describes."""
     names = [word for name in DEPLOYMENTS for word in ("--name", name)]
-    words = [sys.executable, "-m", "prefect", "--no-prompt", "deploy", "--prefect-file", "prefect.yaml", *names]
+    words = [
+        sys.executable,
+        "-m",
+        "prefect",
+        "--no-prompt",
+        "deploy",
+        "--prefect-file",
+        "prefect.yaml",
+        *names,
+    ]
     environment = os.environ | {"DEEPSPEC_ROOT": str(ROOT), "PYTHONPATH": str(ROOT)}
     done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True)
     if done.returncode:
@@ -57,7 +66,9 @@ def deploy() -> None:
 def main() -> None:
     quiet_environment()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--gpu-slots", type=int, help="stages that may compute at once (default: 1, or as it is)")
+    parser.add_argument(
+        "--gpu-slots", type=int, help="stages that may compute at once (default: 1, or as it is)"
+    )
     flags = parser.parse_args()
     ensure_limit(flags.gpu_slots)
     ensure_pool()

@@ -67,7 +67,9 @@ def workspace(
 
 
 @contextlib.contextmanager
-def _held(path: Path, run_id: str, patience_h: float, say: Callable[[str], None]) -> Iterator[tuple[int, str | None]]:
+def _held(
+    path: Path, run_id: str, patience_h: float, say: Callable[[str], None]
+) -> Iterator[tuple[int, str | None]]:
     """An exclusive lock on `path`, which names its holder; also the name of the holder before."""
     with path.open("a+") as file:
         deadline, told = time.monotonic() + patience_h * 3600, False
@@ -77,7 +79,9 @@ def _held(path: Path, run_id: str, patience_h: float, say: Callable[[str], None]
                 break
             except BlockingIOError:
                 if time.monotonic() > deadline:
-                    raise CommandFailed(f"{path}: held by run {path.read_text()} for {patience_h:g} hours") from None
+                    raise CommandFailed(
+                        f"{path}: held by run {path.read_text()} for {patience_h:g} hours"
+                    ) from None
                 if not told:
                     say(f"waiting for run {path.read_text()}, which works in the same clone")
                     told = True
@@ -102,7 +106,9 @@ def _move(root: Path, origin: str, ref: str, cache: Path) -> str:
         commit = git(root, "rev-parse", "FETCH_HEAD^{commit}")
     except UserMistake:  # an abbreviated commit, which a server is not asked for
         git(root, "fetch", "--quiet", "origin")
-        commit = git(root, "rev-parse", "--verify", "--quiet", f"{ref}^{{commit}}", failing=f"{origin}: no ref {ref!r}")
+        commit = git(
+            root, "rev-parse", "--verify", "--quiet", f"{ref}^{{commit}}", failing=f"{origin}: no ref {ref!r}"
+        )
     git(root, "checkout", "--quiet", "--force", "--detach", commit)
     git(root, "clean", "--quiet", "-d", "--force")  # not what is ignored: data/ and .deepspec stay
     shared = _cache_of(Path(origin)) or cache.resolve()
@@ -120,7 +126,13 @@ def _cache_of(origin: Path) -> Path | None:
 def _restore(root: Path, say: Callable[[str], None]) -> None:
     """Bring back what dvc.lock names, as far as cache and remote have it; stages make the rest."""
     remote = dvc(root, "config", "core.remote", check=False).strip()
-    left = dvc(root, *(["pull", "--run-cache"] if remote else ["checkout"]), "--force", "--allow-missing", check=False)
+    left = dvc(
+        root,
+        *(["pull", "--run-cache"] if remote else ["checkout"]),
+        "--force",
+        "--allow-missing",
+        check=False,
+    )
     for line in left.splitlines():
         if line.startswith(("ERROR", "WARNING")):
             say(f"not restored, will be made: {line}")
