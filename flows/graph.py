@@ -48,13 +48,13 @@ def _address(stage) -> str:
     return stage.name if stage.path_in_repo == "dvc.yaml" else f"{stage.path_in_repo}:{stage.name}"
 
 
-def describe(root: Path, commit: str) -> str:
-    """`smollm2-135m-instruct dspark 3bd7e8f`: target, drafters and commit, as DVC tells the parameters."""
+def describe(root: Path, name: str, commit: str) -> str:
+    """`smollm2-135m-instruct dspark 3bd7e8f`: target (or else `name`), drafters and commit, by DVC's parameters."""
     import dvc.api
 
     params = dvc.api.params_show(repo=str(root))
     target = params.get("target") or {}
-    source = str(target.get("source", root.name) if isinstance(target, dict) else target)
-    name = source.rstrip("/").split("/")[-1].removeprefix("embedded:")
+    source = str(target.get("source", name) if isinstance(target, dict) else target)
+    source = source.rstrip("/").split("/")[-1].removeprefix("embedded:")
     drafters = params.get("pipeline") or []
-    return " ".join(filter(None, (name, "+".join(map(str, drafters)), commit[:7])))
+    return " ".join(filter(None, (source, "+".join(map(str, drafters)), commit[:7])))

@@ -67,7 +67,7 @@ def pipeline(
     try:
         with workspace(repository, ref, overrides, flow_run.id, HOME, stage_hours, logger.info) as work:
             _close(work.previous)
-            title = describe(work.root, work.base)
+            title = describe(work.root, work.name, work.base)
             _rename(title)
             logger.info("%s: %s, in the clone %s", ref, work.base, work.root)
             failed = _run_stages(work, retries, retry_delay_s, stage_hours)

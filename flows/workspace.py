@@ -2,7 +2,7 @@
 
 There is one clone for each (repository, ref, overrides), under `.deepspec/runs`. It is moved to the ref's newest commit
 when a run begins and stays when the run ends, with the unfinished work that the stages keep in its `.deepspec`: the
-next run of the same kind goes on from there. Finished stages come back from DVC's cache, which all clones share.
+next run of the same kind goes on from there. All clones share one DVC cache.
 A run holds its clone by a file lock, which the kernel lets go when the last process of the run is gone.
 """
 
@@ -22,10 +22,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from deepspec.files import digest
+from deepspec.files import digest, write_text
 from flows.command import CommandFailed, UserMistake, environment
 
 LAST = "refs/deepspec/last"  # in the clone: the commit of the last finished run
+BASE = "refs/deepspec/base"  # the commit that the clone was last moved to
 AUTHOR = ("-c", "user.name=DeepSpec", "-c", "user.email=deepspec@localhost")
 POLL_S = 2.0
 
@@ -33,6 +34,7 @@ POLL_S = 2.0
 @dataclass(frozen=True)
 class Workspace:
     root: Path
+    name: str  # of the repository
     base: str  # the commit of the ref
     branch: str  # of the origin, where the results go
     lock: int  # the open file that holds the clone
@@ -63,7 +65,9 @@ def workspace(
         base = _move(root, origin, ref, home / "cache")
         override(root / "params.yaml", overrides)
         _restore(root, say)
-        yield Workspace(root, base, f"runs/{run_id}", lock, previous)
+        yield Workspace(
+            root, re.sub(r"(/?\.git)?/?$", "", origin).split("/")[-1], base, f"runs/{run_id}", lock, previous
+        )
 
 
 @contextlib.contextmanager
@@ -109,11 +113,32 @@ def _move(root: Path, origin: str, ref: str, cache: Path) -> str:
         commit = git(
             root, "rev-parse", "--verify", "--quiet", f"{ref}^{{commit}}", failing=f"{origin}: no ref {ref!r}"
         )
+    _check_out(root, commit)
+    shared = _cache_of(Path(origin)) or cache.resolve()
+    write_text(root / ".dvc/config.local", f"[core]\n    autostage = true\n[cache]\n    dir = {shared}\n")
+    return commit
+
+
+def _check_out(root: Path, commit: str) -> None:
+    """The commit's files, with the results of this clone's last run among them, finished or not, and their dvc.lock.
+
+    DVC tells by dvc.lock which stages still hold, so that nothing is made twice. DVC's own run cache would not bring
+    them back: it leaves out every stage with an output that git keeps. Results newer than ours, which are there if
+    dvc.lock was committed since, take their place.
+    """
+    ours: list[str] = []
+    before = git(root, "rev-parse", "--verify", "--quiet", BASE, check=False)
+    if before and not git(root, "diff", "--name-only", before, commit, "--", "dvc.lock"):
+        git(root, "add", "--all")
+        git(root, *AUTHOR, "commit", "--quiet", "--allow-empty", "--message", "What the last run left")
+        changed = git(root, "diff", "--name-only", "--diff-filter=d", "-z", before, "HEAD").split("\0")
+        ours = [name for name in changed if name and name != "params.yaml"]
+    left = git(root, "rev-parse", "HEAD")
     git(root, "checkout", "--quiet", "--force", "--detach", commit)
     git(root, "clean", "--quiet", "-d", "--force")  # not what is ignored: data/ and .deepspec stay
-    shared = _cache_of(Path(origin)) or cache.resolve()
-    dvc(root, "config", "--local", "cache.dir", str(shared))
-    return commit
+    if ours:
+        git(root, "checkout", left, "--", *ours)
+    git(root, "update-ref", BASE, commit)
 
 
 def _cache_of(origin: Path) -> Path | None:
