@@ -25,7 +25,7 @@ stages:
   data: {cmd: "seq ${n} > data.txt", params: [n], outs: [data.txt]}
   train:
     matrix: {name: "${pipeline}"}
-    cmd: cp data.txt ${item.name}.txt
+    cmd: cp data.txt ${item.name}.txt; echo x > ${item.name}.md
     deps: [data.txt]
     outs: ["${item.name}.txt", "${item.name}.md": {cache: false}]
   report:
@@ -164,7 +164,6 @@ def test_a_run_is_pushed_to_its_branch_and_the_checkout_stays(repository: Path):
     before = git(repository, "rev-parse", "HEAD")
     with clone_of(repository, {"n": 5}) as work:
         for stage in ("data", "train@a", "report"):
-            (work.root / "a.md").write_text("x")
             repro(work.root, stage)
         assert metrics_before(work) == [{"metric": "rows", "last": None, "this": 5, "change": None}]
         publish(work, "a title", {"n": 5})
