@@ -24,8 +24,7 @@ from prefect.runtime import flow_run
 from prefect.states import Completed, Crashed, Failed
 from prefect.task_runners import ThreadPoolTaskRunner
 
-from flows import command
-from flows.command import CommandFailed, UserMistake, follow
+from flows.command import CommandFailed, UserMistake, cancel, follow
 from flows.graph import Stage, describe, read_graph
 from flows.progress import ProgressArtifact
 from flows.setup import GPU_TAG, ensure_limit
@@ -79,8 +78,9 @@ def pipeline(
                 track_run(work)
     except UserMistake as mistake:
         return Failed(message=str(mistake))
-    finally:
-        command.stop_all()  # of a run that is cancelled
+    except BaseException:
+        cancel()
+        raise
     return Completed(message=f"{work.branch}: {title}")
 
 
