@@ -28,7 +28,7 @@ from flows.command import CommandFailed, UserMistake, cancel, follow
 from flows.graph import Stage, describe, read_graph
 from flows.progress import ProgressArtifact
 from flows.setup import GPU_TAG, ensure_limit
-from flows.workspace import Workspace, metrics_before, publish, workspace
+from flows.workspace import Workspace, metrics_before, publish, remember, workspace
 
 RETRIES = 3
 RETRY_DELAY_S = 10.0  # doubled each time
@@ -72,8 +72,8 @@ def pipeline(
             failed = _run_stages(work, retries, retry_delay_s, stage_hours)
             if failed:
                 return Failed(message=failed)
-            results(work)
             publish_run(work, title, overrides)
+            results(work)
             if track and os.environ.get("MLFLOW_TRACKING_URI") and (work.root / "deepspec/tracking").is_dir():
                 track_run(work)
     except UserMistake as mistake:
@@ -159,10 +159,11 @@ def results(work: Workspace) -> None:
     table = metrics_before(work)
     if table:
         create_table_artifact(table, key="metrics", description="Metrics of this run and of the last one")
+    remember(work)
 
 
 @task(
-    task_run_name="push {work.branch}",
+    task_run_name="push",
     cache_policy=NO_CACHE,
     retries=RETRIES,
     retry_delay_seconds=[10, 20, 40],

@@ -127,7 +127,7 @@ def _check_out(root: Path, commit: str) -> None:
     dvc.lock was committed since, take their place.
     """
     ours: list[str] = []
-    before = git(root, "rev-parse", "--verify", "--quiet", BASE, check=False)
+    before = git(root, "rev-parse", "--verify", "--quiet", BASE, failing=None)
     if before and not git(root, "diff", "--name-only", before, commit, "--", "dvc.lock"):
         git(root, "add", "--all")
         git(root, *AUTHOR, "commit", "--quiet", "--allow-empty", "--message", "What the last run left")
@@ -150,17 +150,13 @@ def _cache_of(origin: Path) -> Path | None:
 
 def _restore(root: Path, say: Callable[[str], None]) -> None:
     """Bring back what dvc.lock names, as far as cache and remote have it; stages make the rest."""
-    remote = dvc(root, "config", "core.remote", check=False).strip()
-    left = dvc(
-        root,
-        *(["pull", "--run-cache"] if remote else ["checkout"]),
-        "--force",
-        "--allow-missing",
-        check=False,
-    )
-    for line in left.splitlines():
-        if line.startswith(("ERROR", "WARNING")):
-            say(f"not restored, will be made: {line}")
+    remote = _run([sys.executable, "-m", "dvc", "config", "core.remote"], root).stdout.strip()
+    for words in ([["fetch", "--run-cache"]] if remote else []) + [
+        ["checkout", "--force", "--allow-missing"]
+    ]:
+        done = _run([sys.executable, "-m", "dvc", *words], root)
+        if done.returncode:
+            say(f"dvc {words[0]}: {(done.stderr.strip() or 'failed').splitlines()[-1]}")
 
 
 def override(path: Path, overrides: dict[str, Any]) -> None:
@@ -197,13 +193,17 @@ def publish(work: Workspace, title: str, overrides: dict[str, Any]) -> str:
     git(work.root, "add", "--all")
     git(work.root, *AUTHOR, "commit", "--quiet", "--allow-empty", "--message", f"Run: {title}\n\n{settings}")
     git(work.root, "push", "--quiet", "--force", "origin", f"HEAD:refs/heads/{work.branch}")
-    git(work.root, "update-ref", LAST, "HEAD")
     return git(work.root, "rev-parse", "HEAD")
+
+
+def remember(work: Workspace) -> None:
+    """This run is the last one from now on."""
+    git(work.root, "update-ref", LAST, "HEAD")
 
 
 def metrics_before(work: Workspace) -> list[dict[str, Any]]:
     """Every metric beside its value in the last run of this clone, or in the commit that it started from."""
-    last = git(work.root, "rev-parse", "--verify", "--quiet", LAST, check=False) or work.base
+    last = git(work.root, "rev-parse", "--verify", "--quiet", LAST, failing=None) or work.base
     found = json.loads(dvc(work.root, "metrics", "diff", "--all", "--json", last) or "{}")
     return [
         {"metric": name, "last": values.get("old"), "this": values.get("new"), "change": values.get("diff")}
@@ -212,17 +212,22 @@ def metrics_before(work: Workspace) -> list[dict[str, Any]]:
     ]
 
 
-def git(root: Path, *words: str, check: bool = True, failing: str = "") -> str:
-    return _run(["git", *words], root, check, failing)
+def git(root: Path, *words: str, failing: str | None = "") -> str:
+    """What git prints. `failing` is what to say, or None for nothing at all, if it fails."""
+    return _checked(["git", *words], root, failing)
 
 
-def dvc(root: Path, *words: str, check: bool = True) -> str:
-    return _run([sys.executable, "-m", "dvc", *words], root, check)
+def dvc(root: Path, *words: str) -> str:
+    return _checked([sys.executable, "-m", "dvc", *words], root)
 
 
-def _run(words: list[str], root: Path, check: bool, failing: str = "") -> str:
-    done = subprocess.run(words, cwd=root, env=environment(root), capture_output=True, text=True)
-    if check and done.returncode:
+def _checked(words: list[str], root: Path, failing: str | None = "") -> str:
+    done = _run(words, root)
+    if done.returncode and failing is not None:
         told = [line for line in (done.stderr or done.stdout).splitlines() if line.strip()]
         raise UserMistake(failing or (told[-1] if told else f"{' '.join(words)} failed"))
-    return done.stdout.strip() if check or not done.returncode else done.stdout + done.stderr
+    return done.stdout.strip()
+
+
+def _run(words: list[str], root: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(words, cwd=root, env=environment(root), capture_output=True, text=True)

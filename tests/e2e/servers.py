@@ -49,9 +49,9 @@ class Servers:
         assert action == "status" or done.returncode == 0, done.stdout + done.stderr
         return done.stdout
 
-    def start(self, **parameters: Any) -> subprocess.Popen:
-        """The pipeline in a process of its own, as a worker runs it."""
-        code = f"from flows.pipeline import pipeline; pipeline(return_state=True, **{parameters!r})"
+    def start(self, flow: str = "pipeline", **parameters: Any) -> subprocess.Popen:
+        """A flow in a process of its own, as a worker runs it."""
+        code = f"from flows.{flow} import {flow}; {flow}(return_state=True, **{parameters!r})"
         return subprocess.Popen(
             [sys.executable, "-c", code],
             cwd=ROOT,
@@ -61,9 +61,9 @@ class Servers:
             text=True,
         )
 
-    def run(self, **parameters: Any) -> str:
-        """Run the pipeline to its end; what it logged."""
-        return self.start(**parameters).communicate(timeout=300)[0]
+    def run(self, flow: str = "pipeline", **parameters: Any) -> str:
+        """Run a flow to its end; what it logged."""
+        return self.start(flow, **parameters).communicate(timeout=300)[0]
 
     def ask(self, path: str, body: dict | None = None) -> Any:
         """The Prefect API: GET, or POST with a body."""

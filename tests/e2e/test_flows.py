@@ -59,6 +59,16 @@ def times(root: Path, stage: str) -> int:
 
 DATA = {"cmd": "seq ${rows} > data.txt", "params": ["rows"], "outs": ["data.txt"]}
 
+REGISTRY = """
+import sys
+print({
+    "track": "a: tracked: run 1, http://127.0.0.1:1/run",
+    "register": "a: version 1 registered",
+    "promote": "a: refused: a token changed",
+}[sys.argv[1]])
+sys.exit(sys.argv[1] == "promote")
+"""
+
 
 def test_a_scheduled_run_executes_the_pipeline_in_a_clone_and_shows_its_results(
     stack: Servers, tmp_path: Path
@@ -145,6 +155,26 @@ def test_a_stage_that_fails_twice_is_tried_a_third_time(stack: Servers, tmp_path
     run = stack.flow_runs()[0]
     assert run["state_type"] == "COMPLETED", log
     assert stack.tasks(run)["flaky"]["run_count"] == 3 == times(root, "flaky")
+
+
+def test_a_run_is_tracked_and_a_refused_promotion_fails_with_the_rule(stack: Servers, tmp_path: Path):
+    """With a registry that only says what ours says."""
+    root = repository(tmp_path / "repo", {"data": dict(DATA)}, {"rows": 1})
+    (root / "deepspec/tracking").mkdir(parents=True)
+    (root / "deepspec/tracking/__init__.py").touch()
+    (root / "deepspec/cli.py").write_text(REGISTRY)
+    git(root, "add", "--all")
+    git(root, "commit", "--quiet", "--message", "A registry")
+    log = stack.run(repository=str(root))
+    run = stack.flow_runs()[0]
+    assert run["state_type"] == "COMPLETED", log
+    assert "http://127.0.0.1:1/run" in stack.artifacts(run)["mlflow-a"]["data"]
+
+    log = stack.run("promote", repository=str(root), ref=f"runs/{run['id']}", drafter="a")
+    refused = stack.flow_runs()[0]
+    assert refused["state_type"] == "FAILED", log
+    assert refused["state"]["message"] == "a: refused: a token changed"
+    assert set(stack.tasks(refused)) == {"deepspec register", "deepspec promote"}
 
 
 def test_a_failing_validation_stops_what_follows_and_says_why(stack: Servers, tmp_path: Path):

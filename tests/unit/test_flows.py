@@ -18,7 +18,7 @@ from flows.graph import Stage, describe, read_graph
 from flows.process import Process
 from flows.serve import parse
 from flows.services import Places, _check_port, servers
-from flows.workspace import AUTHOR, git, literal, metrics_before, override, publish, workspace
+from flows.workspace import AUTHOR, git, literal, metrics_before, override, publish, remember, workspace
 
 PIPELINE = """
 stages:
@@ -167,6 +167,7 @@ def test_a_run_is_pushed_to_its_branch_and_the_checkout_stays(repository: Path):
             repro(work.root, stage)
         assert metrics_before(work) == [{"metric": "rows", "last": None, "this": 5, "change": None}]
         publish(work, "a title", {"n": 5})
+        remember(work)
         assert [row["last"] for row in metrics_before(work)] == [5]
     assert git(repository, "rev-parse", "HEAD") == before
     assert git(repository, "status", "--porcelain") == ""
