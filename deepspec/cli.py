@@ -28,11 +28,16 @@ STAGES = {
 PASS_THROUGH = {"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []}
 
 app = typer.Typer(
-    help="Make a language model faster with a draft, without changing a token. `dvc repro` runs all stages.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+
+@app.callback()
+def environment() -> None:
+    """Make a language model faster with a draft, without changing a token. `dvc repro` runs all stages."""
+    quiet_environment()
 
 
 def _add_stage(name: str, summary: str) -> None:
@@ -118,7 +123,6 @@ def compare(
         comparing.show(found, *measured)
         failures.extend(found.failures)
 
-    quiet_environment()
     raise typer.Exit(guarded(run) or int(bool(failures)))
 
 
@@ -132,8 +136,50 @@ def doctor(
     raise typer.Exit(0 if run(root) else 1)
 
 
+@app.command(rich_help_panel="Tools")
+def reproduce(
+    tag: Annotated[str, typer.Argument(help="A tag of the repository, or anything that names a commit.")],
+    recompute: Annotated[
+        bool,
+        typer.Option(
+            "--recompute/--pull", help="Make data and drafts again, or pull them from the DVC remote."
+        ),
+    ] = False,
+    repo: Annotated[str, typer.Option(help="A path or URL to clone from.")] = ".",
+    into: Annotated[
+        Path | None, typer.Option(help="An empty directory.", show_default="deepspec-TAG")
+    ] = None,
+    stages: Annotated[
+        str | None, typer.Option(help="Comma-separated, in place of all that are to run.", show_default="all")
+    ] = None,
+    pipeline: Annotated[str, typer.Option(help="Whose metrics are compared.")] = "dvc.yaml",
+    remote: Annotated[
+        str | None, typer.Option(help="Where to pull from.", show_default="the repository's remote")
+    ] = None,
+    setup: Annotated[
+        bool, typer.Option("--setup", help="Run in an environment that `make setup` makes in the clone.")
+    ] = False,
+    tolerance: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="PATTERN=SHARE", help="Of the metrics that match, in place of the table's; repeatable."
+        ),
+    ] = None,
+) -> None:
+    """Bring a tagged result back in an empty directory and compare each metric with the committed one.
+
+    What DVC keeps is pulled (or made again), what git keeps is measured again. Exits with 1 if a metric differs by
+    more than its tolerance (docs/reproduce.md). An interrupted run goes on when it is run again."""
+    from deepspec.reproduce import Settings, run
+
+    chosen = tuple(stages.split(",")) if stages else ()
+    settings = Settings(tag, repo, into, recompute, chosen, pipeline, remote, setup, tuple(tolerance or ()))
+    matched: list[bool] = []
+    status = guarded(lambda: matched.append(run(settings)))
+    raise typer.Exit(status or int(matched != [True]))
+
+
 def _exit(action: Callable[[], None]) -> None:
-    quiet_environment()
     raise typer.Exit(guarded(action))
 
 

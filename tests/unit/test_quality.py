@@ -334,6 +334,7 @@ def test_the_stage_writes_its_reports_before_it_fails(tmp_path, rows, monkeypatc
     assert "target (1 of 6 break it" in capsys.readouterr().err
     assert json.loads((tmp_path / "reports/validation.json").read_text())["passed"] is False
     assert "| FAILED | target |" in (tmp_path / "reports/validation.md").read_text()
+    assert '<article id="target" class="failed">' in (tmp_path / "reports/validation.html").read_text()
 
 
 def test_nothing_is_sent():
