@@ -61,7 +61,7 @@ def eagle3_config(draft: Draft) -> dict[str, Any]:
         "attention_bias": False,
         "mlp_bias": False,
         "tie_word_embeddings": False,
-        "dtype": "bfloat16",
+        "dtype": str(draft.dtype).removeprefix("torch."),
         "draft_vocab_size": config.draft_vocab_size,
         "target_hidden_size": config.hidden_size,
         "norm_before_residual": False,
@@ -92,7 +92,8 @@ def dspark_config(draft: Draft) -> dict[str, Any]:
     """Of DeepSeek's `Qwen3DSparkModel`."""
     known = draft.network.description()
     known.pop("context_skip")
-    return known | {"architectures": ["Qwen3DSparkModel"], "use_aux_hidden_state": True}
+    dtype = str(draft.dtype).removeprefix("torch.")
+    return known | {"architectures": ["Qwen3DSparkModel"], "use_aux_hidden_state": True, "dtype": dtype}
 
 
 def lm_layout(draft: Draft, command: str) -> Layout:
@@ -130,7 +131,7 @@ def backbone(draft: Draft) -> dict[str, Any]:
         "hidden_act": "silu",
         "attention_bias": False,
         "tie_word_embeddings": False,
-        "dtype": "bfloat16",
+        "dtype": str(draft.dtype).removeprefix("torch."),
     }
 
 

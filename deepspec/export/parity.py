@@ -267,6 +267,10 @@ def _hypotheses(draft: Draft, source: Directory, sample: Sample) -> list[tuple[s
         rope = {"rope_theta": theta, "rope_parameters": {"rope_type": "default", "rope_theta": theta}}
         inner = source.config.get("transformer_layer_config")
         suppose("wrong RoPE base", config={"transformer_layer_config": inner | rope} if inner else rope)
+    if (mask := getattr(trained, "mask_token_id", None)) is not None:
+        inner = source.config.get("dflash_config")
+        own = {"mask_token_id": mask}
+        suppose("wrong mask token", config={"dflash_config": inner | own} if inner else own)
     for name in ("norm.weight", "hidden_norm.weight"):
         if name in weights and source.has(name):
             what = "final norm" if name == "norm.weight" else "norm of the target's states"
