@@ -18,7 +18,6 @@ SIZES = (
     "rms_norm_eps",
     "rope_theta",
     "vocab_size",
-    "max_position_embeddings",
 )
 
 
@@ -55,6 +54,7 @@ def eagle3_config(draft: Draft) -> dict[str, Any]:
     return {
         "model_type": "llama",
         **{name: getattr(config, name) for name in SIZES},
+        "max_position_embeddings": draft.target.max_length,
         "num_hidden_layers": 1,
         "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
         "hidden_act": "silu",
@@ -92,8 +92,12 @@ def dspark_config(draft: Draft) -> dict[str, Any]:
     """Of DeepSeek's `Qwen3DSparkModel`."""
     known = draft.network.description()
     known.pop("context_skip")
-    dtype = str(draft.dtype).removeprefix("torch.")
-    return known | {"architectures": ["Qwen3DSparkModel"], "use_aux_hidden_state": True, "dtype": dtype}
+    return known | {
+        "architectures": ["Qwen3DSparkModel"],
+        "max_position_embeddings": draft.target.max_length,
+        "use_aux_hidden_state": True,
+        "dtype": str(draft.dtype).removeprefix("torch."),
+    }
 
 
 def lm_layout(draft: Draft, command: str) -> Layout:
@@ -125,6 +129,7 @@ def backbone(draft: Draft) -> dict[str, Any]:
     return {
         "model_type": "qwen3",
         **{name: getattr(config, name) for name in SIZES},
+        "max_position_embeddings": draft.target.max_length,
         "num_hidden_layers": config.num_hidden_layers,
         "layer_types": ["full_attention"] * config.num_hidden_layers,
         "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},

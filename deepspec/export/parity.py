@@ -98,8 +98,9 @@ def check(draft: Draft, layout: Layout, path: Path, samples: list[Sample]) -> Pa
 def _compare(draft: Draft, layout: Layout, path: Path, samples: list[Sample]) -> tuple[float, list[Check]]:
     wanted = [reference.logits(draft.network, sample) for sample in samples]
     if layout.reader in MODELS:
+        own = _gguf_tokenizer(draft, path) if layout.reader == "gguf" else []
         readings = [MODELS[layout.reader](path, sample) for sample in samples]
-        checks = [Check("weights", True, "transformers found every weight, and no other")]
+        checks = [*own, Check("weights", True, "transformers found every weight, and no other")]
         explain = None
     else:
         source = Directory.open(path, layout.weights_file)
@@ -209,6 +210,18 @@ def _tokenizer(draft: Draft, path: Path) -> list[Check]:
             not templates_differ,
             "another chat template than the target's" if templates_differ else "the target's own",
         ),
+    ]
+
+
+def _gguf_tokenizer(draft: Draft, path: Path) -> list[Check]:
+    tokens, template = causal_lm.gguf_tokens(path)
+    tokenizer = draft.target.tokenizer
+    wrong = [token for token, i in tokenizer.get_vocab().items() if i >= len(tokens) or tokens[i] != token]
+    said = f"the GGUF's tokens are not the target's, from {min(wrong)!r} on" if wrong else "the target's own"
+    same = template == tokenizer.chat_template
+    return [
+        Check("gguf_tokens", not wrong, said),
+        Check("gguf_template", same, "the target's own" if same else "the GGUF has another chat template"),
     ]
 
 
