@@ -9,15 +9,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor
 
 from deepspec.drafters.checkpoint import (
     RECORD,
+    WEIGHTS,
     check_target,
     draft_digest,
     read_config,
     stored_weights,
 )
+from deepspec.drafters.medusa import PUBLISHED_WEIGHTS
 from deepspec.drafters.network import Network
 from deepspec.drafters.registry import reader
 from deepspec.embedded import EMBEDDED, PREFIX
@@ -26,6 +29,7 @@ from deepspec.export.layout import tokenizer_files
 from deepspec.export.reference import network
 from deepspec.target import Target
 
+_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 TRAINED = ("eagle3", "dspark", "dflash", "medusa", "lm")
 
 
@@ -52,12 +56,24 @@ class Draft:
     @cached_property
     def network(self) -> Network:
         """As it was trained, in float32."""
-        return network(self.kind, self.directory, self.config, self.target)
+        return network(self.kind, self.directory, self.config, self.target, self.dtype)
+
+    @cached_property
+    def dtype(self) -> torch.dtype:
+        """Of its weights: bfloat16 for what is trained here."""
+        with safe_open(self.directory / self.weights_file, "pt") as file:
+            slices = (file.get_slice(name).get_dtype() for name in file.keys())  # noqa: SIM118
+            return next((_DTYPES[name] for name in slices if name in _DTYPES), torch.float32)
+
+    @property
+    def weights_file(self) -> str:
+        return PUBLISHED_WEIGHTS if (self.directory / PUBLISHED_WEIGHTS).exists() else WEIGHTS
 
     @cached_property
     def weights(self) -> dict[str, Tensor]:
-        """All of them, embeddings and head too, by the names of the draft's own format; bfloat16."""
-        return stored_weights(self.network, written_out=True)
+        """All of them, embeddings and head too, by the names of the draft's own format; floats in `dtype`."""
+        named, own = stored_weights(self.network, written_out=True), self.network.stored(written_out=True)
+        return named | {name: weight.detach().to(self.dtype) for name, weight in own.items()}
 
     @property
     def block_size(self) -> int:
@@ -73,7 +89,7 @@ class Draft:
     @property
     def own_embeddings(self) -> bool:
         """Whether it was published with embeddings that are not the target's."""
-        shared = self.target.embeddings.cpu().bfloat16().float()
+        shared = self.target.embeddings.cpu().to(self.dtype).float()
         return not torch.equal(self.network.embed_tokens.weight, shared)
 
     @property

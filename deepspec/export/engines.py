@@ -51,7 +51,7 @@ def export(draft: Draft, names: list[str], directory: Path) -> dict[str, Any]:
         the export record: `passed` where at least one directory was written and every written one passed parity.
     """
     advice = advise(draft.evaluation, draft.kind, draft.block_size)
-    found = samples(draft.target, draft.directory, draft.block_size) if draft.kind in TRAINED else []
+    found = samples(draft) if draft.kind in TRAINED else []
     engines = {}
     for name in names:
         try:

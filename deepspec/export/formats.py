@@ -18,7 +18,6 @@ SIZES = (
     "rms_norm_eps",
     "rope_theta",
     "vocab_size",
-    "max_position_embeddings",
 )
 
 
@@ -55,13 +54,14 @@ def eagle3_config(draft: Draft) -> dict[str, Any]:
     return {
         "model_type": "llama",
         **{name: getattr(config, name) for name in SIZES},
+        "max_position_embeddings": draft.target.max_length,
         "num_hidden_layers": 1,
         "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
         "hidden_act": "silu",
         "attention_bias": False,
         "mlp_bias": False,
         "tie_word_embeddings": False,
-        "dtype": "bfloat16",
+        "dtype": str(draft.dtype).removeprefix("torch."),
         "draft_vocab_size": config.draft_vocab_size,
         "target_hidden_size": config.hidden_size,
         "norm_before_residual": False,
@@ -92,7 +92,12 @@ def dspark_config(draft: Draft) -> dict[str, Any]:
     """Of DeepSeek's `Qwen3DSparkModel`."""
     known = draft.network.description()
     known.pop("context_skip")
-    return known | {"architectures": ["Qwen3DSparkModel"], "use_aux_hidden_state": True}
+    return known | {
+        "architectures": ["Qwen3DSparkModel"],
+        "max_position_embeddings": draft.target.max_length,
+        "use_aux_hidden_state": True,
+        "dtype": str(draft.dtype).removeprefix("torch."),
+    }
 
 
 def lm_layout(draft: Draft, command: str) -> Layout:
@@ -124,13 +129,14 @@ def backbone(draft: Draft) -> dict[str, Any]:
     return {
         "model_type": "qwen3",
         **{name: getattr(config, name) for name in SIZES},
+        "max_position_embeddings": draft.target.max_length,
         "num_hidden_layers": config.num_hidden_layers,
         "layer_types": ["full_attention"] * config.num_hidden_layers,
         "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
         "hidden_act": "silu",
         "attention_bias": False,
         "tie_word_embeddings": False,
-        "dtype": "bfloat16",
+        "dtype": str(draft.dtype).removeprefix("torch."),
     }
 
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from deepspec.drafters.checkpoint import WEIGHTS
-from deepspec.drafters.medusa import PUBLISHED_WEIGHTS
 from deepspec.export.draft import Draft
 from deepspec.export.formats import lm_layout
 from deepspec.export.layout import Layout
@@ -31,12 +29,13 @@ def lm(draft: Draft, where: str, tokens: int) -> Layout:
 
 
 def native(draft: Draft, where: str, tokens: int) -> Layout:
-    copies = {name: draft.directory / name for name in ("config.json", WEIGHTS, PUBLISHED_WEIGHTS, *ALONG)}
+    copies = {name: draft.directory / name for name in ("config.json", draft.weights_file, *ALONG)}
     copies = {name: path for name, path in copies.items() if path.exists()} | draft.tokenizer_files
     command = f"deepspec chat --target {draft.target_path} --drafter {where}"
     architecture = (draft.config.get("architectures") or ["MedusaModel"])[0]
-    file = PUBLISHED_WEIGHTS if PUBLISHED_WEIGHTS in copies else WEIGHTS
-    return Layout(architecture, f"native-{draft.kind}", command, weights_file=file, copies=copies)
+    return Layout(
+        architecture, f"native-{draft.kind}", command, weights_file=draft.weights_file, copies=copies
+    )
 
 
 def training_free(draft: Draft, where: str, tokens: int) -> Layout:

@@ -98,8 +98,9 @@ def check(draft: Draft, layout: Layout, path: Path, samples: list[Sample]) -> Pa
 def _compare(draft: Draft, layout: Layout, path: Path, samples: list[Sample]) -> tuple[float, list[Check]]:
     wanted = [reference.logits(draft.network, sample) for sample in samples]
     if layout.reader in MODELS:
+        own = _gguf_tokenizer(draft, path) if layout.reader == "gguf" else []
         readings = [MODELS[layout.reader](path, sample) for sample in samples]
-        checks = [Check("weights", True, "transformers found every weight, and no other")]
+        checks = [*own, Check("weights", True, "transformers found every weight, and no other")]
         explain = None
     else:
         source = Directory.open(path, layout.weights_file)
@@ -212,6 +213,18 @@ def _tokenizer(draft: Draft, path: Path) -> list[Check]:
     ]
 
 
+def _gguf_tokenizer(draft: Draft, path: Path) -> list[Check]:
+    tokens, template = causal_lm.gguf_tokens(path)
+    tokenizer = draft.target.tokenizer
+    wrong = [token for token, i in tokenizer.get_vocab().items() if i >= len(tokens) or tokens[i] != token]
+    said = f"the GGUF's tokens are not the target's, from {min(wrong)!r} on" if wrong else "the target's own"
+    same = template == tokenizer.chat_template
+    return [
+        Check("gguf_tokens", not wrong, said),
+        Check("gguf_template", same, "the target's own" if same else "the GGUF has another chat template"),
+    ]
+
+
 def _identical(one: Path | None, other: Path | None) -> bool:
     return one is not None and other is not None and one.read_bytes() == other.read_bytes()
 
@@ -267,6 +280,10 @@ def _hypotheses(draft: Draft, source: Directory, sample: Sample) -> list[tuple[s
         rope = {"rope_theta": theta, "rope_parameters": {"rope_type": "default", "rope_theta": theta}}
         inner = source.config.get("transformer_layer_config")
         suppose("wrong RoPE base", config={"transformer_layer_config": inner | rope} if inner else rope)
+    if (mask := getattr(trained, "mask_token_id", None)) is not None:
+        inner = source.config.get("dflash_config")
+        own = {"mask_token_id": mask}
+        suppose("wrong mask token", config={"dflash_config": inner | own} if inner else own)
     for name in ("norm.weight", "hidden_norm.weight"):
         if name in weights and source.has(name):
             what = "final norm" if name == "norm.weight" else "norm of the target's states"

@@ -19,15 +19,17 @@ from deepspec.export.readers.sample import Sample
 from deepspec.target import H_LAST, Target, from_pretrained
 
 
-def network(kind: str, directory: Path, config: dict[str, Any], target: Target) -> Network:
-    """The network of a draft directory on the CPU, its weights rounded to bfloat16 and used in float32.
+def network(
+    kind: str, directory: Path, config: dict[str, Any], target: Target, dtype: torch.dtype
+) -> Network:
+    """The network of a draft directory on the CPU in float32, all weights rounded to `dtype`, the file's own.
 
     Raises:
         DeepSpecError: an unsupported configuration, or an unknown, missing or misshapen weight.
     """
     model = _NETWORKS[kind](directory, config, target).cpu().eval()
     for parameter in model.parameters():
-        parameter.data = parameter.data.bfloat16().float()
+        parameter.data = parameter.data.to(dtype).float()
     return model
 
 

@@ -6,7 +6,6 @@ vocabulary is widened to the target's whole one; DSpark is given whole too, in D
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from deepspec.export.draft import Draft
@@ -85,7 +84,7 @@ def dspark(draft: Draft, where: str, tokens: int) -> Layout:
     config = dspark_config(draft) | {"draft_vocab_size": draft.target.vocab_size}
     weights = {name: weight for name, weight in draft.weights.items() if name not in ("d2t", "t2d")}
     if draft.reduced:
-        weights["lm_head.weight"] = draft.target.head_weight.to("cpu", torch.bfloat16)
+        weights["lm_head.weight"] = draft.target.head_weight.cpu().to(draft.dtype)
         weights["markov_head.markov_w2.weight"] = _spread(draft, weights["markov_head.markov_w2.weight"])
     command = serve(draft, "DSPARK", where)
     return Layout(

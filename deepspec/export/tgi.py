@@ -35,12 +35,12 @@ def medusa_layout(draft: Draft, reader: str, command: str) -> Layout:
         "base_model_name_or_path": draft.target_path,
         "hidden_size": config.hidden_size,
         "vocab_size": config.vocab_size,
-        "dtype": "bfloat16",
+        "dtype": str(draft.dtype).removeprefix("torch."),
     }
     if config.own_heads:
         weights |= {f"{k}.{layers}.weight": draft.weights[f"{k}.{layers}.weight"] for k in range(heads)}
     else:
-        head = draft.target.head_weight.detach().cpu().to(next(iter(weights.values())).dtype)
+        head = draft.target.head_weight.cpu().to(draft.dtype)
         weights |= {
             f"{k}.{layers}.weight": head.clone() for k in range(heads)
         }  # safetensors shares no storage

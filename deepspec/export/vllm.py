@@ -139,7 +139,7 @@ def _speculators(draft: Draft, algorithm: str, tokens: int) -> dict[str, Any]:
             "proposal_methods": [{"proposal_type": "greedy", "speculative_tokens": tokens}],
             "verifier": verifier,
         },
-        "dtype": "bfloat16",
+        "dtype": str(draft.dtype).removeprefix("torch."),
         "tie_word_embeddings": False,
     }
 

@@ -88,7 +88,7 @@ def read(
     markov = Markov(source, d, len(head.weight)) if config.get("markov_rank") else None
     _confidence(source, d)
     skip = source.take("context_skip.weight", d, fc.shape[1]) if config.get("context_skip") else None
-    features = torch.cat([sample.states[i] for i in layer_ids], -1)
+    features = sample.features(layer_ids)
     context = rms(features @ fc.T, state_norm, eps)
 
     def block(anchor: int) -> Tensor:

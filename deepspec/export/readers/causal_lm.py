@@ -19,10 +19,23 @@ def directory(path: Path, sample: Sample) -> Reading:
 
 def gguf(path: Path, sample: Sample) -> Reading:
     """llama.cpp's: transformers undoes its order of query and key rows."""
+    return _read(str(path), sample, gguf_file=gguf_file(path).name)
+
+
+def gguf_file(path: Path) -> Path:
     files = sorted(path.glob("*.gguf"))
     if len(files) != 1:
         raise Unreadable(f"expected one .gguf file, found {len(files)}")
-    return _read(str(path), sample, gguf_file=files[0].name)
+    return files[0]
+
+
+def gguf_tokens(path: Path) -> tuple[list[str], str | None]:
+    """The tokens by id and the chat template that a GGUF file carries."""
+    from gguf import GGUFReader
+
+    fields = GGUFReader(gguf_file(path)).fields
+    template = fields.get("tokenizer.chat_template")
+    return fields["tokenizer.ggml.tokens"].contents(), template and template.contents()
 
 
 @torch.no_grad()

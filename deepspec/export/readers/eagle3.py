@@ -70,7 +70,7 @@ def read(source: Directory, sample: Sample, layer_ids: list[int]) -> Reading:
     embed = source.optional("embed_tokens.weight", vocab, d)
     embed = sample.embeddings if embed is None else embed
     head = Head(source, vocab, sample.head)
-    states = torch.cat([sample.states[i] for i in layer_ids], -1) @ fc.T  # [n, d]
+    states = sample.features(layer_ids) @ fc.T  # [n, d]
 
     def joined(tokens: Tensor, below: Tensor) -> Tensor:
         normed = rms(embed[tokens], layer.input_norm, layer.eps)
