@@ -356,7 +356,10 @@ class StudyParams(Section):
         return {"EAGLE-3": self.eagle3, "DFlash": self.dflash, "DSpark": self.dspark}
 
 
-_EQUAL = ("target_layer_ids", "draft_vocab_size")  # of all drafters of a study; those of its table: block_size too
+_EQUAL = (
+    "target_layer_ids",
+    "draft_vocab_size",
+)  # of all drafters of a study; those of its table: block_size too
 
 
 class Params(Section):
@@ -388,7 +391,9 @@ class Params(Section):
         table = list(self.study.roles.values())
         for name in table:
             if name not in self.pipeline:
-                raise ValueError(f"study names {name!r}, which `pipeline` lacks{nearest(name, self.pipeline)}")
+                raise ValueError(
+                    f"study names {name!r}, which `pipeline` lacks{nearest(name, self.pipeline)}"
+                )
         for key, names in {**dict.fromkeys(_EQUAL, self.pipeline), "block_size": table}.items():
             found = {name: getattr(self.drafters[name], key, None) for name in names}
             if any(value is None or value != found[names[0]] for value in found.values()):

@@ -1,4 +1,4 @@
-"""What is decoded here beside the evaluation: the drafts of one seed, their target and the tasks, and resumable work."""
+"""What is decoded here beside the evaluation: one seed's drafts, the target and the tasks, in resumable pieces."""
 
 from __future__ import annotations
 

@@ -36,7 +36,10 @@ Way = tuple[Shape, str | None]
 
 def ways(nodes: int, temperature: float) -> dict[str, Way]:
     """At T = 0 all chains are one and all trees are ranked."""
-    best: dict[str, Way] = {STANDARD: (CHAIN, "standard"), "tree, best first": (BestFirst(WIDTH, None, nodes), None)}
+    best: dict[str, Way] = {
+        STANDARD: (CHAIN, "standard"),
+        "tree, best first": (BestFirst(WIDTH, None, nodes), None),
+    }
     if temperature == 0:
         return best
     sampled = Sampled((WIDTH, WIDTH // 2, WIDTH // 4, 1), nodes)
@@ -44,7 +47,9 @@ def ways(nodes: int, temperature: float) -> dict[str, Way]:
 
 
 def summary(
-    results: Mapping[float, list[list[PromptRuns]]], lossless: Mapping[str, Mapping[str, bool]], names: list[str]
+    results: Mapping[float, list[list[PromptRuns]]],
+    lossless: Mapping[str, Mapping[str, bool]],
+    names: list[str],
 ) -> list[dict[str, Any]]:
     """A row for each temperature, drafter and way.
 

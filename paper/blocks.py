@@ -1,4 +1,4 @@
-"""Figures 4 to 6 are made of this: blocks cut to a length, and the confidence, by standard speculative sampling at T = 1.
+"""For Figures 4 to 6: blocks cut to a length, and the confidence, by standard speculative sampling at T = 1.
 
 reports/blocks/seed-<n>.json:
     lengths      drafter → tokens verified of a block → task → [tokens, rounds] of each prompt
@@ -36,7 +36,7 @@ _CERTAIN = 1e-6
 def decode(
     target: Target, drafter: Drafter, prompts: list[list[int]], seeds: list[int], length: int, limit: int
 ) -> dict[str, Any]:
-    """Tokens and rounds of each prompt, and of each round the confidences' logits and the counts, as JSON holds them."""
+    """Tokens and rounds of each prompt; of each round the confidences' logits, tokens accepted and drafted."""
     rows: list[list[float]] = []
     counts: list[tuple[int, int]] = []
 

@@ -134,11 +134,22 @@ def _family(study: Study, name: str) -> str:
 
 def charts(study: Study, blocks: list[dict[str, Any]], root: Path) -> Iterator[tuple[str, Chart]]:
     """Name of the file → the chart."""
-    yield "figure2", _panels(
-        acceptance(study), "drafter", "position", "position in the block", "rate", "accepted, given all before"
+    yield (
+        "figure2",
+        _panels(
+            acceptance(study),
+            "drafter",
+            "position",
+            "position in the block",
+            "rate",
+            "accepted, given all before",
+        ),
     )
     yield "figure3", _lines(depth(study), "layers", "layers of the draft", "τ, mean of tasks")
-    yield "figure4", _lines(lengths(study, blocks), "length", "tokens verified of a block", "τ, mean of tasks")
+    yield (
+        "figure4",
+        _lines(lengths(study, blocks), "length", "tokens verified of a block", "τ, mean of tasks"),
+    )
     name = study.params.study.dspark
     confident = [part["confidence"][name] for part in blocks if name in part["confidence"]]
     if confident:
@@ -165,7 +176,13 @@ def _panels(rows: Rows, colour: str, x: str, x_title: str, y: str, y_title: str)
         .mark_line(point=True)
         .encode(
             x=_axis(x, x_title, whole=True),
-            y=alt.Y(y, type="quantitative", title=y_title, scale=alt.Scale(domain=[0, 1]), axis=alt.Axis(format="%")),
+            y=alt.Y(
+                y,
+                type="quantitative",
+                title=y_title,
+                scale=alt.Scale(domain=[0, 1]),
+                axis=alt.Axis(format="%"),
+            ),
             color=_key(colour),
         )
         .properties(width=PANEL, height=HEIGHT)
@@ -230,7 +247,12 @@ def _reliability(rows: Rows, ece: dict[str, float]) -> Chart:
         alt.Chart(alt.Data(values=data))
         .mark_line(point=True)
         .encode(
-            x=alt.X("predicted", type="quantitative", title="predicted chance that the path is accepted", **percent),
+            x=alt.X(
+                "predicted",
+                type="quantitative",
+                title="predicted chance that the path is accepted",
+                **percent,
+            ),
             y=alt.Y("observed", type="quantitative", title="share that was", **percent),
             color=_key("when"),
         )

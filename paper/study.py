@@ -110,7 +110,9 @@ def load(params: Params, root: Path = Path(".")) -> Study:
         DeepSpecError: params without a study, or records that are missing or cannot be compared.
     """
     seeds = study_of(params).seeds
-    drafts = {name: [_draft(root / f"reports/eval/seed-{s}" / name) for s in seeds] for name in params.pipeline}
+    drafts = {
+        name: [_draft(root / f"reports/eval/seed-{s}" / name) for s in seeds] for name in params.pipeline
+    }
     records = [draft.record for own in drafts.values() for draft in own]
     for record in records:
         for key in ("eval_version", "target_digest", "dtype", "seed"):

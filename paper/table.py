@@ -1,4 +1,4 @@
-"""Table 1 beside the published one: reports/table1.json, reports/table1.md, and the same between README.md's markers."""
+"""Table 1 beside the published one: reports/table1.json, reports/table1.md and the marked part of README.md."""
 
 from __future__ import annotations
 
@@ -35,7 +35,13 @@ def published(path: Path = Path("published.yaml")) -> dict[str, Any]:
     ratios = {
         rival: {domain: tau[OURS][domain] / value for domain, value in tau[rival].items()} for rival in RIVALS
     }
-    return {"source": raw["source"], "target": raw["target"], "tau": tau, "ratios": ratios, "gain": raw["gain"]}
+    return {
+        "source": raw["source"],
+        "target": raw["target"],
+        "tau": tau,
+        "ratios": ratios,
+        "gain": raw["gain"],
+    }
 
 
 def ratios(ours: Tables, rival: Tables, bootstrap: Bootstrap, groups: dict[str, list[str]]) -> dict[str, Any]:
@@ -64,9 +70,7 @@ def make(study: Study, known: dict[str, Any]) -> dict[str, Any]:
         for name, own in tables.items()
     }
     roles = study.params.study.roles
-    found = {
-        rival: ratios(tables[roles[OURS]], tables[roles[rival]], bootstrap, groups) for rival in RIVALS
-    }
+    found = {rival: ratios(tables[roles[OURS]], tables[roles[rival]], bootstrap, groups) for rival in RIVALS}
     return {
         "published": known,
         "roles": roles,
@@ -106,7 +110,11 @@ def speedup(drafts: Iterable[Draft], temperature: float) -> float | None:
 
 def checked(draft: Draft) -> int:
     """Prompts whose tokens were compared in float32."""
-    entries = [e for e in draft.record["tasks"].values() if e["temperature"] == draft.record["summary"]["temperature"]]
+    entries = [
+        e
+        for e in draft.record["tasks"].values()
+        if e["temperature"] == draft.record["summary"]["temperature"]
+    ]
     return sum(entry["lossless_checked"]["prompts"] for entry in entries)
 
 
@@ -114,18 +122,6 @@ def settings(study: Study, root: Path) -> dict[str, Any]:
     """What was trained on what, for the line under the table."""
     train, manifest = study.params.train, json.loads((root / "data/distill/manifest.json").read_text())
     record = next(iter(study.drafts.values()))[0].record
-    histories = [
-        (root / f"reports/train/seed-{seed}/{name}.jsonl").read_text().splitlines()
-        for name in study.drafts
-        for seed in study.params.study.seeds
-    ]
-    heldout = {
-        name: fmean(
-            max(json.loads(line).get("heldout_tau", 0.0) for line in lines)
-            for lines in histories[i * len(study.params.study.seeds) :][: len(study.params.study.seeds)]
-        )
-        for i, name in enumerate(study.drafts)
-    }
     return {
         "target": record["target"],
         "dtype": record["dtype"],
@@ -140,9 +136,16 @@ def settings(study: Study, root: Path) -> dict[str, Any]:
         "answer_tokens": manifest["answer_tokens"],
         "prompts": {key: entry["prompts"] for key, entry in record["tasks"].items()},
         "max_new_tokens": study.params.evaluate.max_new_tokens,
-        "heldout_tau": heldout,
+        "heldout_tau": {name: heldout(study, root, name) for name in study.drafts},
         "commit": record["provenance"]["git_commit"],
     }
+
+
+def heldout(study: Study, root: Path, name: str) -> float:
+    """Expected τ of the weights that were kept, mean over seeds."""
+    files = [root / f"reports/train/seed-{seed}/{name}.jsonl" for seed in study.params.study.seeds]
+    lines = [[json.loads(line) for line in file.read_text().splitlines()] for file in files]
+    return fmean(max(line["heldout_tau"] for line in own) for own in lines)
 
 
 def markdown(found: dict[str, Any], beyond: dict[str, Any]) -> str:
@@ -159,7 +162,9 @@ def _taus(found: dict[str, Any]) -> str:
         there = [_number(known["tau"][role].get(domain), 2) for domain in domains]
         rows.append([role, *(cell for both in zip(there, here, strict=True) for cell in both)])
     heads = [cell for d in domains for cell in (f"{_titled(d)}, published", f"{_titled(d)}, here")]
-    title = f"**Accepted length τ at T = 1** (published: {known['target']}; here: {found['settings']['target']})"
+    title = (
+        f"**Accepted length τ at T = 1** (published: {known['target']}; here: {found['settings']['target']})"
+    )
     return f"{title}\n\n{_table(['', *heads], rows)}"
 
 
@@ -183,9 +188,9 @@ def _settings(s: dict[str, Any]) -> str:
     return (
         f"{s['conversations']} conversations ({s['answer_tokens']} answer tokens), {s['steps']} steps of "
         f"{s['batch_size']} conversations and {s['anchors']} blocks each ({s['epochs']} epochs), seeds "
-        f"{', '.join(map(str, s['seeds']))}; {prompts} prompts a task, answers of at most {s['max_new_tokens']} tokens; "
-        f"{s['dtype']}, {s['device']}; records of commit `{(s['commit'] or 'unknown')[:7]}`. Intervals are over seeds "
-        "and prompts."
+        f"{', '.join(map(str, s['seeds']))}; {prompts} prompts a task, answers of at most {s['max_new_tokens']} "
+        f"tokens; {s['dtype']}, {s['device']}; records of commit `{(s['commit'] or 'unknown')[:7]}`. "
+        "Intervals are over seeds and prompts."
     )
 
 
@@ -193,7 +198,13 @@ def _drafters(found: dict[str, Any]) -> str:
     rows = []
     for name, own in found["drafters"].items():
         kind = f"{own['type']}, {own['head']}" if own["head"] else own["type"]
-        cells = [name, kind, str(own["layers"]), str(own["block_size"]), _number(found["settings"]["heldout_tau"][name], 2)]
+        cells = [
+            name,
+            kind,
+            str(own["layers"]),
+            str(own["block_size"]),
+            _number(found["settings"]["heldout_tau"][name], 2),
+        ]
         for t, tau in own["tau"].items():
             cells += [_interval(tau, 2), _speed(own["speedup"][t])]
         lossless = f"yes ({own['lossless_checked']} prompts)" if own["lossless"] else "**no**"
@@ -230,7 +241,9 @@ def _beyond(beyond: dict[str, Any]) -> str:
 def _table(heads: Sequence[str], rows: Iterable[Sequence[str]], text: int = 1) -> str:
     """The first `text` columns are text, the others numbers."""
     rule = "|" + "---|" * text + "--:|" * (len(heads) - text)
-    return "\n".join(["| " + " | ".join(heads) + " |", rule, *("| " + " | ".join(row) + " |" for row in rows)])
+    return "\n".join(
+        ["| " + " | ".join(heads) + " |", rule, *("| " + " | ".join(row) + " |" for row in rows)]
+    )
 
 
 def _titled(domain: str) -> str:
