@@ -90,7 +90,7 @@ def test_a_study_of_a_drafter_that_is_not_trained_is_refused(tmp_path):
     raw["study"]["dspark"] = "dsprak"
     file = tmp_path / "params.yaml"
     file.write_text(yaml.safe_dump(raw))
-    with pytest.raises(DeepSpecError, match="study names 'dsprak'.*did you mean 'dspark'"):
+    with pytest.raises(DeepSpecError, match=r"study names 'dsprak'.*did you mean 'dspark'"):
         load_params(file)
 
 
@@ -182,7 +182,7 @@ def run_of(tokens: int, rounds: int, seconds: float = 1.0) -> Run:
 
 
 def made_up(taus: dict[str, list[list[int]]], lossless: bool = True, prompts: int = 6) -> Study:
-    """A study in which prompt i of a drafter's seed has `taus[drafter][seed][task]` + i accepted tokens in 10 rounds."""
+    """A study whose prompt i has `taus[drafter][seed][task]` + i accepted tokens in 10 rounds."""
     params = params_of("quick").model_copy(update={"pipeline": list(taus)})
     drafts: dict[str, list[Draft]] = {}
     for name, seeds in taus.items():
