@@ -21,6 +21,7 @@ from paper.study import MEAN, Bootstrap, Study, interval, load
 
 TEMPERATURE = 1.0
 PANEL, WIDE, HEIGHT = 210, 420, 220
+COLOURS = [*PALETTE, "#c0504d", "#4bacc6", "#7f6084", "#5b6b7b"]  # as many as a profile has drafters
 Rows = list[dict[str, Any]]
 Chart = alt.Chart | alt.LayerChart | alt.HConcatChart
 
@@ -156,16 +157,16 @@ def charts(study: Study, blocks: list[dict[str, Any]], root: Path) -> Iterator[t
         yield "figure5", _sweep(thresholds(confident))
         yield "figure6", _reliability(*reliability(confident))
     rows = learning(study, root)
-    yield "learning", _lines(rows, "step", "training steps", "expected τ, held out", band=False, whole=False)
+    yield "learning", _lines(rows, "step", "training steps", "expected τ, held out", band=False)
 
 
 def _key(field: str) -> alt.Color:
-    scale, legend = alt.Scale(range=list(PALETTE)), alt.Legend(title=None, orient="bottom", columns=3)
+    scale, legend = alt.Scale(range=COLOURS), alt.Legend(title=None, orient="bottom", columns=3)
     return alt.Color(field, type="nominal", scale=scale, legend=legend, sort=None)
 
 
-def _axis(field: str, title: str, whole: bool = False) -> alt.X:
-    axis = alt.Axis(tickMinStep=1, format="d") if whole else alt.Axis()
+def _axis(field: str, title: str, ticks: list[int] | None = None) -> alt.X:
+    axis = alt.Axis(values=ticks, format="d") if ticks else alt.Axis()
     scale = alt.Scale(nice=False, zero=False, padding=12)
     return alt.X(field, type="quantitative", title=title, axis=axis, scale=scale)
 
@@ -175,7 +176,7 @@ def _panels(rows: Rows, colour: str, x: str, x_title: str, y: str, y_title: str)
         alt.Chart(alt.Data(values=[row for row in rows if row["domain"] == domain]), title=domain)
         .mark_line(point=True)
         .encode(
-            x=_axis(x, x_title, whole=True),
+            x=_axis(x, x_title, _values(rows, x)),
             y=alt.Y(
                 y,
                 type="quantitative",
@@ -191,8 +192,10 @@ def _panels(rows: Rows, colour: str, x: str, x_title: str, y: str, y_title: str)
     return alt.hconcat(*panels)
 
 
-def _lines(rows: Rows, x: str, x_title: str, y_title: str, band: bool = True, whole: bool = True) -> Chart:
-    base = alt.Chart(alt.Data(values=rows)).encode(x=_axis(x, x_title, whole), color=_key("drafter"))
+def _lines(rows: Rows, x: str, x_title: str, y_title: str, band: bool = True) -> Chart:
+    base = alt.Chart(alt.Data(values=rows)).encode(
+        x=_axis(x, x_title, sorted(_values(rows, x)) if band else None), color=_key("drafter")
+    )
     scale = alt.Scale(zero=False)
     line = base.mark_line(point=True).encode(y=alt.Y("tau", type="quantitative", title=y_title, scale=scale))
     if band:

@@ -104,6 +104,9 @@ def test_the_pipeline_resolves_for_every_profile(profile, tmp_path):
     with Repo(tmp_path) as repo:
         stages = {stage.name: stage for stage in repo.index.stages}
         repo.index.check_graph()
+    for stage in stages.values():
+        for dep in stage.params:
+            assert not set(dep.params) - set(dep.read_params()), stage.name
     params = params_of(profile)
     seeds = params.study.seeds
     expected = {f"train@{name}-{seed}" for name in params.pipeline for seed in seeds}
