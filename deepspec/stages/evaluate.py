@@ -37,9 +37,12 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.epilog = FIGURES
     parser.add_argument(
         "--drafter",
-        required=True,
         action="append",
-        help="a name under `drafters` in params.yaml; several (repeat the flag) meet on the same prompts",
+        help="a name under `drafters` in params.yaml; several (repeat the flag) meet on the same prompts "
+        "(default: all of `pipeline`)",
+    )
+    parser.add_argument(
+        "--drafts", type=Path, default=Path("data/drafts"), help="their folder (default: %(default)s)"
     )
     parser.add_argument("--tasks", help="comma-separated, in place of evaluate.tasks")
     parser.add_argument("--prompts", type=int, help="per task, in place of evaluate.prompts_per_task")
@@ -54,10 +57,10 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 def main(params: Params, flags: argparse.Namespace) -> None:
     drafts = {}
-    for name in flags.drafter:
+    for name in flags.drafter or params.pipeline:
         if name not in params.drafters:
             raise DeepSpecError(f"unknown drafter {name!r}{nearest(name, params.drafters)}")
-        drafts[name] = Path("data/drafts") / name
+        drafts[name] = flags.drafts / name
         if not drafts[name].is_dir():
             raise DeepSpecError(
                 f"{drafts[name]}: no such draft; train it first (deepspec train --drafter {name})"
