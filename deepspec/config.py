@@ -337,6 +337,15 @@ class EvaluateParams(Section):
     throughput: ThroughputParams | None = Field(ThroughputParams(), description="null: not measured.")
 
 
+class PromoteParams(Section):
+    """The gate between challenger and champion; docs/registry.md has its rules."""
+
+    margin: float = Field(0.03, ge=0, lt=1, description="Share of τ or speed-up that a challenger may lack.")
+    proof: bool = Field(False, description="The whole 95 % interval must lie above 1 - margin.")
+    min_speedup: float = Field(1.0, ge=0, description="Over plain decoding, of any champion.")
+    require_export: bool = Field(True, description="Some engine's export must have passed parity.")
+
+
 class Params(Section):
     seed: int = 0
     target: TargetParams
@@ -347,6 +356,7 @@ class Params(Section):
     drafters: dict[str, DrafterParams] = Field(description="Drafter name → its algorithm and sizes.")
     train: TrainParams
     evaluate: EvaluateParams
+    promote: PromoteParams = PromoteParams()
 
     @model_validator(mode="after")
     def _named(self) -> Params:
