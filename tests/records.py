@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import random
+from collections.abc import Iterator
 from pathlib import Path
 
 from deepspec.evaluation.report import Inputs, load_inputs
@@ -128,6 +130,23 @@ def record(name: str = "good", speedup: float | None = 2.0, trained: bool = True
         },
         **changes,
     }
+
+
+def prompt_lines(
+    gain: float = 2.0, accepted: int = 2, machine: float = 1.0, prompts: int = 12
+) -> Iterator[dict]:
+    """Measurements of a draft that is `gain` times as fast as plain decoding, on a machine `machine` times as slow."""
+    rng = random.Random(0)
+    for task in TASKS:
+        for temperature in (0.0, 1.0):
+            for index in range(prompts):
+                seconds = machine * rng.uniform(1, 4)  # long and short answers
+                plain = {"seconds": seconds, "tokens": 30, "accepted": [[0] * 30], "drafted": [[0] * 30]}
+                rounds = 30 // (accepted + 1)
+                draft = {"seconds": seconds / gain, "tokens": 30}
+                draft |= {"accepted": [[accepted] * rounds], "drafted": [[4] * rounds]}
+                runs = {"plain": plain, "draft": draft}
+                yield {"task": task, "temperature": temperature, "index": index, "runs": runs}
 
 
 def traces(name: str) -> list[dict]:

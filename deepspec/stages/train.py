@@ -14,9 +14,12 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def main(params: Params, flags: argparse.Namespace) -> None:
+    from deepspec.tracking.system import watched
     from deepspec.training.run import Outputs, train
 
-    train(params, flags.drafter, Path("data/target"), Outputs.of(flags.drafter))
+    outputs = Outputs.of(flags.drafter)
+    with watched(flags.drafter, outputs.draft):
+        train(params, flags.drafter, Path("data/target"), outputs)
 
 
 if __name__ == "__main__":

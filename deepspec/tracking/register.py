@@ -22,6 +22,7 @@ from mlflow import MlflowClient
 from mlflow.entities import LoggedModel, LoggedModelStatus
 from mlflow.exceptions import MlflowException
 from mlflow.models import Model, ModelSignature
+from mlflow.models.model import MLMODEL_FILE_NAME, MODEL_CODE_PATH
 from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema
 
 import deepspec
@@ -149,7 +150,7 @@ def save(result: Result, folder: Path, model: Model, export: bool, by_reference:
     _copy_evidence(result, artifacts["evidence"])
     mlflow.pyfunc.save_model(
         str(folder),
-        python_model=os.path.relpath(served.__file__),  # it is written down as it is given
+        python_model=served.__file__,
         code_paths=[str(Path(deepspec.__file__).parent)],
         artifacts={name: str(place) for name, place in artifacts.items()},
         signature=SIGNATURE,
@@ -158,6 +159,16 @@ def save(result: Result, folder: Path, model: Model, export: bool, by_reference:
         model_config={"reference": reference},
         mlflow_model=model,
     )
+    _forget_places(model, folder)
+
+
+def _forget_places(model: Model, folder: Path) -> None:
+    """MLflow writes down where on this machine things were; it loads them by their place in the version."""
+    flavor = model.flavors[mlflow.pyfunc.FLAVOR_NAME]
+    flavor[MODEL_CODE_PATH] = Path(flavor[MODEL_CODE_PATH]).name
+    for artifact in flavor["artifacts"].values():
+        artifact["uri"] = artifact["path"]
+    model.save(str(folder / MLMODEL_FILE_NAME))
 
 
 def _link(source: str, destination: str) -> None:

@@ -27,6 +27,7 @@ from deepspec.stages.common import quiet_environment
 DEFAULT = "sqlite:///mlruns/mlflow.db"
 EXPERIMENT = "deepspec"
 KEY = "deepspec_key"  # the tag by which a second call finds what the first one wrote
+_SQLITE = "sqlite:///"
 _PATIENCE_S = 10.0
 
 
@@ -37,8 +38,10 @@ class Store:
     experiment_id: str
 
     def link(self, *parts: str) -> str:
-        """A page of the server's; of a SQLite store, its address alone."""
-        return "/".join([f"{self.uri.rstrip('/')}/#", *parts]) if _is_server(self.uri) else self.uri
+        """A page of the server's; of a SQLite store, its file."""
+        if _is_server(self.uri):
+            return "/".join([f"{self.uri.rstrip('/')}/#", *parts])
+        return os.path.relpath(_database(self.uri))
 
 
 @contextmanager
@@ -55,8 +58,9 @@ def connect() -> Iterator[Store]:
     uri = os.environ.get("MLFLOW_TRACKING_URI") or DEFAULT
     if _is_server(uri):
         _check_alive(uri)
-    elif uri.startswith("sqlite:///"):
+    elif uri.startswith(_SQLITE):
         _database(uri).parent.mkdir(parents=True, exist_ok=True)
+        uri = _SQLITE + str(_database(uri).absolute())  # MLflow keeps connections by their text
     else:
         raise DeepSpecError(
             f"$MLFLOW_TRACKING_URI is {_public(uri)}: name a server (http://host:port) or sqlite:///FILE"
@@ -75,7 +79,7 @@ def _experiment(client: MlflowClient, uri: str) -> Experiment:
     found = client.get_experiment_by_name(EXPERIMENT)
     if found is None:
         # Our own database gets a folder beside it; a server decides for itself.
-        here = None if _is_server(uri) else (_database(uri).parent / "artifacts").absolute().as_uri()
+        here = None if _is_server(uri) else (_database(uri).parent / "artifacts").as_uri()
         try:
             return client.get_experiment(client.create_experiment(EXPERIMENT, here))
         except MlflowException:  # another process was first
@@ -123,7 +127,7 @@ def _is_server(uri: str) -> bool:
 
 
 def _database(uri: str) -> Path:
-    return Path(uri.removeprefix("sqlite:///").split("?", 1)[0])
+    return Path(uri.removeprefix(_SQLITE))
 
 
 def _public(uri: str) -> str:

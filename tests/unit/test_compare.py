@@ -11,25 +11,13 @@ from typer.testing import CliRunner
 from deepspec.cli import app
 from deepspec.errors import DeepSpecError
 from deepspec.evaluation.compare import compare, load
-
-PROMPTS = 12
+from tests.records import TASKS, prompt_lines
 
 
 def write(path, gain: float = 2.0, accepted: int = 2, machine: float = 1.0, lossless: bool = True, **changes):
     """A record whose draft is `gain` times as fast as plain decoding on a machine `machine` times as slow."""
-    rng = random.Random(0)
-    lines, entries = [], {}
-    for task in ("sums", "talk"):
-        for temperature in (0.0, 1.0):
-            for index in range(PROMPTS):
-                seconds = machine * rng.uniform(1, 4)  # long and short answers
-                plain = {"seconds": seconds, "tokens": 30, "accepted": [[0] * 30], "drafted": [[0] * 30]}
-                rounds = 30 // (accepted + 1)
-                draft = {"seconds": seconds / gain, "tokens": 30}
-                draft |= {"accepted": [[accepted] * rounds], "drafted": [[4] * rounds]}
-                runs = {"plain": plain, "draft": draft}
-                lines.append({"task": task, "temperature": temperature, "index": index, "runs": runs})
-            entries[f"{task}@T={temperature:g}"] = {"prompts_digest": f"{task} digest"}
+    lines = list(prompt_lines(gain, accepted, machine))
+    entries = {f"{task}@T={t}": {"prompts_digest": f"{task} digest"} for task in TASKS for t in (0, 1)}
     record = {
         "eval_version": "2",
         "target_digest": "t",
