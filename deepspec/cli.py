@@ -127,6 +127,69 @@ def compare(
     raise typer.Exit(guarded(run) or int(bool(failures)))
 
 
+Drafters = Annotated[
+    list[str] | None, typer.Option("--drafter", help="Repeatable.", show_default="all of the pipeline")
+]
+ParamsFile = Annotated[Path, typer.Option(help="Names the pipeline, the target and the gate's bounds.")]
+
+
+@app.command(rich_help_panel="Registry")
+def track(drafter: Drafters = None, params: ParamsFile = Path("params.yaml")) -> None:
+    """Log what `dvc repro` made into MLflow, a run a drafter; what is logged already is left alone.
+
+    Goes to $MLFLOW_TRACKING_URI, or else to mlruns/mlflow.db."""
+    from deepspec.tracking.commands import run_track
+
+    _exit(lambda: run_track(drafter or [], params))
+
+
+@app.command(rich_help_panel="Registry")
+def register(
+    drafter: Drafters = None,
+    params: ParamsFile = Path("params.yaml"),
+    target_by_reference: Annotated[
+        bool,
+        typer.Option("--target-by-reference", help="Name the target in the version instead of copying it."),
+    ] = False,
+) -> None:
+    """Make a version of the target with its draft that loads and generates: the challenger."""
+    from deepspec.tracking.commands import run_register
+
+    _exit(lambda: run_register(drafter or [], params, target_by_reference))
+
+
+@app.command(rich_help_panel="Registry")
+def promote(
+    drafter: Drafters = None,
+    params: ParamsFile = Path("params.yaml"),
+    margin: Annotated[
+        float | None,
+        typer.Option(min=0.0, max=1.0, help="What may be lost, as a share.", show_default="promote.margin"),
+    ] = None,
+    rollback: Annotated[bool, typer.Option("--rollback", help="Back to the previous champion.")] = False,
+    afresh: Annotated[
+        bool,
+        typer.Option(
+            "--afresh", help="Pass over a champion that cannot be compared with, as on a new machine."
+        ),
+    ] = False,
+) -> None:
+    """Make the challenger the champion, if it passes every rule of the gate; exits with 1 if one is refused."""
+    from deepspec.tracking.commands import run_promote, run_rollback
+
+    passed = True
+
+    def run() -> None:
+        nonlocal passed
+        if rollback:
+            run_rollback(drafter or [], params)
+        else:
+            passed = run_promote(drafter or [], params, margin, afresh)
+
+    quiet_environment()
+    raise typer.Exit(guarded(run) or int(not passed))
+
+
 @app.command(rich_help_panel="Tools")
 def doctor(
     root: Annotated[Path, typer.Option(help="The repository.")] = Path("."),

@@ -65,7 +65,7 @@ def load(name_or_path: str | Path) -> Measurements:
     """A record by its drafter's name or its file, with the `.prompts.jsonl` beside it.
 
     Raises:
-        DeepSpecError: one of the two files is missing, something else, of another version, or of another run.
+        DeepSpecError: one of the two files is missing, something else, or of another run.
     """
     path = Path(name_or_path)
     if path.suffix != ".json":
@@ -82,12 +82,8 @@ def load(name_or_path: str | Path) -> Measurements:
         for text in prompts_path.read_text().splitlines():
             line = json.loads(text)
             prompts.setdefault((line["task"], line["temperature"]), []).append(from_json(line["runs"]))
-        if (version := record["eval_version"]) != EVAL_VERSION:
-            raise DeepSpecError(
-                f"{path}: of evaluation version {version}, not {EVAL_VERSION}; evaluate it again"
-            )
         written = {key: entry["output_hashes"] for key, entry in record["tasks"].items()}
-        for key in ("summary", "device", "processes", "target_digest", "dtype", "seed"):
+        for key in ("eval_version", "summary", "device", "processes", "target_digest", "dtype", "seed"):
             record[key]
     except (ValueError, KeyError, TypeError) as error:
         raise DeepSpecError(f"{path}: not an evaluation record with its prompts ({error!r})") from None
@@ -130,6 +126,10 @@ def _common(first: Measurements, second: Measurements) -> list[tuple[str, float]
         one, other = first.record.get(name), second.record.get(name)
         if one != other:
             raise DeepSpecError(f"the records cannot be compared: {name} is {one} in A and {other} in B")
+    if (version := first.record["eval_version"]) != EVAL_VERSION:
+        raise DeepSpecError(
+            f"the records are of evaluation version {version}, not {EVAL_VERSION}; evaluate again"
+        )
     keys = [key for key in first.prompts if key in second.prompts]
     if not keys:
         raise DeepSpecError("the records cannot be compared: they have no task and temperature in common")

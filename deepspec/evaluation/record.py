@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from deepspec.decoding.promise import Check
     from deepspec.evaluation.task import Task
 
-EVAL_VERSION = "2"  # raised whenever numbers of before and after cannot be compared
+EVAL_VERSION = "3"  # raised whenever numbers of before and after cannot be compared
 DRAFT = "draft"  # the contestant that a record is about: the draft as `evaluate.decode` uses it
 LOOKUP = "lookup"  # the strongest baseline that needs no training
 OUTPUT_BIN = 16  # tokens

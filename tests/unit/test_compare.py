@@ -11,8 +11,8 @@ from typer.testing import CliRunner
 from deepspec.cli import app
 from deepspec.errors import DeepSpecError
 from deepspec.evaluation.compare import compare, load
-
-PROMPTS = 12
+from deepspec.evaluation.record import EVAL_VERSION
+from tests.records import PROMPTS, output_hashes, prompt_lines
 
 
 def write(
@@ -25,25 +25,13 @@ def write(
     **changes,
 ):
     """A record whose draft is `gain` times as fast as plain decoding on a machine `machine` times as slow."""
-    rng = random.Random(0)
-    lines, entries = [], {}
-    for task in ("sums", "talk"):
-        for temperature in (0.0, 1.0):
-            for index in range(count):
-                seconds = machine * rng.uniform(1, 4)  # long and short answers
-                plain = {"seconds": seconds, "tokens": 30, "accepted": [[0] * 30], "drafted": [[0] * 30]}
-                rounds = 30 // (accepted + 1)
-                draft = {"seconds": seconds / gain, "tokens": 30, "output": f"{path.stem} {index}"}
-                draft |= {"accepted": [[accepted] * rounds], "drafted": [[4] * rounds]}
-                runs = {"plain": plain, "draft": draft}
-                lines.append({"task": task, "temperature": temperature, "index": index, "runs": runs})
-            hashes = [f"{path.stem} {index}" for index in range(count)]
-            entries[f"{task}@T={temperature:g}"] = {
-                "prompts_digest": f"{task} digest",
-                "output_hashes": hashes,
-            }
+    lines = list(prompt_lines(gain, accepted, machine, count, label=path.stem))
+    entries = {
+        key: {"prompts_digest": f"{key} digest", "output_hashes": found}
+        for key, found in output_hashes(lines).items()
+    }
     record = {
-        "eval_version": "2",
+        "eval_version": EVAL_VERSION,
         "target_digest": "t",
         "dtype": "float32",
         "seed": 0,
@@ -145,8 +133,11 @@ def test_a_record_on_other_prompts_or_of_another_version_is_refused(paths):
     b.write_text(json.dumps(record))
     with pytest.raises(DeepSpecError, match="other prompts"):
         compare(load(a), load(b))
-    b.write_text(json.dumps({"eval_version": "1", "tasks": {}}))
-    with pytest.raises(DeepSpecError, match=r"b\.json: of evaluation version 1, not 2; evaluate it again"):
+    a, b = write(paths[0]), write(paths[1], eval_version="1")
+    with pytest.raises(DeepSpecError, match=f"eval_version is {EVAL_VERSION} in A and 1 in B"):
+        compare(load(a), load(b))
+    a = write(paths[0], eval_version="1")
+    with pytest.raises(DeepSpecError, match=f"of evaluation version 1, not {EVAL_VERSION}; evaluate again"):
         load(b)
     assert run(b, b)[0] == 2  # not 1, which says that B is worse
 

@@ -128,7 +128,7 @@ def test_a_missing_broken_or_old_record_is_one_clear_line(tmp_path):
     with pytest.raises(DeepSpecError, match=r"absent\.json: no such record"):
         report.load_inputs(["absent"], tmp_path)
     (tmp_path / "reports/eval/good.json").write_text('{"eval_version": "1"}')
-    with pytest.raises(DeepSpecError, match=r"good\.json: of evaluation version 1, not 2; evaluate it again"):
+    with pytest.raises(DeepSpecError, match=r"good\.json: of evaluation version 1, not 3; evaluate it again"):
         report.load_inputs(["good"], tmp_path)
     (tmp_path / "reports/eval/good.json").write_text("{")
     with pytest.raises(DeepSpecError, match=r"good\.json: not JSON"):
