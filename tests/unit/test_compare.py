@@ -138,7 +138,7 @@ def test_a_record_on_other_prompts_or_of_another_version_is_refused(paths):
         compare(load(a), load(b))
     a = write(paths[0], eval_version="1")
     with pytest.raises(DeepSpecError, match=f"of evaluation version 1, not {EVAL_VERSION}; evaluate again"):
-        load(b)
+        compare(load(a), load(b))
     assert run(b, b)[0] == 2  # not 1, which says that B is worse
 
 
