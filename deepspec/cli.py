@@ -106,7 +106,8 @@ def compare(
 ) -> None:
     """Set two evaluation records side by side, paired by prompt; exits with 1 if B is worse than A.
 
-    Worse: the mean over tasks of speed-up or τ, at any temperature, is below 1 - margin of A's, or a token changed."""
+    Worse: the mean over tasks of B / A, of speed-up or τ, at any temperature, is below 1 - margin, or B changed a
+    token. Records that cannot be compared end with 2."""
     from deepspec.evaluation import compare as comparing
 
     failures: list[str] = []

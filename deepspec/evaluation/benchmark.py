@@ -14,6 +14,7 @@ many processes there are; their seconds do, where they share a machine.
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -34,6 +35,7 @@ from deepspec.drafters.base import Drafter
 from deepspec.drafters.checkpoint import RECORD as DRAFT_RECORD
 from deepspec.drafters.checkpoint import draft_digest, load_drafter, read_config
 from deepspec.drafters.registry import algorithms, reader
+from deepspec.errors import DeepSpecError
 from deepspec.evaluation import alone, sweep, throughput
 from deepspec.evaluation.contest import (
     PLAIN,
@@ -75,13 +77,22 @@ def evaluate(
     seed: int = 0,
     work_dir: str | Path = WORK_DIR,
     device: str | None = None,
+    save: Callable[[dict[str, Outcome]], None] = lambda outcomes: None,
 ) -> dict[str, Outcome] | None:
     """Measure drafts together: name → directory, name → outcome. None in all processes but the main one.
 
+    Args:
+        save: writes the outcomes, in the main process; until it has returned, all finished work is kept.
+
     Raises:
-        DeepSpecError: an unknown task, a draft of another target, a corrupt checkpoint, or a failed run.
+        DeepSpecError: an unknown task, two of one name, a draft of another target, a corrupt checkpoint, or a failed
+            run.
     """
     tasks = [load_task(task, params.prompts_per_task, seed, params.tasks_dir) for task in params.tasks]
+    if twice := [name for name, count in Counter(task.name for task in tasks).items() if count > 1]:
+        raise DeepSpecError(
+            f"evaluate.tasks: two tasks are named {twice[0]!r}; give one of them another name"
+        )
     digests = {name: draft_digest(Path(directory)) for name, directory in drafts.items()}
     prompts = [(task.name, task.version, task.prompts) for task in tasks]
     state = process_state()
@@ -94,6 +105,7 @@ def evaluate(
         digests,
         target.digest,
         target.precision,
+        describe_device(target.device),  # seconds of another machine are not those of this one
         params.model_dump(),
         seed,
         prompts,
@@ -104,6 +116,8 @@ def evaluate(
     bench.target = target
     del target  # the bench lets go of it before it loads the float32 copy
     outcomes = bench.run()
+    if work.main:
+        save(outcomes)
     work.remove()
     return outcomes if work.main else None
 
@@ -275,7 +289,7 @@ class Bench:
             return check and asdict(check)
 
         found = self.work.do(f"{name}: training's promise", [f"promise {name}"], measure) if kept else {}
-        return next((promise.Check(**check) for check in found.values()), None)
+        return next((promise.Check(**check) for check in found.values() if check), None)
 
     def _traces(self, name: str) -> list[dict[str, Any]]:
         pieces = {
@@ -413,9 +427,10 @@ class Bench:
             target=_origin(self.target_dir),
             target_digest=self.target.digest,
             device=describe_device(self.target.device),
-            dtype=str(self.target.dtype).removeprefix("torch."),
+            dtype=self.target.precision,
             seed=self.seed,
             processes=self.work.processes,
+            max_new_tokens=self.params.max_new_tokens,
         )
 
     def _provenance(self, name: str) -> dict[str, Any]:
