@@ -10,12 +10,14 @@ from typer.testing import CliRunner
 from deepspec.cli import app
 from deepspec.decoding.engine import generate
 from deepspec.drafters.checkpoint import draft_digest
+from deepspec.export.serving.environment import Environment
 from deepspec.files import write_json
 from deepspec.target import load_target
 from tests.engines import FakeEngine
 
 ROOT = Path(__file__).parents[2]
 K, TOKENS = 3, 9
+CPU = Environment(Path("python"), "0.32.0", Path("nowhere"), gpu=False)
 
 
 @pytest.fixture
@@ -110,10 +112,12 @@ def test_prompts_are_tokens_of_the_target_s_own_template(project, target):
         (["--base-url", "http://x"], "serves one draft: name it with --drafter"),
         (["--drafter", "twin", "--prompts", "0"], "--prompts must be >= 1"),
         (["--drafter", "nobody"], "no such draft: nobody"),
+        (["--exported", "x"], "directory of one draft: name it with --drafter"),
+        ([], "no drafter of the pipeline has an export that vLLM serves here"),
     ],
 )
 def test_a_mistake_is_one_line(project, monkeypatch, words, message):
-    monkeypatch.setattr("deepspec.export.serving.check.find_or_set_up", lambda: object())
+    monkeypatch.setattr("deepspec.export.serving.check.find_or_set_up", lambda: CPU)
     done = check(*words)
     assert done.exit_code == 2 and message in done.output
 
@@ -135,9 +139,16 @@ def test_more_tokens_than_the_draft_has_are_refused(project):
     ],
 )
 def test_what_vllm_loads_is_the_export_of_this_very_draft(project, monkeypatch, export, message):
-    monkeypatch.setattr("deepspec.export.serving.check.find_or_set_up", lambda: object())
+    monkeypatch.setattr("deepspec.export.serving.check.find_or_set_up", lambda: CPU)
     if export:
         digest = draft_digest(project / "data/drafts/twin")
         write_json(project / "reports/export/twin.json", {"draft_digest": digest} | export)
     done = check("--drafter", "twin")
     assert done.exit_code == 2 and message in done.output
+
+
+def test_dspark_needs_a_gpu(project, monkeypatch):
+    monkeypatch.setattr("deepspec.export.serving.check.find_or_set_up", lambda: CPU)
+    write_json(project / "exported" / "config.json", {"architectures": ["Qwen3DSparkModel"]})
+    done = check("--drafter", "twin", "--exported", "exported")
+    assert done.exit_code == 2 and "vLLM serves dspark on a GPU only" in done.output

@@ -8,6 +8,7 @@ disagree, the machine was not quiet.
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from deepspec.errors import DeepSpecError, nearest
 from deepspec.evaluation.task import load_task
 from deepspec.export.serving import ours
 from deepspec.export.serving.engines import Draft, Work, local, remote, watched
-from deepspec.export.serving.environment import find_or_set_up
+from deepspec.export.serving.environment import Environment, find_or_set_up
 from deepspec.export.serving.launch import speculative_config
 from deepspec.export.serving.protocols import CLIENTS, Prompt
 from deepspec.export.serving.record import SERVE_VERSION, Measured, check_target, compare
@@ -32,6 +33,7 @@ from deepspec.target import Target, load_target
 TARGET = Path("data/target")
 REPORTS = Path("reports/serve")
 EXPORTS = Path("reports/export")
+GPU_ONLY = ("dspark",)
 SLACK = 64  # tokens of the context behind an answer's end, for drafts
 
 
@@ -61,14 +63,21 @@ def run(settings: Settings) -> list[str]:
     """
     _check_settings(settings)
     params = load_params(settings.params)
-    names = settings.drafters or tuple(params.pipeline)
-    if settings.exported and len(names) > 1:
-        raise DeepSpecError(
-            f"--exported is one draft's directory, and there are {len(names)}; name one --drafter"
-        )
     environment = None if settings.base_url else find_or_set_up()
     target = load_target(TARGET, dtype=settings.dtype)
-    drafts = [_draft(name, settings, target) for name in names]
+    named = bool(settings.drafters)
+    drafts = []
+    for name in settings.drafters or params.pipeline:
+        try:
+            drafts.append(_draft(name, settings, target, environment))
+        except DeepSpecError as error:
+            if named:
+                raise
+            print(f"left out: {error}", file=sys.stderr)
+    if not drafts:
+        raise DeepSpecError(
+            "no drafter of the pipeline has an export that vLLM serves here; name one with --drafter"
+        )
     work = _work(target, params, settings)
     own = {draft.name: _ours(target, draft, work) for draft in drafts}
     about = _about(target, settings, work)
@@ -101,6 +110,8 @@ def _check_settings(settings: Settings) -> None:
         raise DeepSpecError(
             f"{settings.engine} is not started from here; serve the draft with it and name its address with --base-url"
         )
+    if settings.exported and len(settings.drafters) != 1:
+        raise DeepSpecError("--exported is the directory of one draft: name it with --drafter")
     if settings.base_url and len(settings.drafters) != 1:
         raise DeepSpecError("a server at --base-url serves one draft: name it with --drafter")
     for flag in ("prompts", "max_new_tokens", "speculative_tokens"):
@@ -109,8 +120,8 @@ def _check_settings(settings: Settings) -> None:
             raise DeepSpecError(f"--{flag.replace('_', '-')} must be >= 1, found {value}")
 
 
-def _draft(name: str, settings: Settings, target: Target) -> Draft:
-    """A draft, and what the engine loads of it."""
+def _draft(name: str, settings: Settings, target: Target, environment: Environment | None) -> Draft:
+    """A draft, and what the engine loads of it (nothing, where another machine serves it)."""
     directory = draft_directory(name)
     drafter = load_drafter(directory, target)
     tokens = settings.speculative_tokens or drafter.block_size
@@ -118,12 +129,13 @@ def _draft(name: str, settings: Settings, target: Target) -> Draft:
         raise DeepSpecError(
             f"{directory}: drafts at most {drafter.block_size} tokens, {tokens} are asked for (--speculative-tokens)"
         )
-    trained = reader(read_config(directory)).network is not None
-    if settings.base_url:
-        config = {}
-    else:
+    config = {}
+    if environment:
+        trained = reader(read_config(directory)).network is not None
         exported = (settings.exported or _exported(name, directory)) if trained else directory
         config = speculative_config(exported, tokens)
+        if config["method"] in GPU_ONLY and not environment.gpu:
+            raise DeepSpecError(f"{name}: vLLM serves {config['method']} on a GPU only")
     return Draft(name, drafter, draft_digest(directory), tokens, config)
 
 

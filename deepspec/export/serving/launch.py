@@ -44,8 +44,9 @@ def speculative_config(directory: Path, tokens: int) -> dict[str, Any]:
         raise DeepSpecError(f"{directory}: no readable config.json; export the draft first") from None
     architecture = (config.get("architectures") or ["?"])[0]
     if architecture in ("DeepSpecLookup", "DeepSpecSuffix"):
-        match = config["min_match"]
-        method = {"method": "ngram", "prompt_lookup_min": match, "prompt_lookup_max": match}
+        least = config["min_match"]
+        longest = least if architecture == "DeepSpecLookup" else max(8, least)  # a suffix of any length
+        method = {"method": "ngram", "prompt_lookup_min": least, "prompt_lookup_max": longest}
         return method | {"num_speculative_tokens": tokens}
     method = _METHODS.get(architecture) or ("draft_model" if architecture.endswith("ForCausalLM") else None)
     if method is None:
