@@ -186,8 +186,49 @@ def promote(
         else:
             passed = run_promote(drafter or [], params, margin, afresh)
 
-    quiet_environment()
     raise typer.Exit(guarded(run) or int(not passed))
+
+
+@app.command("serve-check", rich_help_panel="Tools")
+def serve_check(
+    engine: Annotated[str, typer.Option(help="vllm, sglang or tgi.")] = "vllm",
+    drafter: Annotated[
+        list[str] | None, typer.Option(help="Repeatable.", show_default="those of the pipeline")
+    ] = None,
+    prompts: Annotated[int | None, typer.Option(help="Of each task, in place of params.yaml's.")] = None,
+    max_new_tokens: Annotated[int | None, typer.Option(help="Per answer, likewise.")] = None,
+    tasks: Annotated[str | None, typer.Option(help="Comma-separated, likewise.")] = None,
+    speculative_tokens: Annotated[
+        int | None, typer.Option(help="K, tokens drafted at once.", show_default="the draft's block size")
+    ] = None,
+    exported: Annotated[
+        Path | None, typer.Option(help="Directory that vLLM loads.", show_default="that of `deepspec export`")
+    ] = None,
+    base_url: Annotated[
+        str | None, typer.Option(help="A server of the draft that is running.", show_default="start vLLM")
+    ] = None,
+    plain_url: Annotated[str | None, typer.Option(help="One without the draft, for the speed-up.")] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="float32 compares token for token.", show_default="the target's")
+    ] = None,
+    params: Annotated[Path, typer.Option(help="Says which tasks and prompts.")] = Path("params.yaml"),
+    output: Annotated[Path, typer.Option(help="Folder of the records.")] = Path("reports/serve"),
+) -> None:
+    """Serve drafts in another engine and see that it accepts as many tokens as ours; exits with 1 if it does not.
+
+    vLLM is started here, from $DEEPSPEC_VLLM_PYTHON or an environment that is set up once; SGLang and TGI are asked at
+    --base-url. The server at --base-url must serve nobody else meanwhile."""
+    from deepspec.export.serving import check
+
+    settings = check.Settings(
+        engine, tuple(drafter or ()), prompts, max_new_tokens, tuple(tasks.split(",")) if tasks else (),
+        speculative_tokens, exported, base_url, plain_url, dtype, params, output,
+    failures: list[str] = []
+    quiet_environment()
+    status = guarded(lambda: failures.extend(check.run(settings)))
+    for failure in failures:
+        print(f"failed: {failure}", file=sys.stderr)
+    raise typer.Exit(status or int(bool(failures)))
 
 
 @app.command(rich_help_panel="Tools")
