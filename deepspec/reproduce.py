@@ -13,6 +13,8 @@ import subprocess
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import yaml
+
 from deepspec import tolerance
 from deepspec.checkout import (
     Pipeline,
@@ -177,7 +179,7 @@ def _measured(work: Work, pipeline: Pipeline) -> Figures:
         if file.is_file()
     ]
     texts = {path: (work.root / path).read_text() for path in _json(there, pipeline)}
-    return Figures(_metrics(work, pipeline.metrics, "workspace"), _records(texts))
+    return Figures(_metrics(work, pipeline.metrics, None), _records(texts))
 
 
 def _json(paths: list[str], pipeline: Pipeline) -> list[str]:
@@ -186,17 +188,17 @@ def _json(paths: list[str], pipeline: Pipeline) -> list[str]:
     return [path for path in paths if path.endswith(".json") and f"{path}/".startswith(roots)]
 
 
-def _metrics(work: Work, paths: list[str], revision: str) -> dict[str, Any]:
-    """As DVC reads them. A name that two files have is told apart by the file's."""
-    from dvc.repo import Repo
+def _metrics(work: Work, paths: list[str], revision: str | None) -> dict[str, Any]:
+    """At a commit, or (None) as they are now. A name that two files have is told apart by the file's."""
+    from dvc.api import DVCFileSystem
 
     found: dict[str, Any] = {}
-    with Repo(work.root) as repo:
-        for path in paths:
-            shown = repo.metrics.show(targets=[path], revs=[revision])
-            (file,) = shown.get(revision, {}).get("data", {}).values() or ({},)
-            for name, value in tolerance.flatten(file.get("data", {})).items():
-                found[f"{path}:{name}" if name in found else name] = value
+    fs = DVCFileSystem(str(work.root), rev=revision)
+    for path in filter(fs.exists, paths):
+        text = fs.read_text(path)
+        values = json.loads(text) if path.endswith(".json") else yaml.safe_load(text)
+        for name, value in tolerance.flatten(values).items():
+            found[f"{path}:{name}" if name in found else name] = value
     return found
 
 

@@ -121,8 +121,7 @@ def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[Differe
         for name in sorted(set(packages[0]) | set(packages[1]))
     ]
     pairs += [(name, then.get(name), now.get(name), True) for name in ("target_digest", "draft_digest")]
-    costs = [digest(json.dumps(_seconds(record), sort_keys=True)) for record in (then, now)]
-    pairs += [("cost curve", *costs, True)]
+    pairs += [("cost curve", _curve(then), _curve(now), True)]
     return [
         Difference(name, old, new, decides)
         for name, old, new, decides in pairs
@@ -240,8 +239,10 @@ def _identities(records: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
     return found
 
 
-def _seconds(record: Mapping[str, Any]) -> Any:
-    """The cost curve's figures, as numbers: JSON has 1 and 1.0."""
-    costs = record.get("round_costs") or {}
-    passes = {key: [[float(x), s] for x, s in points] for key, points in (costs.get("passes") or {}).items()}
-    return [passes, costs.get("drafts")]
+def _curve(record: Mapping[str, Any]) -> str | None:
+    """Digest of the cost curve's figures, as numbers: JSON has 1 and 1.0."""
+    costs = record.get("round_costs")
+    if not costs:
+        return None
+    passes = {key: [[float(x), s] for x, s in points] for key, points in costs.get("passes", {}).items()}
+    return digest(json.dumps([passes, costs.get("drafts")], sort_keys=True))
