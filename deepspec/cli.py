@@ -223,8 +223,8 @@ def serve_check(
     settings = check.Settings(
         engine, tuple(drafter or ()), prompts, max_new_tokens, tuple(tasks.split(",")) if tasks else (),
         speculative_tokens, exported, base_url, plain_url, dtype, params, output,
+    )  # fmt: skip
     failures: list[str] = []
-    quiet_environment()
     status = guarded(lambda: failures.extend(check.run(settings)))
     for failure in failures:
         print(f"failed: {failure}", file=sys.stderr)
