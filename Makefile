@@ -15,7 +15,7 @@ export PREFECT_SERVER_ANALYTICS_ENABLED := false
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test serve-check lint format clean
+.PHONY: help setup demo test up down status serve-check lint format clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/make \1	\2/' | expand -t 14
@@ -33,6 +33,15 @@ test: lint ## Check style and run every test
 serve-check: $(READY) ## Serve the exported drafts of the pipeline in vLLM and compare it with our engine
 	deepspec serve-check
 
+up: $(READY) ## Start Prefect with a worker and MLflow on this machine, with a run every night
+	python -m flows.services up
+
+down: $(READY) ## Stop them; what they keep stays in .deepspec/services
+	python -m flows.services down
+
+status: $(READY) ## Say which of them run
+	python -m flows.services status
+
 lint: $(READY) ## Check style alone
 	ruff check .
 	ruff format --check .
@@ -41,9 +50,10 @@ format: $(READY) ## Rewrite the code in the project's style
 	ruff check --fix .
 	ruff format .
 
-clean: ## Remove .venv and caches; data/, reports/ and .dvc/cache stay
-	rm -rf $(VENV) .deepspec .pytest_cache .ruff_cache .dvc/tmp *.egg-info
-	find deepspec tests -name __pycache__ -type d -prune -exec rm -rf {} +
+clean: ## Remove .venv and caches; data/, reports/, .dvc/cache and what the services keep stay
+	rm -rf $(VENV) .pytest_cache .ruff_cache .dvc/tmp *.egg-info
+	[ ! -d .deepspec ] || find .deepspec -mindepth 1 -maxdepth 1 ! -name services -exec rm -rf {} +
+	find deepspec flows tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # torch goes first and alone: asked for by name and version, a CPU build that pip is configured to find is taken,
 # where a range would fetch the newest one with gigabytes of CUDA.

@@ -27,6 +27,7 @@ _EXITED = re.compile(r"exited with (-?\d+)")
 
 _running: set[subprocess.Popen] = set()
 _lock = threading.Lock()
+_cancelled = threading.Event()
 
 
 class CommandFailed(Exception):
@@ -35,6 +36,10 @@ class CommandFailed(Exception):
 
 class UserMistake(CommandFailed):
     """A command that fails again until somebody changes something. Its message is the command's own line."""
+
+
+class Cancelled(UserMistake):
+    """Somebody stopped the run."""
 
 
 @dataclass(frozen=True)
@@ -103,10 +108,13 @@ def follow(
 
     Raises:
         UserMistake: it said what is wrong, on a line that begins with `error:`, or exited with 2.
+        Cancelled: `cancel` was called.
         CommandFailed: it failed in any other way.
     """
     lines: deque[str] = deque(maxlen=KEPT)
     thinned = Thinned()
+    if _cancelled.is_set():
+        raise Cancelled("the run was cancelled")
     process = subprocess.Popen(
         words,
         cwd=root,
@@ -140,6 +148,8 @@ def follow(
         stop(process)
         with _lock:
             _running.discard(process)
+    if _cancelled.is_set():
+        raise Cancelled("the run was cancelled")
     if expired.is_set():
         raise CommandFailed(f"{' '.join(words)}: stopped after {hours:g} hours")
     if status:
@@ -175,8 +185,9 @@ def stop(process: subprocess.Popen) -> None:
             continue
 
 
-def stop_all() -> None:
-    """For a run that is cancelled: its tasks wait for their commands in other threads."""
+def cancel() -> None:
+    """Stop every command of this process and start no more: a cancelled run's tasks wait for them in other threads."""
+    _cancelled.set()
     with _lock:
         running = list(_running)
     for process in running:

@@ -24,8 +24,7 @@ from prefect.runtime import flow_run
 from prefect.states import Completed, Crashed, Failed
 from prefect.task_runners import ThreadPoolTaskRunner
 
-from flows import command
-from flows.command import CommandFailed, UserMistake, follow
+from flows.command import CommandFailed, UserMistake, cancel, follow
 from flows.graph import Stage, describe, read_graph
 from flows.progress import ProgressArtifact
 from flows.setup import GPU_TAG, ensure_limit
@@ -79,8 +78,9 @@ def pipeline(
                 track_run(work)
     except UserMistake as mistake:
         return Failed(message=str(mistake))
-    finally:
-        command.stop_all()  # of a run that is cancelled
+    except BaseException:
+        cancel()
+        raise
     return Completed(message=f"{work.branch}: {title}")
 
 
@@ -174,12 +174,12 @@ def publish_run(work: Workspace, title: str, overrides: dict[str, Any]) -> None:
 
 @task(task_run_name="track", cache_policy=NO_CACHE, retries=2, retry_delay_seconds=[10, 20])
 def track_run(work: Workspace) -> None:
-    """`deepspec track`, which is idempotent, and a link to the run in MLflow if it names one."""
+    """`deepspec track`, which is idempotent, and links to the runs in MLflow that it names."""
     words = [sys.executable, "-m", "deepspec.cli", "track"]
     said = follow(words, work.root, get_run_logger().info, keep_open=[work.lock])
-    links = re.findall(r"https?://\S+", "\n".join(said))
-    if links:
-        create_link_artifact(links[-1], "MLflow run", key="mlflow-run")
+    for line in said:
+        for link in re.findall(r"https?://\S+", line):
+            create_link_artifact(link, line.split(":")[0], key=slug(f"mlflow-{line.split(':')[0]}"))
 
 
 def slug(text: str) -> str:

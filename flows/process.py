@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import signal
 import subprocess
 from pathlib import Path
 
@@ -16,7 +14,8 @@ class Process:
     """`<home>/<name>.pid` holds the id and the time of birth, since ids are given out again."""
 
     def __init__(self, home: Path, name: str) -> None:
-        self.file, self.log = home / f"{name}.pid", home / f"{name}.log"
+        self.name, self.file, self.log = name, home / f"{name}.pid", home / f"{name}.log"
+        self._family: list[psutil.Process] = []
 
     def start(self, command: list[str], cwd: Path, environment: dict[str, str]) -> None:
         with self.log.open("ab") as log:
@@ -46,18 +45,21 @@ class Process:
             pass
         return None
 
-    def stop(self) -> bool:
-        """Stop it and whatever it started; whether there was anything to stop."""
+    def terminate(self) -> bool:
+        """Tell it to stop; whether there was anything to tell. `wait` sees to it."""
         found = self._found()
         if found:
-            family = [found, *found.children(recursive=True)]
-            os.kill(found.pid, signal.SIGTERM)
-            _, alive = psutil.wait_procs(family, STOP_S)
-            for process in alive:
-                process.kill()
-            psutil.wait_procs(alive, STOP_S)
-        self.file.unlink(missing_ok=True)
+            self._family = [found, *found.children(recursive=True)]
+            found.terminate()
         return found is not None
+
+    def wait(self) -> None:
+        """Until it and all that it started are gone; what does not go is killed."""
+        _, alive = psutil.wait_procs(self._family, STOP_S)
+        for process in alive:
+            process.kill()
+        psutil.wait_procs(alive, STOP_S)
+        self.file.unlink(missing_ok=True)
 
     def last_line(self) -> str:
         lines = self.log.read_text(errors="replace").split("\n") if self.log.exists() else []

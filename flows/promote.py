@@ -14,8 +14,7 @@ from prefect.client.schemas.objects import State
 from prefect.runtime import flow_run
 from prefect.states import Completed, Failed
 
-from flows import command
-from flows.command import CommandFailed, follow
+from flows.command import CommandFailed, cancel, follow
 from flows.pipeline import HOME
 from flows.workspace import Workspace, workspace
 
@@ -41,8 +40,9 @@ def promote(
                 said = deepspec(work, ["promote", *chosen])
     except CommandFailed as refused:
         return Failed(message=str(refused))
-    finally:
-        command.stop_all()
+    except BaseException:
+        cancel()
+        raise
     return Completed(message=said[-1] if said else "promoted")
 
 

@@ -125,9 +125,12 @@ def up(places: Places) -> None:
 
 def down(places: Places) -> None:
     """Stop everything, the worker first; what runs in it is told to stop and goes on in the next run."""
-    for name in ("worker", "mlflow", "prefect"):
-        if Process(places.home, name).stop():
-            print(f"{name}: stopped")
+    for names in (("worker",), ("mlflow", "prefect")):
+        found = [Process(places.home, name) for name in names]
+        stopped = [process.name for process in found if process.terminate()]
+        for process in found:
+            process.wait()
+        print(*(f"{name}: stopped\n" for name in stopped), sep="", end="")
     if postgres.stop(places.home / "postgres"):
         print("postgres: stopped")
 

@@ -57,7 +57,11 @@ def deploy() -> None:
         "prefect.yaml",
         *names,
     ]
-    environment = os.environ | {"DEEPSPEC_ROOT": str(ROOT), "PYTHONPATH": str(ROOT)}
+    environment = (
+        {"DEEPSPEC_REPOSITORY": str(ROOT)}
+        | os.environ
+        | {"DEEPSPEC_ROOT": str(ROOT), "PYTHONPATH": str(ROOT)}
+    )
     done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True)
     if done.returncode:
         sys.exit(f"error: prefect deploy: {(done.stderr or done.stdout).strip()[-2000:]}")

@@ -90,7 +90,7 @@ def test_a_scheduled_run_executes_the_pipeline_in_a_clone_and_shows_its_results(
         runs = stack.flow_runs(deployments={"id": {"any_": [made["id"]]}})
         return next((run for run in runs if run["state_type"] in ("COMPLETED", "FAILED", "CRASHED")), None)
 
-    run = wait_for(finished, 240)
+    run = wait_for(finished, 500)
     assert run["state_type"] == "COMPLETED", stack.log(run)
     head = git(clone.root, "rev-parse", "HEAD")
     assert run["name"] == f"smoke-target lookup {head[:7]}"
@@ -169,9 +169,6 @@ def test_a_failing_validation_stops_what_follows_and_says_why(stack: Servers, tm
     assert tasks["train"]["state_name"] == "NotReady"
     assert stack.artifacts(run)["fit"]["data"] == "# 2 rows\n"
 
-    log = stack.run(repository=str(root), overrides={"rowz": 3})
-    assert "rowz" in stack.flow_runs()[0]["state"]["message"], log
-
 
 def test_runs_at_once_neither_corrupt_nor_block_each_other(stack: Servers, tmp_path: Path):
     """Two with the same settings take turns in one clone; a third with others has its own."""
@@ -226,8 +223,3 @@ def test_the_run_after_a_killed_one_goes_on_where_it_stopped(stack: Servers, tmp
     assert times(root, "report") == 2
     assert times(root, "step") == 6
     assert stack.ask(f"flow_runs/{killed['id']}")["state_type"] == "CRASHED"
-
-
-def test_up_and_down_can_be_said_twice(stack: Servers):
-    stack.services("up")
-    assert stack.services("status").count(" up ") == 3

@@ -1,0 +1,286 @@
+"""The parts of flows that need no server: DVC's graph, lines of progress, why a command failed, overrides, clones."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import yaml
+
+from deepspec.errors import DeepSpecError
+from flows import postgres
+from flows.command import CommandFailed, Thinned, UserMistake, failure, follow, parse_progress
+from flows.graph import Stage, describe, read_graph
+from flows.process import Process
+from flows.serve import parse
+from flows.services import Places, _check_port, servers
+from flows.workspace import AUTHOR, git, literal, metrics_before, override, publish, workspace
+
+PIPELINE = """
+stages:
+  data: {cmd: "seq ${n} > data.txt", params: [n], outs: [data.txt]}
+  train:
+    matrix: {name: "${pipeline}"}
+    cmd: cp data.txt ${item.name}.txt; echo x > ${item.name}.md
+    deps: [data.txt]
+    outs: ["${item.name}.txt", "${item.name}.md": {cache: false}]
+  report:
+    cmd: "echo '{\\"rows\\": ${n}}' > metrics.json"
+    params: [pipeline]
+    deps: [a.txt]
+    metrics: [metrics.json: {cache: false}]
+"""
+
+
+@pytest.fixture
+def repository(tmp_path: Path) -> Path:
+    root = tmp_path / "project"
+    root.mkdir()
+    git(root, "init", "--quiet")
+    subprocess.run([sys.executable, "-m", "dvc", "init", "--quiet"], cwd=root, check=True)
+    (root / "dvc.yaml").write_text(PIPELINE)
+    (root / "params.yaml").write_text("# kept\nn: 3\npipeline: [a]\ntarget:\n  source: embedded:tiny\n")
+    (root / "other").mkdir()
+    (root / "other/dvc.yaml").write_text("stages: {else: {cmd: touch x, outs: [x]}}\n")
+    commit(root)
+    return root
+
+
+def commit(root: Path) -> str:
+    git(root, "add", "--all")
+    git(root, *AUTHOR, "commit", "--quiet", "--message", "x")
+    return git(root, "rev-parse", "HEAD")
+
+
+def clone_of(repository: Path, overrides: dict | None = None, run: str = "1", ref: str = "HEAD"):
+    return workspace(
+        str(repository), ref, overrides or {}, run, repository.parent / "runs", say=lambda _: None
+    )
+
+
+def repro(root: Path, stage: str) -> str:
+    words = [sys.executable, "-m", "dvc", "repro", "--single-item", stage]
+    return "\n".join(follow(words, root, lambda _: None))
+
+
+def test_the_graph_is_that_of_dvc_matrix_and_all(repository: Path):
+    override(repository / "params.yaml", {"pipeline": ["a", "b"]})
+    graph = {stage.name: stage for stage in read_graph(repository)}
+    assert set(graph) == {"data", "train@a", "train@b", "report"}
+    assert graph["train@b"].after == ("data",)
+    assert graph["report"].after == ("train@a",)
+    assert graph["train@a"].outputs(".md") == ["a.md"]
+    assert list(graph).index("data") < list(graph).index("train@a") < list(graph).index("report")
+
+
+def test_a_run_is_named_by_target_drafters_and_commit(repository: Path):
+    assert describe(repository, "project", "0123456789") == "tiny a 0123456"
+
+
+def test_the_project_s_own_stages_are_read_and_those_that_compute_are_limited():
+    heavy = {stage.name.split("@")[0] for stage in read_graph(Path(__file__).parents[2]) if stage.heavy}
+    assert {"prompts", "generate", "train", "evaluate"} <= heavy
+    assert not {"target", "validate", "report"} & heavy
+    assert Stage("a-new-one", ()).heavy
+
+
+@pytest.mark.parametrize(("line", "expected"), [
+    ("generate: 412/900, 145 tokens/s, 12m30s left", ("generate", 412, 900, False)),
+    ("step 80/640  loss 1.234  train τ 2.1  held-out τ 2.0  1.20 steps/s", ("step", 80, 640, False)),
+    ("lossless word_problems: 0/2, ? left", ("lossless word_problems", 0, 2, False)),
+    ("features ━━━━━╸━━━ 12/24 0:01:00", ("features", 12, 24, True)),
+    ("Map:  45%|████▌     | 45/100 [00:10<00:12,  4.4it/s]", ("Map", 45, 100, True)),
+    (" 45%|████▌     | 45/100 [00:10<00:12]", ("progress", 45, 100, True)),
+])  # fmt: skip
+def test_lines_of_progress_are_understood(line: str, expected: tuple):
+    found = parse_progress(line)
+    assert (found.label, found.done, found.total, found.bar) == expected
+
+
+@pytest.mark.parametrize("line", ["data/distill: 24 conversations", "> seq 1/0", "a: 3/2, left", "τ 2.45"])
+def test_other_lines_are_no_progress(line: str):
+    assert parse_progress(line) is None
+
+
+def test_a_bar_is_thinned_and_plain_lines_are_not():
+    thinned = Thinned()
+    bar = [f"Map: {i}%|#| {i}/100 [00:01]" for i in range(1, 101)]
+    assert [line for line in bar if thinned.keep(parse_progress(line))] == [bar[0], bar[-1]]
+    plain = [f"generate: {i}/9, 1s left" for i in range(9)]
+    assert all(thinned.keep(parse_progress(line)) for line in plain)
+
+
+ERROR = "ERROR: failed to reproduce 'x': failed to run: python -m x, exited with {}"
+
+
+@pytest.mark.parametrize(("status", "lines", "kind", "reason"), [
+    (255, ["error: params.yaml: unknown key", ERROR.format(2)], UserMistake, "params.yaml: unknown key"),
+    (255, ["error: no such draft", ERROR.format(1)], UserMistake, "no such draft"),  # through accelerate
+    (255, ["Traceback (most recent call last):", "error: x", "OSError: gone", ERROR.format(1)], CommandFailed,
+     "failed to reproduce 'x': failed to run: python -m x, exited with 1"),
+    (255, ["working", ERROR.format(-9)], CommandFailed,
+     "failed to reproduce 'x': failed to run: python -m x, exited with -9"),
+    (255, ["ERROR: '/a/data.txt' is busy, it is being blocked by:"], CommandFailed,
+     "'/a/data.txt' is busy, it is being blocked by:"),
+    (2, [], UserMistake, "exited with 2"),
+])  # fmt: skip
+def test_only_a_user_s_mistake_is_not_tried_again(status: int, lines: list[str], kind: type, reason: str):
+    found = failure(status, lines)
+    assert (type(found), str(found)) == (kind, reason)
+
+
+def test_lines_come_as_they_are_printed_and_the_clone_s_code_is_run(tmp_path: Path):
+    (tmp_path / "told.py").write_text("print('a'); print('\\x1b[31mred\\x1b[0m\\rlast', end='')")
+    lines: list[str] = []
+    follow([sys.executable, "-m", "told"], tmp_path, lines.append)
+    assert lines == ["a", "red", "last"]
+
+
+def test_a_command_that_never_ends_is_stopped(tmp_path: Path):
+    with pytest.raises(CommandFailed, match="stopped after"):
+        follow(["sh", "-c", "sleep 600 & wait"], tmp_path, lambda _: None, hours=0.0001)
+
+
+def test_overrides_are_those_of_dvc_and_keep_comments(repository: Path):
+    path = repository / "params.yaml"
+    override(path, {"pipeline": ["a", "b-2"], "target.source": "x: y, {z}", "n": None})
+    assert yaml.safe_load(path.read_text()) == {
+        "n": None, "pipeline": ["a", "b-2"], "target": {"source": "x: y, {z}"},
+    }  # fmt: skip
+    assert path.read_text().startswith("# kept")
+    assert literal({"a": [1, 2.5, True]}) == "{a:[1,2.5,true]}"
+
+
+def test_an_override_of_no_parameter_is_refused_by_name(repository: Path):
+    with pytest.raises(UserMistake, match="lrr=1: "):
+        override(repository / "params.yaml", {"train.lrr": 1})
+
+
+def test_a_run_is_pushed_to_its_branch_and_the_checkout_stays(repository: Path):
+    before = git(repository, "rev-parse", "HEAD")
+    with clone_of(repository, {"n": 5}) as work:
+        for stage in ("data", "train@a", "report"):
+            repro(work.root, stage)
+        assert metrics_before(work) == [{"metric": "rows", "last": None, "this": 5, "change": None}]
+        publish(work, "a title", {"n": 5})
+        assert [row["last"] for row in metrics_before(work)] == [5]
+    assert git(repository, "rev-parse", "HEAD") == before
+    assert git(repository, "status", "--porcelain") == ""
+    assert yaml.safe_load(git(repository, "show", "runs/1:params.yaml"))["n"] == 5
+    assert "-S n=5" in git(repository, "log", "-1", "--format=%B", "runs/1")
+
+
+def test_results_are_kept_until_the_ref_brings_newer_ones(repository: Path):
+    with clone_of(repository) as work:
+        repro(work.root, "data")
+        root = work.root
+    (repository / "README").write_text("a new commit")
+    commit(repository)
+    with clone_of(repository, run="2") as work:
+        assert (work.root, work.previous) == (root, "1")
+        assert (root / "README").exists()
+        assert "didn't change" in repro(root, "data")
+    (repository / "dvc.lock").write_text("schema: '2.0'\n")
+    commit(repository)
+    with clone_of(repository, run="3"):
+        assert (root / "dvc.lock").read_text() == "schema: '2.0'\n"
+
+
+@pytest.mark.parametrize("which", ["branch", "tag", "commit", "abbreviated"])
+def test_a_ref_may_be_a_branch_a_tag_or_a_commit(repository: Path, which: str):
+    old = git(repository, "rev-parse", "HEAD")
+    git(repository, "branch", "branch")
+    git(repository, "tag", "tag")
+    (repository / "README").write_text("newer")
+    commit(repository)
+    with clone_of(repository, ref={"commit": old, "abbreviated": old[:8]}.get(which, which)) as work:
+        assert work.base == old
+
+
+def test_a_ref_that_is_not_there_is_a_mistake(repository: Path):
+    with pytest.raises(UserMistake, match="no ref 'nowhere'"), clone_of(repository, ref="nowhere"):
+        pass
+
+
+def test_a_second_run_waits_for_the_clone_and_gives_up_in_time(repository: Path):
+    said: list[str] = []
+    home = repository.parent / "runs"
+    with clone_of(repository):
+        with pytest.raises(CommandFailed, match="held by run 1"):  # noqa: SIM117
+            with workspace(str(repository), "HEAD", {}, "2", home, patience_h=0, say=said.append):
+                pass
+        started = threading.Event()
+        second: list[str] = []
+
+        def work() -> None:
+            tell = lambda line: (said.append(line), started.set())  # noqa: E731
+            with workspace(str(repository), "HEAD", {}, "2", home, say=tell) as found:
+                second.append(found.previous)
+
+        thread = threading.Thread(target=work)
+        thread.start()
+        assert started.wait(60)
+        assert "waiting for run 1, which works in the same clone" in said
+    thread.join(60)
+    assert second == ["1"]
+
+
+def test_the_clone_is_held_as_long_as_any_of_the_run_s_commands_lives(tmp_path: Path):
+    import fcntl
+
+    with (tmp_path / "lock").open("a+") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        child = subprocess.Popen(["sleep", "600"], pass_fds=[held.fileno()])
+    with (tmp_path / "lock").open("a+") as other:
+        with pytest.raises(BlockingIOError):
+            fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        child.kill()
+        child.wait()
+        fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def test_serve_reads_settings_as_yaml():
+    assert parse(["train.lr=1e-3", "pipeline=[a, b]"]) == {"train.lr": "1e-3", "pipeline": ["a", "b"]}
+    with pytest.raises(DeepSpecError, match="expected key=value"):
+        parse(["train.lr"])
+
+
+def test_a_process_is_started_once_and_stopped_with_its_children(tmp_path: Path):
+    process = Process(tmp_path, "one")
+    assert process.pid() is None
+    assert not process.terminate()
+    process.start(["sh", "-c", "echo hello; sleep 600 & wait"], tmp_path, dict(os.environ))
+    assert Process(tmp_path, "one").pid() == process.pid() is not None
+    process.terminate()
+    process.wait()
+    assert process.pid() is None
+    assert process.last_line() == "hello"
+    process.file.write_text(f"{os.getpid()} 1.0")  # an id given out again
+    assert process.pid() is None
+
+
+def test_servers_listen_on_loopback_alone_and_tell_no_password(tmp_path: Path):
+    places = Places.of(tmp_path, {"DEEPSPEC_MLFLOW_PORT": "5005"})
+    for service in servers(places, lambda name, driver, _: f"postgresql+{driver}://u:secret@h/{name}"):
+        assert service.command[service.command.index("--host") + 1] == "127.0.0.1"
+        assert "secret" not in " ".join(service.command)
+    assert "localhost:5005,127.0.0.1:5005" in service.command
+    assert places.client["MLFLOW_TRACKING_URI"] == "http://127.0.0.1:5005"
+
+
+def test_a_taken_port_is_named_with_its_setting(tmp_path: Path):
+    import socket
+
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        places = Places.of(tmp_path, {"DEEPSPEC_PREFECT_PORT": str(other.getsockname()[1])})
+        with pytest.raises(DeepSpecError, match="DEEPSPEC_PREFECT_PORT"):
+            _check_port(places, "prefect")
+
+
+def test_without_postgresql_the_reason_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(postgres, "binaries", lambda: None)
+    assert postgres.unusable(tmp_path) == "PostgreSQL is not installed"
