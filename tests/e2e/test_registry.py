@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -64,8 +65,8 @@ def server(tmp_path_factory: pytest.TempPathFactory, empty_store: Path) -> Itera
             _wait(f"http://127.0.0.1:{port}", process, folder / "log")
             yield f"http://127.0.0.1:{port}"
         finally:
-            os.killpg(process.pid, 15)
-            process.wait(30)
+            os.killpg(process.pid, signal.SIGKILL)  # asked nicely, it takes its time
+            process.wait()
 
 
 def _wait(uri: str, process: subprocess.Popen, log: Path) -> None:
