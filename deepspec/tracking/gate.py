@@ -66,7 +66,7 @@ def export_passed(challenger: Evidence, params: PromoteParams) -> tuple[bool, st
     if not params.require_export:
         return True, "not asked for (promote.require_export)"
     if challenger.export is None:
-        return False, "there is none: deepspec export, then register again"
+        return False, "there is none: run `dvc repro`, then register again"
     engines = challenger.export["engines"]
     written = {name: engine["parity"]["passed"] for name, engine in engines.items() if "parity" in engine}
     failed = sorted(name for name, passed in written.items() if not passed)

@@ -1,7 +1,7 @@
 """`deepspec promote`: through the gate, the challenger becomes champion; `--rollback` takes that back.
 
-The three aliases of a registered model are moved in an order that may be cut off anywhere: the next call finds the
-challenger still there and does it again.
+A promotion moves the aliases in an order that may be cut off anywhere: the next call finds the challenger still there
+and does it again.
 """
 
 from __future__ import annotations

@@ -13,6 +13,8 @@ import mlflow
 import pytest
 from mlflow import MlflowClient
 from mlflow.entities import Experiment
+from mlflow.exceptions import MlflowException
+from mlflow.server.security_utils import INVALID_HOST_MSG
 
 from deepspec.errors import DeepSpecError
 from deepspec.tracking import store as storing
@@ -214,6 +216,11 @@ def test_a_path_of_the_servers_own_machine_is_refused_as_a_place_for_artifacts(l
     check("s3://bucket/1")
     with pytest.raises(DeepSpecError, match="--artifacts-destination"):
         check(location)
+
+
+def test_a_server_that_refuses_its_name_is_told_how_to_allow_it():
+    refusal = MlflowException(f"API request failed with error code 403. Response body: {INVALID_HOST_MSG!r}")
+    assert "--allowed-hosts" in storing._reason(refusal)
 
 
 def test_connecting_turns_telemetry_off(tree: Path, monkeypatch):
