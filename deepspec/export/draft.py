@@ -66,6 +66,10 @@ class Draft:
             return next((_DTYPES[name] for name in slices if name in _DTYPES), torch.float32)
 
     @property
+    def dtype_name(self) -> str:
+        return str(self.dtype).removeprefix("torch.")
+
+    @property
     def weights_file(self) -> str:
         return PUBLISHED_WEIGHTS if (self.directory / PUBLISHED_WEIGHTS).exists() else WEIGHTS
 

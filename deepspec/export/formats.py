@@ -8,6 +8,7 @@ from torch import Tensor
 
 from deepspec.export.draft import Draft
 from deepspec.export.layout import Layout, Refused
+from deepspec.export.readers.eagle3 import VARIANTS
 
 SIZES = (
     "hidden_size",
@@ -61,13 +62,10 @@ def eagle3_config(draft: Draft) -> dict[str, Any]:
         "attention_bias": False,
         "mlp_bias": False,
         "tie_word_embeddings": False,
-        "dtype": str(draft.dtype).removeprefix("torch."),
+        "dtype": draft.dtype_name,
         "draft_vocab_size": config.draft_vocab_size,
         "target_hidden_size": config.hidden_size,
-        "norm_before_residual": False,
-        "norm_before_fc": False,
-        "fc_norm": False,
-        "norm_output": False,
+        **dict.fromkeys(VARIANTS, False),
     }
 
 
@@ -96,7 +94,7 @@ def dspark_config(draft: Draft) -> dict[str, Any]:
         "architectures": ["Qwen3DSparkModel"],
         "max_position_embeddings": draft.target.max_length,
         "use_aux_hidden_state": True,
-        "dtype": str(draft.dtype).removeprefix("torch."),
+        "dtype": draft.dtype_name,
     }
 
 
@@ -109,7 +107,7 @@ def lm_layout(draft: Draft, command: str) -> Layout:
 
 
 def shared(draft: Draft) -> dict[str, Tensor]:
-    """All weights but embeddings that the engine takes from the target, and a whole head that is the target's."""
+    """All weights, but embeddings that are the target's own: engines share those."""
     weights = dict(draft.weights)
     if not draft.own_embeddings:
         weights.pop("embed_tokens.weight")
@@ -136,7 +134,7 @@ def backbone(draft: Draft) -> dict[str, Any]:
         "hidden_act": "silu",
         "attention_bias": False,
         "tie_word_embeddings": False,
-        "dtype": str(draft.dtype).removeprefix("torch."),
+        "dtype": draft.dtype_name,
     }
 
 

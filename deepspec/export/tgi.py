@@ -35,7 +35,7 @@ def medusa_layout(draft: Draft, reader: str, command: str) -> Layout:
         "base_model_name_or_path": draft.target_path,
         "hidden_size": config.hidden_size,
         "vocab_size": config.vocab_size,
-        "dtype": str(draft.dtype).removeprefix("torch."),
+        "dtype": draft.dtype_name,
     }
     if config.own_heads:
         weights |= {f"{k}.{layers}.weight": draft.weights[f"{k}.{layers}.weight"] for k in range(heads)}

@@ -8,6 +8,7 @@ embeddings are shared with the target. It runs DFlash as an anchor and masks tha
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 from deepspec.export.draft import Draft
@@ -23,6 +24,7 @@ from deepspec.export.formats import (
     trained_layout,
 )
 from deepspec.export.layout import Layout
+from deepspec.export.readers.eagle3 import VARIANTS
 from deepspec.export.tgi import medusa_layout
 
 VERSION = "0.5.0"  # of the speculators format
@@ -89,8 +91,7 @@ def speculators_eagle3(draft: Draft, where: str, tokens: int) -> Layout:
     check_eagle3(draft)
     flat = eagle3_config(draft)
     layers = [i + 1 for i in draft.network.config.target_layer_ids]
-    outside = ("draft_vocab_size", "target_hidden_size", "norm_before_residual", "norm_before_fc", "fc_norm")
-    outside += ("norm_output",)
+    outside = ("draft_vocab_size", "target_hidden_size", *VARIANTS)
     config = {
         "architectures": ["Eagle3DraftModel"],
         **_speculators(draft, "eagle3", tokens),
@@ -100,7 +101,7 @@ def speculators_eagle3(draft: Draft, where: str, tokens: int) -> Layout:
     }
     layout = trained_layout(draft, "speculators eagle3", "speculators-eagle3", config, f"vllm serve {where}")
     named = {name.replace("midlayer.", "layers.0."): weight for name, weight in layout.weights.items()}
-    return Layout(**layout.__dict__ | {"weights": named})
+    return replace(layout, weights=named)
 
 
 def speculators_block(draft: Draft, where: str, tokens: int) -> Layout:
@@ -139,7 +140,7 @@ def _speculators(draft: Draft, algorithm: str, tokens: int) -> dict[str, Any]:
             "proposal_methods": [{"proposal_type": "greedy", "speculative_tokens": tokens}],
             "verifier": verifier,
         },
-        "dtype": str(draft.dtype).removeprefix("torch."),
+        "dtype": draft.dtype_name,
         "tie_word_embeddings": False,
     }
 

@@ -36,7 +36,7 @@ def main(params: Params, flags: argparse.Namespace) -> None:
 
     name = flags.drafter
     engines = chosen(flags.to)
-    target = load_target("data/target", dtype="float32", device="cpu")
+    target = load_target("data/target")
     evaluation = Path("reports/eval") / f"{name}.json"
     draft = load_draft(name, draft_directory(name), target, evaluation)
     record = export(draft, engines, flags.output / name)

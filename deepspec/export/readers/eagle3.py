@@ -13,7 +13,7 @@ from deepspec.export.readers.directory import Directory, Facts, Reading, Unreada
 from deepspec.export.readers.ops import Head, Layer, attention, rms, rope_theta
 from deepspec.export.readers.sample import Sample
 
-UNSUPPORTED = ("norm_before_residual", "norm_before_fc", "fc_norm", "norm_output")
+VARIANTS = ("norm_before_residual", "norm_before_fc", "fc_norm", "norm_output")
 
 
 def vllm(source: Directory, sample: Sample) -> Reading:
@@ -31,7 +31,7 @@ def vllm(source: Directory, sample: Sample) -> Reading:
 def speculators(source: Directory, sample: Sample) -> Reading:
     """The speculators format: sizes in `transformer_layer_config`, vLLM's layer ids, weights `layers.0.*`."""
     config = source.config
-    own = {key: config[key] for key in (*UNSUPPORTED, "draft_vocab_size") if key in config}
+    own = {key: config[key] for key in (*VARIANTS, "draft_vocab_size") if key in config}
     flat = Directory(source.want("transformer_layer_config") | own, source.weights, used=source.used)
     ids = source.want("eagle_aux_hidden_state_layer_ids")
     if len(ids) != flat.config.get("num_aux_hidden_states", 3):
@@ -58,7 +58,7 @@ def read(source: Directory, sample: Sample, layer_ids: list[int]) -> Reading:
         layer_ids: i means the output of decoder layer i.
     """
     config = source.config
-    if on := [key for key in UNSUPPORTED if config.get(key)]:
+    if on := [key for key in VARIANTS if config.get(key)]:
         raise Unreadable(f"{on[0]} is set, and the draft was not trained so")
     d = source.want("hidden_size")
     vocab = source.want("vocab_size")
