@@ -15,6 +15,7 @@ from typing import Any
 
 from deepspec.config import Params, load_params
 from deepspec.device import describe_device
+from deepspec.drafters.base import Drafter
 from deepspec.drafters.checkpoint import draft_digest, draft_directory, load_drafter, read_config
 from deepspec.drafters.registry import reader
 from deepspec.errors import DeepSpecError, nearest
@@ -66,10 +67,10 @@ def run(settings: Settings) -> list[str]:
     environment = None if settings.base_url else find_or_set_up()
     target = load_target(TARGET, dtype=settings.dtype)
     named = bool(settings.drafters)
-    drafts = []
+    drafts: dict[Draft, Drafter] = {}
     for name in settings.drafters or params.pipeline:
         try:
-            drafts.append(_draft(name, settings, target, environment))
+            drafts |= [_draft(name, settings, target, environment)]
         except DeepSpecError as error:
             if named:
                 raise
@@ -79,17 +80,18 @@ def run(settings: Settings) -> list[str]:
             "no drafter of the pipeline has an export that vLLM serves here; name one with --drafter"
         )
     work = _work(target, params, settings)
-    own = {draft.name: _ours(target, draft, work) for draft in drafts}
+    own = {draft.name: _ours(target, drafter, draft, work) for draft, drafter in drafts.items()}
     about = _about(target, settings, work)
-    del target  # the engine gets its memory
+    served = list(drafts)
+    del target, drafts  # the engine gets their memory
     if environment:
-        version, answers = local(environment, TARGET, drafts, work)
+        version, answers = local(environment, TARGET, served, work)
     else:
-        (draft,) = drafts
+        (draft,) = served
         client = CLIENTS[settings.engine]
         version, answers = remote(client, settings.base_url, settings.plain_url, draft, work)
     records = []
-    for draft in drafts:
+    for draft in served:
         drafted, plain = answers[draft.name]
         check_target(drafted, own[draft.name], settings.base_url or settings.engine)
         measured = Measured(list(work.prompts), drafted, plain, own[draft.name])
@@ -120,8 +122,10 @@ def _check_settings(settings: Settings) -> None:
             raise DeepSpecError(f"--{flag.replace('_', '-')} must be >= 1, found {value}")
 
 
-def _draft(name: str, settings: Settings, target: Target, environment: Environment | None) -> Draft:
-    """A draft, and what the engine loads of it (nothing, where another machine serves it)."""
+def _draft(
+    name: str, settings: Settings, target: Target, environment: Environment | None
+) -> tuple[Draft, Drafter]:
+    """A draft with what the engine loads of it (nothing, where somebody else serves it), and ours."""
     directory = draft_directory(name)
     drafter = load_drafter(directory, target)
     tokens = settings.speculative_tokens or drafter.block_size
@@ -129,14 +133,14 @@ def _draft(name: str, settings: Settings, target: Target, environment: Environme
         raise DeepSpecError(
             f"{directory}: drafts at most {drafter.block_size} tokens, {tokens} are asked for (--speculative-tokens)"
         )
-    config = {}
+    config: dict[str, Any] = {}
     if environment:
         trained = reader(read_config(directory)).network is not None
         exported = (settings.exported or _exported(name, directory)) if trained else directory
         config = speculative_config(exported, tokens)
         if config["method"] in GPU_ONLY and not environment.gpu:
             raise DeepSpecError(f"{name}: vLLM serves {config['method']} on a GPU only")
-    return Draft(name, drafter, draft_digest(directory), tokens, config)
+    return Draft(name, draft_digest(directory), tokens, config), drafter
 
 
 def _exported(name: str, directory: Path) -> Path:
@@ -175,9 +179,9 @@ def _work(target: Target, params: Params, settings: Settings) -> Work:
     return Work(tuple(prompts), limit, tuple(sorted(target.stop_ids)), dtype, longest)
 
 
-def _ours(target: Target, draft: Draft, work: Work) -> list[ours.Ours]:
+def _ours(target: Target, drafter: Drafter, draft: Draft, work: Work) -> list[ours.Ours]:
     def decode(prompt: Prompt) -> ours.Ours:
-        return ours.decode(target, draft.drafter, prompt.ids, work.limit, draft.tokens)
+        return ours.decode(target, drafter, prompt.ids, work.limit, draft.tokens)
 
     decode(work.prompts[0])  # kernels
     return [decode(prompt) for prompt in watched(work.prompts, f"{draft.name}, our engine")]

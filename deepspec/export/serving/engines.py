@@ -27,12 +27,11 @@ class Work:
     max_length: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Draft:
     """A draft of ours and how vLLM is told of its export (empty for a server elsewhere)."""
 
     name: str
-    drafter: Any
     digest: str
     tokens: int  # drafted a verification
     config: dict[str, Any]

@@ -63,7 +63,7 @@ def compare(measured: Measured, engine: str, gated: bool = True) -> dict[str, An
         | {"plain_runs": speeds},
         "ours": _section(own, [mine.pair for mine in measured.ours]),
         "ratio_accepted_length": ratio and ratio.value,
-        "ratio_ci95": ratio and [ratio.low, ratio.high],
+        "ratio_ci95": ratio and ratio.bounds,
         "tasks": _by_task(measured),
         "outputs": _outputs(measured),
     }
@@ -108,7 +108,7 @@ def _section(counts: Counts, pairs: list[Pair], speed: float | None = None) -> d
         or (sum(p.drafted_tokens for p in pairs) / drafted_s if drafted_s else None),
         "tokens_per_second_plain": sum(p.plain_tokens for p in pairs) / plain_s if plain_s else None,
         "speedup": faster and faster.value,
-        "speedup_ci95": faster and [faster.low, faster.high],
+        "speedup_ci95": faster and faster.bounds,
     }
 
 

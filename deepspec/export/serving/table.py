@@ -53,6 +53,6 @@ def _number(value: float | None, digits: int = 2, unit: str = "") -> str:
 
 
 def _interval(value: float | None, bounds: list[float] | None, unit: str = "") -> str:
-    if value is None or bounds is None:
+    if value is None:
         return "–"
-    return f"{value:.2f}{unit} ({bounds[0]:.2f}–{bounds[1]:.2f})"
+    return f"{value:.2f}{unit}" + (f" ({bounds[0]:.2f}–{bounds[1]:.2f})" if bounds else "")
