@@ -356,10 +356,17 @@ class StudyParams(Section):
         return {"EAGLE-3": self.eagle3, "DFlash": self.dflash, "DSpark": self.dspark}
 
 
-_EQUAL = (
-    "target_layer_ids",
-    "draft_vocab_size",
-)  # of all drafters of a study; those of its table: block_size too
+# Of all drafters of a study; those of its table: block_size too.
+_EQUAL = ("target_layer_ids", "draft_vocab_size")
+
+
+class PromoteParams(Section):
+    """The gate between challenger and champion; docs/registry.md has its rules."""
+
+    margin: float = Field(0.03, ge=0, lt=1, description="Share of τ or speed-up that a challenger may lack.")
+    proof: bool = Field(False, description="The whole 95 % interval must lie above 1 - margin.")
+    min_speedup: float = Field(1.0, ge=0, description="Over plain decoding, of any champion.")
+    require_export: bool = Field(True, description="Some engine's export must have passed parity.")
 
 
 class Params(Section):
@@ -373,6 +380,7 @@ class Params(Section):
     train: TrainParams
     evaluate: EvaluateParams
     study: StudyParams | None = None
+    promote: PromoteParams = PromoteParams()
 
     @model_validator(mode="after")
     def _named(self) -> Params:

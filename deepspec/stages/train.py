@@ -18,11 +18,15 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def main(params: Params, flags: argparse.Namespace) -> None:
+    from deepspec.tracking.system import watched
     from deepspec.training.run import Outputs, train
 
     if flags.seed is not None:
         params = params.model_copy(update={"seed": flags.seed})
-    train(params, flags.drafter, Path("data/target"), Outputs.of(flags.name or flags.drafter))
+    name = flags.name or flags.drafter
+    outputs = Outputs.of(name)
+    with watched(name, outputs.draft):
+        train(params, flags.drafter, Path("data/target"), outputs)
 
 
 if __name__ == "__main__":

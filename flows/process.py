@@ -1,0 +1,64 @@
+"""A process that outlives the command that started it: its id in a file, its output in another."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+from pathlib import Path
+
+import psutil
+
+STOP_S = 30.0
+
+
+class Process:
+    """`<home>/<name>.pid` holds the id and the time of birth, since ids are given out again."""
+
+    def __init__(self, home: Path, name: str) -> None:
+        self.file, self.log = home / f"{name}.pid", home / f"{name}.log"
+
+    def start(self, command: list[str], cwd: Path, environment: dict[str, str]) -> None:
+        with self.log.open("ab") as log:
+            started = subprocess.Popen(
+                command,
+                cwd=cwd,
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        self.file.write_text(f"{started.pid} {psutil.Process(started.pid).create_time()}")
+
+    def pid(self) -> int | None:
+        """Of the process, if it is still the one that was started."""
+        found = self._found()
+        return found.pid if found else None
+
+    def _found(self) -> psutil.Process | None:
+        try:
+            pid, born = self.file.read_text().split()
+            found = psutil.Process(int(pid))
+            if found.create_time() == float(born) and found.status() != psutil.STATUS_ZOMBIE:
+                return found
+        except (FileNotFoundError, ValueError, psutil.NoSuchProcess):
+            pass
+        return None
+
+    def stop(self) -> bool:
+        """Stop it and whatever it started; whether there was anything to stop."""
+        found = self._found()
+        if found:
+            family = [found, *found.children(recursive=True)]
+            os.kill(found.pid, signal.SIGTERM)
+            _, alive = psutil.wait_procs(family, STOP_S)
+            for process in alive:
+                process.kill()
+            psutil.wait_procs(alive, STOP_S)
+        self.file.unlink(missing_ok=True)
+        return found is not None
+
+    def last_line(self) -> str:
+        lines = self.log.read_text(errors="replace").split("\n") if self.log.exists() else []
+        return next((line.strip() for line in reversed(lines) if line.strip()), "it printed nothing")

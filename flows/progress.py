@@ -1,0 +1,40 @@
+"""A progress artifact in the UI, moved by the counts that a stage prints."""
+
+from __future__ import annotations
+
+import re
+import time
+
+from prefect.artifacts import create_progress_artifact, update_progress_artifact
+
+from flows.command import Progress
+
+INTERVAL_S = 5.0
+
+
+class ProgressArtifact:
+    """Made at the first count; a stage of several jobs, one after the other, moves it once for each."""
+
+    def __init__(self, stage: str) -> None:
+        self.stage = stage
+        self._id = None
+        self._said = 0.0
+        self._label = ""
+
+    def __call__(self, progress: Progress) -> None:
+        now = time.monotonic()
+        if now - self._said < INTERVAL_S and progress.label == self._label and progress.done < progress.total:
+            return
+        self._said, self._label = now, progress.label
+        self._show(progress.percent, f"{self.stage}: {progress.label} {progress.done}/{progress.total}")
+
+    def finish(self) -> None:
+        if self._id:
+            self._show(100.0, f"{self.stage}: done")
+
+    def _show(self, percent: float, description: str) -> None:
+        if self._id is None:
+            key = re.sub(r"[^a-z0-9]+", "-", f"progress-{self.stage}".lower()).strip("-")
+            self._id = create_progress_artifact(percent, key=key, description=description)
+        else:
+            update_progress_artifact(self._id, percent, description=description)

@@ -1,0 +1,57 @@
+"""Promotion as a flow: `deepspec register` makes a version, `deepspec promote` asks the gate.
+
+The gate is MLflow's business (`deepspec/tracking`). A refused promotion is a failed run, whose state says which rule
+it was.
+"""
+
+from __future__ import annotations
+
+import sys
+
+from prefect import flow, get_run_logger, task
+from prefect.cache_policies import NO_CACHE
+from prefect.client.schemas.objects import State
+from prefect.runtime import flow_run
+from prefect.states import Completed, Failed
+
+from flows import command
+from flows.command import CommandFailed, follow
+from flows.pipeline import HOME
+from flows.workspace import Workspace, workspace
+
+
+@flow(name="promote")
+def promote(
+    repository: str = ".", ref: str = "HEAD", drafter: str | None = None, rollback: bool = False
+) -> State:
+    """Register the draft of a finished run and make it the champion, if the gate lets it.
+
+    Args:
+        ref: whose results: `runs/<flow run id>` for a run of the pipeline.
+        drafter: the default is that of `deepspec register`.
+        rollback: give the alias back to the previous champion instead.
+    """
+    chosen = ["--drafter", drafter] if drafter else []
+    try:
+        with workspace(repository, ref, {}, flow_run.id, HOME, say=get_run_logger().info) as work:
+            if rollback:
+                said = deepspec(work, ["promote", "--rollback", *chosen])
+            else:
+                deepspec(work, ["register", *chosen])
+                said = deepspec(work, ["promote", *chosen])
+    except CommandFailed as refused:
+        return Failed(message=str(refused))
+    finally:
+        command.stop_all()
+    return Completed(message=said[-1] if said else "promoted")
+
+
+@task(task_run_name="deepspec {words[0]}", cache_policy=NO_CACHE)
+def deepspec(work: Workspace, words: list[str]) -> list[str]:
+    """One command of the registry in the clone; it is not tried again, since a refusal stays one."""
+    return follow(
+        [sys.executable, "-m", "deepspec.cli", *words],
+        work.root,
+        get_run_logger().info,
+        keep_open=[work.lock],
+    )

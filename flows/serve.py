@@ -1,0 +1,53 @@
+"""Schedules on one machine, without a work pool: `prefect server start`, then `python -m flows.serve`.
+
+python -m flows.serve --cron '0 2 * * *' -S pipeline=[dspark] -S train.steps=640
+"""
+
+from __future__ import annotations
+
+import argparse
+
+import yaml
+from prefect import serve
+
+from deepspec.errors import DeepSpecError
+from deepspec.stages.common import guarded, quiet_environment
+from flows.pipeline import pipeline
+from flows.promote import promote
+from flows.setup import ensure_limit
+
+
+def parse(settings: list[str]) -> dict:
+    """`key=value` → {key: value}, the value read as YAML."""
+    for setting in settings:
+        if "=" not in setting:
+            raise DeepSpecError(f"-S {setting}: expected key=value")
+    return {key: yaml.safe_load(value) for key, _, value in (setting.partition("=") for setting in settings)}
+
+
+def main() -> None:
+    quiet_environment()
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--repository", default=".", help="a path or URL to clone (default: here)")
+    parser.add_argument("--ref", default="HEAD", help="branch, tag or commit (default: %(default)s)")
+    parser.add_argument("--cron", default="0 2 * * *", help="when (default: every night at two, UTC)")
+    parser.add_argument(
+        "-S", dest="settings", action="append", default=[], metavar="KEY=VALUE", help="override"
+    )
+    flags = parser.parse_args()
+
+    def run() -> None:
+        where = {"repository": flags.repository, "ref": flags.ref}
+        overrides = parse(flags.settings)
+        ensure_limit()
+        serve(
+            pipeline.to_deployment("nightly", cron=flags.cron, parameters={**where, "overrides": overrides}),
+            promote.to_deployment("on-demand", parameters=where),
+            limit=4,
+        )
+
+    raise SystemExit(guarded(run))
+
+
+if __name__ == "__main__":
+    main()

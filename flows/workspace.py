@@ -1,0 +1,228 @@
+"""Where a run works: a clone of its own, so that nobody's checkout is touched.
+
+There is one clone for each (repository, ref, overrides), under `.deepspec/runs`. It is moved to the ref's newest commit
+when a run begins and stays when the run ends, with the unfinished work that the stages keep in its `.deepspec`: the
+next run of the same kind goes on from there. All clones share one DVC cache.
+A run holds its clone by a file lock, which the kernel lets go when the last process of the run is gone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from deepspec.files import digest, write_text
+from flows.command import CommandFailed, UserMistake, environment
+
+LAST = "refs/deepspec/last"  # in the clone: the commit of the last finished run
+BASE = "refs/deepspec/base"  # the commit that the clone was last moved to
+AUTHOR = ("-c", "user.name=DeepSpec", "-c", "user.email=deepspec@localhost")
+POLL_S = 2.0
+
+
+@dataclass(frozen=True)
+class Workspace:
+    root: Path
+    name: str  # of the repository
+    base: str  # the commit of the ref
+    branch: str  # of the origin, where the results go
+    lock: int  # the open file that holds the clone
+    previous: str | None  # id of the run that held it before
+
+
+@contextlib.contextmanager
+def workspace(
+    repository: str,
+    ref: str,
+    overrides: dict[str, Any],
+    run_id: str,
+    home: Path,
+    patience_h: float = 24.0,
+    say: Callable[[str], None] = print,
+) -> Iterator[Workspace]:
+    """The clone for these settings, at the ref's newest commit, with the overrides in its params.yaml.
+
+    Raises:
+        UserMistake: no such repository or ref, or an override that params.yaml does not have.
+        CommandFailed: another run has held the clone for `patience_h` hours.
+    """
+    origin = str(Path(repository).resolve()) if Path(repository).exists() else repository
+    name = f"{re.sub(r'[^A-Za-z0-9.]+', '-', ref)}-{digest(json.dumps([origin, ref, overrides], sort_keys=True))[:8]}"
+    home.mkdir(parents=True, exist_ok=True)
+    root = (home / name).resolve()
+    with _held(home / f"{name}.lock", run_id, patience_h, say) as (lock, previous):
+        base = _move(root, origin, ref, home / "cache")
+        override(root / "params.yaml", overrides)
+        _restore(root, say)
+        yield Workspace(
+            root, re.sub(r"(/?\.git)?/?$", "", origin).split("/")[-1], base, f"runs/{run_id}", lock, previous
+        )
+
+
+@contextlib.contextmanager
+def _held(
+    path: Path, run_id: str, patience_h: float, say: Callable[[str], None]
+) -> Iterator[tuple[int, str | None]]:
+    """An exclusive lock on `path`, which names its holder; also the name of the holder before."""
+    with path.open("a+") as file:
+        deadline, told = time.monotonic() + patience_h * 3600, False
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise CommandFailed(
+                        f"{path}: held by run {path.read_text()} for {patience_h:g} hours"
+                    ) from None
+                if not told:
+                    say(f"waiting for run {path.read_text()}, which works in the same clone")
+                    told = True
+                time.sleep(POLL_S)
+        file.seek(0)
+        previous = file.read() or None
+        file.truncate(0)
+        file.write(run_id)
+        file.flush()
+        yield file.fileno(), previous
+
+
+def _move(root: Path, origin: str, ref: str, cache: Path) -> str:
+    """Make the clone if need be and move it to the ref; the commit."""
+    if not root.exists():
+        part = root.with_name(f"{root.name}.part")
+        shutil.rmtree(part, ignore_errors=True)
+        git(part.parent, "clone", "--quiet", "--no-checkout", origin, str(part))
+        os.replace(part, root)
+    try:
+        git(root, "fetch", "--quiet", "--no-tags", "origin", ref)
+        commit = git(root, "rev-parse", "FETCH_HEAD^{commit}")
+    except UserMistake:  # an abbreviated commit, which a server is not asked for
+        git(root, "fetch", "--quiet", "origin")
+        commit = git(
+            root, "rev-parse", "--verify", "--quiet", f"{ref}^{{commit}}", failing=f"{origin}: no ref {ref!r}"
+        )
+    _check_out(root, commit)
+    shared = _cache_of(Path(origin)) or cache.resolve()
+    write_text(root / ".dvc/config.local", f"[core]\n    autostage = true\n[cache]\n    dir = {shared}\n")
+    return commit
+
+
+def _check_out(root: Path, commit: str) -> None:
+    """The commit's files, with the results of this clone's last run among them, finished or not, and their dvc.lock.
+
+    DVC tells by dvc.lock which stages still hold, so that nothing is made twice. DVC's own run cache would not bring
+    them back: it leaves out every stage with an output that git keeps. Results newer than ours, which are there if
+    dvc.lock was committed since, take their place.
+    """
+    ours: list[str] = []
+    before = git(root, "rev-parse", "--verify", "--quiet", BASE, check=False)
+    if before and not git(root, "diff", "--name-only", before, commit, "--", "dvc.lock"):
+        git(root, "add", "--all")
+        git(root, *AUTHOR, "commit", "--quiet", "--allow-empty", "--message", "What the last run left")
+        changed = git(root, "diff", "--name-only", "--diff-filter=d", "-z", before, "HEAD").split("\0")
+        ours = [name for name in changed if name and name != "params.yaml"]
+    left = git(root, "rev-parse", "HEAD")
+    git(root, "checkout", "--quiet", "--force", "--detach", commit)
+    git(root, "clean", "--quiet", "-d", "--force")  # not what is ignored: data/ and .deepspec stay
+    if ours:
+        git(root, "checkout", left, "--", *ours)
+    git(root, "update-ref", BASE, commit)
+
+
+def _cache_of(origin: Path) -> Path | None:
+    """The cache of a repository on this machine."""
+    if not (origin / ".dvc").is_dir():
+        return None
+    return (origin / dvc(origin, "cache", "dir").strip()).resolve()
+
+
+def _restore(root: Path, say: Callable[[str], None]) -> None:
+    """Bring back what dvc.lock names, as far as cache and remote have it; stages make the rest."""
+    remote = dvc(root, "config", "core.remote", check=False).strip()
+    left = dvc(
+        root,
+        *(["pull", "--run-cache"] if remote else ["checkout"]),
+        "--force",
+        "--allow-missing",
+        check=False,
+    )
+    for line in left.splitlines():
+        if line.startswith(("ERROR", "WARNING")):
+            say(f"not restored, will be made: {line}")
+
+
+def override(path: Path, overrides: dict[str, Any]) -> None:
+    """Change `path` as `dvc exp run -S key=value` would, with DVC's own code.
+
+    Raises:
+        UserMistake: a key that the file does not have.
+    """
+    if not overrides:
+        return
+    from dvc.exceptions import DvcException
+    from dvc.utils.hydra import apply_overrides
+
+    for key, value in overrides.items():
+        try:
+            apply_overrides(str(path), [f"{key}={literal(value)}"])
+        except DvcException as error:
+            cause = str(error.__cause__ or error).splitlines()[0]
+            raise UserMistake(f"override {key}={literal(value)}: {cause}") from error
+
+
+def literal(value: Any) -> str:
+    """A JSON value in the grammar of `-S`."""
+    if isinstance(value, dict):
+        return "{" + ",".join(f"{key}:{literal(item)}" for key, item in value.items()) + "}"
+    if isinstance(value, list | tuple):
+        return "[" + ",".join(map(literal, value)) + "]"
+    return json.dumps(value, ensure_ascii=False)
+
+
+def publish(work: Workspace, title: str, overrides: dict[str, Any]) -> str:
+    """Commit what the run changed (dvc.lock, params.yaml, reports) and push it to its branch; the commit."""
+    settings = "".join(f"-S {key}={literal(value)}\n" for key, value in overrides.items())
+    git(work.root, "add", "--all")
+    git(work.root, *AUTHOR, "commit", "--quiet", "--allow-empty", "--message", f"Run: {title}\n\n{settings}")
+    git(work.root, "push", "--quiet", "--force", "origin", f"HEAD:refs/heads/{work.branch}")
+    git(work.root, "update-ref", LAST, "HEAD")
+    return git(work.root, "rev-parse", "HEAD")
+
+
+def metrics_before(work: Workspace) -> list[dict[str, Any]]:
+    """Every metric beside its value in the last run of this clone, or in the commit that it started from."""
+    last = git(work.root, "rev-parse", "--verify", "--quiet", LAST, check=False) or work.base
+    found = json.loads(dvc(work.root, "metrics", "diff", "--all", "--json", last) or "{}")
+    return [
+        {"metric": name, "last": values.get("old"), "this": values.get("new"), "change": values.get("diff")}
+        for metrics in found.get("diff", found).values()
+        for name, values in metrics.items()
+    ]
+
+
+def git(root: Path, *words: str, check: bool = True, failing: str = "") -> str:
+    return _run(["git", *words], root, check, failing)
+
+
+def dvc(root: Path, *words: str, check: bool = True) -> str:
+    return _run([sys.executable, "-m", "dvc", *words], root, check)
+
+
+def _run(words: list[str], root: Path, check: bool, failing: str = "") -> str:
+    done = subprocess.run(words, cwd=root, env=environment(root), capture_output=True, text=True)
+    if check and done.returncode:
+        told = [line for line in (done.stderr or done.stdout).splitlines() if line.strip()]
+        raise UserMistake(failing or (told[-1] if told else f"{' '.join(words)} failed"))
+    return done.stdout.strip() if check or not done.returncode else done.stdout + done.stderr

@@ -1,0 +1,233 @@
+"""The loop that runs without its author, with real servers on loopback: schedules, retries, refusals, kills."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import psutil
+import pytest
+import yaml
+
+from tests.e2e.clone import make_clone
+from tests.e2e.servers import Servers, servers, wait_for
+from tests.unit.test_page import CHROMIUM, FLAGS
+
+pytestmark = pytest.mark.e2e
+
+
+@pytest.fixture(scope="module")
+def stack():
+    home = Path(tempfile.mkdtemp(prefix="deepspec-flows-"))
+    home.chmod(0o755)  # PostgreSQL runs as a user of its own
+    with servers(home) as started:
+        yield started
+    shutil.rmtree(home, ignore_errors=True)
+
+
+def git(root: Path, *words: str) -> str:
+    author = ("-c", "user.name=Test", "-c", "user.email=test@localhost")
+    return subprocess.run(
+        ["git", *author, *words], cwd=root, check=True, capture_output=True, text=True
+    ).stdout.strip()
+
+
+def repository(root: Path, stages: dict, params: dict) -> Path:
+    """A small pipeline of shell commands, committed. Each stage writes down that it ran, in `<root>.<stage>`."""
+    root.mkdir()
+    git(root, "init", "--quiet")
+    subprocess.run([sys.executable, "-m", "dvc", "init", "--quiet"], cwd=root, check=True)
+    for name, stage in stages.items():
+        stage["cmd"] = f"echo ran >> {root}.{name}; {stage['cmd']}"
+    (root / "dvc.yaml").write_text(yaml.safe_dump({"stages": stages}))
+    (root / "params.yaml").write_text(yaml.safe_dump(params))
+    git(root, "add", "--all")
+    git(root, "commit", "--quiet", "--message", "A pipeline")
+    return root
+
+
+def times(root: Path, stage: str) -> int:
+    path = Path(f"{root}.{stage}")
+    return path.read_text().count("ran") if path.exists() else 0
+
+
+DATA = {"cmd": "seq ${rows} > data.txt", "params": ["rows"], "outs": ["data.txt"]}
+
+
+def test_a_scheduled_run_executes_the_pipeline_in_a_clone_and_shows_its_results(
+    stack: Servers, tmp_path: Path
+):
+    clone = make_clone(tmp_path / "user", "llama")
+    for key, value in {
+        "pipeline": ["lookup"],
+        "evaluate.tasks": ["word_problems"],
+        "evaluate.temperatures": [0.0],
+        "evaluate.sweeps": None,
+        "evaluate.throughput": None,
+    }.items():
+        clone.set(key, value)
+    git(clone.root, "add", "--all")
+    git(clone.root, "commit", "--quiet", "--message", "Smoke profile")
+    nightly = stack.ask("deployments/name/pipeline/nightly")
+    assert nightly["schedules"][0]["schedule"]["cron"] == "0 2 * * *"
+    soon = datetime.now(UTC) + timedelta(seconds=5)
+    overrides = {"target.source": str(clone.root / "data/smoke-target"), "seed": 7}
+    same = ("flow_id", "work_pool_name", "entrypoint", "path", "pull_steps")
+    made = stack.ask("deployments/", {
+        **{key: nightly[key] for key in same},
+        "name": "soon",
+        "parameters": {"repository": str(clone.root), "overrides": overrides},
+        "schedules": [{"schedule": {"interval": 86400, "anchor_date": soon.isoformat()}, "active": True}],
+    })  # fmt: skip
+
+    def finished() -> dict | None:
+        runs = stack.flow_runs(deployments={"id": {"any_": [made["id"]]}})
+        return next((run for run in runs if run["state_type"] in ("COMPLETED", "FAILED", "CRASHED")), None)
+
+    run = wait_for(finished, 240)
+    assert run["state_type"] == "COMPLETED", stack.log(run)
+    head = git(clone.root, "rev-parse", "HEAD")
+    assert run["name"] == f"smoke-target lookup {head[:7]}"
+    stages = {"target", "prompts", "generate", "validate", "train@lookup", "evaluate@lookup", "report"}
+    assert stages <= set(stack.tasks(run))
+    assert "> python -m deepspec.stages.generate" in stack.log(run)
+    artifacts = stack.artifacts(run)
+    assert "passed" in artifacts["validation"]["data"]
+    assert "| lookup |" in artifacts["report"]["data"]
+    assert "lookup.lossless" in artifacts["metrics"]["data"]
+    assert artifacts["progress-generate"]["data"] == 100.0
+
+    branch = f"runs/{run['id']}"
+    assert yaml.safe_load(git(clone.root, "show", f"{branch}:params.yaml"))["seed"] == 7
+    assert "-S seed=7" in git(clone.root, "log", "-1", "--format=%B", branch)
+    assert git(clone.root, "ls-tree", "--name-only", branch, "dvc.lock", "reports/metrics.json")
+    assert git(clone.root, "status", "--porcelain") == ""
+    assert not (clone.root / "data/distill").exists()
+    look(stack, run)
+
+
+def look(stack: Servers, run: dict) -> None:
+    """The run's page in a browser; nothing is asked of another machine. `DEEPSPEC_SCREENSHOTS` keeps the picture."""
+    if CHROMIUM is None:
+        assert os.environ.get("DEEPSPEC_BROWSER") != "required", "no Chromium; apt-get install chromium"
+        return
+    from playwright.sync_api import sync_playwright
+
+    base, elsewhere = stack.places.url("prefect"), []
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        page = browser.new_page(viewport={"width": 1280, "height": 900})
+        page.on(
+            "request",
+            lambda asked: asked.url.startswith((base, "data:", "blob:")) or elsewhere.append(asked.url),
+        )
+        page.goto(f"{base}/runs/flow-run/{run['id']}")
+        page.get_by_text(run["name"]).first.wait_for(timeout=60_000)
+        page.get_by_text("Completed").first.wait_for(timeout=60_000)
+        page.get_by_text("evaluate@lookup").first.wait_for(timeout=60_000)
+        page.wait_for_timeout(1000)
+        if folder := os.environ.get("DEEPSPEC_SCREENSHOTS"):
+            page.screenshot(path=Path(folder) / "prefect-run.png")
+        browser.close()
+    assert not elsewhere
+
+
+def test_a_stage_that_fails_twice_is_tried_a_third_time(stack: Servers, tmp_path: Path):
+    flaky = {"cmd": f"test $(wc -l < {tmp_path}/repo.flaky) -ge 3 && touch out.txt", "outs": ["out.txt"]}
+    root = repository(tmp_path / "repo", {"flaky": flaky}, {"rows": 1})
+    log = stack.run(repository=str(root), retry_delay_s=0.1)
+    run = stack.flow_runs()[0]
+    assert run["state_type"] == "COMPLETED", log
+    assert stack.tasks(run)["flaky"]["run_count"] == 3 == times(root, "flaky")
+
+
+def test_a_failing_validation_stops_what_follows_and_says_why(stack: Servers, tmp_path: Path):
+    message = "the distillation data is not fit to train on: 2 rows, at least 3 wanted"
+    validate = {
+        "cmd": f"echo '# 2 rows' > fit.md; test ${{rows}} -ge 3 || {{ echo 'error: {message}' >&2; exit 2; }}",
+        "params": ["rows"],
+        "deps": ["data.txt"],
+        "outs": [{"fit.md": {"cache": False}}],
+    }
+    train = {"cmd": "cp data.txt draft.txt", "deps": ["data.txt", "fit.md"], "outs": ["draft.txt"]}
+    root = repository(
+        tmp_path / "repo", {"data": dict(DATA), "validate": validate, "train": train}, {"rows": 2}
+    )
+    stack.run(repository=str(root))
+    run = stack.flow_runs()[0]
+    tasks = stack.tasks(run)
+    assert (run["state_type"], run["state"]["message"]) == ("FAILED", f"validate: {message}")
+    assert message in tasks["validate"]["state"]["message"]
+    assert times(root, "validate") == 1
+    assert times(root, "train") == 0
+    assert tasks["train"]["state_name"] == "NotReady"
+    assert stack.artifacts(run)["fit"]["data"] == "# 2 rows\n"
+
+    log = stack.run(repository=str(root), overrides={"rowz": 3})
+    assert "rowz" in stack.flow_runs()[0]["state"]["message"], log
+
+
+def test_runs_at_once_neither_corrupt_nor_block_each_other(stack: Servers, tmp_path: Path):
+    """Two with the same settings take turns in one clone; a third with others has its own."""
+    train = {
+        "cmd": "sleep 1; cp data.txt ${item.name}.txt",
+        "deps": ["data.txt"],
+        "outs": ["${item.name}.txt"],
+    }
+    stages = {"data": dict(DATA), "train": {"matrix": {"name": ["a", "b"]}, **train}}
+    root = repository(tmp_path / "repo", stages, {"rows": 2})
+    started = [stack.start(repository=str(root), overrides=overrides) for overrides in ({}, {}, {"rows": 5})]
+    logs = [process.communicate(timeout=300)[0] for process in started]
+    runs = stack.flow_runs(limit=3)
+    assert [run["state_type"] for run in runs] == ["COMPLETED"] * 3, "\n".join(logs)
+    assert times(root, "data") == 2
+    assert times(root, "train") == 4
+    lengths = []
+    for run in runs:
+        lock = yaml.safe_load(git(root, "show", f"runs/{run['id']}:dvc.lock"))
+        assert set(lock["stages"]) == {"data", "train@a", "train@b"}
+        lengths.append(lock["stages"]["train@a"]["outs"][0]["size"])
+    assert sorted(lengths) == [4, 4, 10]
+
+
+def test_the_run_after_a_killed_one_goes_on_where_it_stopped(stack: Servers, tmp_path: Path):
+    """`kill -9` of a worker, its run and the stage in it. The stage keeps its work beside DVC's outputs, as ours do."""
+    slow = {
+        "cmd": "for i in $(seq 6); do test -e .work/$i || { mkdir -p .work; echo ran >> ROOT.step; touch .work/$i; "
+        "test $i != 3 -o -e ROOT.killed || sleep 100; }; done; cp data.txt report.txt",
+        "deps": ["data.txt"],
+        "outs": ["report.txt"],
+    }
+    slow["cmd"] = slow["cmd"].replace("ROOT", str(tmp_path / "repo"))
+    root = repository(tmp_path / "repo", {"data": dict(DATA), "report": slow}, {"rows": 2})
+    (root / ".gitignore").write_text("/.work/\n")
+    git(root, "add", "--all")
+    git(root, "commit", "--quiet", "--message", "Work is not tracked")
+
+    first = stack.start(repository=str(root))
+    wait_for(lambda: times(root, "step") == 3)
+    family = [*psutil.Process(first.pid).children(recursive=True), psutil.Process(first.pid)]
+    for process in family:
+        process.send_signal(signal.SIGKILL)
+    first.wait()
+    Path(f"{root}.killed").touch()
+    killed = stack.flow_runs()[0]
+    assert killed["state_type"] == "RUNNING"
+
+    log = stack.run(repository=str(root))
+    assert stack.flow_runs()[0]["state_type"] == "COMPLETED", log
+    assert times(root, "data") == 1
+    assert times(root, "report") == 2
+    assert times(root, "step") == 6
+    assert stack.ask(f"flow_runs/{killed['id']}")["state_type"] == "CRASHED"
+
+
+def test_up_and_down_can_be_said_twice(stack: Servers):
+    stack.services("up")
+    assert stack.services("status").count(" up ") == 3
