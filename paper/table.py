@@ -255,6 +255,8 @@ def _number(value: float | None, digits: int) -> str:
 
 
 def _interval(found: dict[str, Any], digits: int) -> str:
+    if found["low"] is None:  # one prompt alone
+        return f"{found['value']:.{digits}f}"
     return f"{found['value']:.{digits}f} ({found['low']:.{digits}f}–{found['high']:.{digits}f})"
 
 
