@@ -15,10 +15,10 @@ export PREFECT_SERVER_ANALYTICS_ENABLED := false
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test up down status lint format clean
+.PHONY: help setup demo test up down status serve-check lint format clean
 
 help: ## Show this list
-	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/make \1	\2/' | expand -t 14
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/make \1	\2/' | expand -t 14
 
 setup: $(READY) ## Create .venv and install what constraints.txt pins (done by demo and test)
 
@@ -29,6 +29,9 @@ demo: $(READY) ## Run the whole pipeline on the target of params.yaml, then prin
 
 test: lint ## Check style and run every test
 	python -m pytest
+
+serve-check: $(READY) ## Serve the exported drafts of the pipeline in vLLM and compare it with our engine
+	deepspec serve-check
 
 up: $(READY) ## Start Prefect with a worker and MLflow on this machine, with a run every night
 	python -m flows.services up

@@ -138,8 +138,11 @@ def _notes(data: dict[str, Any]) -> str:
 
 
 def _interval(interval: Interval | None) -> list[float] | None:
-    return interval and [interval.value, interval.low, interval.high]
+    return interval and [interval.value, *(interval.bounds or [])]
 
 
 def _ratio(values: list[float] | None) -> str:
-    return "–" if values is None else "{:.2f} ({:.2f} – {:.2f})".format(*values)
+    if values is None:
+        return "–"
+    value, *bounds = values
+    return f"{value:.2f}" + (f" ({bounds[0]:.2f} – {bounds[1]:.2f})" if bounds else "")

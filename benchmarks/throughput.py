@@ -99,7 +99,10 @@ def report(results: dict[Setting, dict[str, list[BatchRun]]]) -> tuple[str, dict
 
 
 def _cell(interval: dict[str, float] | None) -> str:
-    return f"{interval['value']:.2f} [{interval['low']:.2f}, {interval['high']:.2f}]" if interval else ""
+    if not interval:
+        return ""
+    bounds = "" if interval["low"] is None else f" [{interval['low']:.2f}, {interval['high']:.2f}]"
+    return f"{interval['value']:.2f}{bounds}"
 
 
 def _key(setting: Setting, group: int, name: str) -> str:

@@ -22,17 +22,23 @@ STAGES = {
     "validate": "Check the distillation data against its suite of expectations.",
     "train": "Train one drafter (--drafter NAME) in this process; dvc.yaml shows how to start several.",
     "evaluate": "Measure drafters (--drafter NAME, repeatable): τ, speed-up, losslessness.",
+    "export": "Write a draft for serving engines (--drafter NAME, --to ENGINE) and check each directory.",
     "report": "Sum everything up in reports/ and print the table.",
 }
 # A stage parses its own flags, `--help` among them.
 PASS_THROUGH = {"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []}
 
 app = typer.Typer(
-    help="Make a language model faster with a draft, without changing a token. `dvc repro` runs all stages.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+
+@app.callback()
+def environment() -> None:
+    """Make a language model faster with a draft, without changing a token. `dvc repro` runs all stages."""
+    quiet_environment()
 
 
 def _add_stage(name: str, summary: str) -> None:
@@ -106,7 +112,8 @@ def compare(
 ) -> None:
     """Set two evaluation records side by side, paired by prompt; exits with 1 if B is worse than A.
 
-    Worse: the mean over tasks of speed-up or τ, at any temperature, is below 1 - margin of A's, or a token changed."""
+    Worse: the mean over tasks of B / A, of speed-up or τ, at any temperature, is below 1 - margin, or B changed a
+    token. Records that cannot be compared end with 2."""
     from deepspec.evaluation import compare as comparing
 
     failures: list[str] = []
@@ -117,8 +124,111 @@ def compare(
         comparing.show(found, *measured)
         failures.extend(found.failures)
 
-    quiet_environment()
     raise typer.Exit(guarded(run) or int(bool(failures)))
+
+
+Drafters = Annotated[
+    list[str] | None, typer.Option("--drafter", help="Repeatable.", show_default="all of the pipeline")
+]
+ParamsFile = Annotated[Path, typer.Option(help="Names the pipeline, the target and the gate's bounds.")]
+
+
+@app.command(rich_help_panel="Registry")
+def track(drafter: Drafters = None, params: ParamsFile = Path("params.yaml")) -> None:
+    """Log what `dvc repro` made into MLflow, a run a drafter; what is logged already is left alone.
+
+    Goes to $MLFLOW_TRACKING_URI, or else to mlruns/mlflow.db."""
+    from deepspec.tracking.commands import run_track
+
+    _exit(lambda: run_track(drafter or [], params))
+
+
+@app.command(rich_help_panel="Registry")
+def register(
+    drafter: Drafters = None,
+    params: ParamsFile = Path("params.yaml"),
+    target_by_reference: Annotated[
+        bool,
+        typer.Option("--target-by-reference", help="Name the target in the version instead of copying it."),
+    ] = False,
+) -> None:
+    """Make a version of the target with its draft that loads and generates: the challenger."""
+    from deepspec.tracking.commands import run_register
+
+    _exit(lambda: run_register(drafter or [], params, target_by_reference))
+
+
+@app.command(rich_help_panel="Registry")
+def promote(
+    drafter: Drafters = None,
+    params: ParamsFile = Path("params.yaml"),
+    margin: Annotated[
+        float | None,
+        typer.Option(min=0.0, max=1.0, help="What may be lost, as a share.", show_default="promote.margin"),
+    ] = None,
+    rollback: Annotated[bool, typer.Option("--rollback", help="Back to the previous champion.")] = False,
+    afresh: Annotated[
+        bool,
+        typer.Option(
+            "--afresh", help="Pass over a champion that cannot be compared with, as on a new machine."
+        ),
+    ] = False,
+) -> None:
+    """Make the challenger the champion, if it passes every rule of the gate; exits with 1 if one is refused."""
+    from deepspec.tracking.commands import run_promote, run_rollback
+
+    passed = True
+
+    def run() -> None:
+        nonlocal passed
+        if rollback:
+            run_rollback(drafter or [], params)
+        else:
+            passed = run_promote(drafter or [], params, margin, afresh)
+
+    raise typer.Exit(guarded(run) or int(not passed))
+
+
+@app.command("serve-check", rich_help_panel="Tools")
+def serve_check(
+    engine: Annotated[str, typer.Option(help="vllm, sglang or tgi.")] = "vllm",
+    drafter: Annotated[
+        list[str] | None, typer.Option(help="Repeatable.", show_default="those of the pipeline")
+    ] = None,
+    prompts: Annotated[int | None, typer.Option(help="Of each task, in place of params.yaml's.")] = None,
+    max_new_tokens: Annotated[int | None, typer.Option(help="Per answer, likewise.")] = None,
+    tasks: Annotated[str | None, typer.Option(help="Comma-separated, likewise.")] = None,
+    speculative_tokens: Annotated[
+        int | None, typer.Option(help="K, tokens drafted at once.", show_default="the draft's block size")
+    ] = None,
+    exported: Annotated[
+        Path | None, typer.Option(help="Directory that vLLM loads.", show_default="that of `deepspec export`")
+    ] = None,
+    base_url: Annotated[
+        str | None, typer.Option(help="A server of the draft that is running.", show_default="start vLLM")
+    ] = None,
+    plain_url: Annotated[str | None, typer.Option(help="One without the draft, for the speed-up.")] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="float32 compares token for token.", show_default="the target's")
+    ] = None,
+    params: Annotated[Path, typer.Option(help="Says which tasks and prompts.")] = Path("params.yaml"),
+    output: Annotated[Path, typer.Option(help="Folder of the records.")] = Path("reports/serve"),
+) -> None:
+    """Serve drafts in another engine and see that it accepts as many tokens as ours; exits with 1 if it does not.
+
+    vLLM is started here, from $DEEPSPEC_VLLM_PYTHON or an environment that is set up once; SGLang and TGI are asked at
+    --base-url. The server at --base-url must serve nobody else meanwhile."""
+    from deepspec.export.serving import check
+
+    settings = check.Settings(
+        engine, tuple(drafter or ()), prompts, max_new_tokens, tuple(tasks.split(",")) if tasks else (),
+        speculative_tokens, exported, base_url, plain_url, dtype, params, output,
+    )  # fmt: skip
+    failures: list[str] = []
+    status = guarded(lambda: failures.extend(check.run(settings)))
+    for failure in failures:
+        print(f"failed: {failure}", file=sys.stderr)
+    raise typer.Exit(status or int(bool(failures)))
 
 
 @app.command(rich_help_panel="Tools")
@@ -131,8 +241,50 @@ def doctor(
     raise typer.Exit(0 if run(root) else 1)
 
 
+@app.command(rich_help_panel="Tools")
+def reproduce(
+    tag: Annotated[str, typer.Argument(help="A tag of the repository, or anything that names a commit.")],
+    recompute: Annotated[
+        bool,
+        typer.Option(
+            "--recompute/--pull", help="Make data and drafts again, or pull them from the DVC remote."
+        ),
+    ] = False,
+    repo: Annotated[str, typer.Option(help="A path or URL to clone from.")] = ".",
+    into: Annotated[
+        Path | None, typer.Option(help="An empty directory.", show_default="deepspec-TAG")
+    ] = None,
+    stages: Annotated[
+        str | None, typer.Option(help="Comma-separated, in place of all that are to run.", show_default="all")
+    ] = None,
+    pipeline: Annotated[str, typer.Option(help="Whose metrics are compared.")] = "dvc.yaml",
+    remote: Annotated[
+        str | None, typer.Option(help="Where to pull from.", show_default="the repository's remote")
+    ] = None,
+    setup: Annotated[
+        bool, typer.Option("--setup", help="Run in an environment that `make setup` makes in the clone.")
+    ] = False,
+    tolerance: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="PATTERN=SHARE", help="Of the metrics that match, in place of the table's; repeatable."
+        ),
+    ] = None,
+) -> None:
+    """Bring a tagged result back in an empty directory and compare each metric with the committed one.
+
+    What DVC keeps is pulled (or made again), what git keeps is measured again. Exits with 1 if a metric differs by
+    more than its tolerance (docs/reproduce.md). An interrupted run goes on when it is run again."""
+    from deepspec.reproduce import Settings, run
+
+    chosen = tuple(stages.split(",")) if stages else ()
+    settings = Settings(tag, repo, into, recompute, chosen, pipeline, remote, setup, tuple(tolerance or ()))
+    matched: list[bool] = []
+    status = guarded(lambda: matched.append(run(settings)))
+    raise typer.Exit(status or int(matched != [True]))
+
+
 def _exit(action: Callable[[], None]) -> None:
-    quiet_environment()
     raise typer.Exit(guarded(action))
 
 

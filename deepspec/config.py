@@ -337,6 +337,38 @@ class EvaluateParams(Section):
     throughput: ThroughputParams | None = Field(ThroughputParams(), description="null: not measured.")
 
 
+class StudyParams(Section):
+    """Drafters compared under equal settings, each trained with several seeds: the paper's table (paper/)."""
+
+    seeds: list[int] = Field([0], min_length=1, description="Of training; prompts and sampling have `seed`.")
+    eagle3: str = Field(description="The drafter of the pipeline that stands for EAGLE-3 in Table 1.")
+    dflash: str = Field(description="The one that stands for DFlash.")
+    dspark: str = Field(description="The one that stands for DSpark.")
+    prompts: int = Field(8, ge=1, description="Per task, where blocks and other ways to verify are measured.")
+    lengths: list[Annotated[int, Field(ge=1)]] = Field(
+        [1, 2, 4], description="Tokens verified of a block; the whole block is added."
+    )
+    nodes: int = Field(16, ge=2, description="Of the trees.")
+
+    @property
+    def roles(self) -> dict[str, str]:
+        """Name in the paper → drafter."""
+        return {"EAGLE-3": self.eagle3, "DFlash": self.dflash, "DSpark": self.dspark}
+
+
+# Of all drafters of a study; those of its table: block_size too.
+_EQUAL = ("target_layer_ids", "draft_vocab_size")
+
+
+class PromoteParams(Section):
+    """The gate between challenger and champion; docs/registry.md has its rules."""
+
+    margin: float = Field(0.03, ge=0, lt=1, description="Share of τ or speed-up that a challenger may lack.")
+    proof: bool = Field(False, description="The whole 95 % interval must lie above 1 - margin.")
+    min_speedup: float = Field(1.0, ge=0, description="Over plain decoding, of any champion.")
+    require_export: bool = Field(True, description="Some engine's export must have passed parity.")
+
+
 class Params(Section):
     seed: int = 0
     target: TargetParams
@@ -347,6 +379,8 @@ class Params(Section):
     drafters: dict[str, DrafterParams] = Field(description="Drafter name → its algorithm and sizes.")
     train: TrainParams
     evaluate: EvaluateParams
+    study: StudyParams | None = None
+    promote: PromoteParams = PromoteParams()
 
     @model_validator(mode="after")
     def _named(self) -> Params:
@@ -355,6 +389,24 @@ class Params(Section):
                 raise ValueError(
                     f"pipeline names {name!r}, which `drafters` lacks{nearest(name, self.drafters)}"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _equal(self) -> Params:
+        """Drafters of a study differ in what is compared, and in nothing else."""
+        if self.study is None:
+            return self
+        table = list(self.study.roles.values())
+        for name in table:
+            if name not in self.pipeline:
+                raise ValueError(
+                    f"study names {name!r}, which `pipeline` lacks{nearest(name, self.pipeline)}"
+                )
+        for key, names in {**dict.fromkeys(_EQUAL, self.pipeline), "block_size": table}.items():
+            found = {name: getattr(self.drafters[name], key, None) for name in names}
+            if any(value is None or value != found[names[0]] for value in found.values()):
+                of = ", ".join(f"{name} {value}" for name, value in found.items())
+                raise ValueError(f"study: the drafters compared need the same {key}, found {of}")
         return self
 
 

@@ -10,18 +10,20 @@ from pathlib import Path
 from typing import Any
 
 PACKAGES = ("torch", "transformers", "accelerate", "safetensors", "numpy")
-
+CPU_FACTS = ("vendor_id", "cpu family", "model", "stepping")  # a cloud's "model name" hides them
+CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")  # which kernels run, so how sums are rounded
 CODE = ("deepspec", "dvc.yaml", "params.yaml")  # what decides a result; reports and dvc.lock change with each
 
 
 def provenance() -> dict[str, Any]:
-    """git_commit (None outside a repository), git_dirty (of `CODE`), command and packages of this process."""
+    """git_commit (None outside a repository), git_dirty (of `CODE`), command, packages and CPU of this process."""
     status = _git("status", "--porcelain", "--untracked-files=no", "--", *CODE)
     return {
         "git_commit": _git("rev-parse", "HEAD") or None,
         "git_dirty": bool(status),
         "command": " ".join([Path(sys.argv[0]).name, *without_folders(sys.argv[1:])]),
         "packages": {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES},
+        "cpu": _cpu(),
     }
 
 
@@ -43,3 +45,16 @@ def _version(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return None
+
+
+def _cpu(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
+    """For example `x86_64 AuthenticAMD 25 17 1, avx2 avx512f avx512_bf16`; elsewhere than on Linux the architecture."""
+    try:
+        lines = cpuinfo.read_text().split("\n\n")[0].splitlines()
+    except OSError:
+        return platform.machine()
+    facts = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
+    named = [platform.machine(), *(facts[name] for name in CPU_FACTS if name in facts)]
+    known = set(facts.get("flags", "").split())
+    flags = " ".join(flag for flag in CPU_FLAGS if flag in known)
+    return ", ".join(filter(None, (" ".join(named), flags)))

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import random
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from deepspec.evaluation.record import EVAL_VERSION, task_key
 from deepspec.evaluation.report import Inputs, load_inputs
 
 TASKS = ("sums", "talk")
+PROMPTS = 12  # of a task
 HOSTILE = "</script><img src=x onerror=\"document.title='owned'\"><b>bold</b>"
 
 
@@ -47,7 +51,7 @@ def entry(temperature: float, speedup: float | None, ties: int = 0) -> dict:
         "baseline_tokens_per_second": 25.0,
         "ties": ties,
         "lossless_checked": {"prompts": 4, "tokens": 192},
-        "output_hashes": ["h"] * 8,
+        "output_hashes": [f"output {index}" for index in range(PROMPTS)],
         "beside": {"lookup": figures(1.2, 1.3) | ratio, "fixed": figures(speedup and speedup - 0.1) | ratio},
     }
 
@@ -89,7 +93,7 @@ def record(name: str = "good", speedup: float | None = 2.0, trained: bool = True
     ]
     promise = {"promised": 0.61, "measured": 0.6, "agreement": [0.99, 0.98], "blocks": 96}
     return {
-        "eval_version": "2",
+        "eval_version": EVAL_VERSION,
         "drafter": name,
         "draft_digest": "d0",
         "target": "embedded:x",
@@ -98,8 +102,9 @@ def record(name: str = "good", speedup: float | None = 2.0, trained: bool = True
         "dtype": "bfloat16",
         "seed": 0,
         "processes": 1,
+        "max_new_tokens": 96,
         "tasks": {
-            f"{task}@T={t}": entry(float(t), speedup, ties=int(task == "sums" and t == 0))
+            f"{task}@T={t}": entry(float(t), speedup, ties=int(task == "sums"))
             for task in TASKS
             for t in (0, 1)
         },
@@ -128,6 +133,33 @@ def record(name: str = "good", speedup: float | None = 2.0, trained: bool = True
         },
         **changes,
     }
+
+
+def prompt_lines(
+    gain: float = 2.0, accepted: int = 2, machine: float = 1.0, prompts: int = PROMPTS, label: str = "output"
+) -> Iterator[dict]:
+    """Measurements of a draft that is `gain` times as fast as plain decoding, on a machine `machine` times as slow;
+    what it wrote begins with `label`."""
+    rng = random.Random(0)
+    for task in TASKS:
+        for temperature in (0.0, 1.0):
+            for index in range(prompts):
+                seconds = machine * rng.uniform(1, 4)  # long and short answers
+                plain = {"seconds": seconds, "tokens": 30, "accepted": [[0] * 30], "drafted": [[0] * 30]}
+                rounds = 30 // (accepted + 1)
+                draft = {"seconds": seconds / gain, "tokens": 30, "output": f"{label} {index}"}
+                draft |= {"accepted": [[accepted] * rounds], "drafted": [[4] * rounds]}
+                runs = {"plain": plain, "draft": draft}
+                yield {"task": task, "temperature": temperature, "index": index, "runs": runs}
+
+
+def output_hashes(lines: Iterable[dict]) -> dict[str, list[str]]:
+    """Entry of a record → the outputs of its prompts."""
+    found: dict[str, list[str]] = {}
+    for line in lines:
+        key = task_key(line["task"], line["temperature"])
+        found.setdefault(key, []).append(line["runs"]["draft"]["output"])
+    return found
 
 
 def traces(name: str) -> list[dict]:

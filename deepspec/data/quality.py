@@ -41,6 +41,7 @@ class Rule:
     Args:
         bound: what is allowed, in words.
         worst: where the expectation is about a mean, the column whose highest values serve as examples.
+        params: keys of params.yaml that set the bound.
     """
 
     name: str
@@ -48,6 +49,7 @@ class Rule:
     bound: str
     expectation: gxe.Expectation
     worst: str | None = None
+    params: tuple[str, ...] = ()
 
 
 def validate_data(
@@ -120,6 +122,7 @@ def _row_count(bounds: ValidateParams) -> Rule:
         "enough conversations to train on",
         f"at least {bounds.min_rows}",
         gxe.ExpectTableRowCountToBeBetween(min_value=bounds.min_rows),
+        params=("validate.min_rows",),
     )
 
 
@@ -165,12 +168,14 @@ def _token_rules(bounds: ValidateParams, max_length: int) -> list[Rule]:
             "tokens of a conversation",
             f"2 to {max_length} (generate.max_length)",
             gxe.ExpectColumnValuesToBeBetween(column="tokens", min_value=2, max_value=max_length),
+            params=("generate.max_length",),
         ),
         Rule(
             "answer_length",
             "tokens of a conversation's answers, stop tokens included",
             f"at least {bounds.min_answer_tokens}",
             gxe.ExpectColumnValuesToBeBetween(column="answer_tokens", min_value=bounds.min_answer_tokens),
+            params=("validate.min_answer_tokens",),
         ),
         Rule(
             "degenerate_repetition",
@@ -179,6 +184,11 @@ def _token_rules(bounds: ValidateParams, max_length: int) -> list[Rule]:
             gxe.ExpectColumnValuesToBeBetween(
                 column="repetition", max_value=bounds.max_repetition, mostly=1 - bounds.max_degenerate_share
             ),
+            params=(
+                "validate.repetition_ngram",
+                "validate.max_repetition",
+                "validate.max_degenerate_share",
+            ),
         ),
         Rule(
             "truncated_share",
@@ -186,6 +196,7 @@ def _token_rules(bounds: ValidateParams, max_length: int) -> list[Rule]:
             f"at most {bounds.max_truncated_share:g}",
             gxe.ExpectColumnMeanToBeBetween(column="truncated", max_value=bounds.max_truncated_share),
             worst="truncated",
+            params=("validate.max_truncated_share",),
         ),
         Rule(
             "loss_mask",
@@ -215,6 +226,7 @@ def _origin_rules(target_digest: str) -> list[Rule]:
             "no user turn shares an n-gram with an evaluation prompt",
             "none",
             gxe.ExpectColumnValuesToBeNull(column="overlap"),
+            params=("prompts.overlap_ngram",),
         ),
     ]
 
@@ -233,6 +245,7 @@ def _outcome_rules(bounds: ValidateParams) -> list[Rule]:
             f"at most {bounds.max_failed_share:g}",
             gxe.ExpectColumnMeanToBeBetween(column="failed", max_value=bounds.max_failed_share),
             worst="failed",
+            params=("validate.max_failed_share",),
         ),
     ]
 
@@ -256,7 +269,17 @@ def _check(table: pandas.DataFrame, rule: Rule, outcome: Any) -> Check:
     examples = []
     if not outcome.success:
         examples = _worst(table, rule.worst) if rule.worst else _unexpected(result)
-    return Check(rule.name, rule.meaning, rule.bound, _observed(outcome), bool(outcome.success), examples)
+    written = rule.expectation.configuration.to_json_dict()
+    return Check(
+        rule.name,
+        rule.meaning,
+        rule.bound,
+        _observed(outcome),
+        bool(outcome.success),
+        examples,
+        rule.params,
+        {"type": written["type"], "kwargs": written["kwargs"]},
+    )
 
 
 def _observed(outcome: Any) -> str:

@@ -8,7 +8,13 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Check:
-    """One expectation and what was found. Examples are `{"id", "found"}`, the rows that broke it."""
+    """One expectation and what was found.
+
+    Args:
+        examples: `{"id", "found"}`, rows that broke it.
+        params: keys of params.yaml that set the bound.
+        expectation: as Great Expectations has it: `type` and `kwargs`.
+    """
 
     name: str
     meaning: str
@@ -16,6 +22,12 @@ class Check:
     observed: str
     passed: bool
     examples: list[dict[str, str]] = field(default_factory=list)
+    params: tuple[str, ...] = ()
+    expectation: dict[str, Any] = field(default_factory=dict)
+
+    def finding(self) -> dict[str, Any]:
+        """All but how the expectation is written: training depends on what was found, not on that."""
+        return {key: value for key, value in asdict(self).items() if key not in ("params", "expectation")}
 
 
 @dataclass(frozen=True)
@@ -34,7 +46,8 @@ class Validation:
         return "; ".join(_failure(check) for check in self.failed)
 
     def to_dict(self) -> dict[str, Any]:
-        return {"passed": not self.failed, **asdict(self)}
+        facts = {"target": self.target, "rows": self.rows, "failures": self.failures}
+        return {"passed": not self.failed, **facts, "checks": [check.finding() for check in self.checks]}
 
     def to_markdown(self) -> str:
         count = len(self.checks)

@@ -1,6 +1,8 @@
 """DFlash: DSpark's backbone without its heads (arXiv 2602.06036). All tokens of a block are drafted at once.
 
-Directories have the format of DeepSeek's own DFlash releases: `Qwen3DSparkModel` with `markov_rank: 0`.
+The block is the anchor and γ masks, and the masks predict: the paper's layout, and the only one that vLLM and SGLang
+run DFlash in. With `sample_from_anchor` directories have the format of DeepSeek's own DFlash releases:
+`Qwen3DSparkModel` with `markov_rank: 0`.
 """
 
 from __future__ import annotations
@@ -25,6 +27,9 @@ class DFlashParams(Section):
     draft_vocab_size: int = Field(8192, ge=0, description="Most frequent tokens kept; 0 keeps them all.")
     context_skip: bool = Field(
         False, description="Feed the newest target feature into the block's input (our engine only)."
+    )
+    sample_from_anchor: bool = Field(
+        False, description="The anchor's place predicts the first token, as in DSpark; no engine serves that."
     )
 
 

@@ -3,11 +3,12 @@
 Source: DeepSeek 2026, "Confidence-Scheduled Speculative Decoding with Semi-Autoregressive Generation"; the backbone
 is DFlash's (arXiv 2602.06036). Hidden states of several target layers, joined by `fc` and normed, enter every draft
 layer as extra keys and values. The block [anchor, mask, ..., mask] attends to them and, both ways, to itself; its γ
-outputs give base logits U_k. A Markov head adds B_k = W₂ W₁[x_{k−1}], so token k is drawn knowing token k − 1, and a
+outputs give base logits U_k (DFlash's own layout, `sample_from_anchor: false`, has γ masks behind the anchor, and only
+they predict). A Markov head adds B_k = W₂ W₁[x_{k−1}], so token k is drawn knowing token k − 1, and a
 confidence head predicts c_k, the chance that token k survives verification, without seeing it.
 
-Directories have the format of DeepSeek's releases (`Qwen3DSparkModel`, embeddings left to the target); a draft with
-`context_skip`, which is ours, names another architecture.
+Directories have the format of DeepSeek's releases (`Qwen3DSparkModel`, embeddings left to the target); a draft that
+they do not have, with `context_skip` or masks that alone predict, names another architecture.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ from deepspec.section import Section
 from deepspec.target import Target
 
 PUBLISHED = "Qwen3DSparkModel"
-OURS = "DeepSpecDSparkModel"  # with context_skip: no other engine may take it for a published one
+OURS = "DeepSpecDSparkModel"  # no other engine may take it for a published one
 
 
 class DSparkParams(Section):
@@ -61,6 +62,9 @@ class DSparkParams(Section):
     draft_vocab_size: int = Field(8192, ge=0, description="Most frequent tokens kept; 0 keeps them all.")
     context_skip: bool = Field(
         False, description="Feed the newest target feature into the block's input (our engine only)."
+    )
+    sample_from_anchor: bool = Field(
+        True, description="The anchor's place predicts the first token; false: γ masks behind it predict."
     )
 
 
@@ -87,7 +91,13 @@ class DSparkConfig:
     enable_confidence_head: bool = True
     confidence_head_with_markov: bool = True
     context_skip: bool = False
+    sample_from_anchor: bool = True
     max_position_embeddings: int = 8192
+
+    @property
+    def query_size(self) -> int:
+        """Places of a block: γ, or 1 + γ where the anchor's predicts nothing."""
+        return self.block_size + (not self.sample_from_anchor)
 
     @classmethod
     def read(cls, config: dict) -> DSparkConfig:
@@ -113,13 +123,14 @@ class DSparkConfig:
             enable_confidence_head=params.confidence_head,
             confidence_head_with_markov=params.markov_rank > 0,
             context_skip=params.context_skip,
+            sample_from_anchor=params.sample_from_anchor,
         )
 
     def to_dict(self) -> dict:
         """The `config.json` of DeepSeek's format, every key written out."""
         sizes = {name: getattr(self, name) for name in self.__dataclass_fields__}
         return {
-            "architectures": [OURS if self.context_skip else PUBLISHED],
+            "architectures": [PUBLISHED if self.sample_from_anchor and not self.context_skip else OURS],
             "model_type": "qwen3",
             **sizes,
             "target_layer_ids": list(self.target_layer_ids),
@@ -128,7 +139,6 @@ class DSparkConfig:
             "hidden_act": "silu",
             "dtype": "bfloat16",
             "attention_bias": False,
-            "sample_from_anchor": True,
             "tie_word_embeddings": False,
         }
 
@@ -243,22 +253,22 @@ class DSparkModel(Network):
             [batch, blocks, γ, d] after the final norm: row k predicts the token at anchor + k + 1.
         """
         batch, blocks = anchors.shape
-        gamma, device = self.config.block_size, features.device
-        inputs = torch.full((batch, blocks, gamma), self.config.mask_token_id, device=device)
+        size, device = self.config.query_size, features.device
+        inputs = torch.full((batch, blocks, size), self.config.mask_token_id, device=device)
         inputs[..., 0] = tokens.gather(1, anchors)
-        x = self.embed_tokens(inputs)  # [batch, blocks, γ, d]
+        x = self.embed_tokens(inputs)  # [batch, blocks, size, d]
         if self.context_skip is not None:
             newest = features.gather(1, (anchors - 1)[..., None].expand(-1, -1, features.shape[-1]))
             x = x + self.skip(newest)[:, :, None]
         x = x.flatten(1, 2)
         context = self.context(features)
-        positions = (anchors[..., None] + torch.arange(gamma, device=device)).flatten(1)
+        positions = (anchors[..., None] + torch.arange(size, device=device)).flatten(1)
         rope = self.rope(positions, x.dtype)
         context_rope = self.rope(torch.arange(features.shape[1], device=device)[None], x.dtype)
-        mask = block_mask(anchors, features.shape[1], gamma)
+        mask = block_mask(anchors, features.shape[1], size)
         for layer in self.layers:
             x = self.run(layer, x, context, rope, context_rope, mask)
-        return self.norm(x).unflatten(1, (blocks, gamma))
+        return self.norm(x).unflatten(1, (blocks, size))[:, :, size - self.config.block_size :]
 
     def outputs(self, hidden: Tensor, previous: Tensor) -> Outputs:
         factors, embedded, confidence = [(hidden, self.lm_head.weight)], None, None
@@ -276,13 +286,13 @@ def _normed_by_layer(features: Tensor, config: DSparkConfig) -> Tensor:
     return F.rms_norm(features.unflatten(-1, (-1, d)), (d,), eps=config.rms_norm_eps).flatten(-2)
 
 
-def block_mask(anchors: Tensor, context: int, gamma: int) -> Tensor:
-    """Additive float32 mask [batch, 1, blocks·γ, context + blocks·γ]: features before the anchor, and the own block."""
+def block_mask(anchors: Tensor, context: int, size: int) -> Tensor:
+    """Additive float32 mask [batch, 1, m, context + m], m = blocks·size: features before the anchor, the own block."""
     batch, blocks = anchors.shape
     before = torch.arange(context, device=anchors.device) < anchors[..., None]  # [batch, blocks, context]
     own = torch.eye(blocks, dtype=torch.bool, device=anchors.device).expand(batch, -1, -1)
-    own = own.repeat_interleave(gamma, 2)  # [batch, blocks, blocks·γ]
-    visible = torch.cat((before, own), -1).repeat_interleave(gamma, 1)[:, None]
+    own = own.repeat_interleave(size, 2)  # [batch, blocks, blocks·size]
+    visible = torch.cat((before, own), -1).repeat_interleave(size, 1)[:, None]
     return torch.zeros(visible.shape, device=anchors.device).masked_fill_(
         ~visible, torch.finfo(torch.float32).min / 2
     )
@@ -355,20 +365,20 @@ class DSparkDrafter(Drafter):
         self, cache: KVCache, rows: list[int], starts: list[int], anchors: list[int], newest: list[Tensor]
     ) -> Tensor:
         """[requests, γ, d] after the final norm, for the blocks that start at the anchors."""
-        gamma = self.block_size
-        ids = [[anchor] + [self.config.mask_token_id] * (gamma - 1) for anchor in anchors]
+        size = self.config.query_size
+        ids = [[anchor] + [self.config.mask_token_id] * (size - 1) for anchor in anchors]
         x = F.embedding(torch.tensor(ids, device=self.device), self._embed)
         if self._skip is not None:
             x = x + self._skip(_normed_by_layer(torch.stack(newest), self.config))[:, None]
-        positions = [start + k for start in starts for k in range(gamma)]
+        positions = [start + k for start in starts for k in range(size)]
         positions = torch.tensor([positions], device=self.device)
-        step = Step(positions, None, cache, rows, starts, [gamma] * len(rows), bidirectional=True)
-        rope = self._rope(positions, max(starts) + gamma)
+        step = Step(positions, None, cache, rows, starts, [size] * len(rows), bidirectional=True)
+        rope = self._rope(positions, max(starts) + size)
         step.once("rope", lambda: rope)
         x = x.flatten(0, 1)[None]
         for layer in self._blocks:
             x = layer(x, step=step)
-        return self._norm(x).view(len(rows), gamma, -1)
+        return self._norm(x).view(len(rows), size, -1)[:, size - self.block_size :]
 
     def laws(self, hidden: Tensor, asks: list[Ask], growths: list[Growth]) -> Callable[[list[Parent]], Laws]:
         """What `grow` asks: the laws of children, from hidden [requests, γ, d] and each parent's token."""
@@ -458,7 +468,7 @@ class DSparkSession(GrowingSession):
         features = [torch.cat(self.rows[row].pending) for row in late]
         starts = [self.rows[row].length for row in late]
         longest = max(start + len(part) for start, part in zip(starts, features, strict=True))
-        self.cache.reserve(longest + max(len(part) for part in features) + self.drafter.block_size)
+        self.cache.reserve(longest + max(len(part) for part in features) + self.drafter.config.query_size)
         self.drafter.absorb(self.cache, late, starts, features)
         for row, part in zip(late, features, strict=True):
             self.rows[row].length += len(part)

@@ -2,7 +2,7 @@
 
 A ratio is B over A on the same prompts: of speed-ups, each over the plain run beside it, so that a slower machine or
 hour takes nothing from either; and of τ. Prompts are resampled as pairs. B is *worse* where the mean over tasks of a
-ratio is below 1 − margin, or where B changed a token and A did not; `proof` asks for more: the whole 95 % interval
+ratio is below 1 − margin, or where B changed a token, whatever A did; `proof` asks for more: the whole 95 % interval
 above 1 − margin.
 """
 
@@ -18,11 +18,11 @@ import numpy as np
 
 from deepspec.errors import DeepSpecError
 from deepspec.evaluation.contest import PromptRuns, from_json
-from deepspec.evaluation.record import FIGURES, compare_tables, task_key
+from deepspec.evaluation.record import DRAFT, EVAL_VERSION, FIGURES, compare_tables, task_key
 from deepspec.evaluation.stats import Interval, against, bootstrap
 
 MARGIN = 0.03
-_SAME = ("eval_version", "target_digest", "dtype", "seed")
+_SAME = ("eval_version", "target_digest", "dtype", "seed", "max_new_tokens")
 EVAL_DIR = Path("reports/eval")
 
 
@@ -47,8 +47,11 @@ class Line:
     ratio: Interval | None
 
     def worse(self, margin: float, proof: bool = False) -> bool:
-        """A ratio that cannot be had, since one side changed a token, says nothing here."""
-        return self.ratio is not None and (self.ratio.low if proof else self.ratio.value) < 1 - margin
+        """A ratio that cannot be had, since one side changed a token, says nothing here; one prompt proves nothing."""
+        if self.ratio is None:
+            return False
+        reached = self.ratio.low if proof else self.ratio.value
+        return reached is None or reached < 1 - margin
 
 
 @dataclass(frozen=True)
@@ -62,7 +65,7 @@ def load(name_or_path: str | Path) -> Measurements:
     """A record by its drafter's name or its file, with the `.prompts.jsonl` beside it.
 
     Raises:
-        DeepSpecError: one of the two files is missing or something else.
+        DeepSpecError: one of the two files is missing, something else, or of another run.
     """
     path = Path(name_or_path)
     if path.suffix != ".json":
@@ -79,10 +82,15 @@ def load(name_or_path: str | Path) -> Measurements:
         for text in prompts_path.read_text().splitlines():
             line = json.loads(text)
             prompts.setdefault((line["task"], line["temperature"]), []).append(from_json(line["runs"]))
-        for key in ("tasks", "summary", *_SAME):
+        written = {key: entry["output_hashes"] for key, entry in record["tasks"].items()}
+        for key in ("eval_version", "summary", "device", "processes", "target_digest", "dtype", "seed"):
             record[key]
     except (ValueError, KeyError, TypeError) as error:
         raise DeepSpecError(f"{path}: not an evaluation record with its prompts ({error!r})") from None
+    if written != {task_key(*key): [row[DRAFT].output for row in rows] for key, rows in prompts.items()}:
+        raise DeepSpecError(
+            f"{prompts_path}: not of the run that wrote {path.name}; evaluate the drafter again"
+        )
     return Measurements(path, record, prompts)
 
 
@@ -92,13 +100,12 @@ def compare(
     """B (`second`) against A (`first`).
 
     Raises:
-        DeepSpecError: they cannot be compared: another version, target, precision, seed or other prompts.
+        DeepSpecError: they cannot be compared: another target, precision, seed, answer length or other prompts.
     """
     keys = _common(first, second)
     lines = list(_lines(first, second, keys))
     failures = [
-        f"{line.figure} at T = {line.temperature:g} is {line.ratio.value:.3f} ({line.ratio.low:.3f}–"
-        f"{line.ratio.high:.3f}) of A's; at least {1 - margin:.3f} is asked for"
+        f"{line.figure} at T = {line.temperature:g} is {line.ratio} of A's; at least {1 - margin:.3f} is asked for"
         for line in lines
         if line.task is None and line.worse(margin, proof)
     ]
@@ -116,9 +123,13 @@ def compare(
 
 def _common(first: Measurements, second: Measurements) -> list[tuple[str, float]]:
     for name in _SAME:
-        one, other = first.record[name], second.record[name]
+        one, other = first.record.get(name), second.record.get(name)
         if one != other:
             raise DeepSpecError(f"the records cannot be compared: {name} is {one} in A and {other} in B")
+    if (version := first.record["eval_version"]) != EVAL_VERSION:
+        raise DeepSpecError(
+            f"the records are of evaluation version {version}, not {EVAL_VERSION}; evaluate again"
+        )
     keys = [key for key in first.prompts if key in second.prompts]
     if not keys:
         raise DeepSpecError("the records cannot be compared: they have no task and temperature in common")
@@ -168,10 +179,15 @@ def show(comparison: Comparison, first: Measurements, second: Measurements) -> N
     for i, column in enumerate(("T", "figure", "task", "A", "B", "B / A (95 %)")):
         grid.add_column(column, justify="right" if i >= 3 else "left")
     for line in comparison.lines:
-        ratio = line.ratio and f"{line.ratio.value:.3f} ({line.ratio.low:.3f}–{line.ratio.high:.3f})"
         figure = {"speedup": "speed-up", "tau": "τ"}[line.figure]
         values = ["–" if value is None else f"{value:.3f}" for value in (line.first, line.second)]
-        cells = [f"{line.temperature:g}", figure, line.task or "mean of tasks", *values, ratio or "–"]
+        cells = [
+            f"{line.temperature:g}",
+            figure,
+            line.task or "mean of tasks",
+            *values,
+            str(line.ratio or "–"),
+        ]
         grid.add_row(*cells, style=None if line.task else "bold", end_section=line.task is None)
     console.print(grid)
     for note in comparison.notes:

@@ -84,7 +84,7 @@ def leaderboard(inputs: Inputs) -> list[dict[str, Any]]:
                     "kind": "draft" if beside is None else "baseline" if beside == LOOKUP else "variant",
                     "cells": cells,
                     "lossless": all(entry["lossless"] for entry in kept),
-                    "ties": sum(entry["ties"] for entry in kept) if beside is None else 0,
+                    "ties": sum(entry["ties"] for entry in _checks(record)) if beside is None else 0,
                     "speedup_vs_hf": summary["speedup_vs_hf"] if beside is None else None,
                 }
             )
@@ -107,18 +107,25 @@ def _headline(inputs: Inputs) -> dict[str, Any]:
     name, record = max(inputs.records.items(), key=lambda item: item[1]["summary"]["speedup"] or 0)
     measured = {key: entry for key, entry in record["tasks"].items() if entry["speedup"] is not None}
     weakest = min(measured, key=lambda key: measured[key]["speedup"], default=None)
-    checked = [entry["lossless_checked"] for entry in record["tasks"].values() if entry["temperature"] == 0]
+    checks = _checks(record)
     return {
         "drafter": name,
         "summary": record["summary"],
-        "tokens": sum(each["tokens"] for each in checked),
-        "prompts": sum(each["prompts"] for each in checked),
-        "ties": sum(entry["ties"] for entry in record["tasks"].values() if entry["temperature"] == 0),
+        "tokens": sum(entry["lossless_checked"]["tokens"] for entry in checks),
+        "prompts": sum(entry["lossless_checked"]["prompts"] for entry in checks),
+        "ties": sum(entry["ties"] for entry in checks),
         "weakest": weakest
         and {"task": task_of(weakest), "temperature": measured[weakest]["temperature"], **measured[weakest]},
         "target": record["target"],
         "device": record["device"],
     }
+
+
+def _checks(record: dict) -> list[dict[str, Any]]:
+    """One entry for each task: those of every temperature carry the same check of losslessness."""
+    return list(
+        {task_of(key): {"task": task_of(key), **entry} for key, entry in record["tasks"].items()}.values()
+    )
 
 
 def _confidence(inputs: Inputs) -> list[dict[str, Any]]:
@@ -145,10 +152,10 @@ def _provenance(record: dict) -> list[tuple[str, str]]:
         "packages": ", ".join(f"{name} {version}" for name, version in made["packages"].items()),
         "evaluation": f"version {record['eval_version']}, seed {record['seed']}",
         "decoding": json.dumps(record["decode"], ensure_ascii=False),
+        "answers": f"up to {record['max_new_tokens']} tokens",
         "tasks": "; ".join(
-            f"{task_of(key)} {entry['task_version']} ({entry['prompts']} prompts, digest {entry['prompts_digest']})"
-            for key, entry in record["tasks"].items()
-            if entry["temperature"] == next(iter(record["tasks"].values()))["temperature"]
+            f"{entry['task']} {entry['task_version']} ({entry['prompts']} prompts, digest {entry['prompts_digest']})"
+            for entry in _checks(record)
         ),
     }
     if promise:

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from deepspec.decoding.promise import Check
     from deepspec.evaluation.task import Task
 
-EVAL_VERSION = "2"  # raised whenever numbers of before and after cannot be compared
+EVAL_VERSION = "3"  # raised whenever numbers of before and after cannot be compared
 DRAFT = "draft"  # the contestant that a record is about: the draft as `evaluate.decode` uses it
 LOOKUP = "lookup"  # the strongest baseline that needs no training
 OUTPUT_BIN = 16  # tokens
@@ -46,6 +46,7 @@ class Subject:
     dtype: str
     seed: int
     processes: int
+    max_new_tokens: int  # an answer's, of every turn
 
 
 @dataclass(frozen=True)
@@ -305,7 +306,7 @@ FIGURES = {"speedup": speed_ratio, "tau": quotient}
 def _keys(name: str, interval: Interval | None) -> dict:
     if interval is None:
         return {name: None, f"{name}_ci95": None}
-    return {name: interval.value, f"{name}_ci95": [interval.low, interval.high]}
+    return {name: interval.value, f"{name}_ci95": interval.bounds}
 
 
 def _rate(runs: list[Run]) -> float | None:

@@ -191,6 +191,8 @@ def _number(value: float | None, digits: int = 2) -> str:
 def _speedup(entry: dict) -> str:
     if entry["speedup"] is None:
         return "–"
+    if entry["speedup_ci95"] is None:  # of one prompt
+        return f"{entry['speedup']:.2f}×"
     low, high = entry["speedup_ci95"]
     return f"{entry['speedup']:.2f}× ({low:.2f}–{high:.2f})"
 

@@ -7,7 +7,6 @@ best-first trees of so many nodes.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict
 from statistics import fmean
 from typing import Any
 
@@ -59,14 +58,14 @@ def points(
         sound = all(checked[task].lossless for task in by_task)
         gain = macro_speedup([[pair(row[PLAIN], row[name]) for row in prompts] for prompts in tasks], seed)
         tau = bootstrap([tau_table(row[name] for row in prompts) for prompts in tasks], quotient, seed)
-        shown = asdict(gain) if sound and gain else None
+        shown = gain if sound else None
         rows.append(
             {
                 "sweep": sweep,
                 "value": int(value),
                 "tau": tau and tau.value,
-                "speedup": shown and shown["value"],
-                "speedup_ci95": shown and [shown["low"], shown["high"]],
+                "speedup": shown and shown.value,
+                "speedup_ci95": shown and shown.bounds,
                 "round_ms": 1000
                 * fmean(
                     run.seconds / run.rounds for run in (row[name] for p in tasks for row in p) if run.rounds

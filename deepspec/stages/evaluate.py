@@ -15,18 +15,20 @@ FIGURES = """what the record says, and how it is computed (docs/evaluation.md ha
   tau                      tokens committed per target pass, the target's own included; counted round by round
   speedup                  seconds a token of plain decoding over seconds a token with the draft: same engine, prompts,
                            seeds and minute, prefill left out; the mean over tasks of ratios of sums
-  ..._ci95                 95 % interval of a paired bootstrap over prompts
+  ..._ci95                 95 % interval of a paired bootstrap over prompts; null where a task has one prompt alone
   accept_rate_by_position  share accepted at a position of the rounds that accepted all before it (reached_by_position)
   tau_by_output_position   the same tau by how much of the answer was there when the round began
   draft_ms, verify_ms, host_ms   of a round: the draft, the target's pass with the verdict, and the rest; medians
   beside                   the lookup alone, and other controllers of the same draft, on the same prompts; `ratio` is
                            how much faster the draft is than each
+  speedup_vs_hf            tokens/s at T = 0 over those of transformers.generate on each task's first prompt
   lossless, ties           greedy output in float32 is token for token the plain one, but for proven ties
   blocks                   the draft alone with whole blocks: acceptance by position without lookup and controller
   confidence               ECE, AUC and reliability of the confidence head before and after calibration; thresholds:
                            tokens that stand or fall where a block is cut below so much confidence
   sweeps, throughput       tau and speed over chain length, tree depth and nodes; tokens/s with several requests
-  promise, warnings        acceptance at position 1 on held-out contexts in training and in decoding; what to look at
+  promise, warnings        acceptance at position 1 and the drafted tokens, on the same held-out contexts, in training
+                           and in decoding; what to look at
 """
 
 
@@ -35,9 +37,12 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.epilog = FIGURES
     parser.add_argument(
         "--drafter",
-        required=True,
         action="append",
-        help="a name under `drafters` in params.yaml; several (repeat the flag) meet on the same prompts",
+        help="a name under `drafters` in params.yaml; several (repeat the flag) meet on the same prompts "
+        "(default: all of `pipeline`)",
+    )
+    parser.add_argument(
+        "--drafts", type=Path, default=Path("data/drafts"), help="their folder (default: %(default)s)"
     )
     parser.add_argument("--tasks", help="comma-separated, in place of evaluate.tasks")
     parser.add_argument("--prompts", type=int, help="per task, in place of evaluate.prompts_per_task")
@@ -52,26 +57,29 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 def main(params: Params, flags: argparse.Namespace) -> None:
     drafts = {}
-    for name in flags.drafter:
+    for name in flags.drafter or params.pipeline:
         if name not in params.drafters:
             raise DeepSpecError(f"unknown drafter {name!r}{nearest(name, params.drafters)}")
-        drafts[name] = Path("data/drafts") / name
+        drafts[name] = flags.drafts / name
         if not drafts[name].is_dir():
             raise DeepSpecError(
                 f"{drafts[name]}: no such draft; train it first (deepspec train --drafter {name})"
             )
     if flags.prompts is not None and flags.prompts < 1:
         raise DeepSpecError(f"--prompts must be >= 1, found {flags.prompts}")
-    changes = {"tasks": flags.tasks and flags.tasks.split(","), "prompts_per_task": flags.prompts}
+    names = [name.strip() for name in (flags.tasks or "").split(",") if name.strip()]
+    changes = {"tasks": names, "prompts_per_task": flags.prompts}
     chosen = params.evaluate.model_copy(update={key: value for key, value in changes.items() if value})
-    from deepspec.evaluation.benchmark import evaluate
+    from deepspec.evaluation.benchmark import Outcome, evaluate
 
-    outcomes = evaluate(drafts, "data/target", chosen, params.seed, device=flags.device)
-    for name, outcome in (outcomes or {}).items():
-        lines = "".join(json.dumps(line) + "\n" for line in outcome.prompts)
-        write_text(flags.output / f"{name}.prompts.jsonl", lines)
-        write_json(flags.output / f"{name}.traces.json", outcome.traces)
-        write_json(flags.output / f"{name}.json", outcome.record)
+    def save(outcomes: dict[str, Outcome]) -> None:
+        for name, outcome in outcomes.items():
+            lines = "".join(json.dumps(line) + "\n" for line in outcome.prompts)
+            write_text(flags.output / f"{name}.prompts.jsonl", lines)
+            write_json(flags.output / f"{name}.traces.json", outcome.traces)
+            write_json(flags.output / f"{name}.json", outcome.record)
+
+    evaluate(drafts, "data/target", chosen, params.seed, device=flags.device, save=save)
 
 
 if __name__ == "__main__":

@@ -11,12 +11,22 @@ from deepspec.stages.common import stage
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--drafter", required=True, help="a name under `drafters` of the params file")
+    parser.add_argument("--seed", type=int, help="in place of `seed` of the params file")
+    parser.add_argument(
+        "--as", dest="name", help="write data/drafts/NAME and its reports (default: the drafter's name)"
+    )
 
 
 def main(params: Params, flags: argparse.Namespace) -> None:
+    from deepspec.tracking.system import watched
     from deepspec.training.run import Outputs, train
 
-    train(params, flags.drafter, Path("data/target"), Outputs.of(flags.drafter))
+    if flags.seed is not None:
+        params = params.model_copy(update={"seed": flags.seed})
+    name = flags.name or flags.drafter
+    outputs = Outputs.of(name)
+    with watched(name, outputs.draft):
+        train(params, flags.drafter, Path("data/target"), outputs)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Check data/distill before anything is trained on it: reports/validation.json and reports/validation.md."""
+"""Check data/distill before anything is trained on it: reports/validation.json, .md and .html."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ REPORT = Path("reports/validation.json")
 
 def main(params: Params, flags: argparse.Namespace) -> None:
     """The reports are written in any case; data that fails a check then ends the stage with an error."""
+    from deepspec.data.data_docs import render
     from deepspec.data.overlap import Overlap
     from deepspec.data.quality import validate_data
     from deepspec.data.rows import read_prompts
@@ -33,9 +34,10 @@ def main(params: Params, flags: argparse.Namespace) -> None:
     )
     write_json(REPORT, validation.to_dict())
     write_text(REPORT.with_suffix(".md"), validation.to_markdown())
+    write_text(REPORT.with_suffix(".html"), render(validation))
     if validation.failed:
         raise DeepSpecError(
-            f"the distillation data is not fit to train on: {validation.summary()}; see {REPORT}"
+            f"the distillation data is not fit to train on: {validation.summary()}; see {REPORT.with_suffix('.md')}"
         )
     print(f"{REPORT}: {validation.rows} conversations, all {len(validation.checks)} checks passed")
 

@@ -11,7 +11,8 @@ from deepspec.config import EvaluateParams
 from deepspec.device import describe_device
 from deepspec.drafters.checkpoint import write_drafter
 from deepspec.drafters.lookup import LookupDrafter
-from deepspec.evaluation import benchmark
+from deepspec.errors import DeepSpecError
+from deepspec.evaluation import bench, benchmark
 from deepspec.evaluation.native import native_tokens_per_second
 from deepspec.target import load_target
 from tests.unit.test_drafters import make, write
@@ -62,6 +63,7 @@ def test_a_trained_draft_gets_every_section(drafts, tiny_target, tmp_path):
     record = outcome.record
     assert json.loads(json.dumps(record)) == record
     entry = record["tasks"]["conversations@T=1"]
+    assert (record["dtype"], record["max_new_tokens"]) == ("float32", 12)
     assert set(entry["beside"]) == {"lookup", "fixed"}
     assert record["summary"]["lossless"] and record["summary"]["speedup"] is not None
     assert set(record["blocks"]) == set(record["confidence"]) == {"greedy", "sampled"}
@@ -107,11 +109,11 @@ def test_a_killed_evaluation_goes_on_where_it_stopped(drafts, tiny_target, tmp_p
     own = {"dspark": drafts["dspark"]}
     whole = counted(measure(own, tiny_target, tmp_path)["dspark"])
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(benchmark, "check_identity", _interrupt)
+        patched.setattr(bench, "check_identity", _interrupt)
         measure(own, tiny_target, tmp_path)
     assert list((tmp_path / "work").glob("dspark-*.0.jsonl"))
     with monkeypatch.context() as patched:
-        patched.setattr(benchmark.Contest, "prompt", _interrupt)  # those are done
+        patched.setattr(bench.Contest, "prompt", _interrupt)  # those are done
         assert counted(measure(own, tiny_target, tmp_path)["dspark"]) == whole
     assert list((tmp_path / "work").iterdir()) == []
 
@@ -119,23 +121,60 @@ def test_a_killed_evaluation_goes_on_where_it_stopped(drafts, tiny_target, tmp_p
 def test_results_of_another_draft_are_not_taken_over(drafts, tiny_target, tmp_path, monkeypatch):
     own = {"lookup": drafts["lookup"]}
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(benchmark, "check_identity", _interrupt)
+        patched.setattr(bench, "check_identity", _interrupt)
         measure(own, tiny_target, tmp_path)
     (own["lookup"] / "note").write_text("changed")
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(benchmark.Contest, "prompt", _interrupt)
+        patched.setattr(bench.Contest, "prompt", _interrupt)
         measure(own, tiny_target, tmp_path)
     (own["lookup"] / "note").unlink()
 
 
+def test_finished_work_is_kept_until_the_results_are_written(drafts, tiny_target, tmp_path, monkeypatch):
+    own = {"lookup": drafts["lookup"]}
+
+    def full_disk(outcomes):
+        raise OSError("no space left")
+
+    with pytest.raises(OSError, match="no space"):
+        benchmark.evaluate(own, tiny_target, PARAMS, 0, tmp_path / "work", save=full_disk)
+    saved = []
+    monkeypatch.setattr(bench.Contest, "prompt", _interrupt)  # those are done
+    benchmark.evaluate(own, tiny_target, PARAMS, 0, tmp_path / "work", save=saved.append)
+    assert saved[0]["lookup"].record["summary"]["lossless"]
+    assert list((tmp_path / "work").iterdir()) == []
+
+
+def test_seconds_of_another_machine_are_not_taken_over(drafts, tiny_target, tmp_path, monkeypatch):
+    own = {"lookup": drafts["lookup"]}
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(bench, "check_identity", _interrupt)
+        measure(own, tiny_target, tmp_path)
+    monkeypatch.setattr(benchmark, "describe_device", lambda device: "another machine")
+    monkeypatch.setattr(bench.Contest, "prompt", _interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        measure(own, tiny_target, tmp_path)
+
+
+def test_two_tasks_of_one_name_are_refused(drafts, tiny_target, tmp_path):
+    with pytest.raises(DeepSpecError, match="two tasks are named 'word_problems'"):
+        measure(drafts, tiny_target, tmp_path, tasks=["word_problems", "word_problems"])
+
+
+def test_a_draft_that_kept_no_context_has_no_promise(drafts, tiny_target, tmp_path, monkeypatch):
+    monkeypatch.setattr(bench.promise, "load", lambda directory: [bench.promise.Kept([], [], [], [])])
+    (outcome,) = measure({"lookup": drafts["lookup"]}, tiny_target, tmp_path).values()
+    assert outcome.record["promise"] is None
+
+
 def test_a_path_that_changes_a_token_has_no_speed(drafts, tiny_target, tmp_path, monkeypatch):
-    real = benchmark.check_identity
+    real = bench.check_identity
 
     def broken(*args, together=False, **options):
         found = real(*args, together=together, **options)
-        return benchmark.Identity(False, 0, found.prompts, found.tokens) if together else found
+        return bench.Identity(False, 0, found.prompts, found.tokens) if together else found
 
-    monkeypatch.setattr(benchmark, "check_identity", broken)
+    monkeypatch.setattr(bench, "check_identity", broken)
     record = measure({"dspark": drafts["dspark"]}, tiny_target, tmp_path)["dspark"].record
     assert record["summary"]["speedup"] is not None  # the deployed path is sound
     assert all(row["speedup"] is None for row in record["throughput"])

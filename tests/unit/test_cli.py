@@ -65,6 +65,12 @@ def test_an_unknown_drafter_is_named_with_the_nearest(run):
     assert result.stderr == "error: unknown drafter 'dsprk'; did you mean 'dspark'?\n"
 
 
+def test_evaluate_without_a_drafter_takes_those_of_the_pipeline(run):
+    result = run("evaluate", "--params", str(ROOT / "params.smoke.yaml"), "--drafts", "elsewhere")
+    assert result.exit_code == 2
+    assert "elsewhere/lookup: no such draft" in result.stderr
+
+
 def test_a_draft_that_is_not_trained_yet_says_how_to_get_it(run):
     result = run("evaluate", "--drafter", "dspark", "--params", str(ROOT / "params.smoke.yaml"))
     assert result.exit_code == 2

@@ -11,32 +11,33 @@ from typer.testing import CliRunner
 from deepspec.cli import app
 from deepspec.errors import DeepSpecError
 from deepspec.evaluation.compare import compare, load
+from deepspec.evaluation.record import EVAL_VERSION
+from tests.records import PROMPTS, output_hashes, prompt_lines
 
-PROMPTS = 12
 
-
-def write(path, gain: float = 2.0, accepted: int = 2, machine: float = 1.0, lossless: bool = True, **changes):
+def write(
+    path,
+    gain: float = 2.0,
+    accepted: int = 2,
+    machine: float = 1.0,
+    lossless: bool = True,
+    count: int = PROMPTS,
+    **changes,
+):
     """A record whose draft is `gain` times as fast as plain decoding on a machine `machine` times as slow."""
-    rng = random.Random(0)
-    lines, entries = [], {}
-    for task in ("sums", "talk"):
-        for temperature in (0.0, 1.0):
-            for index in range(PROMPTS):
-                seconds = machine * rng.uniform(1, 4)  # long and short answers
-                plain = {"seconds": seconds, "tokens": 30, "accepted": [[0] * 30], "drafted": [[0] * 30]}
-                rounds = 30 // (accepted + 1)
-                draft = {"seconds": seconds / gain, "tokens": 30}
-                draft |= {"accepted": [[accepted] * rounds], "drafted": [[4] * rounds]}
-                runs = {"plain": plain, "draft": draft}
-                lines.append({"task": task, "temperature": temperature, "index": index, "runs": runs})
-            entries[f"{task}@T={temperature:g}"] = {"prompts_digest": f"{task} digest"}
+    lines = list(prompt_lines(gain, accepted, machine, count, label=path.stem))
+    entries = {
+        key: {"prompts_digest": f"{key} digest", "output_hashes": found}
+        for key, found in output_hashes(lines).items()
+    }
     record = {
-        "eval_version": "2",
+        "eval_version": EVAL_VERSION,
         "target_digest": "t",
         "dtype": "float32",
         "seed": 0,
         "device": "a",
         "processes": 1,
+        "max_new_tokens": 96,
     }
     record |= {"tasks": entries, "summary": {"lossless": lossless}} | changes
     path.write_text(json.dumps(record))
@@ -111,13 +112,9 @@ def test_a_draft_that_changes_a_token_is_worse_whatever_its_speed(paths):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"eval_version": "1"}, "eval_version is 2 in A and 1 in B"),
         ({"target_digest": "u"}, "target_digest is t in A and u in B"),
         ({"seed": 1}, "seed is 0 in A and 1 in B"),
-        (
-            {"tasks": {f"{k}@T={t}": {"prompts_digest": "x"} for k in ("sums", "talk") for t in (0, 1)}},
-            "other prompts",
-        ),
+        ({"max_new_tokens": 8}, "max_new_tokens is 96 in A and 8 in B"),
     ],
 )
 def test_what_cannot_be_compared_is_refused(paths, changes, message):
@@ -126,6 +123,40 @@ def test_what_cannot_be_compared_is_refused(paths, changes, message):
         compare(load(a), load(b))
     code, _ = run(a, b)
     assert code == 2
+
+
+def test_a_record_on_other_prompts_or_of_another_version_is_refused(paths):
+    a, b = write(paths[0]), write(paths[1])
+    record = json.loads(b.read_text())
+    for entry in record["tasks"].values():
+        entry["prompts_digest"] = "x"
+    b.write_text(json.dumps(record))
+    with pytest.raises(DeepSpecError, match="other prompts"):
+        compare(load(a), load(b))
+    a, b = write(paths[0]), write(paths[1], eval_version="1")
+    with pytest.raises(DeepSpecError, match=f"eval_version is {EVAL_VERSION} in A and 1 in B"):
+        compare(load(a), load(b))
+    a = write(paths[0], eval_version="1")
+    with pytest.raises(DeepSpecError, match=f"of evaluation version 1, not {EVAL_VERSION}; evaluate again"):
+        compare(load(a), load(b))
+    assert run(b, b)[0] == 2  # not 1, which says that B is worse
+
+
+def test_prompts_that_an_interrupted_run_left_beside_an_older_record_are_refused(paths):
+    a = write(paths[0])
+    newer = a.with_suffix(".prompts.jsonl").read_text().replace("a 3", "other tokens")
+    a.with_suffix(".prompts.jsonl").write_text(newer)
+    with pytest.raises(DeepSpecError, match=r"a\.prompts\.jsonl: not of the run that wrote a\.json"):
+        load(a)
+
+
+def test_one_prompt_a_task_gives_a_ratio_and_proves_nothing(paths):
+    a, b = write(paths[0], count=1), write(paths[1], count=1)
+    found = compare(load(a), load(b))
+    assert found.failures == [] and {line.ratio.bounds for line in found.lines} == {None}
+    assert len(compare(load(a), load(b), proof=True).failures) == 4
+    code, text = run(a, b, "--proof")
+    assert code == 1 and "1.000 (one prompt) of A's" in text
 
 
 def test_other_devices_are_noted(paths):

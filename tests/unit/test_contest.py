@@ -105,7 +105,7 @@ def hold() -> dict:
 
 def record(checks: dict[str, Identity] | None = None, **extra) -> dict:
     checks = checks or dict.fromkeys(TASKS, FINE)
-    subject = Subject("mine", "d0", "x", "t0", "a machine", "bfloat16", 0, 1)
+    subject = Subject("mine", "d0", "x", "t0", "a machine", "bfloat16", 0, 1, 10)
     parts = {"blocks": None, "confidence": None}
     identities = {DRAFT: checks, LOOKUP: dict.fromkeys(TASKS, FINE)}
     return build_record(

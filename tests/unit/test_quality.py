@@ -334,6 +334,127 @@ def test_the_stage_writes_its_reports_before_it_fails(tmp_path, rows, monkeypatc
     assert "target (1 of 6 break it" in capsys.readouterr().err
     assert json.loads((tmp_path / "reports/validation.json").read_text())["passed"] is False
     assert "| FAILED | target |" in (tmp_path / "reports/validation.md").read_text()
+    assert '<article id="target" class="failed">' in (tmp_path / "reports/validation.html").read_text()
+
+
+LOOP = "again and again " * 8
+FEWER = BOUNDS.model_copy(update={"min_rows": 1})
+
+
+def change(index, **values):
+    """A fault: these values in the row at `index`."""
+    return lambda path, rows: (rows[index].update(values), validate(path, rows))[1]
+
+
+def conversations(*replaced, **options):
+    """A fault: these (index, conversation) in place of the good ones."""
+
+    def fault(path, rows):
+        for index, row in replaced:
+            rows[index] = row
+        return validate(path, rows, **options)
+
+    return fault
+
+
+def other_columns(path, rows):
+    features = FEATURES.copy()
+    del features["source"]
+    write(path, [{k: v for k, v in row.items() if k != "source"} for row in rows], features=features)
+    return validate_data(path, PROMPTS, BOUNDS, MAX_LENGTH, TARGET, lambda text: None)
+
+
+def other_manifest(path, rows):
+    write(path, rows)
+    (path / "manifest.json").write_text(json.dumps({"rows": 5, "failures": 0}))
+    return validate_data(path, PROMPTS, BOUNDS, MAX_LENGTH, TARGET, lambda text: None)
+
+
+def no_last_answer(path, rows):
+    """Neither in the text nor in the mask."""
+    row = rows[1]
+    row["messages"] = row["messages"][:3]
+    row["finish_reasons"] = row["finish_reasons"][:1]
+    row["loss_mask"] = [mask * (i <= first_stop(row)) for i, mask in enumerate(row["loss_mask"])]
+    return validate(path, rows)
+
+
+SAME = Prompt("p6", "seed", ("what is  2 plus 3",))
+# Check → the fault that breaks it, and what else cannot hold then.
+FAULTS = {
+    "columns": (other_columns, set()),
+    "manifest": (other_manifest, set()),
+    "row_count": (lambda path, rows: validate(path, rows[:5], prompts=PROMPTS[:5]), set()),
+    "no_missing_values": (change(2, engine=""), set()),
+    "unique_ids": (lambda path, rows: validate(path, [*rows, rows[4]]), {"unique_prompts"}),
+    "unique_prompts": (
+        lambda path, rows: validate(path, [*rows, conversation(SAME)], prompts=[*PROMPTS, SAME]),
+        set(),
+    ),
+    "last_role": (no_last_answer, {"alternating_roles"}),
+    "alternating_roles": (
+        lambda path, rows: (
+            rows[0]["messages"].insert(0, {"role": "system", "content": "Be brief."}),
+            validate(path, rows),
+        )[1],
+        set(),
+    ),
+    "length": (conversations((3, conversation(PROMPTS[3], "".join(map(str, range(200)))))), set()),
+    "answer_length": (conversations((2, conversation(PROMPTS[2], "a"))), set()),
+    "degenerate_repetition": (
+        conversations(*((i, conversation(PROMPTS[i], LOOP)) for i in (2, 4))),
+        set(),
+    ),
+    "truncated_share": (conversations(*((i, conversation(PROMPTS[i], cut=True)) for i in (2, 4))), set()),
+    "loss_mask": (
+        lambda path, rows: (rows[3]["loss_mask"].__setitem__(-1, 2), validate(path, rows))[1],
+        set(),
+    ),
+    "target": (change(5, target="fedcba9876543210"), set()),
+    "prompts": (
+        lambda path, rows: (rows[2]["messages"][0].update(content="Something else?"), validate(path, rows))[
+            1
+        ],
+        set(),
+    ),
+    "no_evaluation_prompts": (
+        lambda path, rows: validate(path, rows, eval_texts=("Dear friend, what is 4 plus 5, please",)),
+        set(),
+    ),
+    "no_lost_prompts": (lambda path, rows: validate(path, rows[:5], bounds=FEWER), set()),
+    "failed_share": (
+        lambda path, rows: validate(
+            path, rows[:4], [{"id": id, "reason": "status 503"} for id in ("p4", "p5")], bounds=FEWER
+        ),
+        set(),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_each_expectation_is_broken_by_data_that_break_no_other(tmp_path, rows, name):
+    """But for two that imply others: a conversation that is there twice asks the same twice, and one without its last
+    answer does not alternate."""
+    fault, implied = FAULTS[name]
+    assert set(failed(fault(tmp_path, rows))) == {name} | implied
+
+
+def test_no_expectation_is_without_such_data(tmp_path, rows):
+    assert [check.name for check in validate(tmp_path, rows).checks] == list(FAULTS)
+
+
+def test_every_bound_is_set_in_params_yaml(tmp_path, rows):
+    """The keys that the page names exist, and every bound of the section `validate` is named by some check."""
+    named = {key for check in validate(tmp_path, rows).checks for key in check.params}
+    bounds = {f"validate.{key}" for key in ValidateParams.model_fields}
+    assert named == bounds | {"generate.max_length", "prompts.overlap_ngram"}
+
+
+def test_how_an_expectation_is_written_stays_out_of_what_training_depends_on(tmp_path, rows):
+    validation = validate(tmp_path, rows)
+    assert all(check.expectation["type"].startswith("expect_") for check in validation.checks)
+    for check in validation.to_dict()["checks"]:
+        assert list(check) == ["name", "meaning", "bound", "observed", "passed", "examples"]
 
 
 def test_nothing_is_sent():

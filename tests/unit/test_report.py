@@ -8,7 +8,7 @@ import io
 import pytest
 
 from deepspec.errors import DeepSpecError
-from deepspec.evaluation import report
+from deepspec.evaluation import page, report
 from deepspec.evaluation.tables import COLUMNS, tables, to_csv
 from deepspec.stages.report import show
 from tests.records import record, write
@@ -46,6 +46,27 @@ def test_table_has_a_row_per_task_and_temperature_and_a_mean(inputs):
     ]
     assert rows[0].cells[3:] == ("2.50", "25.0", "50.0", "2.00× (1.90–2.10)", "yes (1 tie)")
     assert rows[6].cells[6:] == ("–", "NO")
+
+
+def test_one_prompt_a_task_is_reported_without_an_interval(tmp_path):
+    alone = record()
+    for entry in (*alone["tasks"].values(), alone["summary"], *alone["summary"]["by_temperature"].values()):
+        entry["speedup_ci95"] = entry["tau_ci95"] = None
+    inputs = write(tmp_path, {"good": alone})
+    assert report.table(inputs)[0].cells[6] == "2.00×"
+    assert read("speedup", inputs)[0]["low"] == ""
+    lead = page.render(inputs, []).split('<p class="lead">')[1].split("</p>")[0]
+    assert "2.00 times" in lead and "(" not in lead
+
+
+def test_ties_and_checked_tokens_are_counted_once_whatever_the_temperatures(tmp_path):
+    both = record()
+    sampled = record(tasks={key: entry for key, entry in both["tasks"].items() if entry["temperature"] == 1})
+    for found in (both, sampled):
+        inputs = write(tmp_path, {"good": found})
+        headline = page._headline(inputs)
+        assert (headline["ties"], headline["prompts"], headline["tokens"]) == (1, 8, 384)
+        assert page.leaderboard(inputs)[0]["ties"] == 1
 
 
 def test_markdown_names_machine_target_data_warnings_and_places(inputs):
@@ -107,7 +128,7 @@ def test_a_missing_broken_or_old_record_is_one_clear_line(tmp_path):
     with pytest.raises(DeepSpecError, match=r"absent\.json: no such record"):
         report.load_inputs(["absent"], tmp_path)
     (tmp_path / "reports/eval/good.json").write_text('{"eval_version": "1"}')
-    with pytest.raises(DeepSpecError, match=r"good\.json: of evaluation version 1, not 2; evaluate it again"):
+    with pytest.raises(DeepSpecError, match=r"good\.json: of evaluation version 1, not 3; evaluate it again"):
         report.load_inputs(["good"], tmp_path)
     (tmp_path / "reports/eval/good.json").write_text("{")
     with pytest.raises(DeepSpecError, match=r"good\.json: not JSON"):

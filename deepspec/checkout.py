@@ -1,0 +1,239 @@
+"""The clone that `deepspec reproduce` works in: made at a tag, gone on with if interrupted; and its DVC pipeline."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from deepspec.errors import DeepSpecError, nearest
+from deepspec.files import replacing, write_json
+
+STATE = Path(".deepspec/reproduce.json")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """
+    Args:
+        tag: a tag, or anything else that names a commit.
+        repo: a path or URL to clone from.
+        into: the directory to clone into; None: `deepspec-<tag>`.
+        recompute: make data and drafts again instead of pulling them.
+        stages: what to run, by name, in place of all (`--recompute`) or of all whose outputs are in git.
+        pipeline: the dvc.yaml whose metrics are compared.
+        remote: where to pull from, in place of the remote that the repository names.
+        setup: run in an environment made by `make setup` in the clone, not in the present one.
+        tolerances: relative ones by pattern of a metric's name.
+    """
+
+    tag: str
+    repo: str = "."
+    into: Path | None = None
+    recompute: bool = False
+    stages: tuple[str, ...] = ()
+    pipeline: str = "dvc.yaml"
+    remote: str | None = None
+    setup: bool = False
+    tolerances: tuple[str, ...] = ()
+
+    @property
+    def directory(self) -> Path:
+        return (self.into or Path(f"deepspec-{self.tag.replace('/', '-')}")).resolve()
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stage of dvc.yaml. `needs`: the stages right before it; `kept`: DVC keeps some output of it."""
+
+    address: str
+    kept: bool
+    needs: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """What a dvc.yaml says.
+
+    Args:
+        stages: its own and all before them, in an order in which they can run.
+        metrics: the files of its metrics.
+        in_git: what its stages write and git keeps, files and folders.
+        altered: of those files the ones that are not what dvc.lock says was written: path → MD5 found, MD5 written.
+    """
+
+    stages: list[Stage]
+    metrics: list[str]
+    in_git: list[str]
+    altered: dict[str, tuple[str, str]]
+
+
+@dataclass(frozen=True)
+class Work:
+    """A clone at work: what is asked for, the tag's commit, and the addresses of the stages that are done."""
+
+    settings: Settings
+    commit: str
+    done: tuple[str, ...] = ()
+
+    @property
+    def root(self) -> Path:
+        return self.settings.directory
+
+    def save(self, directory: Path | None = None) -> None:
+        write_json(
+            (directory or self.root) / STATE, {"asked": asked(self.settings, self.commit), "done": self.done}
+        )
+
+    @property
+    def bin(self) -> Path:
+        """Of the environment that everything runs in."""
+        return self.root / ".venv/bin" if self.settings.setup else Path(sys.executable).parent
+
+    def call(self, *command: str, **options: Any) -> subprocess.CompletedProcess:
+        """A command in the clone, with the clone's code."""
+        path = f"{self.bin}{os.pathsep}{os.environ.get('PATH', '')}"
+        env = os.environ | {"PATH": path, "PYTHONPATH": str(self.root)}
+        return subprocess.run(command, cwd=self.root, env=env, **options)
+
+    def dvc(self, *words: str, **options: Any) -> subprocess.CompletedProcess:
+        return self.call(str(self.bin / "python"), "-m", "dvc", *words, **options)
+
+    def plus(self, step: str) -> Work:
+        work = replace(self, done=(*self.done, step))
+        work.save()
+        return work
+
+
+def open_clone(settings: Settings) -> Work:
+    """A new clone, or the one that an interrupted run left.
+
+    Raises:
+        DeepSpecError: no such repository, tag or pipeline, or a directory that holds something else.
+    """
+    directory = settings.directory
+    if not directory.is_dir() or not any(directory.iterdir()):
+        return _clone(settings)
+    try:
+        state = json.loads((directory / STATE).read_text())
+        commit = state["asked"]["commit"]
+        same = state["asked"] == asked(settings, commit)
+    except (OSError, ValueError, KeyError, TypeError):
+        raise DeepSpecError(f"{directory}: not empty; choose another directory with --into") from None
+    if not same:
+        raise DeepSpecError(
+            f"{directory}: holds another reproduction ({state['asked']}); remove it or choose another with --into"
+        )
+    print(f"going on in {directory}")
+    return Work(settings, commit, tuple(state["done"]))
+
+
+def _clone(settings: Settings) -> Work:
+    here = Path.cwd()
+    with replacing(settings.directory) as fresh:
+        git(None, "clone", "--quiet", "--no-checkout", settings.repo, str(fresh))
+        try:
+            commit = git(fresh, "rev-parse", "--verify", "--quiet", f"{settings.tag}^{{commit}}").strip()
+        except DeepSpecError:
+            tags = git(fresh, "tag", "--list").split()
+            raise DeepSpecError(
+                f"{settings.repo} has no tag {settings.tag!r}{nearest(settings.tag, tags)}"
+                f" (tags: {', '.join(tags) or 'none'})"
+            ) from None
+        git(fresh, "checkout", "--quiet", "--detach", commit)
+        if not (fresh / settings.pipeline).is_file():
+            raise DeepSpecError(f"{settings.tag} has no {settings.pipeline}; name another with --pipeline")
+        Work(settings, commit).save(fresh)
+    os.chdir(here)  # which may be the directory that was replaced
+    return Work(settings, commit)
+
+
+def asked(settings: Settings, commit: str) -> dict[str, Any]:
+    """What a directory is for: an interrupted run goes on only with the same."""
+    return {
+        "tag": settings.tag,
+        "commit": commit,
+        "mode": "recompute" if settings.recompute else "pull",
+        "pipeline": settings.pipeline,
+    }
+
+
+def take_over_remote(work: Work) -> None:
+    """Write the remote into the clone's .dvc/config.local, which git ignores: the one given, or that of a repository
+    on this machine, which may have it in its own config.local, or relative to itself."""
+    from dvc.config import Config
+    from dvc.repo import Repo
+
+    given, source = work.settings.remote, Path(work.settings.repo)
+    if given is not None:
+        path = given if "://" in given else str(Path(given).expanduser().absolute())
+        name, options = "given", {"url": path}
+    elif (source / ".dvc").is_dir():
+        config = Config(str(source / ".dvc"))
+        name = config["core"].get("remote")
+        options = dict(config["remote"].get(name, {}))
+    else:
+        return  # what the clone's own .dvc/config says
+    if not options:
+        return
+    with Repo(work.root) as repo, repo.config.edit("local") as local:
+        local["remote"][name] = options
+        local["core"]["remote"] = name
+
+
+def read_pipeline(work: Work) -> Pipeline:
+    """As it is at the tag, whatever has run since.
+
+    Raises:
+        DeepSpecError: it declares no metrics.
+    """
+    import networkx
+    from dvc.repo import Repo
+
+    chosen = work.settings.pipeline
+    with Repo(work.root, rev=work.commit) as repo:
+
+        def path(of: str) -> str:
+            return repo.fs.relpath(of, repo.root_dir)
+
+        def address(stage: Any) -> str:
+            return f"{path(stage.path)}:{stage.name}"
+
+        graph = repo.index.graph  # an edge leads to what a stage needs
+        own = [stage for stage in graph if path(stage.path) == chosen]
+        needed = set(own).union(*(networkx.descendants(graph, stage) for stage in own))
+        stages = [
+            Stage(
+                address(stage),
+                any(out.use_cache for out in stage.outs),
+                tuple(address(other) for other in graph.successors(stage)),
+            )
+            for stage in networkx.dfs_postorder_nodes(graph)
+            if stage in needed
+        ]
+        outs = [out for stage in own for out in stage.outs]
+        metrics = [path(out.fs_path) for out in outs if out.metric]
+        in_git = {path(out.fs_path): out.hash_info.value for out in outs if not out.use_cache}
+        found = {name: _md5(repo.fs, name) for name in in_git if repo.fs.isfile(name)}
+    if not metrics:
+        raise DeepSpecError(f"{chosen} at {work.settings.tag} declares no metrics: nothing to compare with")
+    altered = {name: (md5, in_git[name]) for name, md5 in found.items() if in_git[name] not in (None, md5)}
+    return Pipeline(stages, metrics, [*in_git], altered)
+
+
+def _md5(fs: Any, path: str) -> str:
+    with fs.open(path, "rb") as file:
+        return hashlib.md5(file.read(), usedforsecurity=False).hexdigest()
+
+
+def git(directory: Path | None, *words: str) -> str:
+    done = subprocess.run(["git", *words], cwd=directory, capture_output=True, text=True)
+    if done.returncode:
+        said = done.stderr.strip().splitlines() or ["no message"]
+        raise DeepSpecError(f"git {words[0]} failed: {said[-1]}")
+    return done.stdout

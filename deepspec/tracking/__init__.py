@@ -1,0 +1,1 @@
+"""History and deployability in MLflow: `track`, `register`, `promote`. Nothing else of the package imports mlflow."""

@@ -1,0 +1,168 @@
+"""`deepspec promote`: through the gate, the challenger becomes champion; `--rollback` takes that back.
+
+A promotion moves the aliases in an order that may be cut off anywhere: the next call finds the challenger still there
+and does it again.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+import mlflow
+from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
+
+from deepspec.config import PromoteParams
+from deepspec.errors import DeepSpecError
+from deepspec.evaluation import compare
+from deepspec.tracking.gate import Evidence, Verdict, judge, passes
+from deepspec.tracking.register import CHALLENGER, CHAMPION, EXPORT, PREVIOUS
+from deepspec.tracking.served import EVALUATION
+from deepspec.tracking.store import Store
+
+REFUSED, REASON = "refused", "reason"
+
+
+@dataclass(frozen=True)
+class Decision:
+    """Of one promotion. Without verdicts there was no challenger."""
+
+    name: str
+    version: str
+    champion: str | None  # before
+    verdicts: list[Verdict]
+
+    @property
+    def promoted(self) -> bool:
+        return passes(self.verdicts)
+
+    @property
+    def line(self) -> str:
+        """The outcome in one line."""
+        if not self.verdicts:
+            return f"{self.name}: no challenger; version {self.version} is the champion"
+        failed = [f"{v.rule} ({v.found})" for v in self.verdicts if v.passed is False]
+        if failed:
+            return f"refused: {self.name} version {self.version}: {'; '.join(failed)}"
+        instead = f", in place of version {self.champion}" if self.champion else ", the first"
+        return f"{self.name}: version {self.version} is the champion{instead}"
+
+
+def promote(name: str, params: PromoteParams, store: Store, afresh: bool = False) -> Decision:
+    """Judge the challenger of model `name`; if it passes it is the champion, and else it is tagged `refused`.
+
+    Raises:
+        DeepSpecError: no such model, or it has neither challenger nor champion.
+    """
+    client, aliases = store.client, _aliases(store.client, name)
+    champion, challenger = aliases.get(CHAMPION), aliases.get(CHALLENGER)
+    if challenger is None and champion is None:
+        raise DeepSpecError(f"{name} has no challenger; run `deepspec register`")
+    if challenger is None or challenger == champion:  # the latter: cut off at its last step
+        if challenger:
+            client.delete_registered_model_alias(name, CHALLENGER)
+        return Decision(name, champion, champion, [])
+    with tempfile.TemporaryDirectory() as scratch:
+        ours, theirs = (
+            version and evidence(client, name, version, Path(scratch) / version)
+            for version in (challenger, champion)
+        )
+        verdicts = judge(ours, theirs, params, afresh)
+    decision = Decision(name, challenger, champion, verdicts)
+    (_crown if decision.promoted else _refuse)(client, decision)
+    return decision
+
+
+def rollback(name: str, store: Store) -> str:
+    """Champion and previous change places; the line that says so.
+
+    Raises:
+        DeepSpecError: there is no previous champion.
+    """
+    client, aliases = store.client, _aliases(store.client, name)
+    champion, previous = aliases.get(CHAMPION), aliases.get(PREVIOUS)
+    if previous is None or champion is None or previous == champion:
+        raise DeepSpecError(f"{name} has no previous champion to go back to")
+    now = _now()
+    _tag(client, name, previous, {"promoted_at": now, REASON: f"rollback from version {champion}"})
+    _tag(client, name, champion, {"rolled_back_at": now, REASON: f"rolled back to version {previous}"})
+    client.set_registered_model_alias(name, CHAMPION, previous)
+    client.set_registered_model_alias(name, PREVIOUS, champion)
+    return f"{name}: version {previous} is the champion again, in place of version {champion}"
+
+
+def evidence(client: MlflowClient, name: str, version: str, folder: Path) -> Evidence:
+    """What the version was registered with, from its own artifacts."""
+    tags = client.get_model_version(name, version).tags
+    folder.mkdir(parents=True)
+    uri = f"models:/{name}/{version}/artifacts/evidence"
+    found = Path(mlflow.artifacts.download_artifacts(uri, dst_path=str(folder)))
+    export = found / EXPORT
+    return Evidence(
+        version,
+        tags["draft_digest"],
+        compare.load(found / EVALUATION),
+        json.loads(export.read_text()) if export.exists() else None,
+    )
+
+
+def show(decision: Decision) -> None:
+    """Print every rule with its verdict, then the outcome in one line."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=140)
+    if decision.verdicts:
+        title = f"{decision.name}: version {decision.version} against {decision.champion or 'no champion'}"
+        grid = Table("rule", "", "found", title=title)
+        marks = {True: "[green]passed[/green]", False: "[red]failed[/red]", None: "[dim]not asked[/dim]"}
+        for verdict in decision.verdicts:
+            grid.add_row(verdict.rule, marks[verdict.passed], verdict.found)
+        console.print(grid)
+    console.print(decision.line, highlight=False, soft_wrap=True)
+
+
+def _crown(client: MlflowClient, decision: Decision) -> None:
+    name, version = decision.name, decision.version
+    found = {verdict.rule: verdict.found for verdict in decision.verdicts if verdict.passed}
+    compared = {rule: found[rule] for rule in ("tau_not_worse", "speedup_not_worse") if rule in found}
+    reason = f"passed the gate against version {decision.champion}" if decision.champion else "the first"
+    skipped = [v.rule for v in decision.verdicts if v.passed is None and decision.champion]
+    if skipped:
+        reason = f"in place of version {decision.champion}, with which it could not be compared"
+    _tag(client, name, version, {"promoted_at": _now(), REASON: reason, **compared})
+    client.delete_model_version_tag(name, version, REFUSED)
+    if decision.champion:
+        client.set_registered_model_alias(name, PREVIOUS, decision.champion)
+    client.set_registered_model_alias(name, CHAMPION, version)
+    client.delete_registered_model_alias(name, CHALLENGER)
+
+
+def _refuse(client: MlflowClient, decision: Decision) -> None:
+    failed = ", ".join(verdict.rule for verdict in decision.verdicts if verdict.passed is False)
+    _tag(client, decision.name, decision.version, {REFUSED: failed})
+
+
+def _aliases(client: MlflowClient, name: str) -> dict[str, str]:
+    try:
+        model = client.get_registered_model(name)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+        raise DeepSpecError(f"{name} is not registered; run `deepspec register`") from None
+    return {alias: str(version) for alias, version in model.aliases.items()}
+
+
+def _tag(client: MlflowClient, name: str, version: str, tags: dict[str, str]) -> None:
+    for key, value in tags.items():
+        client.set_model_version_tag(name, version, key, value)
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")

@@ -1,0 +1,70 @@
+"""What a registered version runs: the target and its draft, loaded and asked for text.
+
+MLflow stores this file with the version ("models from code") and executes it to load one; the package as it was then
+is stored beside it, so that a version answers as it did when it was registered.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from mlflow.models import set_model
+from mlflow.pyfunc import PythonModel
+
+EVALUATION = "evaluation.json"  # in the artifact "evidence"
+
+
+class SpeculativeModel(PythonModel):
+    """Each prompt is a user's turn; a row's text depends on that row, the parameters and nothing else."""
+
+    def load_context(self, context: Any) -> None:
+        """From the version's own files, without a network; `model_config` names another target, dtype or device."""
+        from deepspec import load_drafter, load_target
+        from deepspec.config import DecodeParams
+        from deepspec.decoding.shapes import make_shape
+
+        config = context.model_config or {}
+        record = json.loads((Path(context.artifacts["evidence"]) / EVALUATION).read_text())
+        self.decode = DecodeParams.model_validate(record["decode"])
+        self.tree = make_shape(self.decode.tree.type, **self.decode.tree.options())
+        place = config.get("target") or context.artifacts.get("target") or _resolved(config["reference"])
+        self.target = load_target(place, config.get("dtype"), config.get("device"))
+        self.drafter = load_drafter(context.artifacts["draft"], self.target, self.decode)
+
+    def predict(self, context: Any, model_input: pd.DataFrame, params: dict | None = None) -> pd.DataFrame:
+        """`prompt` → `text`, and `tau`: tokens committed per target pass."""
+        rows = [self._answer(prompt, **(params or {})) for prompt in model_input["prompt"]]
+        return pd.DataFrame(rows, columns=["text", "tau"])
+
+    def _answer(
+        self, prompt: str, max_new_tokens: int = 128, temperature: float = 0.0, seed: int = 0
+    ) -> tuple[str, float]:
+        from deepspec import generate
+
+        (out,) = generate(
+            self.target,
+            self.drafter,
+            self.target.chat_ids([{"role": "user", "content": prompt}]),
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            seed=seed,
+            tree=self.tree,
+            verify=self.decode.verify,
+        )
+        return self.target.tokenizer.decode(out.tokens, skip_special_tokens=True), out.stats.tau
+
+
+def _resolved(reference: dict[str, Any]) -> Path:
+    """A target kept by reference: fetched once into the user's cache. Whether it is the same one, the draft checks."""
+    from deepspec.target import RECORD, resolve_target
+
+    place = Path.home() / ".cache/deepspec" / f"target-{reference['digest']}"
+    if not (place / RECORD).exists():
+        resolve_target(reference["source"], reference["revision"], reference["dtype"], place)
+    return place
+
+
+set_model(SpeculativeModel())

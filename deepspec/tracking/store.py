@@ -1,0 +1,136 @@
+"""Where history lives: a SQLite file beside the code, or the MLflow server that $MLFLOW_TRACKING_URI names.
+
+The default, `mlruns/`, is no build product: it is ignored by git and kept by `make clean`. A server keeps artifacts
+behind its own address, so that every client reads them; a path of one machine in its store is refused.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import mlflow
+from mlflow import MlflowClient
+from mlflow.entities import Experiment
+from mlflow.exceptions import MlflowException
+
+from deepspec.errors import DeepSpecError
+from deepspec.stages.common import quiet_environment
+
+DEFAULT = "sqlite:///mlruns/mlflow.db"
+EXPERIMENT = "deepspec"
+KEY = "deepspec_key"  # the tag by which a second call finds what the first one wrote
+_SQLITE = "sqlite:///"
+_PATIENCE_S = 10.0
+
+
+@dataclass(frozen=True)
+class Store:
+    uri: str
+    client: MlflowClient
+    experiment_id: str
+
+    def link(self, *parts: str) -> str:
+        """A page of the server's; of a SQLite store, its file."""
+        if _is_server(self.uri):
+            return "/".join([f"{self.uri.rstrip('/')}/#", *parts])
+        return os.path.relpath(_database(self.uri))
+
+
+@contextmanager
+def connect() -> Iterator[Store]:
+    """The store, ready to be written to. Whatever MLflow refuses in the block is one line.
+
+    Raises:
+        DeepSpecError: no server answers, the store is one that we do not write to, or MLflow refused.
+    """
+    quiet_environment()
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    for name in ("alembic", "mlflow"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    uri = os.environ.get("MLFLOW_TRACKING_URI") or DEFAULT
+    if _is_server(uri):
+        _check_alive(uri)
+    elif uri.startswith(_SQLITE):
+        _database(uri).parent.mkdir(parents=True, exist_ok=True)
+        uri = _SQLITE + str(_database(uri).absolute())  # MLflow keeps connections by their text
+    else:
+        raise DeepSpecError(
+            f"$MLFLOW_TRACKING_URI is {_public(uri)}: name a server (http://host:port) or sqlite:///FILE"
+        )
+    try:
+        mlflow.set_tracking_uri(uri)
+        client = MlflowClient(uri)
+        experiment = _experiment(client, uri)
+        _check_location(experiment, uri)
+        yield Store(uri, client, experiment.experiment_id)
+    except MlflowException as error:
+        raise DeepSpecError(f"MLflow at {_public(uri)}: {_reason(error)}") from error
+
+
+def _experiment(client: MlflowClient, uri: str) -> Experiment:
+    found = client.get_experiment_by_name(EXPERIMENT)
+    if found is None:
+        # Our own database gets a folder beside it; a server decides for itself.
+        here = None if _is_server(uri) else (_database(uri).parent / "artifacts").as_uri()
+        try:
+            return client.get_experiment(client.create_experiment(EXPERIMENT, here))
+        except MlflowException:  # another process was first
+            found = client.get_experiment_by_name(EXPERIMENT)
+            if found is None:
+                raise
+    if found.lifecycle_stage == "deleted":
+        raise DeepSpecError(
+            f"experiment {EXPERIMENT!r} was deleted; `mlflow experiments restore -x {found.experiment_id}`"
+        )
+    return found
+
+
+def _check_location(experiment: Experiment, uri: str) -> None:
+    location = experiment.artifact_location
+    if _is_server(uri) and urlsplit(location).scheme in ("", "file"):
+        raise DeepSpecError(
+            f"the server keeps artifacts of {EXPERIMENT!r} at {location}, a path that only it can read: "
+            "start it with --artifacts-destination, and with a new database"
+        )
+
+
+def _check_alive(uri: str) -> None:
+    """MLflow's own client would try for minutes."""
+    try:
+        urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=_PATIENCE_S).close()
+    except urllib.error.HTTPError:
+        pass  # something answers; what it refuses, the first request will say
+    except (OSError, ValueError) as error:
+        raise DeepSpecError(
+            f"no MLflow server answers at {_public(uri)} ({getattr(error, 'reason', error)}); "
+            "start it, or unset MLFLOW_TRACKING_URI for a local file"
+        ) from None
+
+
+def _reason(error: MlflowException) -> str:
+    text = " ".join(str(error).split())
+    if "Invalid Host header" in text:
+        return "it refuses this host name; start the server with --allowed-hosts"
+    return text[:400]
+
+
+def _is_server(uri: str) -> bool:
+    return uri.startswith(("http://", "https://"))
+
+
+def _database(uri: str) -> Path:
+    return Path(uri.removeprefix(_SQLITE))
+
+
+def _public(uri: str) -> str:
+    """Without user and password."""
+    scheme, _, rest = uri.partition("://")
+    return f"{scheme}://{rest.rsplit('@', 1)[-1]}" if rest else uri

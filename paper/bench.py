@@ -1,0 +1,91 @@
+"""What is decoded here beside the evaluation: one seed's drafts, the target and the tasks, in resumable pieces."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from deepspec.config import Params
+from deepspec.decoding.engine import generate
+from deepspec.drafters.base import Drafter
+from deepspec.drafters.checkpoint import draft_digest, load_drafter
+from deepspec.errors import DeepSpecError
+from deepspec.evaluation.contest import prompt_seed
+from deepspec.evaluation.task import Task, load_task
+from deepspec.evaluation.work import Work, process_state
+from deepspec.files import digest, file_digest, source_digest
+from deepspec.target import Target, load_target
+from paper.study import study_of
+
+TARGET = Path("data/target")
+WORK = Path(".deepspec/paper")
+_CODE = ("attention.py", "fused.py", "graphs.py", "target.py", "decoding", "drafters", "evaluation")
+
+
+class Bench:
+    """
+    Args:
+        names: of the drafters.
+        seed: which of the study's.
+        script: the file whose results are kept; its code is part of their key.
+        settings: whatever else they depend on.
+    """
+
+    def __init__(self, params: Params, names: Sequence[str], seed: int, script: str, *settings: Any):
+        self.params, self.study = params, study_of(params)
+        if seed not in self.study.seeds:
+            raise DeepSpecError(f"--seed {seed}: the study has {', '.join(map(str, self.study.seeds))}")
+        evaluate = params.evaluate
+        self.tasks: list[Task] = [
+            load_task(task, self.study.prompts, params.seed, evaluate.tasks_dir) for task in evaluate.tasks
+        ]
+        self.drafts = {name: Path(f"data/drafts/seed-{seed}") / name for name in names}
+        digests = {name: draft_digest(directory) for name, directory in self.drafts.items()}
+        code = source_digest(*_CODE), file_digest(script), file_digest(__file__)
+        target = load_target(TARGET).digest
+        what = (digests, target, code, [task.prompts for task in self.tasks], params.seed, settings)
+        key = f"{Path(script).stem}-{seed}-{digest(json.dumps(what, default=str))}"
+        self.work = Work(process_state(), WORK, key)
+
+    @cached_property
+    def target(self) -> Target:
+        return load_target(TARGET)
+
+    @cached_property
+    def exact(self) -> Target:
+        """The target in float32, where token identity is checked."""
+        return load_target(TARGET, dtype="float32")
+
+    @cached_property
+    def drafters(self) -> dict[str, Drafter]:
+        return {name: self.load(name, self.target) for name in self.drafts}
+
+    def load(self, name: str, target: Target) -> Drafter:
+        """The draft alone: no lookup before it."""
+        return load_drafter(self.drafts[name], target)
+
+    def prompts(self, task: Task, target: Target | None = None) -> list[list[int]]:
+        """First turns in the target's chat template."""
+        target = target or self.target
+        return [target.chat_ids([{"role": "user", "content": turns[0]}]) for turns in task.prompts]
+
+    def seeds(self, task: Task) -> list[int]:
+        """Of sampling: those of the evaluation."""
+        return [prompt_seed(self.params.seed, task.name, turns, 0) for turns in task.prompts]
+
+    @cached_property
+    def plain(self) -> dict[str, list[Any]]:
+        """Task → greedy generations of the float32 target alone, for the check of token identity."""
+        evaluate = self.params.evaluate
+        return {
+            task.name: generate(
+                self.exact,
+                None,
+                self.prompts(task, self.exact)[: evaluate.lossless_prompts],
+                max_new_tokens=evaluate.lossless_new_tokens,
+            )
+            for task in self.tasks
+        }

@@ -1,0 +1,152 @@
+"""What the scripts of this folder share: the records of all seeds as arrays, and intervals over seeds and prompts.
+
+τ of a drafter on a task is tokens over rounds of all its prompts, for each seed of training by itself; then the mean
+over seeds. A domain is the mean of its tasks, "mean" that of all tasks. A ratio is between such means, as the paper's.
+An interval resamples prompts within each task and seeds, the same draws for every drafter: pairs stay pairs.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from deepspec.config import Params
+from deepspec.errors import DeepSpecError
+from deepspec.evaluation.contest import PromptRuns, from_json
+from deepspec.evaluation.record import DRAFT, EVAL_VERSION, tau_table
+from deepspec.evaluation.stats import COVERAGE, RESAMPLES, Interval
+
+DOMAINS = ("math", "code", "chat", "other")
+MEAN = "mean"
+
+Tables = dict[str, np.ndarray]  # task → tokens and rounds, [seeds, prompts, 2]
+
+
+@dataclass(frozen=True)
+class Draft:
+    """One drafter trained with one seed: its record, and its runs by task and temperature."""
+
+    record: dict[str, Any]
+    runs: dict[tuple[str, float], list[PromptRuns]]
+
+    @property
+    def lossless(self) -> bool:
+        return all(entry["lossless"] for entry in self.record["tasks"].values())
+
+
+@dataclass(frozen=True)
+class Study:
+    params: Params
+    drafts: dict[str, list[Draft]]  # drafter → in the order of the seeds
+
+    @property
+    def tasks(self) -> dict[str, str]:
+        """Task → category, in the order of `DOMAINS`."""
+        record = next(iter(self.drafts.values()))[0].record
+        found = {key.rsplit("@", 1)[0]: entry["category"] for key, entry in record["tasks"].items()}
+        return dict(sorted(found.items(), key=lambda item: DOMAINS.index(item[1])))
+
+    @property
+    def groups(self) -> dict[str, list[str]]:
+        """Domain → its tasks, and "mean" → all."""
+        domains = dict.fromkeys(self.tasks.values())
+        return {d: [t for t, own in self.tasks.items() if own == d] for d in domains} | {MEAN: [*self.tasks]}
+
+    def tables(self, drafter: str, temperature: float) -> Tables:
+        def runs(draft: Draft, task: str) -> np.ndarray:
+            return tau_table(row[DRAFT] for row in draft.runs[task, temperature])
+
+        return {task: np.stack([runs(draft, task) for draft in self.drafts[drafter]]) for task in self.tasks}
+
+    def bootstrap(self, temperature: float) -> Bootstrap:
+        tables = self.tables(next(iter(self.drafts)), temperature)
+        return Bootstrap(len(self.params.study.seeds), {task: t.shape[1] for task, t in tables.items()})
+
+
+class Bootstrap:
+    """Draws of seeds and prompts as weights; row 0 of each is what was measured.
+
+    Args:
+        seeds: number of seeds.
+        prompts: task → number of prompts.
+    """
+
+    def __init__(self, seeds: int, prompts: Mapping[str, int]):
+        rng = np.random.default_rng(0)
+        self.seeds = _weights(rng, seeds) / seeds  # [1 + RESAMPLES, seeds]
+        self.prompts = {task: _weights(rng, count) for task, count in prompts.items()}
+
+    def tau(self, tables: Tables, tasks: list[str]) -> np.ndarray:
+        """Mean over tasks and seeds, [1 + RESAMPLES]."""
+        return np.mean([self._tau(tables[task], self.prompts[task]) for task in tasks], axis=0)
+
+    def _tau(self, table: np.ndarray, prompts: np.ndarray) -> np.ndarray:
+        tokens, rounds = np.moveaxis(np.einsum("rp,spc->rsc", prompts, table), -1, 0)
+        return (self.seeds * tokens / rounds).sum(1)
+
+
+def interval(values: np.ndarray) -> Interval:
+    """Of [1 + RESAMPLES] values."""
+    tail = (1 - COVERAGE) / 2
+    low, high = np.nanquantile(values[1:], [tail, 1 - tail])
+    return Interval(float(values[0]), float(low), float(high))
+
+
+def by_seed(tables: Tables, tasks: list[str]) -> np.ndarray:
+    """Mean τ over tasks of each seed, [seeds]."""
+    sums = [tables[task].sum(1) for task in tasks]
+    return np.mean([s[:, 0] / s[:, 1] for s in sums], axis=0)
+
+
+def load(params: Params, root: Path = Path(".")) -> Study:
+    """Read reports/eval/seed-<n>/ of every seed.
+
+    Raises:
+        DeepSpecError: params without a study, or records that are missing or cannot be compared.
+    """
+    seeds = study_of(params).seeds
+    drafts = {
+        name: [_draft(root / f"reports/eval/seed-{s}" / name) for s in seeds] for name in params.pipeline
+    }
+    records = [draft.record for own in drafts.values() for draft in own]
+    for record in records:
+        for key in ("eval_version", "target_digest", "dtype", "seed"):
+            if record[key] != records[0][key]:
+                raise DeepSpecError(
+                    f"records of different {key}: {record[key]} and {records[0][key]}; run dvc repro"
+                )
+        prompts = [entry["prompts_digest"] for entry in record["tasks"].values()]
+        if prompts != [entry["prompts_digest"] for entry in records[0]["tasks"].values()]:
+            raise DeepSpecError("records of different prompts; run dvc repro")
+    return Study(params, drafts)
+
+
+def _draft(path: Path) -> Draft:
+    try:
+        record = json.loads(path.with_name(f"{path.name}.json").read_text())
+        lines = path.with_name(f"{path.name}.prompts.jsonl").read_text().splitlines()
+    except FileNotFoundError as error:
+        raise DeepSpecError(f"{error.filename}: no such record; run dvc repro paper/dvc.yaml") from None
+    if record["eval_version"] != EVAL_VERSION:
+        raise DeepSpecError(f"{path}: evaluation version {record['eval_version']}, not {EVAL_VERSION}")
+    runs: dict[tuple[str, float], list[PromptRuns]] = {}
+    for line in map(json.loads, lines):
+        runs.setdefault((line["task"], line["temperature"]), []).append(from_json(line["runs"]))
+    return Draft(record, runs)
+
+
+def study_of(params: Params) -> Any:
+    if params.study is None:
+        raise DeepSpecError("params.yaml has no section `study`; paper/params.yaml has one: run it there")
+    return params.study
+
+
+def _weights(rng: np.random.Generator, count: int) -> np.ndarray:
+    """How often each of `count` things is drawn, [1 + RESAMPLES, count]; once each in row 0."""
+    drawn = rng.multinomial(count, np.full(count, 1 / count), RESAMPLES)
+    return np.concatenate((np.ones((1, count)), drawn))

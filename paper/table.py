@@ -1,0 +1,293 @@
+"""Table 1 beside the published one: reports/table1.json, reports/table1.md and the marked part of README.md."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import yaml
+
+from deepspec.config import Params
+from deepspec.errors import DeepSpecError
+from deepspec.evaluation.stats import Interval
+from deepspec.files import write_json, write_text
+from deepspec.stages.common import stage
+from paper.study import MEAN, Bootstrap, Draft, Study, Tables, by_seed, interval, load
+
+TEMPERATURE = 1.0
+OURS, RIVALS = "DSpark", ("EAGLE-3", "DFlash")
+BEGIN, END = "<!-- table 1: written by paper/table.py -->", "<!-- end of table 1 -->"
+
+
+def published(path: Path = Path("published.yaml")) -> dict[str, Any]:
+    """Name → domain → τ, the ratios between them, and the gains over three targets."""
+    raw = yaml.safe_load(path.read_text())
+    groups = raw["categories"] | {MEAN: [task for tasks in raw["categories"].values() for task in tasks]}
+    tau = {
+        name: {domain: fmean(rows[task] for task in tasks) for domain, tasks in groups.items()}
+        for name, rows in raw["tau"].items()
+    }
+    ratios = {
+        rival: {domain: tau[OURS][domain] / value for domain, value in tau[rival].items()} for rival in RIVALS
+    }
+    return {
+        "source": raw["source"],
+        "target": raw["target"],
+        "tau": tau,
+        "ratios": ratios,
+        "gain": raw["gain"],
+    }
+
+
+def ratios(ours: Tables, rival: Tables, bootstrap: Bootstrap, groups: dict[str, list[str]]) -> dict[str, Any]:
+    """Domain → the ratio of mean τ with its interval, that of each seed, and whether ours is ahead."""
+    found = {}
+    for domain, tasks in groups.items():
+        ratio = interval(bootstrap.tau(ours, tasks) / bootstrap.tau(rival, tasks))
+        each = by_seed(ours, tasks) / by_seed(rival, tasks)
+        found[domain] = {**asdict(ratio), "by_seed": each.tolist(), "ahead": verdict(ratio)}
+    return found
+
+
+def verdict(ratio: Interval) -> str:
+    """Of a ratio whose interval lies above 1, below 1, or across it."""
+    if ratio.low > 1:
+        return "yes"
+    return "no" if ratio.high < 1 else "not told apart"
+
+
+def make(study: Study, known: dict[str, Any]) -> dict[str, Any]:
+    """Everything that the Markdown says, as data."""
+    groups, bootstrap = study.groups, study.bootstrap(TEMPERATURE)
+    tables = {name: study.tables(name, TEMPERATURE) for name in study.drafts}
+    tau = {
+        name: {domain: asdict(interval(bootstrap.tau(own, tasks))) for domain, tasks in groups.items()}
+        for name, own in tables.items()
+    }
+    roles = study.params.study.roles
+    found = {rival: ratios(tables[roles[OURS]], tables[roles[rival]], bootstrap, groups) for rival in RIVALS}
+    return {
+        "published": known,
+        "roles": roles,
+        "tau": tau,
+        "ratios": found,
+        "drafters": {name: drafter(study, name) for name in study.drafts},
+    }
+
+
+def drafter(study: Study, name: str) -> dict[str, Any]:
+    """Of one drafter, over its seeds: what it is, τ and speed-up at each temperature, losslessness."""
+    chosen, drafts = study.params.drafters[name], study.drafts[name]
+    lossless = all(draft.lossless for draft in drafts)
+    temperatures = study.params.evaluate.temperatures
+    return {
+        "type": chosen.type,
+        "layers": getattr(chosen, "layers", 1),
+        "head": getattr(chosen, "markov_head", None),
+        "block_size": chosen.block_size,
+        "lossless": lossless,
+        "lossless_checked": sum(checked(draft) for draft in drafts),
+        "tau": {f"{t:g}": mean_tau(study, name, t) for t in temperatures},
+        "speedup": {f"{t:g}": speedup(drafts, t) if lossless else None for t in temperatures},
+    }
+
+
+def mean_tau(study: Study, name: str, temperature: float) -> dict[str, float]:
+    bootstrap = study.bootstrap(temperature)
+    return asdict(interval(bootstrap.tau(study.tables(name, temperature), study.groups[MEAN])))
+
+
+def speedup(drafts: Iterable[Draft], temperature: float) -> float | None:
+    """Mean over seeds of the records' mean over tasks; None where one has none, as it is not lossless."""
+    found = [draft.record["summary"]["by_temperature"][f"{temperature:g}"]["speedup"] for draft in drafts]
+    return None if None in found else fmean(found)
+
+
+def checked(draft: Draft) -> int:
+    """Prompts whose tokens were compared in float32."""
+    entries = [
+        e
+        for e in draft.record["tasks"].values()
+        if e["temperature"] == draft.record["summary"]["temperature"]
+    ]
+    return sum(entry["lossless_checked"]["prompts"] for entry in entries)
+
+
+def settings(study: Study, root: Path) -> dict[str, Any]:
+    """What was trained on what, for the line under the table."""
+    train, manifest = study.params.train, json.loads((root / "data/distill/manifest.json").read_text())
+    record = next(iter(study.drafts.values()))[0].record
+    return {
+        "target": record["target"],
+        "dtype": record["dtype"],
+        "device": record["device"],
+        "seeds": study.params.study.seeds,
+        "steps": train.steps,
+        "batch_size": train.batch_size,
+        "anchors": train.anchors,
+        "blocks": train.steps * train.batch_size * train.anchors,
+        "epochs": round(train.steps * train.batch_size / manifest["rows"], 1),
+        "conversations": manifest["rows"],
+        "answer_tokens": manifest["answer_tokens"],
+        "prompts": {key: entry["prompts"] for key, entry in record["tasks"].items()},
+        "max_new_tokens": study.params.evaluate.max_new_tokens,
+        "heldout_tau": {name: heldout(study, root, name) for name in study.drafts},
+        "commit": record["provenance"]["git_commit"],
+    }
+
+
+def heldout(study: Study, root: Path, name: str) -> float:
+    """Expected τ of the weights that were kept, mean over seeds."""
+    files = [root / f"reports/train/seed-{seed}/{name}.jsonl" for seed in study.params.study.seeds]
+    lines = [[json.loads(line) for line in file.read_text().splitlines()] for file in files]
+    return fmean(max(line["heldout_tau"] for line in own) for own in lines)
+
+
+def markdown(found: dict[str, Any], beyond: dict[str, Any]) -> str:
+    """The tables as Markdown."""
+    parts = [_taus(found), _ratios(found), _settings(found["settings"]), _drafters(found), _beyond(beyond)]
+    return "\n\n".join(parts) + "\n"
+
+
+def _taus(found: dict[str, Any]) -> str:
+    domains = list(next(iter(found["tau"].values())))
+    known, rows = found["published"], []
+    for role, name in found["roles"].items():
+        here = [_interval(found["tau"][name][domain], 2) for domain in domains]
+        there = [_number(known["tau"][role].get(domain), 2) for domain in domains]
+        rows.append([role, *(cell for both in zip(there, here, strict=True) for cell in both)])
+    heads = [cell for d in domains for cell in (f"{_titled(d)}, published", f"{_titled(d)}, here")]
+    title = (
+        f"**Accepted length τ at T = 1** (published: {known['target']}; here: {found['settings']['target']})"
+    )
+    return f"{title}\n\n{_table(['', *heads], rows)}"
+
+
+def _ratios(found: dict[str, Any]) -> str:
+    known, rows = found["published"], []
+    for rival, by_domain in found["ratios"].items():
+        for domain, ratio in by_domain.items():
+            there = _number(known["ratios"][rival].get(domain), 2)
+            if domain == MEAN:
+                low, high = min(known["gain"][rival]), max(known["gain"][rival])
+                there += f" (1.{low:02d} to 1.{high:02d} over three targets)"
+            each = " / ".join(f"{value:.2f}" for value in ratio["by_seed"])
+            cells = [f"{OURS} / {rival}", _titled(domain), there, _interval(ratio, 3), each, ratio["ahead"]]
+            rows.append([f"**{cell}**" for cell in cells] if domain == MEAN else cells)
+    heads = ["ratio of τ", "domain", "published", "here (95 %)", "by seed", f"{OURS} ahead"]
+    return _table(heads, rows, text=2)
+
+
+def _settings(s: dict[str, Any]) -> str:
+    prompts = max(s["prompts"].values())
+    return (
+        f"{s['conversations']} conversations ({s['answer_tokens']} answer tokens), {s['steps']} steps of "
+        f"{s['batch_size']} conversations and {s['anchors']} blocks each ({s['epochs']} epochs), seeds "
+        f"{', '.join(map(str, s['seeds']))}; {prompts} prompts a task, answers of at most {s['max_new_tokens']} "
+        f"tokens; {s['dtype']}, {s['device']}; records of commit `{(s['commit'] or 'unknown')[:7]}`. "
+        "Intervals are over seeds and prompts."
+    )
+
+
+def _drafters(found: dict[str, Any]) -> str:
+    rows = []
+    for name, own in found["drafters"].items():
+        kind = f"{own['type']}, {own['head']}" if own["head"] else own["type"]
+        cells = [
+            name,
+            kind,
+            str(own["layers"]),
+            str(own["block_size"]),
+            _number(found["settings"]["heldout_tau"][name], 2),
+        ]
+        for t, tau in own["tau"].items():
+            cells += [_interval(tau, 2), _speed(own["speedup"][t])]
+        lossless = f"yes ({own['lossless_checked']} prompts)" if own["lossless"] else "**no**"
+        rows.append([*cells, lossless])
+    temperatures = list(next(iter(found["drafters"].values()))["tau"])
+    heads = ["drafter", "type", "layers", "γ", "expected τ, held out"]
+    heads += [head for t in temperatures for head in (f"τ, T = {t}", f"speed-up, T = {t}")]
+    title = "**Every drafter**, mean of tasks; speed-up over plain decoding in the same engine, no lookup, whole blocks"
+    return f"{title}\n\n{_table([*heads, 'lossless'], rows, text=2)}"
+
+
+def _beyond(beyond: dict[str, Any]) -> str:
+    rows = [
+        [
+            way["drafter"],
+            way["way"],
+            f"{way['temperature']:g}",
+            _interval(way["tau"], 2),
+            _interval(way["against_standard"], 3),
+            _interval(way["speedup"], 2) if way["speedup"] else "none",
+            "yes" if way["lossless"] else "**no**",
+        ]
+        for way in beyond["ways"]
+    ]
+    heads = ["drafter", "verified as", "T", "τ", "× the standard chain's τ", "speed-up", "lossless"]
+    count = " and ".join(sorted({str(n) for n in beyond["prompts"].values()}))
+    title = (
+        f"**The same drafts otherwise** (seed {beyond['seed']}, {count} prompts a task, trees of {beyond['nodes']} "
+        "nodes; intervals over prompts)"
+    )
+    return f"{title}\n\n{_table(heads, rows, text=2)}"
+
+
+def _table(heads: Sequence[str], rows: Iterable[Sequence[str]], text: int = 1) -> str:
+    """The first `text` columns are text, the others numbers."""
+    rule = "|" + "---|" * text + "--:|" * (len(heads) - text)
+    return "\n".join(
+        ["| " + " | ".join(heads) + " |", rule, *("| " + " | ".join(row) + " |" for row in rows)]
+    )
+
+
+def _titled(domain: str) -> str:
+    return "mean of tasks" if domain == MEAN else domain
+
+
+def _number(value: float | None, digits: int) -> str:
+    return "" if value is None else f"{value:.{digits}f}"
+
+
+def _interval(found: dict[str, Any], digits: int) -> str:
+    if found["low"] is None:  # one prompt alone
+        return f"{found['value']:.{digits}f}"
+    return f"{found['value']:.{digits}f} ({found['low']:.{digits}f}–{found['high']:.{digits}f})"
+
+
+def _speed(value: float | None) -> str:
+    return "none" if value is None else f"{value:.2f}×"
+
+
+def between(text: str, body: str) -> str:
+    """A README with `body` between its markers.
+
+    Raises:
+        DeepSpecError: the markers are not there, once each and in order.
+    """
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not (begin and end):
+        raise DeepSpecError(f"README.md has no place for the table: {BEGIN!r} and after it {END!r}")
+    return f"{before}{begin}\n\n{body}\n{end}{after}"
+
+
+def main(params: Params, flags: argparse.Namespace) -> None:
+    root = Path(".")
+    study = load(params, root)
+    found = make(study, published()) | {"settings": settings(study, root)}
+    text = markdown(found, json.loads((root / "reports/beyond.json").read_text()))
+    write_json(root / "reports/table1.json", found)
+    write_text(root / "reports/table1.md", text)
+    readme = root / "README.md"
+    write_text(readme, between(readme.read_text(), text))
+    print(text)
+
+
+if __name__ == "__main__":
+    stage(main)

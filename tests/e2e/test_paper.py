@@ -1,0 +1,61 @@
+"""paper/ from its first stage to its figures on a tiny random target: the commands of its dvc.yaml, in one process."""
+
+from __future__ import annotations
+
+import json
+import runpy
+import shlex
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+from dvc.repo import Repo
+
+from tests.e2e.clone import make_clone
+from tests.tiny import make_target
+
+pytestmark = pytest.mark.e2e
+DATA = ["target", "prompts", "generate", "validate"]
+STAGES = [*DATA, "train", "evaluate", "blocks", "beyond", "table", "figures"]
+
+
+def run(command: str) -> None:
+    """The module of a stage's command, as `python -m` runs it."""
+    words = shlex.split(command)
+    module, *flags = words[len(words) - words[::-1].index("-m") :]
+    sys.argv[:] = [module, *flags]
+    with pytest.raises(SystemExit) as done:
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
+    assert done.value.code == 0, command
+
+
+def test_every_stage_makes_what_it_declares_and_the_readme_gets_the_table(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    make_clone(tmp_path, "llama")
+    paper = tmp_path / "paper"
+    shutil.rmtree(paper / "reports", ignore_errors=True)
+    shutil.copy(paper / "params.smoke.yaml", paper / "params.yaml")
+    make_target(paper / "data/smoke-target")
+    monkeypatch.chdir(paper)
+    monkeypatch.setattr(sys, "argv", list(sys.argv))
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    stages = [stage for stage in Repo(tmp_path).index.stages if Path(stage.path) == paper / "dvc.yaml"]
+    stages.sort(key=lambda stage: STAGES.index(stage.name.split("@")[0]))
+    assert len(stages) == len(DATA) + 3 * 2 + 2 + 2 + 3  # three drafters, two seeds
+    for stage in stages:
+        run(stage.cmd)
+        assert all(out.exists for out in stage.outs), stage.name
+
+    table = json.loads(Path("reports/table1.json").read_text())
+    for by_domain in table["ratios"].values():
+        assert set(by_domain) == {"math", "code", "chat", "mean"}
+        assert all(len(ratio["by_seed"]) == 2 for ratio in by_domain.values())
+    assert all(own["lossless"] for own in table["drafters"].values())
+    ways = json.loads(Path("reports/beyond.json").read_text())["ways"]
+    assert {way["way"] for way in ways} > {"chain, standard", "chain, block verification", "tree, sampled"}
+    assert all(way["lossless"] and way["speedup"] for way in ways)
+    assert Path("reports/table1.md").read_text() in Path("README.md").read_text()
+    figures = {file.stem for file in Path("reports/figures").iterdir()}
+    assert figures == {"figure2", "figure3", "figure4", "figure5", "figure6", "learning"}

@@ -1,0 +1,324 @@
+"""paper/: the same settings for all drafters in every profile, a pipeline that resolves, and the table's arithmetic."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from dvc.repo import Repo
+from transformers import Qwen3Config
+
+from deepspec.config import Params, load_params
+from deepspec.decoding.calibration import Blocks, survival
+from deepspec.drafters.registry import algorithms
+from deepspec.errors import DeepSpecError
+from deepspec.evaluation.contest import Run
+from paper import beyond, blocks, figures, table
+from paper.study import MEAN, Bootstrap, Draft, Study, by_seed, interval
+from tests.records import record
+
+ROOT = Path(__file__).parents[2]
+PAPER = ROOT / "paper"
+PROFILES = sorted(file.stem.removeprefix("params.") for file in PAPER.glob("params.*.yaml"))
+FULL = [name for name in PROFILES if name != "smoke"]
+TASKS = {"sums": "math", "more_sums": "math", "talk": "chat"}
+
+
+def params_of(profile: str) -> Params:
+    return load_params(PAPER / f"params.{profile}.yaml")
+
+
+def test_params_yaml_is_one_of_the_profiles():
+    assert any(
+        (PAPER / "params.yaml").read_text() == (PAPER / f"params.{p}.yaml").read_text() for p in PROFILES
+    )
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+def test_every_profile_decodes_as_the_paper_does(profile):
+    """Whole chains by standard speculative sampling, nothing before the draft, T = 1 among the temperatures."""
+    evaluate = params_of(profile).evaluate
+    decode = evaluate.decode
+    assert (decode.lookup, decode.tree.type, decode.tree.depth, decode.verify) == (
+        None,
+        "chain",
+        None,
+        "standard",
+    )
+    assert (decode.controller.type, decode.controller.length, evaluate.controllers) == ("fixed", None, [])
+    assert {0.0, 1.0} <= set(evaluate.temperatures)
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+def test_every_profile_compares_drafters_under_equal_settings(profile):
+    params = params_of(profile)
+    chosen = [params.drafters[name] for name in params.pipeline]
+    assert len({tuple(own.target_layer_ids) for own in chosen}) == 1
+    assert len({own.draft_vocab_size for own in chosen}) == 1
+    assert not any(getattr(own, "context_skip", False) for own in chosen)
+    types = {role: params.drafters[name].type for role, name in params.study.roles.items()}
+    assert types == {"EAGLE-3": "eagle3", "DFlash": "dflash", "DSpark": "dspark"}
+    rank = {own.markov_rank for own in chosen if own.type == "dspark"}
+    assert len(rank) == 1
+    if profile in FULL:
+        assert {params.drafters[name].block_size for name in params.study.roles.values()} == {7}
+        assert len(chosen[0].target_layer_ids) == 5
+    flash, spark = (params.drafters[name].layers for name in (params.study.dflash, params.study.dspark))
+    assert flash == spark
+
+
+@pytest.mark.parametrize(
+    ("drafter", "key", "value"),
+    [("dflash", "target_layer_ids", [1, 2]), ("eagle3", "draft_vocab_size", 64), ("dspark", "block_size", 5)],
+)
+def test_unequal_drafters_are_refused_by_the_key_that_differs(tmp_path, drafter, key, value):
+    raw = yaml.safe_load((PAPER / "params.quick.yaml").read_text())
+    raw["drafters"][drafter][key] = value
+    file = tmp_path / "params.yaml"
+    file.write_text(yaml.safe_dump(raw))
+    with pytest.raises(DeepSpecError, match=f"need the same {key}, found .*{drafter}"):
+        load_params(file)
+
+
+def test_a_study_of_a_drafter_that_is_not_trained_is_refused(tmp_path):
+    raw = yaml.safe_load((PAPER / "params.quick.yaml").read_text())
+    raw["study"]["dspark"] = "dsprak"
+    file = tmp_path / "params.yaml"
+    file.write_text(yaml.safe_dump(raw))
+    with pytest.raises(DeepSpecError, match=r"study names 'dsprak'.*did you mean 'dspark'"):
+        load_params(file)
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+def test_the_pipeline_resolves_for_every_profile(profile, tmp_path):
+    folder = tmp_path / "paper"
+    folder.mkdir()
+    shutil.copy(PAPER / "dvc.yaml", folder)
+    shutil.copy(PAPER / f"params.{profile}.yaml", folder / "params.yaml")
+    Repo.init(tmp_path, no_scm=True).close()
+    with Repo(tmp_path) as repo:
+        stages = {stage.name: stage for stage in repo.index.stages}
+        repo.index.check_graph()
+    for stage in stages.values():
+        for dep in stage.params:
+            assert not set(dep.params) - set(dep.read_params()), stage.name
+    params = params_of(profile)
+    seeds = params.study.seeds
+    expected = {f"train@{name}-{seed}" for name in params.pipeline for seed in seeds}
+    expected |= {f"{stage}@{seed}" for stage in ("evaluate", "blocks") for seed in seeds}
+    expected |= {"target", "prompts", "generate", "validate", "beyond", "table", "figures"}
+    assert set(stages) == expected
+    first = f"{params.pipeline[0]}-{seeds[-1]}"
+    assert f"--seed {seeds[-1]} --as seed-{seeds[-1]}/{params.pipeline[0]}" in stages[f"train@{first}"].cmd
+
+
+def test_shared_stages_depend_on_the_code_that_they_depend_on_in_the_main_pipeline():
+    main, ours = (yaml.safe_load((folder / "dvc.yaml").read_text())["stages"] for folder in (ROOT, PAPER))
+    code = {
+        name: [dep for dep in main[name]["deps"] if dep.startswith("deepspec/")]
+        for name in ("target", "prompts", "generate", "validate", "train", "evaluate")
+    }
+    for name, deps in code.items():
+        found = [dep.removeprefix("../") for dep in ours[name]["deps"] if dep.startswith("../")]
+        assert found == deps, name
+    for name in ("target", "prompts", "generate", "validate"):
+        assert {k: v for k, v in ours[name].items() if k != "deps"} == {
+            k: v for k, v in main[name].items() if k != "deps"
+        }
+
+
+def qwen3_4b() -> SimpleNamespace:
+    """What a network asks of its target, without a weight."""
+    config = Qwen3Config(
+        hidden_size=2560,
+        intermediate_size=9728,
+        num_hidden_layers=36,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        head_dim=128,
+        vocab_size=151936,
+    )
+    return SimpleNamespace(
+        config=config,
+        hidden_size=2560,
+        num_layers=36,
+        vocab_size=151936,
+        max_length=40960,
+        rope_theta=1e6,
+        plain_head=True,
+        check_layers=lambda layers: None,
+    )
+
+
+@pytest.mark.parametrize("name", params_of("qwen3-4b").pipeline)
+def test_the_networks_for_qwen3_4b_have_its_shapes(name):
+    params = params_of("qwen3-4b")
+    drafter = params.drafters[name]
+    with torch.device("meta"):
+        network = algorithms()[drafter.type].network(drafter, qwen3_4b())
+        features = torch.empty(2, 24, 5 * 2560)
+        tokens = torch.empty(2, 24, dtype=torch.int64)
+        hidden = network(features, tokens, torch.empty(2, 3, dtype=torch.int64))
+        assert hidden.shape == (2, 3, drafter.block_size, 2560)
+        outputs = network.outputs(hidden, torch.empty(2, 3, drafter.block_size, dtype=torch.int64))
+    assert {w.shape[0] for _, w in outputs.factors} == {151936}
+    assert (outputs.confidence is not None) == (drafter.type == "dspark")
+
+
+def test_a_step_for_qwen3_4b_can_be_shared_by_the_gpus_of_several_machines():
+    train = params_of("qwen3-4b").train
+    processes = yaml.safe_load((ROOT / "configs/multinode.yaml").read_text())["num_processes"]
+    assert train.batch_size % (processes * train.accumulate) == 0
+    assert train.features.mode == "online"
+
+
+def run_of(tokens: int, rounds: int, seconds: float = 1.0) -> Run:
+    """`rounds` rounds that accept `tokens` tokens in all."""
+    accepted = [tokens // rounds] * rounds
+    accepted[-1] += tokens - sum(accepted)
+    return Run(seconds, tokens, 0.0, 0.0, [accepted], [[7] * rounds])
+
+
+def made_up(taus: dict[str, list[list[int]]], lossless: bool = True, prompts: int = 6) -> Study:
+    """A study whose prompt i has `taus[drafter][seed][task]` + i accepted tokens in 10 rounds."""
+    params = params_of("quick").model_copy(update={"pipeline": list(taus)})
+    drafts: dict[str, list[Draft]] = {}
+    for name, seeds in taus.items():
+        for by_task in seeds:
+            own = record(name, 2.0 if lossless else None)
+            entry = own["tasks"]["sums@T=1"]
+            own["tasks"] = {
+                f"{task}@T={t:g}": entry | {"category": category, "temperature": t}
+                for task, category in TASKS.items()
+                for t in (0.0, 1.0)
+            }
+            runs = {
+                (task, t): [{"draft": run_of(tokens + i, 10)} for i in range(prompts)]
+                for task, tokens in zip(TASKS, by_task, strict=True)
+                for t in (0.0, 1.0)
+            }
+            drafts.setdefault(name, []).append(Draft(own, runs))
+    return Study(params, drafts)
+
+
+EQUAL = {"eagle3": [[10, 20, 30]] * 2, "dflash": [[10, 20, 30]] * 2, "dspark": [[10, 20, 30]] * 2}
+
+
+def test_tau_of_a_domain_is_the_mean_of_its_tasks_and_of_its_seeds():
+    study = made_up(
+        {"eagle3": [[10, 20, 30], [30, 40, 50]], "dflash": EQUAL["dflash"], "dspark": EQUAL["dspark"]}
+    )
+    found = table.make(study, table.published(PAPER / "published.yaml"))["tau"]["eagle3"]
+    extra = sum(range(6)) / 6  # accepted tokens of a mean prompt beyond the first one's
+    tau = {tokens: 1 + (tokens + extra) / 10 for tokens in (10, 20, 30, 40, 50)}
+    assert found["math"]["value"] == pytest.approx((tau[10] + tau[20] + tau[30] + tau[40]) / 4)
+    assert found["chat"]["value"] == pytest.approx((tau[30] + tau[50]) / 2)
+    assert found[MEAN]["value"] == pytest.approx(
+        (tau[10] + tau[20] + tau[30] + tau[30] + tau[40] + tau[50]) / 6
+    )
+    assert found["chat"]["low"] < found["chat"]["value"] < found["chat"]["high"]
+
+
+def test_equal_drafters_have_the_ratio_one_without_any_width():
+    """Their prompts and seeds are drawn together: what both share is no uncertainty of the ratio."""
+    ratios = table.make(made_up(EQUAL), table.published(PAPER / "published.yaml"))["ratios"]
+    for by_domain in ratios.values():
+        for ratio in by_domain.values():
+            assert (ratio["value"], ratio["low"], ratio["high"]) == pytest.approx((1, 1, 1))
+            assert ratio["ahead"] == "not told apart"
+
+
+def test_who_is_ahead_everywhere_is_said_to_be_and_who_is_behind_too():
+    ahead = EQUAL | {"dspark": [[40, 50, 60]] * 2}
+    found = table.make(made_up(ahead), table.published(PAPER / "published.yaml"))["ratios"]
+    assert {ratio["ahead"] for by_domain in found.values() for ratio in by_domain.values()} == {"yes"}
+    behind = EQUAL | {"dspark": [[1, 2, 3]] * 2}
+    found = table.make(made_up(behind), table.published(PAPER / "published.yaml"))["ratios"]
+    assert {ratio["ahead"] for by_domain in found.values() for ratio in by_domain.values()} == {"no"}
+
+
+def test_seeds_that_disagree_widen_the_interval():
+    tables = {"sums": np.array([[[20.0, 10.0]] * 4, [[40.0, 10.0]] * 4])}
+    bootstrap = Bootstrap(2, {"sums": 4})
+    found = interval(bootstrap.tau(tables, ["sums"]))
+    assert (found.low, found.value, found.high) == pytest.approx((2, 3, 4))
+    assert by_seed(tables, ["sums"]).tolist() == [2, 4]
+
+
+def test_the_published_means_are_the_papers_own_gains():
+    known = table.published(PAPER / "published.yaml")
+    for rival, by_domain in known["ratios"].items():
+        assert round(100 * (by_domain[MEAN] - 1)) == known["gain"][rival][0]
+
+
+def test_a_record_that_is_not_lossless_shows_no_speed_up():
+    found = table.make(made_up(EQUAL, lossless=False), table.published(PAPER / "published.yaml"))
+    assert all(set(own["speedup"].values()) == {None} for own in found["drafters"].values())
+    settings = {"heldout_tau": dict.fromkeys(EQUAL, 1.5)}
+    text = table._drafters(found | {"settings": settings})
+    assert "2.00×" not in text
+    assert text.count("| none |") == 6 and text.count("**no**") == 3
+
+
+def test_another_way_to_verify_that_changes_a_token_shows_no_speed_up():
+    rows = [{"plain": run_of(20, 20, 2.0)} | {f"d/{way}": run_of(20, 10) for way in beyond.ways(4, 1.0)}] * 3
+    ways = dict.fromkeys(beyond.ways(4, 1.0), True)
+    found = beyond.summary({1.0: [rows]}, {"d": ways | {"tree, sampled": False}}, ["d"])
+    speedups = {row["way"]: row["speedup"] for row in found}
+    assert speedups.pop("tree, sampled") is None
+    assert all(own["value"] == pytest.approx(2) for own in speedups.values())
+    assert {row["against_standard"]["value"] for row in found} == {1}
+
+
+def test_the_table_is_put_between_the_readmes_markers_and_nowhere_else():
+    text = f"a\n{table.BEGIN}\nold\n{table.END}\nb\n"
+    assert table.between(text, "new\n") == f"a\n{table.BEGIN}\n\nnew\n\n{table.END}\nb\n"
+    with pytest.raises(DeepSpecError, match="no place for the table"):
+        table.between("a\n", "new")
+
+
+def test_the_readme_shows_the_table_that_was_made():
+    made = PAPER / "reports/table1.md"
+    if not made.exists():
+        pytest.skip("paper/ has not been run")
+    assert made.read_text() in (PAPER / "README.md").read_text()
+
+
+def test_logits_of_survivals_give_the_survivals_back():
+    chances = [0.9, 0.5, 0.1]
+    (found,) = survival(np.array([blocks._logits(chances)]))
+    assert found == pytest.approx(chances, abs=1e-4)
+
+
+def test_confidence_is_judged_on_blocks_it_was_not_fitted_to():
+    """Logits twice too sure in one half and honest in the other: each half gets the other's temperature."""
+    rng = np.random.default_rng(0)
+
+    def made(scale: float) -> Blocks:
+        logits = rng.normal(0, 1.5, (4000, 1))
+        accepted = (rng.random(4000) < 1 / (1 + np.exp(-logits[:, 0]))).astype(np.int64)
+        return Blocks(scale * logits, accepted, np.ones(4000, dtype=np.int64))
+
+    both_sure = blocks.confidence({"math": (made(3.0), made(3.0))})["all"]["ece"]
+    assert both_sure["after"] < both_sure["before"] / 2
+    unlike = blocks.confidence({"math": (made(3.0), made(1.0))})["all"]["ece"]
+    assert unlike["after"] > both_sure["after"] * 2
+
+
+def test_lengths_end_with_the_whole_block():
+    assert list(blocks.lengths([1, 4, 7, 10], 7)) == [1, 4, 7]
+    assert list(blocks.lengths([1, 4, 7, 10], 16)) == [1, 4, 7, 10, 16]
+
+
+def test_figure_2_counts_the_blocks_in_which_all_before_was_accepted():
+    study = made_up({name: [[10, 20, 30]] for name in EQUAL}, prompts=1)
+    rows = [
+        row for row in figures.acceptance(study) if row["drafter"] == "DSpark" and row["domain"] == "chat"
+    ]
+    assert [row["rate"] for row in rows] == [1, 1, 1, 0]  # three of seven in each round
+    assert {row["reached"] for row in rows} == {10}

@@ -1,0 +1,245 @@
+"""A tag brought back, on a pipeline of two small scripts: what runs, what is pulled, what is told apart."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from deepspec import reproduce
+from deepspec.checkout import STATE, Settings
+from deepspec.decoding import cost
+from deepspec.errors import DeepSpecError
+from deepspec.reproduce import RESULT, plant_costs, run
+
+DVC_YAML = """
+stages:
+  data:
+    cmd: python make.py data
+    deps: [make.py]
+    outs: [data.txt]
+  measure:
+    cmd: python make.py measure
+    deps: [data.txt]
+    outs:
+      - reports/eval/a.json: {cache: false}
+  report:
+    cmd: python make.py report
+    deps: [reports/eval/a.json]
+    metrics:
+      - metrics.json: {cache: false}
+"""
+MAKE = """
+import json, pathlib, sys
+log = pathlib.Path("ran.log"); log.open("a").write(sys.argv[1] + "\\n")
+if pathlib.Path("broken").exists() and sys.argv[1] == "report": sys.exit("cannot report")
+data, record = pathlib.Path("data.txt"), pathlib.Path("reports/eval/a.json")
+record.parent.mkdir(parents=True, exist_ok=True)
+if sys.argv[1] == "data": data.write_text("1.5")
+if sys.argv[1] == "measure": record.write_text(json.dumps({"tau": float(data.read_text())}))
+if sys.argv[1] == "report": pathlib.Path("metrics.json").write_text(record.read_text())
+"""
+
+
+def sh(root: Path, *words: str) -> str:
+    return subprocess.run(words, cwd=root, check=True, capture_output=True, text=True).stdout
+
+
+def dvc(root: Path, *words: str) -> str:
+    return sh(root, sys.executable, "-m", "dvc", *words)
+
+
+def commit(root: Path, tag: str) -> None:
+    sh(root, "git", "add", "-A")
+    who = ["-c", "user.name=tests", "-c", "user.email=tests@example.org"]
+    sh(root, "git", *who, "commit", "--quiet", "--allow-empty", "-m", tag)
+    sh(root, "git", "tag", tag)
+
+
+@pytest.fixture(scope="module")
+def origin(tmp_path_factory) -> Path:
+    """A repository with a tag `good`, pushed, a tag `never-run`, and one of a pipeline in a folder."""
+    root = tmp_path_factory.mktemp("origin") / "repository"
+    root.mkdir()
+    (root / "dvc.yaml").write_text(DVC_YAML)
+    (root / "make.py").write_text(MAKE)
+    (root / "plain.yaml").write_text("none")
+    sh(root, "git", "init", "--quiet")
+    dvc(root, "init", "--quiet")
+    dvc(root, "remote", "add", "--default", "shared", "../remote")
+    (root / ".gitignore").write_text("ran.log\n/.deepspec/\n/data.txt\n")
+    commit(root, "never-run")
+    dvc(root, "repro")
+    commit(root, "good")
+    dvc(root, "push")
+    (root / "paper").mkdir()
+    (root / "paper/dvc.yaml").write_text(DVC_YAML)
+    (root / "paper/make.py").write_text(MAKE.replace("1.5", "2.5"))
+    (root / "paper/.gitignore").write_text("/data.txt\n")
+    dvc(root, "repro", "paper/dvc.yaml")
+    commit(root, "unpushed")
+    return root
+
+
+@pytest.fixture
+def settings(origin, tmp_path):
+    """Settings of a reproduction into an empty directory, with changes."""
+    return lambda tag, **changes: Settings(tag, str(origin), tmp_path / "clone", **changes)
+
+
+def ran(chosen: Settings, folder: str = ".") -> list[str]:
+    return (chosen.directory / folder / "ran.log").read_text().split()
+
+
+def metric(chosen: Settings, name: str = "tau") -> dict:
+    result = json.loads((chosen.directory / RESULT).read_text())
+    return next(row for row in result["metrics"] if row["metric"] == name)
+
+
+def test_pulled_data_is_measured_again_and_nothing_is_made_again(settings, capsys):
+    """The remote stands beside the repository, by a path relative to it: the clone finds it all the same."""
+    chosen = settings("good")
+    assert run(chosen) is True
+    assert ran(chosen) == ["measure", "report"]
+    assert (metric(chosen)["committed"], metric(chosen)["now"], metric(chosen)["verdict"]) == (
+        1.5,
+        1.5,
+        "same",
+    )
+    assert "good is reproduced" in capsys.readouterr().out
+
+
+def test_everything_is_made_again_without_a_remote(settings):
+    chosen = settings("good", recompute=True, remote="/nowhere")
+    assert run(chosen) is True
+    assert ran(chosen) == ["data", "measure", "report"]
+
+
+def test_a_tampered_metric_is_caught_and_named(origin, settings, tmp_path, capsys):
+    """By measuring again, and by what dvc.lock has of the file."""
+    forged = tmp_path / "forged"
+    sh(tmp_path, "git", "clone", "--quiet", "--branch", "good", str(origin), str(forged))
+    (forged / "metrics.json").write_text('{"tau": 1.9}')
+    commit(forged, "better")
+    chosen = Settings("better", str(forged), tmp_path / "clone", remote=str(origin.parent / "remote"))
+    assert run(chosen) is False
+    assert metric(chosen)["verdict"] == metric(chosen, "metrics.json")["verdict"] == "DIFFERS"
+    out = capsys.readouterr().out
+    assert "better is NOT reproduced" in out
+    assert "differs: tau: 1.9 committed, 1.5 now" in out
+
+
+def test_a_run_that_was_stopped_goes_on(settings, capsys):
+    chosen = settings("good")
+    run(chosen)
+    state = json.loads((chosen.directory / STATE).read_text())
+    state["done"].remove("dvc.yaml:report")
+    (chosen.directory / STATE).write_text(json.dumps(state))
+    (chosen.directory / "broken").touch()
+    with pytest.raises(DeepSpecError, match=r"stage dvc.yaml:report failed in .* run again to go on"):
+        run(chosen)
+    (chosen.directory / "broken").unlink()
+    assert run(chosen) is True
+    assert ran(chosen) == ["measure", "report", "report", "report"]
+    assert "going on in" in capsys.readouterr().out
+
+
+def test_a_pipeline_in_a_folder_and_only_it(settings):
+    chosen = settings("unpushed", pipeline="paper/dvc.yaml", recompute=True)
+    assert run(chosen) is True
+    assert ran(chosen, "paper") == ["data", "measure", "report"]
+    assert not (chosen.directory / "ran.log").exists()
+    assert metric(chosen)["now"] == 2.5
+
+
+def test_only_chosen_stages_run(settings):
+    chosen = settings("good", stages=("report",))
+    assert run(chosen) is True
+    assert ran(chosen) == ["report"]
+
+
+def test_a_directory_that_exists_and_is_empty_will_do(settings, monkeypatch):
+    chosen = settings("good", stages=("report",))
+    chosen.directory.mkdir()
+    monkeypatch.chdir(chosen.directory)
+    assert run(chosen) is True
+
+
+@pytest.mark.parametrize(
+    ("tag", "changes", "message"),
+    [
+        ("goof", {}, "has no tag 'goof'; did you mean 'good'.*tags: good, never-run, unpushed"),
+        ("never-run", {}, "never-run has no committed metrics in metrics.json"),
+        (
+            "good",
+            {"pipeline": "papers/dvc.yaml"},
+            "good has no papers/dvc.yaml; name another with --pipeline",
+        ),
+        ("good", {"stages": ("mesure",)}, "dvc.yaml has no stage 'mesure'; did you mean 'measure'"),
+        ("good", {"tolerances": ("tau",)}, "expected PATTERN=SHARE"),
+        ("unpushed", {"pipeline": "paper/dvc.yaml"}, "the remote lacks data of unpushed .* use --recompute"),
+    ],
+)
+def test_each_mistake_is_one_line(settings, tag, changes, message):
+    with pytest.raises(DeepSpecError, match=message) as caught:
+        run(settings(tag, **changes))
+    assert "\n" not in str(caught.value)
+
+
+def test_no_such_repository(tmp_path):
+    with pytest.raises(DeepSpecError, match="git clone failed"):
+        run(Settings("good", str(tmp_path / "none"), tmp_path / "clone"))
+    assert not (tmp_path / "clone").exists()
+
+
+def test_a_directory_that_holds_something_else_is_left_alone(settings):
+    chosen = settings("good")
+    chosen.directory.mkdir()
+    (chosen.directory / "thesis.tex").write_text("mine")
+    with pytest.raises(DeepSpecError, match="clone: not empty; choose another directory with --into"):
+        run(chosen)
+    assert [path.name for path in chosen.directory.iterdir()] == ["thesis.tex"]
+
+
+def test_a_directory_of_another_reproduction_is_not_gone_on_with(settings):
+    run(settings("good", stages=("report",)))
+    with pytest.raises(DeepSpecError, match=r"holds another reproduction .* remove it"):
+        run(settings("good", recompute=True))
+
+
+def test_after_a_wrong_remote_the_right_one_is_taken(origin, settings, tmp_path):
+    with pytest.raises(DeepSpecError, match="the remote lacks data of good"):
+        run(settings("good", remote=str(tmp_path / "empty")))
+    assert run(settings("good", remote=str(origin.parent / "remote"))) is True
+
+
+def test_a_cost_curve_of_this_machine_is_planted_where_there_is_none(tmp_path, monkeypatch):
+    """Under the names by which `decoding/cost.py` finds it; what the machine measured itself stays."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    shared = {"device": "A CPU", "precision": "bfloat16", "target": "t"}
+    identity = shared | {"drafter": "d", "drafter_code": "c", "shape": "Chain()"}
+    passes, drafts = {"1": [[1.0, 0.02], [2.0, 0.021]]}, {"1": 0.003}
+    plant_costs({"round_costs": {"identity": identity, "passes": passes, "drafts": drafts}})
+
+    def kept(owner, parse):
+        return cost._kept(cost.profiles_folder(), owner, [1], False, lambda missing: {1: "measured"}, parse)
+
+    assert kept(shared, cost._points) == {1: [(1.0, 0.02), (2.0, 0.021)]}
+    assert kept(identity, float) == {1: 0.003}
+    plant_costs({"round_costs": {"identity": identity, "passes": passes, "drafts": {"1": 9.0}}})
+    assert kept(identity, float) == {1: 0.003}
+    plant_costs({"round_costs": {}})
+    assert len(list(cost.profiles_folder().iterdir())) == 2
+
+
+def test_the_result_says_what_was_asked_and_what_was_not_as_it_was(settings, monkeypatch):
+    monkeypatch.setattr(reproduce, "plant_costs", lambda record: None)
+    chosen = settings("good", stages=("report",))
+    run(chosen)
+    result = json.loads((chosen.directory / RESULT).read_text())
+    assert (result["tag"], result["mode"], result["measured"]) == ("good", "pull", ["dvc.yaml:report"])
+    assert result["passed"] is True and result["differences"] == {} and result["uncommitted_code"] == []
+    assert str(chosen.directory) not in json.dumps(result)
