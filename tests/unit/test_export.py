@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import ast
 import json
 import subprocess
@@ -25,6 +26,7 @@ from deepspec.export.readers import block, eagle3
 from deepspec.export.readers.directory import Directory
 from deepspec.export.readers.sample import Sample
 from deepspec.files import file_digest
+from deepspec.stages import export as stage
 from deepspec.target import load_target
 from tests.exporting import LAYERS, SIZES, make_draft, samples, written
 from tests.tiny import make_target
@@ -248,6 +250,22 @@ def test_a_record_of_another_draft_is_refused(target, tmp_path):
     path.write_text(json.dumps(record([0.5], 0.01)))
     with pytest.raises(DeepSpecError, match=r"measured with draft d, but this one is .*; evaluate it first"):
         load_draft("eagle3", draft.directory, target, path)
+
+
+def test_the_stage_fails_in_words_where_an_export_is_not_the_draft(target, tmp_path, monkeypatch):
+    """A draft whose own config.json names fewer positions than its target has."""
+    monkeypatch.chdir(tmp_path)
+    draft = make_draft(tmp_path / "data/drafts", target, "eagle3")
+    config = json.loads((draft.directory / "config.json").read_text())
+    (draft.directory / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 2048}))
+    (tmp_path / "data/target").symlink_to(target.source)
+    flags = argparse.Namespace(drafter="eagle3", to=["hf", "vllm"], output=Path("data/exports"))
+    with pytest.raises(DeepSpecError, match="hf: max_position_embeddings is 2048, the target's 4096"):
+        stage.main(None, flags)
+    record = json.loads(Path("reports/export/eagle3.json").read_text())
+    assert not record["passed"]
+    assert record["engines"]["vllm"]["parity"]["passed"]  # written with the target's positions
+    assert record["engines"]["vllm"]["command"].startswith("vllm serve data/target --speculative-config")
 
 
 def test_another_targets_draft_is_refused(target, published_target, tmp_path):
