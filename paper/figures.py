@@ -17,7 +17,7 @@ from deepspec.evaluation.charts import GREY, LIGHT, PALETTE, PNG_SCALE
 from deepspec.evaluation.record import DRAFT, accept_rates
 from deepspec.files import replacing
 from deepspec.stages.common import stage
-from paper.study import MEAN, Bootstrap, Study, interval, load
+from paper.study import MEAN, Bootstrap, Study, load
 
 TEMPERATURE = 1.0
 PANEL, WIDE, HEIGHT = 210, 420, 220
@@ -59,7 +59,8 @@ def depth(study: Study) -> Rows:
     for name in study.drafts:
         chosen = study.params.drafters[name]
         if chosen.block_size == size and getattr(chosen, "markov_head", "vanilla") == "vanilla":
-            tau = interval(bootstrap.tau(study.tables(name, TEMPERATURE), study.groups[MEAN]))
+            tasks = study.groups[MEAN]
+            tau = bootstrap.interval(bootstrap.tau(study.tables(name, TEMPERATURE), tasks), tasks)
             own = {"layers": getattr(chosen, "layers", 1), "tau": tau.value, "low": tau.low, "high": tau.high}
             rows.append({"drafter": _family(study, name), **own})
     return rows
@@ -75,7 +76,7 @@ def lengths(study: Study, blocks: list[dict[str, Any]]) -> Rows:
                 for task in study.tasks
             }
             bootstrap = Bootstrap(len(blocks), {task: table.shape[1] for task, table in tables.items()})
-            tau = interval(bootstrap.tau(tables, list(tables)))
+            tau = bootstrap.interval(bootstrap.tau(tables, [*tables]), [*tables])
             rows.append(
                 {"drafter": name, "length": int(n), "tau": tau.value, "low": tau.low, "high": tau.high}
             )

@@ -19,7 +19,7 @@ from deepspec.config import Params
 from deepspec.errors import DeepSpecError
 from deepspec.evaluation.contest import PromptRuns, from_json
 from deepspec.evaluation.record import DRAFT, EVAL_VERSION, tau_table
-from deepspec.evaluation.stats import COVERAGE, RESAMPLES, Interval
+from deepspec.evaluation.stats import RESAMPLES, Interval, _tail
 
 DOMAINS = ("math", "code", "chat", "other")
 MEAN = "mean"
@@ -89,12 +89,14 @@ class Bootstrap:
         tokens, rounds = np.moveaxis(np.einsum("rp,spc->rsc", prompts, table), -1, 0)
         return (self.seeds * tokens / rounds).sum(1)
 
-
-def interval(values: np.ndarray) -> Interval:
-    """Of [1 + RESAMPLES] values."""
-    tail = (1 - COVERAGE) / 2
-    low, high = np.nanquantile(values[1:], [tail, 1 - tail])
-    return Interval(float(values[0]), float(low), float(high))
+    def interval(self, values: np.ndarray, tasks: list[str]) -> Interval:
+        """Of [1 + RESAMPLES] values made of these tasks; expanded for the number of prompts as the records' are."""
+        prompts = sum(self.prompts[task].shape[1] for task in tasks)
+        if prompts == len(tasks):
+            return Interval(float(values[0]), None, None)
+        tail = _tail(prompts, len(tasks))
+        low, high = np.nanquantile(values[1:], [tail, 1 - tail])
+        return Interval(float(values[0]), float(low), float(high))
 
 
 def by_seed(tables: Tables, tasks: list[str]) -> np.ndarray:

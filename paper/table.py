@@ -17,7 +17,7 @@ from deepspec.errors import DeepSpecError
 from deepspec.evaluation.stats import Interval
 from deepspec.files import write_json, write_text
 from deepspec.stages.common import stage
-from paper.study import MEAN, Bootstrap, Draft, Study, Tables, by_seed, interval, load
+from paper.study import MEAN, Bootstrap, Draft, Study, Tables, by_seed, load
 
 TEMPERATURE = 1.0
 OURS, RIVALS = "DSpark", ("EAGLE-3", "DFlash")
@@ -48,7 +48,7 @@ def ratios(ours: Tables, rival: Tables, bootstrap: Bootstrap, groups: dict[str, 
     """Domain → the ratio of mean τ with its interval, that of each seed, and whether ours is ahead."""
     found = {}
     for domain, tasks in groups.items():
-        ratio = interval(bootstrap.tau(ours, tasks) / bootstrap.tau(rival, tasks))
+        ratio = bootstrap.interval(bootstrap.tau(ours, tasks) / bootstrap.tau(rival, tasks), tasks)
         each = by_seed(ours, tasks) / by_seed(rival, tasks)
         found[domain] = {**asdict(ratio), "by_seed": each.tolist(), "ahead": verdict(ratio)}
     return found
@@ -56,6 +56,8 @@ def ratios(ours: Tables, rival: Tables, bootstrap: Bootstrap, groups: dict[str, 
 
 def verdict(ratio: Interval) -> str:
     """Of a ratio whose interval lies above 1, below 1, or across it."""
+    if ratio.bounds is None:
+        return "not told apart"
     if ratio.low > 1:
         return "yes"
     return "no" if ratio.high < 1 else "not told apart"
@@ -66,7 +68,10 @@ def make(study: Study, known: dict[str, Any]) -> dict[str, Any]:
     groups, bootstrap = study.groups, study.bootstrap(TEMPERATURE)
     tables = {name: study.tables(name, TEMPERATURE) for name in study.drafts}
     tau = {
-        name: {domain: asdict(interval(bootstrap.tau(own, tasks))) for domain, tasks in groups.items()}
+        name: {
+            domain: asdict(bootstrap.interval(bootstrap.tau(own, tasks), tasks))
+            for domain, tasks in groups.items()
+        }
         for name, own in tables.items()
     }
     roles = study.params.study.roles
@@ -99,7 +104,8 @@ def drafter(study: Study, name: str) -> dict[str, Any]:
 
 def mean_tau(study: Study, name: str, temperature: float) -> dict[str, float]:
     bootstrap = study.bootstrap(temperature)
-    return asdict(interval(bootstrap.tau(study.tables(name, temperature), study.groups[MEAN])))
+    tasks = study.groups[MEAN]
+    return asdict(bootstrap.interval(bootstrap.tau(study.tables(name, temperature), tasks), tasks))
 
 
 def speedup(drafts: Iterable[Draft], temperature: float) -> float | None:

@@ -19,7 +19,7 @@ from deepspec.drafters.registry import algorithms
 from deepspec.errors import DeepSpecError
 from deepspec.evaluation.contest import Run
 from paper import beyond, blocks, figures, table
-from paper.study import MEAN, Bootstrap, Draft, Study, by_seed, interval
+from paper.study import MEAN, Bootstrap, Draft, Study, by_seed
 from tests.records import record
 
 ROOT = Path(__file__).parents[2]
@@ -245,7 +245,7 @@ def test_who_is_ahead_everywhere_is_said_to_be_and_who_is_behind_too():
 def test_seeds_that_disagree_widen_the_interval():
     tables = {"sums": np.array([[[20.0, 10.0]] * 4, [[40.0, 10.0]] * 4])}
     bootstrap = Bootstrap(2, {"sums": 4})
-    found = interval(bootstrap.tau(tables, ["sums"]))
+    found = bootstrap.interval(bootstrap.tau(tables, ["sums"]), ["sums"])
     assert (found.low, found.value, found.high) == pytest.approx((2, 3, 4))
     assert by_seed(tables, ["sums"]).tolist() == [2, 4]
 
