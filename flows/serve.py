@@ -11,7 +11,7 @@ import yaml
 from prefect import serve
 
 from deepspec.errors import DeepSpecError
-from deepspec.stages.common import guarded, quiet_environment
+from deepspec.stages.common import guarded
 from flows.pipeline import pipeline
 from flows.promote import promote
 from flows.setup import ensure_limit
@@ -26,7 +26,6 @@ def parse(settings: list[str]) -> dict:
 
 
 def main() -> None:
-    quiet_environment()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--repository", default=".", help="a path or URL to clone (default: here)")
     parser.add_argument("--ref", default="HEAD", help="branch, tag or commit (default: %(default)s)")

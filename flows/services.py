@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from deepspec.errors import DeepSpecError
-from deepspec.stages.common import TELEMETRY_OFF, guarded, quiet_environment
+from deepspec.stages.common import TELEMETRY_OFF, guarded
 from flows import postgres
 from flows.process import Process
 from flows.setup import POOL, ROOT
@@ -211,7 +211,6 @@ def answers(url: str) -> Callable[[], bool]:
 
 
 def main() -> None:
-    quiet_environment()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("action", choices=("up", "down", "status"))
     parser.add_argument("--home", type=Path, default=ROOT / ".deepspec/services", help="default: %(default)s")

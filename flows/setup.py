@@ -17,8 +17,6 @@ from prefect import get_client
 from prefect.client.schemas.actions import WorkPoolCreate
 from prefect.exceptions import ObjectNotFound
 
-from deepspec.stages.common import quiet_environment
-
 GPU_TAG = "gpu"
 POOL = "local"
 DEPLOYMENTS = ("pipeline/nightly", "promote/on-demand")  # of prefect.yaml, those for the process pool
@@ -68,7 +66,6 @@ def deploy() -> None:
 
 
 def main() -> None:
-    quiet_environment()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
         "--gpu-slots", type=int, help="stages that may compute at once (default: 1, or as it is)"

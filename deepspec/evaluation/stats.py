@@ -71,7 +71,7 @@ def bootstrap(tables: list[np.ndarray], statistic: Statistic, seed: int = 0) -> 
         return Interval(float(np.mean(values)), None, None)
     rng = np.random.default_rng(seed)
     resampled = np.mean([_resampled(table, statistic, rng) for table in tables], axis=0)  # [RESAMPLES]
-    tail = _tail(sum(map(len, tables)), len(tables))
+    tail = share_beyond(sum(map(len, tables)), len(tables))
     low, high = np.nanquantile(resampled, [tail, 1 - tail])
     return Interval(float(np.mean(values)), float(low), float(high))
 
@@ -123,7 +123,7 @@ def median_per_round_ms(seconds: list[float], rounds: list[int]) -> float | None
     return float(np.median(per_prompt)) if per_prompt else None
 
 
-def _tail(prompts: int, tasks: int) -> float:
+def share_beyond(prompts: int, tasks: int) -> float:
     """Share of resamples beyond each end of an interval, so that it covers what it says."""
     freedom = prompts - tasks
     z = NormalDist().inv_cdf((1 + COVERAGE) / 2)

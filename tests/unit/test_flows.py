@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -256,6 +257,8 @@ def test_a_process_is_started_once_and_stopped_with_its_children(tmp_path: Path)
     assert not process.terminate()
     process.start(["sh", "-c", "echo hello; sleep 600 & wait"], tmp_path, dict(os.environ))
     assert Process(tmp_path, "one").pid() == process.pid() is not None
+    while process.last_line() != "hello":  # the test's own time limit ends this
+        time.sleep(0.01)
     process.terminate()
     process.wait()
     assert process.pid() is None
