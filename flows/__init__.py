@@ -5,4 +5,4 @@ DVC owns the stages and their order, MLflow what is deployable; nothing here rep
 
 from deepspec.stages.common import quiet_environment
 
-quiet_environment()  # Prefect reads its settings when it is imported, which each module below does
+quiet_environment()  # before any module of ours imports Prefect

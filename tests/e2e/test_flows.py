@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -119,31 +120,35 @@ def test_a_scheduled_run_executes_the_pipeline_in_a_clone_and_shows_its_results(
     assert git(clone.root, "ls-tree", "--name-only", branch, "dvc.lock", "reports/metrics.json")
     assert git(clone.root, "status", "--porcelain") == ""
     assert not (clone.root / "data/distill").exists()
-    look(stack, run)
+    link = re.search(r"\((http://\S+)\)", artifacts["mlflow-lookup"]["data"])[1]
+    assert link.startswith(stack.places.url("mlflow"))
+    prefect = f"{stack.places.url('prefect')}/runs/flow-run/{run['id']}"
+    look(prefect, "prefect-run", [run["name"], "Completed", "evaluate@lookup"])
+    look(link, "mlflow-run", ["lookup"])
 
 
-def look(stack: Servers, run: dict) -> None:
-    """The run's page in a browser; nothing is asked of another machine. `DEEPSPEC_SCREENSHOTS` keeps the picture."""
+def look(url: str, name: str, texts: list[str]) -> None:
+    """A page in a browser says all this and asks no other machine. `DEEPSPEC_SCREENSHOTS` keeps the picture."""
     if CHROMIUM is None:
         assert os.environ.get("DEEPSPEC_BROWSER") != "required", "no Chromium; apt-get install chromium"
         return
     from playwright.sync_api import sync_playwright
 
-    base, elsewhere = stack.places.url("prefect"), []
+    elsewhere: list[str] = []
+    here = (url.split("/", 3)[2], "data:", "blob:")
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
         page = browser.new_page(viewport={"width": 1280, "height": 900})
         page.on(
             "request",
-            lambda asked: asked.url.startswith((base, "data:", "blob:")) or elsewhere.append(asked.url),
+            lambda asked: asked.url.removeprefix("http://").startswith(here) or elsewhere.append(asked.url),
         )
-        page.goto(f"{base}/runs/flow-run/{run['id']}")
-        page.get_by_text(run["name"]).first.wait_for(timeout=60_000)
-        page.get_by_text("Completed").first.wait_for(timeout=60_000)
-        page.get_by_text("evaluate@lookup").first.wait_for(timeout=60_000)
+        page.goto(url)
+        for text in texts:
+            page.get_by_text(text).first.wait_for(timeout=60_000)
         page.wait_for_timeout(1000)
         if folder := os.environ.get("DEEPSPEC_SCREENSHOTS"):
-            page.screenshot(path=Path(folder) / "prefect-run.png")
+            page.screenshot(path=Path(folder) / f"{name}.png")
         browser.close()
     assert not elsewhere
 
