@@ -55,3 +55,12 @@ def test_killed_stages_resume_and_end_as_an_unbroken_run(tmp_path: Path):
     ]
     assert [line["step"] for line in history[0]] == [line["step"] for line in history[1]]
     assert [line["heldout_tau"] for line in history[0]] == [line["heldout_tau"] for line in history[1]]
+
+    # DVC removes a stage's outputs before it runs it again: until the new draft is there, the old one is in the cache.
+    old = (draft / "model.safetensors").read_bytes()
+    killed.set("train.lr", 5.0e-4)
+    started = set(killed.root.glob(".deepspec/train/*"))
+    killed.kill_repro(lambda: set(killed.root.glob(".deepspec/train/*")) - started)
+    assert not draft.exists()
+    assert killed.run("dvc", "checkout", "data/drafts/dspark").returncode == 0
+    assert (draft / "model.safetensors").read_bytes() == old

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from pathlib import Path
 
@@ -70,6 +71,19 @@ def test_every_export_is_the_draft_that_was_trained(clone: Clone, name: str):
     for entry in engines.values():
         assert all((clone.root / entry["path"] / file).is_file() for file in entry["files"])
         assert "## Evaluation" in (clone.root / entry["path"] / "README.md").read_text()
+
+
+def test_cached_features_stay_out_of_the_dvc_cache_and_their_manifest_is_in_it(clone: Clone):
+    """They are gigabytes that anyone can make again; what they were is on record."""
+    features = list(clone.root.glob(".deepspec/features/**/*.safetensors"))
+    kept = {file.parent.name + file.name for file in clone.root.glob(".dvc/cache/files/md5/??/*")}
+    assert features and kept
+    assert not kept & {md5(file) for file in features}
+    assert all(md5(clone.root / f"data/features/{name}.json") in kept for name in DRAFTERS)
+
+
+def md5(file: Path) -> str:
+    return hashlib.md5(file.read_bytes(), usedforsecurity=False).hexdigest()
 
 
 def test_doctor_finds_nothing_to_mend_and_chat_answers_with_the_draft(clone: Clone):
