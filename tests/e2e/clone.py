@@ -46,7 +46,7 @@ class Clone:
             input=stdin,
             capture_output=True,
             text=True,
-            timeout=400,
+            timeout=1000,
         )
 
     def kill_repro(self, when: Callable[[], bool]) -> None:
