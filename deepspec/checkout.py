@@ -96,9 +96,12 @@ class Work:
         return self.root / ".venv/bin" if self.settings.setup else Path(sys.executable).parent
 
     def call(self, *command: str, **options: Any) -> subprocess.CompletedProcess:
-        """A command in the clone, with the clone's code."""
-        path = f"{self.bin}{os.pathsep}{os.environ.get('PATH', '')}"
-        env = os.environ | {"PATH": path, "PYTHONPATH": str(self.root)}
+        """A command in the clone, with the clone's code before any other."""
+        first = {"PATH": self.bin, "PYTHONPATH": self.root}
+        env = os.environ | {
+            name: os.pathsep.join(filter(None, (str(path), os.environ.get(name))))
+            for name, path in first.items()
+        }
         return subprocess.run(command, cwd=self.root, env=env, **options)
 
     def dvc(self, *words: str, **options: Any) -> subprocess.CompletedProcess:

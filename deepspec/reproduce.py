@@ -72,8 +72,7 @@ def run(settings: Settings) -> bool:
     if settings.setup and "setup" not in work.done:
         _or_fail(work, "make setup", work.call("make", "setup"))
         work = work.plus("setup")
-    if not settings.recompute and "pull" not in work.done:
-        take_over_remote(work)
+    if "pull" not in work.done:
         _pull(work, _wanted(pipeline.stages, todo))
         work = work.plus("pull")
     for record in then.records.values():
@@ -122,7 +121,7 @@ def _todo(settings: Settings, stages: list[Stage]) -> list[str]:
 
 
 def _wanted(stages: list[Stage], todo: list[str]) -> list[str]:
-    """The stages whose kept outputs those that run read."""
+    """The stages whose kept outputs those that run read; none where all are to run."""
     read = {need for stage in stages if stage.address in todo for need in stage.needs}
     return [stage.address for stage in stages if stage.kept and stage.address in read - set(todo)]
 
@@ -130,6 +129,7 @@ def _wanted(stages: list[Stage], todo: list[str]) -> list[str]:
 def _pull(work: Work, addresses: list[str]) -> None:
     if not addresses:
         return
+    take_over_remote(work)
     print(f"pulling what {', '.join(addresses)} made", flush=True)
     done = work.dvc("pull", *addresses, stderr=subprocess.PIPE, text=True)
     if done.returncode:

@@ -6,13 +6,12 @@ import os
 
 os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TRANSFORMERS_OFFLINE="1")  # before any import
 
-import ipaddress
-import socket
 from pathlib import Path
 
 import pytest
 
 from deepspec.stages.common import quiet_environment
+from tests.network import replacements
 
 quiet_environment()
 
@@ -39,37 +38,7 @@ def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def no_network(monkeypatch: pytest.MonkeyPatch):
     """Fail a test that reaches for another machine, even if the library that did so swallowed the refusal."""
     reached: list[str] = []
-    real = {name: getattr(socket.socket, name) for name in ("connect", "connect_ex")}
-    resolve = socket.getaddrinfo
-
-    def refuse(host: object) -> None:
-        if not _is_here(host):
-            reached.append(str(host))
-            raise OSError(f"tests may not reach {host}")
-
-    def guard(name: str):
-        def connect(self: socket.socket, address):
-            if self.family != socket.AF_UNIX:
-                refuse(address[0])
-            return real[name](self, address)
-
-        return connect
-
-    def getaddrinfo(host, *args, **options):
-        refuse(host)
-        return resolve(host, *args, **options)
-
-    for name in real:
-        monkeypatch.setattr(socket.socket, name, guard(name))
-    monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
+    for owner, name, function in replacements(reached.append):
+        monkeypatch.setattr(owner, name, function)
     yield
     assert not reached, f"the test reached for {', '.join(reached)}"
-
-
-def _is_here(host: object) -> bool:
-    if host in (None, "", "localhost", b"localhost", socket.gethostname()):
-        return True
-    try:
-        return ipaddress.ip_address(str(host)).is_loopback
-    except ValueError:
-        return False

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import yaml
 
+from tests.network import GUARD, REACHED
 from tests.tiny import make_target
 
 ROOT = Path(__file__).parents[2]
@@ -32,14 +33,20 @@ class Clone:
     def environment(self) -> dict[str, str]:
         return os.environ | {
             "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
-            "PYTHONPATH": str(self.root),
+            "PYTHONPATH": os.pathsep.join(map(str, (self.root, GUARD, ROOT))),
+            REACHED: str(self.reached),
             "HF_HUB_OFFLINE": "1",
             "ACCELERATE_USE_CPU": "true",
             "OMP_NUM_THREADS": "1",  # all that a tiny model can use
         }
 
+    @property
+    def reached(self) -> Path:
+        """Where a process of this clone says which other machine it reached for."""
+        return self.root / ".deepspec-reached"
+
     def run(self, *words: str, stdin: str = "") -> subprocess.CompletedProcess:
-        return subprocess.run(
+        done = subprocess.run(
             [sys.executable, "-m", *words],
             cwd=self.root,
             env=self.environment,
@@ -48,6 +55,8 @@ class Clone:
             text=True,
             timeout=1000,
         )
+        assert not self.reached.exists(), f"{words[0]} reached for {self.reached.read_text()}"
+        return done
 
     def kill_repro(self, when: Callable[[], bool]) -> None:
         """Start `dvc repro` and `kill -9` it, stage and all, as soon as `when()` holds."""

@@ -155,10 +155,11 @@ def test_a_pipeline_in_a_folder_and_only_it(settings):
     assert metric(chosen)["now"] == 2.5
 
 
-def test_only_chosen_stages_run(settings):
-    chosen = settings("good", stages=("report",))
+@pytest.mark.parametrize("recompute", [False, True])
+def test_only_chosen_stages_run_and_what_they_read_is_pulled(settings, recompute):
+    chosen = settings("good", stages=("measure",), recompute=recompute)
     assert run(chosen) is True
-    assert ran(chosen) == ["report"]
+    assert ran(chosen) == ["measure"]
 
 
 def test_a_directory_that_exists_and_is_empty_will_do(settings, monkeypatch):
