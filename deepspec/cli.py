@@ -22,6 +22,7 @@ STAGES = {
     "validate": "Check the distillation data against its suite of expectations.",
     "train": "Train one drafter (--drafter NAME) in this process; dvc.yaml shows how to start several.",
     "evaluate": "Measure drafters (--drafter NAME, repeatable): τ, speed-up, losslessness.",
+    "export": "Write a draft for serving engines (--drafter NAME, --to ENGINE) and check each directory.",
     "report": "Sum everything up in reports/ and print the table.",
 }
 # A stage parses its own flags, `--help` among them.

@@ -25,6 +25,8 @@ from transformers import (
 from transformers.utils.logging import disable_progress_bar
 
 from deepspec.drafters.dspark import DSparkConfig, DSparkModel, DSparkParams
+from deepspec.drafters.network import Network
+from deepspec.drafters.registry import algorithms
 from deepspec.target import Target
 
 FAMILIES = {
@@ -145,6 +147,22 @@ def make_draft(target: Target, **sizes) -> DSparkModel:
     config = DSparkConfig.for_target(DSparkParams(type="dspark", **small | sizes), target)
     model = DSparkModel(config)
     model.share(target, torch.arange(target.vocab_size - config.draft_vocab_size, target.vocab_size))
+    return model
+
+
+def make_network(target: Target, type: str, **sizes) -> Network:
+    """An untrained network of any algorithm, all its weights random; it knows the last ids of the vocabulary."""
+    algorithm = algorithms()[type]
+    torch.manual_seed(0)
+    model = algorithm.network(algorithm.params(type=type, **sizes), target)
+    known = model.config.draft_vocab_size
+    model.share(target, torch.arange(target.vocab_size - known, target.vocab_size))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad and parameter.dim() == 2:
+                parameter.normal_(0, parameter.shape[1] ** -0.5)
+            elif parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter) / 4)
     return model
 
 

@@ -287,7 +287,7 @@ def _normed_by_layer(features: Tensor, config: DSparkConfig) -> Tensor:
 
 
 def block_mask(anchors: Tensor, context: int, size: int) -> Tensor:
-    """Additive float32 mask [batch, 1, m, context + m], m = blocks·size: features before the anchor, and the own block."""
+    """Additive float32 mask [batch, 1, m, context + m], m = blocks·size: features before the anchor, the own block."""
     batch, blocks = anchors.shape
     before = torch.arange(context, device=anchors.device) < anchors[..., None]  # [batch, blocks, context]
     own = torch.eye(blocks, dtype=torch.bool, device=anchors.device).expand(batch, -1, -1)

@@ -25,7 +25,7 @@ from deepspec.errors import DeepSpecError
 from deepspec.target import Target, load_target
 from deepspec.training.batches import Batches
 from deepspec.training.objective import BlockObjective
-from tests.tiny import make_target
+from tests.tiny import make_network, make_target
 
 SMALL = {"draft_vocab_size": 128}
 DRAFTS = {
@@ -63,18 +63,7 @@ def batch(target):
 
 def make(name: str, target: Target) -> Network:
     """An untrained network whose weights are all random."""
-    algorithm = registry.algorithms()[name.split("-")[0]]
-    torch.manual_seed(0)
-    model = algorithm.network(algorithm.params(type=algorithm.type, **DRAFTS[name]), target)
-    model.share(
-        target,
-        torch.arange(model.config.draft_vocab_size) + target.vocab_size - model.config.draft_vocab_size,
-    )
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad and parameter.dim() == 2:
-                parameter.normal_(0, parameter.shape[1] ** -0.5)
-    return model
+    return make_network(target, name.split("-")[0], **DRAFTS[name])
 
 
 def write(model: Network, target: Target, path, written_out: bool = False):

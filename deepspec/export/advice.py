@@ -1,0 +1,76 @@
+"""How many tokens to draft: what maximises tokens a second on the machine that measured the draft.
+
+With a_j the acceptance at position j of whole blocks (greedy, the draft alone), a round that drafts k tokens commits
+E(k) = 1 + a_1 + a_1 a_2 + … + a_1 ⋯ a_k on average, and takes V(k + 1) + D(k): a target pass over k + 1 tokens and the
+draft. A block drafter makes its whole block at once and sees all of its masks, so it always drafts γ; of the others k
+is where E(k) / (V(k + 1) + D(k)) is largest.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from itertools import accumulate
+from operator import mul
+from typing import Any
+
+import numpy as np
+
+BLOCKS = ("dspark", "dflash", "medusa")  # γ tokens or none
+
+
+@dataclass(frozen=True)
+class Choice:
+    """`tau`: tokens committed a round; `tokens_per_second` at one request."""
+
+    drafted: int
+    tau: float
+    tokens_per_second: float
+
+
+@dataclass(frozen=True)
+class Advice:
+    tokens: int
+    reason: str
+    choices: tuple[Choice, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        choices = [asdict(choice) for choice in self.choices]
+        return {"num_speculative_tokens": self.tokens, "reason": self.reason, "choices": choices}
+
+
+def advise(record: dict[str, Any] | None, kind: str, gamma: int) -> Advice:
+    """
+    Args:
+        record: the draft's evaluation record, if it has one.
+        gamma: γ, tokens drafted at most.
+    """
+    choices = _choices(record or {}, kind, gamma)
+    if kind in BLOCKS:
+        return Advice(gamma, "the whole block: another length is not what it was trained on", choices)
+    if not choices:
+        return Advice(gamma, "γ: no evaluation record says what a shorter draft would save", choices)
+    best = max(choices, key=lambda choice: choice.tokens_per_second)
+    return Advice(
+        best.drafted, f"most tokens a second by the figures measured on {record['device']}", choices
+    )
+
+
+def _choices(record: dict[str, Any], kind: str, gamma: int) -> tuple[Choice, ...]:
+    tasks = ((record.get("blocks") or {}).get("greedy") or {}).values()
+    costs = record.get("round_costs") or {}
+    passes, draft = (costs.get("passes") or {}).get("1"), (costs.get("drafts") or {}).get("1")
+    if not tasks or not passes or draft is None:
+        return ()
+    survival = _mean([list(accumulate(task["accept_rate_by_position"], mul)) for task in tasks], gamma)
+    tokens, seconds = zip(*passes, strict=True)
+    found = []
+    for k in range(1, gamma + 1):
+        tau = 1 + sum(survival[:k])
+        drafting = draft if kind in BLOCKS else draft * k / gamma
+        found.append(Choice(k, tau, tau / (float(np.interp(k + 1, tokens, seconds)) + drafting)))
+    return tuple(found)
+
+
+def _mean(rows: list[list[float]], length: int) -> list[float]:
+    """Over tasks; a position that no block of a task reached was never accepted there."""
+    return [sum(row[k] if k < len(row) else 0.0 for row in rows) / len(rows) for k in range(length)]

@@ -1,0 +1,108 @@
+"""The model card of an export: what it is, how it was made, what was measured, how it is served."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from deepspec.export.advice import Advice
+from deepspec.export.draft import Draft
+from deepspec.export.layout import SUMS, Layout
+
+
+def card(draft: Draft, layout: Layout, advice: Advice) -> str:
+    """README.md of the directory; the same draft gives the same text."""
+    sections = [
+        _front(draft),
+        f"# {draft.name}: a draft for {_target(draft)}",
+        f"A speculative-decoding draft of type {draft.kind}, in the format *{layout.format}*. It proposes tokens; the "
+        "target checks them, and what is written stays the target's own.",
+        "## Serve",
+        f"    {layout.command}",
+        *layout.notes,
+        f"Tokens to draft: **{advice.tokens}**, {advice.reason}.",
+        *_choices(advice),
+        "## How it was made",
+        _table(("", ""), _making(draft)),
+        *_evaluation(draft),
+        "## Licence",
+        f"Distilled from the target, whose licence applies: {draft.licence}.",
+        f"`sha256sum -c {SUMS}` checks the files.",
+    ]
+    return "\n\n".join(section for section in sections if section) + "\n"
+
+
+def _front(draft: Draft) -> str:
+    licence = draft.licence.lower() if " " not in draft.licence else "other"
+    return f"---\nlicense: {licence}\nbase_model: {_target(draft)}\ntags: [speculative-decoding, {draft.kind}]\n---"
+
+
+def _target(draft: Draft) -> str:
+    return (draft.evaluation or {}).get("target") or draft.target_path
+
+
+def _making(draft: Draft) -> list[tuple[str, str]]:
+    record = draft.record
+    train = record.get("train") or {}
+    rows = {
+        "target digest": draft.target.digest,
+        "draft digest": draft.digest,
+        "data digest": record.get("data_digest"),
+        "commit": record.get("git_commit"),
+        "command": record.get("command"),
+        "seed": record.get("seed"),
+        "steps": train.get("steps"),
+        "sequences a step": train.get("batch_size"),
+        "learning rate": train.get("lr"),
+        "loss": ", ".join(
+            f"{k} {v:g}" for k, v in (train.get("loss") or {}).items() if isinstance(v, float) and v
+        ),
+        "expected τ on held-out conversations": record.get("heldout_tau"),
+        "versions": ", ".join(
+            f"{name} {version}" for name, version in (record.get("packages") or {}).items()
+        ),
+    }
+    return [
+        (key, f"{x:.4g}" if isinstance(x, float) else str(x))
+        for key, x in rows.items()
+        if x not in (None, "")
+    ]
+
+
+def _choices(advice: Advice) -> list[str]:
+    if not advice.choices:
+        return []
+    rows = [(str(c.drafted), f"{c.tau:.2f}", f"{c.tokens_per_second:.1f}") for c in advice.choices]
+    head = ("tokens drafted", "τ", "tokens/s at one request")
+    return [
+        _table(head, rows),
+        "From the measured acceptance by position and cost of a pass and a draft, greedy.",
+    ]
+
+
+def _evaluation(draft: Draft) -> list[str]:
+    record = draft.evaluation
+    if not record:
+        return []
+    rows = [_entry(key, entry) for key, entry in record["tasks"].items()]
+    head = ("task", "τ", "tokens/s plain", "tokens/s with draft", "speed-up", "lossless")
+    where = f"In DeepSpec's own engine, {record['device']}, {record['dtype']}."
+    if (record.get("decode") or {}).get("lookup"):
+        where += " A lookup was asked first, so another engine accepts less of the draft alone:"
+        greedy = (record.get("blocks") or {}).get("greedy") or {}
+        alone = ", ".join(f"{task} {entry['tau']:.2f}" for task, entry in greedy.items())
+        where += f" its own τ at T = 0 is {alone}." if alone else ""
+    return ["## Evaluation", _table(head, rows), where]
+
+
+def _entry(key: str, entry: dict[str, Any]) -> tuple[str, ...]:
+    def number(name: str, form: str) -> str:
+        return format(entry[name], form) if entry.get(name) is not None else "–"
+
+    rates = (number("baseline_tokens_per_second", ".1f"), number("tokens_per_second", ".1f"))
+    speedup = number("speedup", ".2f") + ("×" if entry.get("speedup") is not None else "")
+    return (key, number("tau", ".2f"), *rates, speedup, "yes" if entry["lossless"] else "no")
+
+
+def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    lines = [head, ("---",) * len(head), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

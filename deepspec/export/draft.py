@@ -1,0 +1,159 @@
+"""A trained draft as exporters see it: what kind it is, its weights, and the target that it was made for."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from deepspec.drafters.checkpoint import (
+    RECORD,
+    WEIGHTS,
+    check_target,
+    draft_digest,
+    read_config,
+    stored_weights,
+)
+from deepspec.drafters.medusa import PUBLISHED_WEIGHTS
+from deepspec.drafters.network import Network
+from deepspec.drafters.registry import reader
+from deepspec.embedded import EMBEDDED, PREFIX
+from deepspec.errors import DeepSpecError
+from deepspec.export.layout import tokenizer_files
+from deepspec.export.reference import network
+from deepspec.target import Target
+
+_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+TRAINED = ("eagle3", "dspark", "dflash", "medusa", "lm")
+
+
+@dataclass(frozen=True)
+class Draft:
+    """
+    Args:
+        name: under `drafters` of params.yaml.
+        kind: one of `TRAINED`, "lookup" or "suffix".
+        config: its config.json.
+        record: its deepspec.json; empty for a published draft.
+        evaluation: its evaluation record, if there is one.
+    """
+
+    name: str
+    directory: Path
+    kind: str
+    config: dict[str, Any]
+    record: dict[str, Any]
+    digest: str
+    target: Target
+    evaluation: dict[str, Any] | None = None
+
+    @cached_property
+    def network(self) -> Network:
+        """As it was trained, in float32."""
+        return network(self.kind, self.directory, self.config, self.target, self.dtype)
+
+    @cached_property
+    def dtype(self) -> torch.dtype:
+        """Of its weights: bfloat16 for what is trained here."""
+        with safe_open(self.directory / self.weights_file, "pt") as file:
+            slices = (file.get_slice(name).get_dtype() for name in file.keys())  # noqa: SIM118
+            return next((_DTYPES[name] for name in slices if name in _DTYPES), torch.float32)
+
+    @property
+    def dtype_name(self) -> str:
+        return str(self.dtype).removeprefix("torch.")
+
+    @property
+    def weights_file(self) -> str:
+        return PUBLISHED_WEIGHTS if (self.directory / PUBLISHED_WEIGHTS).exists() else WEIGHTS
+
+    @cached_property
+    def weights(self) -> dict[str, Tensor]:
+        """All of them, embeddings and head too, by the names of the draft's own format; floats in `dtype`."""
+        named, own = stored_weights(self.network, written_out=True), self.network.stored(written_out=True)
+        return named | {name: weight.detach().to(self.dtype) for name, weight in own.items()}
+
+    @property
+    def block_size(self) -> int:
+        """γ: tokens drafted at most."""
+        return self.network.config.block_size if self.kind in TRAINED else self.config["block_size"]
+
+    @property
+    def reduced(self) -> bool:
+        """Whether it knows only a part of the target's vocabulary."""
+        config = self.network.config
+        return config.draft_vocab_size < config.vocab_size
+
+    @property
+    def own_embeddings(self) -> bool:
+        """Whether it was published with embeddings that are not the target's."""
+        shared = self.target.embeddings.cpu().to(self.dtype).float()
+        return not torch.equal(self.network.embed_tokens.weight, shared)
+
+    @property
+    def target_path(self) -> str:
+        """What a command line calls the target: its hub id, or the directory it is in."""
+        source = target_record(self.target).get("source", "")
+        is_id = (
+            source.count("/") == 1 and not source.startswith((".", "/", PREFIX)) and not Path(source).exists()
+        )
+        return source if is_id else self.target.source
+
+    @property
+    def tokenizer_files(self) -> dict[str, Path]:
+        """The target's tokenizer and template, which every engine must see unchanged: name → file."""
+        return tokenizer_files(Path(self.target.source))
+
+    @property
+    def licence(self) -> str:
+        """Of the target, as far as it is known here."""
+        source = target_record(self.target).get("source", "")
+        known = EMBEDDED.get(source.removeprefix(PREFIX))
+        return known.licence if known else "the target's own (see its model card)"
+
+
+def load_draft(name: str, directory: Path, target: Target, evaluation: Path | None = None) -> Draft:
+    """
+    Raises:
+        DeepSpecError: not a draft directory, another target's draft, or a record of another draft.
+    """
+    config = read_config(directory)
+    algorithm = reader(config)
+    if algorithm is None:
+        raise DeepSpecError(f"{directory}: unknown draft architecture {config.get('architectures')}")
+    check_target(directory, config, target, algorithm.standalone)
+    record = directory / RECORD
+    digest = draft_digest(directory)
+    return Draft(
+        name=name,
+        directory=directory,
+        kind="dflash" if algorithm.type == "dspark" and not config.get("markov_rank") else algorithm.type,
+        config=config,
+        record=json.loads(record.read_text()) if record.exists() else {},
+        digest=digest,
+        target=target,
+        evaluation=_evaluation(evaluation, digest) if evaluation else None,
+    )
+
+
+def target_record(target: Target) -> dict[str, Any]:
+    """What was written beside the target when it was resolved."""
+    path = Path(target.source) / RECORD
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def _evaluation(path: Path, digest: str) -> dict[str, Any] | None:
+    if not path.exists():
+        return None
+    record = json.loads(path.read_text())
+    if record.get("draft_digest") != digest:
+        raise DeepSpecError(
+            f"{path}: measured with draft {record.get('draft_digest')}, but this one is {digest}; evaluate it first"
+        )
+    return record

@@ -1,0 +1,59 @@
+"""transformers and DeepSpec itself: an assistant model, or the draft's own directory as it is."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from deepspec.export.draft import Draft
+from deepspec.export.formats import lm_layout
+from deepspec.export.layout import Layout
+
+ALONG = ("deepspec.json", "calibration.json")  # what our engine reads besides
+
+
+def lm(draft: Draft, where: str, tokens: int) -> Layout:
+    """`generate(assistant_model=...)` takes how many tokens to draft from the assistant's generation_config.json."""
+    stops = sorted(draft.target.stop_ids)
+    generation: dict[str, Any] = {
+        "eos_token_id": stops if len(stops) > 1 else stops[0],
+        "num_assistant_tokens": tokens,
+        "num_assistant_tokens_schedule": "constant",
+        "assistant_confidence_threshold": 0.0,
+    }
+    command = (
+        f"AutoModelForCausalLM.from_pretrained({draft.target_path!r}).generate(..., "
+        f"assistant_model=AutoModelForCausalLM.from_pretrained({where!r}))"
+    )
+    return replace(lm_layout(draft, command), texts={"generation_config.json": generation})
+
+
+def native(draft: Draft, where: str, tokens: int) -> Layout:
+    copies = {name: draft.directory / name for name in ("config.json", draft.weights_file, *ALONG)}
+    copies = {name: path for name, path in copies.items() if path.exists()} | draft.tokenizer_files
+    command = f"deepspec chat --target {draft.target_path} --drafter {where}"
+    architecture = (draft.config.get("architectures") or ["MedusaModel"])[0]
+    return Layout(
+        architecture, f"native-{draft.kind}", command, weights_file=draft.weights_file, copies=copies
+    )
+
+
+def training_free(draft: Draft, where: str, tokens: int) -> Layout:
+    copies = {name: draft.directory / name for name in ("config.json", "deepspec.json")}
+    settings = {
+        "prompt_lookup_num_tokens": draft.block_size,
+        "max_matching_ngram_size": draft.config["min_match"],
+    }
+    command = f"generate(..., prompt_lookup_num_tokens={draft.block_size})"
+    return Layout("prompt lookup settings", "settings", command, copies=copies, settings=settings)
+
+
+PLANS = {
+    "lm": lm,
+    "eagle3": native,
+    "dspark": native,
+    "dflash": native,
+    "medusa": native,
+    "lookup": training_free,
+    "suffix": training_free,
+}

@@ -1,0 +1,60 @@
+"""An independent draft model as transformers reads it, from a Hugging Face directory or from GGUF."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM
+from transformers.utils import logging
+
+from deepspec.export.readers.directory import Facts, Reading, Unreadable
+from deepspec.export.readers.sample import Sample
+
+
+def directory(path: Path, sample: Sample) -> Reading:
+    return _read(str(path), sample)
+
+
+def gguf(path: Path, sample: Sample) -> Reading:
+    """llama.cpp's: transformers undoes its order of query and key rows."""
+    return _read(str(path), sample, gguf_file=gguf_file(path).name)
+
+
+def gguf_file(path: Path) -> Path:
+    files = sorted(path.glob("*.gguf"))
+    if len(files) != 1:
+        raise Unreadable(f"expected one .gguf file, found {len(files)}")
+    return files[0]
+
+
+def gguf_tokens(path: Path) -> tuple[list[str], str | None]:
+    """The tokens by id and the chat template that a GGUF file carries."""
+    from gguf import GGUFReader
+
+    fields = GGUFReader(gguf_file(path)).fields
+    template = fields.get("tokenizer.chat_template")
+    return fields["tokenizer.ggml.tokens"].contents(), template and template.contents()
+
+
+@torch.no_grad()
+def _read(path: str, sample: Sample, **options: Any) -> Reading:
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            path, dtype=torch.float32, output_loading_info=True, **options
+        )
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        raise Unreadable(str(error).strip().splitlines()[0]) from error
+    finally:
+        logging.set_verbosity(verbosity)
+    for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if info[what]:
+            raise Unreadable(f"{what.replace('_', ' ')}: {sorted(info[what])[:3]}")
+    logits = model.eval()(input_ids=sample.tokens[None], use_cache=False).logits[0].float()
+    places = sample.anchors[:, None] + torch.arange(sample.gamma)
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return Reading(logits[places], Facts(max_position_embeddings=limit))

@@ -1,0 +1,130 @@
+"""The arithmetic of a decoder layer in plain torch, float32, written out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from deepspec.export.readers.directory import Directory, Unreadable
+
+
+def rms(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+    normed = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps)
+    return normed if weight is None else normed * weight
+
+
+def rotary(x: Tensor, positions: Tensor, theta: float) -> Tensor:
+    """x [n, heads, head_dim] at positions [n]; the first half of a head goes with the second."""
+    half = x.shape[-1] // 2
+    rates = torch.tensor([theta ** (-i / half) for i in range(half)], dtype=torch.float64)
+    angles = positions[:, None].double() * rates
+    cos, sin = angles.cos().float()[:, None], angles.sin().float()[:, None]
+    first, second = x[..., :half], x[..., half:]
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), -1)
+
+
+def attention(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    """queries [m, heads, hd] see all of keys, values [n, kv_heads, hd] → [m, heads·hd]"""
+    groups = queries.shape[1] // keys.shape[1]
+    keys, values = (x.repeat_interleave(groups, 1) for x in (keys, values))
+    scores = torch.einsum("mhd,nhd->hmn", queries, keys) * queries.shape[-1] ** -0.5
+    return torch.einsum("hmn,nhd->mhd", scores.softmax(-1), values).flatten(1)
+
+
+def rope_theta(config: dict[str, Any]) -> float:
+    """`rope_parameters` of transformers 5, else the older `rope_theta`; both must say the same."""
+    parameters = config.get("rope_parameters") or {}
+    if parameters.get("rope_type", "default") != "default" or config.get("rope_scaling"):
+        raise Unreadable("the rotary embedding is scaled, which no draft here is trained with")
+    stated = {float(x) for x in (parameters.get("rope_theta"), config.get("rope_theta")) if x is not None}
+    if not stated:
+        raise Unreadable("config.json says no rope_theta; engines would take bases of their own")
+    if len(stated) > 1:
+        raise Unreadable(f"RoPE base: rope_theta and rope_parameters disagree ({sorted(stated)})")
+    return stated.pop()
+
+
+class Layer:
+    """Weights of one decoder layer below `prefix`, queries and keys normed where the format has such norms."""
+
+    def __init__(self, source: Directory, prefix: str, width: int, normed: bool):
+        config = source.config
+        self.eps, self.theta = float(source.want("rms_norm_eps")), rope_theta(config)
+        d, hidden = source.want("hidden_size"), source.want("intermediate_size")
+        heads = source.want("num_attention_heads")
+        kv = config.get("num_key_value_heads") or heads
+        self.dim = config.get("head_dim") or d // heads
+        take = lambda name, *shape: source.take(f"{prefix}{name}.weight", *shape)  # noqa: E731
+        self.q = take("self_attn.q_proj", heads * self.dim, width)
+        self.k = take("self_attn.k_proj", kv * self.dim, width)
+        self.v = take("self_attn.v_proj", kv * self.dim, width)
+        self.o = take("self_attn.o_proj", d, heads * self.dim)
+        self.q_norm = take("self_attn.q_norm", self.dim) if normed else None
+        self.k_norm = take("self_attn.k_norm", self.dim) if normed else None
+        self.input_norm, self.output_norm = take("input_layernorm", d), take("post_attention_layernorm", d)
+        self.gate, self.up = take("mlp.gate_proj", hidden, d), take("mlp.up_proj", hidden, d)
+        self.down = take("mlp.down_proj", d, hidden)
+
+    def queries(self, x: Tensor, positions: Tensor) -> Tensor:
+        return rotary(self._heads(x, self.q, self.q_norm), positions, self.theta)
+
+    def keys(self, x: Tensor, positions: Tensor) -> Tensor:
+        return rotary(self._heads(x, self.k, self.k_norm), positions, self.theta)
+
+    def values(self, x: Tensor) -> Tensor:
+        return self._heads(x, self.v, None)
+
+    def finish(self, attended: Tensor, residual: Tensor) -> Tensor:
+        """Output projection and MLP with their residuals."""
+        hidden = residual + attended @ self.o.T
+        normed = rms(hidden, self.output_norm, self.eps)
+        gate = normed @ self.gate.T
+        return hidden + (gate * gate.sigmoid() * (normed @ self.up.T)) @ self.down.T
+
+    def _heads(self, x: Tensor, weight: Tensor, norm: Tensor | None) -> Tensor:
+        heads = (x @ weight.T).unflatten(-1, (-1, self.dim))
+        return heads if norm is None else rms(heads, norm, self.eps)
+
+
+class Head:
+    """Logits of the draft's columns at their target ids: the file's own head and d2t, or the target's whole head."""
+
+    def __init__(self, source: Directory, vocab: int, shared: Tensor):
+        reduced = (source.config.get("draft_vocab_size") or vocab) < vocab
+        self.vocab, self.ids = vocab, None
+        own = source.optional("lm_head.weight")
+        if reduced and own is None:
+            raise Unreadable("lm_head.weight is missing: a reduced vocabulary cannot share the target's head")
+        if reduced and not source.has("d2t"):
+            raise Unreadable("d2t is missing: the columns of a reduced vocabulary have no target ids")
+        if reduced:
+            offsets = source.take("d2t", source.config["draft_vocab_size"])
+            self.ids = torch.arange(len(offsets)) + offsets
+            if (
+                int(self.ids.max()) >= vocab
+                or int(self.ids.min()) < 0
+                or len(self.ids.unique()) < len(self.ids)
+            ):
+                raise Unreadable(_misread(offsets, vocab))
+            if (known := source.optional("t2d", vocab)) is not None and not bool(known[self.ids].all()):
+                raise Unreadable("t2d does not mark the tokens that d2t leads to")
+        self.weight = shared if own is None else own
+        if self.weight.shape[0] != (len(self.ids) if reduced else vocab):
+            raise Unreadable(f"lm_head.weight has {self.weight.shape[0]} rows for another number of columns")
+
+    def logits(self, hidden: Tensor, correction: Tensor | float = 0.0) -> Tensor:
+        """hidden [..., d] → [..., vocab]"""
+        columns = hidden @ self.weight.T + correction
+        if self.ids is None:
+            return columns
+        return columns.new_full((*columns.shape[:-1], self.vocab), -torch.inf).index_copy(
+            -1, self.ids, columns
+        )
+
+
+def _misread(offsets: Tensor, vocab: int) -> str:
+    if bool((offsets[1:] > offsets[:-1]).all()) and int(offsets.max()) < vocab:
+        return "d2t holds target ids; engines read it as offsets (target id = column + d2t)"
+    return "d2t leads to tokens that the target does not have, or twice to the same one"

@@ -1,0 +1,126 @@
+"""SGLang (2026-08): EAGLE-3, DFlash and DSpark directories, draft models and n-grams.
+
+Layer ids are ours: i is the output of layer i. DFlash takes embeddings and head from the target, so a reduced
+vocabulary is widened to the target's whole one; DSpark is given whole too, in DeepSeek's published format.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from deepspec.export.draft import Draft
+from deepspec.export.formats import (
+    check_dflash,
+    check_dspark,
+    check_eagle3,
+    dflash_config,
+    dspark_config,
+    eagle3_config,
+    lm_layout,
+    shared,
+)
+from deepspec.export.layout import Layout, Refused
+
+WIDENED = (
+    "The draft was trained on {columns} tokens; here it has the target's whole vocabulary, as this engine asks. Its "
+    "law among its own tokens is unchanged."
+)
+
+
+def serve(draft: Draft, algorithm: str, where: str | None, *flags: str) -> str:
+    path = ["--speculative-draft-model-path", where] if where else []
+    words = ["python -m sglang.launch_server --model-path", draft.target_path]
+    return " ".join([*words, "--speculative-algorithm", algorithm, *path, *flags])
+
+
+def eagle3(draft: Draft, where: str, tokens: int) -> Layout:
+    check_eagle3(draft)
+    layers = list(draft.network.config.target_layer_ids)
+    if len(layers) != 3:
+        raise Refused(f"SGLang sizes EAGLE-3 for three target layers, not {len(layers)}; train with three")
+    config = {
+        "architectures": ["LlamaForCausalLMEagle3"],
+        **eagle3_config(draft),
+        "eagle_config": {"eagle_aux_hidden_state_layer_ids": layers, "use_aux_hidden_state": True},
+    }
+    chain = ("--speculative-num-steps", str(tokens), "--speculative-eagle-topk 1")
+    command = serve(draft, "EAGLE3", where, *chain, "--speculative-num-draft-tokens", str(tokens + 1))
+    return Layout(
+        "LlamaForCausalLMEagle3",
+        "sglang-eagle3",
+        command,
+        config,
+        shared(draft),
+        copies=draft.tokenizer_files,
+    )
+
+
+def dflash(draft: Draft, where: str, tokens: int) -> Layout:
+    check_dflash(draft)
+    config = dflash_config(draft)
+    mask = draft.target.tokenizer.convert_ids_to_tokens(config["dflash_config"]["mask_token_id"])
+    config["dflash_config"]["mask_token"] = mask
+    left_out = ("embed_tokens.weight", "lm_head.weight", "d2t", "t2d")
+    weights = {name: weight for name, weight in draft.weights.items() if name not in left_out}
+    if draft.own_embeddings:
+        raise Refused("SGLang takes DFlash's embeddings from the target, and this draft brings its own")
+    flags = ("--speculative-num-draft-tokens", str(config["block_size"]))
+    command = serve(draft, "DFLASH", where, *flags)
+    return Layout(
+        "DFlashDraftModel",
+        "dflash",
+        command,
+        config,
+        weights,
+        copies=draft.tokenizer_files,
+        notes=widened(draft),
+    )
+
+
+def dspark(draft: Draft, where: str, tokens: int) -> Layout:
+    check_dspark(draft)
+    if not draft.network.config.sample_from_anchor:
+        raise Refused("SGLang's DSpark drafts from the anchor on; train with sample_from_anchor: true")
+    config = dspark_config(draft) | {"draft_vocab_size": draft.target.vocab_size}
+    weights = {name: weight for name, weight in draft.weights.items() if name not in ("d2t", "t2d")}
+    if draft.reduced:
+        weights["lm_head.weight"] = draft.target.head_weight.cpu().to(draft.dtype)
+        weights["markov_head.markov_w2.weight"] = _spread(draft, weights["markov_head.markov_w2.weight"])
+    command = serve(draft, "DSPARK", where)
+    return Layout(
+        "Qwen3DSparkModel",
+        "dspark",
+        command,
+        config,
+        weights,
+        copies=draft.tokenizer_files,
+        notes=widened(draft),
+    )
+
+
+def lm(draft: Draft, where: str, tokens: int) -> Layout:
+    flags = ("--speculative-num-steps", str(tokens), "--speculative-eagle-topk 1")
+    flags += ("--speculative-num-draft-tokens", str(tokens + 1))
+    return lm_layout(draft, serve(draft, "STANDALONE", where, *flags))
+
+
+def ngram(draft: Draft, where: str, tokens: int) -> Layout:
+    settings = {
+        "speculative_algorithm": "NGRAM",
+        "speculative_num_draft_tokens": draft.block_size + 1,
+    }
+    flags = ("--speculative-num-draft-tokens", str(draft.block_size + 1))
+    return Layout("ngram settings", "settings", serve(draft, "NGRAM", None, *flags), settings=settings)
+
+
+def widened(draft: Draft) -> tuple[str, ...]:
+    return (WIDENED.format(columns=draft.network.config.draft_vocab_size),) if draft.reduced else ()
+
+
+def _spread(draft: Draft, rows: Tensor) -> Tensor:
+    """Rows of the draft's columns at their target ids; zero elsewhere, which corrects nothing."""
+    whole = rows.new_zeros(draft.target.vocab_size, rows.shape[1])
+    return whole.index_copy(0, draft.network.draft_ids, rows)
+
+
+PLANS = {"eagle3": eagle3, "dflash": dflash, "dspark": dspark, "lm": lm, "lookup": ngram, "suffix": ngram}

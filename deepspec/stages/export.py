@@ -1,0 +1,64 @@
+"""Write a draft for serving engines and check each directory: data/drafts/NAME → data/exports/NAME."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from deepspec.config import Params
+from deepspec.errors import DeepSpecError
+from deepspec.files import write_json
+from deepspec.stages.common import stage
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--drafter", required=True, help="a name below data/drafts")
+    parser.add_argument(
+        "--to",
+        action="append",
+        metavar="ENGINE",
+        help="hf, vllm, speculators, sglang, tgi, gguf or all; repeat it for several (default: all)",
+    )
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=Path("data/exports"),
+        help="folder of the exports (default: %(default)s)",
+    )
+
+
+def main(params: Params, flags: argparse.Namespace) -> None:
+    """The record is written in any case; a directory that fails its check then ends the stage with an error."""
+    from deepspec.drafters.checkpoint import draft_directory
+    from deepspec.export.draft import load_draft
+    from deepspec.export.engines import chosen, export
+    from deepspec.target import load_target
+
+    name = flags.drafter
+    engines = chosen(flags.to)
+    target = load_target("data/target")
+    evaluation = Path("reports/eval") / f"{name}.json"
+    draft = load_draft(name, draft_directory(name), target, evaluation)
+    record = export(draft, engines, flags.output / name)
+    path = Path("reports/export") / f"{name}.json"
+    write_json(path, record)
+    failed = []
+    for engine, entry in record["engines"].items():
+        if "refused" in entry:
+            print(f"{engine}: refused: {entry['refused']}")
+            continue
+        parity = entry["parity"]
+        print(f"{engine}: {entry['path']} ({entry['format']}), " + _verdict(parity))
+        failed += [f"{engine}: {c['message']}" for c in parity["checks"] if not c["passed"]]
+    if failed:
+        raise DeepSpecError(f"{name} was not exported as it was trained: {'; '.join(failed)}; see {path}")
+
+
+def _verdict(parity: dict) -> str:
+    error = parity["max_abs_error"]
+    checks = f"{sum(c['passed'] for c in parity['checks'])} of {len(parity['checks'])} checks passed"
+    return checks if error is None else f"{checks}, logits within {error:.1e}"
+
+
+if __name__ == "__main__":
+    stage(main, add_flags)
