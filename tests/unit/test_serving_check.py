@@ -152,3 +152,10 @@ def test_dspark_needs_a_gpu(project, monkeypatch):
     write_json(project / "exported" / "config.json", {"architectures": ["Qwen3DSparkModel"]})
     done = check("--drafter", "twin", "--exported", "exported")
     assert done.exit_code == 2 and "vLLM serves dspark on a GPU only" in done.output
+
+
+def test_a_block_drafter_drafts_its_whole_block(project, monkeypatch):
+    monkeypatch.setattr("deepspec.export.serving.check.find_or_set_up", lambda: CPU)
+    write_json(project / "exported" / "config.json", {"architectures": ["DFlashDraftModel"]})
+    done = check("--drafter", "twin", "--exported", "exported", "--speculative-tokens", "2")
+    assert done.exit_code == 2 and "a block is drafted whole, 3 tokens" in done.output

@@ -35,6 +35,7 @@ TARGET = Path("data/target")
 REPORTS = Path("reports/serve")
 EXPORTS = Path("reports/export")
 GPU_ONLY = ("dspark",)
+BLOCKS = ("dflash", "dspark", "medusa")
 SLACK = 64  # tokens of the context behind an answer's end, for drafts
 
 
@@ -140,6 +141,10 @@ def _draft(
         config = speculative_config(exported, tokens)
         if config["method"] in GPU_ONLY and not environment.gpu:
             raise DeepSpecError(f"{name}: vLLM serves {config['method']} on a GPU only")
+        if config["method"] in BLOCKS and tokens != drafter.block_size:
+            raise DeepSpecError(
+                f"{name}: a block is drafted whole, {drafter.block_size} tokens; leave --speculative-tokens out"
+            )
     return Draft(name, draft_digest(directory), tokens, config), drafter
 
 
