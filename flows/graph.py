@@ -52,7 +52,7 @@ def describe(root: Path, name: str, commit: str) -> str:
     """`smollm2-135m-instruct dspark 3bd7e8f`: target (or else `name`), drafters and commit, by DVC's parameters."""
     import dvc.api
 
-    params = dvc.api.params_show(repo=str(root))
+    params = dvc.api.params_show("params.yaml", repo=str(root))
     target = params.get("target") or {}
     source = str(target.get("source", name) if isinstance(target, dict) else target)
     source = source.rstrip("/").split("/")[-1].removeprefix("embedded:")

@@ -76,8 +76,9 @@ class Servers:
             return json.load(reply)
 
     def flow_runs(self, **conditions: Any) -> list[dict]:
-        """Newest first."""
-        return self.ask("flow_runs/filter", {"sort": "START_TIME_DESC", **conditions})
+        """Those that have begun, newest first."""
+        begun = {"flow_runs": {"start_time": {"is_null_": False}}}
+        return self.ask("flow_runs/filter", {"sort": "START_TIME_DESC", **begun, **conditions})
 
     def tasks(self, run: dict) -> dict[str, dict]:
         """The task runs of a flow run by their names."""

@@ -46,7 +46,8 @@ def repository(tmp_path: Path) -> Path:
     (root / "dvc.yaml").write_text(PIPELINE)
     (root / "params.yaml").write_text("# kept\nn: 3\npipeline: [a]\ntarget:\n  source: embedded:tiny\n")
     (root / "other").mkdir()
-    (root / "other/dvc.yaml").write_text("stages: {else: {cmd: touch x, outs: [x]}}\n")
+    (root / "other/dvc.yaml").write_text("stages: {else: {cmd: touch x, params: [m], outs: [x]}}\n")
+    (root / "other/params.yaml").write_text("m: 1\n")
     commit(root)
     return root
 
