@@ -19,7 +19,7 @@ from deepspec.config import Params
 from deepspec.errors import DeepSpecError
 from deepspec.evaluation.contest import PromptRuns, from_json
 from deepspec.evaluation.record import DRAFT, EVAL_VERSION, tau_table
-from deepspec.evaluation.stats import RESAMPLES, Interval, share_beyond
+from deepspec.evaluation.stats import RESAMPLES, Interval, expanded
 
 DOMAINS = ("math", "code", "chat", "other")
 MEAN = "mean"
@@ -94,9 +94,7 @@ class Bootstrap:
         prompts = sum(self.prompts[task].shape[1] for task in tasks)
         if prompts == len(tasks):
             return Interval(float(values[0]), None, None)
-        tail = share_beyond(prompts, len(tasks))
-        low, high = np.nanquantile(values[1:], [tail, 1 - tail])
-        return Interval(float(values[0]), float(low), float(high))
+        return expanded(float(values[0]), values[1:], prompts, len(tasks))
 
 
 def by_seed(tables: Tables, tasks: list[str]) -> np.ndarray:

@@ -71,9 +71,14 @@ def bootstrap(tables: list[np.ndarray], statistic: Statistic, seed: int = 0) -> 
         return Interval(float(np.mean(values)), None, None)
     rng = np.random.default_rng(seed)
     resampled = np.mean([_resampled(table, statistic, rng) for table in tables], axis=0)  # [RESAMPLES]
-    tail = share_beyond(sum(map(len, tables)), len(tables))
+    return expanded(float(np.mean(values)), resampled, sum(map(len, tables)), len(tables))
+
+
+def expanded(value: float, resampled: np.ndarray, prompts: int, tasks: int) -> Interval:
+    """The 95 % interval of a value from its resamples, expanded for so few prompts of so many tasks."""
+    tail = _tail(prompts, tasks)
     low, high = np.nanquantile(resampled, [tail, 1 - tail])
-    return Interval(float(np.mean(values)), float(low), float(high))
+    return Interval(value, float(low), float(high))
 
 
 def speedup(pairs: list[Pair], seed: int = 0) -> Interval | None:
@@ -123,7 +128,7 @@ def median_per_round_ms(seconds: list[float], rounds: list[int]) -> float | None
     return float(np.median(per_prompt)) if per_prompt else None
 
 
-def share_beyond(prompts: int, tasks: int) -> float:
+def _tail(prompts: int, tasks: int) -> float:
     """Share of resamples beyond each end of an interval, so that it covers what it says."""
     freedom = prompts - tasks
     z = NormalDist().inv_cdf((1 + COVERAGE) / 2)

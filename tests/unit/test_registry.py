@@ -20,16 +20,6 @@ from deepspec.tracking.store import connect
 from tests.tracked import MODEL, NAME, lay_out, write_export
 
 
-@pytest.fixture
-def tree(tmp_path: Path, monkeypatch, tiny_target: Path, empty_store: Path) -> Path:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    (tmp_path / "mlruns").mkdir()
-    shutil.copy(empty_store, tmp_path / "mlruns/mlflow.db")
-    lay_out(tmp_path, tiny_target)
-    return tmp_path
-
-
 def run(*words: str) -> tuple[int, str]:
     result = CliRunner().invoke(app, list(words))
     return result.exit_code, " ".join(result.output.split())

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import socket
 import time
 from pathlib import Path
@@ -24,17 +23,6 @@ from deepspec.tracking.store import connect
 from deepspec.tracking.system import read_samples, samples_file, watched
 from deepspec.tracking.track import track
 from tests.tracked import NAME, lay_out, lock
-
-
-@pytest.fixture
-def tree(tmp_path: Path, monkeypatch, tiny_target: Path, empty_store: Path) -> Path:
-    """A result in the present directory, with an empty store."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    (tmp_path / "mlruns").mkdir()
-    shutil.copy(empty_store, tmp_path / "mlruns/mlflow.db")
-    lay_out(tmp_path, tiny_target)
-    return tmp_path
 
 
 def test_a_result_is_logged_whole_and_a_second_call_changes_nothing(tree: Path):

@@ -180,8 +180,7 @@ def _work(target: Target, params: Params, settings: Settings) -> Work:
         longest = target.max_length
     if not prompts:
         raise DeepSpecError(f"no prompt leaves room for {limit} tokens; ask for fewer (--max-new-tokens)")
-    dtype = str(target.dtype).removeprefix("torch.")
-    return Work(tuple(prompts), limit, tuple(sorted(target.stop_ids)), dtype, longest)
+    return Work(tuple(prompts), limit, tuple(sorted(target.stop_ids)), target.precision, longest)
 
 
 def _ours(target: Target, drafter: Drafter, draft: Draft, work: Work) -> list[ours.Ours]:
