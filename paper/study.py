@@ -7,7 +7,6 @@ An interval resamples prompts within each task and seeds, the same draws for eve
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,8 @@ import numpy as np
 
 from deepspec.config import Params
 from deepspec.errors import DeepSpecError
-from deepspec.evaluation.contest import PromptRuns, from_json
+from deepspec.evaluation import compare
+from deepspec.evaluation.contest import PromptRuns
 from deepspec.evaluation.record import DRAFT, EVAL_VERSION, tau_table
 from deepspec.evaluation.stats import RESAMPLES, Interval, expanded
 
@@ -127,17 +127,10 @@ def load(params: Params, root: Path = Path(".")) -> Study:
 
 
 def _draft(path: Path) -> Draft:
-    try:
-        record = json.loads(path.with_name(f"{path.name}.json").read_text())
-        lines = path.with_name(f"{path.name}.prompts.jsonl").read_text().splitlines()
-    except FileNotFoundError as error:
-        raise DeepSpecError(f"{error.filename}: no such record; run dvc repro paper/dvc.yaml") from None
-    if record["eval_version"] != EVAL_VERSION:
-        raise DeepSpecError(f"{path}: evaluation version {record['eval_version']}, not {EVAL_VERSION}")
-    runs: dict[tuple[str, float], list[PromptRuns]] = {}
-    for line in map(json.loads, lines):
-        runs.setdefault((line["task"], line["temperature"]), []).append(from_json(line["runs"]))
-    return Draft(record, runs)
+    measured = compare.load(path.with_name(f"{path.name}.json"))
+    if (version := measured.record["eval_version"]) != EVAL_VERSION:
+        raise DeepSpecError(f"{path}: evaluation version {version}, not {EVAL_VERSION}")
+    return Draft(measured.record, measured.prompts)
 
 
 def study_of(params: Params) -> Any:
