@@ -129,8 +129,7 @@ def _check_out(root: Path, commit: str) -> None:
     ours: list[str] = []
     before = git(root, "rev-parse", "--verify", "--quiet", BASE, failing=None)
     if before and not git(root, "diff", "--name-only", before, commit, "--", "dvc.lock"):
-        git(root, "add", "--all")
-        git(root, *AUTHOR, "commit", "--quiet", "--allow-empty", "--message", "What the last run left")
+        _commit(root, "What the last run left")
         changed = git(root, "diff", "--name-only", "--diff-filter=d", "-z", before, "HEAD").split("\0")
         ours = [name for name in changed if name and name != "params.yaml"]
     left = git(root, "rev-parse", "HEAD")
@@ -139,6 +138,14 @@ def _check_out(root: Path, commit: str) -> None:
     if ours:
         git(root, "checkout", left, "--", *ours)
     git(root, "update-ref", BASE, commit)
+
+
+def _commit(root: Path, message: str) -> None:
+    """All that is there. Every file is read: DVC stages through a git of its own, which loses sight of a file that
+    was changed within the second of its checkout and kept its size, as params.yaml does by an override."""
+    git(root, "read-tree", "HEAD")
+    git(root, "add", "--all")
+    git(root, *AUTHOR, "commit", "--quiet", "--allow-empty", "--message", message)
 
 
 def _cache_of(origin: Path) -> Path | None:
@@ -190,8 +197,7 @@ def literal(value: Any) -> str:
 def publish(work: Workspace, title: str, overrides: dict[str, Any]) -> str:
     """Commit what the run changed (dvc.lock, params.yaml, reports) and push it to its branch; the commit."""
     settings = "".join(f"-S {key}={literal(value)}\n" for key, value in overrides.items())
-    git(work.root, "add", "--all")
-    git(work.root, *AUTHOR, "commit", "--quiet", "--allow-empty", "--message", f"Run: {title}\n\n{settings}")
+    _commit(work.root, f"Run: {title}\n\n{settings}")
     git(work.root, "push", "--quiet", "--force", "origin", f"HEAD:refs/heads/{work.branch}")
     return git(work.root, "rev-parse", "HEAD")
 
