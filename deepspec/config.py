@@ -315,12 +315,14 @@ class ThroughputParams(Section):
 
 class EvaluateParams(Section):
     tasks: list[str] = Field(
-        description="Names of `deepspec/evaluation/tasks/*.yaml` or paths to such files."
+        min_length=1, description="Names of `deepspec/evaluation/tasks/*.yaml` or paths to such files."
     )
     tasks_dir: str | None = Field(
         None, description="Its `<task>.jsonl` is read instead; `$DEEPSPEC_TASKS_DIR` takes its place."
     )
-    temperatures: list[float] = Field([0.0, 1.0], description="0 is greedy.")
+    temperatures: list[Annotated[float, Field(ge=0)]] = Field(
+        [0.0, 1.0], min_length=1, description="0 is greedy."
+    )
     prompts_per_task: int = Field(8, ge=1)
     max_new_tokens: int = Field(128, ge=1)
     lossless_prompts: int = Field(4, ge=1, description="Per task, checked in float32 at T = 0.")

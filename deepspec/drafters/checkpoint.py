@@ -139,8 +139,9 @@ def draft_directory(name: str) -> Path:
 
 
 def draft_digest(directory: Path) -> str:
-    """Identity of a draft: all files of its directory."""
-    files = sorted(path for path in directory.iterdir() if path.is_file())
+    """Identity of a draft: all files of its directory but the record of how it was made. Trained again to the same
+    weights, it is the same draft."""
+    files = sorted(path for path in directory.iterdir() if path.is_file() and path.name != RECORD)
     return digest("".join(f"{path.name} {file_digest(path)}\n" for path in files))
 
 

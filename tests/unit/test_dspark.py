@@ -13,6 +13,7 @@ from deepspec.decoding.shapes import BestFirst
 from deepspec.decoding.tree import Chain
 from deepspec.drafters.base import Ask
 from deepspec.drafters.checkpoint import (
+    draft_digest,
     load_drafter,
     load_network,
     read_config,
@@ -170,6 +171,17 @@ def test_what_is_saved_loads_back(published, tmp_path):
     for name, tensor in model.state_dict().items():
         assert torch.allclose(again.state_dict()[name].float(), tensor.float(), atol=1e-2), name
     assert torch.equal(again.draft_ids, model.draft_ids)
+
+
+def test_a_draft_is_its_weights_and_settings_whoever_made_it(published, tmp_path):
+    model = make_draft(published, draft_vocab_size=100)
+    weights, config = stored_weights(model), model.config.to_dict()
+    write_drafter(tmp_path / "a", config, weights, published, {"git_commit": "a"})
+    write_drafter(tmp_path / "b", config, weights, published, {"git_commit": "b"})
+    assert draft_digest(tmp_path / "a") == draft_digest(tmp_path / "b")
+    weights["fc.weight"][0, 0] += 1
+    write_drafter(tmp_path / "b", config, weights, published, {"git_commit": "b"})
+    assert draft_digest(tmp_path / "a") != draft_digest(tmp_path / "b")
 
 
 @pytest.mark.parametrize(
