@@ -8,20 +8,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
 from deepspec.data.verdict import Validation
+from deepspec.html import templates
 
 ASSETS = Path(__file__).parent / "assets"
 
 
 def render(validation: Validation) -> str:
     """The page. The same validation gives the same text."""
-    environment = Environment(
-        loader=FileSystemLoader(ASSETS),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return environment.get_template("validation.html").render(validation=validation)
+    return templates(ASSETS).get_template("validation.html").render(validation=validation)

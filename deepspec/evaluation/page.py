@@ -11,13 +11,13 @@ from typing import Any
 
 import altair as alt
 import vl_convert
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from deepspec.evaluation.charts import Figure
 from deepspec.evaluation.record import LOOKUP
 from deepspec.evaluation.report import Inputs
 from deepspec.evaluation.tables import task_of, way_name
+from deepspec.html import templates
 
 ASSETS = Path(__file__).parent / "assets"
 SECTIONS = {
@@ -32,13 +32,7 @@ SECTIONS = {
 
 def render(inputs: Inputs, figures: list[Figure]) -> str:
     """The page. The same inputs give the same text."""
-    environment = Environment(
-        loader=FileSystemLoader(ASSETS),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    environment = templates(ASSETS)
     environment.filters |= {"number": _number, "interval": _interval}
     several = len(inputs.records) > 1
     shown = [figure for figure in figures if figure.section in SECTIONS]
