@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 import signal
@@ -16,9 +15,9 @@ import psutil
 import pytest
 import yaml
 
+from tests.e2e.browser import look
 from tests.e2e.clone import make_clone
 from tests.e2e.servers import Servers, servers, wait_for
-from tests.unit.test_page import CHROMIUM, FLAGS
 
 pytestmark = pytest.mark.e2e
 
@@ -71,7 +70,7 @@ sys.exit(sys.argv[1] == "promote")
 """
 
 
-def test_a_scheduled_run_executes_the_pipeline_in_a_clone_and_shows_its_results(
+def test_a_scheduled_run_executes_the_pipeline_in_a_clone_and_its_draft_becomes_the_champion(
     stack: Servers, tmp_path: Path
 ):
     clone = make_clone(tmp_path / "user", "llama")
@@ -81,6 +80,7 @@ def test_a_scheduled_run_executes_the_pipeline_in_a_clone_and_shows_its_results(
         "evaluate.temperatures": [0.0],
         "evaluate.sweeps": None,
         "evaluate.throughput": None,
+        "promote.min_speedup": 0.0,  # a tiny target gains nothing
     }.items():
         clone.set(key, value)
     git(clone.root, "add", "--all")
@@ -105,7 +105,8 @@ def test_a_scheduled_run_executes_the_pipeline_in_a_clone_and_shows_its_results(
     assert run["state_type"] == "COMPLETED", stack.log(run)
     head = git(clone.root, "rev-parse", "HEAD")
     assert run["name"] == f"smoke-target lookup {head[:7]}"
-    stages = {"target", "prompts", "generate", "validate", "train@lookup", "evaluate@lookup", "report"}
+    stages = {"target", "prompts", "generate", "validate", "report"}
+    stages |= {f"{stage}@lookup" for stage in ("train", "evaluate", "export")}
     assert stages <= set(stack.tasks(run))
     assert "> python -m deepspec.stages.generate" in stack.log(run)
     artifacts = stack.artifacts(run)
@@ -126,31 +127,12 @@ def test_a_scheduled_run_executes_the_pipeline_in_a_clone_and_shows_its_results(
     look(prefect, "prefect-run", [run["name"], "Completed", "evaluate@lookup"])
     look(link, "mlflow-run", ["lookup"])
 
-
-def look(url: str, name: str, texts: list[str]) -> None:
-    """A page in a browser says all this and asks no other machine. `DEEPSPEC_SCREENSHOTS` keeps the picture."""
-    if CHROMIUM is None:
-        assert os.environ.get("DEEPSPEC_BROWSER") != "required", "no Chromium; apt-get install chromium"
-        return
-    from playwright.sync_api import sync_playwright
-
-    elsewhere: list[str] = []
-    here = (url.split("/", 3)[2], "data:", "blob:")
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
-        page = browser.new_page(viewport={"width": 1280, "height": 900})
-        page.on(
-            "request",
-            lambda asked: asked.url.removeprefix("http://").startswith(here) or elsewhere.append(asked.url),
-        )
-        page.goto(url)
-        for text in texts:
-            page.get_by_text(text).first.wait_for(timeout=60_000)
-        page.wait_for_timeout(1000)
-        if folder := os.environ.get("DEEPSPEC_SCREENSHOTS"):
-            page.screenshot(path=Path(folder) / f"{name}.png")
-        browser.close()
-    assert not elsewhere
+    log = stack.run("promote", repository=str(clone.root), ref=branch, drafter="lookup")
+    promoted = stack.flow_runs()[0]
+    assert (promoted["flow_id"] != run["flow_id"], promoted["state_type"]) == (True, "COMPLETED"), log
+    model = "deepspec-smoke-target-lookup"
+    assert f"{model} version 1" in promoted["state"]["message"]
+    look(f"{stack.places.url('mlflow')}/#/models/{model}", "mlflow-model", [model, "champion"])
 
 
 def test_a_stage_that_fails_twice_is_tried_a_third_time(stack: Servers, tmp_path: Path):

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from typer.testing import CliRunner
 from deepspec.cli import app
 from deepspec.decoding.engine import generate
 from deepspec.drafters.checkpoint import draft_digest
+from deepspec.errors import DeepSpecError
 from deepspec.export.serving.environment import Environment
 from deepspec.files import write_json
 from deepspec.target import load_target
@@ -17,6 +19,8 @@ from tests.engines import FakeEngine
 
 ROOT = Path(__file__).parents[2]
 K, TOKENS = 3, 9
+WORK = ("--tasks", "word_problems", "--prompts", "2", "--max-new-tokens", str(TOKENS))
+LOOKUP = {"architectures": ["DeepSpecLookup"], "block_size": K, "min_match": 2}
 CPU = Environment(Path("python"), "0.32.0", Path("nowhere"), gpu=False)
 
 
@@ -45,9 +49,8 @@ def check(*words):
     return CliRunner().invoke(app, ["serve-check", *words])
 
 
-def ask(url, *words, engine="vllm"):
-    options = ("--drafter", "twin", "--tasks", "word_problems", "--prompts", "2", "--base-url", url)
-    return check("--engine", engine, *options, "--max-new-tokens", str(TOKENS), *words)
+def ask(url, *words, engine="vllm", drafter="twin"):
+    return check("--engine", engine, "--drafter", drafter, "--base-url", url, *WORK, *words)
 
 
 def as_target(target):
@@ -77,6 +80,42 @@ def test_an_engine_that_accepts_as_much_passes(project, target, engine):
     assert record["draft_digest"] == draft_digest(project / "data/drafts/twin")
     assert record["target_digest"] == target.digest and record["serve_version"] == "1"
     assert record["failures"] == [] and "twin" in done.output
+
+
+def test_an_engine_s_own_lookup_is_reported_and_not_held_to_ours(project, target):
+    write_json("data/drafts/lookup/config.json", LOOKUP)
+    with FakeEngine("vllm", as_target(target), accepted=0, drafted=K) as served:
+        done = ask(served.url, drafter="lookup")
+    assert done.exit_code == 0, done.output
+    assert json.loads(Path("reports/serve/lookup-vllm.json").read_text())["failures"] == []
+
+
+def test_a_draft_that_vllm_does_not_start_costs_no_other_its_record(project, target, monkeypatch):
+    monkeypatch.setattr("deepspec.export.serving.check.find_or_set_up", lambda: CPU)
+    shutil.copytree("data/drafts/twin", "data/drafts/other")
+    for name in ("twin", "other"):
+        digest = draft_digest(Path("data/drafts") / name)
+        entry = {"engines": {"vllm": {"path": f"data/drafts/{name}"}}, "draft_digest": digest}
+        write_json(f"reports/export/{name}.json", entry)
+
+    @contextmanager
+    def serving(environment, target_dir, dtype, length, speculative, name):
+        if name == "other":
+            raise DeepSpecError("vLLM ended while it started: no kernel")
+        with FakeEngine("vllm", as_target(target), accepted=K if speculative else None, drafted=K) as engine:
+            yield engine.url
+
+    monkeypatch.setattr("deepspec.export.serving.engines.serving", serving)
+    done = check("--drafter", "other", "--drafter", "twin", *WORK)
+    assert done.exit_code == 1 and "other: vLLM ended while it started: no kernel" in done.output
+    assert json.loads(Path("reports/serve/twin-vllm.json").read_text())["failures"] == []
+    assert not Path("reports/serve/other-vllm.json").exists()
+
+
+def test_nothing_is_set_up_for_a_draft_that_has_no_export(project, monkeypatch):
+    monkeypatch.setattr("deepspec.export.serving.check.find_or_set_up", lambda: pytest.fail("set up in vain"))
+    done = check("--drafter", "twin")
+    assert done.exit_code == 2 and "no export of twin for vLLM" in done.output
 
 
 def test_an_engine_that_accepts_less_fails_with_one_line(project, target):

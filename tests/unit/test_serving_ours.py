@@ -102,6 +102,13 @@ def test_a_stop_token_ends_the_count_but_not_within_a_verification(target, truth
     assert done.counts == Counts(rounds, 4 * rounds, 4 * rounds, (rounds,) * 4)
 
 
+def test_seconds_end_where_the_answer_does(target, truth, monkeypatch):
+    stop = truth[5]
+    monkeypatch.setattr(type(target), "stop_ids", property(lambda self: frozenset({stop})))
+    pair = ours.decode(target, Knowing(truth), PROMPT, 30, 4).pair
+    assert pair.drafted_tokens == pair.plain_tokens == truth.index(stop) + 1
+
+
 def test_rounds_without_a_draft_are_no_verifications_of_one(target, truth):
     class Shy(Knowing):
         def session(self, slots):
@@ -122,4 +129,4 @@ def test_rounds_without_a_draft_are_no_verifications_of_one(target, truth):
 def test_seconds_are_of_both_ways(target, truth):
     pair = ours.decode(target, Knowing(truth), PROMPT, 9, 3).pair
     assert pair.plain_s > 0 and pair.drafted_s > 0
-    assert pair.plain_tokens == 9 and pair.drafted_tokens >= 8
+    assert pair.plain_tokens == pair.drafted_tokens == 9

@@ -36,8 +36,9 @@ def pip(cached, monkeypatch):
         if what in fail:
             raise DeepSpecError(f"cannot {what}")
         if "venv" in command:
-            (cached / "bin").mkdir(parents=True)
+            (cached / "bin").mkdir(parents=True, exist_ok=True)
             (cached / "bin" / "python").touch()
+            (cached / "bin" / "pip").touch()
 
     monkeypatch.setattr(environment, "_run", run)
     monkeypatch.setattr(
@@ -70,6 +71,14 @@ def test_an_unfinished_environment_is_not_found_and_goes_on(cached, pip):
     fail.clear()
     environment.find_or_set_up()
     assert ran.count("make an environment") == 1 and environment.find() is not None
+
+
+def test_an_environment_killed_while_it_was_made_is_made_again(cached, pip):
+    ran, _ = pip
+    (cached / "bin").mkdir(parents=True)
+    (cached / "bin" / "python").touch()  # venv links it first and pip last
+    environment.find_or_set_up()
+    assert "make an environment" in ran
 
 
 def test_a_failed_installation_is_one_line_with_pip_s_own_reason(monkeypatch):
@@ -117,6 +126,11 @@ def test_the_method_follows_the_architecture(tmp_path, architecture, method):
     write_json(tmp_path / "config.json", {"architectures": [architecture]})
     found = launch.speculative_config(tmp_path, 5)
     assert found == {"method": method, "model": str(tmp_path), "num_speculative_tokens": 5}
+
+
+def test_medusa_s_directory_is_known_by_its_type(tmp_path):
+    write_json(tmp_path / "config.json", {"model_type": "medusa", "medusa_num_heads": 3})
+    assert launch.speculative_config(tmp_path, 3)["method"] == "medusa"
 
 
 def test_a_lookup_is_vllm_s_own_ngram(tmp_path):

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from deepspec.config import Params, load_params
 from deepspec.device import describe_device
@@ -36,6 +37,7 @@ REPORTS = Path("reports/serve")
 EXPORTS = Path("reports/export")
 GPU_ONLY = ("dspark",)
 BLOCKS = ("dflash", "dspark", "medusa")
+T = TypeVar("T")
 SLACK = 64  # tokens of the context behind an answer's end, for drafts
 
 
@@ -65,42 +67,66 @@ def run(settings: Settings) -> list[str]:
     """
     _check_settings(settings)
     params = load_params(settings.params)
+    loads = _each(settings.drafters or params.pipeline, settings, lambda name: _directory(name, settings))
     environment = None if settings.base_url else find_or_set_up()
-    target = load_target(TARGET, dtype=settings.dtype)
-    named = bool(settings.drafters)
-    drafts: dict[Draft, Drafter] = {}
-    for name in settings.drafters or params.pipeline:
-        try:
-            drafts |= [_draft(name, settings, target, environment)]
-        except DeepSpecError as error:
-            if named:
-                raise
-            print(f"left out: {error}", file=sys.stderr)
-    if not drafts:
-        raise DeepSpecError(
-            "no drafter of the pipeline has an export that vLLM serves here; name one with --drafter"
-        )
-    work = _work(target, params, settings)
-    own = {draft.name: _ours(target, drafter, draft, work) for draft, drafter in drafts.items()}
-    about = _about(target, settings, work)
-    served = list(drafts)
-    del target, drafts  # the engine gets their memory
+    own, work, about = _measure_ours(
+        loads, params, settings, environment
+    )  # the engine gets the models' memory
     if environment:
-        version, answers = local(environment, TARGET, served, work)
+        version, answers, failed = local(environment, TARGET, list(own), work)
     else:
-        (draft,) = served
+        (draft,) = own
         client = CLIENTS[settings.engine]
         version, answers = remote(client, settings.base_url, settings.plain_url, draft, work)
+        failed = {}
     records = []
-    for draft in served:
+    for draft, decoded in own.items():
+        if draft.name in failed:
+            continue
         drafted, plain = answers[draft.name]
-        check_target(drafted, own[draft.name], settings.base_url or settings.engine)
-        measured = Measured(list(work.prompts), drafted, plain, own[draft.name])
+        try:
+            check_target(drafted, decoded, settings.base_url or settings.engine)
+        except DeepSpecError as error:
+            failed[draft.name] = str(error)
+            continue
+        measured = Measured(list(work.prompts), drafted, plain, decoded)
         record = about | {"engine_version": version} | draft.identity
         records.append(record | compare(measured, settings.engine, draft.gated))
         write_json(settings.output / f"{draft.name}-{settings.engine}.json", records[-1])
+    if not records:
+        raise DeepSpecError("; ".join(failed.values()))
     show(records)
-    return [f"{record['drafter']}: {failure}" for record in records for failure in record["failures"]]
+    short = [f"{record['drafter']}: {failure}" for record in records for failure in record["failures"]]
+    return short + [f"{name}: {reason}" for name, reason in failed.items()]
+
+
+def _measure_ours(
+    loads: dict[str, Path], params: Params, settings: Settings, environment: Environment | None
+) -> tuple[dict[Draft, list[ours.Ours]], Work, dict[str, Any]]:
+    """Every prompt in our engine by draft, what the engine is to do, and what both were measured on."""
+    target = load_target(TARGET, dtype=settings.dtype)
+    drafts = _each(loads, settings, lambda name: _draft(name, loads[name], settings, target, environment))
+    work = _work(target, params, settings)
+    own = {draft: _ours(target, drafter, draft, work) for draft, drafter in drafts.values()}
+    return own, work, _about(target, settings, work)
+
+
+def _each(names: Iterable[str], settings: Settings, make: Callable[[str], T]) -> dict[str, T]:
+    """What is made of each drafter. One that cannot be served is left out, if it was not asked for by name."""
+    found = {}
+    for name in names:
+        try:
+            found[name] = make(name)
+        except DeepSpecError as error:
+            if settings.drafters:
+                raise
+            print(f"left out: {error}", file=sys.stderr)
+    if not found:
+        raise DeepSpecError(
+            "no drafter of the pipeline has an export that vLLM serves here; train one that has "
+            "(docs/deploy-serving.md) or name one with --drafter"
+        )
+    return found
 
 
 def _check_settings(settings: Settings) -> None:
@@ -123,8 +149,21 @@ def _check_settings(settings: Settings) -> None:
             raise DeepSpecError(f"--{flag.replace('_', '-')} must be >= 1, found {value}")
 
 
+def _directory(name: str, settings: Settings) -> Path:
+    """What vLLM loads of a draft, its export; of a lookup its own settings."""
+    directory = draft_directory(name)
+    if settings.base_url or not _trained(directory):
+        return directory
+    return settings.exported or _exported(name, directory)
+
+
+def _trained(directory: Path) -> bool:
+    algorithm = reader(read_config(directory))
+    return algorithm is None or algorithm.network is not None
+
+
 def _draft(
-    name: str, settings: Settings, target: Target, environment: Environment | None
+    name: str, loads: Path, settings: Settings, target: Target, environment: Environment | None
 ) -> tuple[Draft, Drafter]:
     """A draft with what the engine loads of it (nothing, where somebody else serves it), and ours."""
     directory = draft_directory(name)
@@ -136,16 +175,14 @@ def _draft(
         )
     config: dict[str, Any] = {}
     if environment:
-        trained = reader(read_config(directory)).network is not None
-        exported = (settings.exported or _exported(name, directory)) if trained else directory
-        config = speculative_config(exported, tokens)
+        config = speculative_config(loads, tokens)
         if config["method"] in GPU_ONLY and not environment.gpu:
             raise DeepSpecError(f"{name}: vLLM serves {config['method']} on a GPU only")
         if config["method"] in BLOCKS and tokens != drafter.block_size:
             raise DeepSpecError(
                 f"{name}: a block is drafted whole, {drafter.block_size} tokens; leave --speculative-tokens out"
             )
-    return Draft(name, draft_digest(directory), tokens, config), drafter
+    return Draft(name, draft_digest(directory), tokens, config, _trained(directory)), drafter
 
 
 def _exported(name: str, directory: Path) -> Path:

@@ -7,11 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from deepspec.errors import DeepSpecError
 from deepspec.export.serving.environment import Environment
 from deepspec.export.serving.launch import serving
 from deepspec.export.serving.protocols import VLLM, Answer, Client, Prompt
 
 WARM_UP = 16  # tokens
+Failed = dict[str, str]  # why, by the draft's name
 Answers = tuple[list[Answer], list[list[Answer]]]  # with the draft; plain, a list a run
 T = TypeVar("T")
 
@@ -35,6 +37,7 @@ class Draft:
     digest: str
     tokens: int  # drafted a verification
     config: dict[str, Any]
+    trained: bool = True
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -48,13 +51,14 @@ class Draft:
     @property
     def gated(self) -> bool:
         """An engine's n-gram is its own rule, not an export: nothing to be proven."""
-        return self.config.get("method") != "ngram"
+        return self.trained
 
 
 def local(
     environment: Environment, target: Path, drafts: Sequence[Draft], work: Work
-) -> tuple[str | None, dict[str, Answers]]:
-    """vLLM plain, with each draft, and plain again. Returns its version and the answers by draft."""
+) -> tuple[str | None, dict[str, Answers], Failed]:
+    """vLLM plain, with each draft, and plain again. Returns its version, the answers by draft, and the drafts that it
+    did not serve."""
 
     def decode(name: str, speculative: dict[str, Any] | None) -> list[Answer]:
         with serving(environment, target, work.dtype, work.max_length, speculative, name) as address:
@@ -62,9 +66,15 @@ def local(
             return decode_all(client, work, speculative is not None, f"{name}, vLLM")
 
     before = decode("plain", None)
-    drafted = {draft.name: decode(draft.name, draft.config) for draft in drafts}
-    after = decode("plain", None)
-    return environment.version, {name: (answers, [before, after]) for name, answers in drafted.items()}
+    drafted: dict[str, list[Answer]] = {}
+    failed: Failed = {}
+    for draft in drafts:
+        try:
+            drafted[draft.name] = decode(draft.name, draft.config)
+        except DeepSpecError as error:
+            failed[draft.name] = str(error)
+    plain = [before, decode("plain", None)] if drafted else []
+    return environment.version, {name: (answers, plain) for name, answers in drafted.items()}, failed
 
 
 def remote(

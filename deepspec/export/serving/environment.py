@@ -105,8 +105,8 @@ def _set_up() -> Environment:
         if not (CACHED / READY).exists():
             print(f"setting up vLLM {VERSION} for CPUs, once, in {CACHED} (2 GB to fetch)", file=sys.stderr)
             python = CACHED / "bin" / "python"
-            if not python.exists():
-                _run([sys.executable, "-m", "venv", str(CACHED)], "make an environment")
+            if not (CACHED / "bin" / "pip").exists():  # what venv makes last
+                _run([sys.executable, "-m", "venv", "--clear", str(CACHED)], "make an environment")
             for number, (verb, *words) in enumerate(STEPS, 1):
                 print(f"[{number}/{len(STEPS)}] pip {verb} {' '.join(words)}", file=sys.stderr)
                 _run([str(python), "-m", "pip", verb, *words], f"{verb} {words[-1]}")

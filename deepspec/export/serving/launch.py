@@ -42,7 +42,8 @@ def speculative_config(directory: Path, tokens: int) -> dict[str, Any]:
         config = json.loads((directory / "config.json").read_text())
     except (OSError, ValueError):
         raise DeepSpecError(f"{directory}: no readable config.json; export the draft first") from None
-    architecture = (config.get("architectures") or ["?"])[0]
+    medusa = config.get("model_type") == "medusa"  # which has no architectures: TGI knows it by that
+    architecture = (config.get("architectures") or ["MedusaModel" if medusa else "?"])[0]
     if architecture in ("DeepSpecLookup", "DeepSpecSuffix"):
         least = config["min_match"]
         longest = least if architecture == "DeepSpecLookup" else max(8, least)  # a suffix of any length

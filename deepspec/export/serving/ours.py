@@ -2,7 +2,8 @@
 
 An engine's first draft comes after the first token, which the prompt's own pass gives, so ours starts there too: the
 prompt with that token. An engine counts the last verification in full, whatever of it lies behind the answer's end;
-so ours decodes on beyond the end, and counts up to the verification that reaches it.
+so ours decodes on beyond the end, and counts up to the verification that reaches it. Seconds are of a run of its own,
+which ends where the answer does, as plain decoding's.
 """
 
 from __future__ import annotations
@@ -38,8 +39,8 @@ def decode(target: Any, drafter: Any, prompt_ids: list[int], tokens: int, specul
     ended = first[0] in target.stop_ids
     rest = [] if ended else _until_stop(drafted.tokens[: tokens - 1], target.stop_ids)
     counts = _counts(drafted, len(rest))
-    stats = drafted.stats
-    pair = Pair(plain.stats.decode_s, len(plain.tokens), stats.decode_s, stats.committed)
+    timed = _run(target, drafter, Request(prompt_ids, tokens), Chain(speculative_tokens))
+    pair = Pair(plain.stats.decode_s, len(plain.tokens), timed.stats.decode_s, len(timed.tokens))
     return Ours(plain.tokens, first + rest, counts, pair)
 
 
