@@ -398,6 +398,8 @@ class Params(Section):
         """Drafters of a study differ in what is compared, and in nothing else."""
         if self.study is None:
             return self
+        if 1.0 not in self.evaluate.temperatures:
+            raise ValueError("study: evaluate.temperatures lacks 1.0, which the table is of")
         table = list(self.study.roles.values())
         for name in table:
             if name not in self.pipeline:

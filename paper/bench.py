@@ -10,6 +10,7 @@ from typing import Any
 
 from deepspec.config import Params
 from deepspec.decoding.engine import generate
+from deepspec.device import describe_device
 from deepspec.drafters.base import Drafter
 from deepspec.drafters.checkpoint import draft_digest, load_drafter
 from deepspec.errors import DeepSpecError
@@ -46,7 +47,11 @@ class Bench:
         digests = {name: draft_digest(directory) for name, directory in self.drafts.items()}
         code = source_digest(*_CODE), file_digest(script), file_digest(__file__)
         target = load_target(TARGET).digest
-        what = (digests, target, code, [task.prompts for task in self.tasks], params.seed, settings)
+        where = (
+            describe_device(process_state().device),
+            params.target.dtype,
+        )  # seconds of two machines do not mix
+        what = (digests, target, code, where, [task.prompts for task in self.tasks], params.seed, settings)
         key = f"{Path(script).stem}-{seed}-{digest(json.dumps(what, default=str))}"
         self.work = Work(process_state(), WORK, key)
 

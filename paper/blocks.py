@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from deepspec.config import Params
-from deepspec.decoding.calibration import Blocks, fit, quality, survival
+from deepspec.decoding.calibration import Blocks, as_trained, conditional_logits, fit, quality, survival
 from deepspec.decoding.engine import Engine
 from deepspec.decoding.request import Request, Sampling
 from deepspec.decoding.tree import Chain, Proposal
@@ -30,18 +30,18 @@ from paper.bench import Bench
 
 BATCH = 8
 RULE, TEMPERATURE = "standard", 1.0
-_CERTAIN = 1e-6
 
 
 def decode(
     target: Target, drafter: Drafter, prompts: list[list[int]], seeds: list[int], length: int, limit: int
 ) -> dict[str, Any]:
-    """Tokens and rounds of each prompt; of each round the confidences' logits, tokens accepted and drafted."""
+    """Tokens and rounds of each prompt; of each round the confidences' logits as they were trained, tokens accepted and
+    drafted."""
     rows: list[list[float]] = []
     counts: list[tuple[int, int]] = []
 
     def watch(proposal: Proposal, accepted: int) -> None:
-        rows.append(_logits(proposal.survival or []))
+        rows.append(conditional_logits(proposal.survival or []))
         counts.append((accepted, len(proposal.tokens)))
 
     requests = iter(
@@ -52,18 +52,12 @@ def decode(
     )
     engine = Engine(target, drafter, BATCH, Chain(length), RULE, on_round=watch)
     sums = [[0, 0]] * len(prompts)
-    for generation in engine.run(lambda: next(requests, None)):
-        if generation.error:
-            raise DeepSpecError(f"prompt {generation.id}: {generation.error}")
-        sums[generation.id] = [generation.stats.committed, generation.stats.rounds]
+    with as_trained(drafter):
+        for generation in engine.run(lambda: next(requests, None)):
+            if generation.error:
+                raise DeepSpecError(f"prompt {generation.id}: {generation.error}")
+            sums[generation.id] = [generation.stats.committed, generation.stats.rounds]
     return {"sums": sums, "logits": rows, "counts": counts}
-
-
-def _logits(chances: list[float]) -> list[float]:
-    """Of the conditional chances c_j = a_j / a_{j−1}, from the survivals a_j."""
-    above = np.maximum([1.0, *chances[:-1]], _CERTAIN)
-    own = np.clip(np.array(chances) / above[: len(chances)], _CERTAIN, 1 - _CERTAIN)
-    return np.round(np.log(own / (1 - own)), 4).tolist()
 
 
 def blocks(parts: list[dict[str, Any]], size: int) -> Blocks:

@@ -60,7 +60,7 @@ def depth(study: Study) -> Rows:
         chosen = study.params.drafters[name]
         if chosen.block_size == size and getattr(chosen, "markov_head", "vanilla") == "vanilla":
             tasks = study.groups[MEAN]
-            tau = bootstrap.interval(bootstrap.tau(study.tables(name, TEMPERATURE), tasks), tasks)
+            tau = bootstrap.tau_interval(study.tables(name, TEMPERATURE), tasks)
             own = {"layers": getattr(chosen, "layers", 1), "tau": tau.value, "low": tau.low, "high": tau.high}
             rows.append({"drafter": _family(study, name), **own})
     return rows
@@ -75,8 +75,8 @@ def lengths(study: Study, blocks: list[dict[str, Any]]) -> Rows:
                 task: np.array([part["lengths"][name][n][task] for part in blocks], dtype=float)
                 for task in study.tasks
             }
-            bootstrap = Bootstrap(len(blocks), {task: table.shape[1] for task, table in tables.items()})
-            tau = bootstrap.interval(bootstrap.tau(tables, [*tables]), [*tables])
+            bootstrap = Bootstrap({task: table.shape[1] for task, table in tables.items()})
+            tau = bootstrap.tau_interval(tables, [*tables])
             rows.append(
                 {"drafter": name, "length": int(n), "tau": tau.value, "low": tau.low, "high": tau.high}
             )

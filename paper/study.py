@@ -2,7 +2,9 @@
 
 τ of a drafter on a task is tokens over rounds of all its prompts, for each seed of training by itself; then the mean
 over seeds. A domain is the mean of its tasks, "mean" that of all tasks. A ratio is between such means, as the paper's.
-An interval resamples prompts within each task and seeds, the same draws for every drafter: pairs stay pairs.
+An interval resamples prompts within each task, the same draws for every drafter: pairs stay pairs. Few seeds cannot be
+resampled (two never leave what the two gave), so their part of it is Student's: s · t / √n of the figure by seed, added
+in square. With one seed there is none, and the interval is of the prompts alone.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from scipy.stats import t as student_t
 
 from deepspec.config import Params
 from deepspec.errors import DeepSpecError
@@ -65,20 +68,18 @@ class Study:
 
     def bootstrap(self, temperature: float) -> Bootstrap:
         tables = self.tables(next(iter(self.drafts)), temperature)
-        return Bootstrap(len(self.params.study.seeds), {task: t.shape[1] for task, t in tables.items()})
+        return Bootstrap({task: t.shape[1] for task, t in tables.items()})
 
 
 class Bootstrap:
-    """Draws of seeds and prompts as weights; row 0 of each is what was measured.
+    """Draws of prompts as weights; row 0 is what was measured.
 
     Args:
-        seeds: number of seeds.
         prompts: task → number of prompts.
     """
 
-    def __init__(self, seeds: int, prompts: Mapping[str, int]):
+    def __init__(self, prompts: Mapping[str, int]):
         rng = np.random.default_rng(0)
-        self.seeds = _weights(rng, seeds) / seeds  # [1 + RESAMPLES, seeds]
         self.prompts = {task: _weights(rng, count) for task, count in prompts.items()}
 
     def tau(self, tables: Tables, tasks: list[str]) -> np.ndarray:
@@ -87,14 +88,32 @@ class Bootstrap:
 
     def _tau(self, table: np.ndarray, prompts: np.ndarray) -> np.ndarray:
         tokens, rounds = np.moveaxis(np.einsum("rp,spc->rsc", prompts, table), -1, 0)
-        return (self.seeds * tokens / rounds).sum(1)
+        return (tokens / rounds).mean(1)
 
-    def interval(self, values: np.ndarray, tasks: list[str]) -> Interval:
-        """Of [1 + RESAMPLES] values made of these tasks; expanded for the number of prompts as the records' are."""
-        prompts = sum(self.prompts[task].shape[1] for task in tasks)
+    def interval(self, values: np.ndarray, tasks: list[str], each: np.ndarray) -> Interval:
+        """Of [1 + RESAMPLES] values made of these tasks, and of each seed's; expanded for the number of prompts as the
+        records' are."""
+        value, prompts = float(values[0]), sum(self.prompts[task].shape[1] for task in tasks)
         if prompts == len(tasks):
-            return Interval(float(values[0]), None, None)
-        return expanded(float(values[0]), values[1:], prompts, len(tasks))
+            return Interval(value, None, None)
+        own = expanded(value, values[1:], prompts, len(tasks))
+        seeds = _seeds(each)
+        return Interval(
+            value,
+            value - float(np.hypot(value - own.low, seeds)),
+            value + float(np.hypot(own.high - value, seeds)),
+        )
+
+    def tau_interval(self, tables: Tables, tasks: list[str]) -> Interval:
+        return self.interval(self.tau(tables, tasks), tasks, by_seed(tables, tasks))
+
+
+def _seeds(each: np.ndarray) -> float:
+    """Half of the 95 % interval that the seeds alone would give their mean."""
+    count = len(each)
+    if count < 2:
+        return 0.0
+    return float(each.std(ddof=1) * student_t.ppf(0.975, count - 1) / count**0.5)
 
 
 def by_seed(tables: Tables, tasks: list[str]) -> np.ndarray:
@@ -115,7 +134,7 @@ def load(params: Params, root: Path = Path(".")) -> Study:
     }
     records = [draft.record for own in drafts.values() for draft in own]
     for record in records:
-        for key in ("eval_version", "target_digest", "dtype", "seed"):
+        for key in ("eval_version", "target_digest", "dtype", "seed", "max_new_tokens"):
             if record[key] != records[0][key]:
                 raise DeepSpecError(
                     f"records of different {key}: {record[key]} and {records[0][key]}; run dvc repro"

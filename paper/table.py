@@ -1,4 +1,5 @@
-"""Table 1 beside the published one: reports/table1.json, reports/table1.md and the marked part of README.md."""
+"""Table 1 beside the published one: reports/table1.json, its numbers as metrics, reports/table1.md and the marked part
+of README.md."""
 
 from __future__ import annotations
 
@@ -48,8 +49,8 @@ def ratios(ours: Tables, rival: Tables, bootstrap: Bootstrap, groups: dict[str, 
     """Domain → the ratio of mean τ with its interval, that of each seed, and whether ours is ahead."""
     found = {}
     for domain, tasks in groups.items():
-        ratio = bootstrap.interval(bootstrap.tau(ours, tasks) / bootstrap.tau(rival, tasks), tasks)
         each = by_seed(ours, tasks) / by_seed(rival, tasks)
+        ratio = bootstrap.interval(bootstrap.tau(ours, tasks) / bootstrap.tau(rival, tasks), tasks, each)
         found[domain] = {**asdict(ratio), "by_seed": each.tolist(), "ahead": verdict(ratio)}
     return found
 
@@ -68,10 +69,7 @@ def make(study: Study, known: dict[str, Any]) -> dict[str, Any]:
     groups, bootstrap = study.groups, study.bootstrap(TEMPERATURE)
     tables = {name: study.tables(name, TEMPERATURE) for name in study.drafts}
     tau = {
-        name: {
-            domain: asdict(bootstrap.interval(bootstrap.tau(own, tasks), tasks))
-            for domain, tasks in groups.items()
-        }
+        name: {domain: asdict(bootstrap.tau_interval(own, tasks)) for domain, tasks in groups.items()}
         for name, own in tables.items()
     }
     roles = study.params.study.roles
@@ -103,9 +101,9 @@ def drafter(study: Study, name: str) -> dict[str, Any]:
 
 
 def mean_tau(study: Study, name: str, temperature: float) -> dict[str, float]:
-    bootstrap = study.bootstrap(temperature)
-    tasks = study.groups[MEAN]
-    return asdict(bootstrap.interval(bootstrap.tau(study.tables(name, temperature), tasks), tasks))
+    return asdict(
+        study.bootstrap(temperature).tau_interval(study.tables(name, temperature), study.groups[MEAN])
+    )
 
 
 def speedup(drafts: Iterable[Draft], temperature: float) -> float | None:
@@ -154,6 +152,24 @@ def heldout(study: Study, root: Path, name: str) -> float:
     return fmean(max(line["heldout_tau"] for line in own) for own in lines)
 
 
+def metrics(found: dict[str, Any]) -> dict[str, Any]:
+    """The table's numbers under the names by which `deepspec reproduce` knows how exactly they come back."""
+    own = {
+        name: {"lossless": drafter["lossless"]}
+        | {
+            f"T={t}": {"tau": tau["value"], "speedup": drafter["speedup"][t]}
+            for t, tau in drafter["tau"].items()
+        }
+        | {domain: {"tau": tau["value"]} for domain, tau in found["tau"][name].items() if domain != MEAN}
+        for name, drafter in found["drafters"].items()
+    }
+    over = {
+        f"over {rival}": {domain: {"ratio": ratio["value"]} for domain, ratio in by_domain.items()}
+        for rival, by_domain in found["ratios"].items()
+    }
+    return own | over
+
+
 def markdown(found: dict[str, Any], beyond: dict[str, Any]) -> str:
     """The tables as Markdown."""
     parts = [_taus(found), _ratios(found), _settings(found["settings"]), _drafters(found), _beyond(beyond)]
@@ -196,7 +212,7 @@ def _settings(s: dict[str, Any]) -> str:
         f"{s['batch_size']} conversations and {s['anchors']} blocks each ({s['epochs']} epochs), seeds "
         f"{', '.join(map(str, s['seeds']))}; {prompts} prompts a task, answers of at most {s['max_new_tokens']} "
         f"tokens; {s['dtype']}, {s['device']}; records of commit `{(s['commit'] or 'unknown')[:7]}`. "
-        "Intervals are over seeds and prompts."
+        f"Intervals are over prompts{' and seeds' if len(s['seeds']) > 1 else ': one seed says nothing of others'}."
     )
 
 
@@ -289,6 +305,7 @@ def main(params: Params, flags: argparse.Namespace) -> None:
     found = make(study, published()) | {"settings": settings(study, root)}
     text = markdown(found, json.loads((root / "reports/beyond.json").read_text()))
     write_json(root / "reports/table1.json", found)
+    write_json(root / "reports/metrics.json", metrics(found))
     write_text(root / "reports/table1.md", text)
     readme = root / "README.md"
     write_text(readme, between(readme.read_text(), text))

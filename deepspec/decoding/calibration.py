@@ -227,7 +227,7 @@ def collect(
     drafted: list[int] = []
 
     def watch(proposal: Proposal, count: int) -> None:
-        rows.append(_logits(proposal.survival or []))
+        rows.append(conditional_logits(proposal.survival or []))
         accepted.append(count)
         drafted.append(len(proposal.tokens))
 
@@ -238,7 +238,7 @@ def collect(
             for i, (ids, seed) in enumerate(zip(prompts, seeds or range(len(prompts)), strict=True))
         ]
     )
-    with _as_trained(drafter):
+    with as_trained(drafter):
         engine = Engine(target, drafter, batch_size, on_round=watch)
         for generation in engine.run(lambda: next(requests, None)):
             if generation.error:
@@ -250,7 +250,7 @@ def collect(
 
 
 @contextmanager
-def _as_trained(drafter: Drafter) -> Iterator[None]:
+def as_trained(drafter: Drafter) -> Iterator[None]:
     """Without the temperatures of an earlier calibration."""
     known = getattr(drafter, "temperatures", None)
     if known is not None:
@@ -262,7 +262,7 @@ def _as_trained(drafter: Drafter) -> Iterator[None]:
             drafter.temperatures = known
 
 
-def _logits(survival: list[float]) -> list[float]:
+def conditional_logits(survival: list[float]) -> list[float]:
     """The logits of the conditional chances a_k / a_{k−1}."""
     logits, above = [], 1.0
     for chance in survival:

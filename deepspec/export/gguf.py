@@ -6,6 +6,7 @@ in another order. The tokenizer is byte-level BPE, its text split as `tokenizer.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,6 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from deepspec.errors import DeepSpecError
 from deepspec.export.draft import Draft
 from deepspec.export.layout import Layout, Refused
 
@@ -47,6 +47,8 @@ def lm(draft: Draft, where: str, tokens: int) -> Layout:
         )
     if config.get("attention_bias") or config.get("mlp_bias"):
         raise Refused("llama.cpp's Llama has no biases, and this draft has some; train an lm without")
+    if importlib.util.find_spec("gguf") is None:
+        raise Refused("GGUF needs the package gguf; pip install 'deepspec[pipeline]'")
     tokenizer = json.loads((Path(draft.target.source) / "tokenizer.json").read_text())
     split = _split(tokenizer)
     command = (
@@ -76,11 +78,9 @@ def _split(tokenizer: dict[str, Any]) -> str:
 
 
 def _write(draft: Draft, tokenizer: dict[str, Any], split: str, path: Path) -> None:
-    try:
-        from gguf import GGMLQuantizationType, GGUFWriter, LlamaFileType
-        from gguf.quants import quantize
-    except ImportError:
-        raise DeepSpecError("GGUF needs the package gguf; pip install 'deepspec[pipeline]'") from None
+    from gguf import GGMLQuantizationType, GGUFWriter, LlamaFileType
+    from gguf.quants import quantize
+
     config = draft.config
     writer = GGUFWriter(path, "llama")
     writer.add_name(f"{draft.name} draft")

@@ -14,10 +14,11 @@ from dvc.repo import Repo
 from transformers import Qwen3Config
 
 from deepspec.config import Params, load_params
-from deepspec.decoding.calibration import Blocks, survival
+from deepspec.decoding.calibration import Blocks, conditional_logits, survival
 from deepspec.drafters.registry import algorithms
 from deepspec.errors import DeepSpecError
 from deepspec.evaluation.contest import Run
+from deepspec.tolerance import Figures, compare, flatten
 from paper import beyond, blocks, figures, table
 from paper.study import MEAN, Bootstrap, Draft, Study, by_seed
 from tests.records import record
@@ -26,6 +27,18 @@ ROOT = Path(__file__).parents[2]
 PAPER = ROOT / "paper"
 PROFILES = sorted(file.stem.removeprefix("params.") for file in PAPER.glob("params.*.yaml"))
 FULL = [name for name in PROFILES if name != "smoke"]
+NOT_DECODED = (
+    "alone",
+    "bench",
+    "benchmark",
+    "identity",
+    "native",
+    "record",
+    "stats",
+    "sweep",
+    "throughput",
+    "trace",
+)
 TASKS = {"sums": "math", "more_sums": "math", "talk": "chat"}
 
 
@@ -85,6 +98,15 @@ def test_unequal_drafters_are_refused_by_the_key_that_differs(tmp_path, drafter,
         load_params(file)
 
 
+def test_a_study_without_the_tables_temperature_is_refused(tmp_path):
+    raw = yaml.safe_load((PAPER / "params.quick.yaml").read_text())
+    raw["evaluate"]["temperatures"] = [0.0]
+    file = tmp_path / "params.yaml"
+    file.write_text(yaml.safe_dump(raw))
+    with pytest.raises(DeepSpecError, match=r"evaluate.temperatures lacks 1.0"):
+        load_params(file)
+
+
 def test_a_study_of_a_drafter_that_is_not_trained_is_refused(tmp_path):
     raw = yaml.safe_load((PAPER / "params.quick.yaml").read_text())
     raw["study"]["dspark"] = "dsprak"
@@ -126,6 +148,11 @@ def test_shared_stages_depend_on_the_code_that_they_depend_on_in_the_main_pipeli
     for name, deps in code.items():
         found = [dep.removeprefix("../") for dep in ours[name]["deps"] if dep.startswith("../")]
         assert found == deps, name
+    for name in ("blocks", "beyond"):  # they decode as evaluate does
+        lacking = set(code["evaluate"]) - {dep.removeprefix("../") for dep in ours[name]["deps"]}
+        assert lacking <= {f"deepspec/evaluation/{part}.py" for part in NOT_DECODED}, name
+    for name in ("table", "figures"):
+        assert "../deepspec/evaluation/stats.py" in ours[name]["deps"], name
     for name in ("target", "prompts", "generate", "validate"):
         assert {k: v for k, v in ours[name].items() if k != "deps"} == {
             k: v for k, v in main[name].items() if k != "deps"
@@ -243,11 +270,43 @@ def test_who_is_ahead_everywhere_is_said_to_be_and_who_is_behind_too():
 
 
 def test_seeds_that_disagree_widen_the_interval():
+    """By Student's quantile: two seeds that give 2 and 4 say little of the next."""
     tables = {"sums": np.array([[[20.0, 10.0]] * 4, [[40.0, 10.0]] * 4])}
-    bootstrap = Bootstrap(2, {"sums": 4})
-    found = bootstrap.interval(bootstrap.tau(tables, ["sums"]), ["sums"])
-    assert (found.low, found.value, found.high) == pytest.approx((2, 3, 4))
+    found = Bootstrap({"sums": 4}).tau_interval(tables, ["sums"])
+    assert (found.low, found.value, found.high) == pytest.approx((3 - 12.706, 3, 3 + 12.706), abs=1e-3)
     assert by_seed(tables, ["sums"]).tolist() == [2, 4]
+    same = {"sums": np.array([[[20.0, 10.0]] * 4] * 2)}
+    found = Bootstrap({"sums": 4}).tau_interval(same, ["sums"])
+    assert (found.low, found.value, found.high) == pytest.approx((2, 2, 2))
+
+
+@pytest.mark.parametrize("seeds", [2, 3])
+def test_intervals_hold_the_truth_as_often_as_they_say(seeds):
+    """Drafts whose τ differs from seed to seed more than prompts do: resampled seeds would hold it in half of cases."""
+    rng, inside, trials = np.random.default_rng(0), 0, 200
+    for _ in range(trials):
+        tokens = 30 + 2 * rng.normal(size=(seeds, 1)) + rng.normal(size=(seeds, 8))
+        tables = {"sums": np.stack((tokens, np.full_like(tokens, 10.0)), axis=-1)}
+        found = Bootstrap({"sums": 8}).tau_interval(tables, ["sums"])
+        inside += found.low <= 3 <= found.high
+    assert inside / trials > 0.9
+
+
+def test_a_new_run_of_the_study_reproduces_the_committed_numbers_but_not_a_worse_draft():
+    """Another commit and other seconds are no difference; as a file of metrics goes through `deepspec reproduce`."""
+    found = table.make(made_up(EQUAL), table.published(PAPER / "published.yaml"))
+    then = flatten(table.metrics(found))
+    assert {"dspark.T=1.tau", "dspark.math.tau", "dspark.lossless", "over DFlash.mean.ratio"} <= set(then)
+    for drafter in found["drafters"].values():
+        drafter["speedup"] = {t: 1.2 * value for t, value in drafter["speedup"].items()}
+    again = flatten(table.metrics(found))
+    for recomputed in (False, True):
+        rows = compare(Figures(then, {}), Figures(again, {}), recomputed)
+        assert all(row.matches for row in rows)
+    worse = again | {"dspark.T=1.tau": 0.8 * again["dspark.T=1.tau"]}
+    assert [
+        row.metric for row in compare(Figures(then, {}), Figures(worse, {}), True) if not row.matches
+    ] == ["dspark.T=1.tau"]
 
 
 def test_the_published_means_are_the_papers_own_gains():
@@ -291,7 +350,7 @@ def test_the_readme_shows_the_table_that_was_made():
 
 def test_logits_of_survivals_give_the_survivals_back():
     chances = [0.9, 0.5, 0.1]
-    (found,) = survival(np.array([blocks._logits(chances)]))
+    (found,) = survival(np.array([conditional_logits(chances)]))
     assert found == pytest.approx(chances, abs=1e-4)
 
 

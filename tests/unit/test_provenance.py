@@ -20,7 +20,7 @@ def test_commit_and_changes_are_those_of_the_code(tmp_path, monkeypatch):
     assert (provenance()["git_commit"], provenance()["git_dirty"]) == (None, False)
     who = ["-c", "user.name=tests", "-c", "user.email=tests@example.org"]
     for name in CODE:
-        (tmp_path / name).write_text("a")
+        (tmp_path / name.removeprefix(":(top)")).write_text("a")
     (tmp_path / "dvc.lock").write_text("a")
     for words in (["init", "-q"], ["add", "."], [*who, "commit", "-qm", "first"]):
         subprocess.run(["git", *words], check=True)
@@ -28,8 +28,11 @@ def test_commit_and_changes_are_those_of_the_code(tmp_path, monkeypatch):
     assert len(made["git_commit"]) == 40 and not made["git_dirty"]
     (tmp_path / "dvc.lock").write_text("b")
     assert not provenance()["git_dirty"]
-    (tmp_path / "params.yaml").write_text("b")
-    assert provenance()["git_dirty"]
+    (tmp_path / "deepspec").write_text("b")
+    (tmp_path / "paper").mkdir()
+    for folder in (tmp_path, tmp_path / "paper"):  # a pipeline of its own in the same repository
+        monkeypatch.chdir(folder)
+        assert provenance()["git_dirty"]
 
 
 def test_the_packages_that_decide_a_result_are_named():
