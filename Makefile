@@ -52,9 +52,9 @@ format: $(READY) ## Rewrite the code in the project's style
 	ruff check --fix .
 	ruff format .
 
-clean: ## Remove .venv and caches; data/, reports/, .dvc/cache and what the services keep stay
+clean: ## Remove .venv and caches; data/, reports/, .dvc/cache, runs and what the services keep stay
 	rm -rf $(VENV) .pytest_cache .ruff_cache .dvc/tmp *.egg-info
-	[ ! -d .deepspec ] || find .deepspec -mindepth 1 -maxdepth 1 ! -name services -exec rm -rf {} +
+	[ ! -d .deepspec ] || find .deepspec -mindepth 1 -maxdepth 1 ! -name services ! -name runs -exec rm -rf {} +
 	find deepspec flows tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # torch goes first and alone: asked for by name and version, a CPU build that pip is configured to find is taken,

@@ -124,30 +124,40 @@ def open_clone(settings: Settings) -> Work:
         return _clone(settings)
     try:
         state = json.loads((directory / STATE).read_text())
-        commit = state["asked"]["commit"]
-        same = state["asked"] == asked(settings, commit)
+        known, done = dict(state["asked"]), tuple(state["done"])
     except (OSError, ValueError, KeyError, TypeError):
         raise DeepSpecError(f"{directory}: not empty; choose another directory with --into") from None
-    if not same:
+    git(directory, "fetch", "--quiet", "--tags", "--force", "origin")
+    git(directory, "remote", "set-head", "origin", "--auto")
+    commit = find_commit(directory, settings)  # of now: a branch moves, and so may a tag
+    if known != asked(settings, commit):
         raise DeepSpecError(
-            f"{directory}: holds another reproduction ({state['asked']}); remove it or choose another with --into"
+            f"{directory}: holds another reproduction ({known}), and {settings.tag} is {commit[:7]}; "
+            "remove it or choose another with --into"
         )
     print(f"going on in {directory}")
-    return Work(settings, commit, tuple(state["done"]))
+    return Work(settings, commit, done)
+
+
+def find_commit(clone: Path, settings: Settings) -> str:
+    """Of a tag, of a branch of the origin, or of whatever else git knows by the name."""
+    name = settings.tag
+    for ref in (f"refs/tags/{name}", f"refs/remotes/origin/{name}", name):
+        try:
+            return git(clone, "rev-parse", "--verify", "--quiet", f"{ref}^{{commit}}").strip()
+        except DeepSpecError:
+            continue
+    tags = git(clone, "tag", "--list").split()
+    raise DeepSpecError(
+        f"{settings.repo} has no tag {name!r}{nearest(name, tags)} (tags: {', '.join(tags) or 'none'})"
+    )
 
 
 def _clone(settings: Settings) -> Work:
     here = Path.cwd()
     with replacing(settings.directory) as fresh:
         git(None, "clone", "--quiet", "--no-checkout", settings.repo, str(fresh))
-        try:
-            commit = git(fresh, "rev-parse", "--verify", "--quiet", f"{settings.tag}^{{commit}}").strip()
-        except DeepSpecError:
-            tags = git(fresh, "tag", "--list").split()
-            raise DeepSpecError(
-                f"{settings.repo} has no tag {settings.tag!r}{nearest(settings.tag, tags)}"
-                f" (tags: {', '.join(tags) or 'none'})"
-            ) from None
+        commit = find_commit(fresh, settings)
         git(fresh, "checkout", "--quiet", "--detach", commit)
         if not (fresh / settings.pipeline).is_file():
             raise DeepSpecError(f"{settings.tag} has no {settings.pipeline}; name another with --pipeline")
@@ -169,22 +179,34 @@ def asked(settings: Settings, commit: str) -> dict[str, Any]:
 def take_over_remote(work: Work) -> None:
     """Write the remote into the clone's .dvc/config.local, which git ignores: the one given, or that of a repository
     on this machine, which may have it in its own config.local, or relative to itself."""
+    given, source = work.settings.remote, Path(work.settings.repo)
+    known = remote_of(source, given)
+    if given is not None and known is None:
+        path = given if "://" in given else str(Path(given).expanduser().absolute())
+        known = "given", {"url": path}
+    set_remote(work.root, known)
+
+
+def remote_of(source: Path, name: str | None = None) -> tuple[str, dict[str, Any]] | None:
+    """The default DVC remote of a repository on this machine, or the one called `name`, with its options."""
     from dvc.config import Config
+
+    if not (source / ".dvc").is_dir():
+        return None
+    config = Config(str(source / ".dvc"))
+    name = name or config["core"].get("remote")
+    options = dict(config["remote"].get(name, {}))
+    return (name, options) if options else None
+
+
+def set_remote(root: Path, remote: tuple[str, dict[str, Any]] | None) -> None:
+    """Make it the default of the clone at `root`, by the config that git ignores; None: what the clone says stands."""
     from dvc.repo import Repo
 
-    given, source = work.settings.remote, Path(work.settings.repo)
-    if given is not None:
-        path = given if "://" in given else str(Path(given).expanduser().absolute())
-        name, options = "given", {"url": path}
-    elif (source / ".dvc").is_dir():
-        config = Config(str(source / ".dvc"))
-        name = config["core"].get("remote")
-        options = dict(config["remote"].get(name, {}))
-    else:
-        return  # what the clone's own .dvc/config says
-    if not options:
+    if remote is None:
         return
-    with Repo(work.root) as repo, repo.config.edit("local") as local:
+    name, options = remote
+    with Repo(root) as repo, repo.config.edit("local") as local:
         local["remote"][name] = options
         local["core"]["remote"] = name
 
@@ -237,6 +259,12 @@ def _md5(fs: Any, path: str) -> str:
 def git(directory: Path | None, *words: str) -> str:
     done = subprocess.run(["git", *words], cwd=directory, capture_output=True, text=True)
     if done.returncode:
-        said = done.stderr.strip().splitlines() or ["no message"]
-        raise DeepSpecError(f"git {words[0]} failed: {said[-1]}")
+        raise DeepSpecError(f"git {words[0]} failed: {reason(done) or 'no message'}")
     return done.stdout
+
+
+def reason(done: subprocess.CompletedProcess[str]) -> str:
+    """The line by which git or DVC says what went wrong: not the advice that may follow it."""
+    told = [line for line in (done.stderr or done.stdout).splitlines() if line.strip()]
+    named = [line for line in told if line.lower().startswith(("fatal:", "error:"))]
+    return (named or told or [""])[-1]

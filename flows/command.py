@@ -17,6 +17,7 @@ from pathlib import Path
 from deepspec.stages.common import TELEMETRY_OFF
 
 BAR_INTERVAL_S = 30.0
+SQLITE = "sqlite:///"
 STOP_S = 20.0  # a trainer told to stop saves its state first
 KEPT = 200  # last lines, among which the reason of a failure is looked for
 
@@ -81,14 +82,22 @@ class Thinned:
 
 
 def environment(root: Path) -> dict[str, str]:
-    """That of a command in the clone at `root`: its own code, this Python, no telemetry, no buffer."""
-    python = str(Path(sys.executable).parent)
-    return os.environ | TELEMETRY_OFF | {
-        "PATH": f"{python}{os.pathsep}{os.environ.get('PATH', '')}",
-        "PYTHONPATH": str(root),
+    """That of a command in the clone at `root`: its own code first, this Python, no telemetry, no buffer."""
+    own = os.environ | TELEMETRY_OFF | {
+        "PATH": before(str(Path(sys.executable).parent), "PATH"),
+        "PYTHONPATH": before(str(root), "PYTHONPATH"),
         "PYTHONUNBUFFERED": "1",
         "GIT_TERMINAL_PROMPT": "0",
     }  # fmt: skip
+    store = own.get("MLFLOW_TRACKING_URI", "")
+    if store.startswith(SQLITE):  # relative to where the flow was started, not to the clone
+        own["MLFLOW_TRACKING_URI"] = SQLITE + str(Path(store.removeprefix(SQLITE)).absolute())
+    return own
+
+
+def before(first: str, name: str) -> str:
+    """A path variable of the environment with `first` in front."""
+    return os.pathsep.join(filter(None, (first, os.environ.get(name))))
 
 
 def follow(
@@ -129,6 +138,8 @@ def follow(
     )
     with _lock:
         _running.add(process)
+    if _cancelled.is_set():  # since it was asked above
+        stop(process)
     expired = threading.Event()
     late = threading.Timer(hours * 3600, lambda: (expired.set(), stop(process)))
     late.daemon = True
@@ -161,7 +172,8 @@ def failure(status: int, lines: list[str]) -> CommandFailed:
     """Why a command failed: the exception to raise.
 
     DVC turns a stage's status into its own and says it in words; accelerate turns 2 into 1. The stages' one line
-    that begins with `error:` survives both, and only a mistake is told that way.
+    that begins with `error:` survives both, and only a mistake is told that way. What the gate refuses it says on
+    lines that begin with `refused:`, among those of drafters that it does not refuse.
     """
     told = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
     if any(line.startswith("Traceback ") for line in lines):
@@ -169,7 +181,8 @@ def failure(status: int, lines: list[str]) -> CommandFailed:
     exits = [int(code) for line in lines for code in _EXITED.findall(line)]
     mistake = bool(told) or 2 in exits or (not exits and status == 2)
     dvc = [line.removeprefix("ERROR: ") for line in lines if line.startswith("ERROR: ")]
-    reason = (told or dvc or lines or [f"exited with {status}"])[-1]
+    refused = [line.removeprefix("refused: ") for line in lines if line.startswith("refused: ")]
+    reason = "; ".join(refused) or (told or dvc or lines or [f"exited with {status}"])[-1]
     return (UserMistake if mistake else CommandFailed)(reason)
 
 

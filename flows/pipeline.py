@@ -26,7 +26,7 @@ from prefect.task_runners import ThreadPoolTaskRunner
 
 from flows.command import CommandFailed, UserMistake, cancel, follow
 from flows.graph import Stage, describe, read_graph
-from flows.progress import ProgressArtifact
+from flows.progress import ProgressArtifact, best_effort
 from flows.setup import GPU_TAG, ensure_limit
 from flows.workspace import Workspace, metrics_before, publish, remember, workspace
 
@@ -144,13 +144,14 @@ def run_stage(stage: Stage, work: Workspace, hours: float) -> State:
 
 def _show_notes(stage: Stage, work: Workspace) -> None:
     """Every Markdown output of a stage, also that of a stage which failed, and links to its pages."""
-    for path in filter(Path.exists, (work.root / out for out in stage.outputs(".md"))):
-        create_markdown_artifact(
-            path.read_text(encoding="utf-8"), key=slug(path.stem), description=stage.name
-        )
-    for path in filter(Path.exists, (work.root / out for out in stage.outputs(".html"))):
-        where = f"on the worker's machine; committed on the branch {work.branch}"
-        create_link_artifact(path.as_uri(), path.name, key=slug(f"{path.stem}-page"), description=where)
+    with best_effort(f"what {stage.name} wrote"):
+        for path in filter(Path.exists, (work.root / out for out in stage.outputs(".md"))):
+            create_markdown_artifact(
+                path.read_text(encoding="utf-8"), key=slug(path.stem), description=stage.name
+            )
+        for path in filter(Path.exists, (work.root / out for out in stage.outputs(".html"))):
+            where = f"on the worker's machine; committed on the branch {work.branch}"
+            create_link_artifact(path.as_uri(), path.name, key=slug(f"{path.stem}-page"), description=where)
 
 
 @task(task_run_name="metrics", cache_policy=NO_CACHE)

@@ -15,19 +15,23 @@ USER = "deepspec"
 SYSTEM_USER = "postgres"  # the server refuses to run as root
 
 
-def binaries() -> Path | None:
-    """Where initdb and pg_ctl are: on PATH, or where Debian keeps them."""
+DEBIAN = Path("/usr/lib/postgresql")
+
+
+def binaries(folder: Path) -> Path | None:
+    """Where initdb and pg_ctl are: Debian's of the version that made the cluster in `folder`, else those on PATH, else
+    Debian's newest."""
+    made = folder / "PG_VERSION"
+    places = [DEBIAN / made.read_text().strip() / "bin"] if made.exists() else []
     found = shutil.which("initdb")
-    places = [Path(found).resolve().parent] if found else []
-    places += sorted(Path("/usr/lib/postgresql").glob("*/bin"), key=lambda path: float(path.parent.name))[
-        ::-1
-    ]
+    places += [Path(found).resolve().parent] if found else []
+    places += sorted(DEBIAN.glob("*/bin"), key=lambda path: float(path.parent.name), reverse=True)
     return next((place for place in places if (place / "pg_ctl").exists()), None)
 
 
 def unusable(folder: Path) -> str | None:
     """Why there is no PostgreSQL to be had in `folder`, or None."""
-    if binaries() is None:
+    if binaries(folder) is None:
         return "PostgreSQL is not installed"
     try:
         import psycopg  # noqa: F401
@@ -115,10 +119,11 @@ def _identity() -> dict:
 
 def _call(name: str, *words: str, check: bool = True) -> int:
     """Run one of PostgreSQL's programs. The server keeps the output open, so that no pipe is waited for."""
-    log = Path(words[words.index("-D") + 1]).with_suffix(".setup.log")
+    folder = Path(words[words.index("-D") + 1])
+    log = folder.with_suffix(".setup.log")
     with log.open("ab") as out:
         done = subprocess.run(
-            [str(binaries() / name), *words],
+            [str(binaries(folder) / name), *words],
             cwd="/",
             stdin=subprocess.DEVNULL,
             stdout=out,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import subprocess
 from pathlib import Path
 
@@ -49,15 +50,17 @@ class Process:
         """Tell it to stop; whether there was anything to tell. `wait` sees to it."""
         found = self._found()
         if found:
-            self._family = [found, *found.children(recursive=True)]
-            found.terminate()
+            with contextlib.suppress(psutil.NoSuchProcess):  # it has ended since
+                self._family = [found, *found.children(recursive=True)]
+                found.terminate()
         return found is not None
 
     def wait(self) -> None:
         """Until it and all that it started are gone; what does not go is killed."""
         _, alive = psutil.wait_procs(self._family, STOP_S)
         for process in alive:
-            process.kill()
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
         psutil.wait_procs(alive, STOP_S)
         self.file.unlink(missing_ok=True)
 

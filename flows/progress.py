@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from prefect.artifacts import create_progress_artifact, update_progress_artifact
 
@@ -33,8 +36,18 @@ class ProgressArtifact:
             self._show(100.0, f"{self.stage}: done")
 
     def _show(self, percent: float, description: str) -> None:
-        if self._id is None:
-            key = re.sub(r"[^a-z0-9]+", "-", f"progress-{self.stage}".lower()).strip("-")
-            self._id = create_progress_artifact(percent, key=key, description=description)
-        else:
-            update_progress_artifact(self._id, percent, description=description)
+        with best_effort(f"progress of {self.stage}"):
+            if self._id is None:
+                key = re.sub(r"[^a-z0-9]+", "-", f"progress-{self.stage}".lower()).strip("-")
+                self._id = create_progress_artifact(percent, key=key, description=description)
+            else:
+                update_progress_artifact(self._id, percent, description=description)
+
+
+@contextmanager
+def best_effort(what: str) -> Iterator[None]:
+    """For pictures of the work: a server that is away for a while stops no training."""
+    try:
+        yield
+    except Exception as error:
+        logging.getLogger(__name__).warning("not shown: %s (%s)", what, error)

@@ -6,6 +6,8 @@ it was.
 
 from __future__ import annotations
 
+import os
+import shutil
 import sys
 
 from prefect import flow, get_run_logger, task
@@ -30,14 +32,22 @@ def promote(
         drafter: the default is that of `deepspec register`.
         rollback: give the alias back to the previous champion instead.
     """
+    if not os.environ.get("MLFLOW_TRACKING_URI"):
+        return Failed(
+            message="MLFLOW_TRACKING_URI is not set: a registry of the clone's own would be nobody's"
+        )
     chosen = ["--drafter", drafter] if drafter else []
     try:
         with workspace(repository, ref, {}, flow_run.id, HOME, say=get_run_logger().info) as work:
-            if rollback:
-                said = deepspec(work, ["promote", "--rollback", *chosen])
-            else:
-                deepspec(work, ["register", *chosen])
-                said = deepspec(work, ["promote", *chosen])
+            try:
+                if rollback:
+                    said = deepspec(work, ["promote", "--rollback", *chosen])
+                else:
+                    deepspec(work, ["register", *chosen])
+                    said = deepspec(work, ["promote", *chosen])
+            finally:
+                if ref.startswith("runs/"):  # asked for once; all of it is in the cache and on the branch
+                    shutil.rmtree(work.root, ignore_errors=True)
     except CommandFailed as refused:
         return Failed(message=str(refused))
     except BaseException:

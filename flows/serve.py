@@ -9,6 +9,7 @@ import argparse
 
 import yaml
 from prefect import serve
+from prefect.schedules import Cron
 
 from deepspec.errors import DeepSpecError
 from deepspec.stages.common import guarded
@@ -22,7 +23,12 @@ def parse(settings: list[str]) -> dict:
     for setting in settings:
         if "=" not in setting:
             raise DeepSpecError(f"-S {setting}: expected key=value")
-    return {key: yaml.safe_load(value) for key, _, value in (setting.partition("=") for setting in settings)}
+    try:
+        return {
+            key: yaml.safe_load(value) for key, _, value in (setting.partition("=") for setting in settings)
+        }
+    except yaml.YAMLError as error:
+        raise DeepSpecError(f"-S: not YAML: {' '.join(str(error).split())}") from None
 
 
 def main() -> None:
@@ -38,6 +44,10 @@ def main() -> None:
     def run() -> None:
         where = {"repository": flags.repository, "ref": flags.ref}
         overrides = parse(flags.settings)
+        try:
+            Cron(flags.cron)
+        except ValueError as error:
+            raise DeepSpecError(f"--cron {flags.cron!r}: {' '.join(str(error).split())}") from None
         ensure_limit()
         serve(
             pipeline.to_deployment("nightly", cron=flags.cron, parameters={**where, "overrides": overrides}),

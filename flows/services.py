@@ -17,13 +17,14 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from deepspec.errors import DeepSpecError
 from deepspec.stages.common import TELEMETRY_OFF, guarded
 from flows import postgres
+from flows.command import before
 from flows.process import Process
 from flows.setup import POOL, ROOT
 
@@ -41,11 +42,9 @@ class Places:
     ports: dict[str, int]
 
     @classmethod
-    def of(cls, home: Path, environ: dict[str, str] | os._Environ = os.environ) -> Places:
-        ports = {
-            name: int(environ.get(f"DEEPSPEC_{name.upper()}_PORT", port)) for name, port in PORTS.items()
-        }
-        return cls(home.resolve(), ports)
+    def of(cls, home: Path, environ: Mapping[str, str] = os.environ) -> Places:
+        """Raises DeepSpecError: a port that is no number."""
+        return cls(home.resolve(), {name: _port(environ, name) for name in PORTS})
 
     def url(self, name: str) -> str:
         return f"http://{HOST}:{self.ports[name]}"
@@ -54,6 +53,14 @@ class Places:
     def client(self) -> dict[str, str]:
         """What a flow, `deepspec track` or a shell needs to find the servers."""
         return {"PREFECT_API_URL": f"{self.url('prefect')}/api", "MLFLOW_TRACKING_URI": self.url("mlflow")}
+
+
+def _port(environ: Mapping[str, str], name: str) -> int:
+    key = f"DEEPSPEC_{name.upper()}_PORT"
+    chosen = environ.get(key) or str(PORTS[name])
+    if not (chosen.isdigit() and 0 < int(chosen) < 65536):
+        raise DeepSpecError(f"{key}={chosen}: not a port")
+    return int(chosen)
 
 
 @dataclass(frozen=True)
@@ -77,7 +84,7 @@ def servers(places: Places, database: Database) -> list[Service]:
         Service(
             "prefect",
             [sys.executable, "-m", "prefect", "server", "start", "--host", HOST, "--port", port["prefect"]],
-            answers(f"{places.url('prefect')}/api/health"),
+            answers(f"{places.url('prefect')}/api/ready"),
             {
                 "PREFECT_SERVER_DATABASE_CONNECTION_URL": database("prefect", "asyncpg", "aiosqlite"),
                 # Leases in memory would be lost with the server, and their slots taken for good.
@@ -139,6 +146,9 @@ def status(places: Places) -> bool:
     """Print what runs; whether all of it does."""
     found = {service.name: service.healthy for service in [*servers(places, lambda *_: ""), worker(places)]}
     well = True
+    if (places.home / "postgres/PG_VERSION").exists():
+        well = postgres.runs(places.home / "postgres")
+        print(f"{'postgres':10}{'up' if well else 'down':17}{HOST}:{places.ports['postgres']}")
     for name, healthy in found.items():
         pid = Process(places.home, name).pid()
         said = "down" if pid is None else "up" if healthy() else "does not answer"
@@ -170,14 +180,20 @@ def _start(places: Places, services: list[Service]) -> None:
 def _environment(places: Places) -> dict[str, str]:
     return os.environ | TELEMETRY_OFF | places.client | {
         "PREFECT_HOME": str(places.home / "prefect"),
-        "PYTHONPATH": str(ROOT),
+        "PYTHONPATH": before(str(ROOT), "PYTHONPATH"),
     }  # fmt: skip
 
 
 def _database(places: Places) -> tuple[Database, str]:
-    """Database URLs by name, and in words what stands behind them. What was chosen first stays: it has the history."""
+    """Database URLs by name, and in words what stands behind them. What was chosen first stays: it has the history.
+
+    Raises:
+        DeepSpecError: that was PostgreSQL, which is not there any more.
+    """
     home, port = places.home, places.ports["postgres"]
     missing = postgres.unusable(home / "postgres")
+    if missing and (home / "postgres/PG_VERSION").exists():
+        raise DeepSpecError(f"{home / 'postgres'} has the history of runs, but {missing}")
     if missing is None and not (home / "mlflow.db").exists():
         if not postgres.runs(home / "postgres"):
             _check_port(places, "postgres")
@@ -215,10 +231,10 @@ def main() -> None:
     parser.add_argument("action", choices=("up", "down", "status"))
     parser.add_argument("--home", type=Path, default=ROOT / ".deepspec/services", help="default: %(default)s")
     flags = parser.parse_args()
-    places = Places.of(flags.home)
-    if flags.action == "status":
-        raise SystemExit(0 if status(places) else 1)
-    raise SystemExit(guarded(lambda: {"up": up, "down": down}[flags.action](places)))
+    action = {"up": up, "down": down, "status": status}[flags.action]
+    found: list[bool | None] = []
+    failed = guarded(lambda: found.append(action(Places.of(flags.home))))
+    raise SystemExit(failed or int(found == [False]))
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ def ensure_limit(slots: int | None = None) -> None:
         except ObjectNotFound:
             found = None
         if found is None or slots not in (None, found):
-            client.create_concurrency_limit(GPU_TAG, slots or 1)
+            client.create_concurrency_limit(GPU_TAG, 1 if slots is None else slots)
 
 
 def ensure_pool() -> None:
@@ -71,6 +71,8 @@ def main() -> None:
         "--gpu-slots", type=int, help="stages that may compute at once (default: 1, or as it is)"
     )
     flags = parser.parse_args()
+    if flags.gpu_slots is not None and flags.gpu_slots < 1:
+        parser.error(f"--gpu-slots must be >= 1, found {flags.gpu_slots}")
     ensure_limit(flags.gpu_slots)
     ensure_pool()
     deploy()

@@ -22,12 +22,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from deepspec.checkout import reason, remote_of, set_remote
 from deepspec.files import digest, write_text
 from flows.command import CommandFailed, UserMistake, environment
 
 LAST = "refs/deepspec/last"  # in the clone: the commit of the last finished run
 BASE = "refs/deepspec/base"  # the commit that the clone was last moved to
 AUTHOR = ("-c", "user.name=DeepSpec", "-c", "user.email=deepspec@localhost")
+OURS_ALONE = ("--no-verify", "--no-gpg-sign")  # hooks and signatures are for what a person commits
 POLL_S = 2.0
 
 
@@ -39,6 +41,7 @@ class Workspace:
     branch: str  # of the origin, where the results go
     lock: int  # the open file that holds the clone
     previous: str | None  # id of the run that held it before
+    shares_cache: bool  # with the origin
 
 
 @contextlib.contextmanager
@@ -62,11 +65,19 @@ def workspace(
     home.mkdir(parents=True, exist_ok=True)
     root = (home / name).resolve()
     with _held(home / f"{name}.lock", run_id, patience_h, say) as (lock, previous):
+        for left in (root / ".git").rglob("*.lock"):  # of a git that was killed: nobody else works here
+            left.unlink(missing_ok=True)
         base = _move(root, origin, ref, home / "cache")
         override(root / "params.yaml", overrides)
         _restore(root, say)
         yield Workspace(
-            root, re.sub(r"(/?\.git)?/?$", "", origin).split("/")[-1], base, f"runs/{run_id}", lock, previous
+            root,
+            re.sub(r"(/?\.git)?/?$", "", origin).split("/")[-1],
+            base,
+            f"runs/{run_id}",
+            lock,
+            previous,
+            _cache_of(Path(origin)) is not None,
         )
 
 
@@ -116,6 +127,7 @@ def _move(root: Path, origin: str, ref: str, cache: Path) -> str:
     _check_out(root, commit)
     shared = _cache_of(Path(origin)) or cache.resolve()
     write_text(root / ".dvc/config.local", f"[core]\n    autostage = true\n[cache]\n    dir = {shared}\n")
+    set_remote(root, remote_of(Path(origin)))
     return commit
 
 
@@ -145,7 +157,7 @@ def _commit(root: Path, message: str) -> None:
     was changed within the second of its checkout and kept its size, as params.yaml does by an override."""
     git(root, "read-tree", "HEAD")
     git(root, "add", "--all")
-    git(root, *AUTHOR, "commit", "--quiet", "--allow-empty", "--message", message)
+    git(root, *AUTHOR, "commit", *OURS_ALONE, "--quiet", "--allow-empty", "--message", message)
 
 
 def _cache_of(origin: Path) -> Path | None:
@@ -157,13 +169,16 @@ def _cache_of(origin: Path) -> Path | None:
 
 def _restore(root: Path, say: Callable[[str], None]) -> None:
     """Bring back what dvc.lock names, as far as cache and remote have it; stages make the rest."""
-    remote = _run([sys.executable, "-m", "dvc", "config", "core.remote"], root).stdout.strip()
-    for words in ([["fetch", "--run-cache"]] if remote else []) + [
+    for words in ([["fetch", "--run-cache"]] if _has_remote(root) else []) + [
         ["checkout", "--force", "--allow-missing"]
     ]:
         done = _run([sys.executable, "-m", "dvc", *words], root)
         if done.returncode:
             say(f"dvc {words[0]}: {(done.stderr.strip() or 'failed').splitlines()[-1]}")
+
+
+def _has_remote(root: Path) -> bool:
+    return bool(_run([sys.executable, "-m", "dvc", "config", "core.remote"], root).stdout.strip())
 
 
 def override(path: Path, overrides: dict[str, Any]) -> None:
@@ -195,10 +210,15 @@ def literal(value: Any) -> str:
 
 
 def publish(work: Workspace, title: str, overrides: dict[str, Any]) -> str:
-    """Commit what the run changed (dvc.lock, params.yaml, reports) and push it to its branch; the commit."""
+    """Commit what the run changed (dvc.lock, params.yaml, reports) and push it to its branch; the commit.
+
+    Data go to the DVC remote, if there is one and the origin is no repository of this machine, whose cache has them.
+    """
     settings = "".join(f"-S {key}={literal(value)}\n" for key, value in overrides.items())
     _commit(work.root, f"Run: {title}\n\n{settings}")
-    git(work.root, "push", "--quiet", "--force", "origin", f"HEAD:refs/heads/{work.branch}")
+    if not work.shares_cache and _has_remote(work.root):
+        dvc(work.root, "push", "--quiet")
+    git(work.root, "push", "--quiet", "--no-verify", "--force", "origin", f"HEAD:refs/heads/{work.branch}")
     return git(work.root, "rev-parse", "HEAD")
 
 
@@ -230,8 +250,7 @@ def dvc(root: Path, *words: str) -> str:
 def _checked(words: list[str], root: Path, failing: str | None = "") -> str:
     done = _run(words, root)
     if done.returncode and failing is not None:
-        told = [line for line in (done.stderr or done.stdout).splitlines() if line.strip()]
-        raise UserMistake(failing or (told[-1] if told else f"{' '.join(words)} failed"))
+        raise UserMistake(failing or reason(done) or f"{' '.join(words)} failed")
     return done.stdout.strip()
 
 

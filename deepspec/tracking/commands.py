@@ -39,9 +39,10 @@ def run_promote(drafters: list[str], params_file: Path, margin: float | None, af
     names = [model_name(params.target.source, drafter) for drafter in _chosen(drafters, params)]
     rules = params.promote if margin is None else params.promote.model_copy(update={"margin": margin})
     with connect() as store:
-        decisions = [promoting.promote(name, rules, store, afresh) for name in names]
-    for decision in decisions:
-        promoting.show(decision)
+        decisions = []
+        for name in names:  # each told when it is made: the next one may end in an error
+            decisions.append(promoting.promote(name, rules, store, afresh))
+            promoting.show(decisions[-1])
     return all(decision.promoted for decision in decisions)
 
 

@@ -14,11 +14,21 @@ import yaml
 
 from deepspec.errors import DeepSpecError
 from flows import postgres
-from flows.command import CommandFailed, Thinned, UserMistake, failure, follow, parse_progress
+from flows.command import (
+    CommandFailed,
+    Progress,
+    Thinned,
+    UserMistake,
+    environment,
+    failure,
+    follow,
+    parse_progress,
+)
 from flows.graph import Stage, describe, read_graph
 from flows.process import Process
+from flows.progress import ProgressArtifact
 from flows.serve import parse
-from flows.services import Places, _check_port, servers
+from flows.services import Places, _check_port, _database, servers
 from flows.workspace import AUTHOR, git, literal, metrics_before, override, publish, remember, workspace
 
 PIPELINE = """
@@ -129,6 +139,8 @@ ERROR = "ERROR: failed to reproduce 'x': failed to run: python -m x, exited with
     (255, ["ERROR: '/a/data.txt' is busy, it is being blocked by:"], CommandFailed,
      "'/a/data.txt' is busy, it is being blocked by:"),
     (2, [], UserMistake, "exited with 2"),
+    (1, ["refused: a version 2: lossless: no", "b: version 1 is the champion, the first"], CommandFailed,
+     "a version 2: lossless: no"),
 ])  # fmt: skip
 def test_only_a_user_s_mistake_is_not_tried_again(status: int, lines: list[str], kind: type, reason: str):
     found = failure(status, lines)
@@ -204,6 +216,49 @@ def test_a_ref_may_be_a_branch_a_tag_or_a_commit(repository: Path, which: str):
         assert work.base == old
 
 
+def test_a_killed_git_and_the_user_s_own_git_settings_stop_no_run(
+    repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    with clone_of(repository) as work:
+        (work.root / ".git/index.lock").touch()
+        (work.root / ".git/refs/heads/x.lock").touch()
+    hooks = tmp_path / "hooks"
+    hooks.mkdir()
+    for name in ("pre-commit", "pre-push"):
+        (hooks / name).write_text("#!/bin/sh\nexit 1\n")
+        (hooks / name).chmod(0o755)
+    settings = {"commit.gpgsign": "true", "gpg.program": "false", "core.hooksPath": str(hooks)}
+    monkeypatch.setenv("GIT_CONFIG_COUNT", str(len(settings)))
+    for i, (key, value) in enumerate(settings.items()):
+        monkeypatch.setenv(f"GIT_CONFIG_KEY_{i}", key)
+        monkeypatch.setenv(f"GIT_CONFIG_VALUE_{i}", value)
+    with clone_of(repository, run="2") as work:
+        (work.root / "params.yaml").write_text("n: 4\npipeline: [a]\n")
+        publish(work, "by hand", {})
+    assert git(repository, "show", "runs/2:params.yaml").startswith("n: 4")
+
+
+def test_git_s_reason_is_told_and_not_its_advice(tmp_path: Path):
+    git(tmp_path, "init", "--quiet")
+    (tmp_path / ".git/index.lock").touch()
+    (tmp_path / "a").touch()
+    with pytest.raises(UserMistake, match=r"Unable to create '.*index.lock': File exists"):
+        git(tmp_path, "add", "a")
+
+
+def test_a_remote_that_git_does_not_keep_is_the_clone_s_too(repository: Path):
+    subprocess.run(
+        [sys.executable, "-m", "dvc", "remote", "add", "--local", "--default", "team", "../remote"],
+        cwd=repository,
+        check=True,
+    )
+    with clone_of(repository) as work:
+        done = subprocess.run(
+            [sys.executable, "-m", "dvc", "remote", "list"], cwd=work.root, capture_output=True, text=True
+        )
+    assert str(repository.parent / "remote") in done.stdout
+
+
 def test_a_ref_that_is_not_there_is_a_mistake(repository: Path):
     with pytest.raises(UserMistake, match="no ref 'nowhere'"), clone_of(repository, ref="nowhere"):
         pass
@@ -250,6 +305,8 @@ def test_serve_reads_settings_as_yaml():
     assert parse(["train.lr=1e-3", "pipeline=[a, b]"]) == {"train.lr": "1e-3", "pipeline": ["a", "b"]}
     with pytest.raises(DeepSpecError, match="expected key=value"):
         parse(["train.lr"])
+    with pytest.raises(DeepSpecError, match="-S: not YAML"):
+        parse(["pipeline=[a"])
 
 
 def test_a_process_is_started_once_and_stopped_with_its_children(tmp_path: Path):
@@ -287,5 +344,56 @@ def test_a_taken_port_is_named_with_its_setting(tmp_path: Path):
 
 
 def test_without_postgresql_the_reason_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(postgres, "binaries", lambda: None)
+    monkeypatch.setattr(postgres, "binaries", lambda folder: None)
     assert postgres.unusable(tmp_path) == "PostgreSQL is not installed"
+
+
+def test_a_history_in_postgresql_is_not_begun_anew_in_sqlite(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(postgres, "binaries", lambda folder: None)
+    places = Places.of(tmp_path, {})
+    assert "SQLite" in _database(places)[1]
+    (tmp_path / "postgres").mkdir()
+    (tmp_path / "postgres/PG_VERSION").write_text("15\n")
+    with pytest.raises(DeepSpecError, match="has the history of runs, but PostgreSQL is not installed"):
+        _database(places)
+
+
+def test_a_cluster_is_served_by_its_own_version(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(postgres, "DEBIAN", tmp_path / "debian")
+    monkeypatch.setattr(postgres.shutil, "which", lambda name: None)
+    for version in ("9", "15", "17"):
+        (tmp_path / f"debian/{version}/bin").mkdir(parents=True)
+        (tmp_path / f"debian/{version}/bin/pg_ctl").touch()
+    assert postgres.binaries(tmp_path) == tmp_path / "debian/17/bin"
+    (tmp_path / "PG_VERSION").write_text("15\n")
+    assert postgres.binaries(tmp_path) == tmp_path / "debian/15/bin"
+
+
+@pytest.mark.parametrize("port", ["abc", "0", "70000", "-1"])
+def test_a_port_that_is_none_is_one_line(tmp_path: Path, port: str):
+    with pytest.raises(DeepSpecError, match=f"DEEPSPEC_MLFLOW_PORT={port}: not a port"):
+        Places.of(tmp_path, {"DEEPSPEC_MLFLOW_PORT": port})
+    assert Places.of(tmp_path, {"DEEPSPEC_MLFLOW_PORT": ""}).ports["mlflow"] == 5000
+
+
+def test_no_promotion_into_a_registry_of_the_clone_s_own(monkeypatch: pytest.MonkeyPatch):
+    from flows.promote import promote
+
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    state = promote.fn(repository="nowhere")
+    assert state.is_failed() and "MLFLOW_TRACKING_URI is not set" in state.message
+
+
+def test_a_store_named_relatively_is_that_of_the_flow_not_of_the_clone(tmp_path: Path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:///mlruns/mlflow.db")
+    assert environment(tmp_path / "clone")["MLFLOW_TRACKING_URI"] == f"sqlite:///{tmp_path}/mlruns/mlflow.db"
+
+
+def test_a_server_that_is_away_stops_no_stage(monkeypatch: pytest.MonkeyPatch, caplog):
+    def away(*args, **options):
+        raise ConnectionError("no route to the server")
+
+    monkeypatch.setattr("flows.progress.create_progress_artifact", away)
+    ProgressArtifact("train")(Progress("step", 80, 640))
+    assert "not shown: progress of train (no route to the server)" in caplog.text

@@ -211,6 +211,20 @@ def test_a_directory_of_another_reproduction_is_not_gone_on_with(settings):
         run(settings("good", recompute=True))
 
 
+def test_a_name_that_has_moved_is_not_the_old_reproduction(origin, settings):
+    """A branch, here one that is not the origin's default: the first run is of its commit, the second sees another."""
+    sh(origin, "git", "branch", "--force", "side", "good")
+    chosen = settings("side", stages=("report",))
+    assert run(chosen) is True
+    sh(origin, "git", "branch", "--force", "side", "never-run")
+    with pytest.raises(DeepSpecError, match=r"holds another reproduction .* and side is \w{7}"):
+        run(chosen)
+
+
+def test_a_remote_may_be_named_as_dvc_names_it(origin, settings):
+    assert run(settings("good", stages=("measure",), remote="shared")) is True
+
+
 def test_after_a_wrong_remote_the_right_one_is_taken(origin, settings, tmp_path):
     with pytest.raises(DeepSpecError, match="the remote lacks data of good"):
         run(settings("good", remote=str(tmp_path / "empty")))
