@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -58,16 +60,33 @@ def export(draft: Draft, names: list[str], directory: Path) -> dict[str, Any]:
             engines[name] = _export(draft, name, directory / name, advice, found)
         except Refused as refusal:
             engines[name] = {"refused": str(refusal)}
-    written = [entry for entry in engines.values() if "refused" not in entry]
+            shutil.rmtree(directory / name, ignore_errors=True)  # of an earlier draft, which was not refused
     return {
         "export_version": EXPORT_VERSION,
         "drafter": draft.name,
         "draft_digest": draft.digest,
         "target_digest": draft.target.digest,
-        "passed": bool(written) and all(entry["parity"]["passed"] for entry in written),
+        "passed": _passed(engines),
         "generation": advice.to_dict(),
         "engines": engines,
     }
+
+
+def with_others(record: dict[str, Any], path: Path) -> dict[str, Any]:
+    """The record with what the one at `path`, if it is of the same draft, says of engines not asked for now."""
+    try:
+        known = json.loads(path.read_text())
+        same = all(known[key] == value for key, value in record.items() if key not in ("engines", "passed"))
+        engines = known["engines"] | record["engines"] if same else record["engines"]
+    except (OSError, ValueError, KeyError):
+        return record
+    ordered = {name: engines[name] for name in ENGINES if name in engines}
+    return record | {"passed": _passed(ordered), "engines": ordered}
+
+
+def _passed(engines: dict[str, Any]) -> bool:
+    written = [entry for entry in engines.values() if "refused" not in entry]
+    return bool(written) and all(entry["parity"]["passed"] for entry in written)
 
 
 def _export(draft: Draft, engine: str, directory: Path, advice: Advice, found: list) -> dict[str, Any]:

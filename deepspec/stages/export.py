@@ -31,7 +31,7 @@ def main(params: Params, flags: argparse.Namespace) -> None:
     """The record is written in any case; a directory that fails its check then ends the stage with an error."""
     from deepspec.drafters.checkpoint import draft_directory
     from deepspec.export.draft import load_draft
-    from deepspec.export.engines import chosen, export
+    from deepspec.export.engines import chosen, export, with_others
     from deepspec.target import load_target
 
     name = flags.drafter
@@ -41,7 +41,7 @@ def main(params: Params, flags: argparse.Namespace) -> None:
     draft = load_draft(name, draft_directory(name), target, evaluation)
     record = export(draft, engines, flags.output / name)
     path = Path("reports/export") / f"{name}.json"
-    write_json(path, record)
+    write_json(path, with_others(record, path))
     failed = []
     for engine, entry in record["engines"].items():
         if "refused" in entry:
@@ -52,6 +52,8 @@ def main(params: Params, flags: argparse.Namespace) -> None:
         failed += [f"{engine}: {c['message']}" for c in parity["checks"] if not c["passed"]]
     if failed:
         raise DeepSpecError(f"{name} was not exported as it was trained: {'; '.join(failed)}; see {path}")
+    if flags.to and all("refused" in entry for entry in record["engines"].values()):
+        raise DeepSpecError(f"{name}: nothing was written; the lines above say why")
 
 
 def _verdict(parity: dict) -> str:

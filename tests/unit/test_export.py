@@ -21,11 +21,11 @@ from deepspec.errors import DeepSpecError
 from deepspec.export import reference
 from deepspec.export.advice import advise
 from deepspec.export.draft import load_draft
-from deepspec.export.engines import ENGINES, chosen, export
+from deepspec.export.engines import ENGINES, chosen, export, with_others
 from deepspec.export.readers import block, eagle3
 from deepspec.export.readers.directory import Directory
 from deepspec.export.readers.sample import Sample
-from deepspec.files import file_digest
+from deepspec.files import file_digest, write_json
 from deepspec.stages import export as stage
 from deepspec.target import load_target
 from tests.exporting import LAYERS, SIZES, make_draft, samples, written
@@ -116,6 +116,24 @@ def test_what_an_engine_cannot_serve_is_refused_with_what_to_train(
 def test_nothing_written_is_nothing_passed(target, tmp_path):
     draft = make_draft(tmp_path, target, "eagle3")
     assert not export(draft, ["tgi"], tmp_path / "exports")["passed"]
+
+
+def test_an_export_for_one_engine_keeps_what_is_known_of_the_others(target, tmp_path):
+    draft, path = make_draft(tmp_path, target, "eagle3"), tmp_path / "eagle3.json"
+    everything = export(draft, chosen(None), tmp_path / "exports")
+    assert with_others(everything, path) == everything
+    write_json(path, everything)
+    refused = with_others(export(draft, ["tgi"], tmp_path / "exports"), path)
+    assert refused == everything  # exports of one draft have the same bytes
+    write_json(path, everything | {"draft_digest": "another"})
+    assert set(with_others(export(draft, ["vllm"], tmp_path / "exports"), path)["engines"]) == {"vllm"}
+
+
+def test_a_refusal_leaves_no_directory_of_an_earlier_draft(target, tmp_path):
+    export(make_draft(tmp_path / "a", target, "dspark"), ["vllm"], tmp_path / "exports")
+    assert (tmp_path / "exports/vllm").exists()
+    export(make_draft(tmp_path / "b", target, "dspark", context_skip=True), ["vllm"], tmp_path / "exports")
+    assert not (tmp_path / "exports/vllm").exists()
 
 
 def test_layer_ids_are_counted_as_each_engine_counts_them(target, tmp_path):
@@ -266,6 +284,16 @@ def test_the_stage_fails_in_words_where_an_export_is_not_the_draft(target, tmp_p
     assert not record["passed"]
     assert record["engines"]["vllm"]["parity"]["passed"]  # written with the target's positions
     assert record["engines"]["vllm"]["command"].startswith("vllm serve data/target --speculative-config")
+
+
+def test_asking_for_an_engine_that_refuses_is_an_error(target, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    make_draft(tmp_path / "data/drafts", target, "eagle3")
+    (tmp_path / "data/target").symlink_to(target.source)
+    flags = argparse.Namespace(drafter="eagle3", to=["tgi"], output=Path("data/exports"))
+    with pytest.raises(DeepSpecError, match="eagle3: nothing was written"):
+        stage.main(None, flags)
+    assert not json.loads(Path("reports/export/eagle3.json").read_text())["passed"]
 
 
 def test_another_targets_draft_is_refused(target, published_target, tmp_path):
