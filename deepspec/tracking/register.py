@@ -15,6 +15,7 @@ import tempfile
 from dataclasses import dataclass
 from importlib.metadata import version as installed
 from pathlib import Path
+from typing import Any
 
 import mlflow
 import pandas as pd
@@ -77,7 +78,9 @@ def register(result: Result, store: Store, target_by_reference: bool = False) ->
         model_id = _uploaded(result, store, key, run_id, export, target_by_reference)
         source = f"models:/{model_id}"
         tags = {KEY: key, **version_tags(result)}
-        version = client.create_model_version(name, source, run_id, tags, model_id=model_id).version
+        version = client.create_model_version(
+            name, source, run_id, tags, description=describe(result.record), model_id=model_id
+        ).version
     champion = client.get_registered_model(name).aliases.get(CHAMPION)
     if challenger := str(champion) != str(version):
         client.set_registered_model_alias(name, CHALLENGER, version)
@@ -106,6 +109,16 @@ def version_tags(result: Result) -> dict[str, str]:
         "dvc_key": result.key,
     }
     return {name: str(value) for name, value in found.items() if value is not None}
+
+
+def describe(record: dict[str, Any]) -> str:
+    """A version in a sentence, for a reader of the registry's page."""
+    summary = record["summary"]
+    speed = f"{summary['speedup']:.2f}×" if summary["speedup"] else "not lossless, so no speed-up"
+    return (
+        f"{record['drafter']} for {record['target']}: τ {summary['tau']:.2f}, {speed} against plain decoding at "
+        f"T = {summary['temperature']:g}, measured on {record['device']}."
+    )
 
 
 def requirements() -> list[str]:

@@ -60,6 +60,7 @@ def test_the_same_results_are_one_version_and_other_results_another(tree: Path, 
         "dvc_key": run.data.tags["deepspec_key"],
     }
     assert expected.items() <= version.tags.items()
+    assert f"{record['summary']['speedup']:.2f}× against plain decoding at T = 0" in version.description
     (tree / f"reports/export/{NAME}.json").unlink()
     shutil.rmtree("data/exports")
     with connect() as store:
