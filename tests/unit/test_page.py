@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+from pathlib import Path
 
 import pytest
 
@@ -15,6 +16,7 @@ from tests.records import HOSTILE, record, write
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
          "--disable-component-update", "--disable-sync"]  # fmt: skip
+DEMO = Path(__file__).parents[2] / "reports/report.html"  # of the last `make demo` that was committed
 DESK = {"viewport": {"width": 1280, "height": 900}}
 PHONE = {"viewport": {"width": 375, "height": 812}, "has_touch": True, "is_mobile": True}
 
@@ -81,14 +83,15 @@ def wait(shown, theme: str | None = None) -> None:
 
 
 @pytest.mark.parametrize("screen", [DESK, PHONE], ids=["desk", "phone"])
-def test_every_figure_is_drawn_and_nothing_is_wider_than_the_screen(full, show, screen):
-    shown = show(full, **screen)
+@pytest.mark.parametrize("made", ["full", "demo"])
+def test_every_figure_is_drawn_and_nothing_is_wider_than_the_screen(full, show, made, screen):
+    shown = show({"full": full, "demo": DEMO}[made], **screen)
     empty = shown.evaluate(
         "[...document.querySelectorAll('.chart')]"
         ".filter(c => !c.querySelector('svg .mark-rect path, svg .mark-line path, svg .mark-area path'))"
         ".map(c => c.dataset.chart)"
     )
-    assert shown.locator(".chart").count() > 25 and empty == []
+    assert shown.locator(".chart").count() > 15 and empty == []
     width, inner = shown.evaluate(
         "[document.documentElement.scrollWidth, document.documentElement.clientWidth]"
     )
@@ -123,6 +126,12 @@ def test_hovering_a_token_tells_what_the_draft_had_in_mind(full, show):
     assert "Proposed and rejected: !" in tip.inner_text()
     shown.keyboard.press("Escape")
     assert not tip.is_visible()
+
+
+def test_the_demo_s_own_tokens_tell_their_story(show):
+    shown = show(DEMO, **DESK)
+    shown.locator("#generation .tok").nth(5).hover()
+    assert "round" in shown.locator("#tip").inner_text()
 
 
 def test_tokens_answer_to_the_keyboard_and_to_a_finger(full, show):
