@@ -82,10 +82,10 @@ class Thinned:
 
 
 def environment(root: Path) -> dict[str, str]:
-    """That of a command in the clone at `root`: its own code first, this Python, no telemetry, no buffer."""
+    """That of a command in the clone at `root`: its own code, this Python, no telemetry, no buffer."""
     own = os.environ | TELEMETRY_OFF | {
-        "PATH": before(str(Path(sys.executable).parent), "PATH"),
-        "PYTHONPATH": before(str(root), "PYTHONPATH"),
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
+        "PYTHONPATH": str(root),
         "PYTHONUNBUFFERED": "1",
         "GIT_TERMINAL_PROMPT": "0",
     }  # fmt: skip
@@ -93,11 +93,6 @@ def environment(root: Path) -> dict[str, str]:
     if store.startswith(SQLITE):  # relative to where the flow was started, not to the clone
         own["MLFLOW_TRACKING_URI"] = SQLITE + str(Path(store.removeprefix(SQLITE)).absolute())
     return own
-
-
-def before(first: str, name: str) -> str:
-    """A path variable of the environment with `first` in front."""
-    return os.pathsep.join(filter(None, (first, os.environ.get(name))))
 
 
 def follow(

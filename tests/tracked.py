@@ -34,7 +34,7 @@ def lay_out(
     """Write target, draft, reports and dvc.lock below `root`, in place of what is there.
 
     Args:
-        variant: written into the draft: another one makes another draft.
+        variant: a file of the draft: another one makes another draft.
         gain, accepted: of the measurements prompt by prompt; see `prompt_lines`.
         speedup: of the record; None: it is not lossless.
         parity: of the export; None: there is none.
@@ -46,7 +46,8 @@ def lay_out(
     target = load_target(root / "data/target")
     draft = root / "data/drafts" / NAME
     network = make_draft(target)
-    write_drafter(draft, network.description(), stored_weights(network), target, {"variant": variant})
+    write_drafter(draft, network.description(), stored_weights(network), target, {})
+    (draft / "variant").write_text(variant)
     changes = {
         "draft_digest": draft_digest(draft),
         "target_digest": target.digest,

@@ -131,7 +131,7 @@ def test_a_scheduled_run_executes_the_pipeline_in_a_clone_and_its_draft_becomes_
     promoted = stack.flow_runs()[0]
     assert (promoted["flow_id"] != run["flow_id"], promoted["state_type"]) == (True, "COMPLETED"), log
     model = "deepspec-smoke-target-lookup"
-    assert f"{model} version 1" in promoted["state"]["message"]
+    assert promoted["state"]["message"] == f"{model}: version 1 is the champion, the first"
     look(f"{stack.places.url('mlflow')}/#/models/{model}", "mlflow-model", [model, "champion"])
 
 
