@@ -27,10 +27,9 @@ demo: $(READY) ## Run the whole pipeline on the target of params.yaml, then prin
 	dvc repro
 	@[ reports/report.md -nt .deepspec/demo ] || deepspec report
 
-# A file's tests share what they set up, so they stay together; tiny models use one thread each. One process more than
-# cores: those that start servers mostly wait.
+# A file's tests share what they set up, so they stay together; tiny models use one thread each.
 test: lint ## Check style and run every test
-	OMP_NUM_THREADS=1 python -m pytest -n $$(( $$(nproc) < 4 ? $$(nproc) + 1 : 4 )) --dist loadfile
+	OMP_NUM_THREADS=1 python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 serve-check: $(READY) ## Serve the exported drafts of the pipeline in vLLM and compare it with our engine
 	deepspec serve-check
