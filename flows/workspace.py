@@ -67,7 +67,8 @@ def workspace(
     with _held(home / f"{name}.lock", run_id, patience_h, say) as (lock, previous):
         for left in (root / ".git").rglob("*.lock"):  # of a git that was killed: nobody else works here
             left.unlink(missing_ok=True)
-        base = _move(root, origin, ref, home / "cache")
+        cache = _cache_of(Path(origin))
+        base = _move(root, origin, ref, cache or (home / "cache").resolve())
         override(root / "params.yaml", overrides)
         _restore(root, say)
         yield Workspace(
@@ -77,7 +78,7 @@ def workspace(
             f"runs/{run_id}",
             lock,
             previous,
-            _cache_of(Path(origin)) is not None,
+            cache is not None,
         )
 
 
@@ -125,8 +126,7 @@ def _move(root: Path, origin: str, ref: str, cache: Path) -> str:
             root, "rev-parse", "--verify", "--quiet", f"{ref}^{{commit}}", failing=f"{origin}: no ref {ref!r}"
         )
     _check_out(root, commit)
-    shared = _cache_of(Path(origin)) or cache.resolve()
-    write_text(root / ".dvc/config.local", f"[core]\n    autostage = true\n[cache]\n    dir = {shared}\n")
+    write_text(root / ".dvc/config.local", f"[core]\n    autostage = true\n[cache]\n    dir = {cache}\n")
     set_remote(root, remote_of(Path(origin)))
     return commit
 

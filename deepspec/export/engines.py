@@ -77,8 +77,10 @@ def with_others(record: dict[str, Any], path: Path) -> dict[str, Any]:
     try:
         known = json.loads(path.read_text())
         same = all(known[key] == value for key, value in record.items() if key not in ("engines", "passed"))
-        engines = known["engines"] | record["engines"] if same else record["engines"]
+        engines = known["engines"] | record["engines"]
     except (OSError, ValueError, KeyError):
+        return record
+    if not same:
         return record
     ordered = {name: engines[name] for name in ENGINES if name in engines}
     return record | {"passed": _passed(ordered), "engines": ordered}

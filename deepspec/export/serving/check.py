@@ -69,9 +69,8 @@ def run(settings: Settings) -> list[str]:
     params = load_params(settings.params)
     loads = _each(settings.drafters or params.pipeline, settings, lambda name: _directory(name, settings))
     environment = None if settings.base_url else find_or_set_up()
-    own, work, about = _measure_ours(
-        loads, params, settings, environment
-    )  # the engine gets the models' memory
+    # The models are gone when this returns: the engine gets their memory.
+    own, work, about = _measure_ours(loads, params, settings, environment)
     if environment:
         version, answers, failed = local(environment, TARGET, list(own), work)
     else:
