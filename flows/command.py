@@ -81,11 +81,18 @@ class Thinned:
         return False
 
 
+def python_path(first: Path) -> str:
+    """`first`, then what the user has on PYTHONPATH, but not the code of this flow: a clone has its own."""
+    here = Path(__file__).parents[1]
+    users = filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))
+    return os.pathsep.join([str(first), *(path for path in users if Path(path).resolve() != here)])
+
+
 def environment(root: Path) -> dict[str, str]:
     """That of a command in the clone at `root`: its own code, this Python, no telemetry, no buffer."""
     own = os.environ | TELEMETRY_OFF | {
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
-        "PYTHONPATH": str(root),
+        "PYTHONPATH": python_path(root),
         "PYTHONUNBUFFERED": "1",
         "GIT_TERMINAL_PROMPT": "0",
     }  # fmt: skip

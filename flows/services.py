@@ -24,6 +24,7 @@ from pathlib import Path
 from deepspec.errors import DeepSpecError
 from deepspec.stages.common import TELEMETRY_OFF, guarded
 from flows import postgres
+from flows.command import python_path
 from flows.process import Process
 from flows.setup import POOL, ROOT
 
@@ -179,7 +180,7 @@ def _start(places: Places, services: list[Service]) -> None:
 def _environment(places: Places) -> dict[str, str]:
     return os.environ | TELEMETRY_OFF | places.client | {
         "PREFECT_HOME": str(places.home / "prefect"),
-        "PYTHONPATH": str(ROOT),
+        "PYTHONPATH": python_path(ROOT),
     }  # fmt: skip
 
 

@@ -17,6 +17,8 @@ from prefect import get_client
 from prefect.client.schemas.actions import WorkPoolCreate
 from prefect.exceptions import ObjectNotFound
 
+from flows.command import python_path
+
 GPU_TAG = "gpu"
 POOL = "local"
 DEPLOYMENTS = ("pipeline/nightly", "promote/on-demand")  # of prefect.yaml, those for the process pool
@@ -58,7 +60,7 @@ def deploy() -> None:
     environment = (
         {"DEEPSPEC_REPOSITORY": str(ROOT)}
         | os.environ
-        | {"DEEPSPEC_ROOT": str(ROOT), "PYTHONPATH": str(ROOT)}
+        | {"DEEPSPEC_ROOT": str(ROOT), "PYTHONPATH": python_path(ROOT)}
     )
     done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True)
     if done.returncode:

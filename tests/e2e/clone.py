@@ -33,7 +33,7 @@ class Clone:
     def environment(self) -> dict[str, str]:
         return os.environ | {
             "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
-            "PYTHONPATH": os.pathsep.join(map(str, (self.root, GUARD, ROOT))),
+            "PYTHONPATH": os.pathsep.join(map(str, (self.root, GUARD))),
             REACHED: str(self.reached),
             "HF_HUB_OFFLINE": "1",
             "ACCELERATE_USE_CPU": "true",

@@ -16,6 +16,7 @@ from typing import Any
 
 from flows.services import Places
 from tests.e2e.clone import ROOT
+from tests.network import GUARD, REACHED
 
 
 class Servers:
@@ -29,7 +30,8 @@ class Servers:
         self.places = Places.of(home / "services", chosen)
         self.environment = os.environ | chosen | self.places.client | {
             "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
-            "PYTHONPATH": str(ROOT),
+            "PYTHONPATH": os.pathsep.join(map(str, (ROOT, GUARD))),
+            REACHED: str(home / "reached"),
             "DEEPSPEC_RUNS": str(home / "runs"),
             "PREFECT_HOME": str(home / "client"),
             "PREFECT_WORKER_QUERY_SECONDS": "2",
@@ -104,6 +106,8 @@ def servers(home: Path) -> Iterator[Servers]:
         yield started
     finally:
         started.services("down")
+    reached = home / "reached"
+    assert not reached.exists(), f"a server or a flow reached for {reached.read_text()}"
 
 
 def free_ports(count: int) -> list[int]:

@@ -136,7 +136,11 @@ def test_a_scheduled_run_executes_the_pipeline_in_a_clone_and_its_draft_becomes_
 
 
 def test_a_stage_that_fails_twice_is_tried_a_third_time(stack: Servers, tmp_path: Path):
-    flaky = {"cmd": f"test $(wc -l < {tmp_path}/repo.flaky) -ge 3 && touch out.txt", "outs": ["out.txt"]}
+    guarded = "python -c 'import socket; socket.socket.connect.__code__'"  # the built-in one has none
+    flaky = {
+        "cmd": f"test $(wc -l < {tmp_path}/repo.flaky) -ge 3 && {guarded} && touch out.txt",
+        "outs": ["out.txt"],
+    }
     root = repository(tmp_path / "repo", {"flaky": flaky}, {"rows": 1})
     log = stack.run(repository=str(root), retry_delay_s=0.1)
     run = stack.flow_runs()[0]

@@ -28,7 +28,7 @@ from flows.graph import Stage, describe, read_graph
 from flows.process import Process
 from flows.progress import ProgressArtifact
 from flows.serve import parse
-from flows.services import Places, _check_port, _database, servers
+from flows.services import ROOT, Places, _check_port, _database, servers
 from flows.workspace import AUTHOR, git, literal, metrics_before, override, publish, remember, workspace
 
 PIPELINE = """
@@ -388,6 +388,11 @@ def test_a_store_named_relatively_is_that_of_the_flow_not_of_the_clone(tmp_path:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:///mlruns/mlflow.db")
     assert environment(tmp_path / "clone")["MLFLOW_TRACKING_URI"] == f"sqlite:///{tmp_path}/mlruns/mlflow.db"
+
+
+def test_a_clone_runs_its_own_code_and_what_the_user_has_on_the_path(monkeypatch, tmp_path):
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(("/site", str(ROOT), "")))
+    assert environment(tmp_path)["PYTHONPATH"] == os.pathsep.join((str(tmp_path), "/site"))
 
 
 def test_a_server_that_is_away_stops_no_stage(monkeypatch: pytest.MonkeyPatch, caplog):
