@@ -11,6 +11,7 @@ from typing import Any
 import altair as alt
 import numpy as np
 import vl_convert
+from scipy.stats import binomtest
 
 from deepspec.config import Params
 from deepspec.evaluation.charts import GREY, LIGHT, PALETTE, PNG_SCALE
@@ -20,6 +21,7 @@ from deepspec.stages.common import stage
 from paper.study import MEAN, Bootstrap, Study, load
 
 TEMPERATURE = 1.0
+FEW = 20  # observations: a share of fewer is not drawn
 PANEL, WIDE, HEIGHT = 210, 420, 220
 COLOURS = [*PALETTE, "#c0504d", "#4bacc6", "#7f6084", "#5b6b7b"]  # as many as a profile has drafters
 Rows = list[dict[str, Any]]
@@ -128,6 +130,16 @@ def learning(study: Study, root: Path) -> Rows:
     return rows
 
 
+def drawn(rows: Rows, share: str, of: str) -> Rows:
+    """Those whose share is one of enough, each with Wilson's 95 % interval: `low` and `high`."""
+    found = []
+    for row in rows:
+        if row[of] >= FEW:
+            low, high = binomtest(round(row[share] * row[of]), round(row[of])).proportion_ci(method="wilson")
+            found.append(row | {"low": low, "high": high})
+    return found
+
+
 def _family(study: Study, name: str) -> str:
     kind = study.params.drafters[name].type
     roles = {study.params.drafters[own].type: role for role, own in study.params.study.roles.items()}
@@ -139,7 +151,7 @@ def charts(study: Study, blocks: list[dict[str, Any]], root: Path) -> Iterator[t
     yield (
         "figure2",
         _panels(
-            acceptance(study),
+            drawn(acceptance(study), "rate", "reached"),
             "drafter",
             "position",
             "position in the block",
@@ -173,24 +185,23 @@ def _axis(field: str, title: str, ticks: list[int] | None = None) -> alt.X:
 
 
 def _panels(rows: Rows, colour: str, x: str, x_title: str, y: str, y_title: str) -> Chart:
-    panels = [
-        alt.Chart(alt.Data(values=[row for row in rows if row["domain"] == domain]), title=domain)
-        .mark_line(point=True)
-        .encode(
-            x=_axis(x, x_title, _values(rows, x)),
-            y=alt.Y(
-                y,
-                type="quantitative",
-                title=y_title,
-                scale=alt.Scale(domain=[0, 1]),
-                axis=alt.Axis(format="%"),
-            ),
-            color=_key(colour),
-        )
-        .properties(width=PANEL, height=HEIGHT)
-        for domain in _values(rows, "domain")
-    ]
+    panels = []
+    for domain in _values(rows, "domain"):
+        data = alt.Data(values=[row for row in rows if row["domain"] == domain])
+        base = alt.Chart(data).encode(x=_axis(x, x_title, sorted(_values(rows, x))), color=_key(colour))
+        panel = _with_intervals(base, y, y_title)
+        panels.append(panel.properties(width=PANEL, height=HEIGHT, title=domain))
     return alt.hconcat(*panels)
+
+
+def _with_intervals(base: alt.Chart, y: str, y_title: str) -> Chart:
+    """A line of shares, and at each point a rule from `low` to `high`."""
+    percent = {"title": y_title, "scale": alt.Scale(domain=[0, 1]), "axis": alt.Axis(format="%")}
+    low = alt.Y("low", type="quantitative", **percent)
+    return alt.layer(
+        base.mark_rule(opacity=0.5).encode(y=low, y2=alt.Y2("high")),
+        base.mark_line(point=True).encode(y=alt.Y(y, type="quantitative", **percent)),
+    )
 
 
 def _lines(rows: Rows, x: str, x_title: str, y_title: str, band: bool = True) -> Chart:
@@ -246,21 +257,10 @@ def _reliability(rows: Rows, ece: dict[str, float]) -> Chart:
     line = alt.Chart(alt.Data(values=[{"p": 0}, {"p": 1}])).mark_line(strokeDash=[4, 3], color=GREY)
     diagonal = line.encode(x=alt.X("p", type="quantitative"), y=alt.Y("p", type="quantitative"))
     names = {when: f"{when} (ECE {100 * value:.1f} %)" for when, value in ece.items()}
-    data = [row | {"when": names[row["when"]]} for row in rows]
-    points = (
-        alt.Chart(alt.Data(values=data))
-        .mark_line(point=True)
-        .encode(
-            x=alt.X(
-                "predicted",
-                type="quantitative",
-                title="predicted chance that the path is accepted",
-                **percent,
-            ),
-            y=alt.Y("observed", type="quantitative", title="share that was", **percent),
-            color=_key("when"),
-        )
-    )
+    data = [row | {"when": names[row["when"]]} for row in drawn(rows, "observed", "count")]
+    x = alt.X("predicted", type="quantitative", title="predicted chance that the path is accepted", **percent)
+    base = alt.Chart(alt.Data(values=data)).encode(x=x, color=_key("when"))
+    points = _with_intervals(base, "observed", "share that was")
     return alt.layer(diagonal, points).properties(width=WIDE, height=HEIGHT)
 
 

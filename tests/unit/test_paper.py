@@ -381,3 +381,10 @@ def test_figure_2_counts_the_blocks_in_which_all_before_was_accepted():
     ]
     assert [row["rate"] for row in rows] == [1, 1, 1, 0]  # three of seven in each round
     assert {row["reached"] for row in rows} == {10}
+
+
+def test_a_share_of_few_is_not_drawn():
+    rows = [{"rate": 0.5, "reached": 100}, {"rate": 1.0, "reached": 1}, {"rate": 0.0, "reached": 20}]
+    half, none = figures.drawn(rows, "rate", "reached")
+    assert (half["low"], half["high"]) == pytest.approx((0.4038, 0.5962), abs=1e-4)  # Wilson 1927
+    assert (none["low"], none["high"]) == pytest.approx((0.0, 0.1611), abs=1e-4)
