@@ -19,7 +19,7 @@ from deepspec.evaluation.task import Task, load_task
 from deepspec.evaluation.work import Work, process_state
 from deepspec.files import digest, file_digest, source_digest
 from deepspec.target import Target, load_target
-from paper.study import study_of
+from paper.section import study_of
 
 TARGET = Path("data/target")
 WORK = Path(".deepspec/paper")

@@ -26,7 +26,7 @@ from deepspec.evaluation.stats import Interval, against, bootstrap, macro_speedu
 from deepspec.files import write_json
 from deepspec.stages.common import stage
 from paper.bench import TARGET, Bench
-from paper.study import study_of
+from paper.section import study_of
 
 STANDARD = "chain, standard"
 WIDTH = 8

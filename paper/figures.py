@@ -58,11 +58,12 @@ def depth(study: Study) -> Rows:
     """Figure 3: mean τ by layers, of the drafters with the table's γ and the plain head."""
     size = study.params.drafters[study.params.study.dspark].block_size
     bootstrap, rows = study.bootstrap(TEMPERATURE), []
+    tasks = study.groups[MEAN]
+    spread = study.spread(TEMPERATURE, tasks)
     for name in study.drafts:
         chosen = study.params.drafters[name]
         if chosen.block_size == size and getattr(chosen, "markov_head", "vanilla") == "vanilla":
-            tasks = study.groups[MEAN]
-            tau = bootstrap.tau_interval(study.tables(name, TEMPERATURE), tasks)
+            tau = bootstrap.tau_interval(study.tables(name, TEMPERATURE), tasks, spread)
             own = {"layers": getattr(chosen, "layers", 1), "tau": tau.value, "low": tau.low, "high": tau.high}
             rows.append({"drafter": _family(study, name), **own})
     return rows
@@ -71,6 +72,7 @@ def depth(study: Study) -> Rows:
 def lengths(study: Study, blocks: list[dict[str, Any]]) -> Rows:
     """Figure 4: mean τ by tokens verified of a block."""
     rows: Rows = []
+    spread = study.spread(TEMPERATURE, study.groups[MEAN])
     for name in study.drafts:
         for n in blocks[0]["lengths"][name]:
             tables = {
@@ -78,7 +80,7 @@ def lengths(study: Study, blocks: list[dict[str, Any]]) -> Rows:
                 for task in study.tasks
             }
             bootstrap = Bootstrap({task: table.shape[1] for task, table in tables.items()})
-            tau = bootstrap.tau_interval(tables, [*tables])
+            tau = bootstrap.tau_interval(tables, [*tables], spread)
             rows.append(
                 {"drafter": name, "length": int(n), "tau": tau.value, "low": tau.low, "high": tau.high}
             )

@@ -3,13 +3,14 @@
 τ of a drafter on a task is tokens over rounds of all its prompts, for each seed of training by itself; then the mean
 over seeds. A domain is the mean of its tasks, "mean" that of all tasks. A ratio is between such means, as the paper's.
 An interval resamples prompts within each task, the same draws for every drafter: pairs stay pairs. Few seeds cannot be
-resampled (two never leave what the two gave), so their part of it is Student's: s · t / √n of the figure by seed, added
-in square. With one seed there is none, and the interval is of the prompts alone.
+resampled (two never leave what the two gave), and two of one drafter say next to nothing of a third (Student's factor
+is 12.7). Training again moves every drafter by much the same share of its τ: that share is estimated from all of them
+together (`Spread`) and added in square. With one seed there is none, and the interval is of the prompts alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from deepspec.evaluation import compare
 from deepspec.evaluation.contest import PromptRuns
 from deepspec.evaluation.record import DRAFT, EVAL_VERSION, tau_table
 from deepspec.evaluation.stats import RESAMPLES, Interval, expanded
+from paper.section import study_of
 
 DOMAINS = ("math", "code", "chat", "other")
 MEAN = "mean"
@@ -66,9 +68,34 @@ class Study:
 
         return {task: np.stack([runs(draft, task) for draft in self.drafts[drafter]]) for task in self.tasks}
 
+    def spread(self, temperature: float, tasks: list[str]) -> Spread:
+        return Spread.of((self.tables(name, temperature) for name in self.drafts), tasks)
+
     def bootstrap(self, temperature: float) -> Bootstrap:
         tables = self.tables(next(iter(self.drafts)), temperature)
         return Bootstrap({task: t.shape[1] for task, t in tables.items()})
+
+
+@dataclass(frozen=True)
+class Spread:
+    """By which share of τ drafts of different seeds are apart: the standard deviation of log τ, over all drafters."""
+
+    share: float
+    freedom: int  # degrees, over all drafters
+    seeds: int
+
+    @classmethod
+    def of(cls, drafters: Iterable[Tables], tasks: list[str]) -> Spread:
+        logs = np.log([by_seed(tables, tasks) for tables in drafters])  # [drafters, seeds]
+        freedom = logs.shape[0] * (logs.shape[1] - 1)
+        squares = ((logs - logs.mean(1, keepdims=True)) ** 2).sum()
+        return cls(float(squares / max(freedom, 1)) ** 0.5, freedom, logs.shape[1])
+
+    def half(self, value: float, drafters: int = 1) -> float:
+        """Half of the 95 % interval that the seeds alone would give `value`, a mean τ or the ratio of two drafters'."""
+        if not self.freedom:
+            return 0.0
+        return float(value * self.share * student_t.ppf(0.975, self.freedom) * (drafters / self.seeds) ** 0.5)
 
 
 class Bootstrap:
@@ -90,30 +117,25 @@ class Bootstrap:
         tokens, rounds = np.moveaxis(np.einsum("rp,spc->rsc", prompts, table), -1, 0)
         return (tokens / rounds).mean(1)
 
-    def interval(self, values: np.ndarray, tasks: list[str], each: np.ndarray) -> Interval:
-        """Of [1 + RESAMPLES] values made of these tasks, and of each seed's; expanded for the number of prompts as the
-        records' are."""
+    def interval(self, values: np.ndarray, tasks: list[str], seeds: float) -> Interval:
+        """Of [1 + RESAMPLES] values made of these tasks, expanded for the number of prompts as the records' are.
+
+        Args:
+            seeds: half of the interval that the seeds alone would give (`Spread.half`).
+        """
         value, prompts = float(values[0]), sum(self.prompts[task].shape[1] for task in tasks)
         if prompts == len(tasks):
             return Interval(value, None, None)
         own = expanded(value, values[1:], prompts, len(tasks))
-        seeds = _seeds(each)
         return Interval(
             value,
             value - float(np.hypot(value - own.low, seeds)),
             value + float(np.hypot(own.high - value, seeds)),
         )
 
-    def tau_interval(self, tables: Tables, tasks: list[str]) -> Interval:
-        return self.interval(self.tau(tables, tasks), tasks, by_seed(tables, tasks))
-
-
-def _seeds(each: np.ndarray) -> float:
-    """Half of the 95 % interval that the seeds alone would give their mean."""
-    count = len(each)
-    if count < 2:
-        return 0.0
-    return float(each.std(ddof=1) * student_t.ppf(0.975, count - 1) / count**0.5)
+    def tau_interval(self, tables: Tables, tasks: list[str], spread: Spread) -> Interval:
+        values = self.tau(tables, tasks)
+        return self.interval(values, tasks, spread.half(float(values[0])))
 
 
 def by_seed(tables: Tables, tasks: list[str]) -> np.ndarray:
@@ -150,12 +172,6 @@ def _draft(path: Path) -> Draft:
     if (version := measured.record["eval_version"]) != EVAL_VERSION:
         raise DeepSpecError(f"{path}: evaluation version {version}, not {EVAL_VERSION}")
     return Draft(measured.record, measured.prompts)
-
-
-def study_of(params: Params) -> Any:
-    if params.study is None:
-        raise DeepSpecError("params.yaml has no section `study`; paper/params.yaml has one: run it there")
-    return params.study
 
 
 def _weights(rng: np.random.Generator, count: int) -> np.ndarray:

@@ -18,7 +18,7 @@ from deepspec.errors import DeepSpecError
 from deepspec.evaluation.stats import Interval
 from deepspec.files import write_json, write_text
 from deepspec.stages.common import stage
-from paper.study import MEAN, Bootstrap, Draft, Study, Tables, by_seed, load
+from paper.study import MEAN, Bootstrap, Draft, Spread, Study, Tables, by_seed, load
 
 TEMPERATURE = 1.0
 OURS, RIVALS = "DSpark", ("EAGLE-3", "DFlash")
@@ -45,12 +45,19 @@ def published(path: Path = Path("published.yaml")) -> dict[str, Any]:
     }
 
 
-def ratios(ours: Tables, rival: Tables, bootstrap: Bootstrap, groups: dict[str, list[str]]) -> dict[str, Any]:
+def ratios(
+    ours: Tables,
+    rival: Tables,
+    bootstrap: Bootstrap,
+    groups: dict[str, list[str]],
+    spreads: dict[str, Spread],
+) -> dict[str, Any]:
     """Domain → the ratio of mean τ with its interval, that of each seed, and whether ours is ahead."""
     found = {}
     for domain, tasks in groups.items():
         each = by_seed(ours, tasks) / by_seed(rival, tasks)
-        ratio = bootstrap.interval(bootstrap.tau(ours, tasks) / bootstrap.tau(rival, tasks), tasks, each)
+        values = bootstrap.tau(ours, tasks) / bootstrap.tau(rival, tasks)
+        ratio = bootstrap.interval(values, tasks, spreads[domain].half(float(values[0]), drafters=2))
         found[domain] = {**asdict(ratio), "by_seed": each.tolist(), "ahead": verdict(ratio)}
     return found
 
@@ -68,12 +75,17 @@ def make(study: Study, known: dict[str, Any]) -> dict[str, Any]:
     """Everything that the Markdown says, as data."""
     groups, bootstrap = study.groups, study.bootstrap(TEMPERATURE)
     tables = {name: study.tables(name, TEMPERATURE) for name in study.drafts}
+    spreads = {domain: study.spread(TEMPERATURE, tasks) for domain, tasks in groups.items()}
     tau = {
-        name: {domain: asdict(bootstrap.tau_interval(own, tasks)) for domain, tasks in groups.items()}
+        name: {
+            domain: asdict(bootstrap.tau_interval(own, tasks, spreads[domain]))
+            for domain, tasks in groups.items()
+        }
         for name, own in tables.items()
     }
     roles = study.params.study.roles
-    found = {rival: ratios(tables[roles[OURS]], tables[roles[rival]], bootstrap, groups) for rival in RIVALS}
+    ours = tables[roles[OURS]]
+    found = {rival: ratios(ours, tables[roles[rival]], bootstrap, groups, spreads) for rival in RIVALS}
     return {
         "published": known,
         "roles": roles,
@@ -101,9 +113,9 @@ def drafter(study: Study, name: str) -> dict[str, Any]:
 
 
 def mean_tau(study: Study, name: str, temperature: float) -> dict[str, float]:
-    return asdict(
-        study.bootstrap(temperature).tau_interval(study.tables(name, temperature), study.groups[MEAN])
-    )
+    bootstrap, tasks = study.bootstrap(temperature), study.groups[MEAN]
+    spread = study.spread(temperature, tasks)
+    return asdict(bootstrap.tau_interval(study.tables(name, temperature), tasks, spread))
 
 
 def speedup(drafts: Iterable[Draft], temperature: float) -> float | None:

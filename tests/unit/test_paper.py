@@ -20,7 +20,7 @@ from deepspec.errors import DeepSpecError
 from deepspec.evaluation.contest import Run
 from deepspec.tolerance import Figures, compare, flatten
 from paper import beyond, blocks, figures, table
-from paper.study import MEAN, Bootstrap, Draft, Study, by_seed
+from paper.study import MEAN, Bootstrap, Draft, Spread, Study, by_seed
 from tests.records import record
 
 ROOT = Path(__file__).parents[2]
@@ -269,27 +269,45 @@ def test_who_is_ahead_everywhere_is_said_to_be_and_who_is_behind_too():
     assert {ratio["ahead"] for by_domain in found.values() for ratio in by_domain.values()} == {"no"}
 
 
+def of_seeds(*taus: float, prompts: int = 4) -> dict[str, np.ndarray]:
+    """A drafter of whose drafts each has the same τ on every prompt."""
+    return {"sums": np.array([[[10 * tau, 10.0]] * prompts for tau in taus])}
+
+
 def test_seeds_that_disagree_widen_the_interval():
-    """By Student's quantile: two seeds that give 2 and 4 say little of the next."""
-    tables = {"sums": np.array([[[20.0, 10.0]] * 4, [[40.0, 10.0]] * 4])}
-    found = Bootstrap({"sums": 4}).tau_interval(tables, ["sums"])
-    assert (found.low, found.value, found.high) == pytest.approx((3 - 12.706, 3, 3 + 12.706), abs=1e-3)
-    assert by_seed(tables, ["sums"]).tolist() == [2, 4]
-    same = {"sums": np.array([[[20.0, 10.0]] * 4] * 2)}
-    found = Bootstrap({"sums": 4}).tau_interval(same, ["sums"])
+    """By Student's quantile: two seeds of one drafter say little of the next, those of four drafters more."""
+    own = of_seeds(2, 4)
+    found = Bootstrap({"sums": 4}).tau_interval(own, ["sums"], Spread.of([own], ["sums"]))
+    half = 3 * np.log(2) / 2 * 12.706  # the deviation of two logarithms, over √2: half of what they differ by
+    assert (found.low, found.value, found.high) == pytest.approx((3 - half, 3, 3 + half), abs=1e-3)
+    assert by_seed(own, ["sums"]).tolist() == [2, 4]
+    four = Spread.of([own] * 4, ["sums"])
+    assert (four.share, four.freedom) == pytest.approx((np.log(2) / 2**0.5, 4))
+    assert four.half(3) == pytest.approx(half / 12.706 * 2.776, rel=1e-3)
+    assert four.half(1, drafters=2) == pytest.approx(2**0.5 * four.half(1))
+    same = of_seeds(2, 2)
+    found = Bootstrap({"sums": 4}).tau_interval(same, ["sums"], Spread.of([same], ["sums"]))
     assert (found.low, found.value, found.high) == pytest.approx((2, 2, 2))
+    assert Spread.of([of_seeds(2)], ["sums"]).half(2) == 0
 
 
 @pytest.mark.parametrize("seeds", [2, 3])
 def test_intervals_hold_the_truth_as_often_as_they_say(seeds):
-    """Drafts whose τ differs from seed to seed more than prompts do: resampled seeds would hold it in half of cases."""
-    rng, inside, trials = np.random.default_rng(0), 0, 200
+    """τ, and the ratio of two, where seeds differ more than prompts: resampled seeds would hold it in half of cases."""
+    rng, inside, trials = np.random.default_rng(0), np.zeros(2), 200
+    bootstrap = Bootstrap({"sums": 8})
     for _ in range(trials):
-        tokens = 30 + 2 * rng.normal(size=(seeds, 1)) + rng.normal(size=(seeds, 8))
-        tables = {"sums": np.stack((tokens, np.full_like(tokens, 10.0)), axis=-1)}
-        found = Bootstrap({"sums": 8}).tau_interval(tables, ["sums"])
-        inside += found.low <= 3 <= found.high
-    assert inside / trials > 0.9
+        drafters = []
+        for tau in (2.0, 2.4, 3.0, 1.5):
+            shared, own = rng.normal(size=8), rng.normal(size=(seeds, 1))
+            tokens = 10 * tau * (1 + 0.06 * own + 0.03 * shared)
+            drafters.append({"sums": np.stack((tokens, np.full_like(tokens, 10.0)), axis=-1)})
+        spread = Spread.of(drafters, ["sums"])
+        found = bootstrap.tau_interval(drafters[2], ["sums"], spread)
+        values = bootstrap.tau(drafters[1], ["sums"]) / bootstrap.tau(drafters[0], ["sums"])
+        ratio = bootstrap.interval(values, ["sums"], spread.half(float(values[0]), drafters=2))
+        inside += found.low <= 3 <= found.high, ratio.low <= 1.2 <= ratio.high
+    assert (inside / trials > 0.9).all()
 
 
 def test_a_new_run_of_the_study_reproduces_the_committed_numbers_but_not_a_worse_draft():
