@@ -57,13 +57,11 @@ def acceptance(study: Study) -> Rows:
 def depth(study: Study) -> Rows:
     """Figure 3: mean τ by layers, of the drafters with the table's γ and the plain head."""
     size = study.params.drafters[study.params.study.dspark].block_size
-    bootstrap, rows = study.bootstrap(TEMPERATURE), []
-    tasks = study.groups[MEAN]
-    spread = study.spread(TEMPERATURE, tasks)
+    rows: Rows = []
     for name in study.drafts:
         chosen = study.params.drafters[name]
         if chosen.block_size == size and getattr(chosen, "markov_head", "vanilla") == "vanilla":
-            tau = bootstrap.tau_interval(study.tables(name, TEMPERATURE), tasks, spread)
+            tau = study.tau(name, TEMPERATURE, study.groups[MEAN])
             own = {"layers": getattr(chosen, "layers", 1), "tau": tau.value, "low": tau.low, "high": tau.high}
             rows.append({"drafter": _family(study, name), **own})
     return rows
@@ -107,7 +105,7 @@ def reliability(parts: list[dict[str, Any]]) -> tuple[Rows, dict[str, float]]:
         pooled: dict[float, list[float]] = {}
         for part in parts:
             for own in part["all"]["reliability"][when]:
-                sums = pooled.setdefault(own["low"], [0.0, 0.0, 0.0])
+                sums = pooled.setdefault(own["low"], [0, 0.0, 0.0])
                 values = (1, own["predicted"], own["observed"])
                 for i, value in enumerate(values):
                     sums[i] += own["count"] * value
@@ -137,7 +135,7 @@ def drawn(rows: Rows, share: str, of: str) -> Rows:
     found = []
     for row in rows:
         if row[of] >= FEW:
-            low, high = binomtest(round(row[share] * row[of]), round(row[of])).proportion_ci(method="wilson")
+            low, high = binomtest(round(row[share] * row[of]), row[of]).proportion_ci(method="wilson")
             found.append(row | {"low": low, "high": high})
     return found
 

@@ -71,6 +71,22 @@ class Study:
     def spread(self, temperature: float, tasks: list[str]) -> Spread:
         return Spread.of((self.tables(name, temperature) for name in self.drafts), tasks)
 
+    def tau(self, drafter: str, temperature: float, tasks: list[str]) -> Interval:
+        """Mean over tasks and seeds."""
+        tables, spread = self.tables(drafter, temperature), self.spread(temperature, tasks)
+        return self.bootstrap(temperature).tau_interval(tables, tasks, spread)
+
+    def ratio(
+        self, ours: str, rival: str, temperature: float, tasks: list[str]
+    ) -> tuple[Interval, list[float]]:
+        """Of two drafters' mean τ, and that of each seed."""
+        bootstrap = self.bootstrap(temperature)
+        above, below = self.tables(ours, temperature), self.tables(rival, temperature)
+        values = bootstrap.tau(above, tasks) / bootstrap.tau(below, tasks)
+        seeds = self.spread(temperature, tasks).half(float(values[0]), drafters=2)
+        each = by_seed(above, tasks) / by_seed(below, tasks)
+        return bootstrap.interval(values, tasks, seeds), each.tolist()
+
     def bootstrap(self, temperature: float) -> Bootstrap:
         tables = self.tables(next(iter(self.drafts)), temperature)
         return Bootstrap({task: t.shape[1] for task, t in tables.items()})

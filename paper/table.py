@@ -18,7 +18,7 @@ from deepspec.errors import DeepSpecError
 from deepspec.evaluation.stats import Interval
 from deepspec.files import write_json, write_text
 from deepspec.stages.common import stage
-from paper.study import MEAN, Bootstrap, Draft, Spread, Study, Tables, by_seed, load
+from paper.study import MEAN, Draft, Study, load
 
 TEMPERATURE = 1.0
 OURS, RIVALS = "DSpark", ("EAGLE-3", "DFlash")
@@ -45,20 +45,12 @@ def published(path: Path = Path("published.yaml")) -> dict[str, Any]:
     }
 
 
-def ratios(
-    ours: Tables,
-    rival: Tables,
-    bootstrap: Bootstrap,
-    groups: dict[str, list[str]],
-    spreads: dict[str, Spread],
-) -> dict[str, Any]:
+def ratios(study: Study, ours: str, rival: str) -> dict[str, Any]:
     """Domain → the ratio of mean τ with its interval, that of each seed, and whether ours is ahead."""
     found = {}
-    for domain, tasks in groups.items():
-        each = by_seed(ours, tasks) / by_seed(rival, tasks)
-        values = bootstrap.tau(ours, tasks) / bootstrap.tau(rival, tasks)
-        ratio = bootstrap.interval(values, tasks, spreads[domain].half(float(values[0]), drafters=2))
-        found[domain] = {**asdict(ratio), "by_seed": each.tolist(), "ahead": verdict(ratio)}
+    for domain, tasks in study.groups.items():
+        ratio, each = study.ratio(ours, rival, TEMPERATURE, tasks)
+        found[domain] = {**asdict(ratio), "by_seed": each, "ahead": verdict(ratio)}
     return found
 
 
@@ -73,19 +65,12 @@ def verdict(ratio: Interval) -> str:
 
 def make(study: Study, known: dict[str, Any]) -> dict[str, Any]:
     """Everything that the Markdown says, as data."""
-    groups, bootstrap = study.groups, study.bootstrap(TEMPERATURE)
-    tables = {name: study.tables(name, TEMPERATURE) for name in study.drafts}
-    spreads = {domain: study.spread(TEMPERATURE, tasks) for domain, tasks in groups.items()}
     tau = {
-        name: {
-            domain: asdict(bootstrap.tau_interval(own, tasks, spreads[domain]))
-            for domain, tasks in groups.items()
-        }
-        for name, own in tables.items()
+        name: {domain: asdict(study.tau(name, TEMPERATURE, tasks)) for domain, tasks in study.groups.items()}
+        for name in study.drafts
     }
     roles = study.params.study.roles
-    ours = tables[roles[OURS]]
-    found = {rival: ratios(ours, tables[roles[rival]], bootstrap, groups, spreads) for rival in RIVALS}
+    found = {rival: ratios(study, roles[OURS], roles[rival]) for rival in RIVALS}
     return {
         "published": known,
         "roles": roles,
@@ -107,15 +92,9 @@ def drafter(study: Study, name: str) -> dict[str, Any]:
         "block_size": chosen.block_size,
         "lossless": lossless,
         "lossless_checked": sum(checked(draft) for draft in drafts),
-        "tau": {f"{t:g}": mean_tau(study, name, t) for t in temperatures},
+        "tau": {f"{t:g}": asdict(study.tau(name, t, study.groups[MEAN])) for t in temperatures},
         "speedup": {f"{t:g}": speedup(drafts, t) if lossless else None for t in temperatures},
     }
-
-
-def mean_tau(study: Study, name: str, temperature: float) -> dict[str, float]:
-    bootstrap, tasks = study.bootstrap(temperature), study.groups[MEAN]
-    spread = study.spread(temperature, tasks)
-    return asdict(bootstrap.tau_interval(study.tables(name, temperature), tasks, spread))
 
 
 def speedup(drafts: Iterable[Draft], temperature: float) -> float | None:
@@ -137,7 +116,8 @@ def checked(draft: Draft) -> int:
 def settings(study: Study, root: Path) -> dict[str, Any]:
     """What was trained on what, for the line under the table."""
     train, manifest = study.params.train, json.loads((root / "data/distill/manifest.json").read_text())
-    record = next(iter(study.drafts.values()))[0].record
+    every = [draft for own in study.drafts.values() for draft in own]
+    record = every[0].record
     return {
         "target": record["target"],
         "dtype": record["dtype"],
@@ -153,7 +133,7 @@ def settings(study: Study, root: Path) -> dict[str, Any]:
         "prompts": {key: entry["prompts"] for key, entry in record["tasks"].items()},
         "max_new_tokens": study.params.evaluate.max_new_tokens,
         "heldout_tau": {name: heldout(study, root, name) for name in study.drafts},
-        "commit": record["provenance"]["git_commit"],
+        "commits": sorted({own.record["provenance"]["git_commit"] or "unknown" for own in every}),
     }
 
 
@@ -223,7 +203,8 @@ def _settings(s: dict[str, Any]) -> str:
         f"{s['conversations']} conversations ({s['answer_tokens']} answer tokens), {s['steps']} steps of "
         f"{s['batch_size']} conversations and {s['anchors']} blocks each ({s['epochs']} epochs), seeds "
         f"{', '.join(map(str, s['seeds']))}; {prompts} prompts a task, answers of at most {s['max_new_tokens']} "
-        f"tokens; {s['dtype']}, {s['device']}; records of commit `{(s['commit'] or 'unknown')[:7]}`. "
+        f"tokens; {s['dtype']}, {s['device']}; records of "
+        f"{' and '.join(f'`{commit[:7]}`' for commit in s['commits'])}. "
         f"Intervals are over prompts{' and seeds' if len(s['seeds']) > 1 else ': one seed says nothing of others'}."
     )
 
