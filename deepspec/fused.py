@@ -40,6 +40,11 @@ class PackedLinear(nn.Module):
         )
         self.bias = None if bias is None else bias.detach()
 
+    @property
+    def dense(self) -> Tensor:
+        """W [out, in], as it came."""
+        return self.weight.to_dense() if self.packed else self.weight
+
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         if not self.packed:
             out = F.linear(x, self.weight, self.bias)

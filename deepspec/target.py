@@ -22,7 +22,7 @@ from deepspec.attention import CACHE_LENGTH, NAME, KVCache, Step
 from deepspec.embedded import PREFIX, write_embedded
 from deepspec.errors import DeepSpecError
 from deepspec.files import replacing
-from deepspec.fused import Int4Linear, PackedLinear, fuse
+from deepspec.fused import FusedLayer, Int4Linear, PackedLinear, fuse
 from deepspec.graphs import GraphedPasses
 from deepspec.memory import reuse_freed_memory
 
@@ -217,6 +217,26 @@ class Target:
         """Whether logits are the head's product with h_last and nothing else."""
         transforms = ("logits_scaling", "logit_scale", "final_logit_softcapping")
         return self._head.bias is None and not any(getattr(self.config, name, None) for name in transforms)
+
+    def last_layers(self, count: int) -> list[FusedLayer]:
+        """The last decoder layers, lowest first.
+
+        Raises:
+            DeepSpecError: there are fewer, or they are of another shape than Llama's, or in 4 bits.
+        """
+        if count > self.num_layers:
+            raise DeepSpecError(f"{self.source} has {self.num_layers} layers, {count} were asked for")
+        layers = list(self._layers[-count:])
+        if self.weights != "dense" or not all(isinstance(layer, FusedLayer) for layer in layers):
+            raise DeepSpecError(
+                f"{self.source}: a draft cannot begin as layers of this shape; use `start: random`"
+            )
+        return layers
+
+    @property
+    def last_norm(self) -> Tensor:
+        """Weight [d] of the norm behind the last of `last_layers`."""
+        return self._model.norm.weight.detach()
 
     def check_layers(self, layer_ids: Iterable[int]) -> None:
         """Feature layers are -1 (embeddings) to num_layers − 2: engines hand out the last one normed."""

@@ -13,6 +13,7 @@ from pydantic import Field
 
 from deepspec.drafters.algorithm import Algorithm
 from deepspec.drafters.dspark import DSparkConfig, DSparkModel, DSparkParams
+from deepspec.drafters.start import START, Start
 from deepspec.section import Section
 from deepspec.target import Target
 
@@ -28,6 +29,7 @@ class DFlashParams(Section):
     context_skip: bool = Field(
         False, description="Feed the newest target feature into the block's input (our engine only)."
     )
+    start: Start = Field("random", description=START)
     sample_from_anchor: bool = Field(
         False, description="The anchor's place predicts the first token, as in DSpark; no engine serves that."
     )
@@ -36,7 +38,7 @@ class DFlashParams(Section):
 def network(params: DFlashParams, target: Target) -> DSparkModel:
     """A DSpark network without sequential and confidence heads."""
     same = DSparkParams(type="dspark", markov_rank=0, confidence_head=False, **params.options())
-    return DSparkModel(DSparkConfig.for_target(same, target))
+    return DSparkModel(DSparkConfig.for_target(same, target), same.start)
 
 
 ALGORITHM = Algorithm(DFlashParams, (), network=network)

@@ -32,6 +32,7 @@ from deepspec.drafters.checkpoint import load_network, temperatures
 from deepspec.drafters.markov import MarkovHead
 from deepspec.drafters.network import (
     MLP,
+    Evened,
     Network,
     Outputs,
     RMSNorm,
@@ -40,6 +41,7 @@ from deepspec.drafters.network import (
     missing_keys,
     plain_rope,
 )
+from deepspec.drafters.start import START, Start, at_the_targets_end
 from deepspec.errors import DeepSpecError
 from deepspec.fused import FusedLayer, PackedLinear, rotate
 from deepspec.section import Section
@@ -63,6 +65,7 @@ class DSparkParams(Section):
     context_skip: bool = Field(
         False, description="Feed the newest target feature into the block's input (our engine only)."
     )
+    start: Start = Field("random", description=START)
     sample_from_anchor: bool = Field(
         True, description="The anchor's place predicts the first token; false: γ masks behind it predict."
     )
@@ -215,10 +218,11 @@ class ConfidenceHead(nn.Module):
 class DSparkModel(Network):
     """The network, trained in blocks."""
 
-    def __init__(self, config: DSparkConfig):
+    def __init__(self, config: DSparkConfig, start: str = "random"):
         super().__init__(config)
+        self.start = start
         d = config.hidden_size
-        self.fc = nn.Linear(len(config.target_layer_ids) * d, d, bias=False)
+        self.fc = Evened(len(config.target_layer_ids) * d, d)
         self.hidden_norm = RMSNorm(d, config.rms_norm_eps)
         self.layers = nn.ModuleList(Layer(config, i) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(d, config.rms_norm_eps)
@@ -229,6 +233,9 @@ class DSparkModel(Network):
         self.initialise()
         if self.markov_head is not None:
             nn.init.zeros_(self.markov_head.markov_w2.weight)  # starts as no correction: the backbone leads
+
+    def begin(self, target: Target, loudness: Tensor) -> None:
+        at_the_targets_end(self.layers, self.norm, self.fc, target, loudness)
 
     def blocks(self) -> list[nn.Module]:
         return list(self.layers)
@@ -326,7 +333,7 @@ class DSparkDrafter(Drafter):
         """Weights in the form that reads fastest: joined, packed; the confidence of each token in a table."""
         self._rope = RopeTable(self.config.rope_theta, self.config.head_dim, self.device, self.dtype)
         self._embed = model.embed_tokens.weight
-        self._fc, self._hidden_norm = PackedLinear(model.fc.weight), model.hidden_norm
+        self._fc, self._hidden_norm = PackedLinear(model.fc.plain()), model.hidden_norm
         self._skip = PackedLinear(model.context_skip.weight) if self.config.context_skip else None
         attentions = [layer.self_attn for layer in model.layers]
         self._kv = PackedLinear(torch.cat([w.weight for a in attentions for w in (a.k_proj, a.v_proj)]))
@@ -485,5 +492,5 @@ ALGORITHM = Algorithm(
     DSparkParams,
     (PUBLISHED, OURS),
     load,
-    lambda params, target: DSparkModel(DSparkConfig.for_target(params, target)),
+    lambda params, target: DSparkModel(DSparkConfig.for_target(params, target), params.start),
 )

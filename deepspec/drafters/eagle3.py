@@ -29,6 +29,7 @@ from deepspec.drafters.autoregressive import AutoregressiveDrafter
 from deepspec.drafters.checkpoint import load_network
 from deepspec.drafters.network import (
     MLP,
+    Evened,
     Network,
     RMSNorm,
     RopeTable,
@@ -36,6 +37,7 @@ from deepspec.drafters.network import (
     missing_keys,
     plain_rope,
 )
+from deepspec.drafters.start import START, Start, at_the_targets_end
 from deepspec.errors import DeepSpecError
 from deepspec.fused import FusedLayer, PackedLinear, rotate
 from deepspec.section import Section
@@ -51,6 +53,7 @@ class Eagle3Params(Section):
     block_size: int = Field(5, ge=1, description="γ: steps unrolled in training, tokens drafted at most.")
     target_layer_ids: list[int] | None = Field(None, description="None takes a low, a middle and a high one.")
     draft_vocab_size: int = Field(8192, ge=0, description="Most frequent tokens kept; 0 keeps them all.")
+    start: Start = Field("random", description=START)
     qk_norm: bool = Field(False, description="Qwen3-style layer, DeepSeek's format; else Llama's.")
 
 
@@ -199,12 +202,16 @@ class Layer(nn.Module):
 class Eagle3Model(Network):
     """The network, trained by unrolling it from anchors."""
 
-    def __init__(self, config: Eagle3Config):
+    def __init__(self, config: Eagle3Config, start: str = "random"):
         super().__init__(config)
-        self.fc = nn.Linear(len(config.target_layer_ids) * config.hidden_size, config.hidden_size, bias=False)
+        self.start = start
+        self.fc = Evened(len(config.target_layer_ids) * config.hidden_size, config.hidden_size)
         self.layer = Layer(config)
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.initialise()
+
+    def begin(self, target: Target, loudness: Tensor) -> None:
+        at_the_targets_end([self.layer], self.norm, self.fc, target, loudness)
 
     def stored_name(self, name: str) -> str:
         place = "layers.0." if self.config.qk_norm else "midlayer."
@@ -265,7 +272,7 @@ ALGORITHM = Algorithm(
     Eagle3Params,
     (SERVED, DEEPSEEK),
     load,
-    lambda params, target: Eagle3Model(Eagle3Config.for_target(params, target)),
+    lambda params, target: Eagle3Model(Eagle3Config.for_target(params, target), params.start),
 )
 
 
@@ -306,7 +313,7 @@ class Eagle3Drafter(AutoregressiveDrafter):
         self.device, self.dtype = target.device, target.dtype
         with torch.no_grad():
             model = model.to(self.device, self.dtype)
-            self._embed, self._fc = model.embed_tokens.weight, PackedLinear(model.fc.weight)
+            self._embed, self._fc = model.embed_tokens.weight, PackedLinear(model.fc.plain())
             self._joined, self._layer = model.layer.joined, FusedLayer(model.layer)
             self._norm, self._head = model.norm, PackedLinear(model.lm_head.weight)
             self.vocabulary = model.vocabulary()

@@ -42,6 +42,29 @@ class MLP(nn.Module):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
+class Evened(nn.Linear):
+    """Without a bias, over inputs divided by `scale`: y = W (x / scale). A file has W diag(1 / scale) (`plain`).
+
+    A few channels of a target's features are hundreds of times as loud as the median one (massive activations, arXiv
+    2402.17762); under one learning rate for all the others are hardly heard. `scale` is 1 until `even` is called.
+    """
+
+    def __init__(self, in_features: int, out_features: int):
+        super().__init__(in_features, out_features, bias=False)
+        self.register_buffer("scale", torch.ones(in_features), persistent=False)
+
+    def even(self, loudness: Tensor) -> None:
+        """loudness [in]: what to divide by."""
+        self.scale.copy_(loudness.clamp_min(1e-6))
+
+    def plain(self) -> Tensor:
+        """The weight [out, in] over inputs as they come."""
+        return self.weight / self.scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward((x / self.scale).to(x.dtype))
+
+
 class Outputs(NamedTuple):
     """What a loss reads: the draft's logits are Σ x Wᵀ over `factors`, which are never multiplied out at once."""
 
@@ -62,6 +85,7 @@ class Network(nn.Module):
         self.lm_head = nn.Linear(config.hidden_size, config.draft_vocab_size, bias=False)
         self.register_buffer("draft_ids", torch.arange(config.draft_vocab_size))
 
+    start = "random"  # or "target" (`deepspec.drafters.start`)
     confident = False  # whether it says how sure it is (`Outputs.confidence`)
     checkpointing = False  # activations of blocks are computed again in the backward pass
 
@@ -94,6 +118,9 @@ class Network(nn.Module):
             reduced = self.config.draft_vocab_size < self.config.vocab_size
             left_out |= SHARED - {"lm_head.weight"} if reduced else SHARED
         state = self.state_dict()
+        for name, module in self.named_modules():
+            if isinstance(module, Evened):
+                state[f"{name}.weight"] = module.plain()
         return {self.stored_name(name): tensor for name, tensor in state.items() if name not in left_out}
 
     def description(self) -> dict[str, Any]:
@@ -107,6 +134,15 @@ class Network(nn.Module):
                 nn.init.normal_(module.weight, std=0.02)
         self.embed_tokens.requires_grad_(False)
         self.lm_head.requires_grad_(False)
+
+    def begin(self, target: Target, loudness: Tensor) -> None:
+        """Begin as `start: target` says. loudness: deviation of each channel of the features, [n·d]."""
+        raise NotImplementedError
+
+    def take_buffers(self, other: Network) -> None:
+        """What a network of the same sizes has besides weights."""
+        for mine, theirs in zip(self.buffers(), other.buffers(), strict=True):
+            mine.copy_(theirs)
 
     def share(self, target: Target, draft_ids: Tensor) -> None:
         """Take embeddings and head from the target. draft_ids int64 [draft_vocab], ascending target ids."""

@@ -35,6 +35,7 @@ WORK = Path(".deepspec")
 DATA = Path("data/distill")
 CALIBRATION_TOKENS = 64  # of each held-out conversation's answer
 DECODED_PROMPTS, DECODED_TOKENS = 8, 48
+LOUDNESS_SEQUENCES = 48
 PROMISED_SEQUENCES, PROMISED_ANCHORS = 16, 6  # held-out conversations, and blocks of each
 
 
@@ -84,6 +85,7 @@ def train(params: Params, name: str, target_directory: Path, outputs: Outputs) -
     if accelerator.is_main_process:
         best = make_network(params, name, target)  # whole, where the trained one may be sharded
         best.share(target, trainer.raw.draft_ids)
+        best.take_buffers(network)
         best.load_state_dict(
             {name.removeprefix("model."): w for name, w in trainer.best_weights().items()}, strict=False
         )
@@ -219,6 +221,13 @@ def draft_vocabulary(sequences: list[Sequence], size: int, vocab_size: int) -> t
     return torch.tensor(sorted(ranked[:size]))
 
 
+def loudness(features: Features, indices: list[int]) -> torch.Tensor:
+    """Standard deviation of each channel of the concatenated layers over some sequences, float32 [layers·d]."""
+    rows = [features.rows([i])[0] for i in indices]
+    of_layers = (torch.cat([row[layer].float() for row in rows]).std(0) for layer in features.layers)
+    return torch.cat(list(of_layers))
+
+
 def make_trainer(
     params: Params,
     name: str,
@@ -241,6 +250,8 @@ def make_trainer(
     learnt = [sequences[i] for i in members]
     draft_ids = draft_vocabulary(learnt, config.draft_vocab_size, config.vocab_size)
     network.share(target, draft_ids)
+    if network.start == "target":
+        network.begin(target, loudness(features, members[:LOUDNESS_SEQUENCES]))
     heldout = [i for i in heldout if any(sequences[i].answer[2:])]
     code = source_digest("training", "drafters", "data/codec.py", "data/features.py", "data/sequences.py")
     settings = (params.train, params.drafters[name], target.digest, data_digest, params.seed, code)

@@ -19,7 +19,7 @@ from deepspec.target import H_LAST, load_target
 from deepspec.training.batches import Batches
 from deepspec.training.distribute import CHECKPOINT
 from deepspec.training.objective import BlockObjective
-from deepspec.training.run import draft_vocabulary
+from deepspec.training.run import draft_vocabulary, loudness
 from deepspec.training.trainer import Trainer, schedule
 from tests.tiny import make_draft, make_target
 
@@ -46,8 +46,10 @@ def store(target, sequences, tmp_path):
     return store
 
 
-def make_trainer(store, work, steps=STEPS, **changes) -> Trainer:
+def make_trainer(store, work, steps=STEPS, start="random", **changes) -> Trainer:
     model = make_draft(store.target)
+    if start == "target":
+        model.begin(store.target, loudness(store, [2, 3, 4]))
     train = TrainParams(
         **{"steps": steps, "lr": 3e-3, "batch_size": 4, "anchors": 6, "eval_every": 3, "save_every": 2}
         | {"mixed_precision": "no", **changes}
@@ -63,14 +65,15 @@ def weights_of(trainer: Trainer) -> dict[str, torch.Tensor]:
     return {name: p.detach().clone() for name, p in trainer.raw.named_parameters() if p.requires_grad}
 
 
-def test_a_killed_and_resumed_run_equals_an_unbroken_one_bit_for_bit(store, tmp_path):
-    unbroken = make_trainer(store, tmp_path / "unbroken")
+@pytest.mark.parametrize("start", ["random", "target"])
+def test_a_killed_and_resumed_run_equals_an_unbroken_one_bit_for_bit(store, tmp_path, start):
+    unbroken = make_trainer(store, tmp_path / "unbroken", start=start)
     unbroken.run()
-    killed = make_trainer(store, tmp_path / "killed")
+    killed = make_trainer(store, tmp_path / "killed", start=start)
     killed.train_step, steps = dying_after(5, killed), STEPS
     with pytest.raises(KeyboardInterrupt):
         killed.run()
-    resumed = make_trainer(store, tmp_path / "killed")
+    resumed = make_trainer(store, tmp_path / "killed", start=start)
     resumed.run()
     assert resumed.step == steps
     for name, weight in weights_of(unbroken).items():
@@ -243,6 +246,12 @@ def test_the_common_beginning_is_never_learnt(tmp_path):
     assert [s.learnt for s in everything] == [[0, 0, 1, 1], [0, 0, 1, 1]] and digest == "d"
     answers, _ = read_sequences(tmp_path / "data", 100, "answer")
     assert answers[0].learnt == [0, 0, 0, 1, 1]
+
+
+def test_the_loudness_of_a_channel_is_its_deviation_over_tokens(store):
+    rows = [store.rows([i])[0] for i in (0, 1)]
+    expected = torch.cat([torch.cat([row[layer] for row in rows]).float().std(0) for layer in (0, 1)])
+    torch.testing.assert_close(loudness(store, [0, 1]), expected)
 
 
 def test_data_without_answers_is_refused(tmp_path):

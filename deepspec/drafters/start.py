@@ -1,0 +1,66 @@
+"""Where a drafter's layers begin: at random, or as the target's last ones.
+
+A drafter that is trained for minutes spends them on learning to read the target's features. As the target's last
+layers, on the deepest feature as `fc` gives it, it reads them from the first step (docs/lab-notes.md has what that is
+worth). The file it ends up in is the same: nothing but the weights tells how a draft began.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from deepspec.drafters.network import Evened
+from deepspec.fused import FusedLayer
+from deepspec.target import Target
+
+Start = Literal["random", "target"]
+START = "`target`: layers begin as the target's last ones, for which it has to be Llama-shaped."
+NOISE = 0.1  # of the random weights that `fc` keeps
+
+
+@torch.no_grad()
+def at_the_targets_end(
+    layers: Sequence[nn.Module], norm: nn.Module, fc: Evened, target: Target, loudness: Tensor
+) -> None:
+    """Begin `layers` as the target's last ones, the norm behind them as its own, `fc` as the deepest feature.
+
+    The norms before the target's projections are folded into them, since the context comes to the draft's keys and
+    values through another norm. A layer that reads more than the state (EAGLE-3's) keeps random weights for the rest.
+
+    Args:
+        loudness: standard deviation of each channel of the features, [n·d].
+
+    Raises:
+        DeepSpecError: the target's layers are not Llama-shaped, or too few.
+    """
+    for mine, theirs in zip(layers, target.last_layers(len(layers)), strict=True):
+        _begin(mine, theirs)
+    norm.weight.copy_(target.last_norm)
+    fc.even(loudness)
+    deepest = fc.scale[-fc.out_features :]
+    fc.weight.mul_(NOISE)
+    fc.weight[:, -fc.out_features :] += torch.diag(deepest / deepest.square().mean().sqrt())
+
+
+def _begin(mine: nn.Module, theirs: FusedLayer) -> None:
+    attention, mlp = mine.self_attn, mine.mlp
+    before, between = (norm.keywords["weight"].float() for norm in theirs.norms)
+    heads, kv_heads = theirs.heads * theirs.head_dim, theirs.kv_heads * theirs.head_dim
+    qkv = (theirs.qkv.dense.float() * before).split((heads, kv_heads, kv_heads))
+    for into, weight in zip((attention.q_proj, attention.k_proj, attention.v_proj), qkv, strict=True):
+        into.weight[:, -weight.shape[1] :].copy_(weight)
+    attention.o_proj.weight.copy_(theirs.out.dense)
+    gate, up = (theirs.gate_up.dense.float() * between).chunk(2)
+    mlp.gate_proj.weight.copy_(gate)
+    mlp.up_proj.weight.copy_(up)
+    mlp.down_proj.weight.copy_(theirs.down.dense)
+    if hasattr(attention, "q_norm"):
+        norms = theirs.qk_norms or [None, None]
+        for norm, own, weight in zip((attention.q_norm, attention.k_norm), norms, qkv[:2], strict=True):
+            # Without such norms in the target: the size that its queries and keys have of an input of random signs.
+            size = weight.square().sum(1).mean().sqrt()
+            norm.weight.copy_(own.keywords["weight"] if own else size.expand_as(norm.weight))
