@@ -346,7 +346,11 @@ class StudyParams(Section):
     eagle3: str = Field(description="The drafter of the pipeline that stands for EAGLE-3 in Table 1.")
     dflash: str = Field(description="The one that stands for DFlash.")
     dspark: str = Field(description="The one that stands for DSpark.")
-    prompts: int = Field(8, ge=1, description="Per task, where blocks and other ways to verify are measured.")
+    ablations: list[str] = Field(
+        [], description="Drafters of Figures 3 and 4 alone, trained with the first seed."
+    )
+    prompts: int = Field(8, ge=1, description="Per task, where blocks are measured.")
+    timed_prompts: int = Field(8, ge=1, description="Per task, where other ways to verify are timed.")
     lengths: list[Annotated[int, Field(ge=1)]] = Field(
         [1, 2, 4], description="Tokens verified of a block; the whole block is added."
     )
@@ -400,13 +404,18 @@ class Params(Section):
             return self
         if 1.0 not in self.evaluate.temperatures:
             raise ValueError("study: evaluate.temperatures lacks 1.0, which the table is of")
-        table = list(self.study.roles.values())
-        for name in table:
-            if name not in self.pipeline:
-                raise ValueError(
-                    f"study names {name!r}, which `pipeline` lacks{nearest(name, self.pipeline)}"
-                )
-        for key, names in {**dict.fromkeys(_EQUAL, self.pipeline), "block_size": table}.items():
+        table, ablations = list(self.study.roles.values()), self.study.ablations
+        for names, where, known in (
+            (table, "pipeline", self.pipeline),
+            (ablations, "drafters", self.drafters),
+        ):
+            for name in names:
+                if name not in known:
+                    raise ValueError(f"study names {name!r}, which `{where}` lacks{nearest(name, known)}")
+        if twice := set(ablations) & set(self.pipeline):
+            raise ValueError(f"study.ablations names {min(twice)!r}, which `pipeline` has")
+        every = [*self.pipeline, *ablations]
+        for key, names in {**{key: every for key in _EQUAL}, "block_size": table}.items():
             found = {name: getattr(self.drafters[name], key, None) for name in names}
             if any(value is None or value != found[names[0]] for value in found.values()):
                 of = ", ".join(f"{name} {value}" for name, value in found.items())

@@ -1,9 +1,9 @@
-"""What is decoded here beside the evaluation: one seed's drafts, the target and the tasks, in resumable pieces."""
+"""What is decoded here beside the evaluation: some drafts, the target and the tasks, in resumable pieces."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -21,30 +21,35 @@ from deepspec.files import digest, file_digest, source_digest
 from deepspec.target import Target, load_target
 from paper.section import study_of
 
-TARGET = Path("data/target")
+TARGET, DRAFTS = Path("data/target"), Path("data/drafts")
 WORK = Path(".deepspec/paper")
 _CODE = ("attention.py", "fused.py", "graphs.py", "target.py", "decoding", "drafters", "evaluation")
+
+
+def trained(params: Params, seed: int, names: Sequence[str]) -> dict[str, Path]:
+    """The directories of drafts of one of the study's seeds."""
+    seeds = study_of(params).seeds
+    if seed not in seeds:
+        raise DeepSpecError(f"--seed {seed}: the study has {', '.join(map(str, seeds))}")
+    return {name: DRAFTS / f"seed-{seed}" / name for name in names}
 
 
 class Bench:
     """
     Args:
-        names: of the drafters.
-        seed: which of the study's.
+        drafts: name → directory.
+        prompts: of each task.
         script: the file whose results are kept; its code is part of their key.
         settings: whatever else they depend on.
     """
 
-    def __init__(self, params: Params, names: Sequence[str], seed: int, script: str, *settings: Any):
-        self.params, self.study = params, study_of(params)
-        if seed not in self.study.seeds:
-            raise DeepSpecError(f"--seed {seed}: the study has {', '.join(map(str, self.study.seeds))}")
+    def __init__(self, params: Params, drafts: Mapping[str, Path], prompts: int, script: str, *settings: Any):
+        self.params, self.study, self.drafts = params, study_of(params), drafts
         evaluate = params.evaluate
         self.tasks: list[Task] = [
-            load_task(task, self.study.prompts, params.seed, evaluate.tasks_dir) for task in evaluate.tasks
+            load_task(task, prompts, params.seed, evaluate.tasks_dir) for task in evaluate.tasks
         ]
-        self.drafts = {name: Path(f"data/drafts/seed-{seed}") / name for name in names}
-        digests = {name: draft_digest(directory) for name, directory in self.drafts.items()}
+        digests = {name: draft_digest(directory) for name, directory in drafts.items()}
         code = source_digest(*_CODE), file_digest(script), file_digest(__file__)
         target = load_target(TARGET).digest
         where = (
@@ -52,7 +57,7 @@ class Bench:
             params.target.dtype,
         )  # seconds of two machines do not mix
         what = (digests, target, code, where, [task.prompts for task in self.tasks], params.seed, settings)
-        key = f"{Path(script).stem}-{seed}-{digest(json.dumps(what, default=str))}"
+        key = f"{Path(script).stem}-{digest(json.dumps(what, default=str))}"
         self.work = Work(process_state(), WORK, key)
 
     @cached_property

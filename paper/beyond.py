@@ -25,7 +25,7 @@ from deepspec.evaluation.record import tau_table
 from deepspec.evaluation.stats import Interval, against, bootstrap, macro_speedup, quotient
 from deepspec.files import write_json
 from deepspec.stages.common import stage
-from paper.bench import TARGET, Bench
+from paper.bench import TARGET, Bench, trained
 from paper.section import study_of
 
 STANDARD = "chain, standard"
@@ -149,14 +149,16 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def main(params: Params, flags: argparse.Namespace) -> None:
-    names = list(dict.fromkeys(study_of(params).roles.values()))
-    bench = Bench(params, names, flags.seed, __file__, params.evaluate.model_dump(), params.study.nodes)
+    study = study_of(params)
+    names = list(dict.fromkeys(study.roles.values()))
+    drafts = trained(params, flags.seed, names)
+    bench = Bench(params, drafts, study.timed_prompts, __file__, params.evaluate.model_dump(), study.nodes)
     results, lossless = measure(bench), check(bench)
     if bench.work.main:
         found = {
             "seed": flags.seed,
             "prompts": {task.name: len(task.prompts) for task in bench.tasks},
-            "nodes": params.study.nodes,
+            "nodes": study.nodes,
             "device": describe_device(bench.target.device),
             "ways": summary(results, lossless, names),
         }

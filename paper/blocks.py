@@ -1,6 +1,6 @@
 """For Figures 4 to 6: blocks cut to a length, and the confidence, by standard speculative sampling at T = 1.
 
-reports/blocks/seed-<n>.json:
+reports/blocks/seed-<n>.json, and ablations.json of `study.ablations`:
     lengths      drafter → tokens verified of a block → task → [tokens, rounds] of each prompt
     confidence   drafter → "all" or a domain → ECE, reliability and threshold sweep (`calibration.quality`) of whole
                  blocks, before and after sequential temperature scaling. The temperatures are fitted to the blocks of
@@ -26,7 +26,8 @@ from deepspec.errors import DeepSpecError
 from deepspec.files import write_json
 from deepspec.stages.common import stage
 from deepspec.target import Target
-from paper.bench import Bench
+from paper.bench import DRAFTS, Bench, trained
+from paper.section import study_of
 
 BATCH = 8
 RULE, TEMPERATURE = "standard", 1.0
@@ -141,15 +142,21 @@ def measure(bench: Bench) -> dict[str, Any]:
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--seed", type=int, required=True, help="one of study.seeds")
+    which = parser.add_mutually_exclusive_group(required=True)
+    which.add_argument("--seed", type=int, help="the pipeline's drafts of one of study.seeds")
+    which.add_argument("--ablations", action="store_true", help="the drafts of study.ablations")
 
 
 def main(params: Params, flags: argparse.Namespace) -> None:
-    evaluate = params.evaluate
-    bench = Bench(params, params.pipeline, flags.seed, __file__, evaluate.max_new_tokens)
+    study = study_of(params)
+    if flags.ablations:
+        name, drafts = "ablations", {own: DRAFTS / "ablations" / own for own in study.ablations}
+    else:
+        name, drafts = f"seed-{flags.seed}", trained(params, flags.seed, params.pipeline)
+    bench = Bench(params, drafts, study.prompts, __file__, params.evaluate.max_new_tokens)
     found = measure(bench)
     if bench.work.main:
-        write_json(Path(f"reports/blocks/seed-{flags.seed}.json"), found)
+        write_json(Path(f"reports/blocks/{name}.json"), found)
     bench.work.remove()
 
 

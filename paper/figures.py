@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ from deepspec.evaluation.charts import GREY, LIGHT, PALETTE, PNG_SCALE
 from deepspec.evaluation.record import DRAFT, accept_rates
 from deepspec.files import replacing
 from deepspec.stages.common import stage
+from paper import ablations
+from paper.ablations import Records
 from paper.study import MEAN, Bootstrap, Study, load
 
 TEMPERATURE = 1.0
@@ -54,35 +57,33 @@ def acceptance(study: Study) -> Rows:
     return rows
 
 
-def depth(study: Study) -> Rows:
-    """Figure 3: mean τ by layers, of the drafters with the table's γ and the plain head."""
-    size = study.params.drafters[study.params.study.dspark].block_size
+def depth(study: Study, blocks: Records) -> Rows:
+    """Figure 3: mean τ of whole blocks by layers, of the drafters that differ from the table's in depth alone."""
+    names = {own for own, _, key in ablations.changes(study.params) if key == "layers"}
     rows: Rows = []
-    for name in study.drafts:
+    for name in [*study.params.study.roles.values(), *names]:
         chosen = study.params.drafters[name]
-        if chosen.block_size == size and getattr(chosen, "markov_head", "vanilla") == "vanilla":
-            tau = study.tau(name, TEMPERATURE, study.groups[MEAN])
-            own = {"layers": getattr(chosen, "layers", 1), "tau": tau.value, "low": tau.low, "high": tau.high}
-            rows.append({"drafter": _family(study, name), **own})
-    return rows
+        tau = _tau(study, blocks, name, chosen.block_size)
+        rows.append({"drafter": _family(study, name), "layers": getattr(chosen, "layers", 1), **tau})
+    return sorted(rows, key=lambda row: row["layers"])
 
 
-def lengths(study: Study, blocks: list[dict[str, Any]]) -> Rows:
+def lengths(study: Study, blocks: Records) -> Rows:
     """Figure 4: mean τ by tokens verified of a block."""
-    rows: Rows = []
+    return [
+        {"drafter": name, "length": int(n), **_tau(study, blocks, name, n)}
+        for name in ablations.drafters(study.params)
+        for n in next(part["lengths"][name] for part in blocks if name in part["lengths"])
+    ]
+
+
+def _tau(study: Study, blocks: Records, name: str, length: int) -> dict[str, float]:
+    tables = ablations.tables(blocks, name, length)
+    bootstrap = Bootstrap({task: table.shape[1] for task, table in tables.items()})
     spread = study.spread(TEMPERATURE, study.groups[MEAN])
-    for name in study.drafts:
-        for n in blocks[0]["lengths"][name]:
-            tables = {
-                task: np.array([part["lengths"][name][n][task] for part in blocks], dtype=float)
-                for task in study.tasks
-            }
-            bootstrap = Bootstrap({task: table.shape[1] for task, table in tables.items()})
-            tau = bootstrap.tau_interval(tables, [*tables], spread)
-            rows.append(
-                {"drafter": name, "length": int(n), "tau": tau.value, "low": tau.low, "high": tau.high}
-            )
-    return rows
+    seeds = next(iter(tables.values())).shape[0]
+    tau = bootstrap.tau_interval(tables, [*tables], replace(spread, seeds=seeds))
+    return {"tau": tau.value, "low": tau.low, "high": tau.high}
 
 
 def thresholds(parts: list[dict[str, Any]]) -> Rows:
@@ -146,7 +147,7 @@ def _family(study: Study, name: str) -> str:
     return roles.get(kind, kind)
 
 
-def charts(study: Study, blocks: list[dict[str, Any]], root: Path) -> Iterator[tuple[str, Chart]]:
+def charts(study: Study, blocks: Records, root: Path) -> Iterator[tuple[str, Chart]]:
     """Name of the file → the chart."""
     yield (
         "figure2",
@@ -159,7 +160,7 @@ def charts(study: Study, blocks: list[dict[str, Any]], root: Path) -> Iterator[t
             "accepted, given all before",
         ),
     )
-    yield "figure3", _lines(depth(study), "layers", "layers of the draft", "τ, mean of tasks")
+    yield "figure3", _lines(depth(study, blocks), "layers", "layers of the draft", "τ, mean of tasks")
     yield (
         "figure4",
         _lines(lengths(study, blocks), "length", "tokens verified of a block", "τ, mean of tasks"),
@@ -274,14 +275,10 @@ def png(chart: Chart) -> bytes:
     return vl_convert.vegalite_to_png(chart.to_dict(), vl_version=version, scale=PNG_SCALE, config=LIGHT)
 
 
-def read_blocks(seeds: Iterable[int], root: Path) -> list[dict[str, Any]]:
-    return [json.loads((root / f"reports/blocks/seed-{seed}.json").read_text()) for seed in seeds]
-
-
 def main(params: Params, flags: argparse.Namespace) -> None:
     root = Path(".")
     study = load(params, root)
-    blocks = read_blocks(params.study.seeds, root)
+    blocks = ablations.read(params, root)
     with replacing(root / "reports/figures") as folder:
         folder.mkdir()
         for name, chart in charts(study, blocks, root):

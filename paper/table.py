@@ -18,6 +18,7 @@ from deepspec.errors import DeepSpecError
 from deepspec.evaluation.stats import Interval
 from deepspec.files import write_json, write_text
 from deepspec.stages.common import stage
+from paper import ablations
 from paper.study import MEAN, Draft, Study, load
 
 TEMPERATURE = 1.0
@@ -164,7 +165,9 @@ def metrics(found: dict[str, Any]) -> dict[str, Any]:
 
 def markdown(found: dict[str, Any], beyond: dict[str, Any]) -> str:
     """The tables as Markdown."""
-    parts = [_taus(found), _ratios(found), _settings(found["settings"]), _drafters(found), _beyond(beyond)]
+    parts = [_taus(found), _ratios(found), _settings(found["settings"]), _drafters(found)]
+    parts += [_ablations(found["ablations"])] if found["ablations"] else []
+    parts.append(_beyond(beyond))
     return "\n\n".join(parts) + "\n"
 
 
@@ -229,6 +232,23 @@ def _drafters(found: dict[str, Any]) -> str:
     heads += [head for t in temperatures for head in (f"τ, T = {t}", f"speed-up, T = {t}")]
     title = "**Every drafter**, mean of tasks; speed-up over plain decoding in the same engine, no lookup, whole blocks"
     return f"{title}\n\n{_table([*heads, 'lossless'], rows, text=2)}"
+
+
+def _ablations(rows: list[dict[str, Any]]) -> str:
+    cells = [
+        [
+            row["drafter"],
+            f"{row['key']} {row['values'][0]}, not {row['values'][1]}",
+            _interval(row["tau"], 2),
+            f"{_interval(row['ratio'], 3)} of {row['partner']}",
+        ]
+        for row in rows
+    ]
+    title = (
+        f"**Ablations**, whole blocks at T = 1, mean of tasks (the first seed, {rows[0]['prompts']} prompts a task; "
+        "what seeds of the table's drafters differ by is in the intervals)"
+    )
+    return f"{title}\n\n{_table(['drafter', 'what differs', 'τ', '× τ'], cells, text=2)}"
 
 
 def _beyond(beyond: dict[str, Any]) -> str:
@@ -296,6 +316,7 @@ def main(params: Params, flags: argparse.Namespace) -> None:
     root = Path(".")
     study = load(params, root)
     found = make(study, published()) | {"settings": settings(study, root)}
+    found |= {"ablations": ablations.ratios(study, ablations.read(params, root))}
     text = markdown(found, json.loads((root / "reports/beyond.json").read_text()))
     write_json(root / "reports/table1.json", found)
     write_json(root / "reports/metrics.json", metrics(found))

@@ -17,7 +17,7 @@ from tests.tiny import make_target
 
 pytestmark = pytest.mark.e2e
 DATA = ["target", "prompts", "generate", "validate"]
-STAGES = [*DATA, "train", "evaluate", "blocks", "beyond", "table", "figures"]
+STAGES = [*DATA, "train", "ablate", "evaluate", "blocks", "ablations", "beyond", "table", "figures"]
 
 
 def run(command: str) -> None:
@@ -43,7 +43,7 @@ def test_every_stage_makes_what_it_declares_and_the_readme_gets_the_table(
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     stages = [stage for stage in Repo(tmp_path).index.stages if Path(stage.path) == paper / "dvc.yaml"]
     stages.sort(key=lambda stage: STAGES.index(stage.name.split("@")[0]))
-    assert len(stages) == len(DATA) + 3 * 2 + 2 + 2 + 3  # three drafters, two seeds
+    assert len(stages) == len(DATA) + 3 * 2 + 1 + 2 + 2 + 1 + 3  # three drafters, two seeds; an ablation
     for stage in stages:
         run(stage.cmd)
         assert all(out.exists for out in stage.outs), stage.name
@@ -53,6 +53,8 @@ def test_every_stage_makes_what_it_declares_and_the_readme_gets_the_table(
         assert set(by_domain) == {"math", "code", "chat", "mean"}
         assert all(len(ratio["by_seed"]) == 2 for ratio in by_domain.values())
     assert all(own["lossless"] for own in table["drafters"].values())
+    (ablation,) = table["ablations"]
+    assert (ablation["drafter"], ablation["partner"], ablation["values"]) == ("dspark_2", "dspark", [2, 1])
     ways = json.loads(Path("reports/beyond.json").read_text())["ways"]
     assert {way["way"] for way in ways} > {"chain, standard", "chain, block verification", "tree, sampled"}
     assert all(way["lossless"] and way["speedup"] for way in ways)

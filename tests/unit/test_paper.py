@@ -19,7 +19,7 @@ from deepspec.drafters.registry import algorithms
 from deepspec.errors import DeepSpecError
 from deepspec.evaluation.contest import Run
 from deepspec.tolerance import Figures, compare, flatten
-from paper import beyond, blocks, figures, table
+from paper import ablations, beyond, blocks, figures, table
 from paper.study import MEAN, Bootstrap, Draft, Spread, Study, by_seed
 from tests.records import record
 
@@ -70,7 +70,7 @@ def test_every_profile_decodes_as_the_paper_does(profile):
 @pytest.mark.parametrize("profile", PROFILES)
 def test_every_profile_compares_drafters_under_equal_settings(profile):
     params = params_of(profile)
-    chosen = [params.drafters[name] for name in params.pipeline]
+    chosen = [params.drafters[name] for name in ablations.drafters(params)]
     assert len({tuple(own.target_layer_ids) for own in chosen}) == 1
     assert len({own.draft_vocab_size for own in chosen}) == 1
     assert not any(getattr(own, "context_skip", False) for own in chosen)
@@ -83,6 +83,21 @@ def test_every_profile_compares_drafters_under_equal_settings(profile):
         assert len(chosen[0].target_layer_ids) == 5
     flash, spark = (params.drafters[name].layers for name in (params.study.dflash, params.study.dspark))
     assert flash == spark
+    assert len({params.drafters[name].start for name in params.pipeline}) == 1
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+def test_every_ablation_differs_in_one_thing_from_another_drafter(profile):
+    params = params_of(profile)
+    found = set(ablations.changes(params))
+    assert {name for name, *_ in found} == set(params.study.ablations)
+    assert {key for *_, key in found} <= {"layers", "markov_head", "block_size", "start"}
+    if profile in FULL:
+        assert found >= {
+            ("dspark_2", "dspark", "layers"),
+            ("dspark_2_16", "dspark_2", "block_size"),
+            ("rnn_2_16", "dspark_2_16", "markov_head"),
+        }
 
 
 @pytest.mark.parametrize(
@@ -116,6 +131,22 @@ def test_a_study_of_a_drafter_that_is_not_trained_is_refused(tmp_path):
         load_params(file)
 
 
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["dspark_3"], "study names 'dspark_3', which `drafters` lacks.*did you mean 'dspark_2'"),
+        (["dflash"], "study.ablations names 'dflash', which `pipeline` has"),
+    ],
+)
+def test_an_ablation_that_cannot_be_one_is_refused(tmp_path, names, message):
+    raw = yaml.safe_load((PAPER / "params.quick.yaml").read_text())
+    raw["study"]["ablations"] = names
+    file = tmp_path / "params.yaml"
+    file.write_text(yaml.safe_dump(raw))
+    with pytest.raises(DeepSpecError, match=message):
+        load_params(file)
+
+
 @pytest.mark.parametrize("profile", PROFILES)
 def test_the_pipeline_resolves_for_every_profile(profile, tmp_path):
     folder = tmp_path / "paper"
@@ -133,8 +164,11 @@ def test_the_pipeline_resolves_for_every_profile(profile, tmp_path):
     seeds = params.study.seeds
     expected = {f"train@{name}-{seed}" for name in params.pipeline for seed in seeds}
     expected |= {f"{stage}@{seed}" for stage in ("evaluate", "blocks") for seed in seeds}
-    expected |= {"target", "prompts", "generate", "validate", "beyond", "table", "figures"}
+    expected |= {f"ablate@{name}" for name in params.study.ablations}
+    expected |= {"target", "prompts", "generate", "validate", "ablations", "beyond", "table", "figures"}
     assert set(stages) == expected
+    ablation = params.study.ablations[0]
+    assert f"--seed {seeds[0]} --as ablations/{ablation}" in stages[f"ablate@{ablation}"].cmd
     first = f"{params.pipeline[0]}-{seeds[-1]}"
     assert f"--seed {seeds[-1]} --as seed-{seeds[-1]}/{params.pipeline[0]}" in stages[f"train@{first}"].cmd
 
@@ -148,7 +182,8 @@ def test_shared_stages_depend_on_the_code_that_they_depend_on_in_the_main_pipeli
     for name, deps in code.items():
         found = [dep.removeprefix("../") for dep in ours[name]["deps"] if dep.startswith("../")]
         assert found == deps, name
-    for name in ("blocks", "beyond"):  # they decode as evaluate does
+    assert ours["ablate"]["deps"] == ours["train"]["deps"]
+    for name in ("blocks", "ablations", "beyond"):  # they decode as evaluate does
         lacking = set(code["evaluate"]) - {dep.removeprefix("../") for dep in ours[name]["deps"]}
         assert lacking <= {f"deepspec/evaluation/{part}.py" for part in NOT_DECODED}, name
     for name in ("table", "figures"):
@@ -182,7 +217,7 @@ def qwen3_4b() -> SimpleNamespace:
     )
 
 
-@pytest.mark.parametrize("name", params_of("qwen3-4b").pipeline)
+@pytest.mark.parametrize("name", ablations.drafters(params_of("qwen3-4b")))
 def test_the_networks_for_qwen3_4b_have_its_shapes(name):
     params = params_of("qwen3-4b")
     drafter = params.drafters[name]
@@ -390,6 +425,47 @@ def test_confidence_is_judged_on_blocks_it_was_not_fitted_to():
 def test_lengths_end_with_the_whole_block():
     assert list(blocks.lengths([1, 4, 7, 10], 7)) == [1, 4, 7]
     assert list(blocks.lengths([1, 4, 7, 10], 16)) == [1, 4, 7, 10, 16]
+
+
+def blocks_of(rounds: dict[str, dict[int, int]]) -> dict:
+    """A record of `paper.blocks`: drafter → length → rounds in which each of four prompts a task makes 60 tokens."""
+    lengths = {
+        name: {str(n): {task: [[60, count]] * 4 for task in TASKS} for n, count in own.items()}
+        for name, own in rounds.items()
+    }
+    return {"lengths": lengths, "confidence": {}}
+
+
+def test_an_ablation_is_measured_against_the_first_seeds_draft_of_its_partner():
+    study = made_up(EQUAL)
+    seeds = [blocks_of({name: {2: 40, 7: count} for name in EQUAL}) for count in (30, 20)]
+    records = [*seeds, blocks_of({"dspark_2": {7: 40}, "dspark_2_16": {16: 30}, "rnn_2_16": {16: 24}})]
+    rows = {row["drafter"]: row for row in ablations.ratios(study, records)}
+    assert rows["dspark_2"]["values"] == [2, 5]
+    assert rows["dspark_2"]["ratio"]["value"] == pytest.approx(0.75)
+    assert rows["dspark_2_16"]["ratio"]["value"] == pytest.approx(4 / 3)
+    assert rows["rnn_2_16"]["ratio"]["value"] == pytest.approx(1.25)
+    assert "| rnn_2_16 | markov_head rnn, not vanilla | 2.50" in table._ablations(list(rows.values()))
+
+
+def test_seeds_that_disagree_widen_the_interval_of_an_ablation():
+    apart = EQUAL | {"dspark": [[10, 20, 30], [20, 30, 40]]}
+    records = [*[blocks_of({name: {7: 30} for name in EQUAL})] * 2]
+    records.append(blocks_of({"dspark_2": {7: 30}, "dspark_2_16": {16: 30}, "rnn_2_16": {16: 24}}))
+    narrow, wide = (ablations.ratios(made_up(taus), records)[0]["ratio"] for taus in (EQUAL, apart))
+    assert narrow["high"] - narrow["low"] < 1e-9
+    assert wide["low"] < 0.9 and wide["high"] > 1.1
+
+
+def test_figures_3_and_4_show_ablations_beside_the_tables_drafters():
+    study = made_up(EQUAL)
+    records = [blocks_of({name: {2: 40, 7: 30} for name in EQUAL})] * 2
+    records.append(blocks_of({"dspark_2": {7: 40}, "dspark_2_16": {11: 40, 16: 30}, "rnn_2_16": {16: 24}}))
+    depth = {(row["drafter"], row["layers"]): row["tau"] for row in figures.depth(study, records)}
+    assert depth == {("EAGLE-3", 1): 2, ("DFlash", 5): 2, ("DSpark", 5): 2, ("DSpark", 2): 1.5}
+    lengths = {(row["drafter"], row["length"]): row["tau"] for row in figures.lengths(study, records)}
+    assert lengths[("rnn_2_16", 16)] == 2.5 and lengths[("dspark", 2)] == 1.5
+    assert ("dspark_2_16", 11) in lengths
 
 
 def test_figure_2_counts_the_blocks_in_which_all_before_was_accepted():
