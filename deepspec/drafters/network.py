@@ -43,10 +43,10 @@ class MLP(nn.Module):
 
 
 class Evened(nn.Linear):
-    """Without a bias, over inputs divided by `scale`: y = W (x / scale). A file has W diag(1 / scale) (`plain`).
+    """Without a bias, over inputs divided by `scale`: y = W (x / scale) = W diag(1 / scale) x. A file has the product.
 
     A few channels of a target's features are hundreds of times as loud as the median one (massive activations, arXiv
-    2402.17762); under one learning rate for all the others are hardly heard. `scale` is 1 until `even` is called.
+    2402.17762); under one learning rate for all, the others are hardly heard. `scale` is 1 until `even` is called.
     """
 
     def __init__(self, in_features: int, out_features: int):
@@ -62,7 +62,7 @@ class Evened(nn.Linear):
         return self.weight / self.scale
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward((x / self.scale).to(x.dtype))
+        return F.linear(x, self.plain())
 
 
 class Outputs(NamedTuple):
