@@ -18,6 +18,7 @@ from deepspec.drafters.registry import algorithms
 from deepspec.drafters.suffix import SuffixParams
 from deepspec.errors import DeepSpecError, nearest
 from deepspec.section import Section
+from deepspec.training.loss_params import LossParams
 
 
 class TargetParams(Section):
@@ -99,45 +100,6 @@ class ValidateParams(Section):
     max_degenerate_share: float = Field(0.2, ge=0, le=1, description="Rows allowed above max_repetition.")
 
 
-class GeometricWeights(Section):
-    """exp(−(k−1)/γ_w): the same for every block."""
-
-    type: Literal["geometric"]
-    decay: float = Field(4.0, gt=0, description="γ_w")
-
-
-class DPaceWeights(Section):
-    """D-PACE: each position by the expected tokens that hang on it under the draft of the moment."""
-
-    type: Literal["dpace"]
-    smoothing: float = Field(0.5, ge=0, le=1, description="a of q̃ = (1 − a)·q(x*) + a.")
-
-
-class LossParams(Section):
-    """Weights of the loss terms (`training/losses.py` has their formulas) and of the positions of a block."""
-
-    ce: float = Field(0.1, ge=0)
-    kl: float = Field(0.0, ge=0)
-    tv: float = Field(0.9, ge=0, description="Of ‖q − p‖₁, as in the DSpark paper.")
-    lk: float = Field(0.0, ge=0, description="Of −log α.")
-    lk_mixed: float = Field(0.0, ge=0, description="Of λ·KL + (1 − λ)·½‖q − p‖₁, λ = exp(−3α).")
-    confidence: float = Field(1.0, ge=0, description="Of the confidence head's cross-entropy.")
-    positions: Annotated[GeometricWeights | DPaceWeights, Field(discriminator="type")] = GeometricWeights(
-        type="geometric"
-    )
-    budget_mib: float | None = Field(
-        None,
-        gt=0,
-        description="Largest tensor over the vocabulary; null: 20 on a CPU, 256 on a GPU.",
-    )
-
-    @model_validator(mode="after")
-    def _some(self) -> LossParams:
-        if not any((self.ce, self.kl, self.tv, self.lk, self.lk_mixed)):
-            raise ValueError("train.loss: every term has weight 0")
-        return self
-
-
 class FeaturesParams(Section):
     """Where the target's hidden states come from in training."""
 
@@ -151,7 +113,7 @@ class FeaturesParams(Section):
 
 
 class TrainParams(Section):
-    """One training run; the same for every drafter unless its own section overrides it."""
+    """One training run; the same for every drafter, but for the loss where its own section has one."""
 
     steps: int = Field(ge=1)
     batch_size: int = Field(8, ge=1, description="Sequences per optimiser step, over all processes.")

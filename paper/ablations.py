@@ -68,7 +68,7 @@ def ratios(study: Study, records: Records) -> list[dict[str, Any]]:
                 "drafter": name,
                 "partner": partner,
                 "key": key,
-                "values": [getattr(own, key), getattr(other, key)],
+                "values": [drafter.model_dump()[key] for drafter in (own, other)],
                 "tau": asdict(bootstrap.tau_interval(ours, tasks, spread)),
                 "ratio": asdict(ratio),
                 "prompts": max(table.shape[1] for table in ours.values()),

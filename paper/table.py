@@ -238,7 +238,7 @@ def _ablations(rows: list[dict[str, Any]]) -> str:
     cells = [
         [
             row["drafter"],
-            f"{row['key']} {row['values'][0]}, not {row['values'][1]}",
+            f"{row['key']} {_value(row['values'][0])}, not {_value(row['values'][1])}",
             _interval(row["tau"], 2),
             f"{_interval(row['ratio'], 3)} of {row['partner']}",
         ]
@@ -249,6 +249,16 @@ def _ablations(rows: list[dict[str, Any]]) -> str:
         "what seeds of the table's drafters differ by is in the intervals)"
     )
     return f"{title}\n\n{_table(['drafter', 'what differs', 'τ', '× τ'], cells, text=2)}"
+
+
+def _value(value: Any) -> str:
+    """Of a drafter's section; a loss by its terms, none as the one of `train`."""
+    if value is None:
+        return "of `train`"
+    if isinstance(value, dict):
+        terms = {term: value[term] for term in ("ce", "kl", "tv", "lk", "lk_mixed") if value[term]}
+        return " + ".join(term if weight == 1 else f"{weight:g}·{term}" for term, weight in terms.items())
+    return str(value)
 
 
 def _beyond(beyond: dict[str, Any]) -> str:

@@ -7,10 +7,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
+from pydantic import Field
+
 from deepspec.drafters.base import Drafter
 from deepspec.drafters.network import Network
 from deepspec.section import Section
 from deepspec.target import Target
+from deepspec.training.loss_params import LossParams
+
+
+class TrainedParams(Section):
+    """What every drafter that is trained may have in its section."""
+
+    loss: LossParams | None = Field(None, description="In place of `train.loss`.")
 
 
 @dataclass(frozen=True)

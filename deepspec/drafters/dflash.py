@@ -11,14 +11,13 @@ from typing import Literal
 
 from pydantic import Field
 
-from deepspec.drafters.algorithm import Algorithm
+from deepspec.drafters.algorithm import Algorithm, TrainedParams
 from deepspec.drafters.dspark import DSparkConfig, DSparkModel, DSparkParams
 from deepspec.drafters.start import START, Start
-from deepspec.section import Section
 from deepspec.target import Target
 
 
-class DFlashParams(Section):
+class DFlashParams(TrainedParams):
     """DFlash: a parallel block drafter; every position is predicted on its own."""
 
     type: Literal["dflash"]

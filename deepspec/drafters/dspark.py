@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from deepspec.attention import KVCache, Step, attend
 from deepspec.decoding.tree import Growth, Laws, Parent
-from deepspec.drafters.algorithm import Algorithm
+from deepspec.drafters.algorithm import Algorithm, TrainedParams
 from deepspec.drafters.base import Ask, Drafter, GrowingSession
 from deepspec.drafters.checkpoint import load_network, temperatures
 from deepspec.drafters.markov import MarkovHead
@@ -44,14 +44,13 @@ from deepspec.drafters.network import (
 from deepspec.drafters.start import START, Start, at_the_targets_end
 from deepspec.errors import DeepSpecError
 from deepspec.fused import FusedLayer, PackedLinear, rotate
-from deepspec.section import Section
 from deepspec.target import Target
 
 PUBLISHED = "Qwen3DSparkModel"
 OURS = "DeepSpecDSparkModel"  # no other engine may take it for a published one
 
 
-class DSparkParams(Section):
+class DSparkParams(TrainedParams):
     """DSpark: a parallel block drafter with a sequential head and a confidence head."""
 
     type: Literal["dspark"]

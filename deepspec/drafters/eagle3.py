@@ -24,7 +24,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from deepspec.attention import Step, attend
-from deepspec.drafters.algorithm import Algorithm
+from deepspec.drafters.algorithm import Algorithm, TrainedParams
 from deepspec.drafters.autoregressive import AutoregressiveDrafter
 from deepspec.drafters.checkpoint import load_network
 from deepspec.drafters.network import (
@@ -40,13 +40,12 @@ from deepspec.drafters.network import (
 from deepspec.drafters.start import START, Start, at_the_targets_end
 from deepspec.errors import DeepSpecError
 from deepspec.fused import FusedLayer, PackedLinear, rotate
-from deepspec.section import Section
 from deepspec.target import Target
 
 SERVED, DEEPSEEK = "LlamaForCausalLMEagle3", "Qwen3Eagle3Model"
 
 
-class Eagle3Params(Section):
+class Eagle3Params(TrainedParams):
     """EAGLE-3: one layer that drafts token by token from the target's features and its own outputs."""
 
     type: Literal["eagle3"]

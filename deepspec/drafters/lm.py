@@ -20,15 +20,14 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from deepspec.attention import NAME, Step
 from deepspec.decoding.tree import Vocabulary
-from deepspec.drafters.algorithm import Algorithm
+from deepspec.drafters.algorithm import Algorithm, TrainedParams
 from deepspec.drafters.autoregressive import AutoregressiveDrafter
 from deepspec.drafters.network import Network, Outputs
 from deepspec.errors import DeepSpecError
-from deepspec.section import Section
 from deepspec.target import Target, decoder_layers, from_pretrained
 
 
-class LMParams(Section):
+class LMParams(TrainedParams):
     """An independent draft language model of the target's tokenizer."""
 
     type: Literal["lm"]

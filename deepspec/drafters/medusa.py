@@ -20,20 +20,19 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from deepspec.decoding.tree import Growth, Laws, Parent
-from deepspec.drafters.algorithm import Algorithm
+from deepspec.drafters.algorithm import Algorithm, TrainedParams
 from deepspec.drafters.base import Ask, Drafter, GrowingSession
 from deepspec.drafters.checkpoint import load_network, weight_names
 from deepspec.drafters.network import Network, like_target, missing_keys
 from deepspec.errors import DeepSpecError
 from deepspec.fused import PackedLinear
-from deepspec.section import Section
 from deepspec.target import H_LAST, Target
 
 ARCHITECTURE = "MedusaModel"
 PUBLISHED_WEIGHTS = "medusa_lm_head.safetensors"
 
 
-class MedusaParams(Section):
+class MedusaParams(TrainedParams):
     """Medusa: residual heads on the target's last hidden state; the cheapest draft to train and to run."""
 
     type: Literal["medusa"]

@@ -65,7 +65,7 @@ def train(params: Params, name: str, target_directory: Path, outputs: Outputs) -
     """
     if name not in params.drafters:
         raise DeepSpecError(f"params.yaml has no drafter {name!r}; it has {', '.join(params.drafters)}")
-    drafter = params.drafters[name]
+    drafter, params = params.drafters[name], own_loss(params, name)
     algorithm = algorithms()[drafter.type]
     if algorithm.network is None:
         target = load_target(target_directory)
@@ -101,6 +101,16 @@ def train(params: Params, name: str, target_directory: Path, outputs: Outputs) -
         write_json(outputs.manifest, trainer.batches.store.describe())
         write_history(outputs.history, trainer.history)
     accelerator.end_training()
+
+
+def own_loss(params: Params, name: str) -> Params:
+    """With the loss of the drafter's own section, where it has one, as that of `train`."""
+    loss = getattr(params.drafters[name], "loss", None)
+    return (
+        params.model_copy(update={"train": params.train.model_copy(update={"loss": loss})})
+        if loss
+        else params
+    )
 
 
 def make_network(params: Params, name: str, target: Target) -> Network:

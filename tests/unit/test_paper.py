@@ -87,13 +87,28 @@ def test_every_profile_compares_drafters_under_equal_settings(profile):
 
 
 @pytest.mark.parametrize("profile", PROFILES)
+def test_each_drafter_has_the_loss_it_was_published_with(profile):
+    """EAGLE-3: the target's law, a step weighed 0.8^i; DFlash: the data's tokens; DSpark: 0.1 CE + 0.9 ‖q − p‖₁."""
+    params = params_of(profile)
+    eagle, flash, spark = (
+        params.drafters[name].loss or params.train.loss for name in params.study.roles.values()
+    )
+    assert (eagle.kl, eagle.ce, eagle.tv) == (1, 0, 0)
+    assert np.exp(-1 / eagle.positions.decay) == pytest.approx(0.8, abs=1e-3)
+    assert (flash.kl, flash.ce, flash.tv, flash.positions.decay) == (0, 1, 0, 4)
+    assert (spark.kl, spark.ce, spark.tv, spark.positions.decay) == (0, 0.1, 0.9, 4)
+
+
+@pytest.mark.parametrize("profile", PROFILES)
 def test_every_ablation_differs_in_one_thing_from_another_drafter(profile):
     params = params_of(profile)
     found = set(ablations.changes(params))
     assert {name for name, *_ in found} == set(params.study.ablations)
-    assert {key for *_, key in found} <= {"layers", "markov_head", "block_size", "start"}
+    assert {key for *_, key in found} <= {"layers", "markov_head", "block_size", "start", "loss"}
     if profile in FULL:
         assert found >= {
+            ("eagle3_same_loss", "eagle3", "loss"),
+            ("dflash_same_loss", "dflash", "loss"),
             ("dspark_2", "dspark", "layers"),
             ("dspark_2_16", "dspark_2", "block_size"),
             ("rnn_2_16", "dspark_2_16", "markov_head"),
@@ -427,6 +442,9 @@ def test_lengths_end_with_the_whole_block():
     assert list(blocks.lengths([1, 4, 7, 10], 16)) == [1, 4, 7, 10, 16]
 
 
+SAME = ("eagle3_same_loss", "dflash_same_loss")
+
+
 def blocks_of(rounds: dict[str, dict[int, int]]) -> dict:
     """A record of `paper.blocks`: drafter → length → rounds in which each of four prompts a task makes 60 tokens."""
     lengths = {
@@ -439,19 +457,32 @@ def blocks_of(rounds: dict[str, dict[int, int]]) -> dict:
 def test_an_ablation_is_measured_against_the_first_seeds_draft_of_its_partner():
     study = made_up(EQUAL)
     seeds = [blocks_of({name: {2: 40, 7: count} for name in EQUAL}) for count in (30, 20)]
-    records = [*seeds, blocks_of({"dspark_2": {7: 40}, "dspark_2_16": {16: 30}, "rnn_2_16": {16: 24}})]
+    records = [
+        *seeds,
+        blocks_of(
+            {"dspark_2": {7: 40}, "dspark_2_16": {16: 30}, "rnn_2_16": {16: 24}}
+            | {name: {7: 40} for name in SAME}
+        ),
+    ]
     rows = {row["drafter"]: row for row in ablations.ratios(study, records)}
     assert rows["dspark_2"]["values"] == [2, 5]
     assert rows["dspark_2"]["ratio"]["value"] == pytest.approx(0.75)
     assert rows["dspark_2_16"]["ratio"]["value"] == pytest.approx(4 / 3)
     assert rows["rnn_2_16"]["ratio"]["value"] == pytest.approx(1.25)
-    assert "| rnn_2_16 | markov_head rnn, not vanilla | 2.50" in table._ablations(list(rows.values()))
+    text = table._ablations(list(rows.values()))
+    assert "| rnn_2_16 | markov_head rnn, not vanilla | 2.50" in text
+    assert "| eagle3_same_loss | loss of `train`, not kl | 1.50" in text
 
 
 def test_seeds_that_disagree_widen_the_interval_of_an_ablation():
     apart = EQUAL | {"dspark": [[10, 20, 30], [20, 30, 40]]}
     records = [*[blocks_of({name: {7: 30} for name in EQUAL})] * 2]
-    records.append(blocks_of({"dspark_2": {7: 30}, "dspark_2_16": {16: 30}, "rnn_2_16": {16: 24}}))
+    records.append(
+        blocks_of(
+            {"dspark_2": {7: 30}, "dspark_2_16": {16: 30}, "rnn_2_16": {16: 24}}
+            | {name: {7: 30} for name in SAME}
+        )
+    )
     narrow, wide = (ablations.ratios(made_up(taus), records)[0]["ratio"] for taus in (EQUAL, apart))
     assert narrow["high"] - narrow["low"] < 1e-9
     assert wide["low"] < 0.9 and wide["high"] > 1.1
@@ -460,7 +491,12 @@ def test_seeds_that_disagree_widen_the_interval_of_an_ablation():
 def test_figures_3_and_4_show_ablations_beside_the_tables_drafters():
     study = made_up(EQUAL)
     records = [blocks_of({name: {2: 40, 7: 30} for name in EQUAL})] * 2
-    records.append(blocks_of({"dspark_2": {7: 40}, "dspark_2_16": {11: 40, 16: 30}, "rnn_2_16": {16: 24}}))
+    records.append(
+        blocks_of(
+            {"dspark_2": {7: 40}, "dspark_2_16": {11: 40, 16: 30}, "rnn_2_16": {16: 24}}
+            | {name: {7: 40} for name in SAME}
+        )
+    )
     depth = {(row["drafter"], row["layers"]): row["tau"] for row in figures.depth(study, records)}
     assert depth == {("EAGLE-3", 1): 2, ("DFlash", 5): 2, ("DSpark", 5): 2, ("DSpark", 2): 1.5}
     lengths = {(row["drafter"], row["length"]): row["tau"] for row in figures.lengths(study, records)}

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import os
 import signal
+from pathlib import Path
 
 import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.tracking import GeneralTracker
 
-from deepspec.config import TrainParams
+from deepspec.config import TrainParams, load_params
 from deepspec.data.features import CachedFeatures
 from deepspec.data.sequences import Sequence, read_sequences
 from deepspec.errors import DeepSpecError
@@ -19,11 +20,12 @@ from deepspec.target import H_LAST, load_target
 from deepspec.training.batches import Batches
 from deepspec.training.distribute import CHECKPOINT
 from deepspec.training.objective import BlockObjective
-from deepspec.training.run import draft_vocabulary, loudness
+from deepspec.training.run import draft_vocabulary, loudness, own_loss
 from deepspec.training.trainer import Trainer, schedule
 from tests.tiny import make_draft, make_target
 
 STEPS = 9
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -252,6 +254,13 @@ def test_the_loudness_of_a_channel_is_its_deviation_over_tokens(store):
     rows = [store.rows([i])[0] for i in (0, 1)]
     expected = torch.cat([torch.cat([row[layer] for row in rows]).float().std(0) for layer in (0, 1)])
     torch.testing.assert_close(loudness(store, [0, 1]), expected)
+
+
+def test_a_drafter_may_have_a_loss_of_its_own():
+    params = load_params(ROOT / "paper/params.smoke.yaml")
+    assert own_loss(params, "dspark") is params
+    assert (own_loss(params, "eagle3").train.loss.kl, params.train.loss.kl) == (1, 0)
+    assert own_loss(params, "eagle3").train.steps == params.train.steps
 
 
 def test_data_without_answers_is_refused(tmp_path):
