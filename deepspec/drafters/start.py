@@ -19,7 +19,6 @@ from deepspec.target import Target
 
 Start = Literal["random", "target"]
 START = "`target`: layers begin as the target's last ones, for which it has to be Llama-shaped."
-NOISE = 0.1  # of the random weights that `fc` keeps
 
 
 @torch.no_grad()
@@ -28,6 +27,7 @@ def at_the_targets_end(
 ) -> None:
     """Begin `layers` as the target's last ones, the norm behind them as its own, `fc` as the deepest feature.
 
+    That feature keeps its own size: hundreds of a learning rate's steps do not drown it, where they would at size 1.
     The norms before the target's projections are folded into them, since the context comes to the draft's keys and
     values through another norm. A layer that reads more than the state (EAGLE-3's) keeps random weights for the rest.
 
@@ -41,9 +41,8 @@ def at_the_targets_end(
         _begin(mine, theirs)
     norm.weight.copy_(target.last_norm)
     fc.even(loudness)
-    deepest = fc.scale[-fc.out_features :]
-    fc.weight.mul_(NOISE)
-    fc.weight[:, -fc.out_features :] += torch.diag(deepest / deepest.square().mean().sqrt())
+    fc.weight.zero_()
+    fc.weight[:, -fc.out_features :] = torch.diag(fc.scale[-fc.out_features :])
 
 
 def _begin(mine: nn.Module, theirs: FusedLayer) -> None:

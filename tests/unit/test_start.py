@@ -85,7 +85,7 @@ def test_norms_that_the_target_lacks_keep_the_size_of_queries_and_keys(target):
 def test_what_the_layers_read_is_the_deepest_feature(target, kind):
     network, features = begun(target, kind), states(target)
     read = network.fc(features)
-    assert F.cosine_similarity(read, features[..., -read.shape[-1] :], dim=-1).min() > 0.97
+    torch.testing.assert_close(read, features[..., -read.shape[-1] :])
 
 
 @pytest.mark.parametrize("kind", ["dspark", "dflash", "eagle3"])
