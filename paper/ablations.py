@@ -25,7 +25,7 @@ Records = list[dict[str, Any]]  # of reports/blocks: each seed's in the study's 
 
 def read(params: Params, root: Path) -> Records:
     study = study_of(params)
-    names = [f"seed-{seed}" for seed in study.seeds] + ["ablations"] * bool(study.ablations)
+    names = [f"seed-{seed}" for seed in study.seeds] + [f"ablation-{name}" for name in study.ablations]
     return [json.loads((root / f"reports/blocks/{name}.json").read_text()) for name in names]
 
 

@@ -1,6 +1,6 @@
 """For Figures 4 to 6: blocks cut to a length, and the confidence, by standard speculative sampling at T = 1.
 
-reports/blocks/seed-<n>.json, and ablations.json of `study.ablations`:
+reports/blocks/seed-<n>.json, and ablation-<name>.json of each of `study.ablations`:
     lengths      drafter → tokens verified of a block → task → [tokens, rounds] of each prompt
     confidence   drafter → "all" or a domain → ECE, reliability and threshold sweep (`calibration.quality`) of whole
                  blocks, before and after sequential temperature scaling. The temperatures are fitted to the blocks of
@@ -144,13 +144,13 @@ def measure(bench: Bench) -> dict[str, Any]:
 def add_flags(parser: argparse.ArgumentParser) -> None:
     which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument("--seed", type=int, help="the pipeline's drafts of one of study.seeds")
-    which.add_argument("--ablations", action="store_true", help="the drafts of study.ablations")
+    which.add_argument("--ablation", metavar="NAME", help="the draft of one of study.ablations")
 
 
 def main(params: Params, flags: argparse.Namespace) -> None:
     study = study_of(params)
-    if flags.ablations:
-        name, drafts = "ablations", {own: DRAFTS / "ablations" / own for own in study.ablations}
+    if flags.ablation:
+        name, drafts = f"ablation-{flags.ablation}", {flags.ablation: DRAFTS / "ablations" / flags.ablation}
     else:
         name, drafts = f"seed-{flags.seed}", trained(params, flags.seed, params.pipeline)
     bench = Bench(params, drafts, study.prompts, __file__, params.evaluate.max_new_tokens)
