@@ -311,11 +311,10 @@ class StudyParams(Section):
     ablations: list[str] = Field(
         [], description="Drafters of Figures 3 and 4 alone, trained with the first seed."
     )
-    prompts: int = Field(8, ge=1, description="Per task, where blocks are measured.")
+    texts: int = Field(40, ge=1, description="Prompts per task on whose answers rounds are expected.")
+    samples: int = Field(3, ge=1, description="Answers to each of them.")
+    prompts: int = Field(8, ge=1, description="Per task, where the confidence is measured.")
     timed_prompts: int = Field(8, ge=1, description="Per task, where other ways to verify are timed.")
-    lengths: list[Annotated[int, Field(ge=1)]] = Field(
-        [1, 2, 4], description="Tokens verified of a block; the whole block is added."
-    )
     nodes: int = Field(16, ge=2, description="Of the trees.")
 
     @property

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +15,12 @@ from scipy.stats import binomtest
 
 from deepspec.config import Params
 from deepspec.evaluation.charts import GREY, LIGHT, PALETTE, PNG_SCALE
-from deepspec.evaluation.record import DRAFT, accept_rates
 from deepspec.files import replacing
 from deepspec.stages.common import stage
 from paper import ablations
-from paper.ablations import Records
-from paper.study import MEAN, Bootstrap, Study, load
+from paper.study import MEAN, Study, load
 
-TEMPERATURE = 1.0
-FEW = 20  # observations: a share of fewer is not drawn
+FEW = 20  # observations, or expected ones: a share of fewer is not drawn
 PANEL, WIDE, HEIGHT = 210, 420, 220
 COLOURS = [*PALETTE, "#c0504d", "#4bacc6", "#7f6084", "#5b6b7b"]  # as many as a profile has drafters
 Rows = list[dict[str, Any]]
@@ -32,57 +28,43 @@ Chart = alt.Chart | alt.LayerChart | alt.HConcatChart
 
 
 def acceptance(study: Study) -> Rows:
-    """Figure 2: conditional acceptance by position, of the rounds of all seeds and of a domain's tasks."""
+    """Figure 2: conditional acceptance by position, of all seeds, the mean of a domain's tasks."""
     rows: Rows = []
     for role, name in study.params.study.roles.items():
-        for domain, tasks in study.groups.items():
-            if domain == MEAN:
-                continue
-            runs = [
-                row[DRAFT]
-                for draft in study.drafts[name]
-                for task in tasks
-                for row in draft.runs[task, TEMPERATURE]
-            ]
-            rates, reached = accept_rates(
-                pair
-                for run in runs
-                for turn in zip(run.accepted, run.drafted, strict=True)
-                for pair in zip(*turn, strict=True)
-            )
-            rows += [
-                {"drafter": role, "domain": domain, "position": k + 1, "rate": rate, "reached": count}
-                for k, (rate, count) in enumerate(zip(rates, reached, strict=True))
-            ]
+        for k in range(study.params.drafters[name].block_size):
+            tables = study.counts(name, lambda prompt, k=k: (prompt["stood"][k], prompt["reached"][k]))
+            for domain, tasks in study.groups.items():
+                reached = min(tables[task][..., 1].sum() for task in tasks)
+                if domain == MEAN or reached < FEW:
+                    continue
+                bootstrap = study.expected.bootstrap
+                rate = bootstrap.interval(bootstrap.tau(tables, tasks), tasks, 0.0)
+                at = {"drafter": role, "domain": domain, "position": k + 1, "reached": float(reached)}
+                rows.append(at | {"rate": rate.value, "low": rate.low, "high": rate.high})
     return rows
 
 
-def depth(study: Study, blocks: Records) -> Rows:
+def depth(study: Study) -> Rows:
     """Figure 3: mean τ of whole blocks by layers, of the drafters that differ from the table's in depth alone."""
     names = {own for own, _, key in ablations.changes(study.params) if key == "layers"}
     rows: Rows = []
     for name in [*study.params.study.roles.values(), *names]:
-        chosen = study.params.drafters[name]
-        tau = _tau(study, blocks, name, chosen.block_size)
-        rows.append({"drafter": _family(study, name), "layers": getattr(chosen, "layers", 1), **tau})
+        layers = getattr(study.params.drafters[name], "layers", 1)
+        rows.append({"drafter": _family(study, name), "layers": layers, **_tau(study, name)})
     return sorted(rows, key=lambda row: row["layers"])
 
 
-def lengths(study: Study, blocks: Records) -> Rows:
+def lengths(study: Study) -> Rows:
     """Figure 4: mean τ by tokens verified of a block."""
     return [
-        {"drafter": name, "length": int(n), **_tau(study, blocks, name, n)}
+        {"drafter": name, "length": n, **_tau(study, name, n)}
         for name in ablations.drafters(study.params)
-        for n in next(part["lengths"][name] for part in blocks if name in part["lengths"])
+        for n in range(1, study.params.drafters[name].block_size + 1)
     ]
 
 
-def _tau(study: Study, blocks: Records, name: str, length: int) -> dict[str, float]:
-    tables = ablations.tables(blocks, name, length)
-    bootstrap = Bootstrap({task: table.shape[1] for task, table in tables.items()})
-    spread = study.spread(TEMPERATURE, study.groups[MEAN])
-    seeds = next(iter(tables.values())).shape[0]
-    tau = bootstrap.tau_interval(tables, [*tables], replace(spread, seeds=seeds))
+def _tau(study: Study, name: str, length: int | None = None) -> dict[str, float]:
+    tau = study.expected.tau(study.tables(name, length), study.groups[MEAN])
     return {"tau": tau.value, "low": tau.low, "high": tau.high}
 
 
@@ -147,12 +129,12 @@ def _family(study: Study, name: str) -> str:
     return roles.get(kind, kind)
 
 
-def charts(study: Study, blocks: Records, root: Path) -> Iterator[tuple[str, Chart]]:
+def charts(study: Study, blocks: list[dict[str, Any]], root: Path) -> Iterator[tuple[str, Chart]]:
     """Name of the file → the chart."""
     yield (
         "figure2",
         _panels(
-            drawn(acceptance(study), "rate", "reached"),
+            acceptance(study),
             "drafter",
             "position",
             "position in the block",
@@ -160,10 +142,10 @@ def charts(study: Study, blocks: Records, root: Path) -> Iterator[tuple[str, Cha
             "accepted, given all before",
         ),
     )
-    yield "figure3", _lines(depth(study, blocks), "layers", "layers of the draft", "τ, mean of tasks")
+    yield "figure3", _lines(depth(study), "layers", "layers of the draft", "τ, mean of tasks")
     yield (
         "figure4",
-        _lines(lengths(study, blocks), "length", "tokens verified of a block", "τ, mean of tasks"),
+        _lines(lengths(study), "length", "tokens verified of a block", "τ, mean of tasks"),
     )
     name = study.params.study.dspark
     confident = [part["confidence"][name] for part in blocks if name in part["confidence"]]
@@ -278,7 +260,9 @@ def png(chart: Chart) -> bytes:
 def main(params: Params, flags: argparse.Namespace) -> None:
     root = Path(".")
     study = load(params, root)
-    blocks = ablations.read(params, root)
+    blocks = [
+        json.loads((root / f"reports/blocks/seed-{seed}.json").read_text()) for seed in params.study.seeds
+    ]
     with replacing(root / "reports/figures") as folder:
         folder.mkdir()
         for name, chart in charts(study, blocks, root):

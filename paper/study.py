@@ -2,6 +2,7 @@
 
 τ of a drafter on a task is tokens over rounds of all its prompts, for each seed of training by itself; then the mean
 over seeds. A domain is the mean of its tasks, "mean" that of all tasks. A ratio is between such means, as the paper's.
+The rounds are expected ones (`expected.py`), or those of decoding.
 An interval resamples prompts within each task, the same draws for every drafter: pairs stay pairs. Few seeds cannot be
 resampled (two never leave what the two gave), and two of one drafter say next to nothing of a third (Student's factor
 is 12.7). Training again moves every drafter by much the same share of its τ: that share is estimated from all of them
@@ -10,8 +11,10 @@ together (`Spread`) and added in square. With one seed there is none, and the in
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import json
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -46,8 +49,15 @@ class Draft:
 
 @dataclass(frozen=True)
 class Study:
+    """
+    Attributes:
+        drafts: drafter of the table → in the order of the seeds.
+        records: of reports/expected, drafter → task → prompts: those of each seed in their order, then the ablations'.
+    """
+
     params: Params
-    drafts: dict[str, list[Draft]]  # drafter → in the order of the seeds
+    drafts: dict[str, list[Draft]]
+    records: list[dict[str, Any]]
 
     @property
     def tasks(self) -> dict[str, str]:
@@ -62,34 +72,65 @@ class Study:
         domains = dict.fromkeys(self.tasks.values())
         return {d: [t for t, own in self.tasks.items() if own == d] for d in domains} | {MEAN: [*self.tasks]}
 
-    def tables(self, drafter: str, temperature: float) -> Tables:
+    def tables(self, name: str, length: int | None = None) -> Tables:
+        """Expected rounds at T = 1 of blocks cut to `length` (None: whole ones), of the seeds there are; of an ablation
+        too."""
+        place = (length or self.params.drafters[name].block_size) - 1
+        return self.counts(name, lambda prompt: (prompt["tokens"], prompt["rounds"][place]))
+
+    def counts(self, name: str, pair: Callable[[dict[str, Any]], tuple[float, float]]) -> Tables:
+        """Two numbers of every prompt of the drafter's records."""
+        own = [record[name] for record in self.records if name in record]
+        return {task: np.array([[pair(p) for p in seed[task]] for seed in own], float) for task in self.tasks}
+
+    @cached_property
+    def expected(self) -> Taus:
+        """Of whole blocks at T = 1."""
+        return Taus({name: self.tables(name) for name in self.drafts})
+
+    def decoded(self, temperature: float) -> Taus:
         def runs(draft: Draft, task: str) -> np.ndarray:
             return tau_table(row[DRAFT] for row in draft.runs[task, temperature])
 
-        return {task: np.stack([runs(draft, task) for draft in self.drafts[drafter]]) for task in self.tasks}
+        return Taus(
+            {
+                name: {task: np.stack([runs(draft, task) for draft in own]) for task in self.tasks}
+                for name, own in self.drafts.items()
+            }
+        )
 
-    def spread(self, temperature: float, tasks: list[str]) -> Spread:
-        return Spread.of((self.tables(name, temperature) for name in self.drafts), tasks)
 
-    def tau(self, drafter: str, temperature: float, tasks: list[str]) -> Interval:
+@dataclass(frozen=True)
+class Taus:
+    """Intervals of τ, and of ratios of τ, from tables of one kind.
+
+    Attributes:
+        drafters: the table's, of all seeds: from them is taken what seeds differ by.
+    """
+
+    drafters: dict[str, Tables]
+
+    @cached_property
+    def bootstrap(self) -> Bootstrap:
+        tables = next(iter(self.drafters.values()))
+        return Bootstrap({task: table.shape[1] for task, table in tables.items()})
+
+    def tau(self, own: Tables, tasks: list[str]) -> Interval:
         """Mean over tasks and seeds."""
-        tables, spread = self.tables(drafter, temperature), self.spread(temperature, tasks)
-        return self.bootstrap(temperature).tau_interval(tables, tasks, spread)
+        values, spread = self.bootstrap.tau(own, tasks), Spread.of(self.drafters.values(), tasks)
+        return self.bootstrap.interval(values, tasks, spread.half(float(values[0]), _seeds(own)))
 
-    def ratio(
-        self, ours: str, rival: str, temperature: float, tasks: list[str]
-    ) -> tuple[Interval, list[float]]:
-        """Of two drafters' mean τ, and that of each seed."""
-        bootstrap = self.bootstrap(temperature)
-        above, below = self.tables(ours, temperature), self.tables(rival, temperature)
-        values = bootstrap.tau(above, tasks) / bootstrap.tau(below, tasks)
-        seeds = self.spread(temperature, tasks).half(float(values[0]), drafters=2)
-        each = by_seed(above, tasks) / by_seed(below, tasks)
-        return bootstrap.interval(values, tasks, seeds), each.tolist()
+    def ratio(self, above: Tables, below: Tables, tasks: list[str]) -> Interval:
+        """Of two mean τ, of as many seeds."""
+        values = self.bootstrap.tau(above, tasks) / self.bootstrap.tau(below, tasks)
+        spread = Spread.of(self.drafters.values(), tasks)
+        return self.bootstrap.interval(
+            values, tasks, spread.half(float(values[0]), _seeds(above), drafters=2)
+        )
 
-    def bootstrap(self, temperature: float) -> Bootstrap:
-        tables = self.tables(next(iter(self.drafts)), temperature)
-        return Bootstrap({task: t.shape[1] for task, t in tables.items()})
+
+def _seeds(tables: Tables) -> int:
+    return len(next(iter(tables.values())))
 
 
 @dataclass(frozen=True)
@@ -98,20 +139,19 @@ class Spread:
 
     share: float
     freedom: int  # degrees, over all drafters
-    seeds: int
 
     @classmethod
     def of(cls, drafters: Iterable[Tables], tasks: list[str]) -> Spread:
         logs = np.log([by_seed(tables, tasks) for tables in drafters])  # [drafters, seeds]
         freedom = logs.shape[0] * (logs.shape[1] - 1)
         squares = ((logs - logs.mean(1, keepdims=True)) ** 2).sum()
-        return cls(float(squares / max(freedom, 1)) ** 0.5, freedom, logs.shape[1])
+        return cls(float(squares / max(freedom, 1)) ** 0.5, freedom)
 
-    def half(self, value: float, drafters: int = 1) -> float:
+    def half(self, value: float, seeds: int, drafters: int = 1) -> float:
         """Half of the 95 % interval that the seeds alone would give `value`, a mean τ or the ratio of two drafters'."""
         if not self.freedom:
             return 0.0
-        return float(value * self.share * student_t.ppf(0.975, self.freedom) * (drafters / self.seeds) ** 0.5)
+        return float(value * self.share * student_t.ppf(0.975, self.freedom) * (drafters / seeds) ** 0.5)
 
 
 class Bootstrap:
@@ -149,10 +189,6 @@ class Bootstrap:
             value + float(np.hypot(own.high - value, seeds)),
         )
 
-    def tau_interval(self, tables: Tables, tasks: list[str], spread: Spread) -> Interval:
-        values = self.tau(tables, tasks)
-        return self.interval(values, tasks, spread.half(float(values[0])))
-
 
 def by_seed(tables: Tables, tasks: list[str]) -> np.ndarray:
     """Mean τ over tasks of each seed, [seeds]."""
@@ -161,12 +197,13 @@ def by_seed(tables: Tables, tasks: list[str]) -> np.ndarray:
 
 
 def load(params: Params, root: Path = Path(".")) -> Study:
-    """Read reports/eval/seed-<n>/ of every seed.
+    """Read reports/eval/seed-<n>/ of every seed, and reports/expected/.
 
     Raises:
         DeepSpecError: params without a study, or records that are missing or cannot be compared.
     """
-    seeds = study_of(params).seeds
+    study = study_of(params)
+    seeds = study.seeds
     drafts = {
         name: [_draft(root / f"reports/eval/seed-{s}" / name) for s in seeds] for name in params.pipeline
     }
@@ -180,7 +217,9 @@ def load(params: Params, root: Path = Path(".")) -> Study:
         prompts = [entry["prompts_digest"] for entry in record["tasks"].values()]
         if prompts != [entry["prompts_digest"] for entry in records[0]["tasks"].values()]:
             raise DeepSpecError("records of different prompts; run dvc repro")
-    return Study(params, drafts)
+    names = [f"seed-{seed}" for seed in seeds] + [f"ablation-{name}" for name in study.ablations]
+    expected = [json.loads((root / f"reports/expected/{name}.json").read_text()) for name in names]
+    return Study(params, drafts, [found["drafters"] for found in expected])
 
 
 def _draft(path: Path) -> Draft:

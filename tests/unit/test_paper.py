@@ -19,8 +19,8 @@ from deepspec.drafters.registry import algorithms
 from deepspec.errors import DeepSpecError
 from deepspec.evaluation.contest import Run
 from deepspec.tolerance import Figures, compare, flatten
-from paper import ablations, beyond, blocks, figures, table
-from paper.study import MEAN, Bootstrap, Draft, Spread, Study, by_seed
+from paper import ablations, beyond, blocks, expected, figures, table
+from paper.study import MEAN, Draft, Spread, Study, Taus, by_seed
 from tests.records import record
 
 ROOT = Path(__file__).parents[2]
@@ -106,7 +106,7 @@ def test_every_ablation_differs_in_one_thing_from_another_drafter(profile):
     found = set(ablations.changes(params))
     assert {name for name, *_ in found} == set(params.study.ablations)
     assert {key for *_, key in found} <= {"layers", "markov_head", "block_size", "start", "loss"}
-    if profile in FULL and profile != "quick":
+    if profile in FULL:
         assert found >= {
             ("eagle3_same_loss", "eagle3", "loss"),
             ("dflash_same_loss", "dflash", "loss"),
@@ -182,7 +182,7 @@ def test_the_pipeline_resolves_for_every_profile(profile, tmp_path):
     params = params_of(profile)
     seeds = params.study.seeds
     expected = {f"train@{name}-{seed}" for name in params.pipeline for seed in seeds}
-    expected |= {f"{stage}@{seed}" for stage in ("evaluate", "blocks") for seed in seeds}
+    expected |= {f"{stage}@{seed}" for stage in ("evaluate", "expected", "blocks") for seed in seeds}
     expected |= {f"{stage}@{name}" for stage in ("ablate", "ablations") for name in params.study.ablations}
     expected |= {"target", "prompts", "generate", "validate", "beyond", "table", "figures"}
     assert set(stages) == expected
@@ -202,7 +202,7 @@ def test_shared_stages_depend_on_the_code_that_they_depend_on_in_the_main_pipeli
         found = [dep.removeprefix("../") for dep in ours[name]["deps"] if dep.startswith("../")]
         assert found == deps, name
     assert ours["ablate"]["deps"] == ours["train"]["deps"]
-    for name in ("blocks", "ablations", "beyond"):  # they decode as evaluate does
+    for name in ("expected", "ablations", "blocks", "beyond"):  # they decode as evaluate does
         lacking = set(code["evaluate"]) - {dep.removeprefix("../") for dep in ours[name]["deps"]}
         assert lacking <= {f"deepspec/evaluation/{part}.py" for part in NOT_DECODED}, name
     for name in ("table", "figures"):
@@ -265,8 +265,13 @@ def run_of(tokens: int, rounds: int, seconds: float = 1.0) -> Run:
     return Run(seconds, tokens, 0.0, 0.0, [accepted], [[7] * rounds])
 
 
-def made_up(taus: dict[str, list[list[int]]], lossless: bool = True, prompts: int = 6) -> Study:
-    """A study whose prompt i has `taus[drafter][seed][task]` + i accepted tokens in 10 rounds."""
+def made_up(
+    taus: dict[str, list[list[int]]], lossless: bool = True, prompts: int = 6, more: dict | None = None
+) -> Study:
+    """A study whose prompt i has `taus[drafter][seed][task]` + i accepted tokens in 10 rounds, decoded and expected.
+
+    `more` is a record of ablations.
+    """
     params = params_of("cpu")
     study = params.study.model_copy(update={"ablations": ABLATIONS})
     params = params.model_copy(update={"pipeline": list(taus), "study": study})
@@ -286,7 +291,28 @@ def made_up(taus: dict[str, list[list[int]]], lossless: bool = True, prompts: in
                 for t in (0.0, 1.0)
             }
             drafts.setdefault(name, []).append(Draft(own, runs))
-    return Study(params, drafts)
+    expected = [
+        {
+            name: {
+                task: [prompt_of(tokens + i + 10, [10] * 7) for i in range(prompts)]
+                for task, tokens in zip(TASKS, seeds[n], strict=True)
+            }
+            for name, seeds in taus.items()
+        }
+        for n in range(len(drafts["dspark"]))
+    ]
+    return Study(params, drafts, [*expected, *([more] if more else [])])
+
+
+def prompt_of(tokens: int, rounds: list[float]) -> dict:
+    """A prompt of a record of `paper.expected`: every round reached position 1, half of those before all others."""
+    reached = [rounds[-1] / 2**k for k in range(len(rounds))]
+    return {
+        "tokens": tokens,
+        "rounds": rounds,
+        "reached": reached,
+        "stood": [*reached[1:], reached[-1] / 2],
+    }
 
 
 EQUAL = {"eagle3": [[10, 20, 30]] * 2, "dflash": [[10, 20, 30]] * 2, "dspark": [[10, 20, 30]] * 2}
@@ -333,35 +359,33 @@ def of_seeds(*taus: float, prompts: int = 4) -> dict[str, np.ndarray]:
 def test_seeds_that_disagree_widen_the_interval():
     """By Student's quantile: two seeds of one drafter say little of the next, those of four drafters more."""
     own = of_seeds(2, 4)
-    found = Bootstrap({"sums": 4}).tau_interval(own, ["sums"], Spread.of([own], ["sums"]))
+    found = Taus({"own": own}).tau(own, ["sums"])
     half = 3 * np.log(2) / 2 * 12.706  # the deviation of two logarithms, over √2: half of what they differ by
     assert (found.low, found.value, found.high) == pytest.approx((3 - half, 3, 3 + half), abs=1e-3)
     assert by_seed(own, ["sums"]).tolist() == [2, 4]
     four = Spread.of([own] * 4, ["sums"])
     assert (four.share, four.freedom) == pytest.approx((np.log(2) / 2**0.5, 4))
-    assert four.half(3) == pytest.approx(half / 12.706 * 2.776, rel=1e-3)
-    assert four.half(1, drafters=2) == pytest.approx(2**0.5 * four.half(1))
+    assert four.half(3, 2) == pytest.approx(half / 12.706 * 2.776, rel=1e-3)
+    assert four.half(1, 2, drafters=2) == pytest.approx(2**0.5 * four.half(1, 2))
     same = of_seeds(2, 2)
-    found = Bootstrap({"sums": 4}).tau_interval(same, ["sums"], Spread.of([same], ["sums"]))
+    found = Taus({"same": same}).tau(same, ["sums"])
     assert (found.low, found.value, found.high) == pytest.approx((2, 2, 2))
-    assert Spread.of([of_seeds(2)], ["sums"]).half(2) == 0
+    assert Spread.of([of_seeds(2)], ["sums"]).half(2, 1) == 0
 
 
 @pytest.mark.parametrize("seeds", [2, 3])
 def test_intervals_hold_the_truth_as_often_as_they_say(seeds):
     """τ, and the ratio of two, where seeds differ more than prompts: resampled seeds would hold it in half of cases."""
     rng, inside, trials = np.random.default_rng(0), np.zeros(2), 200
-    bootstrap = Bootstrap({"sums": 8})
     for _ in range(trials):
-        drafters = []
+        drafters = {}
         for tau in (2.0, 2.4, 3.0, 1.5):
             shared, own = rng.normal(size=8), rng.normal(size=(seeds, 1))
             tokens = 10 * tau * (1 + 0.06 * own + 0.03 * shared)
-            drafters.append({"sums": np.stack((tokens, np.full_like(tokens, 10.0)), axis=-1)})
-        spread = Spread.of(drafters, ["sums"])
-        found = bootstrap.tau_interval(drafters[2], ["sums"], spread)
-        values = bootstrap.tau(drafters[1], ["sums"]) / bootstrap.tau(drafters[0], ["sums"])
-        ratio = bootstrap.interval(values, ["sums"], spread.half(float(values[0]), drafters=2))
+            drafters[tau] = {"sums": np.stack((tokens, np.full_like(tokens, 10.0)), axis=-1)}
+        taus = Taus(drafters)
+        found = taus.tau(drafters[3.0], ["sums"])
+        ratio = taus.ratio(drafters[2.4], drafters[2.0], ["sums"])
         inside += found.low <= 3 <= found.high, ratio.low <= 1.2 <= ratio.high
     assert (inside / trials > 0.9).all()
 
@@ -443,36 +467,25 @@ def test_confidence_is_judged_on_blocks_it_was_not_fitted_to():
     assert unlike["after"] > both_sure["after"] * 2
 
 
-def test_lengths_end_with_the_whole_block():
-    assert list(blocks.lengths([1, 4, 7, 10], 7)) == [1, 4, 7]
-    assert list(blocks.lengths([1, 4, 7, 10], 16)) == [1, 4, 7, 10, 16]
+def ablation(rounds: list[float]) -> dict[str, list[dict]]:
+    """Of a draft in whose blocks cut to 1 … γ each of six prompts a task makes 60 tokens in so many rounds."""
+    return {task: [prompt_of(60, rounds)] * 6 for task in TASKS}
 
 
-SAME = ("eagle3_same_loss", "dflash_same_loss")
-
-
-def blocks_of(rounds: dict[str, dict[int, int]]) -> dict:
-    """A record of `paper.blocks`: drafter → length → rounds in which each of four prompts a task makes 60 tokens."""
-    lengths = {
-        name: {str(n): {task: [[60, count]] * 4 for task in TASKS} for n, count in own.items()}
-        for name, own in rounds.items()
-    }
-    return {"lengths": lengths, "confidence": {}}
+ALL = {
+    "eagle3_same_loss": ablation([40.0] * 7),
+    "dflash_same_loss": ablation([40.0] * 7),
+    "dspark_2": ablation([60.0, 50, 40, 40, 40, 40, 40]),
+    "dspark_2_16": ablation([30.0] * 16),
+    "rnn_2_16": ablation([30.0] * 15 + [24.0]),
+}
 
 
 def test_an_ablation_is_measured_against_the_first_seeds_draft_of_its_partner():
-    study = made_up(EQUAL)
-    seeds = [blocks_of({name: {2: 40, 7: count} for name in EQUAL}) for count in (30, 20)]
-    records = [
-        *seeds,
-        blocks_of(
-            {"dspark_2": {7: 40}, "dspark_2_16": {16: 30}, "rnn_2_16": {16: 24}}
-            | {name: {7: 40} for name in SAME}
-        ),
-    ]
-    rows = {row["drafter"]: row for row in ablations.ratios(study, records)}
+    of_seeds = {name: [[10] * 3, [90] * 3] for name in EQUAL}  # τ 2.25 and 10.25
+    rows = {row["drafter"]: row for row in ablations.ratios(made_up(of_seeds, more=ALL))}
     assert rows["dspark_2"]["values"] == [2, 5]
-    assert rows["dspark_2"]["ratio"]["value"] == pytest.approx(0.75)
+    assert rows["dspark_2"]["ratio"]["value"] == pytest.approx(1.5 / 2.25)
     assert rows["dspark_2_16"]["ratio"]["value"] == pytest.approx(4 / 3)
     assert rows["rnn_2_16"]["ratio"]["value"] == pytest.approx(1.25)
     text = table._ablations(list(rows.values()))
@@ -482,41 +495,37 @@ def test_an_ablation_is_measured_against_the_first_seeds_draft_of_its_partner():
 
 def test_seeds_that_disagree_widen_the_interval_of_an_ablation():
     apart = EQUAL | {"dspark": [[10, 20, 30], [20, 30, 40]]}
-    records = [*[blocks_of({name: {7: 30} for name in EQUAL})] * 2]
-    records.append(
-        blocks_of(
-            {"dspark_2": {7: 30}, "dspark_2_16": {16: 30}, "rnn_2_16": {16: 24}}
-            | {name: {7: 30} for name in SAME}
-        )
-    )
-    narrow, wide = (ablations.ratios(made_up(taus), records)[0]["ratio"] for taus in (EQUAL, apart))
+    narrow, wide = (ablations.ratios(made_up(taus, more=ALL))[-1]["ratio"] for taus in (EQUAL, apart))
     assert narrow["high"] - narrow["low"] < 1e-9
-    assert wide["low"] < 0.9 and wide["high"] > 1.1
+    assert wide["low"] < 1.2 and wide["high"] > 1.3
 
 
 def test_figures_3_and_4_show_ablations_beside_the_tables_drafters():
-    study = made_up(EQUAL)
-    records = [blocks_of({name: {2: 40, 7: 30} for name in EQUAL})] * 2
-    records.append(
-        blocks_of(
-            {"dspark_2": {7: 40}, "dspark_2_16": {11: 40, 16: 30}, "rnn_2_16": {16: 24}}
-            | {name: {7: 40} for name in SAME}
-        )
+    study = made_up({name: [[7, 7, 7]] * 2 for name in EQUAL}, more=ALL)
+    depth = {(row["drafter"], row["layers"]): row["tau"] for row in figures.depth(study)}
+    assert depth == pytest.approx(
+        {("EAGLE-3", 1): 1.95, ("DFlash", 5): 1.95, ("DSpark", 5): 1.95, ("DSpark", 2): 1.5}
     )
-    depth = {(row["drafter"], row["layers"]): row["tau"] for row in figures.depth(study, records)}
-    assert depth == {("EAGLE-3", 1): 2, ("DFlash", 5): 2, ("DSpark", 5): 2, ("DSpark", 2): 1.5}
-    lengths = {(row["drafter"], row["length"]): row["tau"] for row in figures.lengths(study, records)}
-    assert lengths[("rnn_2_16", 16)] == 2.5 and lengths[("dspark", 2)] == 1.5
-    assert ("dspark_2_16", 11) in lengths
+    lengths = {(row["drafter"], row["length"]): row["tau"] for row in figures.lengths(study)}
+    assert (lengths["rnn_2_16", 16], lengths["dspark_2", 1]) == (2.5, 1)
+    assert len([name for name, _ in lengths if name == "dspark"]) == 7
 
 
-def test_figure_2_counts_the_blocks_in_which_all_before_was_accepted():
-    study = made_up({name: [[10, 20, 30]] for name in EQUAL}, prompts=1)
+def test_figure_2_is_of_the_rounds_in_which_all_before_stood():
+    study = made_up({name: [[10, 20, 30]] * 2 for name in EQUAL}, prompts=4)
     rows = [
         row for row in figures.acceptance(study) if row["drafter"] == "DSpark" and row["domain"] == "chat"
     ]
-    assert [row["rate"] for row in rows] == [1, 1, 1, 0]  # three of seven in each round
-    assert {row["reached"] for row in rows} == {10}
+    assert [row["reached"] for row in rows] == [80, 40, 20]  # of fewer none is drawn
+    assert {(row["low"], row["rate"], row["high"]) for row in rows} == {(0.5, 0.5, 0.5)}
+
+
+def test_expected_rounds_of_a_prompt_are_summed_over_its_answers():
+    """All stand in the first answer of 8 tokens, none in the second of 3."""
+    found = expected.summed([torch.ones(8, 3), torch.zeros(3, 3)])
+    assert found["tokens"] == 11
+    assert found["rounds"] == [4 + 3, 3 + 3, 2 + 3]
+    assert found["reached"] == [2 + 2, 2, 2] and found["stood"] == [2, 2, 2]
 
 
 def test_a_share_of_few_is_not_drawn():
