@@ -309,7 +309,8 @@ class StudyParams(Section):
     dflash: str = Field(description="The one that stands for DFlash.")
     dspark: str = Field(description="The one that stands for DSpark.")
     ablations: list[str] = Field(
-        [], description="Drafters of Figures 3 and 4 alone, trained with the first seed."
+        [],
+        description="Drafters of Figures 3 and 4 and of the table of ablations, trained with the first seed.",
     )
     texts: int = Field(40, ge=1, description="Prompts per task on whose answers rounds are expected.")
     samples: int = Field(3, ge=1, description="Answers to each of them.")

@@ -33,7 +33,7 @@ def changes(params: Params) -> Iterator[tuple[str, str, str]]:
 
 def ratios(study: Study) -> list[dict[str, Any]]:
     """A row for each of `changes`: τ of whole blocks, and its ratio to the partner's."""
-    rows, tasks = [], study.groups[MEAN]
+    rows, tasks, taus = [], study.groups[MEAN], study.expected()
     for name, partner, key in changes(study.params):
         ours, theirs = (
             {task: table[:1] for task, table in study.tables(each).items()} for each in (name, partner)
@@ -44,8 +44,8 @@ def ratios(study: Study) -> list[dict[str, Any]]:
                 "partner": partner,
                 "key": key,
                 "values": [study.params.drafters[each].model_dump()[key] for each in (name, partner)],
-                "tau": asdict(study.expected.tau(ours, tasks)),
-                "ratio": asdict(study.expected.ratio(ours, theirs, tasks)),
+                "tau": asdict(taus.tau(ours, tasks)),
+                "ratio": asdict(taus.ratio(ours, theirs, tasks)),
             }
         )
     return rows

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from deepspec.config import Params
-from deepspec.decoding.engine import generate
+from deepspec.decoding.engine import Engine, generate
+from deepspec.decoding.request import Generation, Request
 from deepspec.device import describe_device
 from deepspec.drafters.base import Drafter
 from deepspec.drafters.checkpoint import draft_digest, load_drafter
@@ -32,6 +34,20 @@ def trained(params: Params, seed: int, names: Sequence[str]) -> dict[str, Path]:
     if seed not in seeds:
         raise DeepSpecError(f"--seed {seed}: the study has {', '.join(map(str, seeds))}")
     return {name: DRAFTS / f"seed-{seed}" / name for name in names}
+
+
+def run(engine: Engine, requests: list[Request]) -> list[Generation]:
+    """All of them, in their order.
+
+    Raises:
+        DeepSpecError: one of them failed.
+    """
+    queue = iter([replace(request, id=i) for i, request in enumerate(requests)])
+    done = sorted(engine.run(lambda: next(queue, None)), key=lambda generation: generation.id)
+    for generation in done:
+        if generation.error:
+            raise DeepSpecError(f"prompt {generation.id}: {generation.error}")
+    return done
 
 
 class Bench:

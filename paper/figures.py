@@ -28,17 +28,16 @@ Chart = alt.Chart | alt.LayerChart | alt.HConcatChart
 
 
 def acceptance(study: Study) -> Rows:
-    """Figure 2: conditional acceptance by position, of all seeds, the mean of a domain's tasks."""
-    rows: Rows = []
+    """Figure 2: acceptance given all before, mean over seeds and a domain's tasks; intervals are over prompts."""
+    rows, bootstrap = [], study.expected().bootstrap
     for role, name in study.params.study.roles.items():
         for k in range(study.params.drafters[name].block_size):
             tables = study.counts(name, lambda prompt, k=k: (prompt["stood"][k], prompt["reached"][k]))
             for domain, tasks in study.groups.items():
-                reached = min(tables[task][..., 1].sum() for task in tasks)
+                reached = min(tables[task][..., 1].sum(1).min() for task in tasks)
                 if domain == MEAN or reached < FEW:
                     continue
-                bootstrap = study.expected.bootstrap
-                rate = bootstrap.interval(bootstrap.tau(tables, tasks), tasks, 0.0)
+                rate = bootstrap.interval(bootstrap.quotient(tables, tasks), tasks, 0.0)
                 at = {"drafter": role, "domain": domain, "position": k + 1, "reached": float(reached)}
                 rows.append(at | {"rate": rate.value, "low": rate.low, "high": rate.high})
     return rows
@@ -64,7 +63,7 @@ def lengths(study: Study) -> Rows:
 
 
 def _tau(study: Study, name: str, length: int | None = None) -> dict[str, float]:
-    tau = study.expected.tau(study.tables(name, length), study.groups[MEAN])
+    tau = study.expected(length).tau(study.tables(name, length), study.groups[MEAN])
     return {"tau": tau.value, "low": tau.low, "high": tau.high}
 
 
@@ -129,7 +128,7 @@ def _family(study: Study, name: str) -> str:
     return roles.get(kind, kind)
 
 
-def charts(study: Study, blocks: list[dict[str, Any]], root: Path) -> Iterator[tuple[str, Chart]]:
+def charts(study: Study, confidence: list[dict[str, Any]], root: Path) -> Iterator[tuple[str, Chart]]:
     """Name of the file → the chart."""
     yield (
         "figure2",
@@ -148,7 +147,7 @@ def charts(study: Study, blocks: list[dict[str, Any]], root: Path) -> Iterator[t
         _lines(lengths(study), "length", "tokens verified of a block", "τ, mean of tasks"),
     )
     name = study.params.study.dspark
-    confident = [part["confidence"][name] for part in blocks if name in part["confidence"]]
+    confident = [part["drafters"][name] for part in confidence if name in part["drafters"]]
     if confident:
         yield "figure5", _sweep(thresholds(confident))
         yield "figure6", _reliability(*reliability(confident))
@@ -260,12 +259,11 @@ def png(chart: Chart) -> bytes:
 def main(params: Params, flags: argparse.Namespace) -> None:
     root = Path(".")
     study = load(params, root)
-    blocks = [
-        json.loads((root / f"reports/blocks/seed-{seed}.json").read_text()) for seed in params.study.seeds
-    ]
+    files = [root / f"reports/confidence/seed-{seed}.json" for seed in params.study.seeds]
+    confidence = [json.loads(file.read_text()) for file in files]
     with replacing(root / "reports/figures") as folder:
         folder.mkdir()
-        for name, chart in charts(study, blocks, root):
+        for name, chart in charts(study, confidence, root):
             (folder / f"{name}.png").write_bytes(png(chart))
 
 

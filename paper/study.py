@@ -52,12 +52,12 @@ class Study:
     """
     Attributes:
         drafts: drafter of the table → in the order of the seeds.
-        records: of reports/expected, drafter → task → prompts: those of each seed in their order, then the ablations'.
+        rounds: of reports/expected, drafter → task → prompts: those of each seed in their order, then the ablations'.
     """
 
     params: Params
     drafts: dict[str, list[Draft]]
-    records: list[dict[str, Any]]
+    rounds: list[dict[str, Any]]
 
     @property
     def tasks(self) -> dict[str, str]:
@@ -75,18 +75,18 @@ class Study:
     def tables(self, name: str, length: int | None = None) -> Tables:
         """Expected rounds at T = 1 of blocks cut to `length` (None: whole ones), of the seeds there are; of an ablation
         too."""
-        place = (length or self.params.drafters[name].block_size) - 1
+        whole = self.params.drafters[name].block_size
+        place = min(length or whole, whole) - 1
         return self.counts(name, lambda prompt: (prompt["tokens"], prompt["rounds"][place]))
 
     def counts(self, name: str, pair: Callable[[dict[str, Any]], tuple[float, float]]) -> Tables:
         """Two numbers of every prompt of the drafter's records."""
-        own = [record[name] for record in self.records if name in record]
+        own = [record[name] for record in self.rounds if name in record]
         return {task: np.array([[pair(p) for p in seed[task]] for seed in own], float) for task in self.tasks}
 
-    @cached_property
-    def expected(self) -> Taus:
-        """Of whole blocks at T = 1."""
-        return Taus({name: self.tables(name) for name in self.drafts})
+    def expected(self, length: int | None = None) -> Taus:
+        """At T = 1, of blocks cut to `length`."""
+        return Taus({name: self.tables(name, length) for name in self.drafts})
 
     def decoded(self, temperature: float) -> Taus:
         def runs(draft: Draft, task: str) -> np.ndarray:
@@ -117,12 +117,12 @@ class Taus:
 
     def tau(self, own: Tables, tasks: list[str]) -> Interval:
         """Mean over tasks and seeds."""
-        values, spread = self.bootstrap.tau(own, tasks), Spread.of(self.drafters.values(), tasks)
+        values, spread = self.bootstrap.quotient(own, tasks), Spread.of(self.drafters.values(), tasks)
         return self.bootstrap.interval(values, tasks, spread.half(float(values[0]), _seeds(own)))
 
     def ratio(self, above: Tables, below: Tables, tasks: list[str]) -> Interval:
         """Of two mean τ, of as many seeds."""
-        values = self.bootstrap.tau(above, tasks) / self.bootstrap.tau(below, tasks)
+        values = self.bootstrap.quotient(above, tasks) / self.bootstrap.quotient(below, tasks)
         spread = Spread.of(self.drafters.values(), tasks)
         return self.bootstrap.interval(
             values, tasks, spread.half(float(values[0]), _seeds(above), drafters=2)
@@ -165,13 +165,13 @@ class Bootstrap:
         rng = np.random.default_rng(0)
         self.prompts = {task: _weights(rng, count) for task, count in prompts.items()}
 
-    def tau(self, tables: Tables, tasks: list[str]) -> np.ndarray:
-        """Mean over tasks and seeds, [1 + RESAMPLES]."""
-        return np.mean([self._tau(tables[task], self.prompts[task]) for task in tasks], axis=0)
+    def quotient(self, tables: Tables, tasks: list[str]) -> np.ndarray:
+        """The first number over the second, each summed over prompts: mean over tasks and seeds, [1 + RESAMPLES]."""
+        return np.mean([self._quotient(tables[task], self.prompts[task]) for task in tasks], axis=0)
 
-    def _tau(self, table: np.ndarray, prompts: np.ndarray) -> np.ndarray:
-        tokens, rounds = np.moveaxis(np.einsum("rp,spc->rsc", prompts, table), -1, 0)
-        return (tokens / rounds).mean(1)
+    def _quotient(self, table: np.ndarray, prompts: np.ndarray) -> np.ndarray:
+        above, below = np.moveaxis(np.einsum("rp,spc->rsc", prompts, table), -1, 0)
+        return (above / below).mean(1)
 
     def interval(self, values: np.ndarray, tasks: list[str], seeds: float) -> Interval:
         """Of [1 + RESAMPLES] values made of these tasks, expanded for the number of prompts as the records' are.
@@ -218,8 +218,7 @@ def load(params: Params, root: Path = Path(".")) -> Study:
         if prompts != [entry["prompts_digest"] for entry in records[0]["tasks"].values()]:
             raise DeepSpecError("records of different prompts; run dvc repro")
     names = [f"seed-{seed}" for seed in seeds] + [f"ablation-{name}" for name in study.ablations]
-    expected = [json.loads((root / f"reports/expected/{name}.json").read_text()) for name in names]
-    return Study(params, drafts, [found["drafters"] for found in expected])
+    return Study(params, drafts, [_rounds(root / f"reports/expected/{name}.json") for name in names])
 
 
 def _draft(path: Path) -> Draft:
@@ -227,6 +226,12 @@ def _draft(path: Path) -> Draft:
     if (version := measured.record["eval_version"]) != EVAL_VERSION:
         raise DeepSpecError(f"{path}: evaluation version {version}, not {EVAL_VERSION}")
     return Draft(measured.record, measured.prompts)
+
+
+def _rounds(file: Path) -> dict[str, Any]:
+    if not file.exists():
+        raise DeepSpecError(f"{file} is missing; run dvc repro")
+    return json.loads(file.read_text())["drafters"]
 
 
 def _weights(rng: np.random.Generator, count: int) -> np.ndarray:

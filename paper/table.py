@@ -49,10 +49,10 @@ def published(path: Path = Path("published.yaml")) -> dict[str, Any]:
 def ratios(study: Study, ours: str, rival: str) -> dict[str, Any]:
     """Domain → the ratio of mean expected τ with its interval, that of each seed, whether ours is ahead; and the ratio
     of decoding."""
-    found, decoded = {}, study.decoded(TEMPERATURE)
-    above, below = (study.expected.drafters[name] for name in (ours, rival))
+    found, expected, decoded = {}, study.expected(), study.decoded(TEMPERATURE)
+    above, below = (expected.drafters[name] for name in (ours, rival))
     for domain, tasks in study.groups.items():
-        ratio = study.expected.ratio(above, below, tasks)
+        ratio = expected.ratio(above, below, tasks)
         found[domain] = {
             **asdict(ratio),
             "by_seed": (by_seed(above, tasks) / by_seed(below, tasks)).tolist(),
@@ -73,9 +73,10 @@ def verdict(ratio: Interval) -> str:
 
 def make(study: Study, known: dict[str, Any]) -> dict[str, Any]:
     """Everything that the Markdown says, as data."""
+    expected = study.expected()
     tau = {
-        name: {domain: asdict(study.expected.tau(own, tasks)) for domain, tasks in study.groups.items()}
-        for name, own in study.expected.drafters.items()
+        name: {domain: asdict(expected.tau(own, tasks)) for domain, tasks in study.groups.items()}
+        for name, own in expected.drafters.items()
     }
     roles = study.params.study.roles
     found = {rival: ratios(study, roles[OURS], roles[rival]) for rival in RIVALS}
@@ -89,15 +90,12 @@ def make(study: Study, known: dict[str, Any]) -> dict[str, Any]:
 
 
 def drafter(study: Study, name: str) -> dict[str, Any]:
-    """Of one drafter, over its seeds: what it is, τ and speed-up at each temperature, losslessness."""
+    """Of one drafter, over its seeds: what it is, decoded τ and speed-up at each temperature, losslessness."""
     chosen, drafts = study.params.drafters[name], study.drafts[name]
     lossless = all(draft.lossless for draft in drafts)
     temperatures = study.params.evaluate.temperatures
-
-    def decoded(temperature: float, name: str) -> Interval:
-        found = study.decoded(temperature)
-        return found.tau(found.drafters[name], study.groups[MEAN])
-
+    decoded = {t: study.decoded(t) for t in temperatures}
+    tau = {t: own.tau(own.drafters[name], study.groups[MEAN]) for t, own in decoded.items()}
     return {
         "type": chosen.type,
         "layers": getattr(chosen, "layers", 1),
@@ -105,7 +103,7 @@ def drafter(study: Study, name: str) -> dict[str, Any]:
         "block_size": chosen.block_size,
         "lossless": lossless,
         "lossless_checked": sum(checked(draft) for draft in drafts),
-        "tau": {f"{t:g}": asdict(decoded(t, name)) for t in temperatures},
+        "tau": {f"{t:g}": asdict(found) for t, found in tau.items()},
         "speedup": {f"{t:g}": speedup(drafts, t) if lossless else None for t in temperatures},
     }
 
@@ -144,7 +142,7 @@ def settings(study: Study, root: Path) -> dict[str, Any]:
         "conversations": manifest["rows"],
         "answer_tokens": manifest["answer_tokens"],
         "prompts": {key: entry["prompts"] for key, entry in record["tasks"].items()},
-        "texts": {task: len(own) for task, own in next(iter(study.records[0].values())).items()},
+        "texts": {task: len(own) for task, own in next(iter(study.rounds[0].values())).items()},
         "samples": study.params.study.samples,
         "max_new_tokens": study.params.evaluate.max_new_tokens,
         "heldout_tau": {name: heldout(study, root, name) for name in study.drafts},
@@ -160,14 +158,15 @@ def heldout(study: Study, root: Path, name: str) -> float:
 
 
 def metrics(found: dict[str, Any]) -> dict[str, Any]:
-    """The table's numbers under the names by which `deepspec reproduce` knows how exactly they come back."""
+    """The table's numbers under the names by which `deepspec reproduce` knows how exactly they come back: τ of a domain
+    is expected, that of a temperature was decoded."""
     own = {
         name: {"lossless": drafter["lossless"]}
         | {
             f"T={t}": {"tau": tau["value"], "speedup": drafter["speedup"][t]}
             for t, tau in drafter["tau"].items()
         }
-        | {domain: {"tau": tau["value"]} for domain, tau in found["tau"][name].items() if domain != MEAN}
+        | {domain: {"tau": tau["value"]} for domain, tau in found["tau"][name].items()}
         for name, drafter in found["drafters"].items()
     }
     over = {
@@ -217,12 +216,13 @@ def _ratios(found: dict[str, Any]) -> str:
 
 
 def _settings(s: dict[str, Any]) -> str:
-    prompts, texts = max(s["prompts"].values()), sorted(set(s["texts"].values()))
+    prompts, texts = max(s["prompts"].values()), s["texts"].values()
+    texts = " to ".join(str(n) for n in sorted({min(texts), max(texts)}))
     return (
         f"{s['conversations']} conversations ({s['answer_tokens']} answer tokens), {s['steps']} steps of "
         f"{s['batch_size']} conversations and {s['anchors']} blocks each ({s['epochs']} epochs), seeds "
         f"{', '.join(map(str, s['seeds']))}; τ is expected on {s['samples']} answers to each of "
-        f"{' to '.join(map(str, texts))} prompts a task, and was decoded for {prompts} prompts a task; answers of at "
+        f"{texts} first turns a task, and decoded for all turns of {prompts} prompts a task; answers of at "
         f"most {s['max_new_tokens']} tokens; {s['dtype']}, {s['device']}; records of "
         f"{' and '.join(f'`{commit[:7]}`' for commit in s['commits'])}. "
         f"Intervals are over prompts{' and seeds' if len(s['seeds']) > 1 else ': one seed says nothing of others'}."

@@ -19,7 +19,8 @@ from deepspec.attention import Step
 from deepspec.decoding.request import Sampling
 from deepspec.decoding.sampling import best, probabilities
 from deepspec.decoding.tree import Growth, Laws, Proposal, Shape, Vocabulary
-from deepspec.drafters.base import Ask, Drafter
+from deepspec.drafters.base import Ask, Drafter, GrowingSession
+from deepspec.errors import DeepSpecError
 from deepspec.target import Target
 
 
@@ -33,7 +34,13 @@ class Text:
 
 @dataclass(frozen=True)
 class Rounds:
-    """Means over what may be drafted: all rounds; those whose draft reached a position; those where it stood there."""
+    """Means over what may be drafted.
+
+    Attributes:
+        total: all rounds.
+        reached: by position in the block, [length]: rounds that drafted it, all before having stood.
+        stood: those in which it stood too.
+    """
 
     total: float
     reached: list[float]
@@ -49,7 +56,11 @@ def chances(
 
     Args:
         drafter: a network's: it has a law of what it drafts.
-        sampling: the one by which the texts were drawn.
+        sampling: the one by which the texts were drawn. Where it cuts (top-k, top-p, min-p), a token at the edge that
+            this pass rounds out of the target's law counts as certain to stand.
+
+    Raises:
+        DeepSpecError: a drafter that looks up what it proposes.
     """
     found: list[Tensor] = []
     for start in range(0, len(texts), batch_size):
@@ -75,6 +86,10 @@ def rounds(chances: Tensor, length: int) -> Rounds:
 
 def _chances(target: Target, drafter: Drafter, texts: Sequence[Text], sampling: Sampling) -> list[Tensor]:
     session = drafter.session(len(texts))
+    if not isinstance(session, GrowingSession):
+        raise DeepSpecError(
+            f"{type(drafter).__name__} has no law of what it drafts: its rounds cannot be expected"
+        )
     read = [_read(target, drafter.layers, text, sampling) for text in texts]
     found = [torch.zeros(len(text.tokens), drafter.block_size) for text in texts]
     for row, (text, (features, _)) in enumerate(zip(texts, read, strict=True)):
@@ -105,9 +120,7 @@ def _read(
     """The target's features of all but the last token, [n, len(layers)·d], and its chance of each of the answer's."""
     ids = [*text.prompt, *text.tokens[:-1]]
     positions = torch.arange(len(ids), device=target.device)[None]
-    cache = target.cache(1, text)
-    cache.reserve(len(ids))
-    step = Step(positions, None, cache, [0], [0], [len(ids)], layers)
+    step = Step(positions, wanted=layers)
     hidden = target.forward(torch.tensor([ids], device=target.device), step)[0, len(text.prompt) - 1 :]
     features = torch.cat([step.features[layer] for layer in layers], -1)[0] if layers else None
     if sampling.temperature == 0:
@@ -118,8 +131,10 @@ def _read(
 
 def _drafted(paths: list[_Along], sampling: Sampling) -> list[Tensor]:
     """The drafter's chance of each token that it was led along, for each path."""
-    logits = torch.cat([row for path in paths for row in path.logits])
     columns = [column for path in paths for column in path.columns]
+    if not columns:  # no session is ready: prompts of one token
+        return [torch.zeros(0)] * len(paths)
+    logits = torch.cat([row for path in paths for row in path.logits])
     chance = _chance(logits, [max(column, 0) for column in columns], sampling)
     chance[torch.tensor(columns) < 0] = 0
     return list(chance.split([len(path.columns) for path in paths]))

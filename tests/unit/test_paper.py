@@ -19,7 +19,7 @@ from deepspec.drafters.registry import algorithms
 from deepspec.errors import DeepSpecError
 from deepspec.evaluation.contest import Run
 from deepspec.tolerance import Figures, compare, flatten
-from paper import ablations, beyond, blocks, expected, figures, table
+from paper import ablations, beyond, confidence, expected, figures, table
 from paper.study import MEAN, Draft, Spread, Study, Taus, by_seed
 from tests.records import record
 
@@ -181,11 +181,11 @@ def test_the_pipeline_resolves_for_every_profile(profile, tmp_path):
             assert not set(dep.params) - set(dep.read_params()), stage.name
     params = params_of(profile)
     seeds = params.study.seeds
-    expected = {f"train@{name}-{seed}" for name in params.pipeline for seed in seeds}
-    expected |= {f"{stage}@{seed}" for stage in ("evaluate", "expected", "blocks") for seed in seeds}
-    expected |= {f"{stage}@{name}" for stage in ("ablate", "ablations") for name in params.study.ablations}
-    expected |= {"target", "prompts", "generate", "validate", "beyond", "table", "figures"}
-    assert set(stages) == expected
+    names = {f"train@{name}-{seed}" for name in params.pipeline for seed in seeds}
+    names |= {f"{stage}@{seed}" for stage in ("evaluate", "expected", "confidence") for seed in seeds}
+    names |= {f"{stage}@{name}" for stage in ("ablate", "ablations") for name in params.study.ablations}
+    names |= {"target", "prompts", "generate", "validate", "answers", "beyond", "table", "figures"}
+    assert set(stages) == names
     for ablation in params.study.ablations:
         assert f"--seed {seeds[0]} --as ablations/{ablation}" in stages[f"ablate@{ablation}"].cmd
     first = f"{params.pipeline[0]}-{seeds[-1]}"
@@ -202,7 +202,7 @@ def test_shared_stages_depend_on_the_code_that_they_depend_on_in_the_main_pipeli
         found = [dep.removeprefix("../") for dep in ours[name]["deps"] if dep.startswith("../")]
         assert found == deps, name
     assert ours["ablate"]["deps"] == ours["train"]["deps"]
-    for name in ("expected", "ablations", "blocks", "beyond"):  # they decode as evaluate does
+    for name in ("expected", "ablations", "confidence", "beyond"):  # they decode as evaluate does
         lacking = set(code["evaluate"]) - {dep.removeprefix("../") for dep in ours[name]["deps"]}
         assert lacking <= {f"deepspec/evaluation/{part}.py" for part in NOT_DECODED}, name
     for name in ("table", "figures"):
@@ -268,7 +268,8 @@ def run_of(tokens: int, rounds: int, seconds: float = 1.0) -> Run:
 def made_up(
     taus: dict[str, list[list[int]]], lossless: bool = True, prompts: int = 6, more: dict | None = None
 ) -> Study:
-    """A study whose prompt i has `taus[drafter][seed][task]` + i accepted tokens in 10 rounds, decoded and expected.
+    """A study whose prompt i has `taus[drafter][seed][task]` + i accepted tokens in 10 rounds, and three times as many
+    where it was decoded.
 
     `more` is a record of ablations.
     """
@@ -286,12 +287,12 @@ def made_up(
                 for t in (0.0, 1.0)
             }
             runs = {
-                (task, t): [{"draft": run_of(tokens + i, 10)} for i in range(prompts)]
+                (task, t): [{"draft": run_of(3 * (tokens + i), 10)} for i in range(prompts)]
                 for task, tokens in zip(TASKS, by_task, strict=True)
                 for t in (0.0, 1.0)
             }
             drafts.setdefault(name, []).append(Draft(own, runs))
-    expected = [
+    rounds = [
         {
             name: {
                 task: [prompt_of(tokens + i + 10, [10] * 7) for i in range(prompts)]
@@ -301,7 +302,7 @@ def made_up(
         }
         for n in range(len(drafts["dspark"]))
     ]
-    return Study(params, drafts, [*expected, *([more] if more else [])])
+    return Study(params, drafts, [*rounds, *([more] if more else [])])
 
 
 def prompt_of(tokens: int, rounds: list[float]) -> dict:
@@ -331,6 +332,19 @@ def test_tau_of_a_domain_is_the_mean_of_its_tasks_and_of_its_seeds():
         (tau[10] + tau[20] + tau[30] + tau[30] + tau[40] + tau[50]) / 6
     )
     assert found["chat"]["low"] < found["chat"]["value"] < found["chat"]["high"]
+
+
+def test_what_was_decoded_is_beside_what_is_expected():
+    found = table.make(
+        made_up(EQUAL | {"dspark": [[40, 50, 60]] * 2}), table.published(PAPER / "published.yaml")
+    )
+    for name in EQUAL:
+        expected = found["tau"][name][MEAN]["value"]
+        assert found["drafters"][name]["tau"]["1"]["value"] == pytest.approx(1 + 3 * (expected - 1))
+    ratio = found["ratios"]["EAGLE-3"]["chat"]
+    assert (ratio["value"], ratio["decoded"]["value"]) == pytest.approx((7.25 / 4.25, 19.75 / 10.75))
+    metrics = flatten(table.metrics(found))
+    assert metrics["dspark.mean.tau"] < metrics["dspark.T=1.tau"]
 
 
 def test_equal_drafters_have_the_ratio_one_without_any_width():
@@ -461,9 +475,9 @@ def test_confidence_is_judged_on_blocks_it_was_not_fitted_to():
         accepted = (rng.random(4000) < 1 / (1 + np.exp(-logits[:, 0]))).astype(np.int64)
         return Blocks(scale * logits, accepted, np.ones(4000, dtype=np.int64))
 
-    both_sure = blocks.confidence({"math": (made(3.0), made(3.0))})["all"]["ece"]
+    both_sure = confidence.judge({"math": (made(3.0), made(3.0))})["all"]["ece"]
     assert both_sure["after"] < both_sure["before"] / 2
-    unlike = blocks.confidence({"math": (made(3.0), made(1.0))})["all"]["ece"]
+    unlike = confidence.judge({"math": (made(3.0), made(1.0))})["all"]["ece"]
     assert unlike["after"] > both_sure["after"] * 2
 
 
@@ -516,7 +530,7 @@ def test_figure_2_is_of_the_rounds_in_which_all_before_stood():
     rows = [
         row for row in figures.acceptance(study) if row["drafter"] == "DSpark" and row["domain"] == "chat"
     ]
-    assert [row["reached"] for row in rows] == [80, 40, 20]  # of fewer none is drawn
+    assert [row["reached"] for row in rows] == [40, 20]  # of fewer in a seed none is drawn
     assert {(row["low"], row["rate"], row["high"]) for row in rows} == {(0.5, 0.5, 0.5)}
 
 

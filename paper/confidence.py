@@ -1,7 +1,7 @@
 """For Figures 5 and 6: what the confidence is worth, by standard speculative sampling at T = 1.
 
-reports/blocks/seed-<n>.json:
-    confidence   drafter → "all" or a domain → ECE, reliability and threshold sweep (`calibration.quality`) of whole
+reports/confidence/seed-<n>.json:
+    drafters     drafter → "all" or a domain → ECE, reliability and threshold sweep (`calibration.quality`) of whole
                  blocks, before and after sequential temperature scaling. The temperatures are fitted to the blocks of
                  every other prompt and judged on those of the rest, both ways round.
 """
@@ -20,11 +20,10 @@ from deepspec.decoding.engine import Engine
 from deepspec.decoding.request import Request, Sampling
 from deepspec.decoding.tree import CHAIN, Proposal
 from deepspec.drafters.base import Drafter
-from deepspec.errors import DeepSpecError
 from deepspec.files import write_json
 from deepspec.stages.common import stage
 from deepspec.target import Target
-from paper.bench import Bench, trained
+from paper.bench import Bench, run, trained
 from paper.section import study_of
 
 BATCH = 8
@@ -42,17 +41,11 @@ def decode(
         rows.append(conditional_logits(proposal.survival or []))
         counts.append((accepted, len(proposal.tokens)))
 
-    requests = iter(
-        [
-            Request(ids, limit, Sampling(TEMPERATURE), seed, id=i)
-            for i, (ids, seed) in enumerate(zip(prompts, seeds, strict=True))
-        ]
-    )
-    engine = Engine(target, drafter, BATCH, CHAIN, RULE, on_round=watch)
+    requests = [
+        Request(ids, limit, Sampling(TEMPERATURE), seed) for ids, seed in zip(prompts, seeds, strict=True)
+    ]
     with as_trained(drafter):
-        for generation in engine.run(lambda: next(requests, None)):
-            if generation.error:
-                raise DeepSpecError(f"prompt {generation.id}: {generation.error}")
+        run(Engine(target, drafter, BATCH, CHAIN, RULE, on_round=watch), requests)
     return {"logits": rows, "counts": counts}
 
 
@@ -66,7 +59,7 @@ def blocks(parts: list[dict[str, Any]], size: int) -> Blocks:
     return Blocks(logits, counts[:, 0], counts[:, 1])
 
 
-def confidence(halves: dict[str, tuple[Blocks, Blocks]]) -> dict[str, Any]:
+def judge(halves: dict[str, tuple[Blocks, Blocks]]) -> dict[str, Any]:
     """Quality for each key of `halves` and for "all" of them, each half calibrated by the other's blocks."""
     whole = [_joined([pair[half] for pair in halves.values()]) for half in (0, 1)]
     temperatures = fit(whole[1]), fit(whole[0])
@@ -89,14 +82,9 @@ def _joined(parts: list[Blocks]) -> Blocks:
 
 def measure(bench: Bench) -> dict[str, Any]:
     limit = bench.params.evaluate.max_new_tokens
-    sizes = {
-        name: bench.params.drafters[name].block_size
-        for name in bench.drafts
-        if getattr(bench.params.drafters[name], "confidence_head", False)
-    }
     pieces = {
         f"{name} {task.name} {half}": (name, task, half)
-        for name in sizes
+        for name in bench.drafts
         for task in bench.tasks
         for half in (0, 1)
     }
@@ -106,21 +94,21 @@ def measure(bench: Bench) -> dict[str, Any]:
         prompts, seeds = bench.prompts(task)[half::2], bench.seeds(task)[half::2]
         return decode(bench.target, bench.drafters[name], prompts, seeds, limit)
 
-    done = bench.work.do("blocks", list(pieces), piece)
+    done = bench.work.do("confidence", list(pieces), piece)
     found = {}
-    for name, size in sizes.items():
+    for name in bench.drafts:
         halves = {
             category: tuple(
                 blocks(
                     [done[f"{name} {task.name} {half}"] for task in bench.tasks if task.category == category],
-                    size,
+                    bench.params.drafters[name].block_size,
                 )
                 for half in (0, 1)
             )
             for category in dict.fromkeys(task.category for task in bench.tasks)
         }
-        found[name] = confidence(halves)
-    return {"rule": RULE, "temperature": TEMPERATURE, "confidence": found}
+        found[name] = judge(halves)
+    return {"rule": RULE, "temperature": TEMPERATURE, "drafters": found}
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -129,11 +117,12 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 def main(params: Params, flags: argparse.Namespace) -> None:
     study = study_of(params)
-    drafts = trained(params, flags.seed, params.pipeline)
+    confident = [name for name in params.pipeline if getattr(params.drafters[name], "confidence_head", False)]
+    drafts = trained(params, flags.seed, confident)
     bench = Bench(params, drafts, study.prompts, __file__, params.evaluate.max_new_tokens)
     found = measure(bench)
     if bench.work.main:
-        write_json(Path(f"reports/blocks/seed-{flags.seed}.json"), found)
+        write_json(Path(f"reports/confidence/seed-{flags.seed}.json"), found)
     bench.work.remove()
 
 
