@@ -27,9 +27,10 @@ demo: $(READY) ## Run the whole pipeline on the target of params.yaml, then prin
 	dvc repro
 	@[ reports/report.md -nt .deepspec/demo ] || deepspec report
 
-# A file's tests share what they set up, so they stay together; tiny models use one thread each.
+# A file's tests share what they set up, so they stay together, and the long files of e2e come first; tiny models use one
+# thread each.
 test: lint ## Check style and run every test
-	OMP_NUM_THREADS=1 python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder  # the long ones of e2e first
+	OMP_NUM_THREADS=1 python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 serve-check: $(READY) ## Serve the exported drafts of the pipeline in vLLM and compare it with our engine
 	deepspec serve-check
