@@ -50,7 +50,8 @@ def depth(study: Study) -> Rows:
     for name in [*study.params.study.roles.values(), *names]:
         layers = getattr(study.params.drafters[name], "layers", 1)
         rows.append({"drafter": _family(study, name), "layers": layers, **_tau(study, name)})
-    return sorted(rows, key=lambda row: row["layers"])
+    roles = list(study.params.study.roles)
+    return sorted(rows, key=lambda row: (roles.index(row["drafter"]), row["layers"]))
 
 
 def lengths(study: Study) -> Rows:

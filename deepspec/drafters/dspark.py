@@ -231,7 +231,7 @@ class DSparkModel(Network):
         self.context_skip = nn.Linear(self.fc.in_features, d, bias=False) if config.context_skip else None
         self.initialise()
         if self.markov_head is not None:
-            nn.init.zeros_(self.markov_head.markov_w2.weight)  # starts as no correction: the backbone leads
+            self.markov_head.begin()
 
     def begin(self, target: Target, loudness: Tensor) -> None:
         at_the_targets_end(self.layers, self.norm, self.fc, target, loudness)

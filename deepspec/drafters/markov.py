@@ -38,6 +38,19 @@ class MarkovHead(nn.Module):
         elif self.kind == "rnn":
             self.joint_proj = nn.Linear(2 * r + d, 3 * r)
 
+    @torch.no_grad()
+    def begin(self) -> None:
+        """Begin as no correction: the backbone leads. The rnn head's latent begins as the vanilla one's, tanh(e).
+
+        h_k is some 25 times as loud as e, so that through random weights nothing of the token is heard at first.
+        """
+        self.markov_w2.weight.zero_()
+        if self.kind == "rnn":
+            r = self.markov_w2.in_features
+            self.joint_proj.bias[2 * r :].zero_()
+            out = self.joint_proj.weight[2 * r :].zero_()
+            out[:, r : 2 * r].fill_diagonal_(1)
+
     def step(self, embedded: Tensor, hidden: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """e [..., r] and h_k [..., d] → z_k and s_k, both [..., r]; without a state s_{k−1} is zero."""
         if self.kind == "vanilla":

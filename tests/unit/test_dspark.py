@@ -148,7 +148,7 @@ def test_every_head_drafts_by_the_law_it_was_trained_with(kind, rank, published,
     sizes = {"markov_head": kind, "markov_rank": rank, "block_size": 4, "draft_vocab_size": 0}
     model = make_draft(published, confidence_head=rank > 0, target_layer_ids=[0, 2, 4], **sizes)
     if rank:
-        for weight in (model.markov_head.markov_w1.weight, model.markov_head.markov_w2.weight):
+        for weight in model.markov_head.parameters():
             torch.nn.init.normal_(weight, std=1.0)
     drafter = DSparkDrafter(model, published)
     anchor = int(expected["anchor"])
@@ -162,6 +162,18 @@ def test_every_head_drafts_by_the_law_it_was_trained_with(kind, rank, published,
     for k in range(len(chain.tokens)):
         assert torch.allclose(chain.law(k), laws[k], atol=1e-5)
     assert (chain.survival is None) == (rank == 0)
+
+
+def test_the_rnn_head_begins_as_the_vanilla_one(published):
+    """Whatever the backbone's state: the token's embedding comes through, and no state of the recurrence."""
+    head = make_draft(published, markov_head="rnn", markov_rank=8).markov_head
+    head.begin()
+    embedded, hidden = torch.randn(2, 5, 8) / 50, torch.randn(2, 5, 64)
+    assert head.joint_proj.in_features == 2 * 8 + hidden.shape[-1]
+    assert torch.allclose(head.unrolled(embedded, hidden), embedded, atol=1e-4)
+    assert not head.markov_w2.weight.any()
+    head.step(embedded[:, 0], hidden[:, 0], torch.randn(2, 8))[0].sum().backward()
+    assert head.joint_proj.weight.grad[16:, :8].any()  # and it can learn to listen to it
 
 
 def test_what_is_saved_loads_back(published, tmp_path):
