@@ -235,6 +235,8 @@ class DSparkModel(Network):
 
     def begin(self, target: Target, loudness: Tensor) -> None:
         at_the_targets_end(self.layers, self.norm, self.fc, target, loudness)
+        if self.markov_head is not None:
+            self.markov_head.even()
 
     def blocks(self) -> list[nn.Module]:
         return list(self.layers)

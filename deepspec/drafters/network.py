@@ -43,14 +43,14 @@ class MLP(nn.Module):
 
 
 class Evened(nn.Linear):
-    """Without a bias, over inputs divided by `scale`: y = W (x / scale) = W diag(1 / scale) x. A file has the product.
+    """Over inputs divided by `scale`: y = W (x / scale) + b = W diag(1 / scale) x + b. A file has the product.
 
     A few channels of a target's features are hundreds of times as loud as the median one (massive activations, arXiv
     2402.17762); under one learning rate for all, the others are hardly heard. `scale` is 1 until `even` is called.
     """
 
-    def __init__(self, in_features: int, out_features: int):
-        super().__init__(in_features, out_features, bias=False)
+    def __init__(self, in_features: int, out_features: int, bias: bool = False):
+        super().__init__(in_features, out_features, bias)
         self.register_buffer("scale", torch.ones(in_features), persistent=False)
 
     def even(self, loudness: Tensor) -> None:
@@ -62,7 +62,7 @@ class Evened(nn.Linear):
         return self.weight / self.scale
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.plain())
+        return F.linear(x, self.plain(), self.bias)
 
 
 class Outputs(NamedTuple):
