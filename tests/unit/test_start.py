@@ -104,6 +104,18 @@ def test_the_stored_weights_read_features_as_they_come(target, kind):
     )
 
 
+@torch.no_grad()
+def test_the_stored_rnn_head_reads_its_inputs_as_they_come(target):
+    head = begun(target, "dspark", markov_head="rnn", markov_rank=8).markov_head
+    for weight in head.parameters():
+        torch.nn.init.normal_(weight)
+    again = type(head)(begun(target, "dspark", markov_head="rnn", markov_rank=8).config)
+    again.load_state_dict(head.state_dict() | {"joint_proj.weight": head.joint_proj.plain()})
+    assert head.joint_proj.scale.unique().tolist() == pytest.approx([1, 8**0.5, target.hidden_size**0.5])
+    embedded, hidden = torch.randn(2, 3, 8), torch.randn(2, 3, target.hidden_size)
+    torch.testing.assert_close(again.unrolled(embedded, hidden), head.unrolled(embedded, hidden))
+
+
 def test_a_network_takes_over_what_another_divides_by(target):
     network = begun(target, "dspark")
     fresh = DSparkModel(network.config)
