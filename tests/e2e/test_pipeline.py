@@ -41,7 +41,11 @@ def test_every_stage_runs_and_every_draft_is_lossless(clone: Clone):
     assert {stage: ran.count(stage) for stage in STAGES} == {
         stage: len(DRAFTERS) if stage in each else 1 for stage in STAGES
     }
-    assert ran == sorted(ran, key=STAGES.index)
+    # DVC runs a stage after those that it depends on; in which order the drafters follow one another is not said.
+    for name in DRAFTERS:
+        needed = [f"{stage}@{name}" if stage in each else stage for stage in STAGES if stage != "report"]
+        assert [stage for stage in clone.first_run if stage in needed] == needed
+    assert max(map(clone.first_run.index, (f"evaluate@{name}" for name in DRAFTERS))) < ran.index("report")
     check_reports(clone, DRAFTERS)
     assert clone.report("reports/validation.json")["passed"] is True
     assert "dspark,12," in (clone.root / "reports/plots/training.csv").read_text()
