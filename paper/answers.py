@@ -13,7 +13,6 @@ from typing import Any
 from deepspec.config import Params
 from deepspec.decoding.engine import Engine
 from deepspec.decoding.request import Request, Sampling
-from deepspec.files import write_json
 from deepspec.stages.common import stage
 from paper.bench import Bench, run
 from paper.section import study_of
@@ -50,10 +49,7 @@ def read() -> dict[str, list[dict[str, Any]]]:
 def main(params: Params, flags: argparse.Namespace) -> None:
     study = study_of(params)
     bench = Bench(params, {}, study.texts, __file__, study.samples, params.evaluate.max_new_tokens)
-    found = measure(bench)
-    if bench.work.main:
-        write_json(ANSWERS, found)
-    bench.work.remove()
+    bench.write(ANSWERS, measure(bench))
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from deepspec.errors import DeepSpecError
 from deepspec.evaluation.contest import prompt_seed
 from deepspec.evaluation.task import Task, load_task
 from deepspec.evaluation.work import Work, process_state
-from deepspec.files import digest, file_digest, source_digest
+from deepspec.files import digest, file_digest, source_digest, write_json
 from deepspec.target import Target, load_target
 from paper.section import study_of
 
@@ -101,6 +101,12 @@ class Bench:
     def seeds(self, task: Task) -> list[int]:
         """Of sampling: those of the evaluation."""
         return [prompt_seed(self.params.seed, task.name, turns, 0) for turns in task.prompts]
+
+    def write(self, path: Path, found: Any) -> None:
+        """The result of a script, written by one process; the pieces that it was made of are no longer needed."""
+        if self.work.main:
+            write_json(path, found)
+        self.work.remove()
 
     @cached_property
     def plain(self) -> dict[str, list[Any]]:

@@ -23,7 +23,6 @@ from deepspec.evaluation.contest import PLAIN, Contest, Contestant, PromptRuns, 
 from deepspec.evaluation.identity import check_identity
 from deepspec.evaluation.record import tau_table
 from deepspec.evaluation.stats import Interval, against, bootstrap, macro_speedup, quotient
-from deepspec.files import write_json
 from deepspec.stages.common import stage
 from paper.bench import TARGET, Bench, trained
 from paper.section import study_of
@@ -154,16 +153,14 @@ def main(params: Params, flags: argparse.Namespace) -> None:
     drafts = trained(params, flags.seed, names)
     bench = Bench(params, drafts, study.timed_prompts, __file__, params.evaluate.model_dump(), study.nodes)
     results, lossless = measure(bench), check(bench)
-    if bench.work.main:
-        found = {
-            "seed": flags.seed,
-            "prompts": {task.name: len(task.prompts) for task in bench.tasks},
-            "nodes": study.nodes,
-            "device": describe_device(bench.target.device),
-            "ways": summary(results, lossless, names),
-        }
-        write_json(Path("reports/beyond.json"), found)
-    bench.work.remove()
+    found = {
+        "seed": flags.seed,
+        "prompts": {task.name: len(task.prompts) for task in bench.tasks},
+        "nodes": study.nodes,
+        "device": describe_device(bench.target.device),
+        "ways": summary(results, lossless, names),
+    }
+    bench.write(Path("reports/beyond.json"), found)
 
 
 if __name__ == "__main__":

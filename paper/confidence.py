@@ -20,7 +20,6 @@ from deepspec.decoding.engine import Engine
 from deepspec.decoding.request import Request, Sampling
 from deepspec.decoding.tree import CHAIN, Proposal
 from deepspec.drafters.base import Drafter
-from deepspec.files import write_json
 from deepspec.stages.common import stage
 from deepspec.target import Target
 from paper.bench import Bench, run, trained
@@ -120,10 +119,7 @@ def main(params: Params, flags: argparse.Namespace) -> None:
     confident = [name for name in params.pipeline if getattr(params.drafters[name], "confidence_head", False)]
     drafts = trained(params, flags.seed, confident)
     bench = Bench(params, drafts, study.prompts, __file__, params.evaluate.max_new_tokens)
-    found = measure(bench)
-    if bench.work.main:
-        write_json(Path(f"reports/confidence/seed-{flags.seed}.json"), found)
-    bench.work.remove()
+    bench.write(Path(f"reports/confidence/seed-{flags.seed}.json"), measure(bench))
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from torch import Tensor
 from deepspec.config import Params
 from deepspec.errors import DeepSpecError, nearest
 from deepspec.evaluation.expected import Text, chances, rounds
-from deepspec.files import file_digest, write_json
+from deepspec.files import file_digest
 from deepspec.stages.common import stage
 from paper.answers import ANSWERS, BATCH, SAMPLING, read
 from paper.bench import DRAFTS, Bench, trained
@@ -78,10 +78,7 @@ def main(params: Params, flags: argparse.Namespace) -> None:
     else:
         record, drafts = f"seed-{flags.seed}", trained(params, flags.seed, params.pipeline)
     bench = Bench(params, drafts, study.texts, __file__, file_digest(ANSWERS))
-    found = measure(bench)
-    if bench.work.main:
-        write_json(Path(f"reports/expected/{record}.json"), found)
-    bench.work.remove()
+    bench.write(Path(f"reports/expected/{record}.json"), measure(bench))
 
 
 if __name__ == "__main__":
