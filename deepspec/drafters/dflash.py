@@ -11,8 +11,9 @@ from typing import Literal
 
 from pydantic import Field
 
+from deepspec.drafters import dspark
 from deepspec.drafters.algorithm import Algorithm, TrainedParams
-from deepspec.drafters.dspark import DSparkConfig, DSparkModel, DSparkParams
+from deepspec.drafters.dspark import DSparkModel, DSparkParams
 from deepspec.drafters.start import START, Start
 from deepspec.target import Target
 
@@ -28,7 +29,7 @@ class DFlashParams(TrainedParams):
     context_skip: bool = Field(
         False, description="Feed the newest target feature into the block's input (our engine only)."
     )
-    start: Start = Field("random", description=START)
+    start: Start = Field("auto", description=START)
     sample_from_anchor: bool = Field(
         False, description="The anchor's place predicts the first token, as in DSpark; no engine serves that."
     )
@@ -37,7 +38,7 @@ class DFlashParams(TrainedParams):
 def network(params: DFlashParams, target: Target) -> DSparkModel:
     """A DSpark network without sequential and confidence heads."""
     same = DSparkParams(type="dspark", markov_rank=0, confidence_head=False, **params.options())
-    return DSparkModel(DSparkConfig.for_target(same, target), same.start)
+    return dspark.network(same, target)
 
 
 ALGORITHM = Algorithm(DFlashParams, (), network=network)

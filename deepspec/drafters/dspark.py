@@ -41,7 +41,7 @@ from deepspec.drafters.network import (
     missing_keys,
     plain_rope,
 )
-from deepspec.drafters.start import START, Start, at_the_targets_end
+from deepspec.drafters.start import START, Start, at_the_targets_end, settled
 from deepspec.errors import DeepSpecError
 from deepspec.fused import FusedLayer, PackedLinear, rotate
 from deepspec.target import Target
@@ -64,7 +64,7 @@ class DSparkParams(TrainedParams):
     context_skip: bool = Field(
         False, description="Feed the newest target feature into the block's input (our engine only)."
     )
-    start: Start = Field("random", description=START)
+    start: Start = Field("auto", description=START)
     sample_from_anchor: bool = Field(
         True, description="The anchor's place predicts the first token; false: γ masks behind it predict."
     )
@@ -489,9 +489,10 @@ def load(directory: Path, config: dict[str, Any], target: Target) -> DSparkDraft
     return DSparkDrafter(network, target, temperatures(directory))
 
 
-ALGORITHM = Algorithm(
-    DSparkParams,
-    (PUBLISHED, OURS),
-    load,
-    lambda params, target: DSparkModel(DSparkConfig.for_target(params, target), params.start),
-)
+def network(params: DSparkParams, target: Target) -> DSparkModel:
+    """The network to train."""
+    start = settled(params.start, target, params.layers)
+    return DSparkModel(DSparkConfig.for_target(params, target), start)
+
+
+ALGORITHM = Algorithm(DSparkParams, (PUBLISHED, OURS), load, network)

@@ -37,7 +37,7 @@ from deepspec.drafters.network import (
     missing_keys,
     plain_rope,
 )
-from deepspec.drafters.start import START, Start, at_the_targets_end
+from deepspec.drafters.start import START, Start, at_the_targets_end, settled
 from deepspec.errors import DeepSpecError
 from deepspec.fused import FusedLayer, PackedLinear, rotate
 from deepspec.target import Target
@@ -52,7 +52,7 @@ class Eagle3Params(TrainedParams):
     block_size: int = Field(5, ge=1, description="γ: steps unrolled in training, tokens drafted at most.")
     target_layer_ids: list[int] | None = Field(None, description="None takes a low, a middle and a high one.")
     draft_vocab_size: int = Field(8192, ge=0, description="Most frequent tokens kept; 0 keeps them all.")
-    start: Start = Field("random", description=START)
+    start: Start = Field("auto", description=START)
     qk_norm: bool = Field(False, description="Qwen3-style layer, DeepSeek's format; else Llama's.")
 
 
@@ -271,7 +271,9 @@ ALGORITHM = Algorithm(
     Eagle3Params,
     (SERVED, DEEPSEEK),
     load,
-    lambda params, target: Eagle3Model(Eagle3Config.for_target(params, target), params.start),
+    lambda params, target: Eagle3Model(
+        Eagle3Config.for_target(params, target), settled(params.start, target, layers=1)
+    ),
 )
 
 

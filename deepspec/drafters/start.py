@@ -14,11 +14,29 @@ import torch
 from torch import Tensor, nn
 
 from deepspec.drafters.network import Evened
+from deepspec.errors import DeepSpecError
 from deepspec.fused import FusedLayer
 from deepspec.target import Target
 
-Start = Literal["random", "target"]
-START = "`target`: layers begin as the target's last ones, for which it has to be Llama-shaped."
+Start = Literal["auto", "target", "random"]
+START = "Layers begin as the `target`'s last ones, at `random`, or (`auto`) as the target's where it can lend them."
+
+
+def settled(start: Start, target: Target, layers: int) -> Literal["target", "random"]:
+    """Where a drafter of so many layers begins.
+
+    Raises:
+        DeepSpecError: `start` is `target`, whose layers are not Llama-shaped, or too few.
+    """
+    if start == "random":
+        return "random"
+    try:
+        target.last_layers(layers)
+    except DeepSpecError:
+        if start == "target":
+            raise
+        return "random"
+    return "target"
 
 
 @torch.no_grad()

@@ -89,7 +89,8 @@ def train(params: Params, name: str, target_directory: Path, outputs: Outputs) -
         best.load_state_dict(
             {name.removeprefix("model."): w for name, w in trainer.best_weights().items()}, strict=False
         )
-        record = _record(params, data_digest) | {"heldout_tau": trainer.best_tau, "drafter": name}
+        made = {"drafter": name, "start": network.start, "heldout_tau": trainer.best_tau}
+        record = _record(params, data_digest) | made
         weights = stored_weights(best, params.train.written_out)
         write_drafter(outputs.draft, best.description(), weights, target, record)
         prompts = [_prompt(sequences[i]) for i in trainer.heldout]

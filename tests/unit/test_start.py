@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from deepspec.attention import Step
 from deepspec.drafters.dspark import DSparkModel
 from deepspec.drafters.registry import algorithms
+from deepspec.drafters.start import settled
 from deepspec.errors import DeepSpecError
 from deepspec.target import load_target
 from tests.tiny import make_target
@@ -121,6 +122,18 @@ def test_a_network_takes_over_what_another_divides_by(target):
     fresh = DSparkModel(network.config)
     fresh.take_buffers(network)
     assert torch.equal(fresh.fc.scale, network.fc.scale)
+
+
+def test_auto_begins_at_random_where_the_target_cannot_lend_its_layers(tmp_path):
+    own = load_target(make_target(tmp_path / "llama", "llama"))
+    other = load_target(make_target(tmp_path / "gemma3", "gemma3"))
+    for kind in ("dspark", "dflash", "eagle3"):
+        algorithm = algorithms()[kind]
+        params = algorithm.params(type=kind)
+        assert algorithm.network(params, own).start == "target"
+        assert algorithm.network(params, other).start == "random"
+    assert settled("auto", own, layers=4) == "target"
+    assert settled("auto", own, layers=5) == "random"
 
 
 def test_a_target_of_another_shape_or_too_few_layers_is_refused_with_one_line(tmp_path):
