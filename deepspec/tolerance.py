@@ -8,6 +8,7 @@ and the cost curve that the controller decides by. A metric is judged by its las
 |---|---|---|
 | verdict: `lossless`, `passed` | exact | exact |
 | counted: τ and all that is no time | exact | ±10 %, or inside the committed 95 % interval |
+| counted, with `low` and `high` beside it | exact | the intervals overlap |
 | speed-up | ±30 %, or the intervals overlap | the same; on another device: not compared |
 | rate: tokens/s, milliseconds | ±30 % at the pace of now | the same; on another device: not compared |
 | identity: digests of the tokens and of the acceptance by position | exact | not compared |
@@ -37,6 +38,7 @@ RATES = ("*tokens_per_second*",)
 TIMES = ("*seconds", "*_ms", "*_s")
 PACE = "baseline_tokens_per_second"
 IDENTITY = ("outputs", "acceptance")
+ENDS = ("low", "high")
 
 Number = float | int | str | None
 Interval = tuple[float, float]
@@ -144,18 +146,21 @@ def compare(
         if name in now.records
     }
     bounds = [_intervals(figures.records) for figures in (then, now)]
+    stated = [_stated(figures.metrics) for figures in (then, now)]
     old, new = (dict(figures.metrics) | _identities(figures.records) for figures in (then, now))
     pace = _pace(old, new)
     rows = []
     for metric, committed in old.items():
         drafter = metric.split(".")[0]
         facts = changed.get(drafter, [fact for found in changed.values() for fact in found])
-        intervals = [each.get(metric) for each in bounds]
+        intervals = [each.get(metric) for each in (stated if metric in stated[0] else bounds)]
         tolerance = next((share for name, share in (chosen or {}).items() if fnmatchcase(metric, name)), None)
         judged = (
             (f"±{tolerance:.0%}", _near(committed, new.get(metric), tolerance))
             if tolerance is not None
-            else _judge(metric, committed, new.get(metric), facts, intervals, recomputed, pace)
+            else _judge(
+                metric, committed, new.get(metric), facts, intervals, metric in stated[0], recomputed, pace
+            )
         )
         rows.append(Row(metric, committed, new.get(metric), *judged))
     return rows
@@ -167,6 +172,7 @@ def _judge(
     new: Number,
     facts: list[Difference],
     intervals: list[Interval | None],
+    stated: bool,
     recomputed: bool,
     pace: float,
 ) -> tuple[str, bool | None]:
@@ -188,6 +194,8 @@ def _judge(
         return "draft or machine differ", None
     if exact or word in VERDICTS:
         return "exact", old == new
+    if stated:
+        return ("an interval's end", None) if word in ENDS else ("intervals overlap", _overlap(*intervals))
     return f"±{COUNTED:.0%} or in the interval", _near(old, new, COUNTED) or _inside(new, intervals[0])
 
 
@@ -225,6 +233,16 @@ def _intervals(records: Mapping[str, Mapping[str, Any]]) -> dict[str, Interval]:
             for name in ("tau", "speedup"):
                 if figures.get(f"{name}_ci95"):
                     found[f"{prefix}.{name}"] = tuple(figures[f"{name}_ci95"])
+    return found
+
+
+def _stated(metrics: Mapping[str, Number]) -> dict[str, Interval]:
+    """The intervals that metrics bring: `low` and `high` under the same prefix."""
+    found = {}
+    for metric in metrics:
+        ends = tuple(metrics.get(f"{metric.rpartition('.')[0]}.{end}") for end in ENDS)
+        if all(isinstance(end, float | int) for end in ends):
+            found[metric] = ends
     return found
 
 

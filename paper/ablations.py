@@ -32,12 +32,14 @@ def changes(params: Params) -> Iterator[tuple[str, str, str]]:
 
 
 def ratios(study: Study) -> list[dict[str, Any]]:
-    """A row for each of `changes`: τ of whole blocks, and its ratio to the partner's."""
+    """A row for each of `changes`: τ of whole blocks, its ratio to the partner's, and to those of the table's rows."""
     rows, tasks, taus = [], study.groups[MEAN], study.expected()
+    first = {
+        name: {task: table[:1] for task, table in study.tables(name).items()}
+        for name in drafters(study.params)
+    }
     for name, partner, key in changes(study.params):
-        ours, theirs = (
-            {task: table[:1] for task, table in study.tables(each).items()} for each in (name, partner)
-        )
+        ours = first[name]
         rows.append(
             {
                 "drafter": name,
@@ -45,7 +47,11 @@ def ratios(study: Study) -> list[dict[str, Any]]:
                 "key": key,
                 "values": [study.params.drafters[each].model_dump()[key] for each in (name, partner)],
                 "tau": asdict(taus.tau(ours, tasks)),
-                "ratio": asdict(taus.ratio(ours, theirs, tasks)),
+                "ratio": asdict(taus.ratio(ours, first[partner], tasks)),
+                "of": {
+                    role: asdict(taus.ratio(ours, first[own], tasks))
+                    for role, own in study.params.study.roles.items()
+                },
             }
         )
     return rows

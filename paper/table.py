@@ -166,14 +166,20 @@ def metrics(found: dict[str, Any]) -> dict[str, Any]:
             f"T={t}": {"tau": tau["value"], "speedup": drafter["speedup"][t]}
             for t, tau in drafter["tau"].items()
         }
-        | {domain: {"tau": tau["value"]} for domain, tau in found["tau"][name].items()}
+        | {domain: _bounded("tau", tau) for domain, tau in found["tau"][name].items()}
         for name, drafter in found["drafters"].items()
     }
     over = {
-        f"over {rival}": {domain: {"ratio": ratio["value"]} for domain, ratio in by_domain.items()}
+        f"over {rival}": {domain: _bounded("ratio", ratio) for domain, ratio in by_domain.items()}
         for rival, by_domain in found["ratios"].items()
     }
     return own | over
+
+
+def _bounded(name: str, interval: dict[str, Any]) -> dict[str, float]:
+    """A metric and the ends of its interval, by whose overlap a table made again is judged."""
+    ends = {end: interval[end] for end in ("low", "high") if interval[end] is not None}
+    return {name: interval["value"]} | ends
 
 
 def markdown(found: dict[str, Any], beyond: dict[str, Any]) -> str:
@@ -261,14 +267,16 @@ def _ablations(rows: list[dict[str, Any]]) -> str:
             f"{row['key']} {_value(row['values'][0])}, not {_value(row['values'][1])}",
             _interval(row["tau"], 2),
             f"{_interval(row['ratio'], 3)} of {row['partner']}",
+            *(_interval(ratio, 3) for ratio in row["of"].values()),
         ]
         for row in rows
     ]
+    heads = ["drafter", "what differs", "τ", "× τ", *(f"× {role}'s" for role in rows[0]["of"])]
     title = (
         "**Ablations**, expected τ of whole blocks at T = 1, mean of tasks (the first seed; what seeds of the table's "
         "drafters differ by is in the intervals)"
     )
-    return f"{title}\n\n{_table(['drafter', 'what differs', 'τ', '× τ'], cells, text=2)}"
+    return f"{title}\n\n{_table(heads, cells, text=2)}"
 
 
 def _value(value: Any) -> str:
@@ -294,7 +302,15 @@ def _beyond(beyond: dict[str, Any]) -> str:
         ]
         for way in beyond["ways"]
     ]
-    heads = ["drafter", "verified as", "T", "τ", "× the standard chain's τ", "speed-up", "lossless"]
+    heads = [
+        "drafter",
+        "verified as",
+        "T",
+        "τ",
+        "× the standard chain's τ",
+        "speed-up",
+        "shape lossless, T = 0",
+    ]
     count = " and ".join(sorted({str(n) for n in beyond["prompts"].values()}))
     title = (
         f"**The same drafts otherwise** (seed {beyond['seed']}, {count} prompts a task, trees of {beyond['nodes']} "

@@ -19,6 +19,8 @@ from transformers import (
     MistralForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
 )
@@ -32,6 +34,7 @@ from deepspec.target import Target
 FAMILIES = {
     "llama": (LlamaConfig, LlamaForCausalLM, {}),
     "mistral": (MistralConfig, MistralForCausalLM, {"sliding_window": 48}),
+    "qwen2": (Qwen2Config, Qwen2ForCausalLM, {}),  # biases of queries, keys and values
     "qwen3": (Qwen3Config, Qwen3ForCausalLM, {}),
     # Every other layer sees a short window only, as in the real ones.
     "gemma3": (
@@ -118,6 +121,8 @@ def make_model(
         for name, weight in model.named_parameters():
             if weight.dim() == 2:
                 weight.normal_(0.0, 1.0 if "embed" in name else weight.shape[1] ** -0.5)
+            elif name.endswith("bias"):
+                weight.normal_()
     model.generation_config.eos_token_id = end_id
     return model
 

@@ -267,14 +267,13 @@ def load(directory: Path, config: dict[str, Any], target: Target) -> Eagle3Draft
     return Eagle3Drafter(load_network(Eagle3Model(Eagle3Config.read(config)), directory, target), target)
 
 
-ALGORITHM = Algorithm(
-    Eagle3Params,
-    (SERVED, DEEPSEEK),
-    load,
-    lambda params, target: Eagle3Model(
-        Eagle3Config.for_target(params, target), settled(params.start, target, layers=1)
-    ),
-)
+def network(params: Eagle3Params, target: Target) -> Eagle3Model:
+    """The network to train."""
+    start = settled(params.start, target, 1, params.qk_norm)
+    return Eagle3Model(Eagle3Config.for_target(params, target), start)
+
+
+ALGORITHM = Algorithm(Eagle3Params, (SERVED, DEEPSEEK), load, network)
 
 
 def _rows(x: Tensor, index: Tensor) -> Tensor:

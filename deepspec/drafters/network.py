@@ -85,7 +85,7 @@ class Network(nn.Module):
         self.lm_head = nn.Linear(config.hidden_size, config.draft_vocab_size, bias=False)
         self.register_buffer("draft_ids", torch.arange(config.draft_vocab_size))
 
-    start = "random"  # or "target", as `deepspec.drafters.start` settled
+    start: str | None = None  # `target` or `random`, where `deepspec.drafters.start` has a say
     confident = False  # whether it says how sure it is (`Outputs.confidence`)
     checkpointing = False  # activations of blocks are computed again in the backward pass
 

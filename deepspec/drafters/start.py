@@ -22,8 +22,14 @@ Start = Literal["auto", "target", "random"]
 START = "Layers begin as the `target`'s last ones, at `random`, or (`auto`) as the target's where it can lend them."
 
 
-def settled(start: Start, target: Target, layers: int) -> Literal["target", "random"]:
+def settled(start: Start, target: Target, layers: int, qk_norm: bool = True) -> Literal["target", "random"]:
     """Where a drafter of so many layers begins.
+
+    Under `auto` a draft takes the target's layers whole or not at all; under `target` it leaves out what it has no
+    place for.
+
+    Args:
+        qk_norm: its layers have norms of queries and keys.
 
     Raises:
         DeepSpecError: `start` is `target`, whose layers are not Llama-shaped, or too few.
@@ -31,12 +37,17 @@ def settled(start: Start, target: Target, layers: int) -> Literal["target", "ran
     if start == "random":
         return "random"
     try:
-        target.last_layers(layers)
+        lent = target.last_layers(layers)
     except DeepSpecError:
         if start == "target":
             raise
         return "random"
-    return "target"
+    whole = all(_without_biases(layer) and (qk_norm or layer.qk_norms is None) for layer in lent)
+    return "target" if whole or start == "target" else "random"
+
+
+def _without_biases(layer: FusedLayer) -> bool:
+    return all(part.bias is None for part in (layer.qkv, layer.out, layer.gate_up, layer.down))
 
 
 @torch.no_grad()
@@ -45,9 +56,10 @@ def at_the_targets_end(
 ) -> None:
     """Begin `layers` as the target's last ones, the norm behind them as its own, `fc` as the deepest feature.
 
-    That feature keeps its own size: hundreds of a learning rate's steps do not drown it, where they would at size 1.
-    The norms before the target's projections are folded into them, since the context comes to the draft's keys and
-    values through another norm. A layer that reads more than the state (EAGLE-3's) keeps random weights for the rest.
+    That feature, the last one listed, keeps its own size: hundreds of a learning rate's steps do not drown it, where
+    they would at size 1. The norms before the target's projections are folded into them, since the context comes to the
+    draft's keys and values through another norm. A layer that reads more than the state (EAGLE-3's) keeps random
+    weights for the rest.
 
     Args:
         loudness: standard deviation of each channel of the features, [n·d].

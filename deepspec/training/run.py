@@ -36,6 +36,7 @@ DATA = Path("data/distill")
 CALIBRATION_TOKENS = 64  # of each held-out conversation's answer
 DECODED_PROMPTS, DECODED_TOKENS = 8, 48
 LOUDNESS_SEQUENCES = 48
+BEGINS = {"target": "as the target's last layers", "random": "at random"}
 PROMISED_SEQUENCES, PROMISED_ANCHORS = 16, 6  # held-out conversations, and blocks of each
 
 
@@ -89,7 +90,8 @@ def train(params: Params, name: str, target_directory: Path, outputs: Outputs) -
         best.load_state_dict(
             {name.removeprefix("model."): w for name, w in trainer.best_weights().items()}, strict=False
         )
-        made = {"drafter": name, "start": network.start, "heldout_tau": trainer.best_tau}
+        made = {"drafter": name, "heldout_tau": trainer.best_tau}
+        made |= {"start": network.start} if network.start else {}
         record = _record(params, data_digest) | made
         weights = stored_weights(best, params.train.written_out)
         write_drafter(outputs.draft, best.description(), weights, target, record)
@@ -261,6 +263,8 @@ def make_trainer(
     learnt = [sequences[i] for i in members]
     draft_ids = draft_vocabulary(learnt, config.draft_vocab_size, config.vocab_size)
     network.share(target, draft_ids)
+    if network.start and accelerator.is_main_process:
+        print(f"{name} begins {BEGINS[network.start]}", flush=True)
     if network.start == "target":
         network.begin(target, loudness(features, members[:LOUDNESS_SEQUENCES]))
     heldout = [i for i in heldout if any(sequences[i].answer[2:])]

@@ -84,7 +84,8 @@ def test_every_profile_compares_drafters_under_equal_settings(profile):
         assert len(chosen[0].target_layer_ids) == 5
     flash, spark = (params.drafters[name].layers for name in (params.study.dflash, params.study.dspark))
     assert flash == spark
-    assert {params.drafters[name].start for name in params.pipeline} in ({"target"}, {"random"})  # never `auto`
+    assert len({params.drafters[name].start for name in params.pipeline}) == 1
+    assert "auto" not in {own.start for own in chosen}  # the same on every target
 
 
 @pytest.mark.parametrize("profile", PROFILES)
@@ -414,11 +415,19 @@ def test_a_new_run_of_the_study_reproduces_the_committed_numbers_but_not_a_worse
     again = flatten(table.metrics(found))
     for recomputed in (False, True):
         rows = compare(Figures(then, {}), Figures(again, {}), recomputed)
-        assert all(row.matches for row in rows)
-    worse = again | {"dspark.T=1.tau": 0.8 * again["dspark.T=1.tau"]}
-    assert [
-        row.metric for row in compare(Figures(then, {}), Figures(worse, {}), True) if not row.matches
-    ] == ["dspark.T=1.tau"]
+        assert all(row.matches or (recomputed and row.matches is None) for row in rows)
+
+    def differing(now: dict) -> list[str]:
+        rows = compare(Figures(then, {}), Figures(now, {}), recomputed=True)
+        return [row.metric for row in rows if row.matches is False]
+
+    assert differing(again | {"dspark.T=1.tau": 0.8 * again["dspark.T=1.tau"]}) == ["dspark.T=1.tau"]
+    ratio = "over DFlash.mean.ratio"
+    turned = {
+        f"over DFlash.mean.{end}": value for end, value in (("low", 0.9), ("ratio", 0.95), ("high", 0.99))
+    }
+    assert then["over DFlash.mean.low"] > 0.99
+    assert differing(again | turned) == [ratio]
 
 
 def test_the_published_means_are_the_papers_own_gains():

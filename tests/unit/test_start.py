@@ -136,6 +136,18 @@ def test_auto_begins_at_random_where_the_target_cannot_lend_its_layers(tmp_path)
     assert settled("auto", own, layers=5) == "random"
 
 
+@pytest.mark.parametrize(
+    ("family", "eagle3", "dspark"), [("qwen3", "random", "target"), ("qwen2", "random", "random")]
+)
+def test_auto_takes_layers_whole_or_not_at_all(tmp_path, family, eagle3, dspark):
+    """EAGLE-3's served layer has no norms of queries and keys, and no draft has biases; `target` leaves them out."""
+    target = load_target(make_target(tmp_path, family))
+    for kind, start in (("eagle3", eagle3), ("dspark", dspark)):
+        algorithm = algorithms()[kind]
+        assert algorithm.network(algorithm.params(type=kind), target).start == start
+        assert algorithm.network(algorithm.params(type=kind, start="target"), target).start == "target"
+
+
 def test_a_target_of_another_shape_or_too_few_layers_is_refused_with_one_line(tmp_path):
     target = load_target(make_target(tmp_path / "gemma3", "gemma3"))
     with pytest.raises(DeepSpecError, match="cannot begin as layers of this shape; use `start: random`"):

@@ -160,6 +160,23 @@ def test_metrics_without_a_record_follow_all_records():
     assert not failing(then, Figures({"table.a": 2.1}, {"x": measured(draft_digest="e")}))
 
 
+def test_a_metric_with_its_own_interval_is_judged_by_overlap():
+    """A tenth of a ratio would let the order of two drafters turn."""
+
+    def table(ratio: float, half: float = 0.02) -> Figures:
+        return Figures({"a.ratio": ratio, "a.low": ratio - half, "a.high": ratio + half}, {})
+
+    assert failing(table(1.03), table(1.031)) == {"a.ratio", "a.low", "a.high"}
+    assert not failing(table(1.03), table(1.06), recomputed=True)
+    assert verdicts(table(1.03), table(1.06), recomputed=True)["a.low"] == "not compared"
+    assert failing(table(1.03), table(0.98), recomputed=True) == {"a.ratio"}
+    assert failing(table(1.03), Figures({"a.ratio": 1.03}, {}), recomputed=True) == {
+        "a.low",
+        "a.high",
+        "a.ratio",
+    }
+
+
 @pytest.mark.parametrize("word", ["tau", "*.tau=", "*.tau=much", "=0.1", "*.tau=-1"])
 def test_a_tolerance_that_cannot_be_read_is_one_line(word):
     with pytest.raises(DeepSpecError, match="expected PATTERN=SHARE"):
