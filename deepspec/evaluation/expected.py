@@ -38,8 +38,8 @@ class Rounds:
 
     Attributes:
         total: all rounds.
-        reached: by position in the block, [length]: rounds that drafted it, all before having stood. A text's last token
-            is not counted as drafted.
+        reached: by position in the block, [length]: rounds that drafted it, all before having stood. A text's last
+            token is not counted as drafted.
         stood: those in which it stood too.
     """
 
