@@ -25,9 +25,7 @@ from deepspec.target import Target
 
 PROMISE = "promise.json"
 _TOLERANCE = 0.02  # of the acceptance rate: near-ties fall either way in another precision
-_ALIKE = (
-    0.93  # of all tokens: sound drafts of five layers have 0.94 to 0.98 in bfloat16, of a wrong layer 0.8
-)
+_ALIKE = 0.93  # of all tokens; in bfloat16 0.94 to 0.98 were seen of sound drafts, 0.8 of a wrong layer
 _LEAST = 20  # blocks that a share must be over
 _DOUBT = 2.33  # standard deviations: one sound draft in a hundred would look worse by chance
 
