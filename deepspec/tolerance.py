@@ -2,7 +2,8 @@
 stated tolerance.
 
 What is the same is read from the two evaluation records, not assumed: device, CPU, packages, precision, target, draft
-and the cost curve that the controller decides by. A metric is judged by its last word (`dspark.humaneval@T=0.tau`):
+and, where the controller decides by it, the cost curve. A metric is judged by its last word
+(`dspark.humaneval@T=0.tau`):
 
 | kind | everything the same | something differs, or the draft was trained again |
 |---|---|---|
@@ -123,7 +124,7 @@ def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[Differe
         for name in sorted(set(packages[0]) | set(packages[1]))
     ]
     pairs += [(name, then.get(name), now.get(name), True) for name in ("target_digest", "draft_digest")]
-    pairs += [("cost curve", _curve(then), _curve(now), True)]
+    pairs += [("cost curve", _curve(then), _curve(now), _asked(then))]
     return [
         Difference(name, old, new, decides)
         for name, old, new, decides in pairs
@@ -255,6 +256,12 @@ def _identities(records: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
             found[f"{drafter}.{task}.outputs"] = digest(json.dumps(entry.get("output_hashes")))
             found[f"{drafter}.{task}.acceptance"] = digest(json.dumps(accepted))
     return found
+
+
+def _asked(record: Mapping[str, Any]) -> bool:
+    """Whether its controller decides by the cost curve."""
+    controller = record.get("decode", {}).get("controller", {})
+    return controller.get("type") not in ("fixed", "threshold")
 
 
 def _curve(record: Mapping[str, Any]) -> str | None:

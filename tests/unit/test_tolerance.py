@@ -87,6 +87,15 @@ def test_another_patch_of_python_and_another_notation_of_the_same_curve_change_n
     assert failing(figures(measured()), figures(now, tau=2.51)) == {"good.tau"}
 
 
+@pytest.mark.parametrize(("controller", "decides"), [("fixed", False), ("threshold", False), ("cost", True)])
+def test_a_curve_that_no_controller_asks_changes_nothing(controller, decides):
+    decode = {"controller": {"type": controller}}
+    other = {"passes": {"1": [[1, 0.02], [2, 0.03]]}, "drafts": {"1": 0.003}}
+    then, now = measured(decode=decode), measured(decode=decode, round_costs=other)
+    assert [fact.decides for fact in differences(then, now)] == [decides]
+    assert failing(figures(then), figures(now, tau=2.5001)) == (set() if decides else {"good.tau"})
+
+
 def test_what_only_one_record_says_is_no_difference():
     old = measured()
     del old["provenance"]["cpu"], old["round_costs"]
