@@ -87,7 +87,7 @@ def test_a_scheduled_run_executes_the_pipeline_in_a_clone_and_its_draft_becomes_
     git(clone.root, "commit", "--quiet", "--message", "Smoke profile")
     nightly = stack.ask("deployments/name/pipeline/nightly")
     assert nightly["schedules"][0]["schedule"]["cron"] == "0 2 * * *"
-    soon = datetime.now(UTC) + timedelta(seconds=5)
+    soon = datetime.now(UTC) + timedelta(seconds=20)  # one that is past when it is made comes a day later
     overrides = {"target.source": str(clone.root / "data/smoke-target"), "seed": 7}
     same = ("flow_id", "work_pool_name", "entrypoint", "path", "pull_steps")
     made = stack.ask("deployments/", {
@@ -101,7 +101,7 @@ def test_a_scheduled_run_executes_the_pipeline_in_a_clone_and_its_draft_becomes_
         runs = stack.flow_runs(deployments={"id": {"any_": [made["id"]]}})
         return next((run for run in runs if run["state_type"] in ("COMPLETED", "FAILED", "CRASHED")), None)
 
-    run = wait_for(finished, 500)
+    run = wait_for(finished, 900)
     assert run["state_type"] == "COMPLETED", stack.log(run)
     head = git(clone.root, "rev-parse", "HEAD")
     assert run["name"] == f"smoke-target lookup {head[:7]}"
