@@ -1,12 +1,13 @@
 """Where vLLM is found, how it is set up once, how it is started; and, where it is installed, that it serves a draft."""
 
 import json
-import os
 import shutil
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
+import psutil
 import pytest
 
 from deepspec.errors import DeepSpecError
@@ -172,7 +173,9 @@ import http.server, subprocess, sys
 class Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
         self.send_response(200); self.end_headers()
-child = subprocess.Popen(["sleep", "600"])
+code = "import time; held = bytes([1]) * 2**28; print(flush=True); time.sleep(600)"  # its end takes a while
+child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
+child.stdout.readline()
 open("child", "w").write(str(child.pid))
 port = int(sys.argv[sys.argv.index("--port") + 1])
 http.server.HTTPServer(("127.0.0.1", port), Handler).serve_forever()
@@ -183,10 +186,10 @@ def test_a_server_ends_with_all_its_processes(stand_in):
     python = stand_in(SERVER)
     with launch.serving(python, Path("target"), "float32", 128, None, "plain") as address:
         assert address.startswith("http://127.0.0.1:")
-        child = int((launch.LOGS / "child").read_text())
-        os.kill(child, 0)
-    status = Path(f"/proc/{child}/stat")
-    assert not status.exists() or status.read_text().split()[2] == "Z"
+        child = psutil.Process(int((launch.LOGS / "child").read_text()))
+        assert child.status() != psutil.STATUS_ZOMBIE
+    with suppress(psutil.NoSuchProcess):
+        assert child.status() == psutil.STATUS_ZOMBIE
 
 
 def test_a_server_that_dies_is_reported_with_its_first_error(stand_in):

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 
 from deepspec.errors import DeepSpecError
 from deepspec.export.serving.environment import Environment
@@ -23,6 +24,7 @@ from deepspec.export.serving.environment import Environment
 LOGS = Path(".deepspec/serve")
 MODEL = "target"  # the name it is served under
 START_S = 600  # longest wait for a server
+STOP_S = 20  # after which it is killed
 _METHODS = {
     "LlamaForCausalLMEagle3": "eagle3",
     "Eagle3LlamaForCausalLM": "eagle3",
@@ -123,14 +125,26 @@ def _reason(log: Path) -> str:
 
 
 def _end(process: subprocess.Popen) -> None:
-    """The server, then whatever is left of its group: the engine is a process of its own."""
+    """The server and its group, of which the engine is one: returns when they are gone, with what memory they held."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGTERM)
     with contextlib.suppress(subprocess.TimeoutExpired):
-        process.wait(20)
+        process.wait(STOP_S)
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
+    deadline = time.monotonic() + STOP_S
+    while _runs(process.pid) and time.monotonic() < deadline:  # a killed process goes when its turn comes
+        time.sleep(0.05)
+
+
+def _runs(group: int) -> bool:
+    """Whether a process of the group still runs. A zombie does not: it only waits for its parent to look."""
+    for process in psutil.process_iter():
+        with contextlib.suppress(ProcessLookupError, PermissionError, psutil.Error):
+            if os.getpgid(process.pid) == group and process.status() != psutil.STATUS_ZOMBIE:
+                return True
+    return False
 
 
 def _free_port() -> int:
