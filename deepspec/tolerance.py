@@ -154,50 +154,54 @@ def compare(
     for metric, committed in old.items():
         drafter = metric.split(".")[0]
         facts = changed.get(drafter, [fact for found in changed.values() for fact in found])
-        intervals = [each.get(metric) for each in (stated if metric in stated[0] else bounds)]
+        known = stated if metric in stated[0] else bounds
+        given = _Given(facts, recomputed, pace, *(each.get(metric) for each in known), metric in stated[0])
         tolerance = next((share for name, share in (chosen or {}).items() if fnmatchcase(metric, name)), None)
         judged = (
-            (f"±{tolerance:.0%}", _near(committed, new.get(metric), tolerance))
-            if tolerance is not None
-            else _judge(
-                metric, committed, new.get(metric), facts, intervals, metric in stated[0], recomputed, pace
-            )
+            _judge(metric, committed, new.get(metric), given)
+            if tolerance is None
+            else (f"±{tolerance:.0%}", _near(committed, new.get(metric), tolerance))
         )
         rows.append(Row(metric, committed, new.get(metric), *judged))
     return rows
 
 
-def _judge(
-    metric: str,
-    old: Number,
-    new: Number,
-    facts: list[Difference],
-    intervals: list[Interval | None],
-    stated: bool,
-    recomputed: bool,
-    pace: float,
-) -> tuple[str, bool | None]:
+@dataclass(frozen=True)
+class _Given:
+    """What a metric is judged by, beside its two values. `stated`: the intervals are the metric's own, beside it."""
+
+    facts: list[Difference]
+    recomputed: bool
+    pace: float
+    then: Interval | None
+    now: Interval | None
+    stated: bool
+
+
+def _judge(metric: str, old: Number, new: Number, given: _Given) -> tuple[str, bool | None]:
     """The tolerance in words, and whether the metric is within it."""
     if new is None and old is not None:
         return "must be there", False
+    overlap = _overlap(given.then, given.now)
     word = metric.rsplit(".", 1)[-1]
     speedup, rate, time = (
         any(fnmatchcase(word, name) for name in names) for names in (SPEEDUPS, RATES, TIMES)
     )
-    if (speedup or rate or time) and any(fact.name in ("device", "cpu") for fact in facts):
+    if (speedup or rate or time) and any(fact.name in ("device", "cpu") for fact in given.facts):
         return "another device", None
     if speedup:
-        return f"±{TIMED:.0%} or intervals overlap", _near(old, new, TIMED) or _overlap(*intervals)
+        return f"±{TIMED:.0%} or intervals overlap", _near(old, new, TIMED) or overlap
     if rate or time:
-        return f"±{TIMED:.0%} at {pace:.2f}× the pace", _near(old, new, TIMED, pace if rate else 1 / pace)
-    exact = not recomputed and not any(fact.decides for fact in facts)
+        pace = given.pace if rate else 1 / given.pace
+        return f"±{TIMED:.0%} at {given.pace:.2f}× the pace", _near(old, new, TIMED, pace)
+    exact = not given.recomputed and not any(fact.decides for fact in given.facts)
     if word in IDENTITY and not exact:
         return "draft or machine differ", None
     if exact or word in VERDICTS:
         return "exact", old == new
-    if stated:
-        return ("an interval's end", None) if word in ENDS else ("intervals overlap", _overlap(*intervals))
-    return f"±{COUNTED:.0%} or in the interval", _near(old, new, COUNTED) or _inside(new, intervals[0])
+    if given.stated:
+        return ("an interval's end", None) if word in ENDS else ("intervals overlap", overlap)
+    return f"±{COUNTED:.0%} or in the interval", _near(old, new, COUNTED) or _inside(new, given.then)
 
 
 def _pace(old: Mapping[str, Number], new: Mapping[str, Number]) -> float:
