@@ -6,6 +6,7 @@ nearest valid one, so that a typo is found before anything runs.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args
 
@@ -382,7 +383,23 @@ class Params(Section):
             if any(value is None or value != found[names[0]] for value in found.values()):
                 of = ", ".join(f"{name} {value}" for name, value in found.items())
                 raise ValueError(f"study: the drafters compared need the same {key}, found {of}")
+        for name in ablations:
+            if name not in {own for own, *_ in self.changes()}:
+                raise ValueError(
+                    f"study.ablations: {name} differs from no drafter before it in one key alone"
+                )
         return self
+
+    def changes(self) -> Iterator[tuple[str, str, str]]:
+        """Ablation of the study, a drafter named before it that is like it but for one key, and that key."""
+        before = {name: self.drafters[name].model_dump() for name in self.pipeline}
+        for name in self.study.ablations:
+            own = self.drafters[name].model_dump()
+            for partner, other in before.items():
+                keys = [key for key in own if key not in other or other[key] != own[key]]
+                if len(keys) == 1 and len(other) == len(own):
+                    yield name, partner, keys[0]
+            before[name] = own
 
 
 def load_params(path: str | Path = "params.yaml") -> Params:

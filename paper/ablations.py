@@ -6,7 +6,6 @@ texts. What seeds differ by is taken from the pipeline's drafters (`study.Spread
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
 
@@ -19,26 +18,14 @@ def drafters(params: Params) -> list[str]:
     return [*params.pipeline, *study_of(params).ablations]
 
 
-def changes(params: Params) -> Iterator[tuple[str, str, str]]:
-    """Ablation, a drafter named before it that is like it but for one key, and that key."""
-    before = {name: params.drafters[name].model_dump() for name in params.pipeline}
-    for name in study_of(params).ablations:
-        own = params.drafters[name].model_dump()
-        for partner, other in before.items():
-            keys = [key for key in own if key not in other or other[key] != own[key]]
-            if len(keys) == 1 and len(other) == len(own):
-                yield name, partner, keys[0]
-        before[name] = own
-
-
 def ratios(study: Study) -> list[dict[str, Any]]:
-    """A row for each of `changes`: τ of whole blocks, its ratio to the partner's, and to those of the table's rows."""
+    """A row for each change: τ of whole blocks, its ratio to the partner's, and to those of the table's rows."""
     rows, tasks, taus = [], study.groups[MEAN], study.expected()
     first = {
         name: {task: table[:1] for task, table in study.tables(name).items()}
         for name in drafters(study.params)
     }
-    for name, partner, key in changes(study.params):
+    for name, partner, key in study.params.changes():
         ours = first[name]
         rows.append(
             {

@@ -45,7 +45,7 @@ def acceptance(study: Study) -> Rows:
 
 def depth(study: Study) -> Rows:
     """Figure 3: mean τ of whole blocks by layers, of the drafters that differ from the table's in depth alone."""
-    names = {own for own, _, key in ablations.changes(study.params) if key == "layers"}
+    names = {own for own, _, key in study.params.changes() if key == "layers"}
     rows: Rows = []
     for name in [*study.params.study.roles.values(), *names]:
         layers = getattr(study.params.drafters[name], "layers", 1)

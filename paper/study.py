@@ -179,10 +179,10 @@ class Bootstrap:
         Args:
             seeds: half of the interval that the seeds alone would give (`Spread.half`).
         """
-        value, prompts = float(values[0]), sum(self.prompts[task].shape[1] for task in tasks)
-        if prompts == len(tasks):
+        value, prompts = float(values[0]), [self.prompts[task].shape[1] for task in tasks]
+        if min(prompts) < 2:  # which says nothing of others
             return Interval(value, None, None)
-        own = expanded(value, values[1:], prompts, len(tasks))
+        own = expanded(value, values[1:], sum(prompts), len(tasks))
         return Interval(
             value,
             value - float(np.hypot(value - own.low, seeds)),

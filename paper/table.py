@@ -15,6 +15,7 @@ import yaml
 
 from deepspec.config import Params
 from deepspec.errors import DeepSpecError
+from deepspec.evaluation.record import LOOKUP
 from deepspec.evaluation.stats import Interval
 from deepspec.files import write_json, write_text
 from deepspec.stages.common import stage
@@ -86,6 +87,7 @@ def make(study: Study, known: dict[str, Any]) -> dict[str, Any]:
         "tau": tau,
         "ratios": found,
         "drafters": {name: drafter(study, name) for name in study.drafts},
+        "lookup": lookup(study),
     }
 
 
@@ -110,8 +112,21 @@ def drafter(study: Study, name: str) -> dict[str, Any]:
 
 def speedup(drafts: Iterable[Draft], temperature: float) -> float | None:
     """Mean over seeds of the records' mean over tasks; None where one has none, as it is not lossless."""
-    found = [draft.record["summary"]["by_temperature"][f"{temperature:g}"]["speedup"] for draft in drafts]
-    return None if None in found else fmean(found)
+    return _mean(draft.record["summary"]["by_temperature"][f"{temperature:g}"]["speedup"] for draft in drafts)
+
+
+def _mean(values: Iterable[float | None]) -> float | None:
+    known = list(values)
+    return None if None in known else fmean(known)
+
+
+def lookup(study: Study) -> dict[str, dict[str, float | None]]:
+    """What needs no training and was decoded beside every draft, by temperature: τ and speed-up, mean over records."""
+    every = [draft.record["summary"]["by_temperature"] for own in study.drafts.values() for draft in own]
+    return {
+        t: {key: _mean(record[t]["beside"][LOOKUP][key] for record in every) for key in ("tau", "speedup")}
+        for t in every[0]
+    }
 
 
 def checked(draft: Draft) -> int:
@@ -127,6 +142,7 @@ def checked(draft: Draft) -> int:
 def settings(study: Study, root: Path) -> dict[str, Any]:
     """What was trained on what, for the line under the table."""
     train, manifest = study.params.train, json.loads((root / "data/distill/manifest.json").read_text())
+    seen = manifest["rows"] - train.heldout
     every = [draft for own in study.drafts.values() for draft in own]
     record = every[0].record
     return {
@@ -138,7 +154,7 @@ def settings(study: Study, root: Path) -> dict[str, Any]:
         "batch_size": train.batch_size,
         "anchors": train.anchors,
         "blocks": train.steps * train.batch_size * train.anchors,
-        "epochs": round(train.steps * train.batch_size / manifest["rows"], 1),
+        "epochs": round(train.steps * train.batch_size / seen, 1),
         "conversations": manifest["rows"],
         "answer_tokens": manifest["answer_tokens"],
         "prompts": {key: entry["prompts"] for key, entry in record["tasks"].items()},
@@ -222,8 +238,10 @@ def _ratios(found: dict[str, Any]) -> str:
 
 
 def _settings(s: dict[str, Any]) -> str:
-    prompts, texts = max(s["prompts"].values()), s["texts"].values()
-    texts = " to ".join(str(n) for n in sorted({min(texts), max(texts)}))
+    prompts, texts = (
+        " to ".join(str(n) for n in sorted({min(own.values()), max(own.values())}))
+        for own in (s["prompts"], s["texts"])
+    )
     return (
         f"{s['conversations']} conversations ({s['answer_tokens']} answer tokens), {s['steps']} steps of "
         f"{s['batch_size']} conversations and {s['anchors']} blocks each ({s['epochs']} epochs), seeds "
@@ -251,6 +269,9 @@ def _drafters(found: dict[str, Any]) -> str:
         lossless = f"yes ({own['lossless_checked']} prompts)" if own["lossless"] else "**no**"
         rows.append([*cells, lossless])
     temperatures = list(next(iter(found["drafters"].values()))["tau"])
+    alone = [found["lookup"][t] for t in temperatures]
+    figures = [cell for own in alone for cell in (_number(own["tau"], 2), _speed(own["speedup"]))]
+    rows.append(["lookup alone", "no training", "", "", "", *figures, ""])
     heads = ["drafter", "type", "layers", "γ", "expected τ, held out"]
     heads += [head for t in temperatures for head in (f"τ, T = {t}", f"speed-up, T = {t}")]
     title = (

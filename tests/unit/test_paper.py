@@ -104,7 +104,7 @@ def test_each_drafter_has_the_loss_it_was_published_with(profile):
 @pytest.mark.parametrize("profile", PROFILES)
 def test_every_ablation_differs_in_one_thing_from_another_drafter(profile):
     params = params_of(profile)
-    found = set(ablations.changes(params))
+    found = set(params.changes())
     assert {name for name, *_ in found} == set(params.study.ablations)
     assert {key for *_, key in found} <= {"layers", "markov_head", "block_size", "start", "loss"}
     if profile in FULL:
@@ -156,6 +156,7 @@ def test_a_study_of_a_drafter_that_is_not_trained_is_refused(tmp_path):
             "study names 'dsprak', which `drafters` lacks.*did you mean 'dspark'",
         ),
         (["dflash"], "study.ablations names 'dflash', which `pipeline` has"),
+        (["rnn_2_16"], "study.ablations: rnn_2_16 differs from no drafter before it in one key alone"),
     ],
 )
 def test_an_ablation_that_cannot_be_one_is_refused(tmp_path, names, message):
@@ -442,7 +443,23 @@ def test_a_record_that_is_not_lossless_shows_no_speed_up():
     settings = {"heldout_tau": dict.fromkeys(EQUAL, 1.5)}
     text = table._drafters(found | {"settings": settings})
     assert "2.00×" not in text
-    assert text.count("| none |") == 6 and text.count("**no**") == 3
+    assert text.count("| none |") == 8 and text.count("**no**") == 3
+
+
+def test_the_lookup_has_a_row_under_the_drafters():
+    made = made_up(EQUAL)
+    before = table.lookup(made)["1"]["speedup"]
+    for draft in made.drafts["dspark"]:
+        draft.record["summary"]["by_temperature"]["1"]["beside"]["lookup"]["speedup"] += 0.3
+    found = table.make(made, table.published(PAPER / "published.yaml"))
+    last = table._drafters(found | {"settings": {"heldout_tau": dict.fromkeys(EQUAL, 1.5)}}).splitlines()[-1]
+    assert last.startswith("| lookup alone | no training |") and f"{before + 0.1:.2f}×" in last
+
+
+def test_a_task_of_one_prompt_leaves_a_mean_over_tasks_without_an_interval():
+    taus = Taus({"a": {"one": np.ones((2, 1, 2)), "many": np.ones((2, 9, 2))}})
+    assert taus.tau(taus.drafters["a"], ["one", "many"]).bounds is None
+    assert taus.tau(taus.drafters["a"], ["many"]).bounds is not None
 
 
 def test_another_way_to_verify_that_changes_a_token_shows_no_speed_up():
