@@ -142,7 +142,7 @@ def checked(draft: Draft) -> int:
 def settings(study: Study, root: Path) -> dict[str, Any]:
     """What was trained on what, for the line under the table."""
     train, manifest = study.params.train, json.loads((root / "data/distill/manifest.json").read_text())
-    seen = manifest["rows"] - train.heldout
+    seen = manifest["rows"] - min(train.heldout, max(manifest["rows"] // 10, 1))  # as training holds them out
     every = [draft for own in study.drafts.values() for draft in own]
     record = every[0].record
     return {
