@@ -383,8 +383,9 @@ class Params(Section):
             if any(value is None or value != found[names[0]] for value in found.values()):
                 of = ", ".join(f"{name} {value}" for name, value in found.items())
                 raise ValueError(f"study: the drafters compared need the same {key}, found {of}")
+        changed = {own for own, *_ in self.changes()}
         for name in ablations:
-            if name not in {own for own, *_ in self.changes()}:
+            if name not in changed:
                 raise ValueError(
                     f"study.ablations: {name} differs from no drafter before it in one key alone"
                 )
