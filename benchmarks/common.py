@@ -17,15 +17,16 @@ from typing import Any
 import torch
 import transformers
 
-from deepspec.data.progress import Progress
-from deepspec.data.prompt_sources import read_jsonl
 from deepspec.device import describe_device
 from deepspec.evaluation.stats import Interval, Pair, speedup
-from deepspec.evaluation.task import load_task
-from deepspec.evaluation.worklog import WorkLog
-from deepspec.files import digest, file_digest, source_digest, write_json, write_text
+from deepspec.files import digest, file_digest, write_json, write_text
+from deepspec.journal import WorkLog
+from deepspec.lineage import code_digest
+from deepspec.messages.sources import read_jsonl
+from deepspec.progress import Progress
 from deepspec.provenance import without_folders
-from deepspec.target import Target
+from deepspec.target.model import Target
+from deepspec.tasks.task import load_task
 
 WORK_DIR = Path(".deepspec/benchmarks")
 REPORTS = Path("reports/benchmarks")
@@ -222,7 +223,7 @@ def work_key(target: Target, files: Iterable[str | Path], *settings: Any) -> str
         for file in (sorted(path.iterdir()) if path.is_dir() else [path])
         if file.is_file()
     ]
-    code = source_digest("decoding", "drafters", "attention.py", "fused.py", "target.py")
+    code = code_digest("deepspec.decoding.engine", "deepspec.drafters.checkpoint")
     return digest(json.dumps([target.digest, code, parts, settings], default=str))
 
 

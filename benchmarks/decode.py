@@ -44,21 +44,21 @@ from benchmarks.rivals import (
     embedded_gguf,
     llama_cpp_python,
 )
+from deepspec.commands.profile import read_bandwidth, weight_bytes
 from deepspec.decoding.cost import load_or_measure
+from deepspec.decoding.drafter import Drafter
 from deepspec.decoding.engine import generate
 from deepspec.decoding.scheduler import Controller, make_controller
 from deepspec.decoding.shapes import Beam, BestFirst
 from deepspec.decoding.tree import Chain, Shape
-from deepspec.drafters.base import Drafter
+from deepspec.drafters.algorithms.lookup import LookupDrafter
+from deepspec.drafters.algorithms.suffix import SuffixDrafter
 from deepspec.drafters.checkpoint import load_drafter
-from deepspec.drafters.combined import LookupFirst
-from deepspec.drafters.lookup import LookupDrafter
-from deepspec.drafters.suffix import SuffixDrafter
+from deepspec.drafters.lookup_first import LookupFirst
+from deepspec.entry import guarded, quiet_environment
 from deepspec.errors import DeepSpecError, nearest
-from deepspec.evaluation.worklog import WorkLog
-from deepspec.profile import read_bandwidth, weight_bytes
-from deepspec.stages.common import guarded, quiet_environment
-from deepspec.target import WEIGHTS, Target, load_target
+from deepspec.journal import WorkLog
+from deepspec.target.model import WEIGHTS, Target, load_target
 
 LLAMA_CPP_ENV = Path(".deepspec/llama-cpp")
 OPTIONS = {"fixed": ("length", int), "threshold": ("least", float)}  # what follows a controller's colon

@@ -35,15 +35,15 @@ from benchmarks.common import (
     write_report,
 )
 from deepspec.config import Params, load_params
-from deepspec.data.progress import Progress
-from deepspec.data.sequences import read_sequences
 from deepspec.decoding.engine import generate
 from deepspec.drafters.checkpoint import load_drafter
 from deepspec.errors import DeepSpecError
 from deepspec.evaluation.stats import COVERAGE, RESAMPLES, Interval
-from deepspec.evaluation.worklog import WorkLog
+from deepspec.features.sequences import read_sequences
 from deepspec.files import digest
-from deepspec.target import Target, load_target
+from deepspec.journal import WorkLog
+from deepspec.progress import Progress
+from deepspec.target.model import Target, load_target
 from deepspec.training.run import DATA, Outputs, make_network, make_trainer, train
 
 TARGET = Path("data/target")

@@ -20,9 +20,9 @@ from pathlib import Path
 from benchmarks.common import REPORTS, command_line, markdown_table, write_report
 from benchmarks.training_steps import forget_peak, resident
 from deepspec.config import Params, load_params
-from deepspec.data.codec import CODECS
-from deepspec.data.progress import Progress
 from deepspec.errors import DeepSpecError
+from deepspec.features.codec import CODECS
+from deepspec.progress import Progress
 
 SHARES = (1.0, 0.125)
 WAYS = ("online", *CODECS)
@@ -40,8 +40,8 @@ def one(drafter: str, way: str, share: float, steps: int, params: Params) -> dic
     """Train in this process."""
     from accelerate import Accelerator
 
-    from deepspec.data.sequences import read_sequences
-    from deepspec.target import load_target
+    from deepspec.features.sequences import read_sequences
+    from deepspec.target.model import load_target
     from deepspec.training.run import DATA, make_network, make_trainer
 
     params = with_features(params, way)

@@ -32,21 +32,21 @@ from benchmarks.common import (
     write_report,
 )
 from benchmarks.verification import RANK_CHANCES
-from deepspec.data.progress import Progress
+from deepspec.decoding.drafter import Drafter
 from deepspec.decoding.engine import Engine
 from deepspec.decoding.lossless import top_two_gap
 from deepspec.decoding.request import Generation, Request
 from deepspec.decoding.shapes import Beam, BestFirst, Static
 from deepspec.decoding.tree import Chain, Shape
-from deepspec.drafters.base import Drafter
+from deepspec.drafters.algorithms.lookup import LookupDrafter
+from deepspec.drafters.algorithms.suffix import SuffixDrafter
 from deepspec.drafters.checkpoint import load_drafter
-from deepspec.drafters.combined import LookupFirst
-from deepspec.drafters.lookup import LookupDrafter
-from deepspec.drafters.suffix import SuffixDrafter
+from deepspec.drafters.lookup_first import LookupFirst
 from deepspec.errors import DeepSpecError
 from deepspec.evaluation.identity import TIE
-from deepspec.evaluation.worklog import WorkLog
-from deepspec.target import Target, load_target
+from deepspec.journal import WorkLog
+from deepspec.progress import Progress
+from deepspec.target.model import Target, load_target
 
 MATCH, LOOKUP_BLOCK = 3, 10  # of the lookups: tokens that must match, tokens drafted
 

@@ -16,10 +16,10 @@ from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
 from benchmarks.common import Answer
-from deepspec.embedded import EMBEDDED, PREFIX, fetch
 from deepspec.errors import DeepSpecError
 from deepspec.files import file_digest
-from deepspec.target import RECORD, Target
+from deepspec.target.embedded import EMBEDDED, PREFIX, fetch
+from deepspec.target.model import RECORD, Target
 
 LLAMA_CPP = "llama-cpp-python==0.3.36"
 LOOKUP_TOKENS = 10  # proposed by the prompt lookup of either engine

@@ -28,7 +28,7 @@ from benchmarks.common import (
     work_key,
     write_report,
 )
-from deepspec.data.progress import Progress
+from deepspec.commands.profile import parse_batches
 from deepspec.decoding.cost import load_or_measure
 from deepspec.drafters.checkpoint import load_drafter
 from deepspec.errors import DeepSpecError
@@ -42,9 +42,9 @@ from deepspec.evaluation.throughput import (
     groups_of,
     rows,
 )
-from deepspec.evaluation.worklog import WorkLog
-from deepspec.profile import parse_batches
-from deepspec.target import load_target
+from deepspec.journal import WorkLog
+from deepspec.progress import Progress
+from deepspec.target.model import load_target
 
 
 def measure(

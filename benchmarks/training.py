@@ -28,12 +28,12 @@ from torch import Tensor
 
 from benchmarks.common import REPORTS, command_line, markdown_table, write_report
 from benchmarks.training_steps import STEPS
-from deepspec.data.progress import Progress
-from deepspec.drafters.dspark import DSparkConfig, DSparkModel
-from deepspec.drafters.eagle3 import Eagle3Config, Eagle3Model
+from deepspec.drafters.algorithms.dspark import DSparkConfig, DSparkModel
+from deepspec.drafters.algorithms.eagle3 import Eagle3Config, Eagle3Model
 from deepspec.drafters.network import Network
 from deepspec.errors import DeepSpecError
 from deepspec.evaluation.stats import COVERAGE, RESAMPLES, Interval
+from deepspec.progress import Progress
 
 SIDES = ("deepspec", "specforge")
 ROOT = Path(__file__).parents[1]

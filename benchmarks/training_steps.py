@@ -26,8 +26,8 @@ TTT_DECAY = 0.8  # of EAGLE-3's steps
 
 def dspark_step(sizes: dict, tensors: dict[str, Tensor], dtype: torch.dtype) -> tuple[nn.Module, Step]:
     """The paper's loss at the anchors."""
-    from deepspec.config import LossParams
-    from deepspec.drafters.dspark import DSparkConfig, DSparkModel
+    from deepspec.drafters.algorithms.dspark import DSparkConfig, DSparkModel
+    from deepspec.drafters.loss_params import LossParams
 
     places = tensors["anchors"][..., None] + torch.arange(sizes["block_size"])  # [1, blocks, γ]
     batch = _batch(tensors, dtype, tensors["anchors"], places, torch.ones_like(places, dtype=torch.bool))
@@ -36,8 +36,8 @@ def dspark_step(sizes: dict, tensors: dict[str, Tensor], dtype: torch.dtype) -> 
 
 def dflash_step(sizes: dict, tensors: dict[str, Tensor], dtype: torch.dtype) -> tuple[nn.Module, Step]:
     """SpecForge's layout: position k of a block has the token at anchor + k, so the first has nothing to learn."""
-    from deepspec.config import LossParams
-    from deepspec.drafters.dspark import DSparkConfig, DSparkModel
+    from deepspec.drafters.algorithms.dspark import DSparkConfig, DSparkModel
+    from deepspec.drafters.loss_params import LossParams
 
     places = tensors["anchors"][..., None] + torch.arange(sizes["block_size"]) - 1
     valid = (torch.arange(sizes["block_size"]) > 0).expand(places.shape)
@@ -48,8 +48,8 @@ def dflash_step(sizes: dict, tensors: dict[str, Tensor], dtype: torch.dtype) -> 
 
 def eagle3_step(sizes: dict, tensors: dict[str, Tensor], dtype: torch.dtype) -> tuple[nn.Module, Step]:
     """KL at every token, as SpecForge does it, and the laws' entropy, which it does not leave out."""
-    from deepspec.config import LossParams
-    from deepspec.drafters.eagle3 import Eagle3Config, Eagle3Model
+    from deepspec.drafters.algorithms.eagle3 import Eagle3Config, Eagle3Model
+    from deepspec.drafters.loss_params import LossParams
 
     n, gamma = tensors["tokens"].shape[1], sizes["block_size"]
     anchors = torch.arange(1, n)[None]

@@ -33,17 +33,17 @@ from benchmarks.common import (
     work_key,
     write_report,
 )
-from deepspec.data.progress import Progress
+from deepspec.decoding.drafter import Drafter
 from deepspec.decoding.engine import generate
 from deepspec.decoding.shapes import Beam, BestFirst, Sampled, Static
 from deepspec.decoding.tree import Chain, Proposal, Shape
 from deepspec.decoding.verify import RULES, Law, Pick, Rule, Uniform
-from deepspec.drafters.base import Drafter
 from deepspec.drafters.checkpoint import load_drafter
 from deepspec.errors import DeepSpecError
 from deepspec.evaluation.stats import COVERAGE, RESAMPLES, Interval
-from deepspec.evaluation.worklog import WorkLog
-from deepspec.target import Target, load_target
+from deepspec.journal import WorkLog
+from deepspec.progress import Progress
+from deepspec.target.model import Target, load_target
 
 # Of the static tree: how often a parent's child of each rank is right, roughly.
 RANK_CHANCES = [0.55, 0.16, 0.08, 0.05, 0.03, 0.02]

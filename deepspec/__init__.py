@@ -12,7 +12,7 @@ __all__ = ["generate", "load_drafter", "load_target"]
 _HOME = {
     "generate": "deepspec.decoding.engine",
     "load_drafter": "deepspec.drafters.checkpoint",
-    "load_target": "deepspec.target",
+    "load_target": "deepspec.target.model",
 }
 
 

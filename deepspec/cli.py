@@ -13,7 +13,8 @@ from typing import Annotated
 
 import typer
 
-from deepspec.stages.common import guarded, quiet_environment, stage
+from deepspec.entry import guarded, quiet_environment
+from deepspec.stages.common import stage
 
 STAGES = {
     "target": "Fetch or convert the target into data/target.",
@@ -77,7 +78,7 @@ def chat(
 
     Each line of standard input is a turn. `/reset` forgets the conversation, `/quit` or Ctrl-D ends it,
     Ctrl-C stops an answer."""
-    from deepspec.chat import Settings, run
+    from deepspec.commands.chat import Settings, run
 
     settings = Settings(target, drafter, no_draft, temperature, max_new_tokens, system, seed, params)
     _exit(lambda: run(settings))
@@ -96,7 +97,7 @@ def profile(
     force: Annotated[bool, typer.Option("--force", help="Measure anew what is stored.")] = False,
 ) -> None:
     """Measure what a target pass and a draft cost on this device: the curve that controllers decide with."""
-    from deepspec.profile import Settings, run
+    from deepspec.commands.profile import Settings, run
 
     _exit(lambda: run(Settings(target, drafter, batches, weights, force)))
 
@@ -114,7 +115,7 @@ def compare(
 
     Worse: the mean over tasks of B / A, of speed-up or τ, at any temperature, is below 1 - margin, or B changed a
     token. Records that cannot be compared end with 2."""
-    from deepspec.evaluation import compare as comparing
+    from deepspec.report import compare as comparing
 
     failures: list[str] = []
 
@@ -218,7 +219,7 @@ def serve_check(
 
     vLLM is started here, from $DEEPSPEC_VLLM_PYTHON or an environment that is set up once; SGLang and TGI are asked at
     --base-url. The server at --base-url must serve nobody else meanwhile."""
-    from deepspec.export.serving import check
+    from deepspec.serving import check
 
     settings = check.Settings(
         engine, tuple(drafter or ()), prompts, max_new_tokens, tuple(tasks.split(",")) if tasks else (),
@@ -236,7 +237,7 @@ def doctor(
     root: Annotated[Path, typer.Option(help="The repository.")] = Path("."),
 ) -> None:
     """Check this machine and checkout, and say what to mend; exits with 1 if something must be mended."""
-    from deepspec.doctor import run
+    from deepspec.commands.doctor import run
 
     raise typer.Exit(0 if run(root) else 1)
 
@@ -275,7 +276,7 @@ def reproduce(
 
     What DVC keeps is pulled (or made again), what git keeps is measured again. Exits with 1 if a metric differs by
     more than its tolerance (docs/reproduce.md). An interrupted run goes on when it is run again."""
-    from deepspec.reproduce import Settings, run
+    from deepspec.reproduce.run import Settings, run
 
     chosen = tuple(stages.split(",")) if stages else ()
     settings = Settings(tag, repo, into, recompute, chosen, pipeline, remote, setup, tuple(tolerance or ()))

@@ -51,19 +51,6 @@ def digest(data: bytes | str) -> str:
     return hashlib.sha256(data.encode() if isinstance(data, str) else data).hexdigest()[:16]
 
 
-def source_digest(*names: str) -> str:
-    """Digest of the project's own code: files or folders of the package. Unfinished work is kept under it, so that
-    what other code has made is never continued."""
-    package = Path(__file__).parent
-    files = [
-        file
-        for name in names
-        for file in sorted({package / name, *(package / name).glob("*.py")})
-        if file.is_file()
-    ]
-    return digest(b"".join(file.read_bytes() for file in files))
-
-
 def file_digest(path: str | Path) -> str:
     with Path(path).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -9,6 +9,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+# What the core of the package needs; pyproject.toml has them too.
+CORE = ("torch", "transformers", "accelerate", "safetensors", "numpy", "pydantic", "PyYAML", "rich", "typer")
 PACKAGES = ("torch", "transformers", "accelerate", "safetensors", "numpy")
 CPU_FACTS = ("vendor_id", "cpu family", "model", "stepping")  # a cloud's "model name" hides them
 CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")  # which kernels run, so how sums are rounded

@@ -3,6 +3,6 @@
 DVC owns the stages and their order, MLflow what is deployable; nothing here repeats either.
 """
 
-from deepspec.stages.common import quiet_environment
+from deepspec.entry import quiet_environment
 
 quiet_environment()  # before any module of ours imports Prefect

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from deepspec.stages.common import TELEMETRY_OFF
+from deepspec.entry import TELEMETRY_OFF
 
 BAR_INTERVAL_S = 30.0
 SQLITE = "sqlite:///"

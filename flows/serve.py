@@ -11,8 +11,8 @@ import yaml
 from prefect import serve
 from prefect.schedules import Cron
 
+from deepspec.entry import guarded
 from deepspec.errors import DeepSpecError
-from deepspec.stages.common import guarded
 from flows.pipeline import pipeline
 from flows.promote import promote
 from flows.setup import ensure_limit

@@ -21,8 +21,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from deepspec.entry import TELEMETRY_OFF, guarded
 from deepspec.errors import DeepSpecError
-from deepspec.stages.common import TELEMETRY_OFF, guarded
 from flows import postgres
 from flows.command import python_path
 from flows.process import Process

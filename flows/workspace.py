@@ -22,8 +22,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from deepspec.checkout import reason, remote_of, set_remote
 from deepspec.files import digest, write_text
+from deepspec.reproduce.checkout import reason, remote_of, set_remote
 from flows.command import CommandFailed, UserMistake, environment
 
 LAST = "refs/deepspec/last"  # in the clone: the commit of the last finished run

@@ -1,4 +1,5 @@
 """What one change to a drafter is worth: expected τ of its blocks at T = 1.
+from paper.params import PaperParams
 
 The drafts of `study.ablations` are of the first seed, so a ratio is to its partner's draft of that seed, on the same
 texts. What seeds differ by is taken from the pipeline's drafters (`study.Spread`) and is in the interval.
@@ -9,13 +10,12 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
-from deepspec.config import Params
-from paper.section import study_of
+from paper.params import PaperParams
 from paper.study import MEAN, Study
 
 
-def drafters(params: Params) -> list[str]:
-    return [*params.pipeline, *study_of(params).ablations]
+def drafters(params: PaperParams) -> list[str]:
+    return [*params.pipeline, *params.study.ablations]
 
 
 def ratios(study: Study) -> list[dict[str, Any]]:

@@ -10,12 +10,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-from deepspec.config import Params
 from deepspec.decoding.engine import Engine
 from deepspec.decoding.request import Request, Sampling
 from deepspec.stages.common import stage
 from paper.bench import Bench, run
-from paper.section import study_of
+from paper.params import PaperParams
 
 ANSWERS = Path("data/answers.json")
 SAMPLING = Sampling(1.0)
@@ -46,11 +45,11 @@ def read() -> dict[str, list[dict[str, Any]]]:
     return json.loads(ANSWERS.read_text())
 
 
-def main(params: Params, flags: argparse.Namespace) -> None:
-    study = study_of(params)
+def main(params: PaperParams, flags: argparse.Namespace) -> None:
+    study = params.study
     bench = Bench(params, {}, study.texts, __file__, study.samples, params.evaluate.max_new_tokens)
     bench.write(ANSWERS, measure(bench))
 
 
 if __name__ == "__main__":
-    stage(main)
+    stage(main, params=PaperParams)

@@ -9,28 +9,27 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from deepspec.config import Params
+from deepspec.decoding.drafter import Drafter
 from deepspec.decoding.engine import Engine, generate
 from deepspec.decoding.request import Generation, Request
 from deepspec.device import describe_device
-from deepspec.drafters.base import Drafter
 from deepspec.drafters.checkpoint import draft_digest, load_drafter
 from deepspec.errors import DeepSpecError
-from deepspec.evaluation.contest import prompt_seed
-from deepspec.evaluation.task import Task, load_task
+from deepspec.evaluation.runs import prompt_seed
 from deepspec.evaluation.work import Work, process_state
-from deepspec.files import digest, file_digest, source_digest, write_json
-from deepspec.target import Target, load_target
-from paper.section import study_of
+from deepspec.files import digest, write_json
+from deepspec.lineage import code_digest
+from deepspec.target.model import Target, load_target
+from deepspec.tasks.task import Task, load_task
+from paper.params import PaperParams
 
 TARGET, DRAFTS = Path("data/target"), Path("data/drafts")
 WORK = Path(".deepspec/paper")
-_CODE = ("attention.py", "fused.py", "graphs.py", "target.py", "decoding", "drafters", "evaluation")
 
 
-def trained(params: Params, seed: int, names: Sequence[str]) -> dict[str, Path]:
+def trained(params: PaperParams, seed: int, names: Sequence[str]) -> dict[str, Path]:
     """The directories of drafts of one of the study's seeds."""
-    seeds = study_of(params).seeds
+    seeds = params.study.seeds
     if seed not in seeds:
         raise DeepSpecError(f"--seed {seed}: the study has {', '.join(map(str, seeds))}")
     return {name: DRAFTS / f"seed-{seed}" / name for name in names}
@@ -59,14 +58,16 @@ class Bench:
         settings: whatever else they depend on.
     """
 
-    def __init__(self, params: Params, drafts: Mapping[str, Path], prompts: int, script: str, *settings: Any):
-        self.params, self.study, self.drafts = params, study_of(params), drafts
+    def __init__(
+        self, params: PaperParams, drafts: Mapping[str, Path], prompts: int, script: str, *settings: Any
+    ):
+        self.params, self.study, self.drafts = params, params.study, drafts
         evaluate = params.evaluate
         self.tasks: list[Task] = [
             load_task(task, prompts, params.seed, evaluate.tasks_dir) for task in evaluate.tasks
         ]
         digests = {name: draft_digest(directory) for name, directory in drafts.items()}
-        code = source_digest(*_CODE), file_digest(script), file_digest(__file__)
+        code = code_digest(f"paper.{Path(script).stem}")
         target = load_target(TARGET).digest
         where = (
             describe_device(process_state().device),

@@ -15,17 +15,17 @@ from typing import Any
 
 import numpy as np
 
-from deepspec.config import Params
 from deepspec.decoding.shapes import BestFirst, Sampled
 from deepspec.decoding.tree import CHAIN, Shape
 from deepspec.device import describe_device
-from deepspec.evaluation.contest import PLAIN, Contest, Contestant, PromptRuns, from_json, pair, to_json
+from deepspec.evaluation.contest import Contest, Contestant
 from deepspec.evaluation.identity import check_identity
 from deepspec.evaluation.record import tau_table
+from deepspec.evaluation.runs import PLAIN, PromptRuns, from_json, pair, to_json
 from deepspec.evaluation.stats import Interval, against, bootstrap, macro_speedup, quotient
 from deepspec.stages.common import stage
 from paper.bench import TARGET, Bench, trained
-from paper.section import study_of
+from paper.params import PaperParams
 
 STANDARD = "chain, standard"
 WIDTH = 8
@@ -147,8 +147,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, required=True, help="one of study.seeds")
 
 
-def main(params: Params, flags: argparse.Namespace) -> None:
-    study = study_of(params)
+def main(params: PaperParams, flags: argparse.Namespace) -> None:
+    study = params.study
     names = list(dict.fromkeys(study.roles.values()))
     drafts = trained(params, flags.seed, names)
     bench = Bench(params, drafts, study.timed_prompts, __file__, params.evaluate.model_dump(), study.nodes)
@@ -164,4 +164,4 @@ def main(params: Params, flags: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    stage(main, add_flags)
+    stage(main, add_flags, params=PaperParams)

@@ -14,16 +14,15 @@ from typing import Any
 
 import numpy as np
 
-from deepspec.config import Params
 from deepspec.decoding.calibration import Blocks, as_trained, conditional_logits, fit, quality, survival
+from deepspec.decoding.drafter import Drafter
 from deepspec.decoding.engine import Engine
 from deepspec.decoding.request import Request, Sampling
 from deepspec.decoding.tree import CHAIN, Proposal
-from deepspec.drafters.base import Drafter
 from deepspec.stages.common import stage
-from deepspec.target import Target
+from deepspec.target.model import Target
 from paper.bench import Bench, run, trained
-from paper.section import study_of
+from paper.params import PaperParams
 
 BATCH = 8
 RULE, TEMPERATURE = "standard", 1.0
@@ -114,8 +113,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, required=True, help="one of study.seeds")
 
 
-def main(params: Params, flags: argparse.Namespace) -> None:
-    study = study_of(params)
+def main(params: PaperParams, flags: argparse.Namespace) -> None:
+    study = params.study
     confident = [name for name in params.pipeline if getattr(params.drafters[name], "confidence_head", False)]
     drafts = trained(params, flags.seed, confident)
     bench = Bench(params, drafts, study.prompts, __file__, params.evaluate.max_new_tokens)
@@ -123,4 +122,4 @@ def main(params: Params, flags: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    stage(main, add_flags)
+    stage(main, add_flags, params=PaperParams)

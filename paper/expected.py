@@ -20,14 +20,13 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from deepspec.config import Params
 from deepspec.errors import DeepSpecError, nearest
-from deepspec.evaluation.expected import Text, chances, rounds
 from deepspec.files import file_digest
 from deepspec.stages.common import stage
 from paper.answers import ANSWERS, BATCH, SAMPLING, read
 from paper.bench import DRAFTS, Bench, trained
-from paper.section import study_of
+from paper.expectation import Text, chances, rounds
+from paper.params import PaperParams
 
 DIGITS = 5
 
@@ -66,8 +65,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     which.add_argument("--ablation", metavar="NAME", help="the draft of one of study.ablations")
 
 
-def main(params: Params, flags: argparse.Namespace) -> None:
-    study = study_of(params)
+def main(params: PaperParams, flags: argparse.Namespace) -> None:
+    study = params.study
     if name := flags.ablation:
         if name not in study.ablations:
             known = ", ".join(study.ablations) or "none"
@@ -82,4 +81,4 @@ def main(params: Params, flags: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    stage(main, add_flags)
+    stage(main, add_flags, params=PaperParams)

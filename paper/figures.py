@@ -13,11 +13,11 @@ import numpy as np
 import vl_convert
 from scipy.stats import binomtest
 
-from deepspec.config import Params
-from deepspec.evaluation.charts import GREY, LIGHT, PALETTE, PNG_SCALE
 from deepspec.files import replacing
+from deepspec.report.charts import GREY, LIGHT, PALETTE, PNG_SCALE
 from deepspec.stages.common import stage
 from paper import ablations
+from paper.params import PaperParams
 from paper.study import MEAN, Study, load
 
 FEW = 20  # observations, or expected ones: a share of fewer is not drawn
@@ -257,7 +257,7 @@ def png(chart: Chart) -> bytes:
     return vl_convert.vegalite_to_png(chart.to_dict(), vl_version=version, scale=PNG_SCALE, config=LIGHT)
 
 
-def main(params: Params, flags: argparse.Namespace) -> None:
+def main(params: PaperParams, flags: argparse.Namespace) -> None:
     root = Path(".")
     study = load(params, root)
     files = [root / f"reports/confidence/seed-{seed}.json" for seed in params.study.seeds]
@@ -269,4 +269,4 @@ def main(params: Params, flags: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    stage(main)
+    stage(main, params=PaperParams)

@@ -21,13 +21,12 @@ from typing import Any
 import numpy as np
 from scipy.stats import t as student_t
 
-from deepspec.config import Params
 from deepspec.errors import DeepSpecError
-from deepspec.evaluation import compare
-from deepspec.evaluation.contest import PromptRuns
 from deepspec.evaluation.record import DRAFT, EVAL_VERSION, tau_table
+from deepspec.evaluation.runs import PromptRuns
 from deepspec.evaluation.stats import RESAMPLES, Interval, expanded
-from paper.section import study_of
+from deepspec.report import compare
+from paper.params import PaperParams
 
 DOMAINS = ("math", "code", "chat", "other")
 MEAN = "mean"
@@ -55,7 +54,7 @@ class Study:
         rounds: of reports/expected, drafter → task → prompts: those of each seed in their order, then the ablations'.
     """
 
-    params: Params
+    params: PaperParams
     drafts: dict[str, list[Draft]]
     rounds: list[dict[str, Any]]
 
@@ -196,13 +195,13 @@ def by_seed(tables: Tables, tasks: list[str]) -> np.ndarray:
     return np.mean([s[:, 0] / s[:, 1] for s in sums], axis=0)
 
 
-def load(params: Params, root: Path = Path(".")) -> Study:
+def load(params: PaperParams, root: Path = Path(".")) -> Study:
     """Read reports/eval/seed-<n>/ of every seed, and reports/expected/.
 
     Raises:
         DeepSpecError: params without a study, or records that are missing or cannot be compared.
     """
-    study = study_of(params)
+    study = params.study
     seeds = study.seeds
     drafts = {
         name: [_draft(root / f"reports/eval/seed-{s}" / name) for s in seeds] for name in params.pipeline

@@ -13,13 +13,13 @@ from typing import Any
 
 import yaml
 
-from deepspec.config import Params
 from deepspec.errors import DeepSpecError
 from deepspec.evaluation.record import LOOKUP
 from deepspec.evaluation.stats import Interval
 from deepspec.files import write_json, write_text
 from deepspec.stages.common import stage
 from paper import ablations
+from paper.params import PaperParams
 from paper.study import MEAN, Draft, Study, by_seed, load
 
 TEMPERATURE = 1.0
@@ -379,7 +379,7 @@ def between(text: str, body: str) -> str:
     return f"{before}{begin}\n\n{body}\n{end}{after}"
 
 
-def main(params: Params, flags: argparse.Namespace) -> None:
+def main(params: PaperParams, flags: argparse.Namespace) -> None:
     root = Path(".")
     study = load(params, root)
     found = make(study, published()) | {"settings": settings(study, root)}
@@ -394,4 +394,4 @@ def main(params: Params, flags: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    stage(main)
+    stage(main, params=PaperParams)

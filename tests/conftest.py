@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from deepspec.stages.common import quiet_environment
+from deepspec.entry import quiet_environment
 from tests.network import replacements
 
 quiet_environment()

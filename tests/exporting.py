@@ -10,7 +10,7 @@ from deepspec.export.draft import Draft, load_draft
 from deepspec.export.engines import ENGINES
 from deepspec.export.layout import Layout, write
 from deepspec.export.sample import samples
-from deepspec.target import Target
+from deepspec.target.model import Target
 from tests.tiny import make_network
 
 LAYERS = 8  # of the target: room for layer ids that are off by one

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from deepspec.evaluation.record import EVAL_VERSION, task_key
-from deepspec.evaluation.report import Inputs, load_inputs
+from deepspec.report.inputs import Inputs, load_inputs
 
 TASKS = ("sums", "talk")
 PROMPTS = 12  # of a task

@@ -26,10 +26,10 @@ from transformers import (
 )
 from transformers.utils.logging import disable_progress_bar
 
-from deepspec.drafters.dspark import DSparkConfig, DSparkModel, DSparkParams
+from deepspec.drafters.algorithms.dspark import DSparkConfig, DSparkModel, DSparkParams
 from deepspec.drafters.network import Network
 from deepspec.drafters.registry import algorithms
-from deepspec.target import Target
+from deepspec.target.model import Target
 
 FAMILIES = {
     "llama": (LlamaConfig, LlamaForCausalLM, {}),

@@ -11,7 +11,7 @@ import yaml
 
 from deepspec.drafters.checkpoint import draft_digest, stored_weights, write_drafter
 from deepspec.files import file_digest
-from deepspec.target import load_target
+from deepspec.target.model import load_target
 from tests.records import prompt_lines, record, write
 from tests.tiny import make_draft
 

@@ -12,12 +12,12 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
-from deepspec.config import TrainParams
-from deepspec.data.features import OnlineFeatures
-from deepspec.data.sequences import Sequence
-from deepspec.target import load_target
+from deepspec.features.local import OnlineFeatures
+from deepspec.features.sequences import Sequence
+from deepspec.target.model import load_target
 from deepspec.training.batches import Batches
 from deepspec.training.objective import BlockObjective
+from deepspec.training.params import TrainParams
 from deepspec.training.trainer import Trainer
 from tests.tiny import make_draft
 

@@ -20,14 +20,15 @@ from typing import Any
 
 import numpy as np
 
+from deepspec.decoding.drafter import Drafter
 from deepspec.decoding.engine import Engine
 from deepspec.decoding.request import Request, Sampling
 from deepspec.decoding.tree import Proposal
-from deepspec.drafters.base import Drafter
-from deepspec.drafters.checkpoint import CALIBRATION
 from deepspec.errors import DeepSpecError
 from deepspec.files import write_json
-from deepspec.target import Target
+from deepspec.target.model import Target
+
+CALIBRATION = "calibration.json"  # in a draft directory
 
 TEMPERATURES = {
     "greedy": 0.0,

@@ -20,15 +20,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deepspec.attention import KVCache, Step
+from deepspec.decoding.drafter import Ask, Drafter
 from deepspec.decoding.request import Sampling
 from deepspec.decoding.sampling import best
 from deepspec.decoding.tree import CHAIN, Shape
 from deepspec.device import describe_device
-from deepspec.drafters.base import Ask, Drafter
 from deepspec.errors import DeepSpecError
-from deepspec.files import digest, source_digest, write_json
-from deepspec.target import Target
+from deepspec.files import digest, write_json
+from deepspec.lineage import code_digest
+from deepspec.target.attention import KVCache, Step
+from deepspec.target.model import Target
 
 BATCHES = (1, 4, 16)
 WIDTHS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)  # new tokens a request
@@ -291,14 +292,14 @@ def _identity(target: Target, drafter: Drafter | None = None, shape: Shape | Non
         "precision": target.precision,
         "graphs": target.graphs,
         "target": target.digest,
-        "code": source_digest("attention.py", "fused.py", "target.py", "decoding/cost.py"),
+        "code": code_digest(__name__),
     }
     if drafter is None:
         return identity
     drafter = getattr(drafter, "trained", drafter)
     return identity | {
         "drafter": getattr(drafter, "digest", None),
-        "drafter_code": source_digest("drafters", "decoding/tree.py"),
+        "drafter_code": code_digest("deepspec.drafters.registry"),
         "shape": repr(shape),
     }
 

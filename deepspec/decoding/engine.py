@@ -13,16 +13,16 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from deepspec.attention import Step
+from deepspec.decoding.drafter import Ask, Drafter
 from deepspec.decoding.request import Generation, Request, Sampling, Stats
 from deepspec.decoding.sampling import best, probabilities, sample
 from deepspec.decoding.scheduler import Controller
 from deepspec.decoding.slot import Slot
 from deepspec.decoding.tree import MAX_NODES, Chain, Proposal, Shape
 from deepspec.decoding.verify import check_rule, rule_for, walk
-from deepspec.drafters.base import Ask, Drafter
 from deepspec.errors import DeepSpecError
-from deepspec.target import Target
+from deepspec.target.attention import Step
+from deepspec.target.model import Target
 
 PREFILL = 512  # prompt tokens a pass, which bounds the attention mask
 _NOTHING = Proposal()

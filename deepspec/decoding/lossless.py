@@ -6,8 +6,8 @@ from functools import lru_cache
 
 import torch
 
-from deepspec.attention import Step
-from deepspec.target import Target, load_target
+from deepspec.target.attention import Step
+from deepspec.target.model import Target, load_target
 
 
 def top_two_gap(target_path: str, ids: list[int]) -> float:

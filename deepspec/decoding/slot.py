@@ -7,7 +7,7 @@ from torch import Tensor
 
 from deepspec.decoding.request import Generation, Request, Stats
 from deepspec.decoding.sampling import draw
-from deepspec.target import Target
+from deepspec.target.model import Target
 
 
 class Slot:

@@ -9,11 +9,11 @@ from typing import Any, get_args
 
 from pydantic import Field
 
-from deepspec.drafters.base import Drafter
+from deepspec.decoding.drafter import Drafter
+from deepspec.drafters.loss_params import LossParams
 from deepspec.drafters.network import Network
 from deepspec.section import Section
-from deepspec.target import Target
-from deepspec.training.loss_params import LossParams
+from deepspec.target.model import Target
 
 
 class TrainedParams(Section):

@@ -15,9 +15,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from deepspec.attention import CACHE_LENGTH, KVCache, Step
+from deepspec.decoding.drafter import Ask, Drafter, GrowingSession
 from deepspec.decoding.tree import MAX_NODES, Growth, Laws, Parent, Vocabulary
-from deepspec.drafters.base import Ask, Drafter, GrowingSession
+from deepspec.target.attention import CACHE_LENGTH, KVCache, Step
 
 
 class AutoregressiveDrafter(Drafter):

@@ -12,14 +12,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from deepspec.decoding.calibration import CALIBRATION
 from deepspec.drafters.network import SHARED, Network
 from deepspec.errors import DeepSpecError
 from deepspec.files import digest, file_digest, replacing
-from deepspec.target import Target
+from deepspec.target.model import Target
 
 DRAFTS = Path("data/drafts")
 RECORD = "deepspec.json"
-CALIBRATION = "calibration.json"  # see `decoding.calibration`
 WEIGHTS = "model.safetensors"
 
 
@@ -112,7 +112,7 @@ def load_drafter(path: str | Path, target: Target, decode=None):
     Raises:
         DeepSpecError: not a draft directory, unknown architecture, corrupt weights, or another target's draft.
     """
-    from deepspec.drafters.combined import LookupFirst
+    from deepspec.drafters.lookup_first import LookupFirst
     from deepspec.drafters.registry import algorithms, reader
 
     directory = Path(path)

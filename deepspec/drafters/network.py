@@ -13,8 +13,8 @@ from torch.utils.checkpoint import checkpoint
 
 from deepspec.decoding.tree import Vocabulary
 from deepspec.errors import DeepSpecError
-from deepspec.fused import signed
-from deepspec.target import Target
+from deepspec.target.fused import signed
+from deepspec.target.model import Target
 
 SHARED = frozenset({"embed_tokens.weight", "lm_head.weight"})  # absent from a draft's file: the target's own
 

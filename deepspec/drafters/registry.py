@@ -8,15 +8,17 @@ from functools import cache
 from importlib import import_module
 from typing import Any
 
-import deepspec.drafters
+import deepspec.drafters.algorithms
 from deepspec.drafters.algorithm import Algorithm
 
 
 @cache
 def algorithms() -> dict[str, Algorithm]:
     """Type → algorithm, by name."""
-    modules = sorted(info.name for info in pkgutil.iter_modules(deepspec.drafters.__path__))
-    found = [getattr(import_module(f"deepspec.drafters.{name}"), "ALGORITHM", None) for name in modules]
+    modules = sorted(info.name for info in pkgutil.iter_modules(deepspec.drafters.algorithms.__path__))
+    found = [
+        getattr(import_module(f"deepspec.drafters.algorithms.{name}"), "ALGORITHM", None) for name in modules
+    ]
     return {algorithm.type: algorithm for algorithm in found if algorithm}
 
 

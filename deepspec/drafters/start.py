@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from deepspec.drafters.network import Evened
 from deepspec.errors import DeepSpecError
-from deepspec.fused import FusedLayer
-from deepspec.target import Target
+from deepspec.target.fused import FusedLayer
+from deepspec.target.model import Target
 
 Start = Literal["auto", "target", "random"]
 START = "Layers begin as the `target`'s last ones, at `random`, or (`auto`) as the target's where it can lend them."

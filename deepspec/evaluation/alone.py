@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 
 from deepspec.decoding.calibration import TEMPERATURES, Blocks, collect, quality, survival
-from deepspec.drafters.base import Drafter
-from deepspec.evaluation.contest import prompt_seed
+from deepspec.decoding.drafter import Drafter
 from deepspec.evaluation.record import accept_rates
-from deepspec.evaluation.task import Task
-from deepspec.target import Target
+from deepspec.evaluation.runs import prompt_seed
+from deepspec.target.model import Target
+from deepspec.tasks.task import Task
 
 
 def decode_blocks(

@@ -11,36 +11,30 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from deepspec.config import ControllerParams, EvaluateParams
-from deepspec.decoding import promise
+from deepspec.decoding import train_parity as promise
 from deepspec.decoding.calibration import TEMPERATURES
 from deepspec.decoding.cost import CostCurve, load_or_measure
+from deepspec.decoding.drafter import Drafter
 from deepspec.decoding.engine import generate
+from deepspec.decoding.params import ControllerParams
 from deepspec.decoding.request import Generation
 from deepspec.decoding.scheduler import make_controller
 from deepspec.decoding.shapes import make_shape
 from deepspec.decoding.tree import CHAIN, Shape
-from deepspec.drafters.base import Drafter
 from deepspec.drafters.checkpoint import load_drafter, read_config
 from deepspec.drafters.registry import algorithms, reader
 from deepspec.evaluation import alone, sweep, throughput
-from deepspec.evaluation.contest import (
-    PLAIN,
-    Contest,
-    Contestant,
-    PromptRuns,
-    from_json,
-    prompt_seed,
-    to_json,
-)
+from deepspec.evaluation.contest import Contest, Contestant
 from deepspec.evaluation.identity import check_identity
 from deepspec.evaluation.native import native_tokens_per_second
+from deepspec.evaluation.params import EvaluateParams
 from deepspec.evaluation.record import DRAFT, LOOKUP, Identity
-from deepspec.evaluation.task import Task
+from deepspec.evaluation.runs import PLAIN, PromptRuns, from_json, prompt_seed, to_json
 from deepspec.evaluation.throughput import Server, Setting
 from deepspec.evaluation.trace import trace
 from deepspec.evaluation.work import Work
-from deepspec.target import Target, load_target
+from deepspec.target.model import Target, load_target
+from deepspec.tasks.task import Task
 
 
 @dataclass

@@ -20,23 +20,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from deepspec.config import EvaluateParams
 from deepspec.device import describe_device
 from deepspec.drafters.checkpoint import RECORD as DRAFT_RECORD
 from deepspec.drafters.checkpoint import draft_digest
 from deepspec.errors import DeepSpecError
 from deepspec.evaluation import sweep
 from deepspec.evaluation.bench import Bench
-from deepspec.evaluation.contest import PLAIN, PromptRuns, to_json
+from deepspec.evaluation.params import EvaluateParams
 from deepspec.evaluation.record import EVAL_VERSION, LOOKUP, Measured, Subject, build_record
-from deepspec.evaluation.task import load_task
+from deepspec.evaluation.runs import PLAIN, PromptRuns, to_json
 from deepspec.evaluation.work import Work, process_state
-from deepspec.files import digest, source_digest
+from deepspec.files import digest
+from deepspec.lineage import code_digest
 from deepspec.provenance import provenance
-from deepspec.target import RECORD, load_target
+from deepspec.target.model import RECORD, load_target
+from deepspec.tasks.task import load_task
 
 WORK_DIR = Path(".deepspec/evaluate")
-_CODE = ("attention.py", "fused.py", "graphs.py", "target.py", "decoding", "drafters", "evaluation")
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ def evaluate(
     if device is None and state.device.type == "cuda":
         device = str(state.device)  # one each
     target = load_target(target_dir, device=device)
-    code = source_digest(*_CODE)
+    code = code_digest(__name__)
     settings = (
         EVAL_VERSION,
         digests,

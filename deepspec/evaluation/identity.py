@@ -15,7 +15,7 @@ from deepspec.decoding.lossless import top_two_gap
 from deepspec.decoding.request import Generation
 from deepspec.decoding.tree import Shape
 from deepspec.evaluation.record import Identity
-from deepspec.target import Target
+from deepspec.target.model import Target
 
 TIE = 1e-4  # of the two top logits, in float64
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from deepspec.evaluation.contest import PLAIN, PromptRuns, Run, pair
+from deepspec.evaluation.runs import PLAIN, PromptRuns, Run, pair
 from deepspec.evaluation.stats import (
     Interval,
     bootstrap,
@@ -24,8 +24,8 @@ from deepspec.evaluation.stats import (
 )
 
 if TYPE_CHECKING:
-    from deepspec.decoding.promise import Check
-    from deepspec.evaluation.task import Task
+    from deepspec.decoding.train_parity import Check
+    from deepspec.tasks.task import Task
 
 EVAL_VERSION = "3"  # raised whenever numbers of before and after cannot be compared
 DRAFT = "draft"  # the contestant that a record is about: the draft as `evaluate.decode` uses it

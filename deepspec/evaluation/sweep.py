@@ -10,12 +10,13 @@ from collections.abc import Mapping
 from statistics import fmean
 from typing import Any
 
-from deepspec.config import SweepParams
+from deepspec.decoding.drafter import Drafter
 from deepspec.decoding.shapes import BestFirst
 from deepspec.decoding.tree import Chain, Shape
-from deepspec.drafters.base import Drafter
-from deepspec.evaluation.contest import PLAIN, Contestant, PromptRuns, pair
+from deepspec.evaluation.contest import Contestant
+from deepspec.evaluation.params import SweepParams
 from deepspec.evaluation.record import Identity, tau_table
+from deepspec.evaluation.runs import PLAIN, PromptRuns, pair
 from deepspec.evaluation.stats import bootstrap, macro_speedup, quotient
 
 _WIDTH = 8

@@ -16,14 +16,14 @@ from statistics import median
 from typing import Any
 
 from deepspec.decoding.cost import CostCurve
+from deepspec.decoding.drafter import Drafter
 from deepspec.decoding.engine import Engine
 from deepspec.decoding.request import Generation, Request, Sampling
 from deepspec.decoding.scheduler import Controller, make_controller
-from deepspec.drafters.base import Drafter
 from deepspec.errors import DeepSpecError
-from deepspec.evaluation.contest import PLAIN
+from deepspec.evaluation.runs import PLAIN
 from deepspec.evaluation.stats import Interval, Pair, speedup
-from deepspec.target import Target
+from deepspec.target.model import Target
 
 SCHEDULER = "scheduler"
 WARM_UP_TOKENS = 24

@@ -12,7 +12,7 @@ from deepspec.decoding.request import Request, Sampling
 from deepspec.decoding.sampling import probabilities
 from deepspec.decoding.tree import Growth, Laws, Proposal, Shape, Vocabulary
 from deepspec.evaluation.contest import Contestant
-from deepspec.target import Target
+from deepspec.target.model import Target
 
 ALTERNATIVES = 5
 

@@ -16,8 +16,8 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object, parse_flag_from_env
 
-from deepspec.data.progress import Progress
-from deepspec.evaluation.worklog import WorkLog, read_log
+from deepspec.journal import WorkLog, read_log
+from deepspec.progress import Progress
 
 _PATIENCE = timedelta(days=7)  # one process may have much more to do than the others
 

@@ -12,6 +12,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from deepspec.drafters.algorithms.medusa import PUBLISHED_WEIGHTS
 from deepspec.drafters.checkpoint import (
     RECORD,
     WEIGHTS,
@@ -20,14 +21,13 @@ from deepspec.drafters.checkpoint import (
     read_config,
     stored_weights,
 )
-from deepspec.drafters.medusa import PUBLISHED_WEIGHTS
 from deepspec.drafters.network import Network
 from deepspec.drafters.registry import reader
-from deepspec.embedded import EMBEDDED, PREFIX
 from deepspec.errors import DeepSpecError
 from deepspec.export.layout import tokenizer_files
 from deepspec.export.reference import network
-from deepspec.target import Target
+from deepspec.target.embedded import EMBEDDED, PREFIX
+from deepspec.target.model import Target
 
 _DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 TRAINED = ("eagle3", "dspark", "dflash", "medusa", "lm")

@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from deepspec.drafters.algorithms.dspark import DSparkConfig, DSparkModel
+from deepspec.drafters.algorithms.eagle3 import Eagle3Config, Eagle3Model
+from deepspec.drafters.algorithms.lm import LMConfig, LMModel
+from deepspec.drafters.algorithms.medusa import PUBLISHED_WEIGHTS, MedusaConfig, MedusaModel
 from deepspec.drafters.checkpoint import load_network, weight_names
-from deepspec.drafters.dspark import DSparkConfig, DSparkModel
-from deepspec.drafters.eagle3 import Eagle3Config, Eagle3Model
-from deepspec.drafters.lm import LMConfig, LMModel
-from deepspec.drafters.medusa import PUBLISHED_WEIGHTS, MedusaConfig, MedusaModel
 from deepspec.drafters.network import Network
 from deepspec.export.readers.sample import Sample
-from deepspec.target import H_LAST, Target, from_pretrained
+from deepspec.target.model import H_LAST, Target, from_pretrained
 
 
 def network(

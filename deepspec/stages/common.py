@@ -1,4 +1,4 @@
-"""What every stage shares: its flags, its environment, and how it fails.
+"""What every stage shares: its flags, and how it is run.
 
 A stage is `python -m deepspec.stages.<stage> [--params FILE] ...`. It reads `params.yaml`, calls the library,
 and turns a user's mistake into one line on stderr and exit status 2.
@@ -7,42 +7,27 @@ and turns a user's mistake into one line on stderr and exit status 2.
 from __future__ import annotations
 
 import argparse
-import errno
-import os
-import shutil
 import sys
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from deepspec.errors import DeepSpecError
+from deepspec.entry import guarded, quiet_environment
 
 if TYPE_CHECKING:
     from deepspec.config import Params
 
-_NO_SPACE = 1 << 20  # bytes
-
-TELEMETRY_OFF = {
-    "DO_NOT_TRACK": "true",
-    "DVC_NO_ANALYTICS": "1",
-    "GX_ANALYTICS_ENABLED": "false",
-    "HF_HUB_DISABLE_TELEMETRY": "1",
-    "MLFLOW_DISABLE_TELEMETRY": "true",
-    "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
-}
-
-
-def quiet_environment() -> None:
-    """Telemetry off, and no warning from tokenizers about forks."""
-    os.environ.update(TELEMETRY_OFF)
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-
 
 def stage(
-    main: Callable[[Params, argparse.Namespace], None],
+    main: Callable[[Any, argparse.Namespace], None],
     add_flags: Callable[[argparse.ArgumentParser], None] | None = None,
     argv: list[str] | None = None,
+    params: type[Params] | None = None,
 ) -> None:
-    """Run a stage's `main(params, flags)` and exit with its status."""
+    """Run a stage's `main(params, flags)` and exit with its status.
+
+    Args:
+        params: what the params file must be; None: `Params`.
+    """
     quiet_environment()
     module = sys.modules[main.__module__]
     parser = argparse.ArgumentParser(description=(module.__doc__ or "").strip().split("\n")[0])
@@ -50,35 +35,6 @@ def stage(
     if add_flags:
         add_flags(parser)
     flags = parser.parse_args(argv)
-    from deepspec.config import load_params  # after --help: it imports torch
+    from deepspec.config import Params, load_params  # after --help: it imports torch
 
-    sys.exit(guarded(lambda: main(load_params(flags.params), flags)))
-
-
-def guarded(action: Callable[[], None]) -> int:
-    """Run `action`; a user's mistake or a full disk becomes one line on stderr. Returns the exit status."""
-    try:
-        action()
-    except DeepSpecError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except Exception as error:
-        if not _disk_is_full(error):
-            raise
-        where = getattr(error, "filename", None) or "while writing"
-        print(
-            f"error: the disk is full ({where}); free space, run again: finished work is kept",
-            file=sys.stderr,
-        )
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted; run again to continue", file=sys.stderr)
-        return 130
-    return 0
-
-
-def _disk_is_full(error: Exception) -> bool:
-    """Libraries that write from C++ report a full disk in words of their own: then the disk is asked."""
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return True
-    return shutil.disk_usage(".").free < _NO_SPACE
+    sys.exit(guarded(lambda: main(load_params(flags.params, params or Params), flags)))

@@ -32,7 +32,7 @@ def main(params: Params, flags: argparse.Namespace) -> None:
     from deepspec.drafters.checkpoint import draft_directory
     from deepspec.export.draft import load_draft
     from deepspec.export.engines import chosen, export, with_others
-    from deepspec.target import load_target
+    from deepspec.target.model import load_target
 
     name = flags.drafter
     engines = chosen(flags.to)

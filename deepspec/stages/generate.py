@@ -9,8 +9,8 @@ from deepspec.stages.common import stage
 
 
 def main(params: Params, flags: argparse.Namespace) -> None:
-    from deepspec.data.generate import generate_data, process_state
-    from deepspec.target import load_target
+    from deepspec.answers.generate import generate_data, process_state
+    from deepspec.target.model import load_target
 
     state = process_state()
     target = load_target("data/target")

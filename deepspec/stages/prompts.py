@@ -6,9 +6,9 @@ import argparse
 import sys
 
 from deepspec.config import Params
-from deepspec.data.prompts import build_prompts, write_prompts
-from deepspec.evaluation.task import evaluation_texts
+from deepspec.prompts.build import build_prompts, write_prompts
 from deepspec.stages.common import stage
+from deepspec.tasks.task import evaluation_texts
 
 OUT = "data/prompts"
 
@@ -31,7 +31,7 @@ def main(params: Params, flags: argparse.Namespace) -> None:
 
 def _target():
     """Loads the verifier only where it writes prompts: the other sources need no torch."""
-    from deepspec.target import load_target
+    from deepspec.target.model import load_target
 
     return load_target("data/target")
 

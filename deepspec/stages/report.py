@@ -10,7 +10,8 @@ from deepspec.stages.common import stage
 
 
 def main(params: Params, flags: argparse.Namespace) -> None:
-    from deepspec.evaluation import charts, page, report, tables
+    from deepspec.report import charts, page, tables
+    from deepspec.report import inputs as report
 
     inputs = report.load_inputs(params.pipeline)
     found = tables.tables(inputs)

@@ -9,7 +9,7 @@ from deepspec.stages.common import stage
 
 
 def main(params: Params, flags: argparse.Namespace) -> None:
-    from deepspec.target import resolve_target
+    from deepspec.target.model import resolve_target
 
     target = params.target
     resolve_target(target.source, target.revision, target.dtype, "data/target")

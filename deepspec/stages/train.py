@@ -18,8 +18,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def main(params: Params, flags: argparse.Namespace) -> None:
-    from deepspec.tracking.system import watched
     from deepspec.training.run import Outputs, train
+    from deepspec.training.system import watched
 
     if flags.seed is not None:
         params = params.model_copy(update={"seed": flags.seed})

@@ -15,12 +15,12 @@ REPORT = Path("reports/validation.json")
 
 def main(params: Params, flags: argparse.Namespace) -> None:
     """The reports are written in any case; data that fails a check then ends the stage with an error."""
-    from deepspec.data.data_docs import render
-    from deepspec.data.overlap import Overlap
-    from deepspec.data.quality import validate_data
-    from deepspec.data.rows import read_prompts
-    from deepspec.evaluation.task import evaluation_texts
-    from deepspec.target import load_target
+    from deepspec.guard.page import render
+    from deepspec.guard.suite import validate_data
+    from deepspec.messages.prompt import read_prompts
+    from deepspec.prompts.overlap import Overlap
+    from deepspec.target.model import load_target
+    from deepspec.tasks.task import evaluation_texts
 
     texts = evaluation_texts(params.evaluate.tasks, params.evaluate.tasks_dir)
     overlap = Overlap(texts, params.prompts.overlap_ngram)

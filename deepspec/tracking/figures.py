@@ -11,7 +11,7 @@ from mlflow.entities import Dataset, DatasetInput, InputTag, Metric
 from mlflow.utils.mlflow_tags import MLFLOW_DATASET_CONTEXT, MLFLOW_GIT_COMMIT
 
 from deepspec.tracking.result import Result
-from deepspec.tracking.system import read_samples, samples_file
+from deepspec.training.system import read_samples, samples_file
 
 _LOGGED = ("seed", "target", "prompts", "generate", "validate", "train", "evaluate")
 _MOST_CHARACTERS = 6000  # of a parameter

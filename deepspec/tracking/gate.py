@@ -10,8 +10,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from deepspec.config import PromoteParams
-from deepspec.evaluation.compare import Comparison, Measurements, compare
+from deepspec.report.compare import Comparison, Measurements, compare
+from deepspec.tracking.params import PromoteParams
 
 
 @dataclass(frozen=True)

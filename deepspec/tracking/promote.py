@@ -16,10 +16,10 @@ import mlflow
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
-from deepspec.config import PromoteParams
 from deepspec.errors import DeepSpecError
-from deepspec.evaluation import compare
+from deepspec.report import compare
 from deepspec.tracking.gate import Evidence, Verdict, judge, passes
+from deepspec.tracking.params import PromoteParams
 from deepspec.tracking.register import CHALLENGER, CHAMPION, EXPORT, PREVIOUS
 from deepspec.tracking.served import EVALUATION
 from deepspec.tracking.store import Store

@@ -27,9 +27,9 @@ from mlflow.models.model import MLMODEL_FILE_NAME, MODEL_CODE_PATH
 from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema
 
 import deepspec
-from deepspec.doctor import CORE
 from deepspec.errors import DeepSpecError
 from deepspec.files import digest, file_digest
+from deepspec.provenance import CORE
 from deepspec.tracking import served
 from deepspec.tracking.result import Result, read_json
 from deepspec.tracking.served import EVALUATION

@@ -23,8 +23,8 @@ class SpeculativeModel(PythonModel):
     def load_context(self, context: Any) -> None:
         """From the version's own files, without a network; `model_config` names another target, dtype or device."""
         from deepspec import load_drafter, load_target
-        from deepspec.config import DecodeParams
         from deepspec.decoding.shapes import make_shape
+        from deepspec.drafters.deployment import DecodeParams
 
         config = context.model_config or {}
         record = json.loads((Path(context.artifacts["evidence"]) / EVALUATION).read_text())
@@ -59,7 +59,7 @@ class SpeculativeModel(PythonModel):
 
 def _resolved(reference: dict[str, Any]) -> Path:
     """A target kept by reference: fetched once into the user's cache. Whether it is the same one, the draft checks."""
-    from deepspec.target import RECORD, resolve_target
+    from deepspec.target.model import RECORD, resolve_target
 
     place = Path.home() / ".cache/deepspec" / f"target-{reference['digest']}"
     if not (place / RECORD).exists():

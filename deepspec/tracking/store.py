@@ -21,8 +21,8 @@ from mlflow import MlflowClient
 from mlflow.entities import Experiment
 from mlflow.exceptions import MlflowException
 
+from deepspec.entry import quiet_environment
 from deepspec.errors import DeepSpecError
-from deepspec.stages.common import quiet_environment
 
 DEFAULT = "sqlite:///mlruns/mlflow.db"
 EXPERIMENT = "deepspec"

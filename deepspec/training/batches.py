@@ -7,8 +7,8 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from deepspec.data.features import Features
 from deepspec.errors import DeepSpecError
+from deepspec.features.local import Features
 
 
 @dataclass(frozen=True)

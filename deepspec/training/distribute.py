@@ -25,7 +25,7 @@ from deepspec.files import replacing
 from deepspec.training.objective import BlockObjective
 
 if TYPE_CHECKING:
-    from deepspec.config import TrainParams
+    from deepspec.training.params import TrainParams
 
 CHECKPOINT = "checkpoint.pt"
 _WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True, strict=False)

@@ -21,7 +21,7 @@ from deepspec.training.losses import (
 )
 
 if TYPE_CHECKING:
-    from deepspec.config import LossParams
+    from deepspec.drafters.loss_params import LossParams
 
 
 class BlockObjective(nn.Module):

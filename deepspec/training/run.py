@@ -12,18 +12,19 @@ from typing import TYPE_CHECKING
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
 
-from deepspec.data.features import CachedFeatures, Features, OnlineFeatures
-from deepspec.data.sequences import Sequence, read_sequences
-from deepspec.decoding import promise
+from deepspec.decoding import train_parity as promise
 from deepspec.decoding.calibration import TEMPERATURES, calibrate, save
 from deepspec.decoding.engine import generate
 from deepspec.drafters.checkpoint import load_drafter, stored_weights, write_drafter
 from deepspec.drafters.network import Network
 from deepspec.drafters.registry import algorithms
 from deepspec.errors import DeepSpecError
-from deepspec.files import digest, source_digest, write_json
+from deepspec.features.local import CachedFeatures, Features, OnlineFeatures
+from deepspec.features.sequences import Sequence, read_sequences
+from deepspec.files import digest, write_json
+from deepspec.lineage import code_digest
 from deepspec.provenance import provenance
-from deepspec.target import Target, load_target
+from deepspec.target.model import Target, load_target
 from deepspec.training.batches import Batches
 from deepspec.training.objective import BlockObjective
 from deepspec.training.trainer import Trainer, write_history
@@ -268,7 +269,7 @@ def make_trainer(
     if network.start == "target":
         network.begin(target, loudness(features, members[:LOUDNESS_SEQUENCES]))
     heldout = [i for i in heldout if any(sequences[i].answer[2:])]
-    code = source_digest("training", "drafters", "data/codec.py", "data/features.py", "data/sequences.py")
+    code = code_digest(__name__)
     settings = (params.train, params.drafters[name], target.digest, data_digest, params.seed, code)
     work = WORK / "train" / f"{name}-{digest(repr(settings))}"
     batches = Batches(

@@ -25,7 +25,7 @@ from deepspec.training.distribute import distribute
 from deepspec.training.replay import rejected_starts
 
 if TYPE_CHECKING:
-    from deepspec.config import TrainParams
+    from deepspec.training.params import TrainParams
 
 BEST = "best.pt"
 

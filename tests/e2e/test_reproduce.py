@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from deepspec.evaluation.report import load_inputs, metrics
+from deepspec.report.inputs import load_inputs, metrics
 from tests.e2e.clone import Clone, make_clone
 
 pytestmark = pytest.mark.e2e

@@ -7,14 +7,14 @@ import json
 import pytest
 import torch
 
-from deepspec.config import EvaluateParams
 from deepspec.device import describe_device
+from deepspec.drafters.algorithms.lookup import LookupDrafter
 from deepspec.drafters.checkpoint import write_drafter
-from deepspec.drafters.lookup import LookupDrafter
 from deepspec.errors import DeepSpecError
 from deepspec.evaluation import bench, benchmark
 from deepspec.evaluation.native import native_tokens_per_second
-from deepspec.target import load_target
+from deepspec.evaluation.params import EvaluateParams
+from deepspec.target.model import load_target
 from tests.unit.test_drafters import make, write
 
 PARAMS = EvaluateParams(

@@ -21,11 +21,11 @@ from deepspec.decoding.calibration import (
     survival,
     survival_ece,
 )
+from deepspec.decoding.drafter import Drafter, Session
 from deepspec.decoding.tree import Laws, Vocabulary, grow
-from deepspec.drafters.base import Drafter, Session
-from deepspec.drafters.lookup import LookupDrafter
+from deepspec.drafters.algorithms.lookup import LookupDrafter
 from deepspec.errors import DeepSpecError
-from deepspec.target import load_target
+from deepspec.target.model import load_target
 
 
 def whole(logits: np.ndarray, accepted: np.ndarray) -> Blocks:

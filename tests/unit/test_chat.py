@@ -9,8 +9,8 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
-from deepspec import chat
 from deepspec.cli import app
+from deepspec.commands import chat
 from deepspec.decoding.request import Generation, Stats
 from deepspec.errors import DeepSpecError
 from tests.tiny import make_tokenizer

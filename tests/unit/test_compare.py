@@ -10,8 +10,8 @@ from typer.testing import CliRunner
 
 from deepspec.cli import app
 from deepspec.errors import DeepSpecError
-from deepspec.evaluation.compare import compare, load
 from deepspec.evaluation.record import EVAL_VERSION
+from deepspec.report.compare import compare, load
 from tests.records import PROMPTS, output_hashes, prompt_lines
 
 

@@ -119,8 +119,8 @@ def test_a_bare_no_means_no_mixed_precision(params_file):
     ],
 )
 def test_every_tree_of_the_parameters_can_be_grown(tree):
-    from deepspec.config import DecodeParams
     from deepspec.decoding.shapes import make_shape
+    from deepspec.drafters.deployment import DecodeParams
 
     params = DecodeParams.model_validate({"tree": tree}).tree
     shape = make_shape(params.type, **params.options())
@@ -137,9 +137,9 @@ def test_every_tree_of_the_parameters_can_be_grown(tree):
     ],
 )
 def test_every_controller_of_the_parameters_can_be_made(controller):
-    from deepspec.config import DecodeParams
     from deepspec.decoding.cost import CostCurve
     from deepspec.decoding.scheduler import CONTROLLERS, make_controller
+    from deepspec.drafters.deployment import DecodeParams
 
     params = DecodeParams.model_validate({"controller": controller}).controller
     made = make_controller(params.type, CostCurve({1: [(1, 1.0)]}), **params.options())

@@ -10,9 +10,9 @@ import pytest
 
 from deepspec.decoding.engine import generate as decode
 from deepspec.decoding.request import Generation, Stats
-from deepspec.drafters.lookup import LookupDrafter
+from deepspec.drafters.algorithms.lookup import LookupDrafter
 from deepspec.evaluation import contest, identity
-from deepspec.evaluation.contest import PLAIN, Contest, Contestant, from_json, prompt_seed, to_json
+from deepspec.evaluation.contest import Contest, Contestant
 from deepspec.evaluation.record import (
     DRAFT,
     LOOKUP,
@@ -22,8 +22,9 @@ from deepspec.evaluation.record import (
     build_record,
     tau_by_output_position,
 )
-from deepspec.evaluation.task import Task
-from deepspec.target import load_target
+from deepspec.evaluation.runs import PLAIN, from_json, prompt_seed, to_json
+from deepspec.target.model import load_target
+from deepspec.tasks.task import Task
 
 DRAFTER, BASELINE = object(), object()
 PREFILL_S, PLAIN_S, DRAFT_S, VERIFY_S, HOST_S = 1.0, 1 / 8, 1 / 32, 7 / 64, 1 / 64  # exact in binary

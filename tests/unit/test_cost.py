@@ -9,9 +9,9 @@ import pytest
 from deepspec.decoding import cost
 from deepspec.decoding.cost import CostCurve, load_or_measure, measure_curve
 from deepspec.decoding.tree import Chain
-from deepspec.drafters.lookup import LookupDrafter
+from deepspec.drafters.algorithms.lookup import LookupDrafter
 from deepspec.errors import DeepSpecError
-from deepspec.target import load_target
+from deepspec.target.model import load_target
 
 CURVE = CostCurve({1: [(1, 10.0), (3, 12.0), (5, 20.0)], 4: [(4, 16.0), (12, 32.0)]}, {1: 1.0, 4: 4.0})
 

@@ -5,8 +5,8 @@ from html.parser import HTMLParser
 
 import pytest
 
-from deepspec.data.data_docs import render
-from deepspec.data.verdict import Check, Validation
+from deepspec.guard.page import render
+from deepspec.guard.verdict import Check, Validation
 from tests.records import HOSTILE
 from tests.unit.test_page import browser  # noqa: F401
 

@@ -13,8 +13,8 @@ from benchmarks.common import Answer, Contestant, Prompt, Run, interleave, load_
 from benchmarks.decode_report import body, figures
 from deepspec.decoding.scheduler import Fixed
 from deepspec.errors import DeepSpecError
-from deepspec.evaluation.worklog import WorkLog
-from deepspec.target import load_target
+from deepspec.journal import WorkLog
+from deepspec.target.model import load_target
 from tests.tiny import make_target
 
 PROMPTS = [Prompt("code", [1, 2]), Prompt("chat", [3])]

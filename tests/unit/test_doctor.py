@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from deepspec import doctor
+from deepspec.commands import doctor
 
 ROOT = Path(__file__).parents[2]
 

@@ -12,17 +12,17 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from deepspec.data.features import OnlineFeatures
-from deepspec.data.sequences import Sequence
 from deepspec.decoding.engine import generate
 from deepspec.decoding.shapes import BestFirst, Sampled
 from deepspec.decoding.tree import Chain
 from deepspec.drafters import registry
+from deepspec.drafters.algorithms.lm import LMParams, network
 from deepspec.drafters.checkpoint import load_drafter, stored_weights, write_drafter
-from deepspec.drafters.lm import LMParams, network
 from deepspec.drafters.network import Network
 from deepspec.errors import DeepSpecError
-from deepspec.target import Target, load_target
+from deepspec.features.local import OnlineFeatures
+from deepspec.features.sequences import Sequence
+from deepspec.target.model import Target, load_target
 from deepspec.training.batches import Batches
 from deepspec.training.objective import BlockObjective
 from tests.tiny import make_network, make_target
@@ -83,7 +83,7 @@ def test_the_registry_has_every_algorithm():
 
 @pytest.mark.parametrize("name", DRAFTS)
 def test_an_objective_trains_every_weight(name, target, batch):
-    from deepspec.config import LossParams
+    from deepspec.drafters.loss_params import LossParams
 
     model = make(name, target)
     loss, sums = BlockObjective(model, LossParams())(batch(model))
@@ -107,8 +107,8 @@ def test_a_written_draft_proposes_what_the_network_in_training_says(
     session = drafter.session(1)
     session.begin(0)
     session.extend(0, ids, data.features[0, :anchor].float())
+    from deepspec.decoding.drafter import Ask
     from deepspec.decoding.request import Sampling
-    from deepspec.drafters.base import Ask
 
     rng = torch.Generator().manual_seed(0)
     (proposal,) = session.propose([Ask(0, int(data.tokens[0, anchor]), Sampling(1.0), rng, 9, Chain())])
@@ -210,7 +210,7 @@ from typing import Literal
 
 from deepspec.decoding.tree import Proposal
 from deepspec.drafters.algorithm import Algorithm
-from deepspec.drafters.base import Drafter, Session
+from deepspec.decoding.drafter import Drafter, Session
 from deepspec.section import Section
 
 
@@ -254,12 +254,13 @@ ALGORITHM = Algorithm(
 
 @pytest.fixture
 def toy(tmp_path, monkeypatch):
-    """One file in drafters/, nothing else."""
-    import deepspec.drafters
+    """One file in drafters/algorithms/, nothing else."""
+    import deepspec.drafters.algorithms
 
     (tmp_path / "more").mkdir()
     (tmp_path / "more" / "toy.py").write_text(TOY)
-    monkeypatch.setattr(deepspec.drafters, "__path__", [*deepspec.drafters.__path__, str(tmp_path / "more")])
+    folder = deepspec.drafters.algorithms
+    monkeypatch.setattr(folder, "__path__", [*folder.__path__, str(tmp_path / "more")])
     registry.algorithms.cache_clear()
     yield registry.algorithms()["toy"]
     registry.algorithms.cache_clear()

@@ -8,10 +8,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from deepspec.decoding.drafter import Ask
 from deepspec.decoding.request import Sampling
 from deepspec.decoding.shapes import BestFirst
 from deepspec.decoding.tree import Chain
-from deepspec.drafters.base import Ask
+from deepspec.drafters.algorithms.dspark import DSparkConfig, DSparkDrafter, DSparkModel, spread_layers
 from deepspec.drafters.checkpoint import (
     draft_digest,
     load_drafter,
@@ -20,9 +21,8 @@ from deepspec.drafters.checkpoint import (
     stored_weights,
     write_drafter,
 )
-from deepspec.drafters.dspark import DSparkConfig, DSparkDrafter, DSparkModel, spread_layers
 from deepspec.errors import DeepSpecError
-from deepspec.target import load_target
+from deepspec.target.model import load_target
 from tests.tiny import make_draft, make_target
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"

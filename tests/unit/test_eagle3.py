@@ -9,13 +9,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from deepspec.decoding.drafter import Ask
 from deepspec.decoding.engine import generate
 from deepspec.decoding.request import Sampling
 from deepspec.decoding.shapes import Beam, BestFirst
 from deepspec.decoding.tree import Chain, Proposal
-from deepspec.drafters.base import Ask
-from deepspec.drafters.checkpoint import load_drafter, load_network, stored_weights, write_drafter
-from deepspec.drafters.eagle3 import (
+from deepspec.drafters.algorithms.eagle3 import (
     ALGORITHM,
     Eagle3Config,
     Eagle3Drafter,
@@ -23,8 +22,9 @@ from deepspec.drafters.eagle3 import (
     Eagle3Params,
     default_layers,
 )
+from deepspec.drafters.checkpoint import load_drafter, load_network, stored_weights, write_drafter
 from deepspec.errors import DeepSpecError
-from deepspec.target import load_target
+from deepspec.target.model import load_target
 from tests.tiny import make_target
 
 FIXTURE = Path(__file__).parents[1] / "fixtures" / "eagle3-tiny"

@@ -5,16 +5,16 @@ from __future__ import annotations
 import pytest
 import torch
 
-from deepspec.attention import KVCache, Step
+from deepspec.decoding.drafter import Drafter, Session
 from deepspec.decoding.engine import Engine, generate, stream
 from deepspec.decoding.request import Request, Sampling
 from deepspec.decoding.scheduler import Controller
 from deepspec.decoding.shapes import BestFirst
 from deepspec.decoding.tree import Proposal
-from deepspec.drafters.base import Drafter, Session
-from deepspec.drafters.lookup import LookupDrafter
+from deepspec.drafters.algorithms.lookup import LookupDrafter
 from deepspec.errors import DeepSpecError
-from deepspec.target import load_target
+from deepspec.target.attention import KVCache, Step
+from deepspec.target.model import load_target
 from tests.tiny import FAMILIES, make_target
 
 PROMPTS = [[5, 9, 14, 3, 77, 20], [100, 101, 102], [7] * 70, [33, 2, 33, 2, 33, 2, 33]]

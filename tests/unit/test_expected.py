@@ -8,17 +8,17 @@ import numpy as np
 import pytest
 import torch
 
-from deepspec.attention import Step
+from deepspec.decoding.drafter import Drafter
 from deepspec.decoding.engine import Engine, generate
 from deepspec.decoding.request import Generation, Request, Sampling
 from deepspec.decoding.sampling import probabilities
 from deepspec.decoding.tree import Chain, Proposal
-from deepspec.drafters.base import Drafter
+from deepspec.drafters.algorithms.lookup import LookupDrafter
 from deepspec.drafters.checkpoint import load_drafter, stored_weights, write_drafter
-from deepspec.drafters.lookup import LookupDrafter
 from deepspec.errors import DeepSpecError
-from deepspec.evaluation.expected import Text, chances, rounds
-from deepspec.target import Target, load_target
+from deepspec.target.attention import Step
+from deepspec.target.model import Target, load_target
+from paper.expectation import Text, chances, rounds
 from tests.tiny import make_network, make_target
 
 BLOCK = {"layers": 1, "block_size": 3, "target_layer_ids": [0, 1]}

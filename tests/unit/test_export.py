@@ -27,7 +27,7 @@ from deepspec.export.readers.directory import Directory
 from deepspec.export.readers.sample import Sample
 from deepspec.files import file_digest, write_json
 from deepspec.stages import export as stage
-from deepspec.target import load_target
+from deepspec.target.model import load_target
 from tests.exporting import LAYERS, SIZES, make_draft, samples, written
 from tests.tiny import make_target
 

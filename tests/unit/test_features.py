@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from deepspec.data.codec import CODECS, codec
-from deepspec.data.features import CachedFeatures, OnlineFeatures
-from deepspec.data.sequences import Sequence
 from deepspec.errors import DeepSpecError
-from deepspec.target import H_LAST, load_target
+from deepspec.features.codec import CODECS, codec
+from deepspec.features.local import CachedFeatures, OnlineFeatures
+from deepspec.features.sequences import Sequence
+from deepspec.target.model import H_LAST, load_target
 from tests.tiny import make_target
 
 LAYERS = (0, 1)
@@ -30,8 +30,8 @@ def sequences():
 @pytest.fixture
 def make(target, sequences, tmp_path, monkeypatch):
     """A cache of several shards."""
-    monkeypatch.setattr("deepspec.data.features.BATCH_TOKENS", 40)
-    monkeypatch.setattr("deepspec.data.features.SHARD_TOKENS", 30)
+    monkeypatch.setattr("deepspec.features.local.BATCH_TOKENS", 40)
+    monkeypatch.setattr("deepspec.features.local.SHARD_TOKENS", 30)
 
     def cached(form="bf16", layers=LAYERS, data="data", name="cache"):
         features = CachedFeatures(tmp_path / name, target, sequences, layers, data, form)

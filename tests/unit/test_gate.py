@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from deepspec.config import PromoteParams
-from deepspec.evaluation.compare import load
 from deepspec.evaluation.record import EVAL_VERSION, task_key
+from deepspec.report.compare import load
 from deepspec.tracking.gate import COMPARABLE, FIGURES, RULES, Evidence, device_class, judge, passes
+from deepspec.tracking.params import PromoteParams
 from tests.records import entry, prompt_lines, record
 
 PARAMS = PromoteParams()

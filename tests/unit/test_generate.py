@@ -10,15 +10,15 @@ from types import SimpleNamespace
 import pytest
 from datasets import Dataset
 
-from deepspec.config import GenerateParams
-from deepspec.data import generate, shards
-from deepspec.data.generate import generate_data, longest_first
-from deepspec.data.progress import Progress
-from deepspec.data.rows import Prompt, read_prompts
-from deepspec.data.shards import FEATURES, Shard, Sink, conversation_seed, read_work
-from deepspec.data.tokens import Conversation
+from deepspec.answers import generate, shards
+from deepspec.answers.conversation import Conversation
+from deepspec.answers.generate import generate_data, longest_first
+from deepspec.answers.params import GenerateParams
+from deepspec.answers.shards import FEATURES, Shard, Sink, conversation_seed, read_work
+from deepspec.entry import guarded
 from deepspec.errors import DeepSpecError
-from deepspec.stages.common import guarded
+from deepspec.messages.prompt import Prompt, read_prompts
+from deepspec.progress import Progress
 from tests.fake_target import FakeTarget, scripted_stream
 
 PROMPTS = [
@@ -254,7 +254,7 @@ def test_a_full_disk_is_one_line_and_keeps_what_is_there(
         return real(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(f"deepspec.data.shards.{place}", full)
+        patch.setattr(f"deepspec.answers.shards.{place}", full)
         assert guarded(lambda: run(monkeypatch, tmp_path, target, prompts)) == 2
     assert capsys.readouterr().err.splitlines()[-1].startswith("error: the disk is full")
     assert not (tmp_path / "distill").exists()
@@ -313,7 +313,7 @@ def test_seeds_depend_on_run_and_id_and_fit_31_bits():
 
 def test_progress_prints_plain_lines_now_and_then_where_there_is_no_terminal(monkeypatch, capsys):
     clock = [100.0]
-    monkeypatch.setattr("deepspec.data.progress.time.monotonic", lambda: clock[0])
+    monkeypatch.setattr("deepspec.progress.time.monotonic", lambda: clock[0])
     with Progress("generate", total=10, done=2) as progress:
         for _ in range(4):
             clock[0] += 8

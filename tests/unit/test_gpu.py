@@ -6,17 +6,17 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from deepspec.config import TrainParams
-from deepspec.data.features import CachedFeatures
-from deepspec.data.sequences import Sequence
 from deepspec.decoding.cost import measure_curve
 from deepspec.decoding.engine import generate
 from deepspec.decoding.shapes import BestFirst, Sampled
 from deepspec.decoding.tree import Chain
-from deepspec.drafters.dspark import DSparkDrafter
-from deepspec.target import load_target
+from deepspec.drafters.algorithms.dspark import DSparkDrafter
+from deepspec.features.local import CachedFeatures
+from deepspec.features.sequences import Sequence
+from deepspec.target.model import load_target
 from deepspec.training.batches import Batches
 from deepspec.training.objective import BlockObjective
+from deepspec.training.params import TrainParams
 from deepspec.training.trainer import Trainer
 from tests.tiny import make_draft, make_target
 

@@ -7,11 +7,11 @@ import pytest
 from deepspec.decoding.engine import Engine, generate
 from deepspec.decoding.shapes import BestFirst
 from deepspec.decoding.tree import Chain
-from deepspec.drafters.dspark import DSparkDrafter
-from deepspec.drafters.lookup import LookupDrafter
+from deepspec.drafters.algorithms.dspark import DSparkDrafter
+from deepspec.drafters.algorithms.lookup import LookupDrafter
 from deepspec.errors import DeepSpecError
-from deepspec.graphs import MOST_TOKENS, GraphedPasses
-from deepspec.target import Target, load_target
+from deepspec.target.graphs import MOST_TOKENS, GraphedPasses
+from deepspec.target.model import Target, load_target
 from tests.tiny import FAMILIES, make_draft, make_target
 
 PROMPTS = [[5, 9, 14, 3, 77, 20], [100, 101, 102], [7] * 70, [11, 12] * 9]

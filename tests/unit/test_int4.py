@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from deepspec.decoding.engine import generate
-from deepspec.drafters.lookup import LookupDrafter
+from deepspec.drafters.algorithms.lookup import LookupDrafter
 from deepspec.errors import DeepSpecError
-from deepspec.fused import Int4Linear
-from deepspec.target import load_target
+from deepspec.target.fused import Int4Linear
+from deepspec.target.model import load_target
 from tests.tiny import make_target
 
 

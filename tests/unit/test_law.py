@@ -10,16 +10,16 @@ from collections import Counter
 import pytest
 import torch
 
-from deepspec.attention import Step
 from deepspec.decoding import verify
+from deepspec.decoding.drafter import Drafter, Session
 from deepspec.decoding.engine import Engine
 from deepspec.decoding.request import Request, Sampling
 from deepspec.decoding.sampling import probabilities
 from deepspec.decoding.shapes import BestFirst, Sampled
 from deepspec.decoding.tree import Chain, Laws, Vocabulary, grow
 from deepspec.decoding.verify import standard
-from deepspec.drafters.base import Drafter, Session
-from deepspec.target import load_target
+from deepspec.target.attention import Step
+from deepspec.target.model import load_target
 from tests.tiny import make_target
 
 DRAWS, LENGTH, BATCH = 20_000, 3, 64

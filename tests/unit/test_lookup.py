@@ -8,14 +8,14 @@ import random
 import pytest
 import torch
 
+from deepspec.decoding.drafter import Ask, Drafter, Session
 from deepspec.decoding.engine import generate
 from deepspec.decoding.request import Sampling
 from deepspec.decoding.tree import Chain, Proposal
-from deepspec.drafters.base import Ask, Drafter, Session
-from deepspec.drafters.combined import LookupFirst
-from deepspec.drafters.lookup import LookupDrafter
-from deepspec.drafters.suffix import Odds, SuffixAutomaton, SuffixDrafter, SuffixIndex
-from deepspec.target import load_target
+from deepspec.drafters.algorithms.lookup import LookupDrafter
+from deepspec.drafters.algorithms.suffix import Odds, SuffixAutomaton, SuffixDrafter, SuffixIndex
+from deepspec.drafters.lookup_first import LookupFirst
+from deepspec.target.model import load_target
 from tests.tiny import make_target
 
 

@@ -15,8 +15,8 @@ from benchmarks.verification import Count, compare, expected_accepted, interval
 from deepspec.decoding.engine import generate
 from deepspec.decoding.tree import Proposal
 from deepspec.decoding.verify import block, recursive, standard, traversal
-from deepspec.drafters.lookup import LookupDrafter
-from deepspec.target import load_target
+from deepspec.drafters.algorithms.lookup import LookupDrafter
+from deepspec.target.model import load_target
 from tests.enumeration import Tables
 from tests.tiny import make_target
 

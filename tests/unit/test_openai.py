@@ -11,13 +11,13 @@ from types import SimpleNamespace
 import httpx
 import pytest
 
-from deepspec.config import GenerateParams
-from deepspec.data import openai
-from deepspec.data.generate import generate_data
-from deepspec.data.progress import Progress
-from deepspec.data.rows import Prompt
-from deepspec.data.shards import Shard, Sink, read_work
+from deepspec.answers import openai
+from deepspec.answers.generate import generate_data
+from deepspec.answers.params import GenerateParams
+from deepspec.answers.shards import Shard, Sink, read_work
 from deepspec.errors import DeepSpecError
+from deepspec.messages.prompt import Prompt
+from deepspec.progress import Progress
 from tests.fake_target import FakeTarget
 
 PROMPTS = [Prompt(f"p{i}", "seed", (f"question {i}", "and then?")[: 1 + i % 2]) for i in range(8)]

@@ -2,7 +2,7 @@
 
 import pytest
 
-from deepspec.data.overlap import Overlap, normalise
+from deepspec.prompts.overlap import Overlap, normalise
 
 FERRY = "A ferry carries 12 cars and 40 passengers over the lake on every trip."
 

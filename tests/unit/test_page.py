@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from deepspec.evaluation import charts, page
-from deepspec.evaluation.tables import tables
+from deepspec.report import charts, page
+from deepspec.report.tables import tables
 from tests.records import HOSTILE, record, write
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from deepspec.export import gguf
 from deepspec.export.parity import Parity, check
-from deepspec.target import load_target
+from deepspec.target.model import load_target
 from tests.exporting import LAYERS, make_draft, samples, written
 from tests.tiny import make_target
 

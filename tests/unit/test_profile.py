@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from deepspec import profile
+from deepspec.commands import profile
+from deepspec.commands.profile import Settings, curve_table, parse_batches, read_bandwidth, run, weight_bytes
 from deepspec.decoding import cost
 from deepspec.decoding.cost import CostCurve
 from deepspec.errors import DeepSpecError
-from deepspec.profile import Settings, curve_table, parse_batches, read_bandwidth, run, weight_bytes
-from deepspec.target import load_target
+from deepspec.target.model import load_target
 
 
 @pytest.fixture(autouse=True)

@@ -8,16 +8,16 @@ import pytest
 import torch
 from torch import nn
 
-from deepspec.config import LossParams
-from deepspec.data.features import OnlineFeatures
-from deepspec.data.sequences import Sequence
-from deepspec.decoding import promise
+from deepspec.decoding import train_parity as promise
+from deepspec.drafters.algorithms.lookup import LookupDrafter
 from deepspec.drafters.checkpoint import load_drafter
-from deepspec.drafters.combined import LookupFirst
-from deepspec.drafters.lookup import LookupDrafter
+from deepspec.drafters.lookup_first import LookupFirst
+from deepspec.drafters.loss_params import LossParams
 from deepspec.errors import DeepSpecError
 from deepspec.evaluation.record import warnings
-from deepspec.target import load_target
+from deepspec.features.local import OnlineFeatures
+from deepspec.features.sequences import Sequence
+from deepspec.target.model import load_target
 from deepspec.training.batches import Batches
 from deepspec.training.objective import BlockObjective
 from deepspec.training.run import _kept

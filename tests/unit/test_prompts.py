@@ -8,14 +8,14 @@ from types import SimpleNamespace
 import pytest
 from datasets import Dataset, DatasetDict
 
-from deepspec.config import PromptsParams
-from deepspec.data.magpie import ATTEMPTS_PER_PROMPT
-from deepspec.data.overlap import Overlap
-from deepspec.data.prompt_filters import Sieve, noise
-from deepspec.data.prompt_sources import Candidate, hub_candidates, read_jsonl
-from deepspec.data.prompts import build_prompts, split_by_weight, write_prompts
 from deepspec.errors import DeepSpecError
 from deepspec.files import digest
+from deepspec.messages.sources import Candidate, hub_candidates, read_jsonl
+from deepspec.prompts.build import build_prompts, split_by_weight, write_prompts
+from deepspec.prompts.filters import Sieve, noise
+from deepspec.prompts.magpie import ATTEMPTS_PER_PROMPT
+from deepspec.prompts.overlap import Overlap
+from deepspec.prompts.params import PromptsParams
 from tests.fake_target import FakeTarget, scripted_stream
 
 HELD_OUT = "How many geese cross the frozen canal between dusk and dawn?"

@@ -8,18 +8,18 @@ from types import SimpleNamespace
 import pytest
 from datasets import Dataset, disable_progress_bars
 
-from deepspec.config import ValidateParams
-from deepspec.data import quality
-from deepspec.data.flatten import answer_runs, repetition
-from deepspec.data.overlap import Overlap
-from deepspec.data.quality import validate_data
-from deepspec.data.rows import Prompt
-from deepspec.data.shards import FEATURES
-from deepspec.data.tokens import Conversation
+from deepspec.answers.conversation import Conversation
+from deepspec.answers.shards import FEATURES
+from deepspec.entry import guarded
 from deepspec.errors import DeepSpecError
 from deepspec.files import file_digest
+from deepspec.guard import suite as quality
+from deepspec.guard.flatten import answer_runs, repetition
+from deepspec.guard.params import ValidateParams
+from deepspec.guard.suite import validate_data
+from deepspec.messages.prompt import Prompt
+from deepspec.prompts.overlap import Overlap
 from deepspec.stages import validate as stage
-from deepspec.stages.common import guarded
 from tests.fake_target import FakeTarget
 
 TARGET = FakeTarget()
@@ -309,7 +309,7 @@ def test_the_stage_writes_its_reports_before_it_fails(tmp_path, rows, monkeypatc
     lines = [json.dumps({"id": p.id, "source": p.source, "turns": p.turns}) + "\n" for p in PROMPTS]
     (tmp_path / "data/prompts/train.jsonl").write_text("".join(lines))
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("deepspec.target.load_target", lambda path: TARGET)
+    monkeypatch.setattr("deepspec.target.model.load_target", lambda path: TARGET)
     params = SimpleNamespace(
         validate_=BOUNDS,
         prompts=SimpleNamespace(overlap_ngram=8),

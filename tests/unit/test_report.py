@@ -8,8 +8,9 @@ import io
 import pytest
 
 from deepspec.errors import DeepSpecError
-from deepspec.evaluation import page, report
-from deepspec.evaluation.tables import COLUMNS, tables, to_csv
+from deepspec.report import inputs as report
+from deepspec.report import page
+from deepspec.report.tables import COLUMNS, tables, to_csv
 from deepspec.stages.report import show
 from tests.records import record, write
 

@@ -9,11 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from deepspec import reproduce
-from deepspec.checkout import STATE, Settings
 from deepspec.decoding import cost
 from deepspec.errors import DeepSpecError
-from deepspec.reproduce import RESULT, plant_costs, run
+from deepspec.reproduce.checkout import STATE, Settings
+from deepspec.reproduce.run import RESULT, plant_costs, run
 
 DVC_YAML = """
 stages:
@@ -251,7 +250,7 @@ def test_a_cost_curve_of_this_machine_is_planted_where_there_is_none(tmp_path, m
 
 
 def test_the_result_says_what_was_asked_and_what_was_not_as_it_was(settings, monkeypatch):
-    monkeypatch.setattr(reproduce, "plant_costs", lambda record: None)
+    monkeypatch.setattr("deepspec.reproduce.run.plant_costs", lambda record: None)
     chosen = settings("good", stages=("report",))
     run(chosen)
     result = json.loads((chosen.directory / RESULT).read_text())

@@ -26,9 +26,9 @@ from deepspec.decoding.scheduler import (
 )
 from deepspec.decoding.tree import Proposal
 from deepspec.decoding.verify import block, standard
-from deepspec.drafters.lookup import LookupDrafter
+from deepspec.drafters.algorithms.lookup import LookupDrafter
 from deepspec.errors import DeepSpecError
-from deepspec.target import load_target
+from deepspec.target.model import load_target
 from tests.enumeration import VOCAB, Branching, Tables, enumerate_runs
 from tests.tiny import make_target
 

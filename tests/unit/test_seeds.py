@@ -6,12 +6,14 @@ from collections import Counter
 
 import pytest
 
-from deepspec.data import seed_chat, seed_code, seed_math
-from deepspec.data.overlap import Overlap
-from deepspec.data.prompt_filters import duplicate_key, noise
-from deepspec.data.seeds import KINDS, seed_prompts
-from deepspec.data.slots import capitalise, template, with_article
-from deepspec.evaluation.task import evaluation_texts
+from deepspec.messages.slots import capitalise, template, with_article
+from deepspec.prompts.filters import duplicate_key, noise
+from deepspec.prompts.overlap import Overlap
+from deepspec.prompts.seeds import chat as seed_chat
+from deepspec.prompts.seeds import code as seed_code
+from deepspec.prompts.seeds import math as seed_math
+from deepspec.prompts.seeds.seeds import KINDS, seed_prompts
+from deepspec.tasks.task import evaluation_texts
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +32,7 @@ def test_the_seed_decides_and_the_count_only_cuts(seeds):
 
 
 def test_every_third_prompt_is_of_the_same_kind(seeds):
-    assert list(KINDS) == [seed_math, seed_code, seed_chat]
+    assert list(KINDS.values()) == [seed_math, seed_code, seed_chat]
     code = [turns[0] for turns in seeds[1::3]]
     names = {idea.name for idea in seed_code.TEMPLATES}
     assert sum(bool(names & set(re.findall(r"\w+", prompt))) for prompt in code) > 0.8 * len(code)

@@ -12,9 +12,9 @@ from deepspec.cli import app
 from deepspec.decoding.engine import generate
 from deepspec.drafters.checkpoint import draft_digest
 from deepspec.errors import DeepSpecError
-from deepspec.export.serving.environment import Environment
 from deepspec.files import write_json
-from deepspec.target import load_target
+from deepspec.serving.environment import Environment
+from deepspec.target.model import load_target
 from tests.engines import FakeEngine
 
 ROOT = Path(__file__).parents[2]
@@ -28,7 +28,7 @@ CPU = Environment(Path("python"), "0.32.0", Path("nowhere"), gpu=False)
 def project(tiny_target, tmp_path, monkeypatch):
     """A project with a draft that is the target itself: each of its tokens stands."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("deepspec.export.serving.environment.CACHED", tmp_path / "cache" / "vllm")
+    monkeypatch.setattr("deepspec.serving.environment.CACHED", tmp_path / "cache" / "vllm")
     for name in ("DEEPSPEC_VLLM_PYTHON", "DEEPSPEC_TASKS_DIR"):
         monkeypatch.delenv(name, raising=False)
     Path("data").mkdir()
@@ -91,7 +91,7 @@ def test_an_engine_s_own_lookup_is_reported_and_not_held_to_ours(project, target
 
 
 def test_a_draft_that_vllm_does_not_start_costs_no_other_its_record(project, target, monkeypatch):
-    monkeypatch.setattr("deepspec.export.serving.check.find_or_set_up", lambda: CPU)
+    monkeypatch.setattr("deepspec.serving.check.find_or_set_up", lambda: CPU)
     shutil.copytree("data/drafts/twin", "data/drafts/other")
     for name in ("twin", "other"):
         digest = draft_digest(Path("data/drafts") / name)
@@ -105,7 +105,7 @@ def test_a_draft_that_vllm_does_not_start_costs_no_other_its_record(project, tar
         with FakeEngine("vllm", as_target(target), accepted=K if speculative else None, drafted=K) as engine:
             yield engine.url
 
-    monkeypatch.setattr("deepspec.export.serving.engines.serving", serving)
+    monkeypatch.setattr("deepspec.serving.engines.serving", serving)
     done = check("--drafter", "other", "--drafter", "twin", *WORK)
     assert done.exit_code == 1 and "other: vLLM ended while it started: no kernel" in done.output
     assert json.loads(Path("reports/serve/twin-vllm.json").read_text())["failures"] == []
@@ -113,7 +113,7 @@ def test_a_draft_that_vllm_does_not_start_costs_no_other_its_record(project, tar
 
 
 def test_nothing_is_set_up_for_a_draft_that_has_no_export(project, monkeypatch):
-    monkeypatch.setattr("deepspec.export.serving.check.find_or_set_up", lambda: pytest.fail("set up in vain"))
+    monkeypatch.setattr("deepspec.serving.check.find_or_set_up", lambda: pytest.fail("set up in vain"))
     done = check("--drafter", "twin")
     assert done.exit_code == 2 and "no export of twin for vLLM" in done.output
 
@@ -156,7 +156,7 @@ def test_prompts_are_tokens_of_the_target_s_own_template(project, target):
     ],
 )
 def test_a_mistake_is_one_line(project, monkeypatch, words, message):
-    monkeypatch.setattr("deepspec.export.serving.check.find_or_set_up", lambda: CPU)
+    monkeypatch.setattr("deepspec.serving.check.find_or_set_up", lambda: CPU)
     done = check(*words)
     assert done.exit_code == 2 and message in done.output
 
@@ -178,7 +178,7 @@ def test_more_tokens_than_the_draft_has_are_refused(project):
     ],
 )
 def test_what_vllm_loads_is_the_export_of_this_very_draft(project, monkeypatch, export, message):
-    monkeypatch.setattr("deepspec.export.serving.check.find_or_set_up", lambda: CPU)
+    monkeypatch.setattr("deepspec.serving.check.find_or_set_up", lambda: CPU)
     if export:
         digest = draft_digest(project / "data/drafts/twin")
         write_json(project / "reports/export/twin.json", {"draft_digest": digest} | export)
@@ -187,14 +187,14 @@ def test_what_vllm_loads_is_the_export_of_this_very_draft(project, monkeypatch, 
 
 
 def test_dspark_needs_a_gpu(project, monkeypatch):
-    monkeypatch.setattr("deepspec.export.serving.check.find_or_set_up", lambda: CPU)
+    monkeypatch.setattr("deepspec.serving.check.find_or_set_up", lambda: CPU)
     write_json(project / "exported" / "config.json", {"architectures": ["Qwen3DSparkModel"]})
     done = check("--drafter", "twin", "--exported", "exported")
     assert done.exit_code == 2 and "vLLM serves dspark on a GPU only" in done.output
 
 
 def test_a_block_drafter_drafts_its_whole_block(project, monkeypatch):
-    monkeypatch.setattr("deepspec.export.serving.check.find_or_set_up", lambda: CPU)
+    monkeypatch.setattr("deepspec.serving.check.find_or_set_up", lambda: CPU)
     write_json(project / "exported" / "config.json", {"architectures": ["DFlashDraftModel"]})
     done = check("--drafter", "twin", "--exported", "exported", "--speculative-tokens", "2")
     assert done.exit_code == 2 and "a block is drafted whole, 3 tokens" in done.output

@@ -2,13 +2,13 @@
 
 import pytest
 
+from deepspec.decoding.drafter import Drafter, Session
 from deepspec.decoding.engine import generate
 from deepspec.decoding.request import Sampling
 from deepspec.decoding.tree import Proposal
-from deepspec.drafters.base import Drafter, Session
-from deepspec.export.serving import ours
-from deepspec.export.serving.protocols import Counts
-from deepspec.target import load_target
+from deepspec.serving import ours
+from deepspec.serving.protocols import Counts
+from deepspec.target.model import load_target
 
 PROMPT = [5, 9, 14, 3, 77, 20]
 FAR = 64

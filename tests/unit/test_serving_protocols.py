@@ -5,7 +5,7 @@ import math
 import pytest
 
 from deepspec.errors import DeepSpecError
-from deepspec.export.serving.protocols import CLIENTS, VLLM, Counts, Prompt, SGLang, samples, total
+from deepspec.serving.protocols import CLIENTS, VLLM, Counts, Prompt, SGLang, samples, total
 from tests.engines import FakeEngine
 
 PROMPT = Prompt("task", "a text", [5, 6, 7])
@@ -89,7 +89,7 @@ def test_a_server_without_a_draft_is_named(kind):
 
 
 def test_metrics_that_do_not_count_are_named(monkeypatch):
-    monkeypatch.setattr("deepspec.export.serving.protocols.time.sleep", lambda _: None)
+    monkeypatch.setattr("deepspec.serving.protocols.time.sleep", lambda _: None)
     with (
         FakeEngine("vllm", count, metrics=False) as engine,
         pytest.raises(DeepSpecError, match="start it without --disable-log-stats"),

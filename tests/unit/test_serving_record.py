@@ -5,10 +5,10 @@ import pytest
 
 from deepspec.errors import DeepSpecError
 from deepspec.evaluation.stats import Pair
-from deepspec.export.serving import record
-from deepspec.export.serving.ours import Ours
-from deepspec.export.serving.protocols import Answer, Counts, Prompt
-from deepspec.export.serving.record import Measured, check_target, compare, first_difference
+from deepspec.serving import record
+from deepspec.serving.ours import Ours
+from deepspec.serving.protocols import Answer, Counts, Prompt
+from deepspec.serving.record import Measured, check_target, compare, first_difference
 
 PROMPTS = [Prompt("code" if i % 2 else "chat", "", [1, 2]) for i in range(6)]
 

@@ -11,9 +11,9 @@ import psutil
 import pytest
 
 from deepspec.errors import DeepSpecError
-from deepspec.export.serving import environment, launch
-from deepspec.export.serving.environment import Environment
 from deepspec.files import write_json
+from deepspec.serving import environment, launch
+from deepspec.serving.environment import Environment
 
 
 @pytest.fixture
@@ -206,7 +206,7 @@ def test_vllm_accepts_what_our_engine_accepts(tmp_path, monkeypatch):
     """A draft that is half of a tiny target, in float32: verification for verification the same."""
     if environment.find() is None:
         pytest.skip("vLLM is not set up; make serve-check does")
-    from deepspec.export.serving import check
+    from deepspec.serving import check
     from tests.tiny import make_target
 
     monkeypatch.chdir(tmp_path)

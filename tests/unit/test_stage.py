@@ -8,9 +8,8 @@ from types import SimpleNamespace
 
 import pytest
 
+from deepspec.entry import TELEMETRY_OFF, guarded, quiet_environment
 from deepspec.errors import DeepSpecError
-from deepspec.stages import common
-from deepspec.stages.common import TELEMETRY_OFF, guarded, quiet_environment
 
 
 def failing(error: BaseException):
@@ -35,7 +34,7 @@ def test_each_mistake_has_its_line_and_status(error, status, line, capsys):
 
 
 def test_a_full_disk_is_seen_behind_a_librarys_own_words(monkeypatch, capsys):
-    monkeypatch.setattr(common.shutil, "disk_usage", lambda path: SimpleNamespace(free=0))
+    monkeypatch.setattr("deepspec.entry.shutil.disk_usage", lambda path: SimpleNamespace(free=0))
     assert guarded(failing(RuntimeError("PytorchStreamWriter failed writing file data/0"))) == 2
     assert "the disk is full" in capsys.readouterr().err
 

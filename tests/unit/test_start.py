@@ -6,12 +6,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from deepspec.attention import Step
-from deepspec.drafters.dspark import DSparkModel
+from deepspec.drafters.algorithms.dspark import DSparkModel
 from deepspec.drafters.registry import algorithms
 from deepspec.drafters.start import settled
 from deepspec.errors import DeepSpecError
-from deepspec.target import load_target
+from deepspec.target.attention import Step
+from deepspec.target.model import load_target
 from tests.tiny import make_target
 
 IDS = torch.tensor([[7, 80, 300, 9, 41, 250]])

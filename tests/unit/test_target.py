@@ -8,11 +8,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from deepspec import embedded
-from deepspec.attention import Step
 from deepspec.decoding.lossless import top_two_gap
 from deepspec.errors import DeepSpecError
-from deepspec.target import load_target, resolve_target
+from deepspec.target import embedded
+from deepspec.target.attention import Step
+from deepspec.target.model import load_target, resolve_target
 from tests.tiny import FAMILIES, make_target
 
 

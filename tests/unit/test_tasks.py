@@ -8,11 +8,11 @@ import pytest
 import yaml
 from datasets import Dataset
 
-from deepspec.config import EvaluateParams
 from deepspec.errors import DeepSpecError
-from deepspec.evaluation.task import TASKS, evaluation_texts, load_task, task_names
-from deepspec.evaluation.word_problems import TEMPLATES, word_problems
+from deepspec.evaluation.params import EvaluateParams
 from deepspec.files import digest, file_digest
+from deepspec.tasks.task import TASKS, evaluation_texts, load_task, task_names
+from deepspec.tasks.word_problems import TEMPLATES, word_problems
 
 HUMANEVAL_PROMPTS = 164
 EMBEDDED = ["conversations", "humaneval", "word_problems"]

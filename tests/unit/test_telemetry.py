@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from deepspec.stages.common import TELEMETRY_OFF
+from deepspec.entry import TELEMETRY_OFF
 
 ROOT = Path(__file__).parents[2]
 STAGES = sorted(path.stem for path in (ROOT / "deepspec/stages").glob("[a-z]*.py") if path.stem != "common")
@@ -103,7 +103,7 @@ def test_nothing_that_is_shipped_names_a_place_that_counts_visits():
 
 
 def test_great_expectations_is_quiet_before_it_is_imported():
-    code = "import deepspec.data.quality, great_expectations"
+    code = "import deepspec.guard.suite, great_expectations"
     assert environment_after(code)["GX_ANALYTICS_ENABLED"] == "false"
 
 

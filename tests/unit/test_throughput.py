@@ -9,7 +9,7 @@ import pytest
 from benchmarks import throughput
 from benchmarks.throughput import main, report
 from deepspec.decoding.cost import CostCurve
-from deepspec.drafters.lookup import LookupDrafter
+from deepspec.drafters.algorithms.lookup import LookupDrafter
 from deepspec.evaluation.throughput import BatchRun, Setting, best_fixed, groups_of
 
 FLAT = [(1, 1.0), (1000, 1.1)]

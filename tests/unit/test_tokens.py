@@ -2,8 +2,7 @@
 
 import pytest
 
-from deepspec.data.rows import Prompt
-from deepspec.data.tokens import (
+from deepspec.answers.conversation import (
     Conversation,
     UnusableError,
     answer_text,
@@ -12,6 +11,7 @@ from deepspec.data.tokens import (
     generation_prompt,
 )
 from deepspec.errors import DeepSpecError
+from deepspec.messages.prompt import Prompt
 from tests.fake_target import CHATML, DEAF, INST, PLAIN, TEMPLATES, FakeTarget
 
 TURNS = ("How are you?", "And your cat?", "Bye.")

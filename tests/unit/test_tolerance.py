@@ -7,8 +7,8 @@ import copy
 import pytest
 
 from deepspec.errors import DeepSpecError
-from deepspec.evaluation.report import Inputs, metrics
-from deepspec.tolerance import Figures, compare, differences, flatten, parse
+from deepspec.report.inputs import Inputs, metrics
+from deepspec.reproduce.tolerance import Figures, compare, differences, flatten, parse
 from tests.records import record
 
 PASSES = {"1": [[1.0, 0.02], [2.0, 0.021]]}

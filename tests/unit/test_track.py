@@ -20,8 +20,8 @@ from deepspec.tracking import store as storing
 from deepspec.tracking.figures import flatten
 from deepspec.tracking.result import model_name, read_result
 from deepspec.tracking.store import connect
-from deepspec.tracking.system import read_samples, samples_file, watched
 from deepspec.tracking.track import track
+from deepspec.training.system import read_samples, samples_file, watched
 from tests.tracked import NAME, lay_out, lock
 
 

@@ -12,14 +12,15 @@ import torch
 from accelerate import Accelerator
 from accelerate.tracking import GeneralTracker
 
-from deepspec.config import TrainParams, load_params
-from deepspec.data.features import CachedFeatures
-from deepspec.data.sequences import Sequence, read_sequences
+from deepspec.config import load_params
 from deepspec.errors import DeepSpecError
-from deepspec.target import H_LAST, load_target
+from deepspec.features.local import CachedFeatures
+from deepspec.features.sequences import Sequence, read_sequences
+from deepspec.target.model import H_LAST, load_target
 from deepspec.training.batches import Batches
 from deepspec.training.distribute import CHECKPOINT
 from deepspec.training.objective import BlockObjective
+from deepspec.training.params import TrainParams
 from deepspec.training.run import draft_vocabulary, loudness, own_loss
 from deepspec.training.trainer import Trainer, schedule
 from tests.tiny import make_draft, make_target

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from deepspec.evaluation.worklog import WorkLog
+from deepspec.journal import WorkLog
 
 
 def test_results_are_there_after_reopening(tmp_path):

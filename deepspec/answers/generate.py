@@ -1,0 +1,162 @@
+"""The target answers every prompt: the distillation data.
+
+Each process takes its share of the prompts and appends what it finishes to a shard of its own; the main
+process puts the shards together. An answer depends on its prompt's id and the run's seed, not on the order or
+the company in which it was generated.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import deque
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate import PartialState
+
+from deepspec.answers import openai
+from deepspec.answers.conversation import Conversation, UnusableError
+from deepspec.answers.params import GenerateParams
+from deepspec.answers.shards import Shard, Sink, Work, assemble, read_work
+from deepspec.decoding.engine import stream
+from deepspec.decoding.request import Generation, Request, Sampling
+from deepspec.files import digest, file_digest
+from deepspec.lineage import code_digest
+from deepspec.messages.prompt import Prompt, read_prompts
+from deepspec.progress import Progress
+
+if TYPE_CHECKING:
+    from deepspec.config import Params
+
+WORK_ROOT = Path(".deepspec/generate")
+
+
+def generate_data(
+    target: Any, params: Params, prompts: str | Path, out: str | Path, work_root: Path = WORK_ROOT
+) -> dict | None:
+    """Answer `prompts` and write the data set to `out`; an earlier run that was cut off is continued.
+
+    To be called by every process of `accelerate launch` (or torchrun), or by one alone.
+
+    Returns:
+        The manifest; None in all processes but the main one.
+
+    Raises:
+        DeepSpecError: bad prompts, no answer from a server, or not one conversation that succeeded.
+    """
+    state = process_state()
+    rows = read_prompts(prompts)
+    settings = generation_settings(params)
+    key = {
+        "settings": settings,
+        "target": target.digest,
+        "prompts": file_digest(prompts),
+        "code": code_digest(__name__),
+    }
+    directory = Path(work_root) / digest(json.dumps(key, sort_keys=True))
+    share = longest_first(rows)[state.process_index :: state.num_processes]
+    _answer_share(target, params, share, directory, state)
+    state.wait_for_everyone()
+    if not state.is_main_process:
+        return None
+    return assemble(read_work(directory), [row.id for row in rows], Path(out), settings, target.digest)
+
+
+def process_state() -> PartialState:
+    """This process among those launched together. It takes its GPU, so call it before loading a target.
+
+    Without a GPU, the processes of torchrun work together too. The time-out is that of the barrier at the
+    end, where the quickest waits for the slowest.
+    """
+    return PartialState(cpu=not torch.accelerator.is_available(), timeout=timedelta(days=7))
+
+
+def generation_settings(params: Params) -> dict[str, Any]:
+    """All parameters that an answer depends on; batch size, addresses and time-outs do not count."""
+    generate = params.generate
+    keys = ("engine", "max_new_tokens", "max_length", "temperature", "top_p", "top_k")
+    settings = {"seed": params.seed, **{key: getattr(generate, key) for key in keys}}
+    return settings | ({"model": generate.openai.model} if generate.engine == "openai" else {})
+
+
+def longest_first(prompts: list[Prompt]) -> list[Prompt]:
+    """Neighbours are of like length, so that a batch wastes little; what needs most memory comes first."""
+    return sorted(prompts, key=lambda prompt: (-len(prompt.turns[0]), prompt.id))
+
+
+def _answer_share(
+    target: Any, params: Params, share: list[Prompt], directory: Path, state: PartialState
+) -> None:
+    work: Work = read_work(directory)
+    todo = [prompt for prompt in share if prompt.id not in work.rows]
+    several = f" (process 1 of {state.num_processes})" if state.num_processes > 1 else ""
+    progress = Progress(
+        f"generate{several}",
+        total=len(share),
+        done=len(share) - len(todo),
+        shown=state.is_main_process,
+    )
+    answer = openai.answer if params.generate.engine == "openai" else answer_locally
+    with Shard(directory, state.process_index, state.num_processes) as shard, progress:
+        answer(target, todo, params.generate, Sink(shard, progress, params.seed))
+
+
+def answer_locally(target: Any, prompts: list[Prompt], params: GenerateParams, sink: Sink) -> None:
+    """Our own engine: conversations decoded in a batch whose free places are filled at once.
+
+    The next turn of a conversation goes before a new conversation, so that what a kill can lose stays small.
+    """
+    waiting = deque(prompts)
+    asked: dict[str, Conversation] = {}
+    follow_ups: deque[Conversation] = deque()
+    sampling = Sampling(params.temperature, params.top_k, params.top_p)
+
+    def next_request() -> Request | None:
+        conversation = follow_ups.popleft() if follow_ups else _open_next(target, waiting, params, sink)
+        if conversation is None:
+            return None
+        asked[conversation.prompt.id] = conversation
+        return Request(
+            prompt_ids=conversation.prompt_ids,
+            max_new_tokens=conversation.room,
+            sampling=sampling,
+            seed=sink.seed(conversation),
+            id=conversation.prompt.id,
+            on_tokens=lambda tokens, accepted: sink.progress.tokens(len(tokens)),
+        )
+
+    while waiting or follow_ups:
+        for generation in stream(target, None, next_request, params.batch_size):
+            conversation = asked.pop(generation.id)
+            if _take(conversation, generation, sink):
+                follow_ups.append(conversation)
+
+
+def _open_next(
+    target: Any, waiting: deque[Prompt], params: GenerateParams, sink: Sink
+) -> Conversation | None:
+    """The next prompt that fits; those that do not are recorded as failures."""
+    while waiting:
+        prompt = waiting.popleft()
+        try:
+            return Conversation(target, prompt, params.max_new_tokens, params.max_length)
+        except UnusableError as error:
+            sink.failed(prompt.id, str(error))
+    return None
+
+
+def _take(conversation: Conversation, generation: Generation, sink: Sink) -> bool:
+    """Add the answer to its conversation. Returns whether there is another turn to answer."""
+    try:
+        if generation.finish_reason == "error":
+            raise UnusableError(generation.error or "the engine reported an error")
+        conversation.add_answer(generation.tokens, generation.finish_reason)
+    except UnusableError as error:
+        sink.failed(conversation.prompt.id, str(error))
+        return False
+    if conversation.prompt_ids is None:
+        sink.finished(conversation)
+        return False
+    return True

@@ -1,0 +1,227 @@
+"""Answers from servers that speak the OpenAI chat API (vLLM, SGLang, TGI, llama.cpp, ...).
+
+The API returns text, so an answer's ids are those of its text under the target's own tokenizer, and the stop
+token is appended where the server says that the answer ended by itself. These can differ from the ids that
+were sampled (a model can spell a word in several ways); an answer whose ids do not decode to the same text is
+recorded as a failure. What the request does not say, a server may take from the model's generation_config
+(vLLM does, unless started with `--generation-config vllm`). The local engine has none of these flaws.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+from collections import deque
+from collections.abc import Coroutine
+from dataclasses import dataclass
+from datetime import datetime
+from email.utils import parsedate_to_datetime
+from typing import Any
+
+import httpx
+
+from deepspec.answers.conversation import Conversation, UnusableError, answer_text, end_of_answer
+from deepspec.answers.params import GenerateParams
+from deepspec.answers.shards import Sink
+from deepspec.errors import DeepSpecError
+from deepspec.messages.prompt import Prompt
+
+KEY_VARIABLE = "DEEPSPEC_OPENAI_KEY"
+FIRST_WAIT_S, LONGEST_WAIT_S = 0.5, 30.0
+LONGEST_RETRY_AFTER_S = 300.0
+
+
+class _UnreachableError(Exception):
+    """Nobody listens at this address."""
+
+
+@dataclass
+class _Job:
+    """A conversation that is not finished, opened or still to be opened."""
+
+    prompt: Prompt
+    conversation: Conversation | None = None
+
+
+def answer(target: Any, prompts: list[Prompt], params: GenerateParams, sink: Sink) -> None:
+    """Answer all prompts, with at most `openai.concurrency` requests in flight at each address.
+
+    Raises:
+        DeepSpecError: the settings name no server, a server refuses us (key, model), or none can be reached.
+    """
+    endpoints = [_endpoint(url) for url in params.openai.base_urls]
+    if not endpoints:
+        raise DeepSpecError(
+            "generate.openai.base_urls is empty; name at least one server, or use engine: local"
+        )
+    if not params.openai.model:
+        raise DeepSpecError(
+            "generate.openai.model is empty; set it to the model name that the server expects"
+        )
+    asyncio.run(_Run(target, params, sink).run(endpoints, prompts))
+
+
+class _Run:
+    """The conversations that wait, and the workers that every address has as many of as its concurrency."""
+
+    def __init__(self, target: Any, params: GenerateParams, sink: Sink) -> None:
+        self.target, self.params, self.sink = target, params, sink
+        self.stop_id = end_of_answer(target)
+        self.waiting: deque[_Job] = deque()
+        self.dead: dict[str, str] = {}  # address → why
+
+    async def run(self, endpoints: list[str], prompts: list[Prompt]) -> None:
+        self.waiting.extend(_Job(prompt) for prompt in prompts)
+        key = os.environ.get(KEY_VARIABLE)
+        workers = self.params.openai.concurrency
+        async with httpx.AsyncClient(
+            headers={"Authorization": f"Bearer {key}"} if key else {},
+            timeout=self.params.openai.timeout_s,
+            limits=httpx.Limits(max_connections=None, max_keepalive_connections=workers * len(endpoints)),
+        ) as client:
+            while self.waiting:
+                alive = [endpoint for endpoint in endpoints if endpoint not in self.dead]
+                if not alive:
+                    raise DeepSpecError(self._no_server())
+                await _together([self._work(client, endpoint) for endpoint in alive for _ in range(workers)])
+
+    async def _work(self, client: httpx.AsyncClient, endpoint: str) -> None:
+        while self.waiting and endpoint not in self.dead:
+            job = self.waiting.popleft()
+            try:
+                await self._converse(client, endpoint, job)
+            except _UnreachableError as error:
+                self.dead[endpoint] = str(error)
+                self.waiting.appendleft(job)
+            except UnusableError as error:
+                self.sink.failed(job.prompt.id, str(error))
+
+    async def _converse(self, client: httpx.AsyncClient, endpoint: str, job: _Job) -> None:
+        if job.conversation is None:
+            params = self.params
+            job.conversation = Conversation(self.target, job.prompt, params.max_new_tokens, params.max_length)
+        while job.conversation.prompt_ids is not None:
+            reply = await self._post(client, endpoint, self._body(job.conversation))
+            tokens, finish_reason = self._read(reply)
+            job.conversation.add_answer(tokens, finish_reason)
+            self.sink.progress.tokens(len(tokens))
+        self.sink.finished(job.conversation)
+
+    def _body(self, conversation: Conversation) -> dict[str, Any]:
+        body = {
+            "model": self.params.openai.model,
+            "messages": conversation.asked,
+            "max_tokens": conversation.room,
+            "temperature": self.params.temperature,
+            "top_p": self.params.top_p,
+            "seed": self.sink.seed(conversation),
+        }
+        # Not part of OpenAI's own API, which refuses it; the engines above take it.
+        return body | ({"top_k": self.params.top_k} if self.params.top_k else {})
+
+    async def _post(self, client: httpx.AsyncClient, endpoint: str, body: dict) -> dict:
+        """The server's reply; waits and tries again where that can help."""
+        retries = self.params.openai.retries
+        for attempt in range(retries + 1):
+            response = error = None
+            try:
+                response = await client.post(endpoint, json=body)
+            except httpx.RequestError as raised:
+                error = raised
+            if response is not None and not _worth_retrying(response):
+                return _parsed(response, endpoint)
+            if attempt < retries:
+                await asyncio.sleep(_wait_s(attempt, response))
+        if isinstance(error, httpx.ConnectError | httpx.ConnectTimeout):
+            raise _UnreachableError(_explain(error))
+        what = _explain(error) if error else f"status {response.status_code}"
+        raise UnusableError(f"{endpoint} gave no answer in {retries + 1} tries: {what}")
+
+    def _read(self, reply: dict) -> tuple[list[int], str]:
+        """The answer's token ids and finish reason."""
+        try:
+            choice = reply["choices"][0]
+            message, finish_reason = dict(choice["message"]), choice["finish_reason"]
+        except (KeyError, IndexError, TypeError):
+            raise UnusableError("the server's reply is not a chat completion") from None
+        text = message.get("content")
+        if message.get("reasoning_content") or message.get("reasoning"):
+            raise UnusableError("the server took the reasoning out of the answer; run it without that parser")
+        if not isinstance(text, str):
+            raise UnusableError(f"the server returned no text (finish reason {finish_reason!r})")
+        tokens = self.target.tokenizer(text, add_special_tokens=False)["input_ids"]
+        if answer_text(self.target, tokens) != text:
+            raise UnusableError("the target's tokenizer does not give this answer's text back")
+        return ([*tokens, self.stop_id] if finish_reason == "stop" else tokens), finish_reason
+
+    def _no_server(self) -> str:
+        tried = "; ".join(f"{endpoint} ({why})" for endpoint, why in self.dead.items())
+        return (
+            f"no answer from the OpenAI server at {tried}; start it or mend generate.openai.base_urls, "
+            "then run again: finished conversations are kept"
+        )
+
+
+async def _together(workers: list[Coroutine]) -> None:
+    """Run them all; the first error stops the others and is raised as it is."""
+    try:
+        async with asyncio.TaskGroup() as group:
+            for worker in workers:
+                group.create_task(worker)
+    except ExceptionGroup as errors:
+        raise errors.exceptions[0] from None
+
+
+def _endpoint(base_url: str) -> str:
+    try:
+        url = httpx.URL(base_url.rstrip("/"))
+    except httpx.InvalidURL as error:
+        raise DeepSpecError(f"generate.openai.base_urls: {base_url!r} is not an address: {error}") from None
+    if url.scheme not in ("http", "https") or not url.host or (url.port or 0) > 65535:
+        raise DeepSpecError(
+            f"generate.openai.base_urls: {base_url!r} is not an address like http://localhost:8000/v1"
+        )
+    return f"{url}/chat/completions" if url.path.endswith("/v1") else f"{url}/v1/chat/completions"
+
+
+def _worth_retrying(response: httpx.Response) -> bool:
+    return response.status_code == 429 or response.status_code >= 500
+
+
+def _parsed(response: httpx.Response, endpoint: str) -> dict:
+    """The reply's JSON. A refusal of this request fails its row; one that all would meet stops the run."""
+    if response.is_success:
+        try:
+            return response.json()
+        except ValueError:
+            raise UnusableError("the server's reply is not JSON") from None
+    said = " ".join(response.text.split())[:200]
+    if response.status_code in (400, 413, 422):
+        raise UnusableError(f"the server refused the request (status {response.status_code}): {said}")
+    hint = f"; is ${KEY_VARIABLE} set?" if response.status_code in (401, 403) else ""
+    raise DeepSpecError(f"{endpoint} answered with status {response.status_code}{hint}: {said}")
+
+
+def _wait_s(attempt: int, response: httpx.Response | None) -> float:
+    """Exponential, with jitter so that workers do not come back together; never less than the server asks."""
+    backoff = min(LONGEST_WAIT_S, FIRST_WAIT_S * 2**attempt) * random.uniform(0.5, 1.5)
+    return max(backoff, _retry_after_s(response) if response is not None else 0.0)
+
+
+def _retry_after_s(response: httpx.Response) -> float:
+    """`Retry-After` is a number of seconds or a date; a missing or malformed one asks for nothing."""
+    value = response.headers.get("retry-after", "").strip()
+    try:
+        seconds = float(value)
+    except ValueError:
+        try:
+            at = parsedate_to_datetime(value)
+        except ValueError:
+            return 0.0
+        seconds = (at - datetime.now(at.tzinfo)).total_seconds()
+    return min(seconds, LONGEST_RETRY_AFTER_S) if seconds > 0 else 0.0
+
+
+def _explain(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__

@@ -1,0 +1,204 @@
+"""Where answers go as they come: append-only JSON lines, one file a process, and the data set made of them.
+
+A line is on the disk before the next is asked for, so a kill loses only what was in flight. The directory
+lies outside the DVC outputs (DVC deletes those before it runs a stage again) and is named after everything
+that the answers depend on, so that only a run with the same settings, target and prompts goes on from it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset, Features, List, Value, disable_progress_bars
+from datasets.exceptions import DatasetGenerationError
+
+from deepspec.answers.conversation import Conversation
+from deepspec.errors import DeepSpecError
+from deepspec.files import digest, file_digest, replacing, write_json
+from deepspec.progress import Progress
+
+FEATURES = Features(
+    {
+        "id": Value("string"),
+        "source": Value("string"),
+        "messages": List({"role": Value("string"), "content": Value("string")}),
+        "input_ids": List(Value("int32")),
+        "loss_mask": List(Value("int8")),
+        "finish_reasons": List(Value("string")),
+        "target": Value("string"),
+        "temperature": Value("float64"),
+        "top_p": Value("float64"),
+        "seed": Value("int64"),
+        "engine": Value("string"),
+    }
+)
+
+
+class Shard:
+    """This process's file of finished conversations. A line is on the disk when a method returns."""
+
+    def __init__(self, directory: Path, rank: int = 0, world: int = 1) -> None:
+        directory.mkdir(parents=True, exist_ok=True)
+        self.path = directory / f"shard-{rank}-of-{world}.jsonl"
+        self._file = self.path.open("ab")
+        self._file.truncate(_whole_lines(self.path))
+
+    def __enter__(self) -> Shard:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._file.close()
+
+    def add_row(self, conversation: Conversation, seed: int) -> None:
+        self._append({"id": conversation.prompt.id, "row": {**conversation.row(), "seed": seed}})
+
+    def add_failure(self, id: str, reason: str) -> None:
+        self._append({"id": id, "reason": reason})
+
+    def _append(self, entry: dict[str, Any]) -> None:
+        self._file.write(json.dumps(entry).encode() + b"\n")
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+
+class Sink:
+    """What an engine reports to: the shard and the progress display. It also hands out the seeds."""
+
+    def __init__(self, shard: Shard, progress: Progress, seed: int) -> None:
+        self.progress = progress
+        self._shard, self._seed = shard, seed
+
+    def seed(self, conversation: Conversation) -> int:
+        """For the sampler of the conversation's next answer."""
+        return (
+            conversation_seed(self._seed, conversation.prompt.id) + len(conversation.finish_reasons)
+        ) % 2**31
+
+    def finished(self, conversation: Conversation) -> None:
+        self._shard.add_row(conversation, conversation_seed(self._seed, conversation.prompt.id))
+        self.progress.advance()
+
+    def failed(self, id: str, reason: str) -> None:
+        self._shard.add_failure(id, reason)
+        self.progress.advance()
+
+
+def conversation_seed(seed: int, id: str) -> int:
+    """A seed of 31 bits (some servers take no more) that depends on nothing but the run's seed and the id."""
+    return int.from_bytes(hashlib.sha256(f"{seed}:{id}".encode()).digest()[:4]) >> 1
+
+
+@dataclass
+class Work:
+    """What the shards of a directory hold. A prompt that failed is tried again by the next run."""
+
+    rows: dict[str, tuple[Path, int]] = field(default_factory=dict)  # id → file and offset of its line
+    failures: dict[str, str] = field(default_factory=dict)  # id → the latest reason; never an id in `rows`
+
+    def row(self, id: str) -> dict[str, Any]:
+        path, offset = self.rows[id]
+        with path.open("rb") as file:
+            file.seek(offset)
+            return {"id": id, **json.loads(file.readline())["row"]}
+
+
+def read_work(directory: Path) -> Work:
+    """All shards, however many processes wrote them. A line that is not whole is work still to be done."""
+    work = Work()
+    for path in sorted(directory.glob("shard-*.jsonl")):
+        offset = 0
+        with path.open("rb") as file:
+            for line in file:
+                _file_entry(work, line, path, offset)
+                offset += len(line)
+    for id in work.rows:
+        work.failures.pop(id, None)
+    return work
+
+
+def assemble(work: Work, ids: list[str], out: Path, settings: dict[str, Any], target_digest: str) -> dict:
+    """Write `train.parquet`, `failures.jsonl` and `manifest.json` to `out`, in the order of `ids`.
+
+    The directory takes its place whole, by a rename.
+
+    Args:
+        settings: what was asked of the target (`generation_settings`).
+
+    Returns:
+        The manifest.
+
+    Raises:
+        DeepSpecError: no conversation succeeded, or the shards lack prompts that another process answered.
+    """
+    lost = len(ids) - len(work.rows.keys() | work.failures.keys())
+    if lost > 0:
+        raise DeepSpecError(
+            f"{lost} of {len(ids)} prompts are in no shard; several machines need a shared working directory"
+        )
+    kept = [id for id in ids if id in work.rows]
+    failed = [id for id in ids if id in work.failures]
+    if not kept:
+        reason = f"; the first reason: {work.failures[failed[0]]} (prompt {failed[0]!r})" if failed else ""
+        raise DeepSpecError(f"no conversation could be generated out of {len(ids)} prompts{reason}")
+    with replacing(out) as directory:
+        directory.mkdir()
+        counts = _write_parquet(work, kept, directory / "train.parquet", settings, target_digest)
+        with (directory / "failures.jsonl").open("w", encoding="utf-8") as file:
+            file.writelines(json.dumps({"id": id, "reason": work.failures[id]}) + "\n" for id in failed)
+        manifest = {
+            "rows": len(kept),
+            "failures": len(failed),
+            **counts,
+            "target": target_digest,
+            "settings": settings,
+            "digest": file_digest(directory / "train.parquet"),
+        }
+        write_json(directory / "manifest.json", manifest)
+    return manifest
+
+
+def _write_parquet(work: Work, ids: list[str], path: Path, settings: dict, target: str) -> dict[str, int]:
+    """Returns the numbers of tokens."""
+    constants = {key: settings[key] for key in ("temperature", "top_p", "engine")} | {"target": target}
+    counts = {"answer_tokens": 0, "total_tokens": 0}
+
+    def rows() -> Iterator[dict[str, Any]]:
+        for id in ids:
+            row = work.row(id)
+            counts["answer_tokens"] += sum(row["loss_mask"])
+            counts["total_tokens"] += len(row["input_ids"])
+            yield {**row, **constants}
+
+    disable_progress_bars()
+    with tempfile.TemporaryDirectory(dir=path.parent) as cache:
+        try:
+            data = Dataset.from_generator(
+                rows, features=FEATURES, cache_dir=cache, fingerprint=digest(path.name)
+            )
+        except DatasetGenerationError as error:
+            raise error.__cause__ or error from None  # so that a full disk is seen as one
+        data.to_parquet(path)
+    return counts
+
+
+def _file_entry(work: Work, line: bytes, path: Path, offset: int) -> None:
+    try:
+        entry = json.loads(line)
+    except ValueError:
+        return
+    if "row" in entry:
+        work.rows.setdefault(entry["id"], (path, offset))
+    else:
+        work.failures[entry["id"]] = entry["reason"]
+
+
+def _whole_lines(path: Path) -> int:
+    """Bytes up to and including the last newline."""
+    return path.read_bytes().rfind(b"\n") + 1

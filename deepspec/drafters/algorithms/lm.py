@@ -1,0 +1,221 @@
+"""An independent draft language model: any smaller model of the target's tokenizer.
+
+It is used as it is, or distilled on the target's answers (DistillSpec, arXiv 2310.08461), and comes from one of three
+places: a model of its own (`source`), a choice of the target's own layers (`from_layers`, with its embeddings and head,
+which stay frozen), or nothing (`hidden_size`: the target's architecture, smaller). Directories are plain Hugging Face
+ones, which every engine loads.
+"""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from deepspec.decoding.tree import Vocabulary
+from deepspec.drafters.algorithm import Algorithm, TrainedParams
+from deepspec.drafters.autoregressive import AutoregressiveDrafter
+from deepspec.drafters.network import Network, Outputs
+from deepspec.errors import DeepSpecError
+from deepspec.target.attention import NAME, Step
+from deepspec.target.model import Target, decoder_layers, from_pretrained
+
+
+class LMParams(TrainedParams):
+    """An independent draft language model of the target's tokenizer."""
+
+    type: Literal["lm"]
+    block_size: int = Field(5, ge=1, description="γ: tokens drafted at most.")
+    source: str | None = Field(None, description="A model of the same tokenizer: a directory or a hub id.")
+    from_layers: list[int] | None = Field(None, description="Or: the target's own layers to start from.")
+    hidden_size: int | None = Field(None, ge=8, description="Or: from scratch, of this width.")
+    layers: int = Field(2, ge=1, description="From scratch: decoder layers.")
+    finetune: bool = Field(True, description="false: used as it is.")
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> LMParams:
+        given = [name for name in ("source", "from_layers", "hidden_size") if getattr(self, name) is not None]
+        if len(given) != 1:
+            found = " and ".join(given) or "none"
+            raise ValueError(
+                f"a draft of type lm wants one of source, from_layers, hidden_size; found {found}"
+            )
+        return self
+
+
+@dataclass(frozen=True)
+class LMConfig:
+    """What training needs to know; `hidden_size` is the target's."""
+
+    hidden_size: int
+    vocab_size: int
+    block_size: int
+    target_layer_ids: tuple[int, ...] = ()
+
+    @property
+    def draft_vocab_size(self) -> int:
+        return self.vocab_size
+
+
+class LMModel(Network):
+    """A Hugging Face model in training, with the target's head beside it for the target's law."""
+
+    def __init__(self, config: LMConfig, model: PreTrainedModel):
+        nn.Module.__init__(self)
+        self.config, self.model = config, model
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False).requires_grad_(False)
+        self.register_buffer("draft_ids", torch.arange(config.vocab_size))
+
+    def share(self, target: Target, draft_ids: Tensor) -> None:
+        self.lm_head.weight.data = target.head_weight.to(torch.float32)
+
+    def blocks(self) -> list[nn.Module]:
+        return list(decoder_layers(self.model, self.model.config.num_hidden_layers))
+
+    def forward(self, features: Tensor, tokens: Tensor, anchors: Tensor) -> Tensor:
+        """The model's post-norm states at the anchors and behind, [batch, blocks, γ, its own d], true tokens fed."""
+        if self.checkpointing and not self.model.is_gradient_checkpointing:
+            self.model.gradient_checkpointing_enable({"use_reentrant": False})
+        hidden = self.model.base_model(input_ids=tokens, use_cache=False).last_hidden_state
+        places = anchors[..., None] + torch.arange(self.config.block_size, device=anchors.device)
+        places = places.clamp(max=tokens.shape[1] - 1)
+        rows = torch.arange(len(tokens), device=anchors.device)[:, None, None]
+        return hidden[rows, places]
+
+    def outputs(self, hidden: Tensor, previous: Tensor) -> Outputs:
+        return Outputs([(hidden, self.model.get_output_embeddings().weight)])
+
+    def stored(self, written_out: bool = True) -> dict[str, Tensor]:
+        return self.model.state_dict()
+
+    def description(self) -> dict[str, Any]:
+        described = {"architectures": [type(self.model).__name__], "block_size": self.config.block_size}
+        return self.model.config.to_dict() | described | {"dtype": "bfloat16"}
+
+
+def network(params: LMParams, target: Target) -> LMModel:
+    """The model that `params` describe, in float32.
+
+    Raises:
+        DeepSpecError: another tokenizer, a layer that the target lacks, or a width that it cannot be cut to.
+    """
+    if params.source is not None:
+        check_tokenizer(params.source, target)
+        model = from_pretrained(AutoModelForCausalLM, params.source, dtype=torch.float32)
+    elif params.from_layers is not None:
+        model = cut_out(target, params.from_layers)
+    else:
+        model = scratch(target, params.hidden_size, params.layers)
+    if model.config.vocab_size != target.vocab_size:
+        raise DeepSpecError(
+            f"{params.source}: its vocabulary has {model.config.vocab_size} entries, the target's {target.vocab_size}"
+        )
+    if not params.finetune:
+        model.requires_grad_(False)
+    return LMModel(LMConfig(target.hidden_size, target.vocab_size, params.block_size), model)
+
+
+def cut_out(target: Target, layers: list[int]) -> PreTrainedModel:
+    """A model of some of the target's layers, in their order; embeddings and head are the target's, and frozen."""
+    for layer in layers:
+        if not 0 <= layer < target.num_layers:
+            raise DeepSpecError(
+                f"from_layers: the target has layers 0 to {target.num_layers - 1}, not {layer}"
+            )
+    whole = from_pretrained(AutoModelForCausalLM, target.source, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_config(_config(target, layers), dtype=torch.float32)
+    state = whole.state_dict()
+    kept = {name: tensor for name, tensor in state.items() if ".layers." not in name}
+    for place, layer in enumerate(layers):
+        prefix = f".layers.{layer}."
+        kept |= {
+            name.replace(prefix, f".layers.{place}."): tensor
+            for name, tensor in state.items()
+            if prefix in name
+        }
+    model.load_state_dict(kept)
+    for part in (model.get_input_embeddings(), model.get_output_embeddings()):
+        part.requires_grad_(False)
+    return model
+
+
+def scratch(target: Target, hidden_size: int, layers: int) -> PreTrainedModel:
+    """A model of the target's architecture with random weights, narrower and shallower."""
+    config = _config(target, [0] * layers)
+    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+    head_dim = getattr(config, "head_dim", None) or target.hidden_size // heads
+    share = hidden_size / target.hidden_size
+    config.num_key_value_heads = max(round(kv_heads * share), 1)
+    config.num_attention_heads = config.num_key_value_heads * (heads // kv_heads)
+    config.head_dim, config.hidden_size = head_dim, hidden_size
+    config.intermediate_size = max(round(config.intermediate_size * share), 8)
+    return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+
+
+def _config(target: Target, layers: list[int]) -> Any:
+    """The target's configuration with other layers."""
+    config = deepcopy(from_pretrained(AutoConfig, target.source).get_text_config())
+    config.num_hidden_layers = len(layers)
+    if getattr(config, "layer_types", None):
+        config.layer_types = [config.layer_types[layer] for layer in layers]
+    return config
+
+
+def check_tokenizer(source: str | Path, target: Target) -> None:
+    """A draft model must cut text as its target does."""
+    tokenizer = from_pretrained(AutoTokenizer, str(source))
+    ours, theirs = target.tokenizer.get_vocab(), tokenizer.get_vocab()
+    if ours != theirs:
+        token = min(set(ours.items()) ^ set(theirs.items()))[0]
+        raise DeepSpecError(
+            f"{source}: another tokenizer than the target's (they differ at {token!r}); a draft must share it"
+        )
+
+
+class LMDrafter(AutoregressiveDrafter):
+    """Drafts with a model of its own, through the attention and the packed layers that targets run on."""
+
+    on_features = False
+
+    def __init__(self, model: Target, block_size: int, target: Target):
+        self.model = model
+        self.block_size = block_size
+        self.vocab_size = target.vocab_size
+        self.device = target.device
+        self.vocabulary = Vocabulary(target.vocab_size)
+
+    def step(self, ids: Tensor, above: Tensor | None, step: Step) -> Tensor:
+        return self.model.forward(ids[None], step)[0]
+
+    def logits(self, outputs: Tensor) -> Tensor:
+        return self.model.logits(outputs)
+
+
+def load(directory: Path, config: dict[str, Any], target: Target) -> LMDrafter:
+    """A model directory.
+
+    Raises:
+        DeepSpecError: another tokenizer, or an unknown or missing weight.
+    """
+    check_tokenizer(directory, target)
+    model, info = from_pretrained(
+        AutoModelForCausalLM,
+        str(directory),
+        dtype=target.dtype,
+        attn_implementation=NAME,
+        output_loading_info=True,
+    )
+    for what in ("unexpected_keys", "missing_keys", "mismatched_keys"):
+        if info[what]:
+            raise DeepSpecError(f"{directory}: {what.replace('_', ' ')}: {sorted(info[what])[:3]}")
+    runner = Target(model.to(target.device).eval(), target.tokenizer, str(directory))
+    return LMDrafter(runner, config.get("block_size", 5), target)
+
+
+ALGORITHM = Algorithm(LMParams, ("*ForCausalLM",), load, network, standalone=True)

@@ -1,0 +1,202 @@
+"""Medusa: K residual heads on the target's last hidden state, one for each of the next K tokens.
+
+Source: arXiv 2401.10774. With h the post-norm state of the last token that had a target pass (the anchor, drawn from
+it, is known), head k predicts the k-th token after the anchor: z_k = W f_k(h), f_k a stack of x + SiLU(W_i x + b_i)
+that starts as the identity. Here W is the target's own head, frozen, so K heads cost K·d² weights and one product;
+published drafts bring a W for each head, and load too (`medusa_lm_head.safetensors`, the FasterDecoding layout).
+Heads do not see each other's tokens: a tree takes the marginals.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor, nn
+
+from deepspec.decoding.drafter import Ask, Drafter, GrowingSession
+from deepspec.decoding.tree import Growth, Laws, Parent
+from deepspec.drafters.algorithm import Algorithm, TrainedParams
+from deepspec.drafters.checkpoint import load_network, weight_names
+from deepspec.drafters.network import Network, like_target, missing_keys
+from deepspec.errors import DeepSpecError
+from deepspec.target.fused import PackedLinear
+from deepspec.target.model import H_LAST, Target
+
+ARCHITECTURE = "MedusaModel"
+PUBLISHED_WEIGHTS = "medusa_lm_head.safetensors"
+
+
+class MedusaParams(TrainedParams):
+    """Medusa: residual heads on the target's last hidden state; the cheapest draft to train and to run."""
+
+    type: Literal["medusa"]
+    heads: int = Field(4, ge=1, description="K: tokens drafted.")
+    layers: int = Field(1, ge=1, description="Residual layers of a head.")
+    draft_vocab_size: int = Field(8192, ge=0, description="Most frequent tokens kept; 0 keeps them all.")
+
+
+@dataclass(frozen=True)
+class MedusaConfig:
+    """Sizes of the network."""
+
+    hidden_size: int
+    vocab_size: int
+    draft_vocab_size: int
+    medusa_num_heads: int
+    medusa_num_layers: int
+    own_heads: bool = False  # a vocabulary matrix for each head, as published drafts have
+
+    target_layer_ids = (H_LAST,)
+
+    @property
+    def block_size(self) -> int:
+        return self.medusa_num_heads
+
+    @classmethod
+    def read(cls, config: dict[str, Any], own_heads: bool) -> MedusaConfig:
+        """From a `config.json`, ours or a published one.
+
+        Raises:
+            DeepSpecError: a missing key.
+        """
+        found = config | {"own_heads": own_heads}
+        found.setdefault("draft_vocab_size", config.get("vocab_size"))
+        if missing := missing_keys(cls, found):
+            raise DeepSpecError(f"config.json of a Medusa draft lacks {', '.join(missing)}")
+        return cls(**{name: found[name] for name in cls.__dataclass_fields__})
+
+    @classmethod
+    def for_target(cls, params: MedusaParams, target: Target) -> MedusaConfig:
+        sizes = like_target(target, (), params.draft_vocab_size)
+        kept = {name: sizes[name] for name in ("hidden_size", "vocab_size", "draft_vocab_size")}
+        return cls(**kept, medusa_num_heads=params.heads, medusa_num_layers=params.layers)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "architectures": [ARCHITECTURE],
+            "model_type": "medusa",
+            **{name: getattr(self, name) for name in self.__dataclass_fields__ if name != "own_heads"},
+            "medusa_fc_bias": True,
+            "dtype": "bfloat16",
+        }
+
+
+class ResBlock(nn.Module):
+    def __init__(self, size: int):
+        super().__init__()
+        self.linear = nn.Linear(size, size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + F.silu(self.linear(x))
+
+
+class MedusaModel(Network):
+    def __init__(self, config: MedusaConfig):
+        super().__init__(config)
+        self.heads = nn.ModuleList(
+            nn.Sequential(*(ResBlock(config.hidden_size) for _ in range(config.medusa_num_layers)))
+            for _ in range(config.medusa_num_heads)
+        )
+        self.own_heads = nn.ModuleList(
+            nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+            for _ in range(config.medusa_num_heads if config.own_heads else 0)
+        )
+        self.initialise()
+        for block in self.heads.modules():
+            if isinstance(block, ResBlock):  # f_k starts as the identity
+                nn.init.zeros_(block.linear.weight)
+                nn.init.zeros_(block.linear.bias)
+
+    def stored_name(self, name: str) -> str:
+        if name.startswith("own_heads."):
+            return f"{name.split('.')[1]}.{self.config.medusa_num_layers}.weight"
+        return name.removeprefix("heads.")
+
+    def states(self, hidden: Tensor) -> Tensor:
+        """h [..., d] → f_k(h), [..., K, d]"""
+        return torch.stack([head(hidden) for head in self.heads], -2)
+
+    def forward(self, features: Tensor, tokens: Tensor, anchors: Tensor) -> Tensor:
+        """f_k of the state before each anchor.
+
+        Args:
+            features: h_last [batch, n, d] of every token.
+            tokens: int64 [batch, n], not read.
+            anchors: int64 [batch, blocks], positions of the anchors (>= 1).
+
+        Returns:
+            [batch, blocks, K, d]: row k predicts the token at anchor + k + 1.
+        """
+        return self.states(features.gather(1, (anchors - 1)[..., None].expand(-1, -1, features.shape[-1])))
+
+
+class MedusaDrafter(Drafter):
+    layers = (H_LAST,)
+
+    def __init__(self, model: MedusaModel, target: Target):
+        self.config = model.config
+        self.block_size = model.config.medusa_num_heads
+        self.vocab_size = target.vocab_size
+        with torch.no_grad():
+            model = model.to(target.device, target.dtype)
+            self._states = model.states
+            heads = [head.weight for head in model.own_heads] or [model.lm_head.weight]
+            self._heads = [PackedLinear(head) for head in heads]
+            self.vocabulary = model.vocabulary()
+
+    def session(self, slots: int) -> MedusaSession:
+        return MedusaSession(self, slots)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """h_last [m, d] → [m, K, columns]"""
+        states = self._states(hidden)
+        if len(self._heads) == 1:
+            return self._heads[0](states)
+        return torch.stack([head(states[:, k]) for k, head in enumerate(self._heads)], 1)
+
+
+class MedusaSession(GrowingSession):
+    def __init__(self, drafter: MedusaDrafter, slots: int):
+        self.drafter = drafter
+        self.newest: list[Tensor | None] = [None] * slots  # h_last [d] of the token before the anchor
+
+    def begin(self, row: int) -> None:
+        self.newest[row] = None
+
+    def extend(self, row: int, tokens: list[int], features: Tensor | None) -> None:
+        if len(features):
+            self.newest[row] = features[-1]
+
+    def move(self, source: int, destination: int) -> None:
+        self.newest[destination] = self.newest[source]
+
+    def ready(self, row: int) -> bool:
+        return self.newest[row] is not None
+
+    def laws(self, asks: list[Ask], growths: list[Growth]) -> Callable[[list[Parent]], Laws]:
+        logits = self.drafter.logits(torch.stack([self.newest[ask.row] for ask in asks]))
+        return lambda parents: Laws(logits[[parent.growth for parent in parents], parents[0].depth])
+
+
+def load(directory: Path, config: dict[str, Any], target: Target) -> MedusaDrafter:
+    """A draft of ours, or a published one with a vocabulary matrix for each head."""
+    published = directory / PUBLISHED_WEIGHTS
+    file = published.name if published.exists() else None
+    own_heads = f"0.{config.get('medusa_num_layers', 1)}.weight" in weight_names(directory, file)
+    sizes = {"hidden_size": target.hidden_size, "vocab_size": target.vocab_size}  # published ones may not say
+    model = MedusaModel(MedusaConfig.read(sizes | config, own_heads))
+    return MedusaDrafter(load_network(model, directory, target, file), target)
+
+
+ALGORITHM = Algorithm(
+    MedusaParams,
+    (ARCHITECTURE,),
+    load,
+    lambda params, target: MedusaModel(MedusaConfig.for_target(params, target)),
+)

@@ -1,0 +1,74 @@
+"""What one way of decoding did on one prompt: seconds, tokens and rounds, as the evaluation keeps them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from deepspec.evaluation.stats import Pair
+from deepspec.files import digest
+
+if TYPE_CHECKING:
+    from deepspec.decoding.request import Generation
+
+PLAIN = "plain"
+
+
+@dataclass
+class Run:
+    """One contestant on one prompt, its turns in order. `accepted` and `drafted` count tokens by turn and round."""
+
+    seconds: float = 0.0  # less the target's prefill
+    tokens: int = 0
+    draft_s: float = 0.0
+    verify_s: float = 0.0
+    accepted: list[list[int]] = field(default_factory=list)
+    drafted: list[list[int]] = field(default_factory=list)
+    output: str = ""  # digest of the token ids of all turns
+
+    def add(self, generation: Generation, seconds: float) -> None:
+        """Add a turn."""
+        stats = generation.stats
+        self.seconds += seconds
+        self.tokens += len(generation.tokens)
+        self.draft_s += stats.draft_s
+        self.verify_s += stats.verify_s
+        self.accepted.append(list(stats.accepted))
+        self.drafted.append(list(stats.drafted))
+        self.output = digest(self.output + json.dumps(generation.tokens))
+
+    @property
+    def host_s(self) -> float:
+        """What is neither drafting nor verifying: bookkeeping and Python."""
+        return self.seconds - self.draft_s - self.verify_s
+
+    @property
+    def rounds(self) -> int:
+        return sum(map(len, self.accepted))
+
+    @property
+    def committed(self) -> int:
+        """Tokens that the rounds committed: the accepted ones, and one of the target's own each."""
+        return sum(map(sum, self.accepted)) + self.rounds
+
+
+PromptRuns = dict[str, Run]  # contestant → its run of one prompt
+
+
+def to_json(runs: PromptRuns) -> dict[str, Any]:
+    return {name: asdict(run) for name, run in runs.items()}
+
+
+def from_json(runs: dict[str, Any]) -> PromptRuns:
+    return {name: Run(**run) for name, run in runs.items()}
+
+
+def pair(plain: Run, other: Run) -> Pair:
+    return Pair(plain.seconds, plain.tokens, other.seconds, other.tokens)
+
+
+def prompt_seed(seed: int, task: str, turns: Sequence[str], turn: int) -> int:
+    """Of one turn: from what is asked, so that neither order nor the choice of other prompts changes an output."""
+    return int(digest(json.dumps([seed, task, list(turns[: turn + 1])]))[:12], 16)

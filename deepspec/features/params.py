@@ -1,0 +1,22 @@
+"""The section `train.features` of params.yaml."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from deepspec.features.codec import CODECS
+from deepspec.section import Section
+
+
+class FeaturesParams(Section):
+    """Where the target's hidden states come from in training."""
+
+    mode: Literal["cached", "online"] = Field(
+        "cached", description="`online` runs the target in every step and stores nothing."
+    )
+    form: Literal[tuple(CODECS)] = Field("bf16", description="Of the cache: how each hidden state is stored.")
+    directory: str | None = Field(
+        None, description="Of the cache, to share it; null: one of its own under .deepspec/features."
+    )

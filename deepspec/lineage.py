@@ -1,0 +1,118 @@
+"""Compute which code decides a result: what a module imports, directly or not, read from the source.
+
+`dvc.yaml` and `paper/dvc.yaml` name the same code as dependencies (a test holds them to this closure), and unfinished
+work is kept under the digest of it, so that what other code has made is never continued.
+
+    python -m deepspec.lineage deepspec.stages.train      # the closure of one module, a file a line
+"""
+
+from __future__ import annotations
+
+import ast
+import sys
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+from deepspec.files import digest
+
+ROOT = Path(__file__).parent.parent
+PACKAGES = ("deepspec", "paper")
+
+# Modules that cannot change a result, with the reason. The closure does not go through them.
+INERT = {
+    "deepspec": "names the public functions",
+    "deepspec.config": "reads params.yaml, whose values DVC tracks; defaults are in each package's params.py",
+    "deepspec.device": "describes the machine in words",
+    "deepspec.entry": "environment and error messages of a process",
+    "deepspec.errors": "error messages",
+    "deepspec.files": "writes files whole or not at all; what is in them comes from its callers",
+    "deepspec.html": "escapes what a page shows",
+    "deepspec.journal": "keeps finished pieces of work as they are",
+    "deepspec.lineage": "says where work is kept",
+    "deepspec.progress": "progress shown to a person",
+    "deepspec.provenance": "says which commit and packages a result is of",
+    "deepspec.section": "base class that refuses unknown keys",
+    "deepspec.stages.common": "flags of a stage",
+    "deepspec.training.system": "watches the machine while training runs",
+}
+
+
+def closure(*modules: str) -> set[str]:
+    """Return the project's modules that the given ones import, directly or not, themselves included.
+
+    Imports under `if TYPE_CHECKING` are left out; `pkgutil.iter_modules(package.__path__)` stands for every module of
+    that package. The `INERT` ones are neither included nor followed.
+
+    Raises:
+        KeyError: a module that the project does not have.
+    """
+    found: set[str] = set()
+    open_ = [name for name in modules if name not in INERT]
+    while open_:
+        name = open_.pop()
+        if name not in found:
+            found.add(name)
+            open_ += [other for other in imports(name) if other not in INERT]
+    return found
+
+
+@cache
+def imports(name: str) -> frozenset[str]:
+    """Return the project's modules that one module imports itself."""
+    known = modules()
+    found = set()
+    for module in _named(ast.parse(known[name].read_text(encoding="utf-8"))):
+        found |= {module} & known.keys() if not module.endswith(".*") else _inside(module[:-2])
+    return frozenset(found - {name})
+
+
+@cache
+def modules() -> dict[str, Path]:
+    """Return every module of the project that has code, with its file."""
+    files = [path for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py"))]
+    return {_name(path): path for path in files if path.name != "__init__.py" or _has_code(path)}
+
+
+@cache
+def code_digest(*names: str) -> str:
+    """Return the digest of the code that decides what these modules compute (`closure`)."""
+    files = [modules()[name] for name in sorted(closure(*names))]
+    return digest(b"".join(file.read_bytes() for file in files))
+
+
+def _name(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def _has_code(path: Path) -> bool:
+    """Whether a file holds more than its docstring."""
+    body = ast.parse(path.read_text(encoding="utf-8")).body
+    return any(not isinstance(node, ast.Expr) for node in body)
+
+
+def _inside(package: str) -> set[str]:
+    return {name for name in modules() if name.startswith(f"{package}.")}
+
+
+def _named(node: ast.AST) -> Iterator[str]:
+    """Yield what a syntax tree imports, at any depth; `package.*` where all modules of a package are listed."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.If) and ast.unparse(child.test).endswith("TYPE_CHECKING"):
+            for other in child.orelse:
+                yield from _named(other)
+            continue
+        if isinstance(child, ast.ImportFrom) and child.module and not child.level:
+            yield child.module
+            yield from (f"{child.module}.{alias.name}" for alias in child.names)
+        elif isinstance(child, ast.Import):
+            yield from (alias.name for alias in child.names)
+        elif isinstance(child, ast.Call) and ast.unparse(child.func).endswith("iter_modules") and child.args:
+            yield ast.unparse(child.args[0]).removesuffix(".__path__") + ".*"
+        yield from _named(child)
+
+
+if __name__ == "__main__":
+    for module in sorted(closure(*sys.argv[1:])):
+        print(modules()[module].relative_to(ROOT))

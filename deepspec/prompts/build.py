@@ -1,0 +1,175 @@
+"""The training prompts: sources mixed by weight, filtered, and written with a manifest of what happened.
+
+A source offers candidates in an order that depends on the seed alone; the sieve lets the good ones through
+until the source has filled its share. What one source cannot supply, the others do.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from deepspec.errors import DeepSpecError
+from deepspec.files import digest, write_json, write_text
+from deepspec.messages.sources import Candidate, hub_candidates, jsonl_candidates
+from deepspec.prompts.filters import Sieve
+from deepspec.prompts.magpie import Magpie
+from deepspec.prompts.overlap import Overlap
+from deepspec.prompts.params import PromptsParams
+from deepspec.prompts.seeds.seeds import iter_seeds
+
+WORK_DIR = Path(".deepspec/prompts")  # outside the stage's outputs, which `dvc repro` deletes first
+
+
+class Source(Protocol):
+    """Offers candidates; each call goes on where the last one stopped."""
+
+    def candidates(self, need: int, sieve: Sieve) -> Iterator[Candidate]: ...
+
+
+@dataclass(frozen=True)
+class PromptSet:
+    """The rows `{"id", "source", "turns"}` and the manifest beside them."""
+
+    rows: list[dict[str, Any]]
+    manifest: dict[str, Any]
+
+
+class Listed:
+    """A source whose prompts are there already."""
+
+    def __init__(self, candidates: Iterable[Candidate]) -> None:
+        self._candidates = iter(candidates)
+
+    def candidates(self, need: int, sieve: Sieve) -> Iterator[Candidate]:
+        return self._candidates
+
+
+def build_prompts(
+    params: PromptsParams,
+    seed: int,
+    eval_texts: Iterable[str],
+    *,
+    target: Any = None,
+    batch_size: int = 48,
+    work_dir: Path = WORK_DIR,
+) -> PromptSet:
+    """Mix, filter and shuffle the training prompts.
+
+    Args:
+        eval_texts: user turns of the evaluation prompts, which must not appear in training.
+        target: needed where the mix has a positive weight of `magpie`.
+        batch_size: attempts that magpie decodes at once.
+        work_dir: where magpie keeps attempts between runs.
+
+    Raises:
+        DeepSpecError: a source cannot be read, or no prompt passes the filters.
+    """
+    weights = {name: weight for name, weight in params.mix.items() if weight > 0}
+    sources = {name: _source(name, params, seed, target, batch_size, work_dir) for name in weights}
+    sieve = Sieve(params, Overlap(eval_texts, params.overlap_ngram))
+    rows, notes = _mix(sources, weights, params.count, sieve)
+    if not rows:
+        raise DeepSpecError(
+            f"no training prompt passed the filters of {', '.join(weights)} "
+            f"(rejected: {_listed(sieve.rejected) or 'none, the sources are empty'}); "
+            "change prompts.mix or its bounds"
+        )
+    random.Random(seed).shuffle(rows)
+    requested = split_by_weight(params.count, weights)
+    accepted = Counter(row["source"] for row in rows)
+    return PromptSet(
+        rows,
+        {
+            "count": len(rows),
+            "requested": params.count,
+            "seed": seed,
+            "overlap_ngram": params.overlap_ngram,
+            "sources": {name: {"requested": requested[name], "accepted": accepted[name]} for name in weights},
+            "rejected": dict(sorted(sieve.rejected.items())),
+            "notes": notes,
+            "digest": digest(_jsonl(rows)),
+        },
+    )
+
+
+def write_prompts(prompts: PromptSet, directory: str | Path) -> None:
+    """Write `train.jsonl` and `manifest.json`."""
+    write_text(Path(directory) / "train.jsonl", _jsonl(prompts.rows))
+    write_json(Path(directory) / "manifest.json", prompts.manifest)
+
+
+def prompt_id(turns: list[str]) -> str:
+    """16 hexadecimal digits that stand for these turns, wherever they came from."""
+    return digest(json.dumps(turns, ensure_ascii=False))
+
+
+def split_by_weight(count: int, weights: Mapping[str, float]) -> dict[str, int]:
+    """Whole shares of `count` in proportion to the weights (largest remainder)."""
+    total = sum(weights.values())
+    exact = {name: count * weight / total for name, weight in weights.items()}
+    shares = {name: math.floor(value) for name, value in exact.items()}
+    by_remainder = sorted(exact, key=lambda name: shares[name] - exact[name])
+    for name in by_remainder[: count - sum(shares.values())]:
+        shares[name] += 1
+    return shares
+
+
+def _source(
+    name: str, params: PromptsParams, seed: int, target: Any, batch_size: int, work_dir: Path
+) -> Source:
+    if name == "magpie":
+        return Magpie(target, params.magpie, seed, batch_size, work_dir)
+    if name == "seed":
+        return Listed(Candidate(turns) for turns in iter_seeds(seed))
+    kind, _, place = name.partition(":")
+    return Listed({"jsonl": jsonl_candidates, "hub": hub_candidates}[kind](place, seed))
+
+
+def _mix(
+    sources: Mapping[str, Source], weights: Mapping[str, float], count: int, sieve: Sieve
+) -> tuple[list[dict], list[str]]:
+    """Take every source's share; what is missing is shared among those that have more, until none has."""
+    rows: list[dict] = []
+    notes: list[str] = []
+    left = dict(weights)
+    while len(rows) < count and left:
+        for name, share in split_by_weight(count - len(rows), left).items():
+            taken = [_row(name, candidate) for candidate in _take(sources[name], share, sieve)]
+            rows += taken
+            if len(taken) < share:
+                del left[name]
+                notes.append(f"{name} ran out: {len(taken)} of the {share} prompts asked of it")
+    if len(rows) < count:
+        notes.append(f"only {len(rows)} of {count} prompts: every source ran out")
+    return rows, notes
+
+
+def _take(source: Source, share: int, sieve: Sieve) -> Iterator[Candidate]:
+    taken = 0
+    if share == 0:
+        return
+    for candidate in source.candidates(share, sieve):
+        if sieve.admit(candidate):
+            yield candidate
+            taken += 1
+            if taken == share:
+                return
+
+
+def _row(source: str, candidate: Candidate) -> dict[str, Any]:
+    return {"id": prompt_id(candidate.turns), "source": source, "turns": candidate.turns}
+
+
+def _jsonl(rows: list[dict]) -> str:
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def _listed(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{reason} {count}" for reason, count in sorted(counts.items()))

@@ -1,0 +1,125 @@
+"""Magpie (arXiv 2406.08464): the target, given its own template up to the user's turn, writes that turn.
+
+Every attempt has an index and a seed of its own and is appended to a work file as soon as it ends, so a
+killed run continues where it stopped. Attempts are handed out in the order of their index, whichever ended
+first: the chosen prompts depend neither on the batch nor on interruptions.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import deque
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, TextIO
+
+from deepspec.decoding.request import Generation, Request, Sampling
+from deepspec.files import digest
+from deepspec.messages.sources import Candidate
+from deepspec.progress import Progress
+from deepspec.prompts.filters import Sieve, duplicate_key
+from deepspec.prompts.params import MagpieParams
+
+ATTEMPTS_PER_PROMPT = 4  # A target that fails more often than this cannot write its own prompts.
+
+
+class Magpie:
+    """Prompts that the target wrote.
+
+    Args:
+        target: has `tokenizer`, `stop_ids`, `digest` and `user_prefix_ids()`.
+        batch_size: attempts decoded at once; does not change which prompts come out.
+        work_dir: where the work file lies; one file per target, settings and seed.
+    """
+
+    def __init__(self, target: Any, params: MagpieParams, seed: int, batch_size: int, work_dir: Path) -> None:
+        self._target = target
+        self._params = params
+        self._seed = seed
+        self._batch_size = batch_size
+        settings = json.dumps([params.model_dump(), target.digest, seed], sort_keys=True)
+        self._work = work_dir / f"{digest(settings)}.jsonl"
+        self._done = _read_work(self._work)
+        self._next = 0  # the first attempt not yet handed out
+
+    def candidates(self, need: int, sieve: Sieve) -> Iterator[Candidate]:
+        """Attempts in order; missing ones are made until `need` pass the sieve or the budget is spent."""
+        end = self._next + ATTEMPTS_PER_PROMPT * need
+        self._generate(end, need, sieve)
+        while self._next < end and self._next in self._done:
+            self._next += 1
+            yield self._done[self._next - 1]
+
+    def _generate(self, end: int, need: int, sieve: Sieve) -> None:
+        """Make missing attempts below `end`: first those that an interrupted run left out, then new ones."""
+        known = max(self._done, default=-1)
+        missing = deque(index for index in range(self._next, end) if index not in self._done)
+        passed: set[str] = set()  # duplicate keys, so that a prompt written twice counts once
+
+        def enough() -> bool:
+            return not missing or (len(passed) >= need and missing[0] > known)
+
+        def next_request() -> Request | None:
+            return None if enough() else self._request(missing.popleft())
+
+        def count(candidate: Candidate) -> None:
+            if sieve.fault(candidate) is None:
+                passed.add(duplicate_key(candidate.turns))
+
+        for index in range(self._next, end):
+            if index in self._done:
+                count(self._done[index])
+        if enough():
+            return
+        with Progress("magpie", need, done=min(len(passed), need)) as progress:
+            for generation in self._attempts(next_request):
+                count(self._done[generation.id])
+                progress.tokens(len(generation.tokens))
+                progress.advance(min(len(passed), need) - progress.done)
+
+    def _attempts(self, next_request: Callable[[], Request | None]) -> Iterator[Generation]:
+        """Decode, and keep every attempt in the work file before it is used."""
+        from deepspec.decoding.engine import stream  # here, so that other sources work without torch
+
+        self._work.parent.mkdir(parents=True, exist_ok=True)
+        with self._work.open("a", encoding="utf-8") as work:
+            for generation in stream(self._target, None, next_request, self._batch_size):
+                self._record(generation, work)
+                yield generation
+
+    def _request(self, index: int) -> Request:
+        return Request(
+            prompt_ids=self._target.user_prefix_ids(),
+            max_new_tokens=self._params.max_new_tokens,
+            sampling=Sampling(temperature=self._params.temperature, top_p=self._params.top_p),
+            seed=(self._seed * 1_000_003 + index) % 2**63,
+            id=index,
+        )
+
+    def _record(self, generation: Generation, work: TextIO) -> None:
+        """Keep an attempt in memory and in the work file; one that failed is left to the next run."""
+        tokens = [token for token in generation.tokens if token not in self._target.stop_ids]
+        text = self._target.tokenizer.decode(tokens, skip_special_tokens=False).strip()
+        row = {"index": generation.id, "text": text, "finish_reason": generation.finish_reason}
+        if generation.finish_reason != "error":
+            work.write(json.dumps(row, ensure_ascii=True) + "\n")
+            work.flush()
+        self._done[generation.id] = _candidate(row)
+
+
+def _candidate(row: dict) -> Candidate:
+    faults = {"stop": None, "length": "unfinished"}
+    return Candidate([row["text"]], fault=faults.get(row["finish_reason"], "failed"))
+
+
+def _read_work(path: Path) -> dict[int, Candidate]:
+    """Attempts of earlier runs. A last line that a kill cut short is removed from the file."""
+    if not path.exists():
+        return {}
+    data = path.read_bytes()
+    whole = data[: data.rfind(b"\n") + 1]
+    if len(whole) < len(data):
+        with path.open("r+b") as file:
+            file.truncate(len(whole))
+    rows = (json.loads(line) for line in whole.splitlines())
+    return {row["index"]: _candidate(row) for row in rows}

@@ -1,0 +1,427 @@
+"""The report's charts, as Vega-Lite through altair: drawn by the page in the browser, and as PNGs without one.
+
+A drafter or baseline has one colour in all charts. Colours and sizes suit light and dark, phone and desk; the page
+sets the text's colours by theme.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import altair as alt
+
+from deepspec.report.tables import Rows
+
+PALETTE = ("#3f83d1", "#dd8324", "#2b9f79", "#c8578f", "#8570d6", "#a8872b")
+GREY = "#8b919c"
+PARTS = {"draft": "#dd8324", "verify": "#3f83d1", "host": GREY}
+HEIGHT = 240
+PNG_WIDTH, PNG_SCALE = 560, 1.5
+LIGHT = {
+    "background": "white",
+    "view": {"stroke": None},
+    "axis": {
+        "gridColor": "#e6e8eb",
+        "domainColor": "#c4c8ce",
+        "tickColor": "#c4c8ce",
+        "labelColor": "#454b54",
+    },
+    "legend": {"orient": "bottom"},
+}
+Chart = alt.Chart | alt.LayerChart
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A chart with its heading and one sentence on what it shows and how that is computed."""
+
+    name: str
+    section: str
+    title: str
+    text: str
+    chart: Chart
+
+    @property
+    def spec(self) -> dict[str, Any]:
+        """Vega-Lite, as wide as its place in the page."""
+        return self.chart.properties(width="container", description=f"{self.title}. {self.text}").to_dict()
+
+    def png(self) -> bytes:
+        """For light backgrounds."""
+        import vl_convert
+
+        chart = self.chart.properties(width=PNG_WIDTH, title=self.title)
+        version = ".".join(alt.VEGALITE_VERSION.split(".")[:2])
+        return vl_convert.vegalite_to_png(chart.to_dict(), vl_version=version, scale=PNG_SCALE, config=LIGHT)
+
+
+def figures(tables: dict[str, Rows]) -> list[Figure]:
+    """Every figure that has data, in the order of the page."""
+    colours = _colours(tables)
+    return [*_speed(tables, colours), *_acceptance(tables, colours), *_shape(tables, colours),
+            *_confidence(tables), *_batches(tables), *_training(tables, colours)]  # fmt: skip
+
+
+def _colours(tables: dict[str, Rows]) -> alt.Scale:
+    """Drafters in the palette's order, baselines grey; other controllers of a draft take further colours."""
+    drafters = list(dict.fromkeys(row["drafter"] for row in tables["acceptance"] + tables["heldout"]))
+    ways = list(dict.fromkeys([*drafters, *(row["way"] for row in tables["speedup"])]))
+    coloured = [way for way in ways if not way.startswith("lookup ")]
+    palette = {way: PALETTE[i % len(PALETTE)] for i, way in enumerate(coloured)}
+    return alt.Scale(domain=ways, range=[palette.get(way, GREY) for way in ways])
+
+
+def _among(colours: alt.Scale, names: list[str]) -> alt.Scale:
+    """The same colours for these alone, so that the legend names no others."""
+    return alt.Scale(domain=names, range=[colours.range[colours.domain.index(name)] for name in names])
+
+
+def _data(rows: Rows, **match: Any) -> alt.Data:
+    chosen = [row for row in rows if all(row[key] == value for key, value in match.items())]
+    return alt.Data(values=[{key: _short(value) for key, value in row.items()} for row in chosen])
+
+
+def _short(value: Any) -> Any:
+    return float(f"{value:.5g}") if isinstance(value, float) else value
+
+
+def _values(rows: Rows, key: str) -> list:
+    return list(dict.fromkeys(row[key] for row in rows))
+
+
+def _x(field: str, title: str, **options: Any) -> alt.X:
+    return alt.X(field, type="quantitative", title=title, **options)
+
+
+def _y(field: str, title: str, **options: Any) -> alt.Y:
+    return alt.Y(field, type="quantitative", title=title, **options)
+
+
+def _whole(title: str, field: str) -> alt.X:
+    """An axis of small whole numbers."""
+    return _x(field, title, axis=alt.Axis(tickMinStep=1, format="d"), scale=alt.Scale(nice=False, padding=12))
+
+
+def _key(field: str, scale: alt.Scale | None = None, title: str | None = None) -> alt.Color:
+    legend = alt.Legend(title=title, orient="bottom", columns=2, labelLimit=260)
+    return alt.Color(field, type="nominal", legend=legend, scale=scale or alt.Scale(range=list(PALETTE)))
+
+
+def _tips(*fields: str) -> list[alt.Tooltip]:
+    """Of fields by name; with `:Q` a number in three digits."""
+    return [
+        alt.Tooltip(field, format=".3~r") if field.endswith(":Q") else alt.Tooltip(field, type="nominal")
+        for field in fields
+    ]
+
+
+def _bars(rows: Rows, colours: alt.Scale, field: str, bounds: tuple[str, str], title: str) -> Chart:
+    ways = _values(rows, "way")
+    scale = _among(colours, ways)
+    base = alt.Chart(_data(rows)).encode(
+        y=alt.Y("task:N", title=None, sort=None, axis=alt.Axis(labelLimit=130)),
+        yOffset=alt.YOffset("way:N", sort=ways),
+    )
+    low, high = bounds
+    tips = _tips("task", "way", f"{field}:Q", f"{low}:Q", f"{high}:Q")
+    bars = base.mark_bar(cornerRadiusEnd=2).encode(x=_x(field, title), color=_key("way", scale), tooltip=tips)
+    whiskers = base.mark_rule(strokeWidth=1.5, opacity=0.75).encode(
+        x=_x(low, title), x2=alt.X2(high), tooltip=tips
+    )
+    one = alt.Chart(alt.Data(values=[{"one": 1}])).mark_rule(strokeDash=[4, 3], opacity=0.6).encode(x="one:Q")
+    height = max(len(_values(rows, "task")) * len(ways) * 17, 70)
+    return alt.layer(bars, whiskers, one).properties(height=height)
+
+
+def _speed(tables: dict[str, Rows], colours: alt.Scale) -> Iterator[Figure]:
+    for temperature in _values(tables["speedup"], "temperature"):
+        rows = [row for row in tables["speedup"] if row["temperature"] == temperature]
+        at = f"T = {temperature:g}"
+        timed = [row for row in rows if row["speedup"] is not None]
+        if timed:
+            yield Figure(
+                f"speedup-{temperature:g}",
+                "speed",
+                f"Speed-up by task, {at}",
+                "Seconds a token of plain decoding over seconds a token this way, in the same engine on the same "
+                "prompts; whiskers are 95 % intervals of a paired bootstrap over prompts, the dashed line is plain "
+                "decoding.",
+                _bars(timed, colours, "speedup", ("low", "high"), "speed-up over plain decoding (×)"),
+            )
+        yield Figure(
+            f"tau-{temperature:g}",
+            "speed",
+            f"τ by task, {at}",
+            "Tokens committed per pass of the target, its own token included, counted over all rounds; whiskers as "
+            "above.",
+            _bars(rows, colours, "tau", ("tau_low", "tau_high"), "τ (tokens per verification)"),
+        )
+
+
+def _pooled(rows: Rows) -> Rows:
+    """Acceptance of all tasks together, by drafter and position."""
+    sums: dict[tuple[str, int], list[float]] = {}
+    for row in rows:
+        total = sums.setdefault((row["drafter"], row["position"]), [0.0, 0])
+        total[0] += row["accept_rate"] * row["blocks"]
+        total[1] += row["blocks"]
+    return [
+        {"drafter": drafter, "position": position, "accept_rate": stood / blocks, "blocks": blocks}
+        for (drafter, position), (stood, blocks) in sums.items()
+    ]
+
+
+def _accepted(data: alt.Data, colour: alt.Color, by: str) -> Chart:
+    line = alt.Chart(data).mark_line(point=alt.OverlayMarkDef(size=55))
+    return line.encode(
+        x=_whole("position in the block", "position"),
+        y=_y("accept_rate", "accepted", axis=alt.Axis(format="%"), scale=alt.Scale(domain=[0, 1])),
+        color=colour,
+        tooltip=_tips(by, "position", "accept_rate:Q", "blocks"),
+    ).properties(height=HEIGHT)
+
+
+def _acceptance(tables: dict[str, Rows], colours: alt.Scale) -> Iterator[Figure]:
+    text = (
+        "Of the blocks whose earlier tokens were all accepted, the share whose token here was accepted too: of a "
+        "trained draft alone, with whole blocks, no lookup and no controller"
+    )
+    drafters = _values(tables["acceptance"], "drafter")
+    for mode in _values(tables["acceptance"], "mode"):
+        rows = [row for row in tables["acceptance"] if row["mode"] == mode]
+        if len(drafters) > 1:
+            chart = _accepted(_data(_pooled(rows)), _key("drafter", _among(colours, drafters)), "drafter")
+            title = f"Acceptance by position, all drafts, {mode}"
+            yield Figure(f"acceptance-{mode}", "acceptance", title, f"{text}; all tasks together.", chart)
+        for drafter in drafters:
+            own = [row for row in rows if row["drafter"] == drafter]
+            if own:
+                chart = _accepted(_data(own), _key("task"), "task")
+                title = f"Acceptance by position: {drafter}, {mode}"
+                yield Figure(f"acceptance-{drafter}-{mode}", "acceptance", title, f"{text}.", chart)
+    for temperature in _values(tables["output_position"], "temperature"):
+        rows = [row for row in tables["output_position"] if row["temperature"] == temperature]
+        mean = alt.Chart(_data(rows)).encode(x=_x("start", "tokens of the answer so far"))
+        chart = mean.mark_line(point=alt.OverlayMarkDef(size=55)).encode(
+            y=_y("mean_tau", "τ", scale=alt.Scale(zero=False)),
+            color=_key("drafter", _among(colours, _values(rows, "drafter"))),
+            tooltip=_tips("drafter", "start", "mean_tau:Q", "all_rounds:Q"),
+        )
+        weighted = (
+            chart.transform_calculate(sum="datum.tau * datum.rounds")
+            .transform_aggregate(total="sum(sum)", all_rounds="sum(rounds)", groupby=["drafter", "start"])
+            .transform_calculate(mean_tau="datum.total / datum.all_rounds")
+        )
+        yield Figure(
+            f"position-{temperature:g}",
+            "acceptance",
+            f"τ along the answer, T = {temperature:g}",
+            "τ of the rounds that begin when so many tokens of the answer are there, in steps of 16, over all tasks: "
+            "a draft that is good on short answers alone falls to the right.",
+            weighted.properties(height=HEIGHT),
+        )
+    for temperature in _values(tables["round_time"], "temperature"):
+        rows = [row for row in tables["round_time"] if row["temperature"] == temperature]
+        chart = (
+            alt.Chart(_data(rows))
+            .mark_bar()
+            .encode(
+                y=alt.Y("way:N", title=None, sort=None, axis=alt.Axis(labelLimit=150)),
+                x=_x("ms", "milliseconds a round", stack=True),
+                color=_key("part", alt.Scale(domain=list(PARTS), range=list(PARTS.values()))),
+                order=alt.Order("place:Q"),
+                tooltip=_tips("way", "part", "ms:Q"),
+            )
+            .transform_calculate(place="indexof(['draft', 'verify', 'host'], datum.part)")
+        )
+        yield Figure(
+            f"round-{temperature:g}",
+            "acceptance",
+            f"Where a round's time goes, T = {temperature:g}",
+            "Drafting, the target's pass with the verdict, and Python around them: medians over prompts, mean of "
+            "tasks.",
+            chart.properties(height=max(34 * len(_values(rows, "way")), 70)),
+        )
+
+
+def _shape(tables: dict[str, Rows], colours: alt.Scale) -> Iterator[Figure]:
+    titles = {
+        "block_length": ("Length of chains", "tokens drafted", "Chains of so many tokens, all verified."),
+        "depth": ("Depth of trees", "levels", "Best-first trees of one node budget, cut at so many levels."),
+        "nodes": ("Nodes of trees", "nodes", "Best-first trees of so many nodes, as deep as the block."),
+    }
+    for sweep, (title, axis, text) in titles.items():
+        rows = [row for row in tables["sweeps"] if row["sweep"] == sweep]
+        if not rows:
+            continue
+        names = {"tau": "τ", "speedup": "speed-up (×)"}
+        chart = (
+            alt.Chart(_data(rows))
+            .transform_fold(list(names), as_=["figure", "y"])
+            .transform_filter("isValid(datum.y)")
+            .mark_line(point=alt.OverlayMarkDef(size=55))
+            .encode(
+                x=_whole(axis, "value"),
+                y=_y("y", "τ, speed-up (×)", scale=alt.Scale(zero=False)),
+                color=_key("drafter", _among(colours, _values(rows, "drafter"))),
+                strokeDash=alt.StrokeDash(
+                    "figure:N",
+                    legend=alt.Legend(
+                        title=None,
+                        orient="bottom",
+                        symbolType="stroke",
+                        labelExpr="datum.label == 'tau' ? 'τ' : 'speed-up'",
+                    ),
+                    scale=alt.Scale(domain=list(names), range=[[1, 0], [5, 4]]),
+                ),
+                tooltip=_tips("drafter", "value", "tau:Q", "speedup:Q"),
+            )
+        )
+        yield Figure(
+            f"sweep-{sweep}",
+            "shape",
+            title,
+            f"{text} Solid is τ, dashed the speed-up, of the draft alone at T = 0 on a few prompts of each task: "
+            "what is verified costs time, so the best τ is seldom the best speed.",
+            chart.properties(height=HEIGHT),
+        )
+
+
+def _confidence(tables: dict[str, Rows]) -> Iterator[Figure]:
+    predicted, came = "predicted chance that the path is accepted", "share that was accepted"
+    for drafter in _values(tables["reliability"], "drafter"):
+        for mode in _values(tables["reliability"], "mode"):
+            curve = _data(tables["reliability"], drafter=drafter, mode=mode)
+            line = alt.Chart(alt.Data(values=[{"p": 0}, {"p": 1}])).mark_line(strokeDash=[4, 3], opacity=0.6)
+            diagonal = line.encode(x=_x("p", predicted), y=_y("p", came))
+            percent = {"axis": alt.Axis(format="%"), "scale": alt.Scale(domain=[0, 1])}
+            points = (
+                alt.Chart(curve)
+                .mark_line(point=alt.OverlayMarkDef(size=55))
+                .encode(
+                    x=_x("predicted", predicted, **percent),
+                    y=_y("observed", came, **percent),
+                    color=_key("when", alt.Scale(domain=["before", "after"], range=[GREY, PALETTE[0]])),
+                    tooltip=_tips("when", "predicted:Q", "observed:Q", "count"),
+                )
+            )
+            yield Figure(
+                f"reliability-{drafter}-{mode}",
+                "confidence",
+                f"Reliability: {drafter}, {mode}",
+                "Blocks in bins of the predicted chance that all tokens up to a position are accepted, against the "
+                "share of which that came true, before and after sequential temperature scaling; on the dashed line "
+                "a prediction means what it says.",
+                alt.layer(diagonal, points).properties(height=HEIGHT),
+            )
+            bars = (
+                alt.Chart(_data(tables["thresholds"], drafter=drafter, mode=mode))
+                .mark_area(opacity=0.85)
+                .encode(
+                    x=_x("threshold", "confidence below which a block is cut"),
+                    y=_y("tokens", "drafted tokens", stack=True),
+                    color=_key(
+                        "outcome", alt.Scale(domain=["accepted", "rejected"], range=[PALETTE[2], GREY])
+                    ),
+                    order=alt.Order("outcome:O"),
+                    tooltip=_tips("outcome", "threshold:Q", "tokens"),
+                )
+            )
+            yield Figure(
+                f"threshold-{drafter}-{mode}",
+                "confidence",
+                f"What a threshold would verify: {drafter}, {mode}",
+                "Drafted tokens that are verified, and stand or fall, where each block is cut at the first position "
+                "whose own calibrated chance is below the threshold.",
+                bars.properties(height=HEIGHT),
+            )
+
+
+def _batches(tables: dict[str, Rows]) -> Iterator[Figure]:
+    for drafter in _values(tables["throughput"], "drafter"):
+        for temperature in _values(tables["throughput"], "temperature"):
+            rows = [
+                r for r in tables["throughput"] if (r["drafter"], r["temperature"]) == (drafter, temperature)
+            ]
+            if not rows:
+                continue
+            names = _values(rows, "name")
+            scale = alt.Scale(domain=names, range=[GREY, *PALETTE][: len(names)])
+            batch = _x("batch", "requests in flight", axis=alt.Axis(values=_values(rows, "batch"), format="d"),
+                       scale=alt.Scale(type="log", base=2, padding=12))  # fmt: skip
+            line = alt.Chart(_data(rows)).mark_line(point=alt.OverlayMarkDef(size=55))
+            yield Figure(
+                f"throughput-{drafter}-{temperature:g}",
+                "batches",
+                f"Throughput: {drafter}, T = {temperature:g}",
+                "Tokens a second of a full batch, prefill left out: plain decoding, fixed lengths, and the prefix "
+                "scheduler, which decides by measured costs how much of which draft to verify.",
+                line.encode(
+                    x=batch,
+                    y=_y("tokens_per_second", "tokens/s", scale=alt.Scale(zero=True)),
+                    color=_key("name", scale),
+                    tooltip=_tips("name", "batch", "tokens_per_second:Q", "speedup:Q"),
+                ).properties(height=HEIGHT),
+            )
+            drafted = [row for row in rows if row["verified_per_request"] is not None]
+            yield Figure(
+                f"budget-{drafter}-{temperature:g}",
+                "batches",
+                f"Verification budget: {drafter}, T = {temperature:g}",
+                "Drafted tokens verified per request and round: the scheduler's falls as the batch fills the machine "
+                "and a verified token is no longer free.",
+                alt.Chart(_data(drafted))
+                .mark_line(point=alt.OverlayMarkDef(size=55))
+                .encode(
+                    x=batch,
+                    y=_y("verified_per_request", "verified a request"),
+                    color=_key("name", scale),
+                    tooltip=_tips("name", "batch", "verified_per_request:Q"),
+                )
+                .properties(height=HEIGHT),
+            )
+
+
+def _training(tables: dict[str, Rows], colours: alt.Scale) -> Iterator[Figure]:
+    kinds = {
+        "training": (
+            "loss",
+            "Training loss",
+            "The mixture that params.yaml asks for, mean since the line before.",
+        ),
+        "heldout": (
+            "heldout_tau",
+            "Expected τ on held-out conversations",
+            "Mean over blocks of 1 + Σ Π α, by which the best checkpoint is chosen; α is the chance that a token drawn "
+            "from the draft is accepted.",
+        ),
+    }
+    for table, (field, title, text) in kinds.items():
+        rows = tables[table]
+        if rows:
+            chart = (
+                alt.Chart(_data(rows))
+                .mark_line(point=alt.OverlayMarkDef(size=40))
+                .encode(
+                    x=_x("step", "step"),
+                    y=_y(
+                        field,
+                        title.lower() if table == "training" else "expected τ",
+                        scale=alt.Scale(zero=False),
+                    ),
+                    color=_key("drafter", _among(colours, _values(rows, "drafter"))),
+                    tooltip=_tips("drafter", "step", f"{field}:Q"),
+                )
+            )
+            yield Figure(table, "training", title, text, chart.properties(height=HEIGHT))
+
+
+def pngs(found: list[Figure]) -> dict[str, bytes]:
+    """Name → PNG of the main figures."""
+    wanted = ("speedup-", "acceptance-", "reliability-", "throughput-", "training", "heldout")
+    main = [
+        figure for figure in found if figure.name.startswith(wanted) and not figure.name.endswith("-sampled")
+    ]
+    return {f"{figure.name}.png": figure.png() for figure in main}

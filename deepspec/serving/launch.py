@@ -1,0 +1,153 @@
+"""vLLM's OpenAI server on this machine's loopback: started, waited for, and ended with all its processes."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+
+from deepspec.errors import DeepSpecError
+from deepspec.serving.environment import Environment
+
+LOGS = Path(".deepspec/serve")
+MODEL = "target"  # the name it is served under
+START_S = 600  # longest wait for a server
+STOP_S = 20  # after which it is killed
+_METHODS = {
+    "LlamaForCausalLMEagle3": "eagle3",
+    "Eagle3LlamaForCausalLM": "eagle3",
+    "DFlashDraftModel": "dflash",
+    "Qwen3DSparkModel": "dspark",
+    "MedusaModel": "medusa",
+}
+
+
+def speculative_config(directory: Path, tokens: int) -> dict[str, Any]:
+    """vLLM's `--speculative-config` for an exported directory, or for a lookup's `config.json`.
+
+    Raises:
+        DeepSpecError: nothing that vLLM serves.
+    """
+    try:
+        config = json.loads((directory / "config.json").read_text())
+    except (OSError, ValueError):
+        raise DeepSpecError(f"{directory}: no readable config.json; export the draft first") from None
+    medusa = config.get("model_type") == "medusa"  # which has no architectures: TGI knows it by that
+    architecture = (config.get("architectures") or ["MedusaModel" if medusa else "?"])[0]
+    if architecture in ("DeepSpecLookup", "DeepSpecSuffix"):
+        least = config["min_match"]
+        longest = least if architecture == "DeepSpecLookup" else max(8, least)  # a suffix of any length
+        method = {"method": "ngram", "prompt_lookup_min": least, "prompt_lookup_max": longest}
+        return method | {"num_speculative_tokens": tokens}
+    method = _METHODS.get(architecture) or ("draft_model" if architecture.endswith("ForCausalLM") else None)
+    if method is None:
+        raise DeepSpecError(f"{directory}: vLLM serves no draft of architecture {architecture}")
+    return {"method": method, "model": str(directory.resolve()), "num_speculative_tokens": tokens}
+
+
+@contextmanager
+def serving(
+    environment: Environment,
+    target: Path,
+    dtype: str,
+    max_length: int,
+    speculative: dict[str, Any] | None,
+    name: str,
+) -> Iterator[str]:
+    """The address of a server of `target`, ready to answer; ended on leaving.
+
+    Args:
+        speculative: `speculative_config`, or None for plain decoding.
+        name: of its log in `.deepspec/serve`.
+
+    Raises:
+        DeepSpecError: it ended or hung while starting.
+    """
+    LOGS.mkdir(parents=True, exist_ok=True)
+    log, port = LOGS / f"{name}.log", _free_port()
+    command = [str(environment.python), "-m", "vllm.entrypoints.openai.api_server"]
+    command += ["--model", str(target.resolve()), "--served-model-name", MODEL, "--dtype", dtype]
+    command += ["--host", "127.0.0.1", "--port", str(port), "--max-model-len", str(max_length)]
+    command += ["--max-num-seqs", "4", "--no-enable-prefix-caching", "--generation-config", "vllm"]
+    if not environment.gpu:
+        command += ["--enforce-eager"]
+    if speculative:
+        command += ["--speculative-config", json.dumps(speculative)]
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env=environment.variables(),
+            cwd=LOGS,  # not here, where a directory might take a package's name
+            start_new_session=True,
+        )
+    try:
+        address = f"http://127.0.0.1:{port}"
+        _wait(process, address, log)
+        yield address
+        if process.poll() is not None:
+            raise DeepSpecError(f"vLLM ended while it served: {_reason(log)} ({log})")
+    finally:
+        _end(process)
+
+
+def _wait(process: subprocess.Popen, address: str, log: Path) -> None:
+    deadline = time.monotonic() + START_S
+    while time.monotonic() < deadline:
+        if process.poll() is not None:
+            raise DeepSpecError(f"vLLM ended while it started: {_reason(log)} ({log})")
+        with contextlib.suppress(httpx.HTTPError):
+            if httpx.get(f"{address}/health", timeout=5).is_success:
+                return
+        time.sleep(0.5)
+    raise DeepSpecError(f"vLLM did not answer within {START_S} s; its log is {log}")
+
+
+def _reason(log: Path) -> str:
+    """The first error that the log names: the later ones follow from it."""
+    found = re.findall(r"\b\w*(?:Error|Exception): .+", log.read_text(errors="replace"))
+    named = [line for line in found if "Engine core initialization failed" not in line]
+    return (named or found or ["no error in its log"])[0].strip()[:300]
+
+
+def _end(process: subprocess.Popen) -> None:
+    """The server and its group, of which the engine is one: returns when they are gone, with what memory they held."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGTERM)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(STOP_S)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    deadline = time.monotonic() + STOP_S
+    while _runs(process.pid) and time.monotonic() < deadline:  # a killed process goes when its turn comes
+        time.sleep(0.05)
+
+
+def _runs(group: int) -> bool:
+    """Whether a process of the group still runs. A zombie does not: it only waits for its parent to look."""
+    for process in psutil.process_iter():
+        with contextlib.suppress(ProcessLookupError, PermissionError, psutil.Error):
+            if os.getpgid(process.pid) == group and process.status() != psutil.STATUS_ZOMBIE:
+                return True
+    return False
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]

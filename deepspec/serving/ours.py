@@ -1,0 +1,72 @@
+"""The same prompts in our engine, counted as engines count: a chain, all of it verified, no lookup before the draft.
+
+An engine's first draft comes after the first token, which the prompt's own pass gives, so ours starts there too: the
+prompt with that token. An engine counts the last verification in full, whatever of it lies behind the answer's end;
+so ours decodes on beyond the end, and counts up to the verification that reaches it. Seconds are of a run of its own,
+which ends where the answer does, as plain decoding's.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from deepspec.decoding.engine import Engine
+from deepspec.decoding.request import Generation, Request
+from deepspec.decoding.tree import Chain
+from deepspec.errors import DeepSpecError
+from deepspec.evaluation.stats import Pair
+from deepspec.serving.protocols import Counts
+
+
+@dataclass(frozen=True)
+class Ours:
+    """One prompt: the plain greedy answer, the drafted one, its counts, and decode seconds of both."""
+
+    plain: list[int]
+    drafted: list[int]
+    counts: Counts
+    pair: Pair
+
+
+def decode(target: Any, drafter: Any, prompt_ids: list[int], tokens: int, speculative_tokens: int) -> Ours:
+    """Decode one prompt without and with the draft, at most `tokens` tokens."""
+    plain = _run(target, None, Request(prompt_ids, tokens))
+    first = plain.tokens[:1]
+    beyond = tokens - 1 + speculative_tokens + 1
+    request = Request(prompt_ids + first, beyond, stop_ids=frozenset())
+    drafted = _run(target, drafter, request, Chain(speculative_tokens))
+    ended = first[0] in target.stop_ids
+    rest = [] if ended else _until_stop(drafted.tokens[: tokens - 1], target.stop_ids)
+    counts = _counts(drafted, len(rest))
+    timed = _run(target, drafter, Request(prompt_ids, tokens), Chain(speculative_tokens))
+    pair = Pair(plain.stats.decode_s, len(plain.tokens), timed.stats.decode_s, len(timed.tokens))
+    return Ours(plain.tokens, first + rest, counts, pair)
+
+
+def _run(target: Any, drafter: Any, request: Request, tree: Chain | None = None) -> Generation:
+    requests = iter([request])
+    (done,) = Engine(target, drafter, tree=tree).run(lambda: next(requests, None))
+    if done.error:
+        raise DeepSpecError(done.error)
+    return done
+
+
+def _until_stop(tokens: list[int], stop_ids: frozenset[int]) -> list[int]:
+    stop = next((i for i, token in enumerate(tokens) if token in stop_ids), None)
+    return tokens if stop is None else tokens[: stop + 1]
+
+
+def _counts(generation: Generation, needed: int) -> Counts:
+    """Of the verifications that had a draft, up to the one that commits the token `needed`."""
+    accepted, drafted, committed = [], 0, 0
+    for stood, proposed in zip(generation.stats.accepted, generation.stats.drafted, strict=True):
+        if committed >= needed:
+            break
+        committed += stood + 1
+        if proposed:
+            accepted.append(stood)
+            drafted += proposed
+    longest = max(generation.stats.drafted, default=0)
+    by_position = tuple(sum(stood > i for stood in accepted) for i in range(longest))
+    return Counts(len(accepted), drafted, sum(accepted), by_position)

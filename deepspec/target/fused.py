@@ -1,0 +1,180 @@
+"""Inference layers that spend their time reading weights: prepacked matrices and few operations.
+
+`PackedLinear` holds a weight in oneDNN's own layout, so that a bfloat16 product on a CPU does not repack it every
+time (2× at one row); `Int4Linear` holds it in blocks of 4 bits. `fuse` replaces the decoder layers of Llama-shaped
+targets (Llama, SmolLM, Mistral, Qwen2, Qwen3) by one that joins the q/k/v and gate/up projections and folds the
+residual additions into the products. Layers of any other shape keep their own forward, with packed projections.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from deepspec.target.attention import Step, attend
+
+
+def can_pack(weight: Tensor) -> bool:
+    return (
+        weight.device.type == "cpu"
+        and weight.dtype == torch.bfloat16
+        and torch.backends.mkldnn.is_available()
+        and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    )
+
+
+class PackedLinear(nn.Module):
+    """y = x Wᵀ + b for inference. x [..., in] → [..., out]; optionally y + residual in the same kernel."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None):
+        super().__init__()
+        self.packed = can_pack(weight)
+        self.out_features, self.in_features = weight.shape
+        weight = weight.detach()
+        self.weight = (
+            torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), 1) if self.packed else weight
+        )
+        self.bias = None if bias is None else bias.detach()
+
+    @property
+    def dense(self) -> Tensor:
+        """W [out, in], as it came."""
+        return self.weight.to_dense() if self.packed else self.weight
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        if not self.packed:
+            out = F.linear(x, self.weight, self.bias)
+            return out if residual is None else out + residual
+        if residual is None:
+            return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+        return torch.ops.mkldnn._linear_pointwise.binary(x, residual, self.weight, self.bias, "add")
+
+
+class Int4Linear(nn.Module):
+    """Weight-only 4 bits, for inference on a CPU: w = (q − 8)·scale + zero in blocks of 32 along the inputs, each
+    block spanning its own smallest to largest weight. These are the blocks of GGUF's Q4_1, so that weights which
+    were dequantised from it come back as they were, but for scales in bfloat16. The activations stay bfloat16.
+
+    x [..., in] → [..., out]; optionally y + residual.
+    """
+
+    BLOCK = 32
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None):
+        super().__init__()
+        self.out_features, self.in_features = weight.shape
+        blocks = weight.detach().float().unflatten(1, (-1, self.BLOCK))  # [out, blocks, 32]
+        low, high = blocks.amin(-1), blocks.amax(-1)
+        scale = ((high - low) / 15).clamp_min(1e-8)
+        levels = ((blocks - low[..., None]) / scale[..., None]).round().clamp_(0, 15)
+        self.weight = torch.ops.aten._convert_weight_to_int4pack_for_cpu(levels.flatten(1).int(), 1)
+        self.blocks = (
+            torch.stack((scale, low + 8 * scale), -1).transpose(0, 1).to(torch.bfloat16).contiguous()
+        )
+        self.bias = None if bias is None else bias.detach().to(torch.bfloat16)
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        rows = x.reshape(-1, self.in_features)
+        out = torch.ops.aten._weight_int4pack_mm_for_cpu(rows, self.weight, self.BLOCK, self.blocks)
+        out = out.view(*x.shape[:-1], self.out_features)
+        if self.bias is not None:
+            out = out + self.bias
+        return out if residual is None else out + residual
+
+
+Make = Callable[[Tensor, Tensor | None], nn.Module]  # (weight, bias) → a linear layer for inference
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """RoPE on the halves of the last dimension; `sin` has its first half negated (see `signed`)."""
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
+
+
+def signed(sin: Tensor) -> Tensor:
+    half = sin.shape[-1] // 2
+    return torch.cat((-sin[..., :half], sin[..., half:]), -1)
+
+
+class FusedLayer(nn.Module):
+    """A Llama-shaped decoder layer: norm, attention, norm, SwiGLU. x [batch, n, d] → the same."""
+
+    def __init__(self, layer: nn.Module, make: Make = PackedLinear):
+        super().__init__()
+        attention, mlp = layer.self_attn, layer.mlp
+        self.index = attention.layer_idx
+        self.head_dim = attention.head_dim
+        self.scale = attention.scaling
+        # Mistral's attention asks the configuration at call time, Qwen's keeps its own (some layers have none).
+        config = getattr(attention, "config", None)
+        self.window = getattr(attention, "sliding_window", getattr(config, "sliding_window", None))
+        self.heads = attention.q_proj.out_features // self.head_dim
+        self.kv_heads = attention.k_proj.out_features // self.head_dim
+        self.qkv = _joined(make, attention.q_proj, attention.k_proj, attention.v_proj)
+        self.out = _joined(make, attention.o_proj)
+        self.gate_up = _joined(make, mlp.gate_proj, mlp.up_proj)
+        self.down = _joined(make, mlp.down_proj)
+        self.norms = (_norm(layer.input_layernorm), _norm(layer.post_attention_layernorm))
+        self.qk_norms = (
+            (_norm(attention.q_norm), _norm(attention.k_norm)) if hasattr(attention, "q_norm") else None
+        )
+
+    def forward(self, x: Tensor, position_embeddings=None, step: Step | None = None, **_) -> Tensor:
+        return self.block(self.norms[0](x), x, position_embeddings, step)
+
+    def block(self, normed: Tensor, x: Tensor, position_embeddings, step: Step) -> Tensor:
+        """The layer on what its attention reads, normed [batch, n, ·], and what its residuals add to."""
+        batch, n, _ = x.shape
+        qkv = self.qkv(normed).view(batch, n, -1, self.head_dim)
+        rotated, values = qkv.split((self.heads + self.kv_heads, self.kv_heads), 2)
+        if self.qk_norms is not None:
+            queries, keys = rotated.split((self.heads, self.kv_heads), 2)
+            rotated = torch.cat((self.qk_norms[0](queries), self.qk_norms[1](keys)), 2)
+        cos, sin = step.once("rope", lambda: _rope_operands(position_embeddings))
+        queries, keys = rotate(rotated, cos, sin).split((self.heads, self.kv_heads), 2)
+        keys, values = step.store(self.index, keys.transpose(1, 2), values.transpose(1, 2))
+        mask = step.mask(x.dtype, self.heads // self.kv_heads, self.window)
+        queries = step.spread(queries).transpose(1, 2)
+        attended = step.gather(attend(queries, keys, values, mask, self.scale))
+        x = self.out(attended.reshape(batch, n, -1), x)
+        gate, up = self.gate_up(self.norms[1](x)).chunk(2, -1)
+        return self.down(F.silu(gate).mul_(up), x)
+
+
+def _rope_operands(position_embeddings: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    cos, sin = position_embeddings  # [batch, n, head_dim]
+    return cos[:, :, None], signed(sin)[:, :, None]
+
+
+def _joined(make: Make, *linears: nn.Linear) -> nn.Module:
+    bias = None if linears[0].bias is None else torch.cat([linear.bias for linear in linears])
+    return make(torch.cat([linear.weight for linear in linears]), bias)
+
+
+def _norm(norm: nn.Module) -> Callable[[Tensor], Tensor]:
+    weight = norm.weight.detach()
+    return partial(F.rms_norm, normalized_shape=weight.shape, weight=weight, eps=norm.variance_epsilon)
+
+
+LLAMA_SHAPED = {"LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer"}
+
+
+def fuse(layers: nn.ModuleList, make: Make = PackedLinear) -> None:
+    """Replace Llama-shaped layers by fused ones, and the projections of the others by packed ones, in place."""
+    for i, layer in enumerate(layers):
+        if type(layer).__name__ in LLAMA_SHAPED and layer.self_attn.config.hidden_act == "silu":
+            layers[i] = FusedLayer(layer, make)
+        elif make is not PackedLinear or can_pack(next(layer.parameters())):
+            pack(layer, make)
+
+
+def pack(module: nn.Module, make: Make = PackedLinear) -> None:
+    """Replace every `nn.Linear` below `module` by one that `make` builds, in place."""
+    for name, child in module.named_children():
+        if type(child) is nn.Linear:
+            setattr(module, name, make(child.weight, child.bias))
+        else:
+            pack(child, make)

@@ -1,0 +1,17 @@
+"""The section `target` of params.yaml."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from deepspec.section import Section
+
+
+class TargetParams(Section):
+    """The verifier."""
+
+    source: str = Field(description="`embedded:<name>`, a local directory, or a hub id.")
+    revision: str | None = Field(None, description="Pinned hub revision; ignored for a directory.")
+    dtype: Literal["bfloat16", "float32", "float16"] = "bfloat16"
