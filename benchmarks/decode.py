@@ -53,7 +53,7 @@ from deepspec.decoding.shapes import Beam, BestFirst
 from deepspec.decoding.tree import Chain, Shape
 from deepspec.drafters.algorithms.lookup import LookupDrafter
 from deepspec.drafters.algorithms.suffix import SuffixDrafter
-from deepspec.drafters.checkpoint import load_drafter
+from deepspec.drafters.load import load_drafter
 from deepspec.drafters.lookup_first import LookupFirst
 from deepspec.entry import guarded, quiet_environment
 from deepspec.errors import DeepSpecError, nearest

@@ -36,7 +36,7 @@ from benchmarks.common import (
 )
 from deepspec.config import Params, load_params
 from deepspec.decoding.engine import generate
-from deepspec.drafters.checkpoint import load_drafter
+from deepspec.drafters.load import load_drafter
 from deepspec.errors import DeepSpecError
 from deepspec.evaluation.stats import COVERAGE, RESAMPLES, Interval
 from deepspec.features.sequences import read_sequences

@@ -40,7 +40,7 @@ from deepspec.decoding.shapes import Beam, BestFirst, Static
 from deepspec.decoding.tree import Chain, Shape
 from deepspec.drafters.algorithms.lookup import LookupDrafter
 from deepspec.drafters.algorithms.suffix import SuffixDrafter
-from deepspec.drafters.checkpoint import load_drafter
+from deepspec.drafters.load import load_drafter
 from deepspec.drafters.lookup_first import LookupFirst
 from deepspec.errors import DeepSpecError
 from deepspec.evaluation.identity import TIE

@@ -30,7 +30,7 @@ from benchmarks.common import (
 )
 from deepspec.commands.profile import parse_batches
 from deepspec.decoding.cost import load_or_measure
-from deepspec.drafters.checkpoint import load_drafter
+from deepspec.drafters.load import load_drafter
 from deepspec.errors import DeepSpecError
 from deepspec.evaluation.throughput import (
     SCHEDULER,

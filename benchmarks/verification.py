@@ -38,7 +38,7 @@ from deepspec.decoding.engine import generate
 from deepspec.decoding.shapes import Beam, BestFirst, Sampled, Static
 from deepspec.decoding.tree import Chain, Proposal, Shape
 from deepspec.decoding.verify import RULES, Law, Pick, Rule, Uniform
-from deepspec.drafters.checkpoint import load_drafter
+from deepspec.drafters.load import load_drafter
 from deepspec.errors import DeepSpecError
 from deepspec.evaluation.stats import COVERAGE, RESAMPLES, Interval
 from deepspec.journal import WorkLog

@@ -11,7 +11,7 @@ __all__ = ["generate", "load_drafter", "load_target"]
 
 _HOME = {
     "generate": "deepspec.decoding.engine",
-    "load_drafter": "deepspec.drafters.checkpoint",
+    "load_drafter": "deepspec.drafters.load",
     "load_target": "deepspec.target.model",
 }
 

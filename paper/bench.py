@@ -13,7 +13,8 @@ from deepspec.decoding.drafter import Drafter
 from deepspec.decoding.engine import Engine, generate
 from deepspec.decoding.request import Generation, Request
 from deepspec.device import describe_device
-from deepspec.drafters.checkpoint import draft_digest, load_drafter
+from deepspec.drafters.checkpoint import draft_digest
+from deepspec.drafters.load import load_drafter
 from deepspec.errors import DeepSpecError
 from deepspec.evaluation.runs import prompt_seed
 from deepspec.evaluation.work import Work, process_state

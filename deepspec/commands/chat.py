@@ -18,7 +18,8 @@ from rich.text import Text
 
 from deepspec.config import load_params
 from deepspec.decoding.engine import generate
-from deepspec.drafters.checkpoint import DRAFTS, draft_directory, load_drafter
+from deepspec.drafters.checkpoint import DRAFTS, draft_directory
+from deepspec.drafters.load import load_drafter
 from deepspec.errors import DeepSpecError
 from deepspec.target.model import Target, load_target
 

@@ -15,7 +15,8 @@ from rich.table import Table
 
 from deepspec.decoding.cost import WIDTHS, CostCurve, load_or_measure, profile_path
 from deepspec.decoding.drafter import Drafter
-from deepspec.drafters.checkpoint import draft_directory, load_drafter
+from deepspec.drafters.checkpoint import draft_directory
+from deepspec.drafters.load import load_drafter
 from deepspec.errors import DeepSpecError
 from deepspec.progress import Progress
 from deepspec.target.model import Target, load_target

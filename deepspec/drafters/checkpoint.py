@@ -102,33 +102,6 @@ def load_network(network: Network, directory: Path, target: Target, file: str | 
     return network
 
 
-def load_drafter(path: str | Path, target: Target, decode=None):
-    """Load any draft directory for decoding.
-
-    Args:
-        path: a draft directory, ours or a published one.
-        decode: `DecodeParams`; its `lookup` is asked before a trained draft.
-
-    Raises:
-        DeepSpecError: not a draft directory, unknown architecture, corrupt weights, or another target's draft.
-    """
-    from deepspec.drafters.lookup_first import LookupFirst
-    from deepspec.drafters.registry import algorithms, reader
-
-    directory = Path(path)
-    config = read_config(directory)
-    algorithm = reader(config)
-    if algorithm is None:
-        raise DeepSpecError(f"{directory}: unknown draft architecture {config.get('architectures')}")
-    check_target(directory, config, target, algorithm.standalone)
-    drafter = algorithm.load(directory, config, target)
-    drafter.digest = draft_digest(directory)
-    if decode is None or decode.lookup is None or algorithm.network is None:
-        return drafter
-    lookup = algorithms()[decode.lookup.type]
-    return LookupFirst(lookup.make(decode.lookup), drafter)
-
-
 def draft_directory(name: str) -> Path:
     """Where the draft called `name` is: below data/drafts, or a path."""
     for path in (DRAFTS / name, Path(name)):

@@ -21,7 +21,8 @@ from deepspec.decoding.request import Generation
 from deepspec.decoding.scheduler import make_controller
 from deepspec.decoding.shapes import make_shape
 from deepspec.decoding.tree import CHAIN, Shape
-from deepspec.drafters.checkpoint import load_drafter, read_config
+from deepspec.drafters.checkpoint import read_config
+from deepspec.drafters.load import load_drafter
 from deepspec.drafters.registry import algorithms, reader
 from deepspec.evaluation import alone, sweep, throughput
 from deepspec.evaluation.contest import Contest, Contestant

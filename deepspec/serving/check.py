@@ -17,7 +17,8 @@ from typing import Any, TypeVar
 from deepspec.config import Params, load_params
 from deepspec.decoding.drafter import Drafter
 from deepspec.device import describe_device
-from deepspec.drafters.checkpoint import draft_digest, draft_directory, load_drafter, read_config
+from deepspec.drafters.checkpoint import draft_digest, draft_directory, read_config
+from deepspec.drafters.load import load_drafter
 from deepspec.drafters.registry import reader
 from deepspec.errors import DeepSpecError, nearest
 from deepspec.files import write_json

@@ -15,7 +15,8 @@ from accelerate import Accelerator, InitProcessGroupKwargs
 from deepspec.decoding import train_parity as promise
 from deepspec.decoding.calibration import TEMPERATURES, calibrate, save
 from deepspec.decoding.engine import generate
-from deepspec.drafters.checkpoint import load_drafter, stored_weights, write_drafter
+from deepspec.drafters.checkpoint import stored_weights, write_drafter
+from deepspec.drafters.load import load_drafter
 from deepspec.drafters.network import Network
 from deepspec.drafters.registry import algorithms
 from deepspec.errors import DeepSpecError

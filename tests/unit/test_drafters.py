@@ -17,7 +17,8 @@ from deepspec.decoding.shapes import BestFirst, Sampled
 from deepspec.decoding.tree import Chain
 from deepspec.drafters import registry
 from deepspec.drafters.algorithms.lm import LMParams, network
-from deepspec.drafters.checkpoint import load_drafter, stored_weights, write_drafter
+from deepspec.drafters.checkpoint import stored_weights, write_drafter
+from deepspec.drafters.load import load_drafter
 from deepspec.drafters.network import Network
 from deepspec.errors import DeepSpecError
 from deepspec.features.local import OnlineFeatures

@@ -15,12 +15,12 @@ from deepspec.decoding.tree import Chain
 from deepspec.drafters.algorithms.dspark import DSparkConfig, DSparkDrafter, DSparkModel, spread_layers
 from deepspec.drafters.checkpoint import (
     draft_digest,
-    load_drafter,
     load_network,
     read_config,
     stored_weights,
     write_drafter,
 )
+from deepspec.drafters.load import load_drafter
 from deepspec.errors import DeepSpecError
 from deepspec.target.model import load_target
 from tests.tiny import make_draft, make_target

@@ -22,7 +22,8 @@ from deepspec.drafters.algorithms.eagle3 import (
     Eagle3Params,
     default_layers,
 )
-from deepspec.drafters.checkpoint import load_drafter, load_network, stored_weights, write_drafter
+from deepspec.drafters.checkpoint import load_network, stored_weights, write_drafter
+from deepspec.drafters.load import load_drafter
 from deepspec.errors import DeepSpecError
 from deepspec.target.model import load_target
 from tests.tiny import make_target

@@ -14,7 +14,8 @@ from deepspec.decoding.request import Generation, Request, Sampling
 from deepspec.decoding.sampling import probabilities
 from deepspec.decoding.tree import Chain, Proposal
 from deepspec.drafters.algorithms.lookup import LookupDrafter
-from deepspec.drafters.checkpoint import load_drafter, stored_weights, write_drafter
+from deepspec.drafters.checkpoint import stored_weights, write_drafter
+from deepspec.drafters.load import load_drafter
 from deepspec.errors import DeepSpecError
 from deepspec.target.attention import Step
 from deepspec.target.model import Target, load_target

@@ -10,7 +10,7 @@ from torch import nn
 
 from deepspec.decoding import train_parity as promise
 from deepspec.drafters.algorithms.lookup import LookupDrafter
-from deepspec.drafters.checkpoint import load_drafter
+from deepspec.drafters.load import load_drafter
 from deepspec.drafters.lookup_first import LookupFirst
 from deepspec.drafters.loss_params import LossParams
 from deepspec.errors import DeepSpecError
