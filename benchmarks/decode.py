@@ -48,7 +48,8 @@ from deepspec.commands.profile import read_bandwidth, weight_bytes
 from deepspec.decoding.cost import load_or_measure
 from deepspec.decoding.drafter import Drafter
 from deepspec.decoding.engine import generate
-from deepspec.decoding.scheduler import Controller, make_controller
+from deepspec.decoding.params import make_controller
+from deepspec.decoding.scheduler import Controller
 from deepspec.decoding.shapes import Beam, BestFirst
 from deepspec.decoding.tree import Chain, Shape
 from deepspec.drafters.algorithms.lookup import LookupDrafter

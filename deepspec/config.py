@@ -12,10 +12,12 @@ from typing import Annotated, Any, TypeVar, Union, get_args
 
 import yaml
 from pydantic import Field, ValidationError, model_validator
+from pydantic.fields import FieldInfo
 
 from deepspec.answers.params import GenerateParams
-from deepspec.decoding.params import ControllerParams, TreeParams
-from deepspec.drafters.loss_params import LossParams
+from deepspec.decoding.params import AnyController
+from deepspec.decoding.shapes import AnyShape
+from deepspec.drafters.position_weights import AnyWeights
 from deepspec.drafters.registry import algorithms
 from deepspec.errors import DeepSpecError, nearest
 from deepspec.evaluation.params import EvaluateParams
@@ -26,17 +28,18 @@ from deepspec.target.params import TargetParams
 from deepspec.tracking.params import PromoteParams
 from deepspec.training.params import TrainParams
 
+
+def _fields(section: type) -> dict[str, FieldInfo]:
+    """Of a `Section` or a `choice`."""
+    return section.__pydantic_fields__
+
+
 DrafterParams = Annotated[
     Union[tuple(algorithm.params for algorithm in algorithms().values())], Field(discriminator="type")  # noqa: UP007
 ]
-TAGGED: dict[str, type[Section]] = {
-    get_args(section.model_fields["type"].annotation)[0]: section
-    for union in (
-        DrafterParams,
-        TreeParams,
-        ControllerParams,
-        LossParams.model_fields["positions"].annotation,
-    )
+TAGGED: dict[str, type] = {
+    get_args(_fields(section)["type"].annotation)[0]: section
+    for union in (DrafterParams, AnyShape, AnyController, AnyWeights)
     for section in get_args(get_args(union)[0])
 }
 
@@ -93,11 +96,11 @@ def load_params(path: str | Path = "params.yaml", model: type[P] = Params) -> P:
         raise DeepSpecError(f"{path}: {_explain(error, raw, model)}") from None
 
 
-def _explain(error: ValidationError, raw: dict, root: type[Section]) -> str:
+def _explain(error: ValidationError, raw: dict, root: type) -> str:
     """The first problem of a validation error, in one line with the dotted key."""
     first = error.errors()[0]
     key, model = _locate(first["loc"], raw, root)
-    if first["type"] == "extra_forbidden":
+    if first["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
         word = str(first["loc"][-1])
         return f"unknown key {key!r}{nearest(word, _names(model))}"
     if first["type"] == "missing":
@@ -112,12 +115,12 @@ def _explain(error: ValidationError, raw: dict, root: type[Section]) -> str:
     )
 
 
-def _locate(loc: tuple, raw: dict, root: type[Section]) -> tuple[str, type[Section] | None]:
+def _locate(loc: tuple, raw: dict, root: type) -> tuple[str, type | None]:
     """Dotted key as written in the file, and the model of the section in which it stands.
 
     Pydantic puts the tag of a discriminated union into the location; the file has no such level.
     """
-    model: type[Section] | None = root
+    model: type | None = root
     node: Any = raw
     parts: list[str] = []
     for i, step in enumerate(loc):
@@ -132,14 +135,14 @@ def _locate(loc: tuple, raw: dict, root: type[Section]) -> tuple[str, type[Secti
     return ".".join(parts), model
 
 
-def _child(model: type[Section] | None, name: Any) -> type[Section] | None:
+def _child(model: type | None, name: Any) -> type | None:
     if model is None:
         return None
-    for key, field in model.model_fields.items():
-        if name == (field.alias or key) and isinstance(field.annotation, type):
-            return field.annotation if issubclass(field.annotation, Section) else None
+    for key, found in _fields(model).items():
+        if name == (found.alias or key) and isinstance(found.annotation, type):
+            return found.annotation if issubclass(found.annotation, Section) else None
     return None
 
 
-def _names(model: type[Section] | None) -> list[str]:
-    return [field.alias or key for key, field in model.model_fields.items()] if model else []
+def _names(model: type | None) -> list[str]:
+    return [found.alias or key for key, found in _fields(model).items()] if model else []

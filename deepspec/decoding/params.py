@@ -1,77 +1,103 @@
-"""The choices of a tree shape and of a controller in params.yaml."""
+"""The choice of a controller in params.yaml."""
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
-from deepspec.section import Section
+from deepspec.decoding.scheduler import Controller, CostStop, Fixed, PrefixScheduler, Threshold
+from deepspec.errors import DeepSpecError, nearest
+from deepspec.section import choice, tag
+
+if TYPE_CHECKING:
+    from deepspec.decoding.cost import CostCurve
 
 
-class ChainTree(Section):
-    """One path."""
+class ControllerChoice:
+    """A controller by its name and options; `make` gives a fresh one."""
 
-    type: Literal["chain"]
-    depth: int | None = Field(None, ge=1, description="None: the drafter's block size.")
+    type: str
+    needs_curve = False
 
+    def make(self, curve: CostCurve | None = None) -> Controller:
+        """Return a controller that has seen nothing yet.
 
-class StaticTree(Section):
-    type: Literal["static"]
-    paths: list[list[int]] = Field(description="Paths of child ranks: [1, 0] is the second child's first.")
+        Args:
+            curve: measured costs of this target and drafter on this device.
 
+        Raises:
+            DeepSpecError: no curve where the controller decides by one (`needs_curve`).
+        """
+        if self.needs_curve and curve is None:
+            raise DeepSpecError(
+                f"the {self.type} controller needs a measured cost curve; run `deepspec profile`"
+            )
+        return self._make(curve)
 
-class BeamTree(Section):
-    """EAGLE-2: the `width` best nodes of a level are expanded, the `nodes` best of all are kept."""
-
-    type: Literal["beam"]
-    width: int = Field(8, ge=1)
-    depth: int | None = Field(None, ge=1)
-    nodes: int = Field(24, ge=1)
-
-
-class BestFirstTree(Section):
-    """The `nodes` likeliest paths, at most `width` children a node."""
-
-    type: Literal["best_first"]
-    width: int = Field(8, ge=1)
-    depth: int | None = Field(None, ge=1)
-    nodes: int = Field(24, ge=1)
+    def _make(self, curve: CostCurve | None) -> Controller:
+        raise NotImplementedError
 
 
-class SampledTree(Section):
-    type: Literal["sampled"]
-    branching: list[int] = Field([8, 4, 2, 1], description="Most children a node, by depth.")
-    budget: int | None = Field(24, ge=1, description="Nodes kept, those likeliest to survive; None: all.")
-
-
-TreeParams = Annotated[
-    ChainTree | StaticTree | BeamTree | BestFirstTree | SampledTree, Field(discriminator="type")
-]
-
-
-class FixedController(Section):
-    type: Literal["fixed"]
+@choice
+class FixedController(ControllerChoice):
+    type: Literal["fixed"] = tag("fixed")
     length: int | None = Field(None, ge=1, description="Levels verified; None: all.")
 
+    def _make(self, curve: CostCurve | None) -> Controller:
+        return Fixed(self.length)
 
-class ThresholdController(Section):
-    type: Literal["threshold"]
+
+@choice
+class ThresholdController(ControllerChoice):
+    type: Literal["threshold"] = tag("threshold")
     least: float = Field(ge=0, le=1, description="Confidence below which a path is cut.")
 
+    def _make(self, curve: CostCurve | None) -> Controller:
+        return Threshold(self.least)
 
-class CostController(Section):
+
+@choice
+class CostController(ControllerChoice):
     """Verifies what pays on the measured cost curve, one request at a time; pauses where drafting does not."""
 
-    type: Literal["cost"]
+    type: Literal["cost"] = tag("cost")
+    needs_curve = True
+
+    def _make(self, curve: CostCurve) -> Controller:
+        return CostStop(curve)
 
 
-class SchedulerController(Section):
+@choice
+class SchedulerController(ControllerChoice):
     """DSpark's prefix scheduler: one verification budget for all requests in flight."""
 
-    type: Literal["scheduler"]
+    type: Literal["scheduler"] = tag("scheduler")
+    needs_curve = True
+
+    def _make(self, curve: CostCurve) -> Controller:
+        return PrefixScheduler(curve)
 
 
-ControllerParams = Annotated[
+AnyController = Annotated[
     FixedController | ThresholdController | CostController | SchedulerController, Field(discriminator="type")
 ]
+CONTROLLERS = {
+    "fixed": FixedController,
+    "threshold": ThresholdController,
+    "cost": CostController,
+    "scheduler": SchedulerController,
+}
+
+
+def make_controller(name: str, curve: CostCurve | None = None, **options: Any) -> Controller:
+    """Return a controller by its name: "fixed" (length), "threshold" (least), "cost" or "scheduler" (by the curve).
+
+    Raises:
+        DeepSpecError: unknown name or option, a missing option, or no curve where one is needed.
+    """
+    if name not in CONTROLLERS:
+        raise DeepSpecError(
+            f"unknown controller {name!r}; known: {', '.join(CONTROLLERS)}{nearest(name, CONTROLLERS)}"
+        )
+    return CONTROLLERS[name](**options).make(curve)

@@ -11,14 +11,11 @@ or against the verification of the token before it.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from itertools import accumulate
-from typing import Any
 
 from deepspec.decoding.cost import CostCurve
 from deepspec.decoding.tree import Proposal
-from deepspec.errors import DeepSpecError, nearest
 
 _CREDIT = 1.0  # plain rounds that drafting may lose before it has to earn them
 _MOST_KEPT = 6.0  # of what it has earned
@@ -84,8 +81,6 @@ class Fixed(Controller):
 
     def __init__(self, length: int | None = None):
         super().__init__()
-        if length is not None and length < 1:
-            raise DeepSpecError(f"fixed verification needs a length >= 1, found {length}")
         self.length = length
 
     def select(self, proposals: list[Proposal]) -> list[Proposal]:
@@ -100,8 +95,6 @@ class Threshold(Controller):
 
     def __init__(self, least: float):
         super().__init__()
-        if not 0 <= least <= 1:
-            raise DeepSpecError(f"the confidence threshold must be in [0, 1], found {least}")
         self.least = least
 
     def select(self, proposals: list[Proposal]) -> list[Proposal]:
@@ -287,37 +280,3 @@ class _SharedPace(Pace):
         if self.committed:
             self._settle(sum(self.committed) - len(self.committed) * self.cost())
             self.committed.clear()
-
-
-CONTROLLERS: dict[str, type[Controller]] = {
-    "fixed": Fixed,
-    "threshold": Threshold,
-    "cost": CostStop,
-    "scheduler": PrefixScheduler,
-}
-
-
-def make_controller(name: str, curve: CostCurve | None = None, **options: Any) -> Controller:
-    """A controller by its name: "fixed" (length), "threshold" (least), "cost" or "scheduler" (both by the curve).
-
-    Raises:
-        DeepSpecError: unknown name or option, a missing option, or no curve where one is needed.
-    """
-    if name not in CONTROLLERS:
-        raise DeepSpecError(
-            f"unknown controller {name!r}; known: {', '.join(CONTROLLERS)}{nearest(name, CONTROLLERS)}"
-        )
-    parameters = dict(inspect.signature(CONTROLLERS[name]).parameters)
-    if parameters.pop("curve", None) is None:
-        extra: dict[str, Any] = {}
-    elif curve is None:
-        raise DeepSpecError(f"the {name} controller needs a measured cost curve; run `deepspec profile`")
-    else:
-        extra = {"curve": curve}
-    if unknown := set(options) - set(parameters):
-        known = ", ".join(parameters) or "none"
-        raise DeepSpecError(f"the {name} controller has no option {sorted(unknown)[0]!r}; known: {known}")
-    required = [key for key, parameter in parameters.items() if parameter.default is parameter.empty]
-    if missing := [key for key in required if key not in options]:
-        raise DeepSpecError(f"the {name} controller needs the option {missing[0]!r}")
-    return CONTROLLERS[name](**extra, **options)

@@ -11,55 +11,55 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
 from operator import mul
-from typing import Any, ClassVar
+from typing import Annotated, ClassVar, Literal
 
 import torch
+from pydantic import AfterValidator, Field
+from pydantic_core import PydanticCustomError
 from torch import Tensor
 
 from deepspec.decoding.request import Sampling
 from deepspec.decoding.sampling import draw, probabilities
 from deepspec.decoding.tree import Chain, Growth, Laws, Proposal, Shape, Vocabulary
-from deepspec.errors import DeepSpecError, nearest
+from deepspec.section import choice, tag
 
 _PLAIN = Sampling(temperature=1.0)
 _RUN = 64
 _GUESS = 0.5  # the confidence of a law that comes without one, for choosing among nodes
 
 
-@dataclass(frozen=True)
+Size = Annotated[int, Field(ge=1)]
+RankPath = Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)]
+
+
+def _ordered(paths: tuple[RankPath, ...]) -> tuple[RankPath, ...]:
+    """Shortest first. Each path's prefixes must be among them, and none twice."""
+    known = {(), *paths}
+    for i, path in enumerate(paths):
+        if path[:-1] not in known:
+            found = {"path": list(path), "prefix": list(path[:-1])}
+            raise PydanticCustomError("static_tree", "path {path} needs {prefix} beside it", found)
+        if path in paths[:i]:
+            raise PydanticCustomError("static_tree", "path {path} is given twice", {"path": list(path)})
+    return tuple(sorted(paths, key=lambda path: (len(path), path)))
+
+
+@choice
 class Static(Shape):
     """A tree given by paths of child ranks, as Medusa's choices (arXiv 2401.10774): (1, 0) is the likeliest child of
-    the second likeliest child of the anchor.
+    the second likeliest child of the anchor."""
 
-    Args:
-        paths: in any order; the prefixes of each must be among them.
-    """
-
-    paths: tuple[tuple[int, ...], ...]
-
-    def __post_init__(self) -> None:
-        if not self.paths:
-            raise DeepSpecError("a static tree needs at least one path")
-        paths = [tuple(path) for path in self.paths]
-        known = {(), *paths}
-        for path in paths:
-            if not path or any(type(rank) is not int or rank < 0 for rank in path):
-                raise DeepSpecError(f"static tree: a path is a list of ranks >= 0, found {list(path)}")
-            if path[:-1] not in known:
-                raise DeepSpecError(f"static tree: path {list(path)} needs {list(path[:-1])} beside it")
-        if len(known) != len(paths) + 1:
-            twice = next(path for i, path in enumerate(paths) if path in paths[:i])
-            raise DeepSpecError(f"static tree: path {list(twice)} is given twice")
-        object.__setattr__(self, "paths", tuple(sorted(paths, key=lambda path: (len(path), path))))
+    type: Literal["static"] = tag("static")
+    paths: Annotated[tuple[RankPath, ...], AfterValidator(_ordered)] = Field(
+        min_length=1, description="In any order; the prefixes of each must be among them."
+    )
 
     @classmethod
     def likeliest(cls, chances: list[float], nodes: int, depth: int) -> Static:
         """The `nodes` best paths where, at every depth, the child of rank r is right with chance `chances[r]`."""
-        _check("static tree", nodes=nodes, depth=depth)
         paths: list[tuple[int, ...]] = []
         heap: list[tuple[float, tuple[int, ...]]] = [(-1.0, ())]
         while heap and len(paths) <= nodes:
@@ -90,24 +90,22 @@ class Static(Shape):
         return _StaticGrowth(vocabulary, sampling, self.levels(depth), self.below)
 
 
-@dataclass(frozen=True)
+@choice
 class Beam(Shape):
     """EAGLE-2's tree (arXiv 2406.16858): at each level the `width` likeliest paths are expanded to `width` children
     each; at the end the `nodes` likeliest of all are kept. depth None: the drafter's block."""
 
-    width: int
-    depth: int | None
-    nodes: int
-
-    def __post_init__(self) -> None:
-        _check("beam tree", width=self.width, depth=self.depth, nodes=self.nodes)
+    type: Literal["beam"] = tag("beam")
+    width: Size = 8
+    depth: Size | None = None
+    nodes: Size = 24
 
     def growth(self, vocabulary: Vocabulary, sampling: Sampling, depth: int, rng: torch.Generator) -> Growth:
         depth = self.levels(depth)
         return _RankedGrowth(vocabulary, sampling, depth, [self.width] * depth, self.nodes, self.width)
 
 
-@dataclass(frozen=True)
+@choice
 class BestFirst(Shape):
     """The `nodes` likeliest paths of all whose tokens are among their parents' `width` likeliest children.
 
@@ -116,43 +114,35 @@ class BestFirst(Shape):
     others can be dropped as soon as it is seen, with all that would grow below it. depth None: the drafter's block.
     """
 
-    width: int
-    depth: int | None
-    nodes: int
-
-    def __post_init__(self) -> None:
-        _check("best-first tree", width=self.width, depth=self.depth, nodes=self.nodes)
+    type: Literal["best_first"] = tag("best_first")
+    width: Size = 8
+    depth: Size | None = None
+    nodes: Size = 24
 
     def growth(self, vocabulary: Vocabulary, sampling: Sampling, depth: int, rng: torch.Generator) -> Growth:
         depth = self.levels(depth)
         return _RankedGrowth(vocabulary, sampling, depth, [self.width] * depth, self.nodes, self.nodes)
 
 
-@dataclass(frozen=True)
+@choice
 class Sampled(Shape):
     """`branching[d]` children below each node at depth d, drawn one after the other without replacement.
 
     They come from the draft's law through the request's own sampler; where that allows fewer tokens, there are fewer
     children. At temperature 0 the likeliest tokens take the place of the drawn ones, and the tree is deterministic.
-
-    Args:
-        budget: keep only that many nodes, the likeliest to survive (at temperature 0: the likeliest paths). With a
-            wide branching this is a best-first tree of drawn tokens; None keeps all.
     """
 
-    branching: tuple[int, ...] = (3, 2, 1)
-    budget: int | None = None
+    type: Literal["sampled"] = tag("sampled")
+    branching: tuple[Size, ...] = Field(
+        (8, 4, 2, 1), min_length=1, description="Most children a node, by depth."
+    )
+    budget: Size | None = Field(
+        24,
+        description="Nodes kept, the likeliest to survive (at temperature 0: the likeliest paths); None: all. With a "
+        "wide branching this is a best-first tree of drawn tokens.",
+    )
 
     draws: ClassVar[str | None] = "tree"
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "branching", tuple(self.branching))
-        if not self.branching:
-            raise DeepSpecError("a sampled tree needs a number of children for at least one level")
-        for count in self.branching:
-            _check("sampled tree", branching=count)
-        if self.budget is not None:
-            _check("sampled tree", budget=self.budget)
 
     @property
     def depth(self) -> int:
@@ -349,29 +339,4 @@ def _top(values: Tensor, count: int) -> tuple[Tensor, Tensor]:
     return best, run.gather(1, place // _RUN) * _RUN + place % _RUN
 
 
-def _check(shape: str, **numbers: int | None) -> None:
-    for name, number in numbers.items():
-        if number is None and name == "depth":
-            continue
-        if type(number) is not int or number < 1:
-            raise DeepSpecError(f"{shape}: {name} must be an integer >= 1, found {number!r}")
-
-
-SHAPES: dict[str, type[Shape]] = {
-    "chain": Chain,
-    "static": Static,
-    "beam": Beam,
-    "best_first": BestFirst,
-    "sampled": Sampled,
-}
-
-
-def make_shape(name: str, **options: Any) -> Shape:
-    """A shape by its name in params.yaml, with its sizes.
-
-    Raises:
-        DeepSpecError: unknown name, or sizes that make no tree.
-    """
-    if name not in SHAPES:
-        raise DeepSpecError(f"unknown tree {name!r}; known: {', '.join(SHAPES)}{nearest(name, SHAPES)}")
-    return SHAPES[name](**options)
+AnyShape = Annotated[Chain | Static | Beam | BestFirst | Sampled, Field(discriminator="type")]

@@ -10,14 +10,15 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from deepspec.decoding.request import Sampling
 from deepspec.decoding.sampling import best, draw, probabilities
-from deepspec.errors import DeepSpecError
+from deepspec.section import choice, tag
 
 MAX_NODES = 256  # of a tree
 
@@ -183,17 +184,14 @@ def grow(growths: list[Growth], anchors: list[int], expand: Callable[[list[Paren
     return [growth.proposal() for growth in growths]
 
 
-@dataclass(frozen=True)
+@choice
 class Chain(Shape):
     """One path: argmax at T = 0, else sampled from the drafter's law through the request's own sampler."""
 
-    depth: int | None = None
+    type: Literal["chain"] = tag("chain")
+    depth: int | None = Field(None, ge=1, description="None: the drafter's block size.")
 
     draws: ClassVar[str | None] = "chain"
-
-    def __post_init__(self) -> None:
-        if self.depth is not None and (type(self.depth) is not int or self.depth < 1):
-            raise DeepSpecError(f"chain: depth must be an integer >= 1, found {self.depth!r}")
 
     @property
     def nodes(self) -> int | None:

@@ -6,7 +6,9 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from deepspec.decoding.params import ChainTree, ControllerParams, CostController, TreeParams
+from deepspec.decoding.params import AnyController, CostController
+from deepspec.decoding.shapes import AnyShape
+from deepspec.decoding.tree import CHAIN
 from deepspec.drafters.algorithms.lookup import LookupParams
 from deepspec.drafters.algorithms.suffix import SuffixParams
 from deepspec.section import Section
@@ -21,8 +23,8 @@ class DecodeParams(Section):
         SuffixParams(type="suffix", min_match=3),
         description="Asked before the trained draft, which answers where nothing matches; null: not asked.",
     )
-    tree: TreeParams = ChainTree(type="chain")
+    tree: AnyShape = CHAIN
     verify: Literal["standard", "block", "recursive", "traversal"] | None = Field(
         None, description="Rule for sampled drafts; None: the best that fits."
     )
-    controller: ControllerParams = CostController(type="cost")
+    controller: AnyController = CostController()

@@ -2,25 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
-
 from pydantic import Field, model_validator
 
+from deepspec.drafters.position_weights import AnyWeights, Geometric
 from deepspec.section import Section
-
-
-class GeometricWeights(Section):
-    """exp(−(k−1)/γ_w): the same for every block."""
-
-    type: Literal["geometric"]
-    decay: float = Field(4.0, gt=0, description="γ_w")
-
-
-class DPaceWeights(Section):
-    """D-PACE: each position by the expected tokens that hang on it under the draft of the moment."""
-
-    type: Literal["dpace"]
-    smoothing: float = Field(0.5, ge=0, le=1, description="a of q̃ = (1 − a)·q(x*) + a.")
 
 
 class LossParams(Section):
@@ -32,14 +17,17 @@ class LossParams(Section):
     lk: float = Field(0.0, ge=0, description="Of −log α.")
     lk_mixed: float = Field(0.0, ge=0, description="Of λ·KL + (1 − λ)·½‖q − p‖₁, λ = exp(−3α).")
     confidence: float = Field(1.0, ge=0, description="Of the confidence head's cross-entropy.")
-    positions: Annotated[GeometricWeights | DPaceWeights, Field(discriminator="type")] = GeometricWeights(
-        type="geometric"
-    )
+    positions: AnyWeights = Geometric()
     budget_mib: float | None = Field(
         None,
         gt=0,
         description="Largest tensor over the vocabulary; null: 20 on a CPU, 256 on a GPU.",
     )
+
+    @property
+    def with_kl(self) -> bool:
+        """Whether any term needs KL(p ‖ q)."""
+        return bool(self.kl or self.lk_mixed)
 
     @model_validator(mode="after")
     def _some(self) -> LossParams:

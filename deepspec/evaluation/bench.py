@@ -16,10 +16,8 @@ from deepspec.decoding.calibration import TEMPERATURES
 from deepspec.decoding.cost import CostCurve, load_or_measure
 from deepspec.decoding.drafter import Drafter
 from deepspec.decoding.engine import generate
-from deepspec.decoding.params import ControllerParams
+from deepspec.decoding.params import ControllerChoice
 from deepspec.decoding.request import Generation
-from deepspec.decoding.scheduler import make_controller
-from deepspec.decoding.shapes import make_shape
 from deepspec.decoding.tree import CHAIN, Shape
 from deepspec.drafters.checkpoint import read_config
 from deepspec.drafters.load import load_drafter
@@ -68,11 +66,6 @@ class Bench:
         return load_drafter(self.drafts[name], target, self.params.decode)
 
     @cached_property
-    def tree(self) -> Shape:
-        chosen = self.params.decode.tree
-        return make_shape(chosen.type, **chosen.options())
-
-    @cached_property
     def baseline(self) -> Drafter:
         """The lookup alone: that of `decode`, or the default one."""
         chosen = self.params.decode.lookup or type(self.params.decode)().lookup
@@ -101,8 +94,10 @@ class Bench:
                 _label(chosen): chosen for chosen in self.params.controllers if chosen != decode.controller
             }
             for label, chosen in {DRAFT: decode.controller, **others}.items():
-                controller = make_controller(chosen.type, self.curves[name], **chosen.options())
-                found.append(Contestant(f"{name}/{label}", drafter, self.tree, decode.verify, controller))
+                controller = chosen.make(self.curves[name])
+                found.append(
+                    Contestant(f"{name}/{label}", drafter, self.params.decode.tree, decode.verify, controller)
+                )
         return found
 
     def contest(self) -> dict[tuple[str, float], list[PromptRuns]]:
@@ -282,7 +277,7 @@ class Bench:
                 plain[task.name] = generate(target, None, ids, max_new_tokens=limit)
             references = plain[task.name] if path in (DRAFT, "alone") else plain[task.name][:1]
             way, tree = {
-                DRAFT: (drafter, self.tree),
+                DRAFT: (drafter, self.params.decode.tree),
                 LOOKUP: (self.baseline, CHAIN),
                 "alone": (_trained(drafter), CHAIN),
                 "tree": (_trained(drafter), self._largest_tree(_trained(drafter))),
@@ -310,9 +305,10 @@ class Bench:
         return [target.chat_ids([{"role": "user", "content": turns[0]}]) for turns in chosen]
 
 
-def _label(controller: ControllerParams) -> str:
+def _label(controller: ControllerChoice) -> str:
     """`fixed`, `threshold 0.5`"""
-    return " ".join([controller.type, *(f"{v:g}" for v in controller.options().values() if v is not None)])
+    options = [value for name, value in vars(controller).items() if name != "type" and value is not None]
+    return " ".join([controller.type, *(f"{value:g}" for value in options)])
 
 
 def _once(make: Callable[[], Any]) -> Callable[[], Any]:

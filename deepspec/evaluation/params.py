@@ -6,7 +6,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from deepspec.decoding.params import ControllerParams, FixedController
+from deepspec.decoding.params import AnyController, FixedController
 from deepspec.drafters.deployment import DecodeParams
 from deepspec.section import Section
 
@@ -47,8 +47,8 @@ class EvaluateParams(Section):
     lossless_prompts: int = Field(4, ge=1, description="Per task, checked in float32 at T = 0.")
     lossless_new_tokens: int = Field(64, ge=1)
     decode: DecodeParams = DecodeParams()
-    controllers: list[ControllerParams] = Field(
-        [FixedController(type="fixed")],
+    controllers: list[AnyController] = Field(
+        [FixedController()],
         description="Others, measured beside that of `decode` on the same prompts.",
     )
     traces: int = Field(

@@ -18,8 +18,9 @@ from typing import Any
 from deepspec.decoding.cost import CostCurve
 from deepspec.decoding.drafter import Drafter
 from deepspec.decoding.engine import Engine
+from deepspec.decoding.params import make_controller
 from deepspec.decoding.request import Generation, Request, Sampling
-from deepspec.decoding.scheduler import Controller, make_controller
+from deepspec.decoding.scheduler import Controller
 from deepspec.errors import DeepSpecError
 from deepspec.evaluation.runs import PLAIN
 from deepspec.evaluation.stats import Interval, Pair, speedup

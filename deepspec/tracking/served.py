@@ -23,13 +23,11 @@ class SpeculativeModel(PythonModel):
     def load_context(self, context: Any) -> None:
         """From the version's own files, without a network; `model_config` names another target, dtype or device."""
         from deepspec import load_drafter, load_target
-        from deepspec.decoding.shapes import make_shape
         from deepspec.drafters.deployment import DecodeParams
 
         config = context.model_config or {}
         record = json.loads((Path(context.artifacts["evidence"]) / EVALUATION).read_text())
         self.decode = DecodeParams.model_validate(record["decode"])
-        self.tree = make_shape(self.decode.tree.type, **self.decode.tree.options())
         place = config.get("target") or context.artifacts.get("target") or _resolved(config["reference"])
         self.target = load_target(place, config.get("dtype"), config.get("device"))
         self.drafter = load_drafter(context.artifacts["draft"], self.target, self.decode)
@@ -51,7 +49,7 @@ class SpeculativeModel(PythonModel):
             max_new_tokens=max_new_tokens,
             temperature=temperature,
             seed=seed,
-            tree=self.tree,
+            tree=self.decode.tree,
             verify=self.decode.verify,
         )
         return self.target.tokenizer.decode(out.tokens, skip_special_tokens=True), out.stats.tau

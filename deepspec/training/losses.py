@@ -14,7 +14,7 @@ The DSpark paper's loss is 0.1·ce + 0.9·tv (DeepSeek 2026, §3.1). LK has a gr
 has none. Probability that p puts outside the draft vocabulary adds a constant to TV and nothing to KL and α. The
 confidence head's BCE, −α log c − (1 − α) log(1 − c), holds α fixed.
 
-Positions of a block are weighed (`Geometric`, `DPace`): later tokens are reached less often.
+Positions of a block are weighed (`drafters/position_weights.py`): later tokens are reached less often.
 
 Logits of all positions never exist at once. A chunk's loss and gradients are computed together, in the forward pass,
 so no float32 tensor over the vocabulary is larger than `budget` bytes (or one block's logits).
@@ -24,11 +24,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from deepspec.drafters.loss_params import LossParams
 
 BUDGET = {"cpu": 20 << 20}  # bytes of one chunk's logits: what stays in a CPU's cache, what fills a GPU
 GPU_BUDGET = 256 << 20
@@ -44,22 +47,6 @@ class Weighing(Protocol):
 
     def total(self, valid: Tensor) -> Tensor:
         """What the weighted sum over valid [..., γ] positions is to be divided by."""
-
-
-@dataclass(frozen=True)
-class Mixture:
-    """How much each term counts."""
-
-    ce: float = 0.0
-    kl: float = 0.0
-    tv: float = 0.0
-    lk: float = 0.0
-    lk_mixed: float = 0.0
-
-    @property
-    def with_kl(self) -> bool:
-        """Whether any term needs KL(p ‖ q)."""
-        return bool(self.kl or self.lk_mixed)
 
 
 @dataclass(frozen=True)
@@ -106,42 +93,11 @@ class HeadLoss(NamedTuple):
     weights: Tensor  # [N]
 
 
-@dataclass(frozen=True)
-class Geometric:
-    """exp(−(k − 1)/γ_w) for k = 1..γ, of valid positions."""
-
-    decay: float  # γ_w
-
-    def __call__(self, chances: Tensor, valid: Tensor) -> Tensor:
-        return valid * torch.exp(-torch.arange(valid.shape[-1], device=valid.device) / self.decay)
-
-    def total(self, valid: Tensor) -> Tensor:
-        return self(valid, valid).sum()
-
-
-@dataclass(frozen=True)
-class DPace:
-    """D-PACE: w_j = Σ_{m≥j} Π_{i≤m} q̃_i with q̃ = (1 − a)·q(x*) + a, held fixed.
-
-    A position counts as much as the expected number of tokens that hang on it under the draft of the moment. A loss
-    is divided by the number of blocks, so that weights that grow with the draft are not divided away.
-    """
-
-    smoothing: float  # a
-
-    def __call__(self, chances: Tensor, valid: Tensor) -> Tensor:
-        reached = ((1 - self.smoothing) * chances + self.smoothing).cumprod(-1) * valid
-        return reached.flip(-1).cumsum(-1).flip(-1) * valid
-
-    def total(self, valid: Tensor) -> Tensor:
-        return valid.any(-1).sum().float()
-
-
 class _HeadLoss(torch.autograd.Function):
     """See `head_loss`. `factors` are x₁, W₁, x₂, W₂, ...: logits are Σ xᵢ Wᵢᵀ."""
 
     @staticmethod
-    def forward(ctx, law: TargetLaw, mixture: Mixture, weigh: Weighing, valid, budget: int, *factors):
+    def forward(ctx, law: TargetLaw, mixture: LossParams, weigh: Weighing, valid, budget: int, *factors):
         inputs, matrices = factors[::2], factors[1::2]
         wanted = ctx.needs_input_grad[5:]
         n, gamma = len(law.labels), valid.shape[-1]
@@ -187,7 +143,7 @@ class _HeadLoss(torch.autograd.Function):
         return None, None, None, None, None, *scaled
 
 
-def _value(terms: Tensor, alpha: Tensor, mixture: Mixture) -> Tensor:
+def _value(terms: Tensor, alpha: Tensor, mixture: LossParams) -> Tensor:
     """The loss of each position [n], from its terms [n, 3] and α."""
     ce, kl, distance = terms.unbind(-1)
     alpha = alpha.clamp(min=_LEAST_ALPHA)
@@ -197,7 +153,7 @@ def _value(terms: Tensor, alpha: Tensor, mixture: Mixture) -> Tensor:
     return total - mixture.lk * alpha.log() + mixture.lk_mixed * mixed
 
 
-def _position_losses(logits, p, inside, negentropy, labels, mixture: Mixture):
+def _position_losses(logits, p, inside, negentropy, labels, mixture: LossParams):
     """∂loss/∂logits [n, V], terms [n, 3], α [n] and q(x*) [n] of a chunk; in p's dtype. Overwrites p.
 
     Nearly all of the time goes to passes over [n, V], so what can be done in place is, and row-wise factors stay out.
@@ -231,7 +187,7 @@ def _position_losses(logits, p, inside, negentropy, labels, mixture: Mixture):
     return dz, terms, alpha, log_chances.exp() * known
 
 
-def _coefficients(alpha: Tensor, known: Tensor, mixture: Mixture) -> tuple[Tensor, Tensor, Tensor]:
+def _coefficients(alpha: Tensor, known: Tensor, mixture: LossParams) -> tuple[Tensor, Tensor, Tensor]:
     """How much q − 1[x*], P q − p and g count in ∂loss/∂z, each [n]."""
     alpha = alpha.clamp(min=_LEAST_ALPHA)
     blend = torch.exp(-LK_DECAY * alpha)
@@ -248,7 +204,7 @@ def _dot(a: Tensor, b: Tensor) -> Tensor:
 def head_loss(
     factors: Sequence[tuple[Tensor, Tensor]],
     law: TargetLaw,
-    mixture: Mixture,
+    mixture: LossParams,
     weigh: Weighing,
     valid: Tensor,
     budget: int | None = None,
@@ -258,6 +214,7 @@ def head_loss(
     Args:
         factors: (x [N, m], W [V, m]) pairs; the draft's logits are Σ x Wᵀ. Gradients go to those that require them.
         law: the target at the same positions.
+        mixture: how much each term counts.
         weigh: the positions of a block.
         valid: bool [blocks, γ]; others do not count.
         budget: bytes of the largest tensor over the vocabulary; None: 20 MiB on a CPU, 256 MiB on a GPU.

@@ -10,10 +10,7 @@ from torch import Tensor, nn
 from deepspec.drafters.network import Network
 from deepspec.training.batches import Batch
 from deepspec.training.losses import (
-    DPace,
-    Geometric,
     HeadLoss,
-    Mixture,
     TargetLaw,
     confidence_loss,
     expected_tau,
@@ -32,10 +29,6 @@ class BlockObjective(nn.Module):
         self.model = model
         self.params = params
         self._no_split_modules = sorted({type(block).__name__ for block in model.blocks()})  # FSDP2's units
-        self.mixture = Mixture(params.ce, params.kl, params.tv, params.lk, params.lk_mixed)
-        positions = params.positions
-        dpace = positions.type == "dpace"
-        self.weigh = DPace(positions.smoothing) if dpace else Geometric(positions.decay)
         self.budget = params.budget_mib and int(params.budget_mib * 2**20)
         self.draft_ids = model.draft_ids.clone()  # its columns, whatever becomes of the model's own tensors
         to_draft = torch.full((model.config.vocab_size,), -1)
@@ -44,7 +37,7 @@ class BlockObjective(nn.Module):
 
     def weight(self, batch: Batch) -> Tensor:
         """What the loss of these blocks is to be divided by."""
-        return self.weigh.total(batch.valid)
+        return self.params.positions.total(batch.valid)
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """The weighted sum over the batch's positions, and sums to report."""
@@ -106,7 +99,9 @@ class BlockObjective(nn.Module):
             self.to_draft[batch.labels.flatten()],
         )
         with torch.autocast(device, enabled=False):
-            found = head_loss(factors, law, self.mixture, self.weigh, batch.valid.flatten(0, 1), self.budget)
+            found = head_loss(
+                factors, law, self.params, self.params.positions, batch.valid.flatten(0, 1), self.budget
+            )
         return found, outputs.confidence
 
     def _previous(self, batch: Batch) -> Tensor:

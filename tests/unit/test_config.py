@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from deepspec.config import load_params
@@ -50,6 +51,7 @@ def test_profiles_of_the_repository_are_valid(profile):
         ("drafters.dspark.markov_rnk", "markov_rank"),
         ("drafters.lookup.min_mach", "min_match"),
         ("generate.openai.base_url", "base_urls"),
+        ("train.loss.cee", "ce"),
     ],
 )
 def test_an_unknown_key_names_itself_and_the_nearest_valid_one(params_file, key, near):
@@ -79,6 +81,46 @@ def test_an_unknown_key_names_itself_and_the_nearest_valid_one(params_file, key,
         ("evaluate.tasks", [], "evaluate.tasks: .*at least 1 item"),
         ("evaluate.temperatures", [], "evaluate.temperatures: .*at least 1 item"),
         ("evaluate.temperatures", [-1.0], "evaluate.temperatures.*greater than or equal to 0"),
+        (
+            "evaluate.decode.tree",
+            {"type": "best_first", "width": 0},
+            r"evaluate.decode.tree.width: .*\(found 0\)",
+        ),
+        (
+            "evaluate.decode.tree",
+            {"type": "best_first", "widht": 3},
+            "unknown key 'evaluate.decode.tree.widht'; did you mean 'width'",
+        ),
+        (
+            "evaluate.decode.tree",
+            {"type": "static", "paths": [[0], [1, 0]]},
+            r"evaluate.decode.tree.paths: path \[1, 0\] needs \[1\]",
+        ),
+        (
+            "evaluate.decode.tree",
+            {"type": "best"},
+            "evaluate.decode.tree.type: unknown type 'best'; did you mean 'best_first'",
+        ),
+        (
+            "evaluate.decode.controller",
+            {"type": "threshold", "least": 1.5},
+            r"evaluate.decode.controller.least: .*\(found 1.5\)",
+        ),
+        (
+            "evaluate.decode.controller",
+            {"type": "threshold"},
+            "missing key 'evaluate.decode.controller.least'",
+        ),
+        (
+            "train.loss.positions",
+            {"type": "geometric", "decay": 0},
+            r"train.loss.positions.decay: .*\(found 0\)",
+        ),
+        (
+            "train.loss.positions",
+            {"type": "dpace", "decay": 2},
+            "unknown key 'train.loss.positions.decay'",
+        ),
         ("prompts.mix", {"csv:x": 1}, "unknown prompt source 'csv:x'"),
         ("prompts.mix", {"seed": -1}, "weight of prompt source 'seed' is negative"),
         ("prompts.mix", {"seed": 0}, "no prompt source has a positive weight"),
@@ -119,12 +161,15 @@ def test_a_bare_no_means_no_mixed_precision(params_file):
     ],
 )
 def test_every_tree_of_the_parameters_can_be_grown(tree):
-    from deepspec.decoding.shapes import make_shape
+    from deepspec.decoding.request import Sampling
+    from deepspec.decoding.tree import Vocabulary
     from deepspec.drafters.deployment import DecodeParams
 
-    params = DecodeParams.model_validate({"tree": tree}).tree
-    shape = make_shape(params.type, **params.options())
+    shape = DecodeParams.model_validate({"tree": tree}).tree
+    assert shape.type == tree["type"]
     assert shape.nodes is None or shape.nodes <= 24
+    growth = shape.growth(Vocabulary(8), Sampling(), 2, torch.Generator())
+    assert growth.frontier == [-1]
 
 
 @pytest.mark.parametrize(
@@ -138,9 +183,9 @@ def test_every_tree_of_the_parameters_can_be_grown(tree):
 )
 def test_every_controller_of_the_parameters_can_be_made(controller):
     from deepspec.decoding.cost import CostCurve
-    from deepspec.decoding.scheduler import CONTROLLERS, make_controller
+    from deepspec.decoding.scheduler import CostStop, Fixed, PrefixScheduler, Threshold
     from deepspec.drafters.deployment import DecodeParams
 
-    params = DecodeParams.model_validate({"controller": controller}).controller
-    made = make_controller(params.type, CostCurve({1: [(1, 1.0)]}), **params.options())
-    assert isinstance(made, CONTROLLERS[params.type])
+    made = DecodeParams.model_validate({"controller": controller}).controller.make(CostCurve({1: [(1, 1.0)]}))
+    kinds = {"fixed": Fixed, "threshold": Threshold, "cost": CostStop, "scheduler": PrefixScheduler}
+    assert type(made) is kinds[controller["type"]]

@@ -5,11 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from deepspec.drafters.loss_params import LossParams
+from deepspec.drafters.position_weights import DPace, Geometric
 from deepspec.training import losses
 from deepspec.training.losses import (
-    DPace,
-    Geometric,
-    Mixture,
     TargetLaw,
     confidence_loss,
     expected_tau,
@@ -18,14 +17,21 @@ from deepspec.training.losses import (
 
 BLOCKS, GAMMA, D, R, VOCAB, KEPT, TOKENS = 9, 4, 6, 3, 20, 13, 24
 N = BLOCKS * GAMMA
+
+
+def mixture(**weights: float) -> LossParams:
+    """Of the terms named, and no others."""
+    return LossParams(**{"ce": 0.0, "tv": 0.0} | weights)
+
+
 MIXTURES = {
-    "ce": Mixture(ce=1),
-    "kl": Mixture(kl=1),
-    "tv": Mixture(tv=1),
-    "lk": Mixture(lk=1),
-    "lk_mixed": Mixture(lk_mixed=1),
-    "dspark": Mixture(ce=0.1, tv=0.9),
-    "all": Mixture(0.3, 0.2, 0.4, 0.5, 0.6),
+    "ce": mixture(ce=1),
+    "kl": mixture(kl=1),
+    "tv": mixture(tv=1),
+    "lk": mixture(lk=1),
+    "lk_mixed": mixture(lk_mixed=1),
+    "dspark": mixture(ce=0.1, tv=0.9),
+    "all": mixture(ce=0.3, kl=0.2, tv=0.4, lk=0.5, lk_mixed=0.6),
 }
 WEIGHINGS = {"geometric": Geometric(3.0), "dpace": DPace(0.5)}
 
@@ -49,11 +55,11 @@ class Case:
         for leaf in self.leaves:
             leaf.requires_grad_()
 
-    def loss(self, mixture: Mixture, weigh=WEIGHINGS["geometric"], budget: int | None = None):
+    def loss(self, mixture: LossParams, weigh=WEIGHINGS["geometric"], budget: int | None = None):
         factors = [tuple(self.leaves[:2]), tuple(self.leaves[2:])]
         return head_loss(factors, self.law, mixture, weigh, self.valid, budget)
 
-    def reference(self, mixture: Mixture, weigh):
+    def reference(self, mixture: LossParams, weigh):
         """The definitions, written with autograd and the whole logits at once: loss and α."""
         x, head, latents, w2 = self.leaves
         law = self.law

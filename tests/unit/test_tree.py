@@ -183,19 +183,21 @@ def test_a_static_tree_of_rank_chances_takes_the_likeliest_paths():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: Static([]), "needs at least one path"),
+        (lambda: Static([]), "Static.paths: .*at least 1 item"),
         (lambda: Static([[0], [1, 0]]), r"path \[1, 0\] needs \[1\] beside it"),
-        (lambda: Static([[0], [-1]]), r"ranks >= 0, found \[-1\]"),
-        (lambda: Static([[]]), r"ranks >= 0, found \[\]"),
+        (lambda: Static([[0], [-1]]), r"Static.paths.1.0: .*greater than or equal to 0 \(found -1\)"),
+        (lambda: Static([[]]), r"Static.paths.0: .*at least 1 item"),
         (lambda: Static([[0], [0]]), r"path \[0\] is given twice"),
-        (lambda: Beam(0, 3, 8), "beam tree: width must be an integer >= 1, found 0"),
-        (lambda: Beam(2, 0, 8), "beam tree: depth must be an integer >= 1, found 0"),
-        (lambda: BestFirst(2, 3, -1), "best-first tree: nodes must be an integer >= 1, found -1"),
-        (lambda: BestFirst(2.5, 3, 4), "best-first tree: width must be an integer >= 1, found 2.5"),
-        (lambda: Sampled(()), "at least one level"),
-        (lambda: Sampled((2, 0)), "sampled tree: branching must be an integer >= 1, found 0"),
-        (lambda: Sampled((2, 1), budget=0), "sampled tree: budget must be an integer >= 1, found 0"),
-        (lambda: Chain(0), "chain: depth must be an integer >= 1, found 0"),
+        (lambda: Beam(0, 3, 8), r"Beam.width: .*greater than or equal to 1 \(found 0\)"),
+        (lambda: Beam(2, 0, 8), r"Beam.depth: .*greater than or equal to 1 \(found 0\)"),
+        (lambda: BestFirst(2, 3, -1), r"BestFirst.nodes: .*greater than or equal to 1 \(found -1\)"),
+        (lambda: BestFirst(2.5, 3, 4), r"BestFirst.width: .*valid integer.*\(found 2.5\)"),
+        (lambda: Sampled(()), "Sampled.branching: .*at least 1 item"),
+        (lambda: Sampled((2, 0)), r"Sampled.branching.1: .*greater than or equal to 1 \(found 0\)"),
+        (lambda: Sampled((2, 1), budget=0), r"Sampled.budget: .*greater than or equal to 1 \(found 0\)"),
+        (lambda: Beam(widht=3), "Beam has no 'widht'; did you mean 'width'"),
+        (lambda: Static(), "Static needs 'paths'"),
+        (lambda: Chain(0), r"Chain.depth: .*greater than or equal to 1 \(found 0\)"),
     ],
 )
 def test_shapes_that_cannot_be_are_refused(make, message):
@@ -310,7 +312,7 @@ def test_survival_of_a_drawn_node_knows_its_past_only():
 
 
 def test_a_budget_buys_the_nodes_likeliest_to_survive():
-    whole, part = Sampled((3, 3, 2)), Sampled((3, 3, 2), budget=10)
+    whole, part = Sampled((3, 3, 2), None), Sampled((3, 3, 2), budget=10)
     assert (whole.nodes, part.nodes) == (3 + 9 + 18, 10)
     for seed in range(6):
         draft = Draft(seed)
