@@ -142,7 +142,7 @@ def our_decode(
 ) -> Callable[[list[int], int], Answer]:
     def decode(ids: list[int], max_new_tokens: int) -> Answer:
         (done,) = generate(
-            target, drafter, ids, max_new_tokens=max_new_tokens, tree=shape, controller=controller
+            target, drafter, ids, max_new_tokens=max_new_tokens, tree=shape, controller=controller, timed=True
         )
         stats = done.stats
         return Answer(done.tokens, stats.rounds, stats.draft_s, stats.verify_s, stats.host_s)

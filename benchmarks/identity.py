@@ -119,7 +119,7 @@ def decode(
 ) -> Iterator[Generation]:
     """Greedy answers to prompts by index, as they finish; a generation's `id` is its prompt's."""
     requests = iter([Request(ids, tokens, id=i) for i, ids in prompts.items()])
-    engine = Engine(target, setting.drafter, setting.batch, setting.tree)
+    engine = Engine(target, setting.drafter, batch_size=setting.batch, tree=setting.tree)
     for generation in engine.run(lambda: next(requests, None)):
         if generation.error:
             raise DeepSpecError(f"prompt {generation.id}: {generation.error}")

@@ -28,11 +28,11 @@ def measure(bench: Bench) -> dict[str, list[dict[str, Any]]]:
     def piece(name: str) -> list[dict[str, Any]]:
         prompts, seeds = bench.prompts(tasks[name]), bench.seeds(tasks[name])
         requests = [
-            Request(ids, limit, SAMPLING, seed + n)
+            Request(ids, limit, sampling=SAMPLING, seed=seed + n)
             for ids, seed in zip(prompts, seeds, strict=True)
             for n in range(samples)
         ]
-        tokens = [done.tokens for done in run(Engine(bench.target, None, BATCH), requests)]
+        tokens = [done.tokens for done in run(Engine(bench.target, None, batch_size=BATCH), requests)]
         return [
             {"prompt": ids, "answers": tokens[i * samples : (i + 1) * samples]}
             for i, ids in enumerate(prompts)

@@ -18,7 +18,8 @@ from deepspec.decoding.calibration import Blocks, as_trained, conditional_logits
 from deepspec.decoding.drafter import Drafter
 from deepspec.decoding.engine import Engine
 from deepspec.decoding.request import Request, Sampling
-from deepspec.decoding.tree import CHAIN, Proposal
+from deepspec.decoding.round import Round
+from deepspec.decoding.tree import CHAIN
 from deepspec.stages.common import stage
 from deepspec.target.model import Target
 from paper.bench import Bench, run, trained
@@ -35,15 +36,17 @@ def decode(
     rows: list[list[float]] = []
     counts: list[tuple[int, int]] = []
 
-    def watch(proposal: Proposal, accepted: int) -> None:
-        rows.append(conditional_logits(proposal.survival or []))
-        counts.append((accepted, len(proposal.tokens)))
+    def watch(done: Round) -> None:
+        if done.proposal.tokens:
+            rows.append(conditional_logits(done.proposal.survival or []))
+            counts.append((done.accepted, len(done.proposal.tokens)))
 
     requests = [
-        Request(ids, limit, Sampling(TEMPERATURE), seed) for ids, seed in zip(prompts, seeds, strict=True)
+        Request(ids, limit, sampling=Sampling(TEMPERATURE), seed=seed)
+        for ids, seed in zip(prompts, seeds, strict=True)
     ]
     with as_trained(drafter):
-        run(Engine(target, drafter, BATCH, CHAIN, RULE, on_round=watch), requests)
+        run(Engine(target, drafter, batch_size=BATCH, tree=CHAIN, verify=RULE, on_round=watch), requests)
     return {"logits": rows, "counts": counts}
 
 

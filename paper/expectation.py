@@ -15,12 +15,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from deepspec.decoding.drafter import Ask, Drafter, GrowingSession
+from deepspec.decoding.drafter import Drafter, DraftRequest, GrowingSession
 from deepspec.decoding.request import Sampling
 from deepspec.decoding.sampling import best, probabilities
-from deepspec.decoding.tree import Growth, Laws, Proposal, Shape, Vocabulary
+from deepspec.decoding.tree import DraftLogits, Growth, Proposal, Shape, Vocabulary
 from deepspec.errors import DeepSpecError
-from deepspec.target.attention import Step
+from deepspec.target.attention import ForwardPass
 from deepspec.target.model import Target
 
 
@@ -100,7 +100,7 @@ def _chances(target: Target, drafter: Drafter, texts: Sequence[Text], sampling: 
         paths = {row: _Along(text.tokens[s:-1]) for row, text in enumerate(texts) if s < len(text.tokens) - 1}
         anchors = {row: (texts[row].tokens[s - 1] if s else texts[row].prompt[-1]) for row in paths}
         asks = [
-            Ask(row, anchors[row], sampling, torch.Generator(), len(path.tokens), path)
+            DraftRequest(row, anchors[row], sampling, torch.Generator(), len(path.tokens), path)
             for row, path in paths.items()
         ]
         session.propose(asks)
@@ -121,7 +121,7 @@ def _read(
     """The target's features of all but the last token, [n, len(layers)·d], and its chance of each of the answer's."""
     ids = [*text.prompt, *text.tokens[:-1]]
     positions = torch.arange(len(ids), device=target.device)[None]
-    step = Step(positions, wanted=layers)
+    step = ForwardPass(positions, wanted=layers)
     hidden = target.forward(torch.tensor([ids], device=target.device), step)[0, len(text.prompt) - 1 :]
     features = torch.cat([step.features[layer] for layer in layers], -1)[0] if layers else None
     if sampling.temperature == 0:
@@ -168,7 +168,7 @@ class _AlongGrowth(Growth):
         super().__init__(vocabulary, sampling, depth)
         self.path = path
 
-    def feed(self, laws: Laws) -> None:
+    def feed(self, laws: DraftLogits) -> None:
         k = len(self.tokens)
         token = self.path.tokens[k]
         column = _column(self.vocabulary, token)

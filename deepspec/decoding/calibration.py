@@ -23,7 +23,7 @@ import numpy as np
 from deepspec.decoding.drafter import Drafter
 from deepspec.decoding.engine import Engine
 from deepspec.decoding.request import Request, Sampling
-from deepspec.decoding.tree import Proposal
+from deepspec.decoding.round import Round
 from deepspec.errors import DeepSpecError
 from deepspec.files import write_json
 from deepspec.target.model import Target
@@ -222,25 +222,26 @@ def collect(
         prompts: token ids.
         seeds: of the prompts; None: 0, 1, ...
     """
-    drafter = getattr(drafter, "trained", drafter)
+    drafter = drafter.trained
     rows: list[list[float]] = []
     accepted: list[int] = []
     drafted: list[int] = []
 
-    def watch(proposal: Proposal, count: int) -> None:
-        rows.append(conditional_logits(proposal.survival or []))
-        accepted.append(count)
-        drafted.append(len(proposal.tokens))
+    def watch(done: Round) -> None:
+        if done.proposal.tokens:
+            rows.append(conditional_logits(done.proposal.survival or []))
+            accepted.append(done.accepted)
+            drafted.append(len(done.proposal.tokens))
 
     sampling = Sampling(temperature)
     requests = iter(
         [
-            Request(ids, max_new_tokens, sampling, seed, id=i)
+            Request(ids, max_new_tokens, sampling=sampling, seed=seed, id=i)
             for i, (ids, seed) in enumerate(zip(prompts, seeds or range(len(prompts)), strict=True))
         ]
     )
     with as_trained(drafter):
-        engine = Engine(target, drafter, batch_size, on_round=watch)
+        engine = Engine(target, drafter, batch_size=batch_size, on_round=watch)
         for generation in engine.run(lambda: next(requests, None)):
             if generation.error:
                 raise DeepSpecError(f"prompt {generation.id}: {generation.error}")
@@ -292,7 +293,7 @@ def calibrate(
     Raises:
         DeepSpecError: fewer than two prompts that give blocks, or a drafter without a confidence head.
     """
-    if not hasattr(getattr(drafter, "trained", drafter), "temperatures"):
+    if not hasattr(drafter.trained, "temperatures"):
         raise DeepSpecError(f"{type(drafter).__name__} has no confidence head to calibrate")
     seeds = [seed + i for i in range(len(prompts))]
     result: dict[str, Any] = {"quality": {}}

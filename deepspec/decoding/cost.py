@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deepspec.decoding.drafter import Ask, Drafter
+from deepspec.decoding.drafter import Drafter, DraftRequest
 from deepspec.decoding.request import Sampling
 from deepspec.decoding.sampling import best
 from deepspec.decoding.tree import CHAIN, Shape
@@ -28,7 +28,7 @@ from deepspec.device import describe_device
 from deepspec.errors import DeepSpecError
 from deepspec.files import digest, write_json
 from deepspec.lineage import code_digest
-from deepspec.target.attention import KVCache, Step
+from deepspec.target.attention import ForwardPass, KVCache
 from deepspec.target.model import Target
 
 BATCHES = (1, 4, 16)
@@ -102,20 +102,6 @@ class CostCurve:
             return cls(passes, drafts, dict(value["identity"]))
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise DeepSpecError(f"not a cost curve: {error!r}") from None
-
-
-def measure_curve(
-    target: Target,
-    drafter: Drafter | None = None,
-    batches: Sequence[int] = BATCHES,
-    widths: Sequence[int] = WIDTHS,
-    context: int = CONTEXT,
-    shape: Shape = CHAIN,
-) -> CostCurve:
-    """A curve measured now and stored nowhere; see `load_or_measure`."""
-    passes = measure_passes(target, batches, widths, context)
-    drafts = measure_drafts(target, drafter, batches, context, shape) if drafter else {}
-    return CostCurve(passes, drafts, _identity(target, drafter, shape))
 
 
 def load_or_measure(
@@ -211,7 +197,7 @@ def _filled_cache(target: Target, slots: int, context: int, width: int) -> KVCac
     cache = KVCache(slots, context + width)
     ids = torch.randint(target.vocab_size, (1, context), generator=_rng()).to(target.device)
     positions = torch.arange(context, device=target.device)[None]
-    target.forward(ids, Step(positions, None, cache, [0], [0]))
+    target.forward(ids, ForwardPass(positions, cache=cache, rows=[0], starts=[0]))
     for row in range(1, slots):
         cache.move(0, row, context)
     return cache
@@ -228,7 +214,7 @@ def _pass(target: Target, cache: KVCache, context: int, requests: int, width: in
             counts[2 * i : 2 * i + 2] = width - 1, width + 1
     ids = torch.full((1, requests * width), 1, device=target.device)
     positions = torch.cat([torch.arange(context, context + count) for count in counts])[None]
-    step = Step(positions.to(target.device), None, cache, None, [context] * requests, counts)
+    step = ForwardPass(positions.to(target.device), cache=cache, starts=[context] * requests, counts=counts)
     best(target.logits(target.forward(ids, step)[0]))
 
 
@@ -244,7 +230,7 @@ def measure_drafts(
 
     Of a drafter that asks a lookup first, its trained part is timed: it is what costs.
     """
-    drafter = getattr(drafter, "trained", drafter)
+    drafter = drafter.trained
     rng = _rng()
     session = drafter.session(max(batches))
     for row in range(max(batches)):
@@ -254,7 +240,9 @@ def measure_drafts(
     seconds: dict[int, list[float]] = {requests: [] for requests in batches}
     for _ in range(1 + _REPEATS):
         for requests in batches:
-            asks = [Ask(row, 1, Sampling(), rng, drafter.block_size, shape) for row in range(requests)]
+            asks = [
+                DraftRequest(row, 1, Sampling(), rng, drafter.block_size, shape) for row in range(requests)
+            ]
             began = _clock(target)
             for row in range(requests):
                 session.extend(row, *news)
@@ -296,9 +284,9 @@ def _identity(target: Target, drafter: Drafter | None = None, shape: Shape | Non
     }
     if drafter is None:
         return identity
-    drafter = getattr(drafter, "trained", drafter)
+    drafter = drafter.trained
     return identity | {
-        "drafter": getattr(drafter, "digest", None),
+        "drafter": drafter.digest,
         "drafter_code": code_digest("deepspec.drafters.registry"),
         "shape": repr(shape),
     }

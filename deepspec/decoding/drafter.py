@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 
 from deepspec.decoding.request import Sampling
-from deepspec.decoding.tree import CHAIN, Growth, Laws, Parent, Proposal, Shape, grow
+from deepspec.decoding.tree import CHAIN, DraftLogits, Growth, Parent, Proposal, Shape, grow
 
-__all__ = ["Ask", "Drafter", "GrowingSession", "Proposal", "Session"]
+__all__ = ["DraftRequest", "Drafter", "GrowingSession", "Proposal", "Session"]
 
 
 @dataclass(frozen=True)
-class Ask:
+class DraftRequest:
     """A request for a proposal to follow `anchor`, the row's last committed token (its target pass is yet to come)."""
 
     row: int
@@ -44,7 +44,7 @@ class Session(ABC):
         """Tokens whose target pass is done were committed; features [len(tokens), len(layers)·d] are theirs."""
 
     @abstractmethod
-    def propose(self, asks: list[Ask]) -> list[Proposal]:
+    def propose(self, asks: list[DraftRequest]) -> list[Proposal]:
         """One proposal for each ask (possibly empty), in their order; the rows differ."""
 
     @abstractmethod
@@ -66,11 +66,11 @@ class GrowingSession(Session):
         """Whether anything can be drafted yet: a one-token prompt has no features, for example."""
 
     @abstractmethod
-    def laws(self, asks: list[Ask], growths: list[Growth]) -> Callable[[list[Parent]], Laws]:
+    def laws(self, asks: list[DraftRequest], growths: list[Growth]) -> Callable[[list[Parent]], DraftLogits]:
         """What `grow` asks for the laws of children; all asks are ready."""
 
     @torch.inference_mode()
-    def propose(self, asks: list[Ask]) -> list[Proposal]:
+    def propose(self, asks: list[DraftRequest]) -> list[Proposal]:
         proposals = [Proposal()] * len(asks)
         ready = [i for i, ask in enumerate(asks) if self.ready(ask.row)]
         if ready:
@@ -79,7 +79,7 @@ class GrowingSession(Session):
                 proposals[i] = proposal
         return proposals
 
-    def _grow(self, asks: list[Ask]) -> list[Proposal]:
+    def _grow(self, asks: list[DraftRequest]) -> list[Proposal]:
         drafter = self.drafter
         growths = [
             ask.shape.growth(drafter.vocabulary, ask.sampling, min(ask.room, drafter.block_size), ask.rng)
@@ -101,6 +101,11 @@ class Drafter(ABC):
     block_size: int = 0
     vocab_size: int | None = None
     digest: str | None = None
+
+    @property
+    def trained(self) -> Drafter:
+        """The draft itself, without a lookup that is asked first."""
+        return self
 
     @abstractmethod
     def session(self, slots: int) -> Session:

@@ -2,31 +2,29 @@
 
 A request's last committed token, the anchor, has not been through the target yet. A round drafts a tree below the
 anchor, runs the target once over anchor and tree, keeps the path that the rule accepts and one token of the
-target's own, and compacts the cache to that path. Plain decoding is the round without a draft.
+target's own, and compacts the cache to that path (`Engine._round`). Plain decoding is the round without a draft.
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 
-from deepspec.decoding.drafter import Ask, Drafter
+from deepspec.decoding.drafter import Drafter, DraftRequest
+from deepspec.decoding.judge import judge
 from deepspec.decoding.request import Generation, Request, Sampling, Stats
-from deepspec.decoding.sampling import best, probabilities, sample
+from deepspec.decoding.round import Round, RoundClock, Turn, padded_size, tree_mask
 from deepspec.decoding.scheduler import Controller
 from deepspec.decoding.slot import Slot
-from deepspec.decoding.tree import MAX_NODES, Chain, Proposal, Shape
-from deepspec.decoding.verify import check_rule, rule_for, walk
+from deepspec.decoding.tree import MAX_NODES, Chain, Shape
+from deepspec.decoding.verify import check_rule
 from deepspec.errors import DeepSpecError
-from deepspec.target.attention import Step
+from deepspec.target.attention import ForwardPass
 from deepspec.target.model import Target
 
 PREFILL = 512  # prompt tokens a pass, which bounds the attention mask
-_NOTHING = Proposal()
-Outcome = tuple[list[int], int] | str  # accepted nodes and the target's next token, or what went wrong
 
 
 class Engine:
@@ -39,19 +37,23 @@ class Engine:
         controller: decides before each round who drafts, and after it how much is verified; None drafts and
             verifies everything.
         max_length: tokens a request may have, prompt included; None is the target's own limit.
-        on_round: called with each verified proposal and how many of its tokens stood.
+        on_round: called at the end of each round, for each of its requests.
+        timed: wait for a GPU at the end of each part of a round, so that the seconds in `Stats` are of that part;
+            it costs speed there. On a CPU they always are.
     """
 
     def __init__(
         self,
         target: Target,
         drafter: Drafter | None = None,
+        *,
         batch_size: int = 1,
         tree: Shape | None = None,
         verify: str | None = None,
         controller: Controller | None = None,
         max_length: int | None = None,
-        on_round: Callable[[Proposal, int], None] | None = None,
+        on_round: Callable[[Round], None] | None = None,
+        timed: bool = False,
     ):
         if batch_size < 1:
             raise DeepSpecError(f"batch_size must be >= 1, found {batch_size}")
@@ -67,9 +69,9 @@ class Engine:
         self.batch_size = batch_size
         self.max_length = min(target.max_length, max_length or target.max_length)
         self.on_round = on_round
+        self.timed = timed
         self.session = drafter.session(batch_size) if drafter else None
         self.layers = drafter.layers if drafter else ()
-        self.reach = drafter.block_size if drafter else 0
         self.cache = target.cache(batch_size, self)
         self.slots: list[Slot] = []
 
@@ -109,23 +111,31 @@ class Engine:
     def _admit(self, request: Request) -> None:
         """Prefill all of the prompt but its last token, which becomes the anchor."""
         slot = Slot(request, self.target, self.max_length)
-        slot.pace = self.controller.pace() if self.controller else None
+        slot.pacer = self.controller.pacer() if self.controller else None
         row = len(self.slots)
-        began = self._clock()
+        clock = self._clock()
+        began = clock.last
         if self.session:
             self.session.begin(row)
         self.cache.reserve(len(slot.tokens) + slot.limit + MAX_NODES)
         for start in range(self._shared_prefix(slot, row), slot.cached, PREFILL):
             ids = slot.tokens[start : min(start + PREFILL, slot.cached)]
             positions = torch.arange(start, start + len(ids), device=self.target.device)[None]
-            step = Step(positions, None, self.cache, [row], [start], [len(ids)], self.layers)
-            self.target.forward(torch.tensor([ids], device=self.target.device), step)
+            run = ForwardPass(
+                positions,
+                cache=self.cache,
+                rows=[row],
+                starts=[start],
+                counts=[len(ids)],
+                wanted=self.layers,
+            )
+            self.target.forward(torch.tensor([ids], device=self.target.device), run)
             if self.session:
-                absorbing = self._clock()
-                self.session.extend(row, ids, self._features(step))
-                slot.stats.draft_s += self._clock() - absorbing
+                absorbing = clock.now()
+                self.session.extend(row, ids, self._features(run))
+                slot.stats.draft_s += clock.now() - absorbing
         self.slots.append(slot)
-        slot.stats.prefill_s = self._clock() - began - slot.stats.draft_s
+        slot.stats.prefill_s = clock.now() - began - slot.stats.draft_s
 
     def _shared_prefix(self, slot: Slot, row: int) -> int:
         """Copy the cache of the longest prompt beginning shared with a request in flight; returns its length.
@@ -141,63 +151,71 @@ class Engine:
             self.session.extend(row, slot.tokens[: lengths[source]], None)
         return lengths[source]
 
-    def _clock(self) -> float:
-        """Seconds; on a GPU all that was launched has ended."""
-        if self.target.device.type == "cuda":
-            torch.cuda.synchronize(self.target.device)
-        return time.perf_counter()
+    def _clock(self) -> RoundClock:
+        return RoundClock(self.target.device, self.timed)
 
     def _round(self) -> None:
-        began = self._clock()
-        proposals = self._propose()
-        drafted = self._clock()
-        step, hidden, offsets = self._verify_pass(proposals)
-        outcomes = self._outcomes(proposals, hidden, offsets)
-        verified = self._clock()
-        features = self._features(step)
-        for row, (slot, proposal, outcome) in enumerate(zip(self.slots, proposals, outcomes, strict=True)):
-            if isinstance(outcome, str):
-                slot.error = outcome
-            else:
-                self._commit(row, slot, proposal, *outcome, features, offsets[row])
-        ended = self._clock()
-        share = 1 / len(self.slots)
-        for slot in self.slots:
-            slot.stats.draft_s += (drafted - began) * share
-            slot.stats.verify_s += (verified - drafted) * share
-            slot.stats.host_s += (ended - verified) * share
+        """One round of all requests in flight.
 
-    def _propose(self) -> list[Proposal]:
-        """One proposal a slot: no path reaches beyond what the request may still commit."""
-        proposals = [_NOTHING] * len(self.slots)
-        if self.session is None:
-            return proposals
+        1. Draft: the controller says who drafts, the drafter proposes, the controller says how much is verified.
+        2. Run the target once over every anchor and its proposal.
+        3. Judge: the rule accepts a path of each proposal, and the target's law gives the token after it.
+        4. Commit: tokens to the request, the accepted path to the cache, both and the features to the drafter.
+        """
+        turns = [Turn(row, slot) for row, slot in enumerate(self.slots)]
+        clock = self._clock()
+        if self.session:
+            self._draft(turns)
+        clock.lap("draft_s")
+        run, hidden = self._run_target(turns)
+        logits = self.target.logits(hidden[: turns[-1].offset + turns[-1].size])
+        judge(turns, logits, self.verify)
+        clock.lap("verify_s")
+        features = self._features(run)
+        for turn in turns:
+            if not turn.slot.error:
+                self._commit(turn, features)
+        clock.lap("host_s")
+        clock.share(turns)
+
+    def _draft(self, turns: list[Turn]) -> None:
+        """One proposal a request: no path reaches beyond what the request may still commit."""
         if self.controller:
-            self.controller.round(len(self.slots))
+            self.controller.round(len(turns))
         asks = [
-            Ask(row, slot.anchor, slot.request.sampling, slot.rng, slot.room - 1, self.tree)
-            for row, slot in enumerate(self.slots)
-            if slot.room > 1 and (slot.pace is None or slot.pace.drafts())
+            DraftRequest(
+                row=turn.row,
+                anchor=turn.slot.anchor,
+                sampling=turn.slot.request.sampling,
+                rng=turn.slot.rng,
+                room=turn.slot.room - 1,
+                shape=self.tree,
+            )
+            for turn in turns
+            if turn.slot.room > 1 and (turn.slot.pacer is None or turn.slot.pacer.drafts())
         ]
         if asks:
             for ask, proposal in zip(asks, self.session.propose(asks), strict=True):
-                proposals[ask.row] = proposal
-        return self.controller.select(proposals) if self.controller else proposals
+                turns[ask.row].proposal = proposal
+        if self.controller:
+            selected = self.controller.select([turn.proposal for turn in turns])
+            for turn, proposal in zip(turns, selected, strict=True):
+                turn.proposal = proposal
 
-    def _verify_pass(self, proposals: list[Proposal]) -> tuple[Step, Tensor, list[int]]:
+    def _run_target(self, turns: list[Turn]) -> tuple[ForwardPass, Tensor]:
         """Run the target over every anchor and its tree, end to end in one row.
 
-        Returns the step, h_last [total, d], and where each request's tokens begin in it.
+        Returns the pass and h_last [total, d].
         """
-        counts = [1 + len(proposal.tokens) for proposal in proposals]
-        starts = [slot.cached for slot in self.slots]
-        ids, positions, offsets = [], [], []
-        for slot, proposal in zip(self.slots, proposals, strict=True):
-            offsets.append(len(ids))
-            ids += [slot.anchor, *proposal.tokens]
-            positions += [slot.cached + depth for depth in (0, *proposal.depths)]
+        starts = [turn.slot.cached for turn in turns]
+        counts = [turn.size for turn in turns]
+        ids, positions = [], []
+        for turn in turns:
+            turn.offset = len(ids)
+            ids += [turn.slot.anchor, *turn.proposal.tokens]
+            positions += [turn.slot.cached + depth for depth in (0, *turn.proposal.depths)]
         # A kernel is made for each new number of tokens; the padding lies behind the last request's own tokens.
-        padding = _bucket(len(ids)) - len(ids)
+        padding = padded_size(len(ids)) - len(ids)
         counts[-1] += padding
         ids += [0] * padding
         positions += [starts[-1]] * padding
@@ -205,99 +223,50 @@ class Engine:
         self.cache.reserve(
             max(start + count for start, count in zip(starts, counts, strict=True)) + max(counts)
         )
+        proposals = [turn.proposal for turn in turns]
         chains = all(proposal.is_chain for proposal in proposals)
-        visible = None if chains else _tree_mask(proposals, starts, max(counts)).to(device)
-        step = Step(
+        run = ForwardPass(
             torch.tensor([positions], device=device),
-            visible,
-            self.cache,
-            None,
-            starts,
-            counts,
-            self.layers,
+            None if chains else tree_mask(proposals, starts, max(counts)).to(device),
+            cache=self.cache,
+            starts=starts,
+            counts=counts,
+            wanted=self.layers,
         )
-        hidden = self.target.forward(torch.tensor([ids], device=device), step)
-        return step, hidden[0], offsets
+        hidden = self.target.forward(torch.tensor([ids], device=device), run)
+        return run, hidden[0]
 
-    def _outcomes(self, proposals: list[Proposal], hidden: Tensor, offsets: list[int]) -> list[Outcome]:
-        samplings = [slot.request.sampling for slot in self.slots]
-        logits = self.target.logits(hidden[: offsets[-1] + 1 + len(proposals[-1].tokens)])  # [total, vocab]
-        if all(sampling.temperature == 0 for sampling in samplings):
-            tokens, highest = best(logits)
-            pick = [
-                (lambda node, at=offset: tokens[at + 1 + node]) for offset in offsets
-            ]  # node -1 is the anchor
-            outcomes = [walk(p, choose) for p, choose in zip(proposals, pick, strict=True)]
-        else:
-            highest = logits.amax(-1)
-            outcomes = self._sampled(proposals, logits, offsets, samplings)
-        finite = torch.isfinite(highest).tolist()
-        return [
-            outcome
-            if all(finite[offset : offset + 1 + len(p.tokens)])
-            else "the target's logits are not finite"
-            for outcome, p, offset in zip(outcomes, proposals, offsets, strict=True)
-        ]
-
-    def _sampled(
-        self, proposals: list[Proposal], logits: Tensor, offsets: list[int], samplings: list[Sampling]
-    ) -> list[tuple[list[int], int]]:
-        if not any(p.tokens for p in proposals) and len(set(samplings)) == 1:
-            tokens = sample(logits, samplings[0], lambda row: self.slots[row].uniform())
-            return [([], token) for token in tokens]
-        return [
-            self._judge(slot, p, logits[offset : offset + 1 + len(p.tokens)])
-            for slot, p, offset in zip(self.slots, proposals, offsets, strict=True)
-        ]
-
-    def _judge(self, slot: Slot, proposal: Proposal, logits: Tensor) -> tuple[list[int], int]:
-        """One request by the rule that fits its proposal. logits [1 + nodes, vocab]; row node + 1 is the node's."""
-        sampling = slot.request.sampling
-        if sampling.temperature == 0:
-            tokens, _ = best(logits)
-            return walk(proposal, lambda node: tokens[node + 1])
-        if proposal.probs is None:
-            return walk(proposal, lambda node: slot.pick(probabilities(logits[node + 1], sampling)))
-        laws = probabilities(logits, sampling).cpu()
-        return rule_for(proposal, self.verify)(proposal, lambda node: laws[node + 1], slot.uniform, slot.pick)
-
-    def _commit(
-        self,
-        row: int,
-        slot: Slot,
-        proposal: Proposal,
-        nodes: list[int],
-        last: int,
-        features: Tensor | None,
-        offset: int,
-    ) -> None:
+    def _commit(self, turn: Turn, features: Tensor | None) -> None:
+        """features [total, len(layers)·d] of the pass."""
+        slot, proposal, accepted = turn.slot, turn.proposal, len(turn.nodes)
         anchor, start = slot.anchor, slot.cached
-        accepted = [proposal.tokens[node] for node in nodes]
-        kept = slot.commit(accepted, last)
+        path = [proposal.tokens[node] for node in turn.nodes]
+        committed = slot.commit(path, turn.token)
+        drafted_depth = max(proposal.depths, default=0)
         # A stop inside the draft ends the answer: the rest of the block was never judged.
-        slot.stats.drafted.append(
-            min(max(proposal.depths, default=0), kept - 1 if kept <= len(accepted) else 1 << 30)
-        )
+        ended_inside = committed <= accepted
+        judged_depth = min(drafted_depth, committed - 1) if ended_inside else drafted_depth
+        slot.stats.drafted.append(judged_depth)
         slot.stats.verified.append(len(proposal.tokens))
-        if slot.pace:
-            slot.pace.observe(kept)
+        if slot.pacer:
+            slot.pacer.observe(committed)
         if proposal.tokens and self.controller:
-            self.controller.observe(proposal, len(nodes))
-        if proposal.tokens and self.on_round:
-            self.on_round(proposal, len(nodes))
+            self.controller.observe(proposal, accepted)
+        if self.on_round:
+            self.on_round(Round(slot.request.id, proposal, accepted, slot.tokens[-committed:]))
         if slot.finish_reason:
             return
-        passed = [0, *(node + 1 for node in nodes)]  # tokens of this pass that are now context
-        self.cache.compact(row, start, passed)
+        passed = [0, *(node + 1 for node in turn.nodes)]  # tokens of this pass that are now context
+        self.cache.compact(turn.row, start, passed)
         if self.session:
-            mine = None if features is None else features[[offset + i for i in passed]]
-            self.session.extend(row, [anchor, *accepted], mine)
+            own = None if features is None else features[[turn.offset + i for i in passed]]
+            self.session.extend(turn.row, [anchor, *path], own)
 
-    def _features(self, step: Step) -> Tensor | None:
+    def _features(self, run: ForwardPass) -> Tensor | None:
         """[total, len(layers)·d]"""
         if not self.layers:
             return None
-        return torch.cat([step.features[layer] for layer in self.layers], -1)[0]
+        return torch.cat([run.features[layer] for layer in self.layers], -1)[0]
 
     def _finished(self) -> Iterator[Generation]:
         """Take finished requests out; the last slot moves into the gap, so that the batch stays contiguous."""
@@ -322,7 +291,7 @@ def stream(
     batch_size: int = 1,
 ) -> Iterator[Generation]:
     """Decode requests as they come, `batch_size` at once; see `Engine.run`."""
-    return Engine(target, drafter, batch_size).run(next_request)
+    return Engine(target, drafter, batch_size=batch_size).run(next_request)
 
 
 def generate(
@@ -341,6 +310,7 @@ def generate(
     on_tokens: Callable[[list[int], int], None] | None = None,
     controller: Controller | None = None,
     batch_size: int = 64,
+    timed: bool = False,
 ) -> list[Generation]:
     """Continue one prompt or a batch of them.
 
@@ -354,6 +324,7 @@ def generate(
         stop: strings that end an answer; it ends with the token that completes one of them.
         on_tokens: called with (tokens, accepted) after each round of a prompt.
         controller: decides how much is drafted and verified (`decoding.scheduler`).
+        timed: see `Engine`.
 
     Returns:
         A `Generation` for each prompt, in order. Of several prompts, a bad one has finish_reason "error" and says
@@ -369,11 +340,27 @@ def generate(
     stops = (stop,) if isinstance(stop, str) else tuple(stop)
     requests = iter(
         [
-            Request(ids, max_new_tokens, sampling, seed + i, None, i, on_tokens, stops)
+            Request(
+                ids,
+                max_new_tokens,
+                sampling=sampling,
+                seed=seed + i,
+                id=i,
+                on_tokens=on_tokens,
+                stop=stops,
+            )
             for i, ids in enumerate(prompts)
         ]
     )
-    engine = Engine(target, drafter, min(len(prompts), batch_size), tree, verify, controller)
+    engine = Engine(
+        target,
+        drafter,
+        batch_size=min(len(prompts), batch_size),
+        tree=tree,
+        verify=verify,
+        controller=controller,
+        timed=timed,
+    )
     done = sorted(engine.run(lambda: next(requests, None)), key=lambda generation: generation.id)
     if not many and done[0].error:
         raise DeepSpecError(done[0].error)
@@ -392,21 +379,3 @@ def _check_drafter(drafter: Drafter, tree: Shape, target: Target) -> None:
 def _common(one: list[int], other: list[int], most: int) -> int:
     """Length of the common beginning, at most `most`."""
     return next((i for i in range(most) if one[i] != other[i]), most)
-
-
-def _bucket(tokens: int) -> int:
-    """The next of the sizes 1 ... 8, 10, 12, 14, 16, 20, 24, 28, 32, 40, ...: four to an octave."""
-    step = 1 << max((tokens - 1).bit_length() - 3, 0)
-    return -(-tokens // step) * step
-
-
-def _tree_mask(proposals: list[Proposal], starts: list[int], n: int) -> Tensor:
-    """bool [requests, n, max(starts) + n]: each node sees the cached context, the anchor and its own ancestors."""
-    visible = torch.zeros(len(proposals), n, max(starts) + n, dtype=torch.bool)
-    for row, (proposal, start) in enumerate(zip(proposals, starts, strict=True)):
-        visible[row, :, : start + 1] = True
-        for node, parent in enumerate(proposal.parents):
-            if parent >= 0:
-                visible[row, node + 1] = visible[row, parent + 1]
-            visible[row, node + 1, start + node + 1] = True
-    return visible

@@ -6,7 +6,7 @@ from functools import lru_cache
 
 import torch
 
-from deepspec.target.attention import Step
+from deepspec.target.attention import ForwardPass
 from deepspec.target.model import Target, load_target
 
 
@@ -16,7 +16,7 @@ def top_two_gap(target_path: str, ids: list[int]) -> float:
     Where it is smaller than rounding, greedy runs over different shapes may part without either being wrong.
     """
     target = _in_float64(str(target_path))
-    step = Step(torch.arange(len(ids), device=target.device)[None])
+    step = ForwardPass(torch.arange(len(ids), device=target.device)[None])
     hidden = target.forward(torch.tensor([ids], device=target.device), step)
     best, second = target.logits(hidden[:, -1])[0].topk(2).values.tolist()
     return best - second

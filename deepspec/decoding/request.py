@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 from typing import Any
 
 from deepspec.errors import DeepSpecError
@@ -42,6 +42,7 @@ class Request:
 
     prompt_ids: list[int]
     max_new_tokens: int = 256
+    _: KW_ONLY
     sampling: Sampling = Sampling()
     seed: int = 0
     stop_ids: frozenset[int] | None = None  # None: the target's own stop tokens

@@ -27,8 +27,8 @@ _FOLLOW = 0.05  # how fast that guess follows what is seen
 class Controller:
     """Verifies every proposal whole, in every round; the others build on it.
 
-    The engine asks in each round: `round`, `Pace.drafts` of each request, `select` once all have drafted; and tells
-    it afterwards: `observe` of each verified proposal, `Pace.observe` of each request.
+    The engine asks in each round: `round`, `DraftPacer.drafts` of each request, `select` once all have drafted; and
+    tells it afterwards: `observe` of each verified proposal, `DraftPacer.observe` of each request.
     """
 
     def __init__(self) -> None:
@@ -41,7 +41,7 @@ class Controller:
     def round(self, requests: int) -> None:
         """A round with `requests` in flight begins."""
 
-    def pace(self) -> Pace | None:
+    def pacer(self) -> DraftPacer | None:
         """When a fresh request drafts; None: in every round."""
         return None
 
@@ -137,9 +137,9 @@ class CostStop(Controller):
         self.cost = 1.0  # of the last round, in plain rounds
         self.sharers = 1.0  # requests in that round for each one that drafted
 
-    def pace(self) -> Pace | None:
+    def pacer(self) -> DraftPacer | None:
         # All requests wait while the drafts are made and verified: whoever drafted owes that to all of them.
-        return Pace(lambda: 1 + (self.cost - 1) * self.sharers)
+        return DraftPacer(lambda: 1 + (self.cost - 1) * self.sharers)
 
     def select(self, proposals: list[Proposal]) -> list[Proposal]:
         requests = len(proposals)
@@ -192,13 +192,13 @@ class PrefixScheduler(CostStop):
 
     def reset(self) -> None:
         super().reset()
-        self._pace = _SharedPace(lambda: self.cost)
+        self._pacer = _SharedPacer(lambda: self.cost)
 
     def round(self, requests: int) -> None:
-        self._pace.close()
+        self._pacer.close()
 
-    def pace(self) -> Pace | None:
-        return self._pace
+    def pacer(self) -> DraftPacer | None:
+        return self._pacer
 
     def _choose(self, proposals: list[Proposal], draft_s: float) -> list[Proposal]:
         requests = len(proposals)
@@ -223,7 +223,7 @@ def global_best(chances: list[float], certain: float, seconds: Callable[[int], f
     return rates.index(max(rates))
 
 
-class Pace:
+class DraftPacer:
     """When a request drafts. A drafted round pays when it commits more tokens than the plain rounds it costs.
 
     An account in plain rounds: a drafted round adds what it committed and takes what it cost. Overdrawn, drafting
@@ -261,7 +261,7 @@ class Pace:
             self.pause = _FIRST_PAUSE
 
 
-class _SharedPace(Pace):
+class _SharedPacer(DraftPacer):
     """One pace and one account for all requests: each pays in what it committed and takes out what the round cost.
 
     The account is no larger than a single request's: the more requests a round has, the fewer rounds it takes to

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from deepspec.decoding.request import Sampling
 from deepspec.decoding.sampling import draw, probabilities
-from deepspec.decoding.tree import Chain, Growth, Laws, Proposal, Shape, Vocabulary
+from deepspec.decoding.tree import Chain, DraftLogits, Growth, Proposal, Shape, Vocabulary
 from deepspec.section import choice, tag
 
 _PLAIN = Sampling(temperature=1.0)
@@ -186,7 +186,7 @@ class _StaticGrowth(_TreeGrowth):
         self.below = below
         self.paths: list[tuple[int, ...]] = []
 
-    def feed(self, laws: Laws) -> None:
+    def feed(self, laws: DraftLogits) -> None:
         first, self.level = len(self.tokens), self.level + 1
         places = [self.paths[node] if node >= 0 else () for node in self.frontier]
         most = 1 + max(self.below[path][-1] for path in places)
@@ -236,7 +236,7 @@ class _RankedGrowth(_BestGrowth):
         super().__init__(vocabulary, sampling, depth, nodes)
         self.widths, self.beam = widths, beam
 
-    def feed(self, laws: Laws) -> None:
+    def feed(self, laws: DraftLogits) -> None:
         first = len(self.tokens)
         # What is no likelier than the last of a full set can never enter it.
         floor = self.survival[self.best[-1]] if len(self.best) == self.nodes else 0.0
@@ -275,7 +275,7 @@ class _SampledGrowth(_BestGrowth):
         self.laws: list[int] = []
         self.known = True  # whether every law came with a confidence
 
-    def feed(self, laws: Laws) -> None:
+    def feed(self, laws: DraftLogits) -> None:
         first, row = len(self.tokens), sum(map(len, self.probs))
         probs = probabilities(laws.logits, self.sampling)
         drawn = self._draw(probs, self.branching[self.level])

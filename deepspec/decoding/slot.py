@@ -21,7 +21,7 @@ class Slot:
         self.limit = min(request.max_new_tokens, max_length - len(self.tokens))
         self.rng = torch.Generator().manual_seed(request.seed)
         self.stats = Stats()
-        self.pace = None  # the controller's, where there is one
+        self.pacer = None  # the controller's, where there is one
         self.finish_reason: str | None = None
         self.error: str | None = None
 

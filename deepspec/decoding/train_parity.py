@@ -18,7 +18,7 @@ from pathlib import Path
 from deepspec.decoding.drafter import Drafter
 from deepspec.decoding.engine import Engine
 from deepspec.decoding.request import Request
-from deepspec.decoding.tree import Proposal
+from deepspec.decoding.round import Round
 from deepspec.errors import DeepSpecError
 from deepspec.files import write_text
 from deepspec.target.model import Target
@@ -94,7 +94,7 @@ def check(target: Target, drafter: Drafter, kept: list[Kept], batch_size: int = 
     contexts = [context for row in kept for context in row.contexts()]
     if not contexts:
         return None
-    return _compare(kept, _first_rounds(target, getattr(drafter, "trained", drafter), contexts, batch_size))
+    return _compare(kept, _first_rounds(target, drafter.trained, contexts, batch_size))
 
 
 def _compare(kept: list[Kept], rounds: list[tuple[list[int], int]]) -> Check:
@@ -127,18 +127,16 @@ def _first_rounds(
 ) -> list[tuple[list[int], int]]:
     """The block that is drafted after each context, and how many of its tokens are accepted."""
     rounds: list[tuple[list[int], int]] = [([], 0)] * len(contexts)
-    order: list[int] = []  # the engine tells of a request's tokens, then of the proposal they came from
+    every = range(target.vocab_size)  # any token ends the request: one round of a whole block
 
-    def request(i: int, ids: list[int]) -> Request:
-        every = range(target.vocab_size)  # any token ends the request: one round of a whole block
-        told = lambda tokens, accepted: order.append(i)  # noqa: E731
-        return Request(ids, drafter.block_size + 1, stop_ids=every, id=i, on_tokens=told)
+    def verified(done: Round) -> None:
+        rounds[done.request_id] = (done.proposal.tokens, done.accepted)
 
-    def verified(proposal: Proposal, accepted: int) -> None:
-        rounds[order[-1]] = (proposal.tokens, accepted)
-
-    waiting = iter([request(i, ids) for i, ids in enumerate(contexts)])
-    for generation in Engine(target, drafter, batch_size, on_round=verified).run(lambda: next(waiting, None)):
+    waiting = iter(
+        [Request(ids, drafter.block_size + 1, stop_ids=every, id=i) for i, ids in enumerate(contexts)]
+    )
+    engine = Engine(target, drafter, batch_size=batch_size, on_round=verified)
+    for generation in engine.run(lambda: next(waiting, None)):
         if generation.error:
             raise DeepSpecError(f"held-out context {generation.id}: {generation.error}")
     return rounds

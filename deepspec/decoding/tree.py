@@ -119,7 +119,7 @@ class Parent(NamedTuple):
     depth: int  # 0: the anchor
 
 
-class Laws(NamedTuple):
+class DraftLogits(NamedTuple):
     """A drafter's answer for m parents."""
 
     logits: Tensor  # [m, columns], of the parents' children
@@ -138,7 +138,7 @@ class Growth(ABC):
         self.frontier: list[int] = [-1] if depth > 0 else []
 
     @abstractmethod
-    def feed(self, laws: Laws) -> None:
+    def feed(self, laws: DraftLogits) -> None:
         """Take the laws of the frontier, add children, set the next frontier."""
 
     @abstractmethod
@@ -165,7 +165,9 @@ class Shape(ABC):
         """A fresh growth of at most `depth` levels."""
 
 
-def grow(growths: list[Growth], anchors: list[int], expand: Callable[[list[Parent]], Laws]) -> list[Proposal]:
+def grow(
+    growths: list[Growth], anchors: list[int], expand: Callable[[list[Parent]], DraftLogits]
+) -> list[Proposal]:
     """Grow all proposals together; `expand` is called once a level with the open nodes of all of them."""
     depth = 0
     while parents := [
@@ -178,7 +180,7 @@ def grow(growths: list[Growth], anchors: list[int], expand: Callable[[list[Paren
         for growth in growths:
             end = start + len(growth.frontier)
             if end > start:
-                growth.feed(Laws(logits[start:end], confidence and confidence[start:end]))
+                growth.feed(DraftLogits(logits[start:end], confidence and confidence[start:end]))
             start = end
         depth += 1
     return [growth.proposal() for growth in growths]
@@ -211,7 +213,7 @@ class _ChainGrowth(Growth):
         self.probs: list[Tensor] = []
         self.survival: list[float] | None = []
 
-    def feed(self, laws: Laws) -> None:
+    def feed(self, laws: DraftLogits) -> None:
         logits = laws.logits[0]
         chance = None if laws.confidence is None else laws.confidence[0]
         if self.sampling.temperature == 0:

@@ -15,9 +15,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from deepspec.decoding.drafter import Ask, Drafter, GrowingSession
-from deepspec.decoding.tree import MAX_NODES, Growth, Laws, Parent, Vocabulary
-from deepspec.target.attention import CACHE_LENGTH, KVCache, Step
+from deepspec.decoding.drafter import Drafter, DraftRequest, GrowingSession
+from deepspec.decoding.tree import MAX_NODES, DraftLogits, Growth, Parent, Vocabulary
+from deepspec.target.attention import CACHE_LENGTH, ForwardPass, KVCache
 
 
 class AutoregressiveDrafter(Drafter):
@@ -36,7 +36,7 @@ class AutoregressiveDrafter(Drafter):
         return None
 
     @abstractmethod
-    def step(self, ids: Tensor, above: Tensor | None, step: Step) -> Tensor:
+    def step(self, ids: Tensor, above: Tensor | None, step: ForwardPass) -> Tensor:
         """The network's outputs [n, d] for tokens int64 [n], each below an output (or fused features) [n, d]."""
 
     @abstractmethod
@@ -57,9 +57,9 @@ class AutoregressiveDrafter(Drafter):
         positions: list[int],
         visible: Tensor | None = None,
     ) -> Tensor:
-        """`step`, in the packed form of `Step`."""
+        """`step`, in the packed form of `ForwardPass`."""
         places = torch.tensor([positions], device=self.device)
-        step = Step(places, visible, cache, rows, starts, counts)
+        step = ForwardPass(places, visible, cache=cache, rows=rows, starts=starts, counts=counts)
         return self.step(torch.tensor(ids, device=self.device), above, step)
 
 
@@ -93,13 +93,13 @@ class AutoregressiveSession(GrowingSession):
     def ready(self, row: int) -> bool:
         return bool(self.rows[row].tokens) or not self.drafter.on_features
 
-    def laws(self, asks: list[Ask], growths: list[Growth]) -> Callable[[list[Parent]], Laws]:
+    def laws(self, asks: list[DraftRequest], growths: list[Growth]) -> Callable[[list[Parent]], DraftLogits]:
         roots = self._absorb(asks)
         rows = [ask.row for ask in asks]
         lengths = [self.rows[row].length for row in rows]
         return _Expansion(self.drafter, self.cache, rows, lengths, growths, roots).expand
 
-    def _absorb(self, asks: list[Ask]) -> Tensor:
+    def _absorb(self, asks: list[DraftRequest]) -> Tensor:
         """Take in what was committed since the last proposal, the anchor included; outputs at the anchors [m, d]."""
         rows = [ask.row for ask in asks]
         states = [self.rows[row] for row in rows]
@@ -141,10 +141,10 @@ class _Expansion:
         self.columns: list[dict[int, int]] = [{} for _ in rows]  # request → node → cache column
         self.roots = roots
 
-    def expand(self, parents: list[Parent]) -> Laws:
+    def expand(self, parents: list[Parent]) -> DraftLogits:
         """What `grow` asks for."""
         if parents[0].depth == 0:
-            return Laws(self.drafter.logits(self.roots[[parent.growth for parent in parents]]))
+            return DraftLogits(self.drafter.logits(self.roots[[parent.growth for parent in parents]]))
         by_request: dict[int, list[Parent]] = {}
         for parent in parents:
             by_request.setdefault(parent.growth, []).append(parent)
@@ -170,7 +170,7 @@ class _Expansion:
         )
         for parent, output in zip(parents, outputs, strict=True):
             self.outputs[parent.growth][parent.node] = output
-        return Laws(self.drafter.logits(outputs))
+        return DraftLogits(self.drafter.logits(outputs))
 
     def _visible(self, by_request: dict[int, list[Parent]], length: int, most: int) -> Tensor:
         """bool [requests, most, length]: each node sees the context, its ancestors and itself."""

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from deepspec.decoding.drafter import Ask, Drafter, Proposal, Session
+from deepspec.decoding.drafter import Drafter, DraftRequest, Proposal, Session
 
 
 class LookupFirst(Drafter):
     """Ask `lookup`; what it matches is proposed, anything else is left to `trained`.
+
+    It stands for the trained draft: its layers, vocabulary and digest are that one's.
 
     Args:
         lookup: a drafter that reads no features and proposes nothing where it knows nothing.
@@ -21,9 +23,16 @@ class LookupFirst(Drafter):
 
     def __init__(self, lookup: Drafter, trained: Drafter):
         self.lookup = lookup
-        self.trained = trained
+        self._trained = trained
         self.layers = trained.layers
         self.block_size = max(lookup.block_size, trained.block_size)
+        self.vocab_size = trained.vocab_size
+        self.digest = trained.digest
+
+    @property
+    def trained(self) -> Drafter:
+        """The draft behind the lookup."""
+        return self._trained
 
     def session(self, slots: int) -> LookupFirstSession:
         return LookupFirstSession(self.lookup.session(slots), self.trained.session(slots))
@@ -42,7 +51,7 @@ class LookupFirstSession(Session):
         self.lookup.extend(row, tokens, None)
         self.trained.extend(row, tokens, features)
 
-    def propose(self, asks: list[Ask]) -> list[Proposal]:
+    def propose(self, asks: list[DraftRequest]) -> list[Proposal]:
         proposals = self.lookup.propose(asks)
         unmatched = [i for i, proposal in enumerate(proposals) if not proposal.tokens]
         if unmatched:

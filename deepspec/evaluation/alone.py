@@ -52,7 +52,7 @@ def acceptance(by_task: Mapping[str, Blocks]) -> dict[str, dict]:
 
 def confidence(drafter: Drafter, by_mode: Mapping[str, list[Blocks]]) -> dict[str, dict] | None:
     """Quality of the confidence head on prompts it was not calibrated on; None for a drafter that has none."""
-    temperatures = getattr(getattr(drafter, "trained", drafter), "temperatures", None)
+    temperatures = getattr(drafter.trained, "temperatures", None)
     if temperatures is None:
         return None
     found = {}

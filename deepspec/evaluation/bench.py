@@ -76,7 +76,7 @@ class Bench:
         batches = (1, *self.params.throughput.batches) if self.params.throughput else (1,)
 
         def measure(key: str) -> Any:
-            drafter = _trained(self.drafters[key.removeprefix("costs ")])
+            drafter = self.drafters[key.removeprefix("costs ")].trained
             return load_or_measure(self.target, drafter, batches=sorted(set(batches))).to_json()
 
         found = self.work.do("costs", [f"costs {name}" for name in self.drafts], measure)
@@ -212,7 +212,7 @@ class Bench:
 
         @_once
         def contest() -> Contest:
-            drafter = _trained(self.drafters[name])
+            drafter = self.drafters[name].trained
             found = Contest(self.target, sweep.contestants(drafter, chosen), chosen.max_new_tokens, self.seed)
             found.warm_up(self.tasks[0].prompts[0][0], [0.0])
             return found
@@ -233,7 +233,7 @@ class Bench:
 
         @_once
         def server() -> Server:
-            drafter = _trained(self.drafters[name])
+            drafter = self.drafters[name].trained
             entrants = throughput.contestants(self.curves[name], chosen.lengths, drafter.block_size)
             return Server(self.target, drafter, entrants, chosen.max_new_tokens, self.seed)
 
@@ -279,8 +279,8 @@ class Bench:
             way, tree = {
                 DRAFT: (drafter, self.params.decode.tree),
                 LOOKUP: (self.baseline, CHAIN),
-                "alone": (_trained(drafter), CHAIN),
-                "tree": (_trained(drafter), self._largest_tree(_trained(drafter))),
+                "alone": (drafter.trained, CHAIN),
+                "tree": (drafter.trained, self._largest_tree(drafter.trained)),
             }[path]
             found = check_identity(
                 target, way, self.target_dir, references, limit, tree, together=path == "alone"
@@ -321,8 +321,3 @@ def _once(make: Callable[[], Any]) -> Callable[[], Any]:
         return made[0]
 
     return get
-
-
-def _trained(drafter: Drafter) -> Drafter:
-    """Without the lookup before it."""
-    return getattr(drafter, "trained", drafter)

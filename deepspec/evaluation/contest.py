@@ -89,5 +89,6 @@ class Contest:
             tree=contestant.tree,
             verify=contestant.verify,
             controller=contestant.controller,
+            timed=True,
         )
         return generation, time.perf_counter() - start - generation.stats.prefill_s

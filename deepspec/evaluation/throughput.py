@@ -63,10 +63,10 @@ class Server:
         """Decode a group of prompts; request i of it has its own seed, the same for all contestants."""
         controller = self.contestants[name]
         drafter = self.drafter if controller else None
-        engine = Engine(self.target, drafter, setting.batch, controller=controller)
+        engine = Engine(self.target, drafter, batch_size=setting.batch, controller=controller, timed=True)
         sampling = Sampling(setting.temperature)
         waiting = [
-            Request(ids, limit or self.max_new_tokens, sampling, self.seed + i, id=i)
+            Request(ids, limit or self.max_new_tokens, sampling=sampling, seed=self.seed + i, id=i)
             for i, ids in enumerate(group)
         ]
 

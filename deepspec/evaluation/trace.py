@@ -9,8 +9,9 @@ import torch
 
 from deepspec.decoding.engine import Engine
 from deepspec.decoding.request import Request, Sampling
+from deepspec.decoding.round import Round
 from deepspec.decoding.sampling import probabilities
-from deepspec.decoding.tree import Growth, Laws, Proposal, Shape, Vocabulary
+from deepspec.decoding.tree import DraftLogits, Growth, Proposal, Shape, Vocabulary
 from deepspec.evaluation.contest import Contestant
 from deepspec.target.model import Target
 
@@ -33,44 +34,34 @@ def trace(
         the proposals down to this place are accepted; `proposed` what was proposed here, which a token of the target's
         replaced or follows (None). Alternatives are the draft's law here, the likeliest first.
     """
-    notes = _Notes(target)
+    notes = _Notes()
     controller = contestant.controller
     engine = Engine(
         target,
         contestant.drafter,
-        1,
-        _Traced(contestant.tree, notes),
-        contestant.verify,
-        controller,
-        on_round=notes.verified,
+        tree=_Traced(contestant.tree, notes),
+        verify=contestant.verify,
+        controller=controller,
+        on_round=notes.ended,
     )
-    request = Request(prompt_ids, max_new_tokens, Sampling(temperature), seed, on_tokens=notes.committed)
+    request = Request(prompt_ids, max_new_tokens, sampling=Sampling(temperature), seed=seed)
     (generation,) = engine.run(iter([request, None]).__next__)
     return {"tau": generation.stats.tau, "tokens": _tokens(target, notes.rounds)}
 
 
-@dataclass
-class _Round:
-    tokens: list[int]
-    accepted: int
-    laws: dict[tuple[int, ...], list[tuple[int, float]]]  # path below the anchor → its children's likeliest
-    proposal: Proposal | None = None
+Likeliest = dict[tuple[int, ...], list[tuple[int, float]]]  # path below the anchor → its children's likeliest
 
 
 @dataclass
 class _Notes:
-    """What happens in each round, in the order in which the engine tells it: laws, tokens, verified proposal."""
+    """The rounds of one request, each with the laws that were drafted by in it."""
 
-    target: Target
-    rounds: list[_Round] = field(default_factory=list)
-    laws: dict[tuple[int, ...], list[tuple[int, float]]] = field(default_factory=dict)
+    rounds: list[tuple[Round, Likeliest]] = field(default_factory=list)
+    laws: Likeliest = field(default_factory=dict)
 
-    def committed(self, tokens: list[int], accepted: int) -> None:
-        self.rounds.append(_Round(tokens, accepted, self.laws))
+    def ended(self, done: Round) -> None:
+        self.rounds.append((done, self.laws))
         self.laws = {}
-
-    def verified(self, proposal: Proposal, accepted: int) -> None:
-        self.rounds[-1].proposal = proposal
 
 
 class _Traced(Shape):
@@ -83,22 +74,34 @@ class _Traced(Shape):
         self.depth, self.nodes, self.draws = inner.depth, inner.nodes, inner.draws
 
     def growth(self, vocabulary: Vocabulary, sampling: Sampling, depth: int, rng: torch.Generator) -> Growth:
-        growth = self.inner.growth(vocabulary, sampling, depth, rng)
-        feed = growth.feed
+        return _TracedGrowth(self.inner.growth(vocabulary, sampling, depth, rng), self.notes)
 
-        def noted(laws: Laws) -> None:
-            for node, logits in zip(growth.frontier, laws.logits, strict=True):
-                law = probabilities(logits.float(), Sampling(sampling.temperature or 1.0))
-                top = law.topk(min(ALTERNATIVES, len(law)))
-                likeliest = [
-                    (vocabulary.token(column), chance)
-                    for column, chance in zip(top.indices.tolist(), top.values.tolist(), strict=True)
-                ]
-                self.notes.laws[_path(growth.tokens, growth.parents, node)] = likeliest
-            feed(laws)
 
-        growth.feed = noted
-        return growth
+class _TracedGrowth(Growth):
+    """Another growth, which notes the laws it is fed."""
+
+    def __init__(self, inner: Growth, notes: _Notes):
+        super().__init__(inner.vocabulary, inner.sampling, inner.depth)
+        self.inner, self.notes = inner, notes
+        self._follow()
+
+    def _follow(self) -> None:
+        self.tokens, self.parents, self.frontier = self.inner.tokens, self.inner.parents, self.inner.frontier
+
+    def feed(self, laws: DraftLogits) -> None:
+        for node, logits in zip(self.frontier, laws.logits, strict=True):
+            law = probabilities(logits.float(), Sampling(self.sampling.temperature or 1.0))
+            top = law.topk(min(ALTERNATIVES, len(law)))
+            likeliest = [
+                (self.vocabulary.token(column), chance)
+                for column, chance in zip(top.indices.tolist(), top.values.tolist(), strict=True)
+            ]
+            self.notes.laws[_path(self.tokens, self.parents, node)] = likeliest
+        self.inner.feed(laws)
+        self._follow()
+
+    def proposal(self) -> Proposal:
+        return self.inner.proposal()
 
 
 def _path(tokens: list[int], parents: list[int], node: int) -> tuple[int, ...]:
@@ -110,11 +113,11 @@ def _path(tokens: list[int], parents: list[int], node: int) -> tuple[int, ...]:
     return tuple(reversed(path))
 
 
-def _tokens(target: Target, rounds: list[_Round]) -> list[dict[str, Any]]:
-    texts = iter(_texts(target, [token for each in rounds for token in each.tokens]))
+def _tokens(target: Target, rounds: list[tuple[Round, Likeliest]]) -> list[dict[str, Any]]:
+    texts = iter(_texts(target, [token for each, _ in rounds for token in each.tokens]))
     rows = []
-    for number, each in enumerate(rounds):
-        proposal = each.proposal or Proposal()
+    for number, (each, laws) in enumerate(rounds):
+        proposal = each.proposal
         drafter = "lookup" if proposal.free else "draft"
         children, node = proposal.children(), -1
         for place, token in enumerate(each.tokens):
@@ -129,7 +132,7 @@ def _tokens(target: Target, rounds: list[_Round]) -> list[dict[str, Any]]:
                     "round": number,
                     "confidence": _chance(proposal, shown),
                     "proposed": None if shown is None else _text(target, proposal.tokens[shown]),
-                    "alternatives": [[_text(target, t), round(p, 4)] for t, p in each.laws.get(path, [])],
+                    "alternatives": [[_text(target, t), round(p, 4)] for t, p in laws.get(path, [])],
                 }
             )
             node = own if own is not None else -2  # nothing was proposed below a token of the target's own

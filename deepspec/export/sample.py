@@ -7,7 +7,7 @@ import torch
 from deepspec.decoding import train_parity as promise
 from deepspec.export.draft import Draft
 from deepspec.export.readers.sample import Sample
-from deepspec.target.attention import Step
+from deepspec.target.attention import ForwardPass
 from deepspec.target.model import H_LAST
 
 TEXTS, TOKENS, ANCHORS = 2, 192, 6  # so many texts, so long at most, and blocks of each
@@ -40,7 +40,7 @@ def _of(draft: Draft, ids: list[int], anchors: list[int]) -> Sample:
     target = draft.target
     layers = range(-1, target.num_layers - 1)
     tokens = torch.tensor(ids)
-    step = Step(torch.arange(len(ids), device=target.device)[None], wanted=(*layers, H_LAST))
+    step = ForwardPass(torch.arange(len(ids), device=target.device)[None], wanted=(*layers, H_LAST))
     target.forward(tokens[None].to(target.device), step)
     states = {layer: x[0].float().cpu() for layer, x in step.features.items()}
     return Sample(

@@ -26,7 +26,7 @@ from deepspec.features.codec import codec
 from deepspec.features.sequences import Sequence
 from deepspec.files import digest, file_digest, replacing, write_json
 from deepspec.lineage import code_digest
-from deepspec.target.attention import Step
+from deepspec.target.attention import ForwardPass
 from deepspec.target.model import H_LAST, Target
 
 BATCH_TOKENS = 2048  # of a target pass
@@ -77,7 +77,7 @@ class Features(ABC):
         ids = ids.to(self.target.device)
         positions = torch.arange(ids.shape[1], device=ids.device).expand(ids.shape)
         wanted = (*self.layers, H_LAST)
-        step = Step(positions, wanted=wanted)  # causal: padding at the end is never seen
+        step = ForwardPass(positions, wanted=wanted)  # causal: padding at the end is never seen
         self.target.forward(ids, step)
         rows = []
         for row, i in enumerate(indices):

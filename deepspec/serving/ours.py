@@ -46,7 +46,7 @@ def decode(target: Any, drafter: Any, prompt_ids: list[int], tokens: int, specul
 
 def _run(target: Any, drafter: Any, request: Request, tree: Chain | None = None) -> Generation:
     requests = iter([request])
-    (done,) = Engine(target, drafter, tree=tree).run(lambda: next(requests, None))
+    (done,) = Engine(target, drafter, tree=tree, timed=True).run(lambda: next(requests, None))
     if done.error:
         raise DeepSpecError(done.error)
     return done

@@ -1,9 +1,9 @@
 """The attention through which every target runs: our static KV cache, any mask, any family.
 
 transformers lets a model call a registered function in place of its own attention. Ours writes the new keys and
-values into a preallocated cache and attends under the mask of the current `Step`, so one code path serves plain
+values into a preallocated cache and attends under the mask of the current `ForwardPass`, so one code path serves plain
 decoding, chains, trees, ragged batches and training, for every decoder-only model that supports attention
-backends. `Step` travels as a keyword argument through the model's own forward.
+backends. `ForwardPass` travels as a keyword argument through the model's own forward.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class KVCache:
             values[destination, :, :length] = values[source, :, :length]
 
 
-class Step:
+class ForwardPass:
     """One forward pass: which tokens are new, where their keys go, who sees whom.
 
     With a cache, the new tokens of all requests lie end to end in one row (the model computes no padding), and
@@ -86,6 +86,7 @@ class Step:
         self,
         positions: Tensor,
         visible: Tensor | None = None,
+        *,
         cache: KVCache | None = None,
         rows: list[int] | None = None,
         starts: list[int] | None = None,
@@ -234,7 +235,9 @@ def attend(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, s
     return out.view(batch, heads, n, dim).transpose(1, 2)
 
 
-def _attention(module, query, key, value, attention_mask, scaling=None, step: Step | None = None, **extra):
+def _attention(
+    module, query, key, value, attention_mask, scaling=None, step: ForwardPass | None = None, **extra
+):
     """The function transformers calls; see `AttentionInterface`."""
     if step is None:
         raise DeepSpecError(

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from deepspec.target.attention import Step, attend
+from deepspec.target.attention import ForwardPass, attend
 
 
 def can_pack(weight: Tensor) -> bool:
@@ -122,10 +122,10 @@ class FusedLayer(nn.Module):
             (_norm(attention.q_norm), _norm(attention.k_norm)) if hasattr(attention, "q_norm") else None
         )
 
-    def forward(self, x: Tensor, position_embeddings=None, step: Step | None = None, **_) -> Tensor:
+    def forward(self, x: Tensor, position_embeddings=None, step: ForwardPass | None = None, **_) -> Tensor:
         return self.block(self.norms[0](x), x, position_embeddings, step)
 
-    def block(self, normed: Tensor, x: Tensor, position_embeddings, step: Step) -> Tensor:
+    def block(self, normed: Tensor, x: Tensor, position_embeddings, step: ForwardPass) -> Tensor:
         """The layer on what its attention reads, normed [batch, n, ·], and what its residuals add to."""
         batch, n, _ = x.shape
         qkv = self.qkv(normed).view(batch, n, -1, self.head_dim)

@@ -15,13 +15,13 @@ from weakref import finalize
 import torch
 from torch import Tensor
 
-from deepspec.target.attention import CACHE_LENGTH, KVCache, Step
+from deepspec.target.attention import CACHE_LENGTH, ForwardPass, KVCache
 
 MOST_TOKENS = 256  # a longer pass (a prefill) keeps the GPU busy by itself
 _MOST_GRAPHS = 128
 _SIGHTS = 2  # a bucket's first pass runs as it is: many buckets never come again
 
-Run = Callable[[Tensor, Step], Tensor]
+Run = Callable[[Tensor, ForwardPass], Tensor]
 Replay = Callable[[], None]
 
 
@@ -37,7 +37,7 @@ class Bucket(NamedTuple):
     capacity: int
 
     @classmethod
-    def of(cls, step: Step) -> Bucket | None:
+    def of(cls, step: ForwardPass) -> Bucket | None:
         """None for a pass that is not replayed: a prefill, or one without a cache."""
         cache, tokens = step.cache, sum(step.counts)
         if cache is None or tokens > MOST_TOKENS or step.bidirectional:
@@ -49,8 +49,8 @@ class Bucket(NamedTuple):
         return cls(step.requests, tokens, widest, length, step.wanted, id(cache), cache.max_length)
 
 
-class StaticStep(Step):
-    """A `Step` of fixed shapes: who goes where and who sees whom is in tensors that `load` fills."""
+class StaticPass(ForwardPass):
+    """A `ForwardPass` of fixed shapes: who goes where and who sees whom is in tensors that `load` fills."""
 
     def __init__(self, bucket: Bucket, cache: KVCache, device: torch.device):
         positions = torch.zeros(1, bucket.tokens, dtype=torch.int64, device=device)
@@ -64,7 +64,7 @@ class StaticStep(Step):
             bucket.requests, bucket.widest, bucket.length, dtype=torch.bool, device=device
         )
 
-    def load(self, ids: Tensor, step: Step) -> None:
+    def load(self, ids: Tensor, step: ForwardPass) -> None:
         """Take over what `step`, of the same bucket, asks for."""
         self.ids.copy_(ids)
         self.positions.copy_(step.positions)
@@ -116,10 +116,10 @@ class GraphedPasses:
         self.run = run
         self.capture = capture or _captured
         self._seen: Counter[Bucket] = Counter()
-        self._graphs: dict[Bucket, tuple[StaticStep, Tensor, Replay]] = {}
+        self._graphs: dict[Bucket, tuple[StaticPass, Tensor, Replay]] = {}
         self._spare: dict[int, KVCache] = {}
 
-    def __call__(self, ids: Tensor, step: Step) -> Tensor:
+    def __call__(self, ids: Tensor, step: ForwardPass) -> Tensor:
         """As `Target.forward`; h_last and features are overwritten by the next pass of the same bucket."""
         bucket = Bucket.of(step)
         if bucket is None:
@@ -136,8 +136,8 @@ class GraphedPasses:
         step.stored |= static.stored
         return hidden
 
-    def _make(self, bucket: Bucket, ids: Tensor, step: Step) -> tuple[StaticStep, Tensor, Replay]:
-        static = StaticStep(bucket, step.cache, ids.device)
+    def _make(self, bucket: Bucket, ids: Tensor, step: ForwardPass) -> tuple[StaticPass, Tensor, Replay]:
+        static = StaticPass(bucket, step.cache, ids.device)
         static.load(ids, step)
         hidden: Tensor | None = None
 

@@ -20,7 +20,7 @@ from transformers.utils import logging as transformers_logging
 
 from deepspec.errors import DeepSpecError
 from deepspec.files import replacing
-from deepspec.target.attention import CACHE_LENGTH, NAME, KVCache, Step
+from deepspec.target.attention import CACHE_LENGTH, NAME, ForwardPass, KVCache
 from deepspec.target.embedded import PREFIX, write_embedded
 from deepspec.target.fused import FusedLayer, Int4Linear, PackedLinear, fuse
 from deepspec.target.graphs import GraphedPasses
@@ -30,7 +30,7 @@ RECORD = "deepspec.json"
 H_LAST = -2  # as a layer id: h_last, after the final norm
 _FOUR_DIMENSIONAL = torch.zeros(
     1, 1, 1, 1
-)  # transformers leaves a 4-D mask alone, and ours comes with the Step
+)  # transformers leaves a 4-D mask alone, and ours comes with the ForwardPass
 
 
 def resolve_target(source: str, revision: str | None, dtype: str, directory: str | Path) -> None:
@@ -152,7 +152,7 @@ class Target:
         return frozenset(i for i in (*stops, self.tokenizer.eos_token_id) if i is not None)
 
     @torch.inference_mode()
-    def forward(self, ids: Tensor, step: Step) -> Tensor:
+    def forward(self, ids: Tensor, step: ForwardPass) -> Tensor:
         """One pass over new tokens.
 
         Args:
@@ -176,7 +176,7 @@ class Target:
         """A KV cache of so many slots, in use while `owner` lives."""
         return self._graphs.cache(slots, owner) if self._graphs else KVCache(slots, CACHE_LENGTH)
 
-    def _run(self, ids: Tensor, step: Step) -> Tensor:
+    def _run(self, ids: Tensor, step: ForwardPass) -> Tensor:
         output = self._model(
             input_ids=ids,
             attention_mask=_FOUR_DIMENSIONAL,
@@ -258,7 +258,7 @@ class Target:
         text = self.tokenizer.apply_chat_template([{"role": "user", "content": marker}], tokenize=False)
         return self.tokenizer(text[: text.index(marker)], add_special_tokens=False)["input_ids"]
 
-    def _check_attention(self, step: Step) -> None:
+    def _check_attention(self, step: ForwardPass) -> None:
         """Every layer must have come through our attention: a recurrent one would lose its state unseen."""
         if step.stored != set(range(self.num_layers)):
             missing = sorted(set(range(self.num_layers)) - step.stored)
@@ -268,7 +268,7 @@ class Target:
         self._checked = True
 
     def _hook(self, layer: int) -> None:
-        """Keep the raw output of decoder layer `layer` in the Step that asks for it."""
+        """Keep the raw output of decoder layer `layer` in the ForwardPass that asks for it."""
         self.check_layers([layer])
 
         def keep(module, args, kwargs, output):

@@ -22,7 +22,7 @@ from deepspec.decoding.calibration import (
     survival_ece,
 )
 from deepspec.decoding.drafter import Drafter, Session
-from deepspec.decoding.tree import Laws, Vocabulary, grow
+from deepspec.decoding.tree import DraftLogits, Vocabulary, grow
 from deepspec.drafters.algorithms.lookup import LookupDrafter
 from deepspec.errors import DeepSpecError
 from deepspec.target.model import load_target
@@ -145,7 +145,7 @@ class GuesserSession(Session):
 
         def expand(parents):
             rows = drafter.table[[parent.token for parent in parents]]
-            return Laws(rows, [0.9 - 0.1 * parent.depth for parent in parents])
+            return DraftLogits(rows, [0.9 - 0.1 * parent.depth for parent in parents])
 
         return grow(growths, [ask.anchor for ask in asks], expand)
 

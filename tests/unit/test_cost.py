@@ -7,7 +7,7 @@ import json
 import pytest
 
 from deepspec.decoding import cost
-from deepspec.decoding.cost import CostCurve, load_or_measure, measure_curve
+from deepspec.decoding.cost import CostCurve, load_or_measure
 from deepspec.decoding.tree import Chain
 from deepspec.drafters.algorithms.lookup import LookupDrafter
 from deepspec.errors import DeepSpecError
@@ -96,11 +96,11 @@ def test_real_passes_are_measured(target):
     assert seen[-1][0] == seen[-1][1] == len(seen)
 
 
-def test_a_curve_has_both_parts(target):
-    curve = measure_curve(target, Trained(4, 1), (1, 2), (1, 2), 8)
+def test_a_curve_has_both_parts(target, tmp_path):
+    curve = load_or_measure(target, Trained(4, 1), tmp_path, (1, 2))
     assert curve.verify(1, 1) > 0 and curve.draft(2) > 0
     assert curve.identity["drafter"] == "abc"
-    assert measure_curve(target, None, (1,), (1,), 8).draft(1) == 0
+    assert load_or_measure(target, None, tmp_path, (1,)).draft(1) == 0
 
 
 def test_a_curve_is_measured_once(target, measured, tmp_path):

@@ -108,11 +108,13 @@ def test_a_written_draft_proposes_what_the_network_in_training_says(
     session = drafter.session(1)
     session.begin(0)
     session.extend(0, ids, data.features[0, :anchor].float())
-    from deepspec.decoding.drafter import Ask
+    from deepspec.decoding.drafter import DraftRequest
     from deepspec.decoding.request import Sampling
 
     rng = torch.Generator().manual_seed(0)
-    (proposal,) = session.propose([Ask(0, int(data.tokens[0, anchor]), Sampling(1.0), rng, 9, Chain())])
+    (proposal,) = session.propose(
+        [DraftRequest(0, int(data.tokens[0, anchor]), Sampling(1.0), rng, 9, Chain())]
+    )
     # The same tokens, fed to the network as in training.
     tokens = torch.tensor([[*ids, int(data.tokens[0, anchor]), *proposal.tokens]])
     features = torch.zeros(1, tokens.shape[1], data.features.shape[-1])

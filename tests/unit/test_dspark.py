@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from deepspec.decoding.drafter import Ask
+from deepspec.decoding.drafter import DraftRequest
 from deepspec.decoding.request import Sampling
 from deepspec.decoding.shapes import BestFirst
 from deepspec.decoding.tree import Chain
@@ -64,7 +64,7 @@ def propose(drafter, expected, sampling=None, seed=0, shape=None, rows=(0,)):
     anchor = int(expected["anchor"])
     rng = torch.Generator().manual_seed(seed)
     return session.propose(
-        [Ask(row, anchor, sampling or Sampling(), rng, 99, shape or Chain()) for row in rows]
+        [DraftRequest(row, anchor, sampling or Sampling(), rng, 99, shape or Chain()) for row in rows]
     )
 
 

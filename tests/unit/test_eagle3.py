@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from deepspec.decoding.drafter import Ask
+from deepspec.decoding.drafter import DraftRequest
 from deepspec.decoding.engine import generate
 from deepspec.decoding.request import Sampling
 from deepspec.decoding.shapes import Beam, BestFirst
@@ -65,9 +65,9 @@ def session(published):
     return start
 
 
-def ask(row: int, expected, shape=None, room: int = 5, temperature: float = 0.0) -> Ask:
+def ask(row: int, expected, shape=None, room: int = 5, temperature: float = 0.0) -> DraftRequest:
     rng = torch.Generator().manual_seed(row)
-    return Ask(row, int(expected["anchor"]), Sampling(temperature), rng, room, shape or Chain())
+    return DraftRequest(row, int(expected["anchor"]), Sampling(temperature), rng, room, shape or Chain())
 
 
 def unrolled(network: Eagle3Model, expected, drafted: list[int]) -> torch.Tensor:
@@ -126,7 +126,7 @@ def test_rejected_drafts_leave_no_trace(session, expected, published):
     """Drafting again after one more token is as drafting for the first time."""
     drafted, fresh = session(expected, ((19,),)), session(expected, ((19,),))
     ids = expected["prompt_ids"][0].tolist()
-    drafted.propose([Ask(0, ids[19], Sampling(), torch.Generator(), 5, BestFirst(3, 4, 12))])
+    drafted.propose([DraftRequest(0, ids[19], Sampling(), torch.Generator(), 5, BestFirst(3, 4, 12))])
     last = expected["features"][0, 19:]
     for each in (drafted, fresh):
         each.extend(0, ids[19:], last)
@@ -165,7 +165,7 @@ def test_what_is_saved_loads_back(published, tmp_path, qk_norm):
         session.begin(0)
         features = torch.randn(9, len(drafter.layers) * 64, generator=torch.Generator().manual_seed(0))
         session.extend(0, list(range(9)), features)
-        proposals.append(session.propose([Ask(0, 4, Sampling(), torch.Generator(), 5)])[0])
+        proposals.append(session.propose([DraftRequest(0, 4, Sampling(), torch.Generator(), 5)])[0])
     assert proposals[0].tokens == proposals[1].tokens
     assert proposals[0].survival == pytest.approx(proposals[1].survival, rel=1e-4)
 

@@ -7,13 +7,15 @@ import torch
 
 from deepspec.decoding.drafter import Drafter, Session
 from deepspec.decoding.engine import Engine, generate, stream
-from deepspec.decoding.request import Request, Sampling
+from deepspec.decoding.request import Request
+from deepspec.decoding.round import RoundClock
 from deepspec.decoding.scheduler import Controller
 from deepspec.decoding.shapes import BestFirst
 from deepspec.decoding.tree import Proposal
 from deepspec.drafters.algorithms.lookup import LookupDrafter
+from deepspec.drafters.lookup_first import LookupFirst
 from deepspec.errors import DeepSpecError
-from deepspec.target.attention import KVCache, Step
+from deepspec.target.attention import ForwardPass, KVCache
 from deepspec.target.model import load_target
 from tests.tiny import FAMILIES, make_target
 
@@ -34,7 +36,7 @@ def greedy(target, prompt: list[int], count: int) -> list[int]:
     """Plain greedy decoding by a full forward for every token."""
     tokens = list(prompt)
     for _ in range(count):
-        step = Step(torch.arange(len(tokens))[None])
+        step = ForwardPass(torch.arange(len(tokens))[None])
         logits = target.logits(target.forward(torch.tensor([tokens]), step))
         tokens.append(int(logits[0, -1].argmax()))
         if tokens[-1] in target.stop_ids:
@@ -110,7 +112,7 @@ def test_lookup_changes_no_token_and_pays_on_repetition(llama):
 
 
 def test_refill_gives_each_request_its_own_answer(llama):
-    requests = [Request(p, 3 + 5 * i, Sampling(), i, frozenset(), i) for i, p in enumerate(PROMPTS * 3)]
+    requests = [Request(p, 3 + 5 * i, seed=i, stop_ids=frozenset(), id=i) for i, p in enumerate(PROMPTS * 3)]
     queue = iter(requests)
     done = {run.id: run for run in stream(llama, None, lambda: next(queue, None), batch_size=3)}
     assert len(done) == len(requests)
@@ -216,7 +218,7 @@ def test_a_stop_token_inside_an_accepted_draft_ends_the_answer(llama):
     answer = generate(llama, None, PROMPTS[0], 12)[0].tokens
     drafter = Oracle({0: PROMPTS[0] + answer}, 6)
     stop = answer[3]
-    request = Request(PROMPTS[0], 12, Sampling(), 0, frozenset({stop}))
+    request = Request(PROMPTS[0], 12, stop_ids=frozenset({stop}))
     queue = iter([request])
     (run,) = Engine(llama, drafter).run(lambda: next(queue, None))
     assert run.tokens == answer[: answer.index(stop) + 1]
@@ -225,12 +227,12 @@ def test_a_stop_token_inside_an_accepted_draft_ends_the_answer(llama):
 
 def test_features_are_the_layers_outputs(llama):
     ids = torch.tensor([PROMPTS[0]])
-    whole = Step(torch.arange(6)[None], wanted=(-1, 1))
+    whole = ForwardPass(torch.arange(6)[None], wanted=(-1, 1))
     llama.forward(ids, whole)
     assert torch.equal(whole.features[-1], llama.embeddings[ids])
     cache = KVCache(1, 32)
-    llama.forward(ids[:, :4], Step(torch.arange(4)[None], cache=cache))
-    rest = Step(torch.arange(4, 6)[None], cache=cache, starts=[4], counts=[2], wanted=(1,))
+    llama.forward(ids[:, :4], ForwardPass(torch.arange(4)[None], cache=cache))
+    rest = ForwardPass(torch.arange(4, 6)[None], cache=cache, starts=[4], counts=[2], wanted=(1,))
     llama.forward(ids[:, 4:], rest)
     assert torch.allclose(rest.features[1], whole.features[1][:, 4:], atol=1e-5)
 
@@ -239,10 +241,43 @@ def test_no_draft_reaches_beyond_what_may_be_committed(llama):
     drafter = LookupDrafter(8, 1)
     seen = []
     queue = iter([Request(PROMPTS[3], 5)])
-    engine = Engine(llama, drafter, on_round=lambda proposal, accepted: seen.append((proposal, accepted)))
+    engine = Engine(llama, drafter, on_round=seen.append)
     (run,) = engine.run(lambda: next(queue, None))
-    assert len(run.tokens) <= 5 and seen
-    assert all(len(proposal.tokens) <= 4 and accepted <= len(proposal.tokens) for proposal, accepted in seen)
+    assert len(run.tokens) <= 5 and any(each.proposal.tokens for each in seen)
+    assert all(each.accepted <= len(each.proposal.tokens) <= 4 for each in seen)
+
+
+def test_rounds_name_their_request_and_add_up_to_its_answer(llama):
+    seen = []
+    waiting = iter([Request(prompt, 9, id=f"p{i}") for i, prompt in enumerate(PROMPTS)])
+    engine = Engine(llama, LookupDrafter(4, 1), batch_size=2, on_round=seen.append)
+    runs = list(engine.run(lambda: next(waiting, None)))
+    assert len(runs) == len(PROMPTS)
+    for run in runs:
+        rounds = [each for each in seen if each.request_id == run.id]
+        assert [token for each in rounds for token in each.tokens] == run.tokens
+        assert [len(each.tokens) - 1 for each in rounds] == run.stats.accepted
+        assert [len(each.proposal.tokens) for each in rounds] == run.stats.verified
+
+
+def test_a_draft_of_another_vocabulary_is_refused_behind_a_lookup_too(llama):
+    class Foreign(LookupDrafter):
+        vocab_size = llama.vocab_size + 1
+
+    draft = Foreign(4, 1)
+    for drafter in (draft, LookupFirst(LookupDrafter(4, 1), draft)):
+        with pytest.raises(DeepSpecError, match=f"vocabulary has {draft.vocab_size} tokens, the target's"):
+            generate(llama, drafter, PROMPTS[0], 4)
+
+
+@pytest.mark.parametrize("timed", [False, True])
+def test_a_gpu_is_waited_for_only_when_its_seconds_are_asked_for(llama, monkeypatch, timed):
+    waits = []
+    monkeypatch.setattr(torch.cuda, "synchronize", waits.append)
+    gpu = torch.device("cuda")
+    clock = RoundClock(gpu, timed)
+    clock.lap("draft_s")
+    assert waits == ([gpu, gpu] if timed else [])
 
 
 def test_a_target_that_skips_our_attention_is_refused(llama, monkeypatch):
@@ -260,7 +295,7 @@ def test_the_last_layer_is_no_feature(llama):
 class EveryOther(Controller):
     """Drafts in every other round and verifies two levels."""
 
-    def pace(self):
+    def pacer(self):
         return self
 
     def reset(self):

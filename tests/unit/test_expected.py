@@ -12,12 +12,12 @@ from deepspec.decoding.drafter import Drafter
 from deepspec.decoding.engine import Engine, generate
 from deepspec.decoding.request import Generation, Request, Sampling
 from deepspec.decoding.sampling import probabilities
-from deepspec.decoding.tree import Chain, Proposal
+from deepspec.decoding.tree import Chain
 from deepspec.drafters.algorithms.lookup import LookupDrafter
 from deepspec.drafters.checkpoint import stored_weights, write_drafter
 from deepspec.drafters.load import load_drafter
 from deepspec.errors import DeepSpecError
-from deepspec.target.attention import Step
+from deepspec.target.attention import ForwardPass
 from deepspec.target.model import Target, load_target
 from paper.expectation import Text, chances, rounds
 from tests.tiny import make_network, make_target
@@ -60,9 +60,12 @@ def run(
     **extra,
 ) -> list[Generation]:
     requests = iter(
-        [Request(ids, LIMIT, sampling, seed + i, frozenset(), i) for i, ids in enumerate(prompts)]
+        [
+            Request(ids, LIMIT, sampling=sampling, seed=seed + i, stop_ids=frozenset(), id=i)
+            for i, ids in enumerate(prompts)
+        ]
     )
-    engine = Engine(target, drafter, 16, Chain(), "standard", **extra)
+    engine = Engine(target, drafter, batch_size=16, tree=Chain(), verify="standard", **extra)
     return sorted(engine.run(lambda: next(requests, None)), key=lambda done: done.id)
 
 
@@ -102,16 +105,13 @@ def test_certain_blocks_and_hopeless_ones():
 @pytest.mark.parametrize("name", SIZES)
 def test_a_chance_is_of_the_laws_that_the_engine_drafted_by(name: str, target: Target, drafters):
     """At every place that its blocks reached, of a text that it wrote with them."""
-    drafter, sampling, proposals = drafters[name], Sampling(1.0), []
-
-    def watch(proposal: Proposal, accepted: int) -> None:
-        proposals.append((proposal, accepted))
-
-    (done,) = run(target, drafter, PROMPTS[:1], sampling, seed=3, on_round=watch)
+    drafter, sampling, rounds_seen = drafters[name], Sampling(1.0), []
+    (done,) = run(target, drafter, PROMPTS[:1], sampling, seed=3, on_round=rounds_seen.append)
+    proposals = [(seen.proposal, seen.accepted) for seen in rounds_seen if seen.proposal.tokens]
     others = [Text(PROMPTS[1], [20, 21]), Text(PROMPTS[2], [30])]
     (found, *_) = chances(target, drafter, [Text(done.prompt_ids, done.tokens), *others], sampling)
     ids = done.prompt_ids + done.tokens
-    hidden = target.forward(torch.tensor([ids]), Step(torch.arange(len(ids))[None]))
+    hidden = target.forward(torch.tensor([ids]), ForwardPass(torch.arange(len(ids))[None]))
     law = probabilities(target.logits(hidden)[0, len(done.prompt_ids) - 1 :], sampling)
     s = checked = 0
     for proposal, accepted in proposals:

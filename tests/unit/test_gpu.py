@@ -6,7 +6,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from deepspec.decoding.cost import measure_curve
+from deepspec.decoding.cost import load_or_measure
 from deepspec.decoding.engine import generate
 from deepspec.decoding.shapes import BestFirst, Sampled
 from deepspec.decoding.tree import Chain
@@ -55,9 +55,10 @@ def test_sampling_with_a_draft_runs_and_reproduces(directory, tree):
     assert runs[0] == runs[1]
 
 
-def test_a_cost_curve_is_measured_there(directory):
+def test_a_cost_curve_is_measured_there(directory, tmp_path):
     target = load_target(directory, dtype="bfloat16", device="cuda")
-    curve = measure_curve(target, DSparkDrafter(make_draft(target), target), batches=(1, 4), widths=(1, 4, 8))
+    drafter = DSparkDrafter(make_draft(target), target)
+    curve = load_or_measure(target, drafter, tmp_path, batches=(1, 4))
     assert 0 < curve.verify(4, 16) < 1 and 0 < curve.draft(1) < 1
 
 

@@ -16,9 +16,9 @@ from deepspec.decoding.engine import Engine
 from deepspec.decoding.request import Request, Sampling
 from deepspec.decoding.sampling import probabilities
 from deepspec.decoding.shapes import BestFirst, Sampled
-from deepspec.decoding.tree import Chain, Laws, Vocabulary, grow
+from deepspec.decoding.tree import Chain, DraftLogits, Vocabulary, grow
 from deepspec.decoding.verify import standard
-from deepspec.target.attention import Step
+from deepspec.target.attention import ForwardPass
 from deepspec.target.model import load_target
 from tests.tiny import make_target
 
@@ -34,7 +34,7 @@ def target(tmp_path_factory):
 
 def next_laws(target, contexts: list[list[int]]) -> torch.Tensor:
     """The target's logits [contexts, vocab] after contexts of one length, by full forwards."""
-    step = Step(torch.arange(len(contexts[0])).expand(len(contexts), -1))
+    step = ForwardPass(torch.arange(len(contexts[0])).expand(len(contexts), -1))
     with torch.inference_mode():
         return target.logits(target.forward(torch.tensor(contexts), step)[:, -1])
 
@@ -85,7 +85,7 @@ class MarkovSession(Session):
         growths = [ask.shape.growth(vocabulary, ask.sampling, min(depth, ask.room), ask.rng) for ask in asks]
 
         def expand(parents):
-            return Laws(self.drafter.table[[parent.token for parent in parents]])
+            return DraftLogits(self.drafter.table[[parent.token for parent in parents]])
 
         return grow(growths, [ask.anchor for ask in asks], expand)
 
@@ -98,9 +98,12 @@ def drafter(target):
 def p_value(target, drafter, expected, shape, rule) -> float:
     """Of the chi-square between what the engine wrote in all draws and the target's law."""
     requests = iter(
-        [Request([PROMPT], LENGTH, SAMPLING, seed, stop_ids=frozenset()) for seed in range(DRAWS)]
+        [
+            Request([PROMPT], LENGTH, sampling=SAMPLING, seed=seed, stop_ids=frozenset())
+            for seed in range(DRAWS)
+        ]
     )
-    engine = Engine(target, drafter, BATCH, tree=shape, verify=rule)
+    engine = Engine(target, drafter, batch_size=BATCH, tree=shape, verify=rule)
     found: Counter[tuple[int, ...]] = Counter()
     accepted, drafted = 0, 0
     for run in engine.run(lambda: next(requests, None)):

@@ -8,7 +8,7 @@ import random
 import pytest
 import torch
 
-from deepspec.decoding.drafter import Ask, Drafter, Session
+from deepspec.decoding.drafter import Drafter, DraftRequest, Session
 from deepspec.decoding.engine import generate
 from deepspec.decoding.request import Sampling
 from deepspec.decoding.tree import Chain, Proposal
@@ -19,8 +19,8 @@ from deepspec.target.model import load_target
 from tests.tiny import make_target
 
 
-def ask(row: int, anchor: int, room: int = 99, **options) -> Ask:
-    return Ask(row, anchor, Sampling(), torch.Generator(), room, **options)
+def ask(row: int, anchor: int, room: int = 99, **options) -> DraftRequest:
+    return DraftRequest(row, anchor, Sampling(), torch.Generator(), room, **options)
 
 
 def proposed(drafter: Drafter, context: list[int], **options) -> list[int]:

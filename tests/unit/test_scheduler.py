@@ -49,7 +49,7 @@ def test_the_base_controller_verifies_everything_in_every_round():
     proposals = [chain(0.1, 0.1), Proposal()]
     controller = Controller()
     assert controller.select(proposals) is proposals
-    assert controller.pace() is None
+    assert controller.pacer() is None
 
 
 def test_fixed_verifies_the_first_levels():
@@ -195,7 +195,7 @@ def test_the_nodes_of_a_level_share_its_chance():
 
 def play(controller, rounds: int, committed: int, requests: int = 1, chance: float = 0.9) -> int:
     """Rounds as the engine runs them; returns how many drafted."""
-    paces = [controller.pace() for _ in range(requests)]
+    paces = [controller.pacer() for _ in range(requests)]
     drafted = 0
     for _ in range(rounds):
         controller.round(requests)
@@ -223,7 +223,7 @@ def test_a_draft_that_is_never_worth_verifying_is_paused(controller):
 def test_a_lookup_that_finds_nothing_is_asked_again(controller):
     """It costs nothing."""
     free = controller(curve(draft=0.0))
-    pace = free.pace()
+    pace = free.pacer()
     for _ in range(50):
         free.round(1)
         assert pace.drafts()
@@ -238,7 +238,7 @@ def test_drafting_goes_on_where_it_pays(controller):
 
 def test_drafting_resumes_where_it_pays_again():
     controller = CostStop(curve())
-    pace = controller.pace()
+    pace = controller.pacer()
     controller.select([chain(0.9, 0.9)])
     for _ in range(60):
         pace.observe(1)
@@ -251,7 +251,7 @@ def test_drafting_resumes_where_it_pays_again():
 
 def test_the_requests_of_the_scheduler_pause_together():
     controller = PrefixScheduler(curve())
-    first, second = controller.pace(), controller.pace()
+    first, second = controller.pacer(), controller.pacer()
     for _ in range(10):
         controller.round(2)
         if not first.drafts():
@@ -259,9 +259,9 @@ def test_the_requests_of_the_scheduler_pause_together():
         controller.select([chain(0.9), chain(0.9)])
         first.observe(1)
         second.observe(1)
-    assert not first.drafts() and not second.drafts() and not controller.pace().drafts()
+    assert not first.drafts() and not second.drafts() and not controller.pacer().drafts()
     controller.reset()
-    assert controller.pace().drafts()
+    assert controller.pacer().drafts()
 
 
 def test_a_lone_drafter_owes_the_time_of_all_who_wait():
@@ -269,7 +269,7 @@ def test_a_lone_drafter_owes_the_time_of_all_who_wait():
     drafted = {}
     for companions in (0, 7):
         controller = CostStop(curve())
-        pace = controller.pace()
+        pace = controller.pacer()
         drafted[companions] = 0
         for _ in range(60):
             drafts = pace.drafts()
@@ -298,7 +298,7 @@ def test_a_round_that_a_lookup_answers_costs_no_draft(controller):
 
 def test_one_good_request_keeps_the_shared_draft_going():
     controller = PrefixScheduler(curve())
-    paces = [controller.pace() for _ in range(2)]
+    paces = [controller.pacer() for _ in range(2)]
     for _ in range(30):
         controller.round(2)
         assert paces[0].drafts()

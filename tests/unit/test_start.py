@@ -10,7 +10,7 @@ from deepspec.drafters.algorithms.dspark import DSparkModel
 from deepspec.drafters.registry import algorithms
 from deepspec.drafters.start import settled
 from deepspec.errors import DeepSpecError
-from deepspec.target.attention import Step
+from deepspec.target.attention import ForwardPass
 from deepspec.target.model import load_target
 from tests.tiny import make_target
 
@@ -34,7 +34,7 @@ def begun(target, kind: str, **sizes):
 
 
 def states(target, layers=LAYERS) -> torch.Tensor:
-    step = Step(torch.arange(IDS.shape[1])[None], wanted=layers)
+    step = ForwardPass(torch.arange(IDS.shape[1])[None], wanted=layers)
     target.forward(IDS, step)
     return torch.cat([step.features[layer] for layer in layers], -1)
 
@@ -67,7 +67,7 @@ def test_eagles_layer_is_the_targets_last_where_it_reads_the_state(target):
     _, values = attention.keys_values(joined, rope)
     attended = values.repeat_interleave(attention.q_proj.out_features // attention.k_proj.out_features, 1)
     ours = network.norm(network.layer.finish(attended.transpose(1, 2), below))
-    step = Step(torch.zeros(1, 1, dtype=torch.int64))
+    step = ForwardPass(torch.zeros(1, 1, dtype=torch.int64))
     torch.testing.assert_close(ours, target.forward(IDS[:, :1], step), atol=1e-4, rtol=1e-4)
 
 

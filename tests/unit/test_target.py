@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 from deepspec.decoding.lossless import top_two_gap
 from deepspec.errors import DeepSpecError
 from deepspec.target import embedded
-from deepspec.target.attention import Step
+from deepspec.target.attention import ForwardPass
 from deepspec.target.model import load_target, resolve_target
 from tests.tiny import FAMILIES, make_target
 
@@ -24,7 +24,7 @@ def test_logits_are_those_of_transformers(family, tmp_path):
         expected = AutoModelForCausalLM.from_pretrained(path)(ids).logits
     target = load_target(path)
     positions = torch.arange(70).expand(2, -1)
-    assert torch.allclose(target.logits(target.forward(ids, Step(positions))), expected, atol=2e-4)
+    assert torch.allclose(target.logits(target.forward(ids, ForwardPass(positions))), expected, atol=2e-4)
 
 
 def test_a_directory_resolves_to_a_copy_with_the_same_digest(tmp_path):
@@ -84,6 +84,6 @@ def test_the_float64_judge_sees_the_gap(tmp_path):
     path = make_target(tmp_path / "target")
     target = load_target(path)
     ids = [5, 9, 14]
-    logits = target.logits(target.forward(torch.tensor([ids]), Step(torch.arange(3)[None])))[0, -1]
+    logits = target.logits(target.forward(torch.tensor([ids]), ForwardPass(torch.arange(3)[None])))[0, -1]
     best, second = logits.topk(2).values.tolist()
     assert top_two_gap(str(path), ids) == pytest.approx(best - second, abs=1e-3)

@@ -12,7 +12,7 @@ import torch
 from deepspec.decoding.request import Sampling
 from deepspec.decoding.sampling import probabilities
 from deepspec.decoding.shapes import Beam, BestFirst, Sampled, Static, _top
-from deepspec.decoding.tree import Chain, Laws, Proposal, Vocabulary, grow
+from deepspec.decoding.tree import Chain, DraftLogits, Proposal, Vocabulary, grow
 from deepspec.errors import DeepSpecError
 from tests.enumeration import path_of
 
@@ -53,7 +53,7 @@ class Draft:
             )
             assert all(parent.depth == len(path) for parent, path in zip(parents, paths, strict=True))
             laws = torch.stack([self.logits(path) for path in paths])
-            return Laws(laws, [self.confidence(path) for path in paths] if confident else None)
+            return DraftLogits(laws, [self.confidence(path) for path in paths] if confident else None)
 
         return grow(growths, [ANCHOR] * len(growths), expand)
 

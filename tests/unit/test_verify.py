@@ -10,7 +10,7 @@ import torch
 from deepspec.decoding import shapes, verify
 from deepspec.decoding.request import Sampling
 from deepspec.decoding.shapes import Beam, BestFirst, Sampled, Static
-from deepspec.decoding.tree import Chain, Laws, Proposal, Vocabulary, grow
+from deepspec.decoding.tree import Chain, DraftLogits, Proposal, Vocabulary, grow
 from deepspec.decoding.verify import block, check_rule, drawn_walk, recursive, rule_for, standard, traversal
 from deepspec.errors import DeepSpecError
 from tests.enumeration import VOCAB, Branching, Tables, enumerate_runs, path_of
@@ -21,7 +21,9 @@ def proposed(shape, tables: Tables, temperature: float, depth: int = 3) -> Propo
     growth = shape.growth(Vocabulary(VOCAB), Sampling(temperature), depth, torch.Generator())
 
     def expand(parents):
-        return Laws(torch.stack([tables("q", path_of(growth, parent.node)) for parent in parents]).log())
+        return DraftLogits(
+            torch.stack([tables("q", path_of(growth, parent.node)) for parent in parents]).log()
+        )
 
     return grow([growth], [0], expand)[0]
 
@@ -289,7 +291,7 @@ class TestNonAnticipation:
             def expand(parents):
                 paths = [path_of(growth, parent.node) for parent in parents]
                 logits = torch.stack([tables("q", path) for path in paths]).log()
-                return Laws(logits, [confidence(path) for path in paths])
+                return DraftLogits(logits, [confidence(path) for path in paths])
 
             return grow([growth], [0], expand)[0]
 

@@ -24,8 +24,8 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from deepspec.decoding.drafter import Ask, Drafter, GrowingSession
-from deepspec.decoding.tree import Growth, Laws, Parent
+from deepspec.decoding.drafter import Drafter, DraftRequest, GrowingSession
+from deepspec.decoding.tree import DraftLogits, Growth, Parent
 from deepspec.drafters.algorithm import Algorithm, TrainedParams
 from deepspec.drafters.checkpoint import load_network, temperatures
 from deepspec.drafters.markov import MarkovHead
@@ -42,7 +42,7 @@ from deepspec.drafters.network import (
 )
 from deepspec.drafters.start import START, Start, at_the_targets_end, settled
 from deepspec.errors import DeepSpecError
-from deepspec.target.attention import KVCache, Step, attend
+from deepspec.target.attention import ForwardPass, KVCache, attend
 from deepspec.target.fused import FusedLayer, PackedLinear, rotate
 from deepspec.target.model import Target
 
@@ -362,7 +362,7 @@ class DSparkDrafter(Drafter):
         context = self._hidden_norm(self._fc(torch.cat(features)))[None]
         places = [start + i for start, count in zip(starts, counts, strict=True) for i in range(count)]
         positions = torch.tensor([places], device=self.device)
-        step = Step(positions, None, cache, rows, starts, counts)
+        step = ForwardPass(positions, cache=cache, rows=rows, starts=starts, counts=counts)
         kv = self._kv(context).unflatten(-1, (len(self._blocks), 2, -1, self.config.head_dim))
         rope = self._rope(positions, max(places))
         for i, norm in enumerate(self._k_norms):
@@ -380,7 +380,14 @@ class DSparkDrafter(Drafter):
             x = x + self._skip(_normed_by_layer(torch.stack(newest), self.config))[:, None]
         positions = [start + k for start in starts for k in range(size)]
         positions = torch.tensor([positions], device=self.device)
-        step = Step(positions, None, cache, rows, starts, [size] * len(rows), bidirectional=True)
+        step = ForwardPass(
+            positions,
+            cache=cache,
+            rows=rows,
+            starts=starts,
+            counts=[size] * len(rows),
+            bidirectional=True,
+        )
         rope = self._rope(positions, max(starts) + size)
         step.once("rope", lambda: rope)
         x = x.flatten(0, 1)[None]
@@ -388,13 +395,15 @@ class DSparkDrafter(Drafter):
             x = layer(x, step=step)
         return self._norm(x).view(len(rows), size, -1)[:, size - self.block_size :]
 
-    def laws(self, hidden: Tensor, asks: list[Ask], growths: list[Growth]) -> Callable[[list[Parent]], Laws]:
+    def laws(
+        self, hidden: Tensor, asks: list[DraftRequest], growths: list[Growth]
+    ) -> Callable[[list[Parent]], DraftLogits]:
         """What `grow` asks: the laws of children, from hidden [requests, γ, d] and each parent's token."""
         base = self._head(hidden)  # [requests, γ, columns]
         doubts = (hidden.float() @ self._of_hidden).tolist() if self._confident else None  # [requests, γ]
         states: dict[tuple[int, int], Tensor] = {}  # of the rnn head, after (request, node)
 
-        def expand(parents: list[Parent]) -> Laws:
+        def expand(parents: list[Parent]) -> DraftLogits:
             depth = parents[0].depth
             every = len(parents) == len(asks) == 1
             requests = slice(None) if every else [parent.growth for parent in parents]
@@ -411,12 +420,12 @@ class DSparkDrafter(Drafter):
                     states.update({(p.growth, p.node): s for p, s in zip(parents, after, strict=True)})
                 logits = self._w2(latents, logits)
             if doubts is None:
-                return Laws(logits)
-            return Laws(logits, [self._confidence(doubts, asks[p.growth], p) for p in parents])
+                return DraftLogits(logits)
+            return DraftLogits(logits, [self._confidence(doubts, asks[p.growth], p) for p in parents])
 
         return expand
 
-    def _confidence(self, doubts: list[list[float]], ask: Ask, parent: Parent) -> float:
+    def _confidence(self, doubts: list[list[float]], ask: DraftRequest, parent: Parent) -> float:
         """c_k = σ(wᵀ[h_k; W₁[x_{k−1}]] / t_k)"""
         logit = doubts[parent.growth][parent.depth] + self._of_token[parent.token]
         temperatures = self.temperatures.get("greedy" if ask.sampling.temperature == 0 else "sampled")
@@ -455,7 +464,7 @@ class DSparkSession(GrowingSession):
     def ready(self, row: int) -> bool:
         return self.rows[row].newest is not None
 
-    def laws(self, asks: list[Ask], growths: list[Growth]) -> Callable[[list[Parent]], Laws]:
+    def laws(self, asks: list[DraftRequest], growths: list[Growth]) -> Callable[[list[Parent]], DraftLogits]:
         rows = [ask.row for ask in asks]
         self._absorb(rows)
         states = [self.rows[row] for row in rows]

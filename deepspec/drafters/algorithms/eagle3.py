@@ -38,7 +38,7 @@ from deepspec.drafters.network import (
 )
 from deepspec.drafters.start import START, Start, at_the_targets_end, settled
 from deepspec.errors import DeepSpecError
-from deepspec.target.attention import Step, attend
+from deepspec.target.attention import ForwardPass, attend
 from deepspec.target.fused import FusedLayer, PackedLinear, rotate
 from deepspec.target.model import Target
 
@@ -323,7 +323,7 @@ class Eagle3Drafter(AutoregressiveDrafter):
         """Target features [n, layers·d] → g [n, d]."""
         return self._fc(features)
 
-    def step(self, ids: Tensor, above: Tensor, step: Step) -> Tensor:
+    def step(self, ids: Tensor, above: Tensor, step: ForwardPass) -> Tensor:
         embedded = F.embedding(ids, self._embed)
         rope = self._rope(step.positions, step.length)
         step.once("rope", lambda: rope)

@@ -23,7 +23,7 @@ from deepspec.drafters.algorithm import Algorithm, TrainedParams
 from deepspec.drafters.autoregressive import AutoregressiveDrafter
 from deepspec.drafters.network import Network, Outputs
 from deepspec.errors import DeepSpecError
-from deepspec.target.attention import NAME, Step
+from deepspec.target.attention import NAME, ForwardPass
 from deepspec.target.model import Target, decoder_layers, from_pretrained
 
 
@@ -190,7 +190,7 @@ class LMDrafter(AutoregressiveDrafter):
         self.device = target.device
         self.vocabulary = Vocabulary(target.vocab_size)
 
-    def step(self, ids: Tensor, above: Tensor | None, step: Step) -> Tensor:
+    def step(self, ids: Tensor, above: Tensor | None, step: ForwardPass) -> Tensor:
         return self.model.forward(ids[None], step)[0]
 
     def logits(self, outputs: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Literal, Protocol
 from pydantic import Field
 from torch import Tensor
 
-from deepspec.decoding.drafter import Ask, Drafter, Proposal, Session
+from deepspec.decoding.drafter import Drafter, DraftRequest, Proposal, Session
 from deepspec.drafters.algorithm import Algorithm
 from deepspec.section import Section
 
@@ -43,13 +43,13 @@ class IndexSession(Session):
         for token in tokens:
             self.rows[row].append(token)
 
-    def propose(self, asks: list[Ask]) -> list[Proposal]:
+    def propose(self, asks: list[DraftRequest]) -> list[Proposal]:
         return [self.rows[ask.row].proposal(ask.anchor, self._room(ask)) for ask in asks]
 
     def move(self, source: int, destination: int) -> None:
         self.rows[destination], self.rows[source] = self.rows[source], self.rows[destination]
 
-    def _room(self, ask: Ask) -> int:
+    def _room(self, ask: DraftRequest) -> int:
         """A match is one path whatever shape is asked for: it may spend all of the shape's nodes on it."""
         return min(self.block_size, ask.room, ask.shape.nodes or self.block_size)
 

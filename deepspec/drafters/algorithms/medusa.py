@@ -19,8 +19,8 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from deepspec.decoding.drafter import Ask, Drafter, GrowingSession
-from deepspec.decoding.tree import Growth, Laws, Parent
+from deepspec.decoding.drafter import Drafter, DraftRequest, GrowingSession
+from deepspec.decoding.tree import DraftLogits, Growth, Parent
 from deepspec.drafters.algorithm import Algorithm, TrainedParams
 from deepspec.drafters.checkpoint import load_network, weight_names
 from deepspec.drafters.network import Network, like_target, missing_keys
@@ -179,9 +179,9 @@ class MedusaSession(GrowingSession):
     def ready(self, row: int) -> bool:
         return self.newest[row] is not None
 
-    def laws(self, asks: list[Ask], growths: list[Growth]) -> Callable[[list[Parent]], Laws]:
+    def laws(self, asks: list[DraftRequest], growths: list[Growth]) -> Callable[[list[Parent]], DraftLogits]:
         logits = self.drafter.logits(torch.stack([self.newest[ask.row] for ask in asks]))
-        return lambda parents: Laws(logits[[parent.growth for parent in parents], parents[0].depth])
+        return lambda parents: DraftLogits(logits[[parent.growth for parent in parents], parents[0].depth])
 
 
 def load(directory: Path, config: dict[str, Any], target: Target) -> MedusaDrafter:

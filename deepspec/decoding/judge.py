@@ -1,0 +1,59 @@
+"""Judge a round: by which rule each request's proposal is verified, and what of it stands."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from deepspec.decoding.round import Turn
+from deepspec.decoding.sampling import best, probabilities, sample
+from deepspec.decoding.tree import Proposal
+from deepspec.decoding.verify import rule_for, walk
+
+
+def judge(turns: list[Turn], logits: Tensor, rule: str | None) -> None:
+    """Set what of each proposal stands and the target's token after it; a request may fail.
+
+    Args:
+        logits: [total, vocab] of all anchors and proposals, one after the other.
+        rule: for sampled proposals; see `Engine`.
+    """
+    if all(turn.slot.request.sampling.temperature == 0 for turn in turns):
+        tokens, highest = best(logits)
+        for turn in turns:
+            turn.nodes, turn.token = _walk_best(turn.proposal, tokens[turn.offset :])
+    else:
+        highest = logits.amax(-1)
+        _judge_sampled(turns, logits, rule)
+    finite = torch.isfinite(highest).tolist()
+    for turn in turns:
+        if not all(finite[turn.offset : turn.offset + turn.size]):
+            turn.slot.error = "the target's logits are not finite"
+
+
+def _judge_sampled(turns: list[Turn], logits: Tensor, rule: str | None) -> None:
+    samplings = {turn.slot.request.sampling for turn in turns}
+    if not any(turn.proposal.tokens for turn in turns) and len(samplings) == 1:
+        tokens = sample(logits, samplings.pop(), lambda row: turns[row].slot.uniform())
+        for turn, token in zip(turns, tokens, strict=True):
+            turn.token = token
+        return
+    for turn in turns:
+        own = logits[turn.offset : turn.offset + turn.size]
+        turn.nodes, turn.token = _verify(turn, own, rule)
+
+
+def _verify(turn: Turn, logits: Tensor, rule: str | None) -> tuple[list[int], int]:
+    """By the rule that fits the proposal. logits [1 + nodes, vocab]; row node + 1 is the node's."""
+    slot, proposal, sampling = turn.slot, turn.proposal, turn.slot.request.sampling
+    if sampling.temperature == 0:
+        return _walk_best(proposal, best(logits)[0])
+    if proposal.probs is None:
+        return walk(proposal, lambda node: slot.pick(probabilities(logits[node + 1], sampling)))
+    laws = probabilities(logits, sampling).cpu()
+    return rule_for(proposal, rule)(proposal, lambda node: laws[node + 1], slot.uniform, slot.pick)
+
+
+def _walk_best(proposal: Proposal, tokens: list[int]) -> tuple[list[int], int]:
+    """Greedy acceptance; tokens[node + 1] is the target's after a node, tokens[0] its own after the anchor."""
+    return walk(proposal, lambda node: tokens[node + 1])
