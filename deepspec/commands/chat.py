@@ -17,9 +17,8 @@ from rich.live import Live
 from rich.text import Text
 
 from deepspec.config import load_params
-from deepspec.decoding.engine import generate
 from deepspec.drafters.checkpoint import DRAFTS, draft_directory
-from deepspec.drafters.load import load_drafter
+from deepspec.drafters.deployment import Deployment
 from deepspec.errors import DeepSpecError
 from deepspec.target.model import Target, load_target
 
@@ -111,8 +110,8 @@ def run(settings: Settings) -> None:
     if settings.target == TARGET and not Path(TARGET).is_dir():
         raise DeepSpecError(f"{TARGET}: no target yet: run `dvc repro`, or name one with --target")
     target = load_target(settings.target)
-    drafter = None if settings.no_draft else _load_drafter(settings, target)
     console = Console(highlight=False)
+    deployment = Deployment(target) if settings.no_draft else deploy(settings, target)
     opening = [{"role": "system", "content": settings.system}] if settings.system else []
     messages = list(opening)
     for line in _lines(console):
@@ -120,7 +119,7 @@ def run(settings: Settings) -> None:
             messages = list(opening)
             continue
         messages.append({"role": "user", "content": line})
-        answer = _answer(target, drafter, messages, settings, console)
+        answer = _answer(deployment, messages, settings, console)
         console.print(answer.status(), style="dim")
         text = target.tokenizer.decode(answer.tokens, skip_special_tokens=True)
         messages.append({"role": "assistant", "content": text})
@@ -136,9 +135,16 @@ def find_draft(settings: Settings) -> Path:
     raise DeepSpecError(f"{DRAFTS} has no draft yet: run `dvc repro`, or chat with --no-draft")
 
 
-def _load_drafter(settings: Settings, target: Target) -> Any:
+def deploy(settings: Settings, target: Target) -> Deployment:
+    """Return the draft as the evaluation uses it: by `evaluate.decode`, or its defaults without a params file."""
     decode = load_params(settings.params).evaluate.decode if settings.params.exists() else None
-    return load_drafter(find_draft(settings), target, decode)
+    notice = Console(stderr=True, highlight=False)
+
+    def watch(done: int, total: int) -> None:
+        if done == 1:
+            notice.print("measuring what a pass costs here, once for this target …", style="dim")
+
+    return Deployment.of(target, find_draft(settings), decode, watch=watch)
 
 
 def _lines(console: Console) -> Iterator[str]:
@@ -155,17 +161,13 @@ def _lines(console: Console) -> Iterator[str]:
             yield line.strip()
 
 
-def _answer(
-    target: Target, drafter: Any, messages: list[dict], settings: Settings, console: Console
-) -> Answer:
+def _answer(deployment: Deployment, messages: list[dict], settings: Settings, console: Console) -> Answer:
     """Generate and show one answer; Ctrl-C ends it where it is."""
     show = _live if console.is_terminal else _plain
-    prompt_ids = target.chat_ids(messages)
+    prompt_ids = deployment.target.chat_ids(messages)
 
     def produce(answer: Answer) -> None:
-        generate(
-            target,
-            drafter,
+        deployment.generate(
             prompt_ids,
             max_new_tokens=settings.max_new_tokens,
             temperature=settings.temperature,
@@ -173,7 +175,7 @@ def _answer(
             on_tokens=answer.append,
         )
 
-    return show(target.tokenizer, produce, console)
+    return show(deployment.target.tokenizer, produce, console)
 
 
 def _plain(tokenizer: Any, produce: Callable[[Answer], None], console: Console) -> Answer:

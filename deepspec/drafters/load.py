@@ -6,19 +6,16 @@ from pathlib import Path
 
 from deepspec.decoding.drafter import Drafter
 from deepspec.drafters.checkpoint import check_target, draft_digest, read_config
-from deepspec.drafters.deployment import DecodeParams
-from deepspec.drafters.lookup_first import LookupFirst
-from deepspec.drafters.registry import algorithms, reader
+from deepspec.drafters.registry import reader
 from deepspec.errors import DeepSpecError
 from deepspec.target.model import Target
 
 
-def load_drafter(path: str | Path, target: Target, decode: DecodeParams | None = None) -> Drafter:
-    """Load any draft directory for decoding.
+def load_drafter(path: str | Path, target: Target) -> Drafter:
+    """Load any draft directory for decoding; `drafters.deployment` says how it is used.
 
     Args:
         path: a draft directory, ours or a published one.
-        decode: `DecodeParams`; its `lookup` is asked before a trained draft.
 
     Raises:
         DeepSpecError: not a draft directory, unknown architecture, corrupt weights, or another target's draft.
@@ -31,7 +28,4 @@ def load_drafter(path: str | Path, target: Target, decode: DecodeParams | None =
     check_target(directory, config, target, algorithm.standalone)
     drafter = algorithm.load(directory, config, target)
     drafter.digest = draft_digest(directory)
-    if decode is None or decode.lookup is None or algorithm.network is None:
-        return drafter
-    lookup = algorithms()[decode.lookup.type]
-    return LookupFirst(lookup.make(decode.lookup), drafter)
+    return drafter

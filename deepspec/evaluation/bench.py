@@ -20,6 +20,7 @@ from deepspec.decoding.params import ControllerChoice
 from deepspec.decoding.request import Generation
 from deepspec.decoding.tree import CHAIN, Shape
 from deepspec.drafters.checkpoint import read_config
+from deepspec.drafters.deployment import Deployment, with_lookup
 from deepspec.drafters.load import load_drafter
 from deepspec.drafters.registry import algorithms, reader
 from deepspec.evaluation import alone, sweep, throughput
@@ -60,10 +61,8 @@ class Bench:
 
     @cached_property
     def drafters(self) -> dict[str, Drafter]:
-        return {name: self._load(name, self.target) for name in self.drafts}
-
-    def _load(self, name: str, target: Target) -> Drafter:
-        return load_drafter(self.drafts[name], target, self.params.decode)
+        """Each draft alone."""
+        return {name: load_drafter(path, self.target) for name, path in self.drafts.items()}
 
     @cached_property
     def baseline(self) -> Drafter:
@@ -76,7 +75,7 @@ class Bench:
         batches = (1, *self.params.throughput.batches) if self.params.throughput else (1,)
 
         def measure(key: str) -> Any:
-            drafter = self.drafters[key.removeprefix("costs ")].trained
+            drafter = self.drafters[key.removeprefix("costs ")]
             return load_or_measure(self.target, drafter, batches=sorted(set(batches))).to_json()
 
         found = self.work.do("costs", [f"costs {name}" for name in self.drafts], measure)
@@ -93,11 +92,10 @@ class Bench:
             others = {
                 _label(chosen): chosen for chosen in self.params.controllers if chosen != decode.controller
             }
-            for label, chosen in {DRAFT: decode.controller, **others}.items():
-                controller = chosen.make(self.curves[name])
-                found.append(
-                    Contestant(f"{name}/{label}", drafter, self.params.decode.tree, decode.verify, controller)
-                )
+            used = Deployment.of(self.target, drafter, decode, self.curves[name])
+            controllers = {label: chosen.make(self.curves[name]) for label, chosen in others.items()}
+            for label, controller in {DRAFT: used.controller, **controllers}.items():
+                found.append(Contestant(f"{name}/{label}", used.drafter, used.tree, used.verify, controller))
         return found
 
     def contest(self) -> dict[tuple[str, float], list[PromptRuns]]:
@@ -212,7 +210,7 @@ class Bench:
 
         @_once
         def contest() -> Contest:
-            drafter = self.drafters[name].trained
+            drafter = self.drafters[name]
             found = Contest(self.target, sweep.contestants(drafter, chosen), chosen.max_new_tokens, self.seed)
             found.warm_up(self.tasks[0].prompts[0][0], [0.0])
             return found
@@ -233,7 +231,7 @@ class Bench:
 
         @_once
         def server() -> Server:
-            drafter = self.drafters[name].trained
+            drafter = self.drafters[name]
             entrants = throughput.contestants(self.curves[name], chosen.lengths, drafter.block_size)
             return Server(self.target, drafter, entrants, chosen.max_new_tokens, self.seed)
 
@@ -264,7 +262,7 @@ class Bench:
         @_once
         def loaded() -> tuple[Target, Drafter]:
             target = load_target(self.target_dir, dtype="float32", device=self.device)
-            return target, self._load(name, target)
+            return target, load_drafter(self.drafts[name], target)
 
         limit = self.params.lossless_new_tokens
         plain: dict[str, list[Generation]] = {}
@@ -277,10 +275,10 @@ class Bench:
                 plain[task.name] = generate(target, None, ids, max_new_tokens=limit)
             references = plain[task.name] if path in (DRAFT, "alone") else plain[task.name][:1]
             way, tree = {
-                DRAFT: (drafter, self.params.decode.tree),
+                DRAFT: (with_lookup(drafter, self.params.decode.lookup), self.params.decode.tree),
                 LOOKUP: (self.baseline, CHAIN),
-                "alone": (drafter.trained, CHAIN),
-                "tree": (drafter.trained, self._largest_tree(drafter.trained)),
+                "alone": (drafter, CHAIN),
+                "tree": (drafter, self._largest_tree(drafter)),
             }[path]
             found = check_identity(
                 target, way, self.target_dir, references, limit, tree, together=path == "alone"

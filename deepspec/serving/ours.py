@@ -11,9 +11,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from deepspec.decoding.engine import Engine
 from deepspec.decoding.request import Generation, Request
 from deepspec.decoding.tree import Chain
+from deepspec.drafters.deployment import Deployment
 from deepspec.errors import DeepSpecError
 from deepspec.evaluation.stats import Pair
 from deepspec.serving.protocols import Counts
@@ -31,22 +31,23 @@ class Ours:
 
 def decode(target: Any, drafter: Any, prompt_ids: list[int], tokens: int, speculative_tokens: int) -> Ours:
     """Decode one prompt without and with the draft, at most `tokens` tokens."""
-    plain = _run(target, None, Request(prompt_ids, tokens))
+    alone, drafting = Deployment(target), Deployment(target, drafter, Chain(speculative_tokens))
+    plain = _run(alone, Request(prompt_ids, tokens))
     first = plain.tokens[:1]
     beyond = tokens - 1 + speculative_tokens + 1
     request = Request(prompt_ids + first, beyond, stop_ids=frozenset())
-    drafted = _run(target, drafter, request, Chain(speculative_tokens))
+    drafted = _run(drafting, request)
     ended = first[0] in target.stop_ids
     rest = [] if ended else _until_stop(drafted.tokens[: tokens - 1], target.stop_ids)
     counts = _counts(drafted, len(rest))
-    timed = _run(target, drafter, Request(prompt_ids, tokens), Chain(speculative_tokens))
+    timed = _run(drafting, Request(prompt_ids, tokens))
     pair = Pair(plain.stats.decode_s, len(plain.tokens), timed.stats.decode_s, len(timed.tokens))
     return Ours(plain.tokens, first + rest, counts, pair)
 
 
-def _run(target: Any, drafter: Any, request: Request, tree: Chain | None = None) -> Generation:
+def _run(deployment: Deployment, request: Request) -> Generation:
     requests = iter([request])
-    (done,) = Engine(target, drafter, tree=tree, timed=True).run(lambda: next(requests, None))
+    (done,) = deployment.engine(timed=True).run(lambda: next(requests, None))
     if done.error:
         raise DeepSpecError(done.error)
     return done

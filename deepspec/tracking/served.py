@@ -21,16 +21,20 @@ class SpeculativeModel(PythonModel):
     """Each prompt is a user's turn; a row's text depends on that row, the parameters and nothing else."""
 
     def load_context(self, context: Any) -> None:
-        """From the version's own files, without a network; `model_config` names another target, dtype or device."""
-        from deepspec import load_drafter, load_target
-        from deepspec.drafters.deployment import DecodeParams
+        """From the version's own files, without a network; `model_config` names another target, dtype or device.
+
+        Where the controller decides by measured costs, those of this machine are read from the user's cache, or
+        measured in some seconds and kept there.
+        """
+        from deepspec import load_target
+        from deepspec.drafters.deployment import DecodeParams, Deployment
 
         config = context.model_config or {}
         record = json.loads((Path(context.artifacts["evidence"]) / EVALUATION).read_text())
-        self.decode = DecodeParams.model_validate(record["decode"])
         place = config.get("target") or context.artifacts.get("target") or _resolved(config["reference"])
         self.target = load_target(place, config.get("dtype"), config.get("device"))
-        self.drafter = load_drafter(context.artifacts["draft"], self.target, self.decode)
+        decode = DecodeParams.model_validate(record["decode"])
+        self.deployment = Deployment.of(self.target, context.artifacts["draft"], decode)
 
     def predict(self, context: Any, model_input: pd.DataFrame, params: dict | None = None) -> pd.DataFrame:
         """`prompt` → `text`, and `tau`: tokens committed per target pass."""
@@ -40,17 +44,11 @@ class SpeculativeModel(PythonModel):
     def _answer(
         self, prompt: str, max_new_tokens: int = 128, temperature: float = 0.0, seed: int = 0
     ) -> tuple[str, float]:
-        from deepspec import generate
-
-        (out,) = generate(
-            self.target,
-            self.drafter,
+        (out,) = self.deployment.generate(
             self.target.chat_ids([{"role": "user", "content": prompt}]),
             max_new_tokens=max_new_tokens,
             temperature=temperature,
             seed=seed,
-            tree=self.decode.tree,
-            verify=self.decode.verify,
         )
         return self.target.tokenizer.decode(out.tokens, skip_special_tokens=True), out.stats.tau
 

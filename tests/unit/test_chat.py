@@ -3,17 +3,28 @@
 from __future__ import annotations
 
 import io
+import json
 import re
+from pathlib import Path
 
 import pytest
+import yaml
 from rich.console import Console
 from typer.testing import CliRunner
 
 from deepspec.cli import app
 from deepspec.commands import chat
+from deepspec.config import load_params
 from deepspec.decoding.request import Generation, Stats
+from deepspec.drafters.checkpoint import stored_weights, write_drafter
+from deepspec.drafters.deployment import Deployment
 from deepspec.errors import DeepSpecError
-from tests.tiny import make_tokenizer
+from deepspec.evaluation import benchmark
+from deepspec.evaluation.runs import Run, prompt_seed
+from deepspec.target.model import load_target
+from tests.tiny import make_network, make_tokenizer
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -83,13 +94,14 @@ def test_ctrl_c_ends_the_answer_and_not_the_chat(tokenizer):
 def test_each_turn_sees_the_earlier_ones_until_reset(tiny_target, monkeypatch, tokenizer):
     prompts = []
 
-    def generate(target, drafter, prompt_ids, on_tokens, **options):
-        prompts.append(target.tokenizer.decode(prompt_ids))
-        tokens = target.tokenizer("fine")["input_ids"]
+    def generate(deployment, prompt_ids, on_tokens, **options):
+        tokenizer = deployment.target.tokenizer
+        prompts.append(tokenizer.decode(prompt_ids))
+        tokens = tokenizer("fine")["input_ids"]
         on_tokens(tokens, 0)
         return [Generation(0, prompt_ids, tokens, "stop", Stats())]
 
-    monkeypatch.setattr(chat, "generate", generate)
+    monkeypatch.setattr(Deployment, "generate", generate)
     words = ["chat", "--no-draft", "--target", str(tiny_target), "--system", "be brief"]
     result = CliRunner().invoke(app, words, input="first\n\nsecond\n/reset\nthird\n/quit\nfourth\n")
     assert result.exit_code == 0
@@ -108,6 +120,61 @@ def test_chat_without_a_draft_decodes_the_target_itself(tiny_target):
     assert result.exit_code == 0
     assert "τ 1.00" in result.output
     assert "8 tokens" in result.output
+
+
+QUESTION = "Tom has 12 apples and gives 5 of them to his sister; how many does he have left?"
+DECODES = {
+    "cost": {"tree": {"type": "best_first", "width": 2, "nodes": 5}, "controller": {"type": "cost"}},
+    "fixed": {"lookup": None, "verify": "standard", "controller": {"type": "fixed", "length": 1}},
+    "sampled": {"tree": {"type": "sampled", "branching": [2, 2]}, "controller": {"type": "scheduler"}},
+}
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("name", DECODES)
+def test_chat_decodes_as_the_evaluation_does(name, temperature, tiny_target, tmp_path, monkeypatch):
+    """The same tokens in the same rounds, by the tree, rule and controller of `evaluate.decode`."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    target = load_target(tiny_target)
+    network = make_network(target, "dspark", layers=1, block_size=3, markov_rank=4, target_layer_ids=[0, 1])
+    draft = tmp_path / "draft"
+    write_drafter(draft, network.description(), stored_weights(network), target, {})
+    (tmp_path / "mine.jsonl").write_text(json.dumps({"turns": [QUESTION]}) + "\n")
+    raw = yaml.safe_load((ROOT / "params.smoke.yaml").read_text())
+    raw["evaluate"] |= {
+        "tasks": ["mine"],
+        "tasks_dir": str(tmp_path),
+        "prompts_per_task": 1,
+        "temperatures": [temperature],
+        "max_new_tokens": 24,
+        "lossless_prompts": 1,
+        "lossless_new_tokens": 2,
+        "decode": DECODES[name],
+        "traces": 0,
+        "sweeps": None,
+        "throughput": None,
+    }
+    params = tmp_path / "params.yaml"
+    params.write_text(yaml.safe_dump(raw))
+    read = load_params(params)
+    outcome = benchmark.evaluate({"d": draft}, tiny_target, read.evaluate, 0, tmp_path / "work")["d"]
+    measured = outcome.prompts[0]["runs"]["draft"]
+
+    seen, real = [], Deployment.generate
+    monkeypatch.setattr(
+        Deployment, "generate", lambda *args, **options: seen.extend(real(*args, **options)) or seen
+    )
+    seed = prompt_seed(0, "mine", [QUESTION], 0) - 1  # a turn's seed counts the messages so far
+    words = ["chat", "--target", str(tiny_target), "--drafter", str(draft), "--params", str(params)]
+    words += ["--temperature", str(temperature), "--max-new-tokens", "24", "--seed", str(seed)]
+    result = CliRunner().invoke(app, words, input=f"{QUESTION}\n")
+    assert result.exit_code == 0, result.output
+    chatted = Run()
+    chatted.add(seen[0], 0.0)
+    assert len(seen) == 1
+    assert chatted.accepted == measured["accepted"]
+    assert chatted.drafted == measured["drafted"]
+    assert chatted.output == measured["output"]
 
 
 def test_no_such_draft_names_those_there_are(tmp_path, monkeypatch):
