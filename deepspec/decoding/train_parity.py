@@ -31,7 +31,7 @@ _DOUBT = 2.33  # standard deviations: one sound draft in a hundred would look wo
 
 
 @dataclass(frozen=True)
-class Kept:
+class HeldOutBlocks:
     """A held-out conversation, the places where blocks begin, the greedy block of each, and whether its first token is
     the target's (1) or not (0)."""
 
@@ -64,13 +64,13 @@ class Check:
     unlike: bool
 
 
-def save(directory: str | Path, kept: list[Kept]) -> None:
+def save(directory: str | Path, kept: list[HeldOutBlocks]) -> None:
     """Write `promise.json` into a draft's directory."""
     rows = ",\n".join(json.dumps(row.__dict__) for row in kept)
     write_text(Path(directory) / PROMISE, f"[\n{rows}\n]\n")
 
 
-def load(directory: str | Path) -> list[Kept]:
+def load(directory: str | Path) -> list[HeldOutBlocks]:
     """Of a draft's directory; nothing for one that training here did not make.
 
     Raises:
@@ -80,12 +80,12 @@ def load(directory: str | Path) -> list[Kept]:
     if not path.exists():
         return []
     try:
-        return [Kept(**row) for row in json.loads(path.read_text())]
+        return [HeldOutBlocks(**row) for row in json.loads(path.read_text())]
     except (ValueError, TypeError):
         raise DeepSpecError(f"{path}: not a record of held-out contexts") from None
 
 
-def check(target: Target, drafter: Drafter, kept: list[Kept], batch_size: int = 16) -> Check | None:
+def check(target: Target, drafter: Drafter, kept: list[HeldOutBlocks], batch_size: int = 16) -> Check | None:
     """Decode from the contexts with the draft alone and compare; None where none was kept.
 
     Args:
@@ -97,7 +97,7 @@ def check(target: Target, drafter: Drafter, kept: list[Kept], batch_size: int = 
     return _compare(kept, _first_rounds(target, drafter.trained, contexts, batch_size))
 
 
-def _compare(kept: list[Kept], rounds: list[tuple[list[int], int]]) -> Check:
+def _compare(kept: list[HeldOutBlocks], rounds: list[tuple[list[int], int]]) -> Check:
     """`rounds`: of each context the drafted block, and how many of its tokens were accepted.
 
     Acceptance is `below` the promise where more than 2 % of the contexts are lost, and more than chance would have it:

@@ -209,7 +209,7 @@ def _calibrate(draft: Path, target: Target, prompts: list[list[int]], seed: int)
 
 def _kept(
     objective: BlockObjective, batches: Batches, heldout: list[int], target: Target
-) -> list[promise.Kept]:
+) -> list[promise.HeldOutBlocks]:
     """Blocks of held-out conversations as the network that was trained drafts them."""
     kept = []
     for i in heldout[:PROMISED_SEQUENCES]:
@@ -223,7 +223,7 @@ def _kept(
         with torch.no_grad():
             after = target.logits(batch.hidden[0, anchors].to(target.dtype)).argmax(-1)
         accepted = (chains[:, 0] == after).int().tolist()
-        kept.append(promise.Kept(ids, anchors.tolist(), chains.tolist(), accepted))
+        kept.append(promise.HeldOutBlocks(ids, anchors.tolist(), chains.tolist(), accepted))
     return kept
 
 

@@ -162,7 +162,9 @@ def test_two_tasks_of_one_name_are_refused(drafts, tiny_target, tmp_path):
 
 
 def test_a_draft_that_kept_no_context_has_no_promise(drafts, tiny_target, tmp_path, monkeypatch):
-    monkeypatch.setattr(bench.promise, "load", lambda directory: [bench.promise.Kept([], [], [], [])])
+    monkeypatch.setattr(
+        bench.promise, "load", lambda directory: [bench.promise.HeldOutBlocks([], [], [], [])]
+    )
     (outcome,) = measure({"lookup": drafts["lookup"]}, tiny_target, tmp_path).values()
     assert outcome.record["promise"] is None
 

@@ -97,7 +97,7 @@ def test_lost_acceptance_is_named_and_noise_is_not():
         rounds = [([token], int(token == 1)) for token in tokens]
         return promise._compare(kept, rounds)
 
-    kept = [promise.Kept([0] * 200, list(range(100)), [[1]] * 100, [1] * 60 + [0] * 40)]
+    kept = [promise.HeldOutBlocks([0] * 200, list(range(100)), [[1]] * 100, [1] * 60 + [0] * 40)]
     worse = check(kept, [1] * 50 + [2] * 50)
     assert worse.below and worse.unlike is True and worse.measured == 0.5
     noise = check(kept, [1] * 58 + [2] * 40 + [1] * 2)
@@ -107,7 +107,7 @@ def test_lost_acceptance_is_named_and_noise_is_not():
 
 def test_near_ties_at_one_position_are_no_other_draft():
     """Shares of 90 blocks at seven positions: 0.96 in all, 0.89 at one, as a sound draft in bfloat16 had it."""
-    kept = [promise.Kept([0] * 200, list(range(90)), [[1] * 7] * 90, [1] * 90)]
+    kept = [promise.HeldOutBlocks([0] * 200, list(range(90)), [[1] * 7] * 90, [1] * 90)]
 
     def check(*differ: int) -> promise.Check:
         """The first that many blocks differ at a position, others at the next."""
