@@ -39,12 +39,13 @@ from deepspec.decoding.engine import generate
 from deepspec.drafters.load import load_drafter
 from deepspec.errors import DeepSpecError
 from deepspec.evaluation.stats import COVERAGE, RESAMPLES, Interval
-from deepspec.features.sequences import read_sequences
 from deepspec.files import digest
 from deepspec.journal import WorkLog
 from deepspec.progress import Progress
 from deepspec.target.model import Target, load_target
-from deepspec.training.run import DATA, Outputs, make_network, make_trainer, train
+from deepspec.training.paths import TrainingPaths
+from deepspec.training.prepare import TrainingData, make_network, prepare
+from deepspec.training.run import make_trainer, train
 
 TARGET = Path("data/target")
 TEMPERATURES = (0.0, 1.0)
@@ -96,9 +97,10 @@ def step_seconds(variants: dict[str, Params], target: Target) -> dict[str, float
     accelerator = Accelerator(mixed_precision=next(iter(variants.values())).train.mixed_precision)
     trainers = {}
     for name, params in variants.items():
-        sequences, data_digest = read_sequences(DATA, params.train.max_length, params.train.supervise)
+        data = TrainingData.read(params.train)
         network = make_network(params, name, target)
-        trainers[name] = make_trainer(params, name, network, target, sequences, data_digest, accelerator)
+        prepared = prepare(params, name, network, target, data, accelerator)
+        trainers[name] = make_trainer(prepared, accelerator)
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     for _ in range(_UNTIMED_ROUNDS + _TIMED_ROUNDS):
         for name, trainer in trainers.items():
@@ -219,7 +221,7 @@ def main(argv: list[str] | None = None) -> int:
             place = WORK_DIR / "drafts" / digest(repr((settings[name], steps, target.digest))) / name
             history = place.with_suffix(".jsonl")
             if not history.exists():
-                train(run, name, TARGET, Outputs(place, history, place.with_suffix(".features.json")))
+                train(run, name, TARGET, TrainingPaths(place, history, place.with_suffix(".features.json")))
             lines = [yaml.safe_load(line) for line in history.read_text().splitlines()]
             heldout = max((line.get("heldout_tau", 0.0) for line in lines), default=0.0)
             training[name] = {"steps": steps, "step_s": seconds[name], "heldout": heldout}

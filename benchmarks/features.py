@@ -40,19 +40,20 @@ def one(drafter: str, way: str, share: float, steps: int, params: Params) -> dic
     """Train in this process."""
     from accelerate import Accelerator
 
-    from deepspec.features.sequences import read_sequences
     from deepspec.target.model import load_target
-    from deepspec.training.run import DATA, make_network, make_trainer
+    from deepspec.training.prepare import TrainingData, make_network, prepare
+    from deepspec.training.run import make_trainer
 
     params = with_features(params, way)
     target = load_target("data/target")
-    sequences, data_digest = read_sequences(DATA, params.train.max_length, params.train.supervise)
-    sequences = sequences[: int(len(sequences) * share)]
+    everything = TrainingData.read(params.train)
+    data = TrainingData(everything.sequences[: int(len(everything.sequences) * share)], everything.digest)
     network = make_network(params, drafter, target)
     accelerator = Accelerator(mixed_precision=params.train.mixed_precision)
     began = time.perf_counter()
-    trainer = make_trainer(params, drafter, network, target, sequences, data_digest, accelerator)
-    prepared = time.perf_counter() - began
+    prepared = prepare(params, drafter, network, target, data, accelerator)
+    trainer = make_trainer(prepared, accelerator)
+    prepared_s = time.perf_counter() - began
     forget_peak()
     seconds, positions = [], []
     for _ in range(_UNTIMED + steps):
@@ -64,7 +65,7 @@ def one(drafter: str, way: str, share: float, steps: int, params: Params) -> dic
         "step_s": sum(seconds[_UNTIMED:]) / steps,
         "positions_per_second": sum(positions[_UNTIMED:]) / sum(seconds[_UNTIMED:]),
         "peak_bytes": resident("VmHWM"),
-        "prepared_s": prepared,
+        "prepared_s": prepared_s,
         "bytes_a_token": getattr(trainer.batches.store, "bytes_a_token", 0.0),
     }
 

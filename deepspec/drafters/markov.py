@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from deepspec.drafters.network import Evened
+from deepspec.drafters.network import NormalisedLinear
 from deepspec.errors import DeepSpecError, nearest
 
 KINDS = ("vanilla", "gated", "rnn")
@@ -37,7 +37,7 @@ class MarkovHead(nn.Module):
         if self.kind == "gated":
             self.gate_proj = nn.Linear(d + r, r)
         elif self.kind == "rnn":
-            self.joint_proj = Evened(2 * r + d, 3 * r, bias=True)
+            self.joint_proj = NormalisedLinear(2 * r + d, 3 * r, bias=True)
 
     @torch.no_grad()
     def begin(self) -> None:
@@ -49,14 +49,14 @@ class MarkovHead(nn.Module):
             out = self.joint_proj.weight[2 * r :].zero_()
             out[:, r : 2 * r].fill_diagonal_(1)
 
-    def even(self) -> None:
-        """Let the rnn head hear e beside s and h, which many channels of size 1 make loud: at one learning rate for all
-        they saturate tanh in a few steps."""
+    def set_scale(self) -> None:
+        """Divide the rnn head's inputs s and h, whose many channels of size 1 would drown e: at one learning rate for
+        all they saturate tanh in a few steps."""
         if self.kind == "rnn":
             r = self.markov_w2.in_features
             d = self.joint_proj.in_features - 2 * r
             sizes = (r, r**0.5), (r, 1.0), (d, d**0.5)
-            self.joint_proj.even(torch.cat([torch.full((count,), size) for count, size in sizes]))
+            self.joint_proj.set_scale(torch.cat([torch.full((count,), size) for count, size in sizes]))
 
     def step(self, embedded: Tensor, hidden: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """e [..., r] and h_k [..., d] → z_k and s_k, both [..., r]; without a state s_{k−1} is zero."""

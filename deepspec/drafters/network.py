@@ -42,27 +42,28 @@ class MLP(nn.Module):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
-class Evened(nn.Linear):
-    """Over inputs divided by `scale`: y = W (x / scale) + b = W diag(1 / scale) x + b. A file has the product.
+class NormalisedLinear(nn.Linear):
+    """A linear layer over inputs divided by `scale`: y = W (x / scale) + b. A draft's file has the folded weight
+    W diag(1 / scale).
 
     A few channels of a target's features are hundreds of times as loud as the median one (massive activations, arXiv
-    2402.17762); under one learning rate for all, the others are hardly heard. `scale` is 1 until `even` is called.
+    2402.17762); under one learning rate for all, the others are hardly heard. `scale` is 1 until `set_scale` is called.
     """
 
     def __init__(self, in_features: int, out_features: int, bias: bool = False):
         super().__init__(in_features, out_features, bias)
         self.register_buffer("scale", torch.ones(in_features), persistent=False)
 
-    def even(self, loudness: Tensor) -> None:
-        """loudness [in]: what to divide by."""
-        self.scale.copy_(loudness.clamp_min(1e-6))
+    def set_scale(self, channel_std: Tensor) -> None:
+        """Divide by channel_std [in] from now on."""
+        self.scale.copy_(channel_std.clamp_min(1e-6))
 
-    def plain(self) -> Tensor:
-        """The weight [out, in] over inputs as they come."""
+    def folded_weight(self) -> Tensor:
+        """Return the weight [out, in] over inputs as they come."""
         return self.weight / self.scale
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.plain(), self.bias)
+        return F.linear(x, self.folded_weight(), self.bias)
 
 
 class Outputs(NamedTuple):
@@ -119,8 +120,8 @@ class Network(nn.Module):
             left_out |= SHARED - {"lm_head.weight"} if reduced else SHARED
         state = self.state_dict()
         for name, module in self.named_modules():
-            if isinstance(module, Evened):
-                state[f"{name}.weight"] = module.plain()
+            if isinstance(module, NormalisedLinear):
+                state[f"{name}.weight"] = module.folded_weight()
         return {self.stored_name(name): tensor for name, tensor in state.items() if name not in left_out}
 
     def description(self) -> dict[str, Any]:
@@ -135,8 +136,8 @@ class Network(nn.Module):
         self.embed_tokens.requires_grad_(False)
         self.lm_head.requires_grad_(False)
 
-    def begin(self, target: Target, loudness: Tensor) -> None:
-        """Begin as `start: target` says. loudness: deviation of each channel of the features, [n·d]."""
+    def init_from_target(self, target: Target, channel_std: Tensor) -> None:
+        """Begin as `start: target` says. channel_std: standard deviation of each channel of the features, [n·d]."""
         raise NotImplementedError
 
     def take_buffers(self, other: Network) -> None:

@@ -1,4 +1,4 @@
-"""Where a drafter's layers begin: at random, or as the target's last ones.
+"""What a network begins with: its layers at random or as the target's last ones, and its draft vocabulary.
 
 A drafter that is trained for minutes spends them on learning to read the target's features. As the target's last
 layers, on the deepest feature as `fc` gives it, it reads them from the first step (docs/lab-notes.md has what that is
@@ -7,13 +7,14 @@ worth). The file it ends up in is the same: nothing but the weights tells how a 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from deepspec.drafters.network import Evened
+from deepspec.drafters.network import NormalisedLinear
 from deepspec.errors import DeepSpecError
 from deepspec.target.fused import FusedLayer
 from deepspec.target.model import Target
@@ -22,8 +23,10 @@ Start = Literal["auto", "target", "random"]
 START = "Layers begin as the `target`'s last ones, at `random`, or (`auto`) as the target's where it can lend them."
 
 
-def settled(start: Start, target: Target, layers: int, qk_norm: bool = True) -> Literal["target", "random"]:
-    """Where a drafter of so many layers begins.
+def resolve_start(
+    start: Start, target: Target, layers: int, qk_norm: bool = True
+) -> Literal["target", "random"]:
+    """Return where a drafter of so many layers begins.
 
     Under `auto` a draft takes the target's layers whole or not at all; under `target` it leaves out what it has no
     place for.
@@ -51,10 +54,10 @@ def _without_biases(layer: FusedLayer) -> bool:
 
 
 @torch.no_grad()
-def at_the_targets_end(
-    layers: Sequence[nn.Module], norm: nn.Module, fc: Evened, target: Target, loudness: Tensor
+def init_from_target(
+    layers: Sequence[nn.Module], norm: nn.Module, fc: NormalisedLinear, target: Target, channel_std: Tensor
 ) -> None:
-    """Begin `layers` as the target's last ones, the norm behind them as its own, `fc` as the deepest feature.
+    """Initialise `layers` as the target's last ones, the norm behind them as its own, `fc` as the deepest feature.
 
     That feature, the last one listed, keeps its own size: hundreds of a learning rate's steps do not drown it, where
     they would at size 1. The norms before the target's projections are folded into them, since the context comes to the
@@ -62,7 +65,7 @@ def at_the_targets_end(
     weights for the rest.
 
     Args:
-        loudness: standard deviation of each channel of the features, [n·d].
+        channel_std: standard deviation of each channel of the features, [n·d].
 
     Raises:
         DeepSpecError: the target's layers are not Llama-shaped, or too few.
@@ -70,7 +73,7 @@ def at_the_targets_end(
     for mine, theirs in zip(layers, target.last_layers(len(layers)), strict=True):
         _begin(mine, theirs)
     norm.weight.copy_(target.last_norm)
-    fc.even(loudness)
+    fc.set_scale(channel_std)
     fc.weight.zero_()
     fc.weight[:, -fc.out_features :] = torch.diag(fc.scale[-fc.out_features :])
 
@@ -93,3 +96,24 @@ def _begin(mine: nn.Module, theirs: FusedLayer) -> None:
             # Without such norms in the target: the size that its queries and keys have of an input of random signs.
             size = weight.square().sum(1).mean().sqrt()
             norm.weight.copy_(own.keywords["weight"] if own else size.expand_as(norm.weight))
+
+
+def draft_vocabulary(learnt: Iterable[int], size: int, vocab_size: int) -> Tensor:
+    """Return the `size` most frequent tokens as ascending target ids, int64 [size]; rarer ids fill up from the lowest.
+
+    Args:
+        learnt: every token that is learnt, as often as it occurs.
+    """
+    counts = Counter(learnt)
+    ranked = sorted(range(vocab_size), key=lambda token: (-counts[token], token))
+    return torch.tensor(sorted(ranked[:size]))
+
+
+def channel_std(rows: Sequence[Mapping[int, Tensor]], layers: Sequence[int]) -> Tensor:
+    """Return the standard deviation of each channel of the concatenated layers over all tokens, float32 [layers·d].
+
+    Args:
+        rows: of each sequence its features, layer → [tokens, d].
+    """
+    of_layers = (torch.cat([row[layer].float() for row in rows]).std(0) for layer in layers)
+    return torch.cat(list(of_layers))

@@ -18,15 +18,16 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def main(params: Params, flags: argparse.Namespace) -> None:
-    from deepspec.training.run import Outputs, train
+    from deepspec.training.paths import TrainingPaths
+    from deepspec.training.run import train
     from deepspec.training.system import watched
 
     if flags.seed is not None:
         params = params.model_copy(update={"seed": flags.seed})
     name = flags.name or flags.drafter
-    outputs = Outputs.of(name)
-    with watched(name, outputs.draft):
-        train(params, flags.drafter, Path("data/target"), outputs)
+    paths = TrainingPaths.of(name)
+    with watched(name, paths.draft):
+        train(params, flags.drafter, Path("data/target"), paths)
 
 
 if __name__ == "__main__":

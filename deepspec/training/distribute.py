@@ -1,10 +1,11 @@
-"""The objective over several processes: data parallel, sharded by FSDP2, or DeepSpeed's ZeRO, as accelerate's
-configuration says. The trainer's loop is the same for all.
+"""The objective over several processes: data parallel or sharded by FSDP2, as accelerate's configuration says. The
+trainer's loop is the same for all.
 """
 
 from __future__ import annotations
 
 import os
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,13 +32,8 @@ CHECKPOINT = "checkpoint.pt"
 _WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True, strict=False)
 
 
-def distribute(objective: BlockObjective, params: TrainParams, accelerator: Accelerator) -> Processes:
-    zero = accelerator.distributed_type == DistributedType.DEEPSPEED
-    return (ZeroProcesses if zero else Processes)(objective, params, accelerator)
-
-
-class Processes:
-    """One process, data parallel ones, or FSDP2's.
+class DistributedObjective:
+    """The objective with its optimizer in one process, data parallel ones, or FSDP2's.
 
     accelerate shards on accelerators only; on CPUs (the same code, tested on any machine) FSDP2 is applied here.
 
@@ -61,31 +57,32 @@ class Processes:
                 objective, _adamw(objective, params, fused=True)
             )
 
-    def backward(self, loss: Tensor, last: bool) -> None:
-        """Add the gradients of a part of the step's loss; the `last` part's pass brings the processes together.
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradients of a part of the step's loss.
 
         Wrappers average gradients over processes; their sum is wanted.
         """
         self.accelerator.backward(loss * self.accelerator.num_processes)
 
-    def together(self, last: bool) -> Any:
-        """The context of a part's passes."""
-        return self.accelerator.no_sync(self.objective) if not last else torch.enable_grad()
+    def gradient_sync(self, last: bool) -> AbstractContextManager[Any]:
+        """Return the context of a part's passes: only the step's `last` part brings the gradients together."""
+        return nullcontext() if last else self.accelerator.no_sync(self.objective)
 
-    def norm(self) -> float:
+    def clip_gradients(self) -> float:
         """Clip the gradients by their global norm, and return it as it was."""
         norm = self.accelerator.clip_grad_norm_(self.objective.parameters(), self.clip)
         return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
 
-    def update(self) -> None:
+    def optimizer_step(self) -> None:
+        """Update the weights and drop the gradients."""
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 
     def weights(self) -> dict[str, Tensor]:
-        """Of what is trained, whole, on the CPU; every process takes part."""
+        """Return the trained weights, whole, on the CPU; every process takes part."""
         return get_model_state_dict(self.objective, options=_WHOLE)
 
-    def save(self, work: Path, progress: dict[str, Any]) -> None:
+    def save_checkpoint(self, work: Path, progress: dict[str, Any]) -> None:
         """Write a checkpoint, whole or not at all; it can be read by any number of processes."""
         state = {
             "progress": progress,
@@ -96,8 +93,8 @@ class Processes:
             with replacing(work / CHECKPOINT) as scratch:
                 torch.save(state, scratch)
 
-    def load(self, work: Path) -> dict[str, Any] | None:
-        """Go on from the checkpoint in `work`; its progress, or None where there is none.
+    def load_checkpoint(self, work: Path) -> dict[str, Any] | None:
+        """Load the checkpoint in `work` and return its progress, or None where there is none.
 
         Raises:
             DeepSpecError: it cannot be read.
@@ -118,54 +115,6 @@ class Processes:
     @property
     def _inner(self) -> torch.optim.Optimizer:
         return getattr(self.optimizer, "optimizer", self.optimizer)
-
-
-class ZeroProcesses(Processes):
-    """DeepSpeed's ZeRO: its engine clips, steps and keeps its own checkpoints (read by as many processes only)."""
-
-    def __init__(self, objective: BlockObjective, params: TrainParams, accelerator: Accelerator):
-        plugin = accelerator.state.deepspeed_plugin
-        if plugin.zero_stage > 2:
-            raise DeepSpecError(
-                f"DeepSpeed ZeRO stage {plugin.zero_stage} would cut the target too; use stage 2 or configs/fsdp2.yaml"
-            )
-        share = -(-params.batch_size // (accelerator.num_processes * params.accumulate))
-        plugin.deepspeed_config |= {
-            "train_micro_batch_size_per_gpu": share,
-            "train_batch_size": share * accelerator.num_processes,
-            "gradient_accumulation_steps": 1,  # the boundary is set by hand
-            "gradient_clipping": params.grad_clip,
-            "zero_force_ds_cpu_optimizer": False,
-        }
-        super().__init__(objective, params, accelerator)
-
-    def together(self, last: bool) -> Any:
-        return torch.enable_grad()
-
-    def backward(self, loss: Tensor, last: bool) -> None:
-        self.objective.set_gradient_accumulation_boundary(last)
-        self.objective.backward(loss * self.accelerator.num_processes)
-
-    def norm(self) -> float:
-        """Known after the update only: the engine clips there."""
-        return 1.0
-
-    def update(self) -> None:
-        self.objective.step()
-
-    def weights(self) -> dict[str, Tensor]:
-        names = {name for name, p in self.objective.module.named_parameters() if p.requires_grad}
-        state = self.accelerator.get_state_dict(self.objective)
-        return {name: tensor.cpu() for name, tensor in state.items() if name in names}
-
-    def save(self, work: Path, progress: dict[str, Any]) -> None:
-        self.objective.save_checkpoint(str(work), client_state={"progress": progress})
-
-    def load(self, work: Path) -> dict[str, Any] | None:
-        if not (work / "latest").exists():
-            return None
-        _, state = self.objective.load_checkpoint(str(work))
-        return state["progress"]
 
 
 def _adamw(objective: nn.Module, params: TrainParams, fused: bool) -> torch.optim.AdamW:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from deepspec.errors import DeepSpecError
 from deepspec.files import replacing, write_text
 from deepspec.training.batches import Batches
-from deepspec.training.distribute import distribute
+from deepspec.training.distribute import DistributedObjective
 from deepspec.training.replay import rejected_starts
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ class Trainer:
                 f"train.accumulate {params.accumulate}; change train.batch_size"
             )
         self.raw = objective
-        self.processes = distribute(objective, params, accelerator)
+        self.distributed = DistributedObjective(objective, params, accelerator)
         self.step, self.best_tau, self.history = 0, 0.0, []
         self.stopping = False
         # The first step of the second stage; no step where there is none.
@@ -100,7 +100,7 @@ class Trainer:
 
     def train_step(self) -> dict[str, float]:
         params, accelerator = self.params, self.accelerator
-        for group in self.processes.optimizer.param_groups:
+        for group in self.distributed.optimizer.param_groups:
             group["lr"] = params.lr * schedule(self.step, params.steps, params.warmup)
         mine = accelerator.process_index, accelerator.num_processes
         parts = [
@@ -111,14 +111,14 @@ class Trainer:
         asked = weight.new_tensor(float(self.stopping))
         total_weight, asked = accelerator.reduce(torch.stack((weight, asked)), "sum")
         self.stopping = bool(asked > 0)
-        self.processes.objective.train()
+        self.distributed.objective.train()
         sums: dict[str, Tensor] = {}
         for i, part in enumerate(parts):
             last = i == len(parts) - 1
-            with self.processes.together(last):
+            with self.distributed.gradient_sync(last):
                 with accelerator.autocast():
-                    loss, found = self.processes.objective(part)
-                self.processes.backward(loss / total_weight.clamp(min=1e-6), last)
+                    loss, found = self.distributed.objective(part)
+                self.distributed.backward(loss / total_weight.clamp(min=1e-6))
             for name, value in {"loss": loss.detach(), **found}.items():
                 sums[name] = sums.get(name, 0.0) + value
         total = accelerator.reduce(torch.stack(list(sums.values())), "sum")
@@ -126,17 +126,17 @@ class Trainer:
             raise DeepSpecError(
                 f"step {self.step}: the loss is not finite; lower train.lr (now {params.lr}) or check the data"
             )
-        norm = self.processes.norm()
+        norm = self.distributed.clip_gradients()
         if norm == 0:
             raise DeepSpecError(f"step {self.step}: no weight has a gradient; the data or the loss is dead")
-        self.processes.update()
+        self.distributed.optimizer_step()
         figures = {"weight": float(total_weight), "norm": norm, "steps": 1.0}
         return dict(zip(sums, total.tolist(), strict=True)) | figures
 
     @torch.no_grad()
     def evaluate(self) -> float:
         """Expected τ on fixed blocks in the held-out sequences' answers: per block, then averaged."""
-        self.processes.objective.eval()
+        self.distributed.objective.eval()
         accelerator = self.accelerator
         share = max(self.params.batch_size // accelerator.num_processes, 1)
         total = torch.zeros(2, device=accelerator.device)
@@ -178,7 +178,7 @@ class Trainer:
     def _best(self, tau: float) -> None:
         if tau > self.best_tau:
             self.best_tau = tau
-            weights = self.processes.weights()
+            weights = self.distributed.weights()
             if self.accelerator.is_main_process:
                 with replacing(self.work / BEST) as scratch:
                     torch.save(weights, scratch)
@@ -190,10 +190,10 @@ class Trainer:
             "history": json.dumps(self.history),
             "replayed": self.batches.replayed,
         }
-        self.processes.save(self.work, progress)
+        self.distributed.save_checkpoint(self.work, progress)
 
     def _resume(self) -> None:
-        progress = self.processes.load(self.work)
+        progress = self.distributed.load_checkpoint(self.work)
         if progress is None:
             return
         self.step, self.best_tau = progress["step"], progress["best_tau"]

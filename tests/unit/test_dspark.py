@@ -172,7 +172,7 @@ def test_the_rnn_head_begins_as_the_vanilla_one(published):
     assert head.joint_proj.in_features == 2 * 8 + hidden.shape[-1]
     assert torch.allclose(head.unrolled(embedded, hidden), embedded, atol=1e-4)
     assert not head.markov_w2.weight.any()
-    head.even()  # divides the state and the backbone's, which say nothing yet
+    head.set_scale()  # divides the state and the backbone's, which say nothing yet
     assert torch.allclose(head.unrolled(embedded, hidden), embedded, atol=1e-4)
     head.step(embedded[:, 0], hidden[:, 0], torch.randn(2, 8))[0].sum().backward()
     assert head.joint_proj.weight.grad[16:, :8].any()  # and it can learn to listen to it

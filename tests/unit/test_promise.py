@@ -19,8 +19,8 @@ from deepspec.features.local import OnlineFeatures
 from deepspec.features.sequences import Sequence
 from deepspec.target.model import load_target
 from deepspec.training.batches import Batches
+from deepspec.training.held_out import draft_held_out_blocks
 from deepspec.training.objective import BlockObjective
-from deepspec.training.run import _kept
 from tests.unit.test_drafters import DRAFTS, make, write
 
 
@@ -41,7 +41,8 @@ def draft(target, tmp_path):
         features = OnlineFeatures(target, sequences, model.config.target_layer_ids)
         batches = Batches(features, list(range(16)), 4, 5, model.config.block_size, seed=0)
         directory = write(model, target, tmp_path / name)
-        promise.save(directory, _kept(BlockObjective(model, LossParams()), batches, list(range(16)), target))
+        objective = BlockObjective(model, LossParams())
+        promise.save(directory, draft_held_out_blocks(objective, batches, list(range(16)), target))
         return directory
 
     return of

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from deepspec.drafters.algorithms.dspark import DSparkModel
 from deepspec.drafters.registry import algorithms
-from deepspec.drafters.start import settled
+from deepspec.drafters.start import resolve_start
 from deepspec.errors import DeepSpecError
 from deepspec.target.attention import ForwardPass
 from deepspec.target.model import load_target
@@ -29,7 +29,7 @@ def begun(target, kind: str, **sizes):
     torch.manual_seed(0)
     network = algorithm.network(params, target)
     network.share(target, torch.arange(target.vocab_size))
-    network.begin(target, states(target).flatten(0, -2).std(0))
+    network.init_from_target(target, states(target).flatten(0, -2).std(0))
     return network
 
 
@@ -111,7 +111,7 @@ def test_the_stored_rnn_head_reads_its_inputs_as_they_come(target):
     for weight in head.parameters():
         torch.nn.init.normal_(weight)
     again = type(head)(begun(target, "dspark", markov_head="rnn", markov_rank=8).config)
-    again.load_state_dict(head.state_dict() | {"joint_proj.weight": head.joint_proj.plain()})
+    again.load_state_dict(head.state_dict() | {"joint_proj.weight": head.joint_proj.folded_weight()})
     assert head.joint_proj.scale.unique().tolist() == pytest.approx([1, 8**0.5, target.hidden_size**0.5])
     embedded, hidden = torch.randn(2, 3, 8), torch.randn(2, 3, target.hidden_size)
     torch.testing.assert_close(again.unrolled(embedded, hidden), head.unrolled(embedded, hidden))
@@ -132,8 +132,8 @@ def test_auto_begins_at_random_where_the_target_cannot_lend_its_layers(tmp_path)
         params = algorithm.params(type=kind)
         assert algorithm.network(params, own).start == "target"
         assert algorithm.network(params, other).start == "random"
-    assert settled("auto", own, layers=4) == "target"
-    assert settled("auto", own, layers=5) == "random"
+    assert resolve_start("auto", own, layers=4) == "target"
+    assert resolve_start("auto", own, layers=5) == "random"
 
 
 @pytest.mark.parametrize(

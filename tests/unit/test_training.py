@@ -13,6 +13,7 @@ from accelerate import Accelerator
 from accelerate.tracking import GeneralTracker
 
 from deepspec.config import load_params
+from deepspec.drafters.start import channel_std, draft_vocabulary
 from deepspec.errors import DeepSpecError
 from deepspec.features.local import CachedFeatures
 from deepspec.features.sequences import Sequence, read_sequences
@@ -21,7 +22,7 @@ from deepspec.training.batches import Batches
 from deepspec.training.distribute import CHECKPOINT
 from deepspec.training.objective import BlockObjective
 from deepspec.training.params import TrainParams
-from deepspec.training.run import draft_vocabulary, loudness, own_loss
+from deepspec.training.run import own_loss
 from deepspec.training.trainer import Trainer, schedule
 from tests.tiny import make_draft, make_target
 
@@ -52,7 +53,7 @@ def store(target, sequences, tmp_path):
 def make_trainer(store, work, steps=STEPS, start="random", **changes) -> Trainer:
     model = make_draft(store.target)
     if start == "target":
-        model.begin(store.target, loudness(store, [2, 3, 4]))
+        model.init_from_target(store.target, channel_std(store.rows([2, 3, 4]), store.layers))
     train = TrainParams(
         **{"steps": steps, "lr": 3e-3, "batch_size": 4, "anchors": 6, "eval_every": 3, "save_every": 2}
         | {"mixed_precision": "no", **changes}
@@ -251,10 +252,10 @@ def test_the_common_beginning_is_never_learnt(tmp_path):
     assert answers[0].learnt == [0, 0, 0, 1, 1]
 
 
-def test_the_loudness_of_a_channel_is_its_deviation_over_tokens(store):
+def test_the_standard_deviation_of_a_channel_is_over_all_tokens(store):
     rows = [store.rows([i])[0] for i in (0, 1)]
     expected = torch.cat([torch.cat([row[layer] for row in rows]).float().std(0) for layer in (0, 1)])
-    torch.testing.assert_close(loudness(store, [0, 1]), expected)
+    torch.testing.assert_close(channel_std(rows, (0, 1)), expected)
 
 
 def test_a_drafter_may_have_a_loss_of_its_own():
@@ -273,8 +274,8 @@ def test_data_without_answers_is_refused(tmp_path):
 
 
 def test_the_draft_vocabulary_keeps_the_frequent_tokens_in_order():
-    sequences = [Sequence([7, 7, 3, 9], [1] * 4, [1] * 4), Sequence([9, 9, 9, 2], [0] * 4, [1, 1, 1, 0])]
-    assert draft_vocabulary(sequences, 3, 12).tolist() == [3, 7, 9]
+    assert draft_vocabulary([7, 7, 3, 9, 9, 9, 9], 3, 12).tolist() == [3, 7, 9]
+    assert draft_vocabulary([7, 7, 3], 4, 12).tolist() == [0, 1, 3, 7]
 
 
 def test_the_schedule_warms_up_and_decays_to_zero():

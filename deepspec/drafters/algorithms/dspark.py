@@ -31,8 +31,8 @@ from deepspec.drafters.checkpoint import load_network, temperatures
 from deepspec.drafters.markov import MarkovHead
 from deepspec.drafters.network import (
     MLP,
-    Evened,
     Network,
+    NormalisedLinear,
     Outputs,
     RMSNorm,
     RopeTable,
@@ -40,7 +40,7 @@ from deepspec.drafters.network import (
     missing_keys,
     plain_rope,
 )
-from deepspec.drafters.start import START, Start, at_the_targets_end, settled
+from deepspec.drafters.start import START, Start, init_from_target, resolve_start
 from deepspec.errors import DeepSpecError
 from deepspec.target.attention import ForwardPass, KVCache, attend
 from deepspec.target.fused import FusedLayer, PackedLinear, rotate
@@ -221,7 +221,7 @@ class DSparkModel(Network):
         super().__init__(config)
         self.start = start
         d = config.hidden_size
-        self.fc = Evened(len(config.target_layer_ids) * d, d)
+        self.fc = NormalisedLinear(len(config.target_layer_ids) * d, d)
         self.hidden_norm = RMSNorm(d, config.rms_norm_eps)
         self.layers = nn.ModuleList(Layer(config, i) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(d, config.rms_norm_eps)
@@ -233,10 +233,10 @@ class DSparkModel(Network):
         if self.markov_head is not None:
             self.markov_head.begin()
 
-    def begin(self, target: Target, loudness: Tensor) -> None:
-        at_the_targets_end(self.layers, self.norm, self.fc, target, loudness)
+    def init_from_target(self, target: Target, channel_std: Tensor) -> None:
+        init_from_target(self.layers, self.norm, self.fc, target, channel_std)
         if self.markov_head is not None:
-            self.markov_head.even()
+            self.markov_head.set_scale()
 
     def blocks(self) -> list[nn.Module]:
         return list(self.layers)
@@ -334,7 +334,7 @@ class DSparkDrafter(Drafter):
         """Weights in the form that reads fastest: joined, packed; the confidence of each token in a table."""
         self._rope = RopeTable(self.config.rope_theta, self.config.head_dim, self.device, self.dtype)
         self._embed = model.embed_tokens.weight
-        self._fc, self._hidden_norm = PackedLinear(model.fc.plain()), model.hidden_norm
+        self._fc, self._hidden_norm = PackedLinear(model.fc.folded_weight()), model.hidden_norm
         self._skip = PackedLinear(model.context_skip.weight) if self.config.context_skip else None
         attentions = [layer.self_attn for layer in model.layers]
         self._kv = PackedLinear(torch.cat([w.weight for a in attentions for w in (a.k_proj, a.v_proj)]))
@@ -500,7 +500,7 @@ def load(directory: Path, config: dict[str, Any], target: Target) -> DSparkDraft
 
 def network(params: DSparkParams, target: Target) -> DSparkModel:
     """The network to train."""
-    start = settled(params.start, target, params.layers)
+    start = resolve_start(params.start, target, params.layers)
     return DSparkModel(DSparkConfig.for_target(params, target), start)
 
 

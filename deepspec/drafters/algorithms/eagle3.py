@@ -28,15 +28,15 @@ from deepspec.drafters.autoregressive import AutoregressiveDrafter
 from deepspec.drafters.checkpoint import load_network
 from deepspec.drafters.network import (
     MLP,
-    Evened,
     Network,
+    NormalisedLinear,
     RMSNorm,
     RopeTable,
     like_target,
     missing_keys,
     plain_rope,
 )
-from deepspec.drafters.start import START, Start, at_the_targets_end, settled
+from deepspec.drafters.start import START, Start, init_from_target, resolve_start
 from deepspec.errors import DeepSpecError
 from deepspec.target.attention import ForwardPass, attend
 from deepspec.target.fused import FusedLayer, PackedLinear, rotate
@@ -204,13 +204,13 @@ class Eagle3Model(Network):
     def __init__(self, config: Eagle3Config, start: str = "random"):
         super().__init__(config)
         self.start = start
-        self.fc = Evened(len(config.target_layer_ids) * config.hidden_size, config.hidden_size)
+        self.fc = NormalisedLinear(len(config.target_layer_ids) * config.hidden_size, config.hidden_size)
         self.layer = Layer(config)
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.initialise()
 
-    def begin(self, target: Target, loudness: Tensor) -> None:
-        at_the_targets_end([self.layer], self.norm, self.fc, target, loudness)
+    def init_from_target(self, target: Target, channel_std: Tensor) -> None:
+        init_from_target([self.layer], self.norm, self.fc, target, channel_std)
 
     def stored_name(self, name: str) -> str:
         place = "layers.0." if self.config.qk_norm else "midlayer."
@@ -269,7 +269,7 @@ def load(directory: Path, config: dict[str, Any], target: Target) -> Eagle3Draft
 
 def network(params: Eagle3Params, target: Target) -> Eagle3Model:
     """The network to train."""
-    start = settled(params.start, target, 1, params.qk_norm)
+    start = resolve_start(params.start, target, 1, params.qk_norm)
     return Eagle3Model(Eagle3Config.for_target(params, target), start)
 
 
@@ -313,7 +313,7 @@ class Eagle3Drafter(AutoregressiveDrafter):
         self.device, self.dtype = target.device, target.dtype
         with torch.no_grad():
             model = model.to(self.device, self.dtype)
-            self._embed, self._fc = model.embed_tokens.weight, PackedLinear(model.fc.plain())
+            self._embed, self._fc = model.embed_tokens.weight, PackedLinear(model.fc.folded_weight())
             self._joined, self._layer = model.layer.joined, FusedLayer(model.layer)
             self._norm, self._head = model.norm, PackedLinear(model.lm_head.weight)
             self.vocabulary = model.vocabulary()

@@ -1,0 +1,143 @@
+"""Before the first step: sequences, held-out split, features, draft vocabulary, and a network that knows its target."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from accelerate import Accelerator
+
+from deepspec.drafters.network import Network
+from deepspec.drafters.registry import algorithms
+from deepspec.drafters.start import channel_std, draft_vocabulary
+from deepspec.errors import DeepSpecError
+from deepspec.features.local import CachedFeatures, Features, OnlineFeatures
+from deepspec.features.sequences import Sequence, read_sequences
+from deepspec.target.model import Target
+from deepspec.training.batches import Batches
+
+if TYPE_CHECKING:
+    from deepspec.config import Params
+    from deepspec.training.params import TrainParams
+
+WORK = Path(".deepspec")
+DATA = Path("data/distill")
+_BEGINS = {"target": "as the target's last layers", "random": "at random"}
+_STD_SEQUENCES = 48  # over which the deviation of the features' channels is taken
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """Conversations, and the digest of the data set that they are from."""
+
+    sequences: list[Sequence]
+    digest: str
+
+    @classmethod
+    def read(cls, train: TrainParams) -> TrainingData:
+        """Read `data/distill`.
+
+        Raises:
+            DeepSpecError: no data set there, or no token to learn from.
+        """
+        return cls(*read_sequences(DATA, train.max_length, train.supervise))
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A network and what it is to learn from.
+
+    Attributes:
+        params: with the drafter's own loss as that of `train`.
+        heldout: indices of the sequences that `batches` leaves out.
+    """
+
+    params: Params
+    name: str
+    target: Target
+    network: Network
+    data: TrainingData
+    batches: Batches
+    heldout: list[int]
+
+    def heldout_prompts(self) -> list[list[int]]:
+        """Return the tokens before the first answer of each held-out conversation."""
+        chosen = [self.data.sequences[i] for i in self.heldout]
+        return [sequence.ids[: sequence.answer.index(1)] for sequence in chosen]
+
+
+def make_network(params: Params, name: str, target: Target) -> Network:
+    """Return the network of drafter `name`, its weights drawn from the seed."""
+    torch.manual_seed(params.seed)
+    drafter = params.drafters[name]
+    return algorithms()[drafter.type].network(drafter, target)
+
+
+def prepare(
+    params: Params,
+    name: str,
+    network: Network,
+    target: Target,
+    data: TrainingData,
+    accelerator: Accelerator,
+) -> Prepared:
+    """Split the data, compute its features where they are cached, and give the network what it has of the target.
+
+    Raises:
+        DeepSpecError: too few conversations, or features that are the same for every token.
+    """
+    config, sequences = network.config, data.sequences
+    features = _features(params.train, target, data, config.target_layer_ids, accelerator)
+    heldout, members = split(len(sequences), params.train.heldout, params.seed)
+    learnt = _learnt_tokens(sequences, members)
+    network.share(target, draft_vocabulary(learnt, config.draft_vocab_size, config.vocab_size))
+    if network.start and accelerator.is_main_process:
+        print(f"{name} begins {_BEGINS[network.start]}", flush=True)
+    if network.start == "target":
+        rows = [features.rows([i])[0] for i in members[:_STD_SEQUENCES]]
+        network.init_from_target(target, channel_std(rows, features.layers))
+    heldout = [i for i in heldout if any(sequences[i].answer[2:])]
+    batches = Batches(
+        features, members, params.train.batch_size, params.train.anchors, config.block_size, params.seed
+    )
+    if not batches.members or not heldout:
+        raise DeepSpecError(f"{len(sequences)} conversations are too few to train on and hold some out")
+    batches.check_alive()
+    return Prepared(params, name, target, network, data, batches, heldout)
+
+
+def split(count: int, heldout: int, seed: int) -> tuple[list[int], list[int]]:
+    """Return the indices of the held-out sequences, at most a tenth of all, and those of the others."""
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()
+    kept_out = min(heldout, max(count // 10, 1))
+    return order[:kept_out], order[kept_out:]
+
+
+def _learnt_tokens(sequences: list[Sequence], members: list[int]) -> Iterator[int]:
+    for i in members:
+        pairs = zip(sequences[i].ids, sequences[i].learnt, strict=True)
+        yield from (token for token, learnt in pairs if learnt)
+
+
+def _features(
+    train: TrainParams,
+    target: Target,
+    data: TrainingData,
+    layers: tuple[int, ...],
+    accelerator: Accelerator,
+) -> Features:
+    """The target's hidden states, cached or as they are needed."""
+    chosen = train.features
+    if chosen.mode == "online":
+        return OnlineFeatures(target, data.sequences, layers)
+    what = (target, data.sequences, layers, data.digest, chosen.form)
+    if chosen.directory:
+        features = CachedFeatures(Path(chosen.directory), *what)
+    else:
+        features = CachedFeatures.below(WORK / "features", *what)
+    with accelerator.main_process_first():
+        features.build()
+    return features
