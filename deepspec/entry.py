@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 
 from deepspec.errors import DeepSpecError
+from deepspec.progress import send
 
 _NO_SPACE = 1 << 20  # bytes
 
@@ -29,25 +30,30 @@ def quiet_environment() -> None:
 
 
 def guarded(action: Callable[[], None]) -> int:
-    """Run `action`; a user's mistake or a full disk becomes one line on stderr. Returns the exit status."""
+    """Run `action`; a user's mistake or a full disk becomes one line on stderr and in the channel of `progress`.
+
+    Returns:
+        The exit status: 0, 2 after such a mistake, 130 when it was interrupted.
+    """
     try:
         action()
     except DeepSpecError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return _mistake(str(error))
     except Exception as error:
         if not _disk_is_full(error):
             raise
         where = getattr(error, "filename", None) or "while writing"
-        print(
-            f"error: the disk is full ({where}); free space, run again: finished work is kept",
-            file=sys.stderr,
-        )
-        return 2
+        return _mistake(f"the disk is full ({where}); free space, run again: finished work is kept")
     except KeyboardInterrupt:
         print("interrupted; run again to continue", file=sys.stderr)
         return 130
     return 0
+
+
+def _mistake(what: str) -> int:
+    send({"error": what})
+    print(f"error: {what}", file=sys.stderr)
+    return 2
 
 
 def _disk_is_full(error: Exception) -> bool:
