@@ -14,14 +14,16 @@ the user's mistake that ended the process: running it again changes nothing.
 from __future__ import annotations
 
 import json
+import logging
 import os
-import sys
 import time
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, TaskID, TextColumn
 from rich.progress import Progress as RichProgress
+
+logger = logging.getLogger(__name__)
 
 CHANNEL = "DEEPSPEC_PROGRESS"
 PLAIN_INTERVAL_S = 15.0
@@ -136,7 +138,7 @@ def send(entry: dict[str, Any]) -> None:
         finally:
             os.close(file)
     except OSError as error:  # nobody's work ends because nobody can watch it
-        print(f"{CHANNEL}={path}: {error}", file=sys.stderr)
+        logger.warning("%s=%s: %s", CHANNEL, path, error)
         del os.environ[CHANNEL]
 
 

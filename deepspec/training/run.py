@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections import Counter
 from dataclasses import dataclass
@@ -32,6 +33,8 @@ from deepspec.training.trainer import Trainer, write_history
 
 if TYPE_CHECKING:
     from deepspec.config import Params
+
+logger = logging.getLogger(__name__)
 
 WORK = Path(".deepspec")
 DATA = Path("data/distill")
@@ -163,7 +166,7 @@ def _decoded(draft: Path, target: Target, prompts: list[list[int]], seed: int) -
         )
         rounds = sum(answer.stats.rounds for answer in answers)
         found[f"decoded_tau_{mode}"] = sum(answer.stats.committed for answer in answers) / max(rounds, 1)
-    print("a real decode: " + ", ".join(f"{name} {tau:.3f}" for name, tau in found.items()))
+    logger.info("a real decode: %s", ", ".join(f"{name} {tau:.3f}" for name, tau in found.items()))
     return found
 
 
@@ -199,12 +202,12 @@ def _calibrate(draft: Path, target: Target, prompts: list[list[int]], seed: int)
     try:
         found = calibrate(target, load_drafter(draft, target), prompts, CALIBRATION_TOKENS, seed)
     except DeepSpecError as error:  # too little data: the confidence stays as trained
-        print(f"confidence not calibrated: {error}")
+        logger.warning("confidence not calibrated: %s", error)
         return
     save(draft, found)
     for mode, quality in found["quality"].items():
         ece, blocks = quality["ece"], quality["blocks"]
-        print(f"confidence ({mode}): ECE {ece['before']:.3f} → {ece['after']:.3f}, {blocks} blocks")
+        logger.info("confidence (%s): ECE %.3f → %.3f, %d blocks", mode, ece["before"], ece["after"], blocks)
 
 
 def _kept(
@@ -266,7 +269,7 @@ def make_trainer(
     draft_ids = draft_vocabulary(learnt, config.draft_vocab_size, config.vocab_size)
     network.share(target, draft_ids)
     if network.start and accelerator.is_main_process:
-        print(f"{name} begins {BEGINS[network.start]}", flush=True)
+        logger.info("%s begins %s", name, BEGINS[network.start])
     if network.start == "target":
         network.begin(target, loudness(features, members[:LOUDNESS_SEQUENCES]))
     heldout = [i for i in heldout if any(sequences[i].answer[2:])]

@@ -8,6 +8,7 @@ on how many processes share a batch.
 from __future__ import annotations
 
 import json
+import logging
 import math
 import signal
 import time
@@ -27,6 +28,8 @@ from deepspec.training.replay import rejected_starts
 
 if TYPE_CHECKING:
     from deepspec.training.params import TrainParams
+
+logger = logging.getLogger(__name__)
 
 BEST = "best.pt"
 
@@ -202,7 +205,8 @@ class Trainer:
         self.step, self.best_tau = progress["step"], progress["best_tau"]
         self.history = json.loads(progress["history"])
         self.batches.replayed = progress["replayed"]
-        self.accelerator.print(f"resumed at step {self.step}", flush=True)
+        if self.accelerator.is_main_process:
+            logger.info("resumed at step %d", self.step)
 
     def _on_sigterm(self, *_) -> None:
         self.stopping = True

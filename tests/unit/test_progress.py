@@ -97,8 +97,8 @@ def test_a_mistake_is_sent_and_a_fault_is_not(channel):
     assert [entry["error"] for entry in channel()] == ["params.yaml: unknown key"]
 
 
-def test_a_channel_that_cannot_be_written_stops_no_work(monkeypatch, tmp_path, capsys):
+def test_a_channel_that_cannot_be_written_stops_no_work(monkeypatch, tmp_path, caplog):
     monkeypatch.setenv(CHANNEL, str(tmp_path))
     with Progress("train", total=1) as progress:
         progress.advance()
-    assert capsys.readouterr().err.count(CHANNEL) == 1
+    assert caplog.text.count(CHANNEL) == 1
