@@ -1,29 +1,39 @@
-"""One command at a time: its output line by line as it comes, its progress, and why it failed."""
+"""One command at a time: its output line by line as it comes, its progress, and why it failed.
+
+Progress and mistakes come as JSON lines in the file that `DEEPSPEC_PROGRESS` names (`deepspec/progress.py`), not from
+the text.
+"""
 
 from __future__ import annotations
 
+import io
+import json
 import os
+import queue
 import re
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from deepspec.entry import TELEMETRY_OFF
+from deepspec.progress import CHANNEL
 
 BAR_INTERVAL_S = 30.0
+POLL_S = 0.5  # of the channel
 SQLITE = "sqlite:///"
 STOP_S = 20.0  # a trainer told to stop saves its state first
 KEPT = 200  # last lines, among which the reason of a failure is looked for
 
 _ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
-_COUNTED = re.compile(r"^(?P<label>[A-Za-z][^:|]*?)[: ]\s*(?P<done>\d+)/(?P<total>\d+)(?=[,\s]|$)")
-_BAR = re.compile(r"^(?P<label>[^|%]*?):?\s*(?:\d+%\|.*?\||[━╸╺]+)\s*(?P<done>\d+)/(?P<total>\d+)\b")
 _EXITED = re.compile(r"exited with (-?\d+)")
 
 _running: set[subprocess.Popen] = set()
@@ -48,37 +58,61 @@ class Progress:
     label: str
     done: int
     total: int
-    bar: bool = False  # drawn over and over: not every line is worth keeping
 
     @property
     def percent(self) -> float:
         return 100.0 * self.done / self.total
 
 
-def parse_progress(line: str) -> Progress | None:
-    """How far a line says its job is: `magpie: 12/360, ...`, `step 80/640 ...`, a bar of tqdm or rich."""
-    found = _BAR.match(line)
-    bar = found is not None
-    found = found or _COUNTED.match(line)
-    if not found or not 0 <= int(found["done"]) <= int(found["total"]) > 0:
-        return None
-    return Progress(found["label"].strip() or "progress", int(found["done"]), int(found["total"]), bar)
-
-
-@dataclass
 class Thinned:
-    """Lets every line through but those of bars: of these the first, the last and one every 30 s."""
+    """Lets every line through but those that a bar draws over (they end in a carriage return): one every 30 s."""
 
-    said: dict[str, float] = field(default_factory=dict)
+    def __init__(self) -> None:
+        self._kept: float | None = None
 
-    def keep(self, progress: Progress | None) -> bool:
-        if progress is None or not progress.bar:
+    def keep(self, raw: str) -> bool:
+        if not raw.endswith("\r"):
             return True
-        last, now = self.said.get(progress.label), time.monotonic()
-        if last is None or progress.done == progress.total or now - last >= BAR_INTERVAL_S:
-            self.said[progress.label] = now
-            return True
-        return False
+        now = time.monotonic()
+        if self._kept is not None and now - self._kept < BAR_INTERVAL_S:
+            return False
+        self._kept = now
+        return True
+
+
+class Channel:
+    """The file in which a command says how far it is and which mistake ended it."""
+
+    def __init__(self, path: Path, progress: Callable[[Progress], None]) -> None:
+        self.path, self.mistake = path, ""
+        self._progress = progress
+        self._read, self._due = 0, 0.0
+
+    def poll(self, now: bool = False) -> None:
+        """Hand over what came since the last time: of each job its newest count. At most twice a second, or `now`."""
+        if not now and time.monotonic() < self._due:
+            return
+        self._due = time.monotonic() + POLL_S
+        newest: dict[str, Progress] = {}
+        for entry in self._entries():
+            if "error" in entry:
+                self.mistake = entry["error"]
+            elif entry.get("total"):
+                newest[entry["label"]] = Progress(entry["label"], entry["done"], entry["total"])
+        for found in newest.values():
+            self._progress(found)
+
+    def _entries(self) -> list[dict[str, Any]]:
+        with self.path.open("rb") as file:
+            file.seek(self._read)
+            data = file.read()
+        whole = data.rfind(b"\n") + 1
+        self._read += whole
+        found = []
+        for line in data[:whole].splitlines():
+            with suppress(ValueError):  # not ours: it stops no stage
+                found.append(json.loads(line))
+        return [entry for entry in found if isinstance(entry, dict)]
 
 
 def python_path(first: Path) -> str:
@@ -113,65 +147,98 @@ def follow(
     """Run a command to its end and return its last lines.
 
     Args:
-        say: gets every line worth keeping, `progress` every count, as they are printed.
+        say: gets every line worth keeping as it is printed, `progress` every count of the channel.
         hours: after which the command is stopped.
         keep_open: file descriptors the command holds on to, such as the lock of its clone.
 
     Raises:
-        UserMistake: it said what is wrong, on a line that begins with `error:`, or exited with 2.
+        UserMistake: it said what is wrong, in the channel or on a line that begins with `error:`, or exited with 2.
         Cancelled: `cancel` was called.
         CommandFailed: it failed in any other way.
     """
-    lines: deque[str] = deque(maxlen=KEPT)
-    thinned = Thinned()
     if _cancelled.is_set():
         raise Cancelled("the run was cancelled")
-    process = subprocess.Popen(
-        words,
-        cwd=root,
-        env=environment(root),
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        encoding="utf-8",
-        errors="replace",
-        start_new_session=True,
-        pass_fds=tuple(keep_open),
-    )
-    with _lock:
-        _running.add(process)
-    if _cancelled.is_set():  # since it was asked above
-        stop(process)
-    expired = threading.Event()
-    late = threading.Timer(hours * 3600, lambda: (expired.set(), stop(process)))
-    late.daemon = True
-    late.start()
-    try:
-        for raw in process.stdout:
-            line = _ESCAPES.sub("", raw).rstrip()
-            found = parse_progress(line)
-            if found:
-                progress(found)
-            if line and thinned.keep(found):
-                lines.append(line)
-                say(line)
-        status = process.wait()
-    finally:
-        late.cancel()
-        stop(process)
-        with _lock:
-            _running.discard(process)
+    with tempfile.NamedTemporaryFile(prefix="deepspec-progress-") as file:
+        channel = Channel(Path(file.name), progress)
+        process = _start(words, root, channel.path, keep_open)
+        expired = threading.Event()
+        late = threading.Timer(hours * 3600, lambda: (expired.set(), stop(process)))
+        late.daemon = True
+        late.start()
+        try:
+            lines = _listen(process, channel, say)
+            status = process.wait()
+        finally:
+            late.cancel()
+            stop(process)
+            with _lock:
+                _running.discard(process)
+        channel.poll(now=True)
     if _cancelled.is_set():
         raise Cancelled("the run was cancelled")
     if expired.is_set():
         raise CommandFailed(f"{' '.join(words)}: stopped after {hours:g} hours")
     if status:
-        raise failure(status, list(lines))
-    return list(lines)
+        raise UserMistake(channel.mistake) if channel.mistake else failure(status, lines)
+    return lines
+
+
+def _start(
+    words: Sequence[str], root: Path, channel: Path, keep_open: Sequence[int]
+) -> subprocess.Popen[bytes]:
+    process = subprocess.Popen(
+        words,
+        cwd=root,
+        env=environment(root) | {CHANNEL: str(channel)},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+        pass_fds=tuple(keep_open),
+    )
+    with _lock:
+        _running.add(process)
+    if _cancelled.is_set():  # since it was asked before
+        stop(process)
+    return process
+
+
+def _listen(process: subprocess.Popen[bytes], channel: Channel, say: Callable[[str], None]) -> list[str]:
+    """Tell every line and count of a command until it closes its output; return its last lines.
+
+    A thread reads, so that counts come while nothing is printed; `say` and `progress` are called from this one.
+    """
+    assert process.stdout is not None
+    output = io.TextIOWrapper(process.stdout, encoding="utf-8", errors="replace", newline="")
+    waiting: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+
+    def read() -> None:
+        try:
+            for raw in output:
+                waiting.put(raw)
+        finally:
+            waiting.put(None)
+
+    threading.Thread(target=read, daemon=True).start()
+    lines: deque[str] = deque(maxlen=KEPT)
+    thinned = Thinned()
+    while True:
+        try:
+            raw = waiting.get(timeout=POLL_S)
+        except queue.Empty:
+            channel.poll()
+            continue
+        if raw is None:
+            return list(lines)
+        channel.poll()
+        line = _ESCAPES.sub("", raw).rstrip()
+        if line and thinned.keep(raw):
+            lines.append(line)
+            say(line)
 
 
 def failure(status: int, lines: list[str]) -> CommandFailed:
-    """Why a command failed: the exception to raise.
+    """Return why a command failed that said nothing in the channel: git, DVC itself, another project's stages.
 
     DVC turns a stage's status into its own and says it in words; accelerate turns 2 into 1. The stages' one line
     that begins with `error:` survives both, and only a mistake is told that way. What the gate refuses it says on

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from itertools import accumulate
@@ -26,6 +26,8 @@ from deepspec.evaluation.stats import (
 if TYPE_CHECKING:
     from deepspec.decoding.train_parity import Check
     from deepspec.tasks.task import Task
+
+logger = logging.getLogger(__name__)
 
 EVAL_VERSION = "3"  # raised whenever numbers of before and after cannot be compared
 DRAFT = "draft"  # the contestant that a record is about: the draft as `evaluate.decode` uses it
@@ -106,7 +108,7 @@ def build_record(subject: Subject, tasks: list[Task], measured: Measured) -> dic
     }
     record["warnings"] = warnings(record)
     for warning in record["warnings"]:
-        print(f"warning: {subject.drafter}: {warning['name']}: {warning['message']}", file=sys.stderr)
+        logger.warning("%s: %s: %s", subject.drafter, warning["name"], warning["message"])
     return record
 
 

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -26,6 +25,7 @@ from deepspec.features.codec import codec
 from deepspec.features.sequences import Sequence
 from deepspec.files import digest, file_digest, replacing, write_json
 from deepspec.lineage import code_digest
+from deepspec.progress import Progress
 from deepspec.target.attention import ForwardPass
 from deepspec.target.model import H_LAST, Target
 
@@ -188,13 +188,11 @@ class CachedFeatures(Features):
             self.manifest = self._checked(path)
         plan = list(_shards(self.sequences))
         done = len(self.manifest["shards"])
-        columns = (TextColumn("features"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        with Progress(*columns, disable=done == len(plan)) as progress:
-            bar = progress.add_task("", total=len(plan), completed=done)
+        with Progress("features", len(plan), done, shown=done < len(plan)) as progress:
             for number in range(done, len(plan)):
                 self.manifest["shards"].append(self._write(number, plan[number]))
                 write_json(path, self.manifest)
-                progress.advance(bar)
+                progress.advance()
         for number, batches in enumerate(plan):
             start = 0
             for i in (i for batch in batches for i in batch):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -13,6 +14,8 @@ from typing import Any
 
 from deepspec.errors import DeepSpecError, nearest
 from deepspec.files import replacing, write_json
+
+logger = logging.getLogger(__name__)
 
 STATE = Path(".deepspec/reproduce.json")
 
@@ -135,7 +138,7 @@ def open_clone(settings: Settings) -> Work:
             f"{directory}: holds another reproduction ({known}), and {settings.tag} is {commit[:7]}; "
             "remove it or choose another with --into"
         )
-    print(f"going on in {directory}")
+    logger.info("going on in %s", directory)
     return Work(settings, commit, done)
 
 

@@ -9,6 +9,7 @@ stopped.
 from __future__ import annotations
 
 import json
+import logging
 import subprocess
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -30,6 +31,8 @@ from deepspec.reproduce.checkout import (
     take_over_remote,
 )
 from deepspec.reproduce.tolerance import Difference, Figures, Row
+
+logger = logging.getLogger(__name__)
 
 RESULT = "reproduce.json"
 
@@ -79,7 +82,7 @@ def run(settings: Settings) -> bool:
         plant_costs(record)
     for i, address in enumerate(todo, 1):
         if address not in work.done:
-            print(f"{i}/{len(todo)} {address}", flush=True)
+            logger.info("%d/%d %s", i, len(todo), address)
             _or_fail(work, f"stage {address}", work.dvc("repro", "--force", "--single-item", address))
             work = work.plus(address)
     now = _measured(work, pipeline)
@@ -130,7 +133,7 @@ def _pull(work: Work, addresses: list[str]) -> None:
     if not addresses:
         return
     take_over_remote(work)
-    print(f"pulling what {', '.join(addresses)} made", flush=True)
+    logger.info("pulling what %s made", ", ".join(addresses))
     done = work.dvc("pull", *addresses, stderr=subprocess.PIPE, text=True)
     if done.returncode:
         said = [line for line in done.stderr.splitlines() if line.strip()]

@@ -8,7 +8,7 @@ disagree, the machine was not quiet.
 from __future__ import annotations
 
 import json
-import sys
+import logging
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +32,8 @@ from deepspec.serving.record import SERVE_VERSION, Measured, check_target, compa
 from deepspec.serving.table import show
 from deepspec.target.model import Target, load_target
 from deepspec.tasks.task import load_task
+
+logger = logging.getLogger(__name__)
 
 TARGET = Path("data/target")
 REPORTS = Path("reports/serve")
@@ -120,7 +122,7 @@ def _each(names: Iterable[str], settings: Settings, make: Callable[[str], T]) ->
         except DeepSpecError as error:
             if settings.drafters:
                 raise
-            print(f"left out: {error}", file=sys.stderr)
+            logger.warning("left out: %s", error)
     if not found:
         raise DeepSpecError(
             "no drafter of the pipeline has an export that vLLM serves here; train one that has "

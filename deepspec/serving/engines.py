@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from deepspec.errors import DeepSpecError
+from deepspec.progress import Progress
 from deepspec.serving.environment import Environment
 from deepspec.serving.launch import serving
 from deepspec.serving.protocols import VLLM, Answer, Client, Prompt
@@ -97,12 +98,8 @@ def decode_all(client: Client, work: Work, drafting: bool, what: str) -> list[An
 
 
 def watched(items: Sequence[T], what: str) -> Iterator[T]:
-    """The items, with a bar and an estimate of the rest on a terminal."""
-    from rich.console import Console
-    from rich.progress import track
-
-    console = Console(stderr=True)
-    if not console.is_terminal:
-        console.print(f"{what}: {len(items)} prompts", highlight=False)
-        return iter(items)
-    return iter(track(items, what, console=console, transient=True))
+    """Yield the items while progress is shown."""
+    with Progress(what, len(items)) as progress:
+        for item in items:
+            yield item
+            progress.advance()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import fcntl
 import importlib.util
 import json
+import logging
 import os
 import platform
 import shutil
@@ -21,6 +22,8 @@ from pathlib import Path
 
 from deepspec.errors import DeepSpecError
 from deepspec.files import write_text
+
+logger = logging.getLogger(__name__)
 
 VARIABLE = "DEEPSPEC_VLLM_PYTHON"
 VERSION = "0.32.0"
@@ -103,12 +106,12 @@ def _set_up() -> Environment:
     _check_machine()
     with _alone():
         if not (CACHED / READY).exists():
-            print(f"setting up vLLM {VERSION} for CPUs, once, in {CACHED} (2 GB to fetch)", file=sys.stderr)
+            logger.info("setting up vLLM %s for CPUs, once, in %s (2 GB to fetch)", VERSION, CACHED)
             python = CACHED / "bin" / "python"
             if not (CACHED / "bin" / "pip").exists():  # what venv makes last
                 _run([sys.executable, "-m", "venv", "--clear", str(CACHED)], "make an environment")
             for number, (verb, *words) in enumerate(STEPS, 1):
-                print(f"[{number}/{len(STEPS)}] pip {verb} {' '.join(words)}", file=sys.stderr)
+                logger.info("[%d/%d] pip %s %s", number, len(STEPS), verb, " ".join(words))
                 _run([str(python), "-m", "pip", verb, *words], f"{verb} {words[-1]}")
             environment = _probe(python, "the new environment")
             write_text(CACHED / READY, environment.version + "\n")

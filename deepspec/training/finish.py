@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,9 @@ from deepspec.training.trainer import Trainer, write_history
 
 if TYPE_CHECKING:
     from deepspec.config import Params
+
+logger = logging.getLogger(__name__)
+
 
 _CALIBRATION_TOKENS = 64  # of each held-out conversation's answer
 _DECODED_PROMPTS, _DECODED_TOKENS = 8, 48
@@ -82,12 +86,12 @@ def _calibrate(draft: Path, target: Target, prompts: list[list[int]], seed: int)
     try:
         found = calibrate(target, load_drafter(draft, target), prompts, _CALIBRATION_TOKENS, seed)
     except DeepSpecError as error:  # too little data: the confidence stays as trained
-        print(f"confidence not calibrated: {error}")
+        logger.warning("confidence not calibrated: %s", error)
         return
     save(draft, found)
     for mode, quality in found["quality"].items():
         ece, blocks = quality["ece"], quality["blocks"]
-        print(f"confidence ({mode}): ECE {ece['before']:.3f} → {ece['after']:.3f}, {blocks} blocks")
+        logger.info("confidence (%s): ECE %.3f → %.3f, %d blocks", mode, ece["before"], ece["after"], blocks)
 
 
 def _decoded_tau(draft: Path, target: Target, prompts: list[list[int]], seed: int) -> dict[str, float]:
@@ -105,5 +109,5 @@ def _decoded_tau(draft: Path, target: Target, prompts: list[list[int]], seed: in
         )
         rounds = sum(answer.stats.rounds for answer in answers)
         found[f"decoded_tau_{mode}"] = sum(answer.stats.committed for answer in answers) / max(rounds, 1)
-    print("a real decode: " + ", ".join(f"{name} {tau:.3f}" for name, tau in found.items()))
+    logger.info("a real decode: %s", ", ".join(f"{name} {tau:.3f}" for name, tau in found.items()))
     return found

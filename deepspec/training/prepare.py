@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,9 @@ from deepspec.training.batches import Batches
 if TYPE_CHECKING:
     from deepspec.config import Params
     from deepspec.training.params import TrainParams
+
+logger = logging.getLogger(__name__)
+
 
 WORK = Path(".deepspec")
 DATA = Path("data/distill")
@@ -95,7 +99,7 @@ def prepare(
     learnt = _learnt_tokens(sequences, members)
     network.share(target, draft_vocabulary(learnt, config.draft_vocab_size, config.vocab_size))
     if network.start and accelerator.is_main_process:
-        print(f"{name} begins {_BEGINS[network.start]}", flush=True)
+        logger.info("%s begins %s", name, _BEGINS[network.start])
     if network.start == "target":
         rows = [features.rows([i])[0] for i in members[:_STD_SEQUENCES]]
         network.init_from_target(target, channel_std(rows, features.layers))

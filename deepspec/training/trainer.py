@@ -8,6 +8,7 @@ on how many processes share a batch.
 from __future__ import annotations
 
 import json
+import logging
 import math
 import signal
 import time
@@ -20,12 +21,15 @@ from torch import Tensor, nn
 
 from deepspec.errors import DeepSpecError
 from deepspec.files import replacing, write_text
+from deepspec.progress import Progress
 from deepspec.training.batches import Batches
 from deepspec.training.distribute import DistributedObjective
 from deepspec.training.replay import rejected_starts
 
 if TYPE_CHECKING:
     from deepspec.training.params import TrainParams
+
+logger = logging.getLogger(__name__)
 
 BEST = "best.pt"
 
@@ -73,7 +77,10 @@ class Trainer:
         """
         self._resume()
         signal.signal(signal.SIGTERM, self._on_sigterm)
-        began, first = time.monotonic(), self.step
+        with Progress("train", self.params.steps, self.step, self.accelerator.is_main_process) as progress:
+            self._fit(progress)
+
+    def _fit(self, progress: Progress) -> None:
         window: dict[str, float] = {}
         while self.step < self.params.steps:
             if self.step == self.replay_from and not self.batches.replayed:
@@ -85,10 +92,10 @@ class Trainer:
             sums["seconds"] = time.monotonic() - tick
             window = {name: window.get(name, 0.0) + value for name, value in sums.items()}
             self.step += 1
+            progress.advance()
             last = self.step == self.params.steps
             if self.step % self.params.eval_every == 0 or last:
-                elapsed = time.monotonic() - began
-                self._report(window, elapsed, (self.step - first) / elapsed)
+                progress.note(self._report(window))
                 window = {}
             if self.step % self.params.save_every == 0 or last or self.stopping:
                 self._save()
@@ -151,7 +158,8 @@ class Trainer:
         tau, blocks = accelerator.reduce(total, "sum").tolist()
         return tau / max(blocks, 1)
 
-    def _report(self, window: dict[str, float], elapsed: float, rate: float) -> None:
+    def _report(self, window: dict[str, float]) -> str:
+        """Evaluate, keep the figures of the steps since the last report, and return them in words."""
         heldout_tau = self.evaluate()
         per_weight = {
             name: window[name] / window["weight"] for name in ("loss", "ce", "kl", "tv", "confidence")
@@ -168,11 +176,9 @@ class Trainer:
         self.history.append(line)
         self.accelerator.log({name: value for name, value in line.items() if name != "step"}, self.step)
         self._best(heldout_tau)
-        left = (self.params.steps - self.step) / rate
-        self.accelerator.print(
-            f"step {self.step}/{self.params.steps}  loss {line['loss']:.3f}  train τ {line['train_tau']:.3f}  "
-            f"held-out τ {heldout_tau:.3f}  {rate:.2f} steps/s  {_clock(elapsed)} elapsed, {_clock(left)} left",
-            flush=True,
+        return (
+            f"loss {line['loss']:.3f}, train τ {line['train_tau']:.3f}, held-out τ {heldout_tau:.3f}, "
+            f"{window['steps'] / window['seconds']:.2f} steps/s"
         )
 
     def _best(self, tau: float) -> None:
@@ -199,7 +205,8 @@ class Trainer:
         self.step, self.best_tau = progress["step"], progress["best_tau"]
         self.history = json.loads(progress["history"])
         self.batches.replayed = progress["replayed"]
-        self.accelerator.print(f"resumed at step {self.step}", flush=True)
+        if self.accelerator.is_main_process:
+            logger.info("resumed at step %d", self.step)
 
     def _on_sigterm(self, *_) -> None:
         self.stopping = True
@@ -211,10 +218,6 @@ def schedule(step: int, steps: int, warmup: float) -> float:
     if step < ramp:
         return (step + 1) / ramp
     return 0.5 * (1 + math.cos(math.pi * (step - ramp) / max(steps - ramp, 1)))
-
-
-def _clock(seconds: float) -> str:
-    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
 
 
 def write_history(path: Path, history: list[dict]) -> None:

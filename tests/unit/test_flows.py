@@ -22,7 +22,6 @@ from flows.command import (
     environment,
     failure,
     follow,
-    parse_progress,
 )
 from flows.graph import Stage, describe, read_graph
 from flows.process import Process
@@ -100,30 +99,49 @@ def test_the_project_s_own_stages_are_read_and_those_that_compute_are_limited():
     assert Stage("a-new-one", ()).heavy
 
 
-@pytest.mark.parametrize(("line", "expected"), [
-    ("generate: 412/900, 145 tokens/s, 12m30s left", ("generate", 412, 900, False)),
-    ("step 80/640  loss 1.234  train τ 2.1  held-out τ 2.0  1.20 steps/s", ("step", 80, 640, False)),
-    ("lossless word_problems: 0/2, ? left", ("lossless word_problems", 0, 2, False)),
-    ("features ━━━━━╸━━━ 12/24 0:01:00", ("features", 12, 24, True)),
-    ("Map:  45%|████▌     | 45/100 [00:10<00:12,  4.4it/s]", ("Map", 45, 100, True)),
-    (" 45%|████▌     | 45/100 [00:10<00:12]", ("progress", 45, 100, True)),
-])  # fmt: skip
-def test_lines_of_progress_are_understood(line: str, expected: tuple):
-    found = parse_progress(line)
-    assert (found.label, found.done, found.total, found.bar) == expected
-
-
-@pytest.mark.parametrize("line", ["data/distill: 24 conversations", "> seq 1/0", "a: 3/2, left", "τ 2.45"])
-def test_other_lines_are_no_progress(line: str):
-    assert parse_progress(line) is None
-
-
 def test_a_bar_is_thinned_and_plain_lines_are_not():
     thinned = Thinned()
-    bar = [f"Map: {i}%|#| {i}/100 [00:01]" for i in range(1, 101)]
-    assert [line for line in bar if thinned.keep(parse_progress(line))] == [bar[0], bar[-1]]
-    plain = [f"generate: {i}/9, 1s left" for i in range(9)]
-    assert all(thinned.keep(parse_progress(line)) for line in plain)
+    bar = [f"Map: {i}%|#| {i}/100 [00:01]\r" for i in range(1, 100)] + ["Map: 100%|#| 100/100\n"]
+    assert [line for line in bar if thinned.keep(line)] == [bar[0], bar[-1]]
+    assert all(thinned.keep(f"generate: {i}/9, 1s left\n") for i in range(9))
+
+
+CHANNEL_STAGE = """
+import time
+from deepspec.entry import guarded
+from deepspec.errors import DeepSpecError
+from deepspec.progress import Progress
+
+def main():
+    with Progress("train", 4, done=1) as progress:
+        progress.advance(3)
+        time.sleep(1.5)  # nothing is printed, yet the count comes
+        print("slept", flush=True)
+    raise DeepSpecError("no such draft")
+
+raise SystemExit(min(guarded(main), 1))
+"""
+
+
+def test_counts_and_the_mistake_come_through_the_channel_and_not_from_the_text(tmp_path: Path):
+    (tmp_path / "stage.py").write_text(CHANNEL_STAGE)
+    (tmp_path / "deepspec").symlink_to(ROOT / "deepspec")
+    seen: list[Progress | str] = []
+    words = ["sh", "-c", f"echo 'other: 7/9, 1s left'; {sys.executable} -m stage 2>/dev/null"]
+    with pytest.raises(UserMistake, match=r"^no such draft$"):
+        follow(words, tmp_path, seen.append, seen.append)
+    counts = [entry for entry in seen if isinstance(entry, Progress)]
+    assert counts[-1] == Progress("train", 4, 4) and {found.label for found in counts} == {"train"}
+    assert seen.index("slept") > seen.index(Progress("train", 1, 4))
+
+
+def test_a_line_in_the_channel_that_is_not_ours_stops_nothing(tmp_path: Path):
+    words = [
+        "sh",
+        "-c",
+        'echo "half a line" >> "$DEEPSPEC_PROGRESS"; echo 7 >> "$DEEPSPEC_PROGRESS"; echo done',
+    ]
+    assert follow(words, tmp_path, lambda _: None) == ["done"]
 
 
 ERROR = "ERROR: failed to reproduce 'x': failed to run: python -m x, exited with {}"

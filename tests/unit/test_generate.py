@@ -309,19 +309,3 @@ def test_seeds_depend_on_run_and_id_and_fit_31_bits():
     seeds = {conversation_seed(run, id) for run in (0, 1) for id in ("a", "b", "c")}
     assert len(seeds) == 6 and all(0 <= seed < 2**31 for seed in seeds)
     assert conversation_seed(0, "a") == conversation_seed(0, "a")
-
-
-def test_progress_prints_plain_lines_now_and_then_where_there_is_no_terminal(monkeypatch, capsys):
-    clock = [100.0]
-    monkeypatch.setattr("deepspec.progress.time.monotonic", lambda: clock[0])
-    with Progress("generate", total=10, done=2) as progress:
-        for _ in range(4):
-            clock[0] += 8
-            progress.tokens(80)
-            progress.advance()
-    assert capsys.readouterr().err.splitlines() == [
-        "generate: 2/10, ? left",
-        "generate: 3/10, 10 tokens/s, 1m52s left",
-        "generate: 5/10, 10 tokens/s, 53s left",
-        "generate: 6/10, 10 tokens/s, 32s left",
-    ]

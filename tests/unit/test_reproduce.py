@@ -131,7 +131,8 @@ def test_a_tampered_metric_is_caught_and_named(origin, settings, tmp_path, capsy
     assert "differs: tau: 1.9 committed, 1.5 now" in out
 
 
-def test_a_run_that_was_stopped_goes_on(settings, capsys):
+def test_a_run_that_was_stopped_goes_on(settings, caplog):
+    caplog.set_level("INFO", "deepspec")
     chosen = settings("good")
     run(chosen)
     state = json.loads((chosen.directory / STATE).read_text())
@@ -143,7 +144,7 @@ def test_a_run_that_was_stopped_goes_on(settings, capsys):
     (chosen.directory / "broken").unlink()
     assert run(chosen) is True
     assert ran(chosen) == ["measure", "report", "report", "report"]
-    assert "going on in" in capsys.readouterr().out
+    assert "going on in" in caplog.text
 
 
 def test_a_pipeline_in_a_folder_and_only_it(settings):

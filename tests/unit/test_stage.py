@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import logging
 import os
 from types import SimpleNamespace
 
@@ -53,3 +54,17 @@ def test_entry_points_turn_telemetry_off(monkeypatch):
         monkeypatch.delenv(name, raising=False)
     quiet_environment()
     assert {name: os.environ[name] for name in TELEMETRY_OFF} == TELEMETRY_OFF
+
+
+def test_what_the_library_logs_is_shown_a_message_a_line(capsys):
+    def work() -> None:
+        log = logging.getLogger("deepspec.training.run")
+        log.debug("unseen")
+        log.info("a real decode: %s [1] " + "x" * 200, "greedy 1.500")
+        log.warning("left out: %s", "dspark")
+
+    for _ in range(2):
+        assert guarded(work) == 0
+    said = capsys.readouterr()
+    lines = ["a real decode: greedy 1.500 [1] " + "x" * 200, "warning: left out: dspark"]
+    assert said.err.splitlines() == lines * 2 and said.out == ""
