@@ -1,6 +1,6 @@
 """For Table 1 and Figures 2 to 4: rounds at T = 1 without a draw of the draft, on answers that the target sampled.
 
-Standard speculative sampling of chains, in expectation over what is drafted (`evaluation/expected.py`), on the same
+Standard speculative sampling of chains, in expectation over what is drafted (`expectation.py`), on the same
 texts for all drafters (`answers.py`).
 
 reports/expected/seed-<n>.json, and ablation-<name>.json of each of `study.ablations`:

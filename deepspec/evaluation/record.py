@@ -1,4 +1,4 @@
-"""The evaluation record (DESIGN.md §4), made from what was measured prompt by prompt."""
+"""The evaluation record (docs/evaluation.md), made from what was measured prompt by prompt."""
 
 from __future__ import annotations
 

@@ -229,7 +229,7 @@ def _overlap(first: Interval | None, second: Interval | None) -> bool:
 
 
 def _intervals(records: Mapping[str, Mapping[str, Any]]) -> dict[str, Interval]:
-    """The 95 % intervals under the names that `evaluation/report.py` gives the metrics."""
+    """The 95 % intervals under the names that `deepspec/report/inputs.py` gives the metrics."""
     found = {}
     for drafter, record in records.items():
         parts = {drafter: record["summary"]}
