@@ -97,7 +97,7 @@ def load_params(path: str | Path = "params.yaml", model: type[P] = Params) -> P:
 
 
 def _explain(error: ValidationError, raw: dict, root: type) -> str:
-    """The first problem of a validation error, in one line with the dotted key."""
+    """Return the first problem of a validation error, in one line with the dotted key."""
     first = error.errors()[0]
     key, model = _locate(first["loc"], raw, root)
     if first["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
@@ -116,7 +116,7 @@ def _explain(error: ValidationError, raw: dict, root: type) -> str:
 
 
 def _locate(loc: tuple, raw: dict, root: type) -> tuple[str, type | None]:
-    """Dotted key as written in the file, and the model of the section in which it stands.
+    """Return the dotted key as written in the file, and the model of the section in which it stands.
 
     Pydantic puts the tag of a discriminated union into the location; the file has no such level.
     """

@@ -14,7 +14,7 @@ from typing import Any
 
 @contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
-    """A temporary sibling of `path`, for a file or a directory; it takes the place of `path` on success."""
+    """Yield a temporary sibling of `path`, a file or a directory, that takes the place of `path` on success."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     _sweep(path)
@@ -47,7 +47,7 @@ def write_json(path: str | Path, value: Any) -> None:
 
 
 def digest(data: bytes | str) -> str:
-    """The first 16 hexadecimal digits of the SHA-256."""
+    """Return the first 16 hexadecimal digits of the SHA-256."""
     return hashlib.sha256(data.encode() if isinstance(data, str) else data).hexdigest()[:16]
 
 

@@ -153,8 +153,11 @@ def _check_out(root: Path, commit: str) -> None:
 
 
 def _commit(root: Path, message: str) -> None:
-    """All that is there. Every file is read: DVC stages through a git of its own, which loses sight of a file that
-    was changed within the second of its checkout and kept its size, as params.yaml does by an override."""
+    """Commit all that is there.
+
+    `read-tree` drops git's stat cache, so that every file is read. DVC stages through an index of its own, which misses
+    a change within the second of the checkout that keeps a file's size (racy git), as an override of params.yaml may.
+    """
     git(root, "read-tree", "HEAD")
     git(root, "add", "--all")
     git(root, *AUTHOR, "commit", *OURS_ALONE, "--quiet", "--allow-empty", "--message", message)

@@ -126,7 +126,7 @@ def _read(
     features = torch.cat([step.features[layer] for layer in layers], -1)[0] if layers else None
     if sampling.temperature == 0:
         return features, torch.ones(len(text.tokens))
-    # A token that was drawn has a chance, whatever this pass rounds otherwise.
+    # Clamped: rounding may give a token that was sampled probability 0.
     return features, _chance(target.logits(hidden), text.tokens, sampling).clamp_(min=1e-30)
 
 

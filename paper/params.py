@@ -34,7 +34,7 @@ class StudyParams(Section):
         return {"EAGLE-3": self.eagle3, "DFlash": self.dflash, "DSpark": self.dspark}
 
 
-# Of all drafters of a study; those of its table: block_size too.
+# Keys that must be equal for all drafters of a study; drafters of its table must also share block_size.
 _EQUAL = ("target_layer_ids", "draft_vocab_size")
 
 

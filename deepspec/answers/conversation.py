@@ -50,12 +50,12 @@ class Conversation:
 
     @property
     def room(self) -> int:
-        """Tokens that the next answer may have."""
+        """Return how many tokens the next answer may have."""
         return min(self.max_new_tokens, self.max_length - len(self.prompt_ids or []))
 
     @property
     def asked(self) -> list[dict[str, str]]:
-        """The messages that the next answer completes: all so far and the next user turn."""
+        """Return the messages that the next answer completes: all so far and the next user turn."""
         turn = self.prompt.turns[len(self.finish_reasons)]
         return [*self.messages, {"role": "user", "content": turn}]
 
@@ -76,7 +76,7 @@ class Conversation:
         self.prompt_ids = self._next_prompt()
 
     def row(self) -> dict[str, Any]:
-        """The part of a training row that differs from conversation to conversation."""
+        """Return the columns of a training row that differ between conversations."""
         return {
             "source": self.prompt.source,
             "messages": self.messages,
@@ -86,7 +86,7 @@ class Conversation:
         }
 
     def _next_prompt(self) -> list[int] | None:
-        """The ids that the next answer continues, or None where the conversation is over."""
+        """Return the ids that the next answer continues, or None where the conversation is over."""
         answered = len(self.finish_reasons)
         if answered == len(self.prompt.turns) or (answered and self.finish_reasons[-1] != "stop"):
             return None
@@ -114,12 +114,12 @@ class Conversation:
 
 
 def answer_text(target: Any, tokens: list[int]) -> str:
-    """An answer's text (ids without the stop token); special tokens inside it are part of what was said."""
+    """Decode an answer's text (ids without the stop token), special tokens inside it included."""
     return target.tokenizer.decode(tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
 
 def between_turns(target: Any, before: list[dict[str, str]], user: dict[str, str]) -> list[int]:
-    """What the template puts between an answer's stop token and the next answer, user turn included.
+    """Return the ids that the template puts between an answer's stop token and the next answer, user turn included.
 
     The conversation is rendered twice, with two stand-ins for the answer; the ids that both renderings end
     with are what follows an answer. The template's end-of-turn token is left out: the target has produced
@@ -142,7 +142,7 @@ def between_turns(target: Any, before: list[dict[str, str]], user: dict[str, str
 
 
 def end_of_answer(target: Any) -> int:
-    """The stop token with which the template closes an answer (the target may know several).
+    """Return the stop token with which the template closes an answer (the target may know several).
 
     Raises:
         DeepSpecError: the target knows none.
@@ -160,7 +160,7 @@ def end_of_answer(target: Any) -> int:
 
 
 def generation_prompt(target: Any) -> list[int]:
-    """What the template puts before every answer; empty for templates without such a text."""
+    """Return the ids that the template puts before every answer; empty where it puts none."""
     messages = [{"role": "user", "content": "question"}]
     closed, opened = (target.chat_ids(messages, add_generation_prompt=flag) for flag in (False, True))
     return opened[len(closed) :] if opened[: len(closed)] == closed else []

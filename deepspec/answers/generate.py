@@ -65,7 +65,7 @@ def generate_data(
 
 
 def process_state() -> PartialState:
-    """This process among those launched together. It takes its GPU, so call it before loading a target.
+    """Return this process's place among those launched together. It takes a GPU, so call it before loading a target.
 
     Without a GPU, the processes of torchrun work together too. The time-out is that of the barrier at the
     end, where the quickest waits for the slowest.
@@ -74,7 +74,7 @@ def process_state() -> PartialState:
 
 
 def generation_settings(params: Params) -> dict[str, Any]:
-    """All parameters that an answer depends on; batch size, addresses and time-outs do not count."""
+    """Return all parameters that an answer depends on; batch size, addresses and time-outs do not count."""
     generate = params.generate
     keys = ("engine", "max_new_tokens", "max_length", "temperature", "top_p", "top_k")
     settings = {"seed": params.seed, **{key: getattr(generate, key) for key in keys}}
@@ -82,7 +82,7 @@ def generation_settings(params: Params) -> dict[str, Any]:
 
 
 def longest_first(prompts: list[Prompt]) -> list[Prompt]:
-    """Neighbours are of like length, so that a batch wastes little; what needs most memory comes first."""
+    """Sort prompts by length, longest first: a batch pads little, and what needs most memory comes first."""
     return sorted(prompts, key=lambda prompt: (-len(prompt.turns[0]), prompt.id))
 
 
@@ -104,7 +104,7 @@ def _answer_share(
 
 
 def answer_locally(target: Any, prompts: list[Prompt], params: GenerateParams, sink: Sink) -> None:
-    """Our own engine: conversations decoded in a batch whose free places are filled at once.
+    """Answer prompts with our own engine, in a batch whose free places are filled at once.
 
     The next turn of a conversation goes before a new conversation, so that what a kill can lose stays small.
     """
@@ -137,7 +137,7 @@ def answer_locally(target: Any, prompts: list[Prompt], params: GenerateParams, s
 def _open_next(
     target: Any, waiting: deque[Prompt], params: GenerateParams, sink: Sink
 ) -> Conversation | None:
-    """The next prompt that fits; those that do not are recorded as failures."""
+    """Open the next prompt that fits; those that do not are recorded as failures."""
     while waiting:
         prompt = waiting.popleft()
         try:
@@ -148,7 +148,7 @@ def _open_next(
 
 
 def _take(conversation: Conversation, generation: Generation, sink: Sink) -> bool:
-    """Add the answer to its conversation. Returns whether there is another turn to answer."""
+    """Add the answer to its conversation; return whether there is another turn to answer."""
     try:
         if generation.finish_reason == "error":
             raise UnusableError(generation.error or "the engine reported an error")

@@ -63,7 +63,7 @@ def answer(target: Any, prompts: list[Prompt], params: GenerateParams, sink: Sin
 
 
 class _Run:
-    """The conversations that wait, and the workers that every address has as many of as its concurrency."""
+    """Queue of conversations, and `concurrency` workers for each address."""
 
     def __init__(self, target: Any, params: GenerateParams, sink: Sink) -> None:
         self.target, self.params, self.sink = target, params, sink
@@ -121,7 +121,7 @@ class _Run:
         return body | ({"top_k": self.params.top_k} if self.params.top_k else {})
 
     async def _post(self, client: httpx.AsyncClient, endpoint: str, body: dict) -> dict:
-        """The server's reply; waits and tries again where that can help."""
+        """Post a request and return the server's reply; wait and try again where that can help."""
         retries = self.params.openai.retries
         for attempt in range(retries + 1):
             response = error = None
@@ -139,7 +139,7 @@ class _Run:
         raise UnusableError(f"{endpoint} gave no answer in {retries + 1} tries: {what}")
 
     def _read(self, reply: dict) -> tuple[list[int], str]:
-        """The answer's token ids and finish reason."""
+        """Read the answer's token ids and finish reason."""
         try:
             choice = reply["choices"][0]
             message, finish_reason = dict(choice["message"]), choice["finish_reason"]
@@ -164,7 +164,7 @@ class _Run:
 
 
 async def _together(workers: list[Coroutine]) -> None:
-    """Run them all; the first error stops the others and is raised as it is."""
+    """Run all workers; the first error stops the others and is raised as it is."""
     try:
         async with asyncio.TaskGroup() as group:
             for worker in workers:
@@ -190,7 +190,7 @@ def _worth_retrying(response: httpx.Response) -> bool:
 
 
 def _parsed(response: httpx.Response, endpoint: str) -> dict:
-    """The reply's JSON. A refusal of this request fails its row; one that all would meet stops the run."""
+    """Parse the reply's JSON. A refusal of this request fails its row; one that all would meet stops the run."""
     if response.is_success:
         try:
             return response.json()
@@ -204,13 +204,13 @@ def _parsed(response: httpx.Response, endpoint: str) -> dict:
 
 
 def _wait_s(attempt: int, response: httpx.Response | None) -> float:
-    """Exponential, with jitter so that workers do not come back together; never less than the server asks."""
+    """Return seconds to wait: exponential backoff with jitter, never less than the server asks."""
     backoff = min(LONGEST_WAIT_S, FIRST_WAIT_S * 2**attempt) * random.uniform(0.5, 1.5)
     return max(backoff, _retry_after_s(response) if response is not None else 0.0)
 
 
 def _retry_after_s(response: httpx.Response) -> float:
-    """`Retry-After` is a number of seconds or a date; a missing or malformed one asks for nothing."""
+    """Parse `Retry-After`, seconds or a date; a missing or malformed one is 0."""
     value = response.headers.get("retry-after", "").strip()
     try:
         seconds = float(value)

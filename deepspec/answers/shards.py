@@ -76,7 +76,7 @@ class Sink:
         self._shard, self._seed = shard, seed
 
     def seed(self, conversation: Conversation) -> int:
-        """For the sampler of the conversation's next answer."""
+        """Return the sampler's seed for the conversation's next answer."""
         return (
             conversation_seed(self._seed, conversation.prompt.id) + len(conversation.finish_reasons)
         ) % 2**31
@@ -91,7 +91,7 @@ class Sink:
 
 
 def conversation_seed(seed: int, id: str) -> int:
-    """A seed of 31 bits (some servers take no more) that depends on nothing but the run's seed and the id."""
+    """Derive a seed of 31 bits (some servers take no more) from the run's seed and the conversation's id alone."""
     return int.from_bytes(hashlib.sha256(f"{seed}:{id}".encode()).digest()[:4]) >> 1
 
 
@@ -165,7 +165,7 @@ def assemble(work: Work, ids: list[str], out: Path, settings: dict[str, Any], ta
 
 
 def _write_parquet(work: Work, ids: list[str], path: Path, settings: dict, target: str) -> dict[str, int]:
-    """Returns the numbers of tokens."""
+    """Write the data set's rows and return the numbers of tokens."""
     constants = {key: settings[key] for key in ("temperature", "top_p", "engine")} | {"target": target}
     counts = {"answer_tokens": 0, "total_tokens": 0}
 

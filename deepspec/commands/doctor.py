@@ -151,7 +151,7 @@ def _target(root: Path) -> Check:
 
 
 def _drafts(root: Path) -> Iterator[Check]:
-    """A draft works with the target it was trained for, and no other."""
+    """Check that each draft was trained for the present target; it works with no other."""
     target = root / "data/target/deepspec.json"
     for directory in sorted(path for path in (root / "data/drafts").glob("*") if path.is_dir()):
         name = f"data/drafts/{directory.name}"

@@ -116,7 +116,7 @@ def read_bandwidth(device: torch.device, megabytes: int = 512, repeats: int = 8)
 
 
 def _measured(target: Target, drafter: Drafter | None, batches: list[int], force: bool) -> CostCurve:
-    """The curve; where it must be measured, a bar shows how far that is."""
+    """Return the cost curve; where it must be measured, a bar shows how far that is."""
     bar: Progress | None = None
     with ExitStack() as stack:
 

@@ -40,6 +40,8 @@ class Advice:
 
 def advise(record: dict[str, Any] | None, kind: str, gamma: int) -> Advice:
     """
+    Say how many tokens to draft, and why.
+
     Args:
         record: the draft's evaluation record, if it has one.
         gamma: γ, tokens drafted at most.
@@ -72,5 +74,5 @@ def _choices(record: dict[str, Any], kind: str, gamma: int) -> tuple[Choice, ...
 
 
 def _mean(rows: list[list[float]], length: int) -> list[float]:
-    """Over tasks; a position that no block of a task reached was never accepted there."""
+    """Average over tasks; a position that no block of a task reached counts as never accepted there."""
     return [sum(row[k] if k < len(row) else 0.0 for row in rows) / len(rows) for k in range(length)]

@@ -35,7 +35,8 @@ TRAINED = ("eagle3", "dspark", "dflash", "medusa", "lm")
 
 @dataclass(frozen=True)
 class Draft:
-    """
+    """A draft directory and what is known of it.
+
     Args:
         name: under `drafters` of params.yaml.
         kind: one of `TRAINED`, "lookup" or "suffix".
@@ -55,12 +56,12 @@ class Draft:
 
     @cached_property
     def network(self) -> Network:
-        """As it was trained, in float32."""
+        """Load the network as it was trained, in float32."""
         return network(self.kind, self.directory, self.config, self.target, self.dtype)
 
     @cached_property
     def dtype(self) -> torch.dtype:
-        """Of its weights: bfloat16 for what is trained here."""
+        """Return the dtype of its weights: bfloat16 for what is trained here."""
         with safe_open(self.directory / self.weights_file, "pt") as file:
             slices = (file.get_slice(name).get_dtype() for name in file.keys())  # noqa: SIM118
             return next((_DTYPES[name] for name in slices if name in _DTYPES), torch.float32)
@@ -75,30 +76,30 @@ class Draft:
 
     @cached_property
     def weights(self) -> dict[str, Tensor]:
-        """All of them, embeddings and head too, by the names of the draft's own format; floats in `dtype`."""
+        """Return all weights, embeddings and head too, by the names of the draft's own format; floats in `dtype`."""
         named, own = stored_weights(self.network, written_out=True), self.network.stored(written_out=True)
         return named | {name: weight.detach().to(self.dtype) for name, weight in own.items()}
 
     @property
     def block_size(self) -> int:
-        """γ: tokens drafted at most."""
+        """Return γ, the most tokens it drafts."""
         return self.network.config.block_size if self.kind in TRAINED else self.config["block_size"]
 
     @property
     def reduced(self) -> bool:
-        """Whether it knows only a part of the target's vocabulary."""
+        """Return whether it knows only a part of the target's vocabulary."""
         config = self.network.config
         return config.draft_vocab_size < config.vocab_size
 
     @property
     def own_embeddings(self) -> bool:
-        """Whether it was published with embeddings that are not the target's."""
+        """Return whether it was published with embeddings that are not the target's."""
         shared = self.target.embeddings.cpu().to(self.dtype).float()
         return not torch.equal(self.network.embed_tokens.weight, shared)
 
     @property
     def target_path(self) -> str:
-        """What a command line calls the target: its hub id, or the directory it is in."""
+        """Return what a command line calls the target: its hub id, or its directory."""
         source = target_record(self.target).get("source", "")
         is_id = (
             source.count("/") == 1 and not source.startswith((".", "/", PREFIX)) and not Path(source).exists()
@@ -107,12 +108,12 @@ class Draft:
 
     @property
     def tokenizer_files(self) -> dict[str, Path]:
-        """The target's tokenizer and template, which every engine must see unchanged: name → file."""
+        """Return the files of the target's tokenizer and template, which every engine must see unchanged, by name."""
         return tokenizer_files(Path(self.target.source))
 
     @property
     def licence(self) -> str:
-        """Of the target, as far as it is known here."""
+        """Return the target's licence, as far as it is known here."""
         source = target_record(self.target).get("source", "")
         known = EMBEDDED.get(source.removeprefix(PREFIX))
         return known.licence if known else "the target's own (see its model card)"
@@ -120,6 +121,8 @@ class Draft:
 
 def load_draft(name: str, directory: Path, target: Target, evaluation: Path | None = None) -> Draft:
     """
+    Load a draft directory with what is known of it.
+
     Raises:
         DeepSpecError: not a draft directory, another target's draft, or a record of another draft.
     """
@@ -143,7 +146,7 @@ def load_draft(name: str, directory: Path, target: Target, evaluation: Path | No
 
 
 def target_record(target: Target) -> dict[str, Any]:
-    """What was written beside the target when it was resolved."""
+    """Read the record that was written beside the target when it was resolved."""
     path = Path(target.source) / RECORD
     return json.loads(path.read_text()) if path.exists() else {}
 

@@ -32,7 +32,7 @@ ENGINES: dict[str, dict[str, Plan]] = {
 
 
 def chosen(names: list[str] | None) -> list[str]:
-    """The engines that `--to` names; all of them where it names none.
+    """Return the engines that `--to` names; all of them where it names none.
 
     Raises:
         DeepSpecError: an unknown one.
@@ -47,7 +47,7 @@ def chosen(names: list[str] | None) -> list[str]:
 
 
 def export(draft: Draft, names: list[str], directory: Path) -> dict[str, Any]:
-    """Write the draft for each engine below `directory`, check it, and tell what came of it.
+    """Write the draft for each engine below `directory` and check what was written.
 
     Returns:
         the export record: `passed` where at least one directory was written and every written one passed parity.
@@ -73,7 +73,7 @@ def export(draft: Draft, names: list[str], directory: Path) -> dict[str, Any]:
 
 
 def with_others(record: dict[str, Any], path: Path) -> dict[str, Any]:
-    """The record with what the one at `path`, if it is of the same draft, says of engines not asked for now."""
+    """Add to a record the engines not asked for now, from the one at `path` if it is of the same draft."""
     try:
         known = json.loads(path.read_text())
         same = all(known[key] == value for key, value in record.items() if key not in ("engines", "passed"))

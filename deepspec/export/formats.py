@@ -50,7 +50,7 @@ def check_dspark(draft: Draft) -> None:
 
 
 def eagle3_config(draft: Draft) -> dict[str, Any]:
-    """What all engines read of an EAGLE-3 draft, every key written out."""
+    """Return the configuration that all engines read of an EAGLE-3 draft, every key written out."""
     config = draft.network.config
     return {
         "model_type": "llama",
@@ -70,7 +70,7 @@ def eagle3_config(draft: Draft) -> dict[str, Any]:
 
 
 def dflash_config(draft: Draft) -> dict[str, Any]:
-    """Of `DFlashDraftModel`, whose `block_size` counts the anchor."""
+    """Return the configuration of a `DFlashDraftModel`, whose `block_size` counts the anchor."""
     config = draft.network.config
     return {
         "architectures": ["DFlashDraftModel"],
@@ -87,7 +87,7 @@ def dflash_config(draft: Draft) -> dict[str, Any]:
 
 
 def dspark_config(draft: Draft) -> dict[str, Any]:
-    """Of DeepSeek's `Qwen3DSparkModel`."""
+    """Return the configuration of DeepSeek's `Qwen3DSparkModel`."""
     known = draft.network.description()
     known.pop("context_skip")
     return known | {
@@ -99,7 +99,7 @@ def dspark_config(draft: Draft) -> dict[str, Any]:
 
 
 def lm_layout(draft: Draft, command: str) -> Layout:
-    """A plain model directory with the target's tokenizer."""
+    """Lay out a plain model directory with the target's tokenizer."""
     copies = {name: draft.directory / name for name in ("config.json", "model.safetensors")}
     return Layout(
         draft.config["architectures"][0], "causal-lm", command, copies=copies | draft.tokenizer_files
@@ -107,7 +107,7 @@ def lm_layout(draft: Draft, command: str) -> Layout:
 
 
 def shared(draft: Draft) -> dict[str, Tensor]:
-    """All weights, but embeddings that are the target's own: engines share those."""
+    """Return all weights but embeddings that are the target's own: engines share those."""
     weights = dict(draft.weights)
     if not draft.own_embeddings:
         weights.pop("embed_tokens.weight")
@@ -122,7 +122,7 @@ def trained_layout(
 
 
 def backbone(draft: Draft) -> dict[str, Any]:
-    """Sizes of a Qwen3 decoder, which blocks run through."""
+    """Return the sizes of the Qwen3 decoder of a block drafter."""
     config = draft.network.config
     return {
         "model_type": "qwen3",

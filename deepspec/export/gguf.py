@@ -63,7 +63,7 @@ def lm(draft: Draft, where: str, tokens: int) -> Layout:
 
 
 def _split(tokenizer: dict[str, Any]) -> str:
-    """llama.cpp's name of the tokenizer's way to cut text before BPE."""
+    """Return llama.cpp's name of the tokenizer's pre-tokenization."""
     if tokenizer["model"]["type"] != "BPE":
         raise Refused(f"GGUF is written with byte-level BPE; this tokenizer is {tokenizer['model']['type']}")
     pre = tokenizer.get("pre_tokenizer") or {}
@@ -149,7 +149,7 @@ def _add_tokenizer(writer: Any, draft: Draft, tokenizer: dict[str, Any], split: 
 
 
 def _tensors(weights: dict[str, Tensor], config: dict[str, Any]) -> dict[str, Tensor]:
-    """By llama.cpp's names, query and key rows in its order."""
+    """Rename weights to llama.cpp's names, query and key rows in its order."""
     heads = config["num_attention_heads"]
     counts = {"attn_q": heads, "attn_k": config.get("num_key_value_heads") or heads}
     found = {}
@@ -167,7 +167,7 @@ def _tensors(weights: dict[str, Tensor], config: dict[str, Any]) -> dict[str, Te
 
 
 def _interleaved(weight: Tensor, heads: int) -> Tensor:
-    """Rows of a head's two halves, alternating."""
+    """Interleave the rows of each head's two halves."""
     rows = weight.unflatten(0, (heads, 2, -1))
     return torch.movedim(rows, 1, 2).flatten(0, 2)
 

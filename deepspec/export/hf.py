@@ -13,7 +13,7 @@ ALONG = ("deepspec.json", "calibration.json")  # what our engine reads besides
 
 
 def lm(draft: Draft, where: str, tokens: int) -> Layout:
-    """`generate(assistant_model=...)` takes how many tokens to draft from the assistant's generation_config.json."""
+    """Lay out an assistant model; transformers reads how many tokens to draft from its generation_config.json."""
     stops = sorted(draft.target.stop_ids)
     generation: dict[str, Any] = {
         "eos_token_id": stops if len(stops) > 1 else stops[0],

@@ -35,7 +35,8 @@ class Refused(Exception):
 
 @dataclass(frozen=True)
 class Layout:
-    """
+    """A directory for one engine, before it is written.
+
     Args:
         format: what the engine calls it.
         reader: by which the directory is read back, a name in `readers.READERS`.
@@ -64,7 +65,7 @@ class Layout:
 
 
 def write(layout: Layout, directory: Path, card: str) -> dict[str, str]:
-    """Write the directory in one rename; name → SHA-256 of its files."""
+    """Write the directory in one rename; return name → SHA-256 of its files."""
     with replacing(directory) as scratch:
         scratch.mkdir()
         for name, source in sorted(layout.copies.items()):
@@ -87,7 +88,7 @@ def write(layout: Layout, directory: Path, card: str) -> dict[str, str]:
 
 
 def tokenizer_files(target: Path) -> dict[str, Path]:
-    """The target's tokenizer and template, which every engine must see unchanged."""
+    """Return the target's tokenizer and template, which every engine must see unchanged."""
     return {name: target / name for name in TOKENIZER_FILES if (target / name).exists()}
 
 

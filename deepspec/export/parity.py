@@ -55,7 +55,8 @@ class Check:
 
 @dataclass(frozen=True)
 class Parity:
-    """
+    """Result of comparing a written directory with its draft.
+
     Args:
         max_abs_error: of the logits; None where there was none to compare.
     """
@@ -121,7 +122,7 @@ def _compare(draft: Draft, layout: Layout, path: Path, samples: list[Sample]) ->
 
 
 def _error(draft: Draft, reading: Reading, wanted: Tensor) -> float:
-    """Largest difference at the draft's own tokens."""
+    """Return the largest difference of logits at the draft's own tokens."""
     found = reading.logits[..., draft.network.draft_ids]
     if found.shape != wanted.shape:
         raise Unreadable(
@@ -138,7 +139,7 @@ def _weights(source: Directory) -> Check:
 
 
 def _facts(draft: Draft, facts: Facts) -> list[Check]:
-    """What the engine takes from the configuration against what the draft was trained with."""
+    """Compare what the engine takes from the configuration with what the draft was trained with."""
     trained = draft.network.config
     ids = draft.network.draft_ids if draft.reduced else None
     checks = []
@@ -177,7 +178,7 @@ def _as_ids(found: Tensor, ids: Tensor | None) -> str:
 
 
 def _length(draft: Draft, facts: Facts) -> Check:
-    """An engine that drafts for long contexts needs positions for them."""
+    """Check that the draft has as many positions as the target."""
     wanted, found = draft.target.max_length, facts.max_position_embeddings
     if found is None:
         return Check("max_position_embeddings", True, "this format has no positions")
@@ -188,7 +189,7 @@ def _length(draft: Draft, facts: Facts) -> Check:
 
 
 def _tokenizer(draft: Draft, path: Path) -> list[Check]:
-    """The target's own files, byte for byte; a template may lie in tokenizer_config.json or beside it."""
+    """Compare the target's own files byte for byte; a template may lie in tokenizer_config.json or beside it."""
     theirs, ours = (
         draft.tokenizer_files,
         {name: path / name for name in TOKENIZER_FILES if (path / name).exists()},
@@ -238,7 +239,7 @@ def _template(files: dict[str, Path]) -> str | None:
 
 
 def _settings(draft: Draft, path: Path) -> Check:
-    """A draft without weights is its settings: they may ask for no more tokens than it proposes."""
+    """Check the settings of a draft without weights: they may ask for no more tokens than it proposes."""
     settings = json.loads((path / "settings.json").read_text())
     drafted = [x for key, x in settings.items() if key in DRAFTED]
     known = bool(drafted) and all(x in (draft.block_size, draft.block_size + 1) for x in drafted)
@@ -255,7 +256,7 @@ def _same(name: str, found: Any, wanted: Any, said: str) -> Check:
 
 
 def _explain(draft: Draft, source: Directory, read: Read, sample: Sample, wanted: Tensor) -> str:
-    """Which fault, mended, would make the logits right; empty where none of those known does."""
+    """Name the known fault that, mended, makes the logits right; empty where none does."""
     for said, directory, seen in _hypotheses(draft, source, sample):
         try:
             if _error(draft, read(directory, seen), wanted) <= TOLERANCE:

@@ -22,7 +22,7 @@ from deepspec.target.model import H_LAST, Target, from_pretrained
 def network(
     kind: str, directory: Path, config: dict[str, Any], target: Target, dtype: torch.dtype
 ) -> Network:
-    """The network of a draft directory on the CPU in float32, all weights rounded to `dtype`, the file's own.
+    """Load a draft directory's network on the CPU in float32, all weights rounded to `dtype`, the file's own.
 
     Raises:
         DeepSpecError: an unsupported configuration, or an unknown, missing or misshapen weight.
@@ -35,7 +35,7 @@ def network(
 
 @torch.no_grad()
 def logits(model: Network, sample: Sample) -> Tensor:
-    """Of the blocks that begin at the anchors, the true tokens fed: [anchors, γ, columns] for `model.draft_ids`."""
+    """Return logits [anchors, γ, columns] of the blocks at the anchors, true tokens fed, for `model.draft_ids`."""
     gamma = model.config.block_size
     layers = [
         sample.last if layer == H_LAST else sample.states[layer] for layer in model.config.target_layer_ids

@@ -19,7 +19,7 @@ ANSWERED = (
 
 
 def samples(draft: Draft) -> list[Sample]:
-    """Held-out conversations that the draft's directory keeps, or else a text of ours."""
+    """Return held-out conversations that the draft's directory keeps, or else a text of ours."""
     target, gamma = draft.target, draft.block_size
     kept = [(row.ids[:TOKENS], row.anchors) for row in promise.load(draft.directory)]
     texts = [(ids, _fitting(anchors, len(ids), gamma)) for ids, anchors in kept]

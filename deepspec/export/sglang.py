@@ -118,7 +118,7 @@ def widened(draft: Draft) -> tuple[str, ...]:
 
 
 def _spread(draft: Draft, rows: Tensor) -> Tensor:
-    """Rows of the draft's columns at their target ids; zero elsewhere, which corrects nothing."""
+    """Spread the rows of the draft's columns to their target ids; zero elsewhere, which corrects nothing."""
     whole = rows.new_zeros(draft.target.vocab_size, rows.shape[1])
     return whole.index_copy(0, draft.network.draft_ids, rows)
 

@@ -19,7 +19,7 @@ def ngram(draft: Draft, where: str, tokens: int) -> Layout:
 
 
 def medusa_layout(draft: Draft, reader: str, command: str) -> Layout:
-    """The FasterDecoding layout: a vocabulary matrix for each head, which for our drafts is the target's own.
+    """Lay out Medusa as FasterDecoding did: a vocabulary matrix a head, for our drafts the target's own.
 
     No `architectures`, by which TGI knows it for a speculator; vLLM knows it by its `model_type`, wants to be told of
     biases, reads one matrix where `original_lm_head` and cuts it to the tokens of `token_map`.

@@ -105,7 +105,7 @@ def speculators_eagle3(draft: Draft, where: str, tokens: int) -> Layout:
 
 
 def speculators_block(draft: Draft, where: str, tokens: int) -> Layout:
-    """DFlash or DSpark."""
+    """Lay out DFlash or DSpark in the speculators format."""
     (check_dspark if draft.kind == "dspark" else check_dflash)(draft)
     own = draft.network.config
     config = {

@@ -33,7 +33,7 @@ class Codec:
     dtype: torch.dtype
 
     def encode(self, x: Tensor) -> Encoded:
-        """x [n, d] → codes and scales.
+        """Encode x [n, d] as codes and scales.
 
         Raises:
             DeepSpecError: d is not a multiple of the group.
@@ -57,7 +57,7 @@ class Codec:
         return {"codes": codes.to(self.dtype), "scales": scales}
 
     def decode(self, encoded: Encoded) -> Tensor:
-        """→ bfloat16 [n, d]"""
+        """Decode to bfloat16 [n, d]."""
         codes = encoded["codes"]
         if self.group is None:
             return codes
@@ -80,7 +80,8 @@ CODECS = {
 
 
 def codec(name: str) -> Codec:
-    """
+    """Return the codec of a name.
+
     Raises:
         DeepSpecError: no codec of that name.
     """

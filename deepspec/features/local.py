@@ -1,5 +1,7 @@
-"""The target's view of the distillation data: for every token the chosen layers' hidden states, the post-norm hidden
-state (with the head it gives the target's whole law) and the log-normaliser of that law.
+"""Features: the target's states for every token of the distillation data.
+
+These are the chosen layers' hidden states, the post-norm hidden state (with the head it gives the target's whole law)
+and the log-normaliser of that law.
 
 `CachedFeatures` computes them once into shards of safetensors, outside DVC, and memory-maps them; an interrupted
 extraction goes on at the shard where it stopped. `OnlineFeatures` runs the target inside the training loop and stores
@@ -37,7 +39,8 @@ _NORM = "log_norm"
 
 
 class Features(ABC):
-    """
+    """The target's states for the sequences of a data set.
+
     Args:
         sequences: in the order of the data set.
         layers: target layer ids, concatenated in this order; `H_LAST` is the post-norm state.
@@ -48,14 +51,14 @@ class Features(ABC):
 
     @abstractmethod
     def rows(self, indices: list[int]) -> list[dict[int | str, Tensor]]:
-        """Of each sequence: layer → bfloat16 [n, d] for all layers and `H_LAST`; "log_norm" → float32 [n]."""
+        """Return for each sequence: layer → bfloat16 [n, d] for all layers and `H_LAST`; "log_norm" → float32 [n]."""
 
     @abstractmethod
     def describe(self) -> dict[str, Any]:
-        """What they are, for a manifest that DVC tracks."""
+        """Describe the features, for a manifest that DVC tracks."""
 
     def batch(self, indices: list[int]) -> tuple[Tensor, Tensor, Tensor]:
-        """features [b, n, layers·d], hidden [b, n, d] and log_norm [b, n] of some sequences, zero-padded."""
+        """Return features [b, n, layers·d], hidden [b, n, d] and log_norm [b, n] of some sequences, zero-padded."""
         rows = self.rows(indices)
         hidden = [row[H_LAST] for row in rows]
         features = [
@@ -68,7 +71,7 @@ class Features(ABC):
         return tuple(pad_sequence(part, batch_first=True) for part in parts)
 
     def compute(self, indices: list[int]) -> list[dict[int | str, Tensor]]:
-        """`rows`, by a pass of the target; on its device and in its dtype.
+        """Compute `rows` by a pass of the target, on its device and in its dtype.
 
         Raises:
             DeepSpecError: the target's hidden states are not finite.
@@ -90,7 +93,7 @@ class Features(ABC):
         return rows
 
     def log_norm(self, hidden: Tensor) -> Tensor:
-        """Of post-norm states [n, d], in chunks."""
+        """Compute the log-normaliser of the law at post-norm states [n, d], in chunks."""
         return torch.cat([self.target.logits(part).float().logsumexp(-1) for part in hidden.split(256)])
 
 
@@ -142,7 +145,7 @@ class CachedFeatures(Features):
 
     @classmethod
     def below(cls, root: Path, *what: Any) -> CachedFeatures:
-        """In a directory below `root` that is named by everything the features depend on, the code too.
+        """Open the cache below `root` whose directory is named by all that the features depend on, code included.
 
         A finished one that has more layers serves as well: drafters of one target share what they can.
         """
@@ -242,7 +245,7 @@ class CachedFeatures(Features):
         return {"file": path.name, "bytes": path.stat().st_size, "sha256": file_digest(path)}
 
     def _map(self, number: int) -> dict[str, Tensor]:
-        """A shard's tensors, mapped; its checksum is verified when it is first read."""
+        """Memory-map a shard's tensors; its checksum is verified when it is first read."""
         if number not in self._maps:
             path, entry = self._path(number), self.manifest["shards"][number]
             if not path.exists() or file_digest(path) != entry["sha256"]:
@@ -258,7 +261,7 @@ class CachedFeatures(Features):
 
 
 def _shards(sequences: list[Sequence]) -> Iterator[list[list[int]]]:
-    """Batches of sequences, a shard's worth at a time."""
+    """Group sequences into shards, each a list of batches."""
     shard: list[list[int]] = []
     tokens = 0
     for batch in _like_lengths(sequences):
@@ -272,7 +275,7 @@ def _shards(sequences: list[Sequence]) -> Iterator[list[list[int]]]:
 
 
 def _like_lengths(sequences: list[Sequence]) -> Iterator[list[int]]:
-    """Indices in batches of similar length, at most BATCH_TOKENS tokens with padding."""
+    """Group indices into batches of similar length, at most BATCH_TOKENS tokens with padding."""
     batch: list[int] = []
     for i in sorted(range(len(sequences)), key=lambda i: -len(sequences[i].ids)):
         if batch and len(sequences[batch[0]].ids) * (len(batch) + 1) > BATCH_TOKENS:

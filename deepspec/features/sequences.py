@@ -20,7 +20,7 @@ class Sequence:
 
 
 def read_sequences(directory: Path, max_length: int, supervise: str) -> tuple[list[Sequence], str]:
-    """The conversations of a distillation data set, cut to `max_length`, and the data's digest.
+    """Read the conversations of a distillation data set, cut to `max_length`, and the data's digest.
 
     `supervise="answer"` learns the answers alone, `"all"` also the prompts: the target's law is as valid there. What
     all conversations begin with (the template, a system prompt) is never learnt.

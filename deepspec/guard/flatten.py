@@ -67,7 +67,7 @@ class Flattener:
         }
 
     def mask_problem(self, row: dict[str, Any], answers: list[tuple[int, list[int]]]) -> str | None:
-        """Why the loss mask does not cover exactly the answers' tokens, or None."""
+        """Return why the loss mask does not cover exactly the answers' tokens, or None."""
         ids, mask, reasons = row["input_ids"], row["loss_mask"], row["finish_reasons"]
         texts = _said(row, "assistant")
         if len(ids) != len(mask):
@@ -99,7 +99,7 @@ class Flattener:
 
 
 def answer_runs(ids: list[int], mask: list[int]) -> list[tuple[int, list[int]]]:
-    """Start and tokens of every unbroken run of masked tokens."""
+    """Return start and tokens of every unbroken run of masked tokens."""
     runs = []
     for masked, group in groupby(range(min(len(ids), len(mask))), key=lambda i: bool(mask[i])):
         positions = list(group)
@@ -109,7 +109,7 @@ def answer_runs(ids: list[int], mask: list[int]) -> list[tuple[int, list[int]]]:
 
 
 def repetition(tokens: list[int], n: int) -> float:
-    """The share of n-grams that occurred before: 0 where all differ, near 1 in a loop."""
+    """Return the share of n-grams that occurred before: 0 where all differ, near 1 in a loop."""
     ngrams = [tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1)]
     return 1 - len(set(ngrams)) / len(ngrams) if ngrams else 0.0
 

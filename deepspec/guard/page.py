@@ -15,5 +15,5 @@ ASSETS = Path(__file__).parent / "assets"
 
 
 def render(validation: Validation) -> str:
-    """The page. The same validation gives the same text."""
+    """Render the page; the same validation gives the same text."""
     return templates(ASSETS).get_template("validation.html").render(validation=validation)

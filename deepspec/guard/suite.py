@@ -93,7 +93,7 @@ def validate_data(
 
 
 def row_rules(bounds: ValidateParams, max_length: int, target_digest: str) -> list[Rule]:
-    """What must hold of the flattened table."""
+    """Return the expectations about the flattened table."""
     return [
         _row_count(bounds),
         *_form_rules(),
@@ -251,7 +251,7 @@ def _outcome_rules(bounds: ValidateParams) -> list[Rule]:
 
 
 def apply_rules(table: pandas.DataFrame, rules: list[Rule]) -> list[Check]:
-    """Validate a table that has a column `id`. The checks come in the order of the rules."""
+    """Validate a table that has a column `id`; checks come in the order of the rules."""
     context = gx.get_context(mode="ephemeral")
     context.variables.progress_bars = ProgressBarsConfig(globally=False)
     asset = context.data_sources.add_pandas("memory").add_dataframe_asset("table")
@@ -311,7 +311,7 @@ def _short(*values: Any) -> str:
 
 
 def _column_facts(found: Features) -> pandas.DataFrame:
-    """One row for every column that there must be."""
+    """Return one row for every required column."""
     facts = [(name, str(kind), str(found.get(name, "missing"))) for name, kind in FEATURES.items()]
     return pandas.DataFrame(facts, columns=["id", "expected", "found"])
 
@@ -323,7 +323,7 @@ def _manifest_facts(manifest: dict, path: Path, rows: int, failures: int) -> pan
 
 
 def _outcomes(prompts: list[Prompt], table: pandas.DataFrame, failures: list[dict]) -> pandas.DataFrame:
-    """One row for every prompt, with what became of it."""
+    """Return one row for every prompt: answered, failed or lost."""
     outcome = dict.fromkeys(table.get("id", []), "row")
     reasons = {failure["id"]: failure["reason"] for failure in failures}
     outcome |= dict.fromkeys(reasons, "failure")
@@ -338,7 +338,7 @@ def _outcomes(prompts: list[Prompt], table: pandas.DataFrame, failures: list[dic
 
 
 def _read_json_lines(path: Path, whole: bool = False) -> list[dict]:
-    """The objects of a JSON-lines file, or the one that the whole file is."""
+    """Read the objects of a JSON-lines file, or with `whole` the one that the file is."""
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:

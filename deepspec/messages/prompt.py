@@ -20,7 +20,7 @@ class Prompt:
 
 
 def read_prompts(path: str | Path) -> list[Prompt]:
-    """Every prompt of the file, in its order.
+    """Read every prompt of a file, in its order.
 
     Raises:
         DeepSpecError: the file is missing or empty, a line is not a prompt (its number is named), or an id
@@ -60,7 +60,7 @@ def _parse(line: bytes, where: str) -> Prompt:
 
 
 def _is_text(value: Any) -> bool:
-    """Non-blank text that UTF-8 can hold; JSON also spells lone surrogates, on which tokenizers stumble."""
+    """Return whether a value is non-blank text that UTF-8 can hold (JSON also spells lone surrogates)."""
     if not isinstance(value, str) or not value.strip():
         return False
     try:

@@ -54,20 +54,20 @@ class Slots(dict):
 
 
 def word_lists(block: str) -> dict[str, list[str]]:
-    """`name: word | word | ...` a line; an indented line goes on with the list above it."""
+    """Parse word lists: `name: word | word | ...` a line; an indented line continues the list above it."""
     joined = re.sub(r"\n\s+", " ", block.strip())
     named = (line.split(":", 1) for line in joined.splitlines())
     return {name: [word.strip() for word in rest.split("|")] for name, rest in named}
 
 
 def with_article(noun: str) -> str:
-    """`a baker`, `an engineer`, `a unicycle`, `an hour`."""
+    """Return a noun with its article: `a baker`, `an engineer`, `a unicycle`, `an hour`."""
     vowel = noun[0] in "aeiouAEIOU" and not noun.lower().startswith(SOUNDS_LIKE_CONSONANT)
     return f"{'an' if vowel or noun.startswith(SOUNDS_LIKE_VOWEL) else 'a'} {noun}"
 
 
 def capitalise(text: str) -> str:
-    """Capital letters where sentences start."""
+    """Capitalise the first letter of every sentence."""
     return SENTENCE_START.sub(lambda match: match[1] + match[2].upper(), text)
 
 

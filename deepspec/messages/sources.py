@@ -27,14 +27,14 @@ class Candidate:
 
 
 def jsonl_candidates(path: str, seed: int) -> Iterator[Candidate]:
-    """The prompts of a JSONL file in an order drawn from `seed`. The whole file is checked first."""
+    """Yield the prompts of a JSONL file in an order drawn from `seed`; the whole file is checked first."""
     prompts = read_jsonl(path)
     random.Random(seed).shuffle(prompts)
     return (Candidate(turns) for turns in prompts)
 
 
 def read_jsonl(path: str | Path) -> list[list[str]]:
-    """User turns of every line of a JSONL file (`.gz` too); blank lines are skipped.
+    """Read the user turns of every line of a JSONL file (`.gz` too); blank lines are skipped.
 
     Raises:
         DeepSpecError: no such file, or a malformed line, with its number.
@@ -51,7 +51,7 @@ def read_jsonl(path: str | Path) -> list[list[str]]:
 
 
 def hub_candidates(spec: str, seed: int) -> Iterator[Candidate]:
-    """Prompts of `<dataset>[:split]` or `<dataset>:<config>/<split>` in an order drawn from `seed`.
+    """Yield prompts of `<dataset>[:split]` or `<dataset>:<config>/<split>` in an order drawn from `seed`.
 
     The dataset may be a local directory.
 
@@ -71,7 +71,7 @@ def hub_candidates(spec: str, seed: int) -> Iterator[Candidate]:
 
 
 def user_turns(row: Any, columns: Sequence[str] = ()) -> list[str]:
-    """The user turns of one row: those of its named columns, or of the first of `COLUMNS` that it has.
+    """Return the user turns of one row: those of its named columns, or of the first of `COLUMNS` that it has.
 
     A column holds a string, a list of strings or a list of messages; several columns follow one another.
 
@@ -103,7 +103,7 @@ def _turns(value: Any, column: str) -> list[str]:
 
 
 def _user_text(item: Any, column: str) -> str | None:
-    """The text of a turn or of a user's message; None for a message of another role."""
+    """Return the text of a turn or of a user's message; None for a message of another role."""
     if isinstance(item, str):
         return item
     if not isinstance(item, Mapping):
@@ -119,7 +119,7 @@ def _user_text(item: Any, column: str) -> str | None:
 
 
 def _row_candidates(dataset: Iterable[Mapping]) -> Iterator[Candidate]:
-    """Rows of a public dataset are not the user's to mend: one without a user turn is rejected, no error."""
+    """Yield the rows that have a user turn; others are skipped, since a user cannot mend a public dataset."""
     for row in dataset:
         try:
             yield Candidate(user_turns(row))
@@ -144,7 +144,7 @@ def load_split(
     revision: str | None = None,
     files: Sequence[str] = (),
 ) -> Any:
-    """One split of a dataset, by hub name or directory. Imports `datasets` here: the core runs without it.
+    """Load one split of a dataset, by hub name or directory. `datasets` is imported here: the core runs without it.
 
     Args:
         files: data files inside the dataset, or addresses; they alone are read, and make up the split.
@@ -177,7 +177,7 @@ def load_split(
 
 
 def _place(name: str, revision: str | None, file: str) -> str:
-    """Where a data file is: an address, in a directory, or on the hub."""
+    """Return where a data file is: an address, a path in a directory, or a place on the hub."""
     if "://" in file:
         return file
     if Path(name).is_dir():

@@ -106,12 +106,12 @@ def write_prompts(prompts: PromptSet, directory: str | Path) -> None:
 
 
 def prompt_id(turns: list[str]) -> str:
-    """16 hexadecimal digits that stand for these turns, wherever they came from."""
+    """Return the 16 hexadecimal digits that identify these turns, wherever they came from."""
     return digest(json.dumps(turns, ensure_ascii=False))
 
 
 def split_by_weight(count: int, weights: Mapping[str, float]) -> dict[str, int]:
-    """Whole shares of `count` in proportion to the weights (largest remainder)."""
+    """Divide `count` into whole shares in proportion to the weights (largest remainder)."""
     total = sum(weights.values())
     exact = {name: count * weight / total for name, weight in weights.items()}
     shares = {name: math.floor(value) for name, value in exact.items()}
@@ -135,7 +135,7 @@ def _source(
 def _mix(
     sources: Mapping[str, Source], weights: Mapping[str, float], count: int, sieve: Sieve
 ) -> tuple[list[dict], list[str]]:
-    """Take every source's share; what is missing is shared among those that have more, until none has."""
+    """Take every source's share; a shortfall is shared among the sources that have more, until none has."""
     rows: list[dict] = []
     notes: list[str] = []
     left = dict(weights)

@@ -31,7 +31,7 @@ class Sieve:
         self.rejected: Counter[str] = Counter()
 
     def fault(self, candidate: Candidate) -> str | None:
-        """Why the candidate cannot be used, or None. Changes nothing."""
+        """Return why the candidate cannot be used, or None; changes nothing."""
         if candidate.fault:
             return candidate.fault
         turns = candidate.turns
@@ -56,12 +56,12 @@ class Sieve:
 
 
 def duplicate_key(turns: list[str]) -> str:
-    """Equal for prompts that differ in case, spacing or punctuation only; numbers count."""
+    """Return a key that is equal for prompts that differ only in case, spacing or punctuation, not in numbers."""
     return "\n".join(" ".join(words(turn)) for turn in turns)
 
 
 def noise(text: str) -> str | None:
-    """Why a text is not language that a person would type, or None."""
+    """Return why a text is not something that a person would type, or None."""
     if not text.strip():
         return "empty turn"
     if CONTROL.search(text):
@@ -79,7 +79,7 @@ def noise(text: str) -> str | None:
 
 
 def _repetition(text: str) -> float:
-    """Share of the word n-grams that are repeats of an earlier one."""
+    """Return the share of word n-grams that repeat an earlier one."""
     found = words(text)
     grams = [tuple(found[i : i + REPETITION_NGRAM]) for i in range(len(found) - REPETITION_NGRAM + 1)]
     return 1 - len(set(grams)) / len(grams) if grams else 0.0

@@ -43,7 +43,7 @@ class Magpie:
         self._next = 0  # the first attempt not yet handed out
 
     def candidates(self, need: int, sieve: Sieve) -> Iterator[Candidate]:
-        """Attempts in order; missing ones are made until `need` pass the sieve or the budget is spent."""
+        """Yield attempts in order; missing ones are generated until `need` pass the sieve or the budget is spent."""
         end = self._next + ATTEMPTS_PER_PROMPT * need
         self._generate(end, need, sieve)
         while self._next < end and self._next in self._done:

@@ -21,12 +21,12 @@ SHORTEST_INSIDE = 3  # Fewer words than this ("Go on.") match a whole prompt onl
 
 
 def words(text: str) -> list[str]:
-    """The words of a text in lower case; punctuation and `_` separate and vanish, `3.5` stays one word."""
+    """Return the words of a text in lower case; punctuation and `_` only separate, `3.5` stays one word."""
     return WORD.findall(text.lower().replace("’", "'"))
 
 
 def normalise(text: str) -> list[str]:
-    """`words(text)` with numbers collapsed: `[1, 2, 3] and 4` becomes `# and #`."""
+    """Return `words(text)` with numbers collapsed: `[1, 2, 3] and 4` becomes `# and #`."""
     numberless = ["#" if word[0].isdigit() else word for word in words(text)]
     return [word for i, word in enumerate(numberless) if word != "#" or numberless[i - 1 : i] != ["#"]]
 
@@ -55,7 +55,7 @@ class Overlap:
                 self._whole.setdefault(len(prompt), set()).add(" ".join(prompt))
 
     def hits(self, text: str) -> str | None:
-        """The first n-gram (or whole short prompt) that `text` shares with an evaluation prompt, or None."""
+        """Return the first n-gram (or whole short prompt) that `text` shares with an evaluation prompt, or None."""
         found = normalise(text)
         for gram in _grams(found, self.n):
             if gram in self._grams:

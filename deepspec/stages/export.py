@@ -28,7 +28,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def main(params: Params, flags: argparse.Namespace) -> None:
-    """The record is written in any case; a directory that fails its check then ends the stage with an error."""
+    """Export drafts; the record is written in any case, then a failed check ends the stage with an error."""
     from deepspec.drafters.checkpoint import draft_directory
     from deepspec.export.draft import load_draft
     from deepspec.export.engines import chosen, export, with_others

@@ -30,7 +30,7 @@ def main(params: Params, flags: argparse.Namespace) -> None:
 
 
 def _target():
-    """Loads the verifier only where it writes prompts: the other sources need no torch."""
+    """Load the target only where it writes prompts: the other sources need no torch."""
     from deepspec.target.model import load_target
 
     return load_target("data/target")

@@ -14,7 +14,7 @@ REPORT = Path("reports/validation.json")
 
 
 def main(params: Params, flags: argparse.Namespace) -> None:
-    """The reports are written in any case; data that fails a check then ends the stage with an error."""
+    """Check the data; the reports are written in any case, then a failed check ends the stage with an error."""
     from deepspec.guard.page import render
     from deepspec.guard.suite import validate_data
     from deepspec.messages.prompt import read_prompts

@@ -110,7 +110,7 @@ class TaskFile(BaseModel):
 def load_task(
     name_or_path: str | Path, limit: int | None = None, seed: int = 0, tasks_dir: str | Path | None = None
 ) -> Task:
-    """A task by its name or the path of its YAML.
+    """Load a task by its name or the path of its YAML.
 
     Args:
         limit: number of prompts, sampled by `seed` and kept in the order of the source; None takes all.
@@ -133,7 +133,7 @@ def load_task(
 
 
 def evaluation_texts(tasks: Iterable[str | Path], tasks_dir: str | Path | None = None) -> list[str]:
-    """Every user turn of every prompt of the tasks, without their frame: what training must not contain."""
+    """Return every user turn of the tasks' prompts, without their frame: what training must not contain."""
     texts = []
     for name in tasks:
         task, path, local = _find(name, tasks_dir)
@@ -143,14 +143,14 @@ def evaluation_texts(tasks: Iterable[str | Path], tasks_dir: str | Path | None =
 
 
 def task_names() -> list[str]:
-    """The tasks that come with the project."""
+    """Return the names of the tasks that come with the project."""
     return sorted(path.stem for path in TASKS.glob("*.yaml"))
 
 
 def _find(
     name_or_path: str | Path, tasks_dir: str | Path | None
 ) -> tuple[TaskFile | None, Path | None, Path | None]:
-    """A task's YAML, the YAML's path, and the JSONL that takes its place: one of the two is there."""
+    """Find a task's YAML, the YAML's path, and the JSONL that takes its place: one of the two is there."""
     name, path = str(name_or_path), Path(name_or_path)
     if name in task_names():
         path = TASKS / f"{name}.yaml"
@@ -169,7 +169,7 @@ def _find(
 
 
 def _directory(tasks_dir: str | Path | None) -> Path | None:
-    """Where local prompts are: the environment's directory before that of params.yaml."""
+    """Return the directory of local prompts: the environment's before that of params.yaml."""
     place = os.environ.get(TASKS_DIR) or tasks_dir
     if not place:
         return None
@@ -195,7 +195,7 @@ def _local_prompts(path: Path) -> list[list[str]]:
 
 
 def _unframed(prompts: list[list[str]]) -> list[list[str]]:
-    """Without what all first turns begin and end with: the frame of prompts that came framed."""
+    """Remove what all first turns begin and end with: the frame of prompts that came framed."""
     first = [turns[0] for turns in prompts]
     start = len(os.path.commonprefix(first))
     end = len(os.path.commonprefix([turn[start:][::-1] for turn in first]))
@@ -222,7 +222,7 @@ def _read(path: Path) -> TaskFile:
 
 
 def _prompts(task: TaskFile, path: Path, tasks_dir: str | Path | None) -> list[list[str]]:
-    """All prompts of a task without its frame."""
+    """Return all prompts of a task without its frame."""
     kind, _, rest = task.source.partition(":")
     if kind == "generator":
         return GENERATORS[rest](task.count, task.seed)
@@ -236,7 +236,7 @@ def _prompts(task: TaskFile, path: Path, tasks_dir: str | Path | None) -> list[l
 
 
 def _rows(task: TaskFile, instead: str) -> list[list[str]]:
-    """The prompts of a dataset; `instead` says in an error how else to supply them."""
+    """Return the prompts of a dataset; `instead` says in an error how else to supply them."""
     kind, _, rest = task.source.partition(":")
     try:
         files = [rest] if kind == "url" else task.files
@@ -283,7 +283,7 @@ def _instead(task: TaskFile, tasks_dir: str | Path | None) -> str:
 
 
 def _source(task: TaskFile) -> str:
-    """Where prompts came from, as results record it: a directory by its name, a dataset with its commit."""
+    """Return the source of the prompts as results record it: a directory's name, a dataset with its commit."""
     kind, _, rest = task.source.partition(":")
     if kind != "hub":
         return task.source

@@ -215,6 +215,6 @@ TEMPLATES: list[Template] = [
 
 
 def word_problems(count: int, seed: int) -> list[list[str]]:
-    """`count` problems with one turn each, the templates in turn; the same for the same seed."""
+    """Return `count` problems of one turn each, templates in turn; the same for the same seed."""
     rng = random.Random(seed)
     return [[TEMPLATES[i % len(TEMPLATES)].fill(rng, LISTS)] for i in range(count)]

@@ -51,20 +51,20 @@ class Batches:
         self.replayed: dict[int, list[int]] = {}  # anchors to take instead (`training.replay`)
 
     def indices(self, step: int) -> list[int]:
-        """The sequences of a step: an epoch visits each once, in batches of like length, in a seeded order."""
+        """Return the sequences of a step: an epoch visits each once, in batches of like length, in a seeded order."""
         epoch, place = divmod(step, self.steps_per_epoch)
         if self._epoch[0] != epoch:
             self._epoch = (epoch, self._order(epoch))
         return self._epoch[1][place]
 
     def make(self, step: int, rank: int = 0, world: int = 1, parts: int = 1) -> list[Batch]:
-        """What process `rank` of `world` trains on in a step, in at most `parts` parts."""
+        """Return the blocks that process `rank` of `world` trains on in a step, in at most `parts` parts."""
         mine = self.indices(step)[rank::world]
         size = -(-len(mine) // parts)
         return [self.blocks(mine[start : start + size], step) for start in range(0, len(mine), size)]
 
     def blocks(self, indices: list[int], step: int, answers_only: bool = False) -> Batch:
-        """Random blocks of given sequences; a sequence's anchors depend on (seed, step, sequence) alone."""
+        """Draw random blocks of given sequences; a sequence's anchors depend on (seed, step, sequence) alone."""
         anchors = torch.empty(len(indices), self.anchors, dtype=torch.int64)
         for row, i in enumerate(indices):
             replayed = None if answers_only else self.replayed.get(i)
@@ -76,12 +76,12 @@ class Batches:
         return self.at(indices, anchors, answers_only)
 
     def starts(self, i: int, answers_only: bool = False) -> list[int]:
-        """Where a block of sequence i may start: its next token is to be learnt."""
+        """Return where a block of sequence i may start: its next token is to be learnt."""
         mask = self._mask(i, answers_only)
         return [anchor for anchor in range(1, len(mask) - 1) if mask[anchor + 1]]
 
     def at(self, indices: list[int], anchors: Tensor, answers_only: bool = False) -> Batch:
-        """Blocks of given sequences at given anchors [sequences, blocks].
+        """Return blocks of given sequences at given anchors [sequences, blocks].
 
         Prediction k of a block is of the token at anchor + k, from the target's pass over the one before.
         """

@@ -1,5 +1,6 @@
-"""The objective over several processes: data parallel or sharded by FSDP2, as accelerate's configuration says. The
-trainer's loop is the same for all.
+"""The objective over several processes: data parallel or sharded by FSDP2, as accelerate's configuration says.
+
+The trainer's loop is the same for all.
 """
 
 from __future__ import annotations

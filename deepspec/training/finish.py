@@ -72,7 +72,7 @@ def training_record(params: Params, data_digest: str | None) -> dict[str, Any]:
 
 
 def _best_network(prepared: Prepared, trainer: Trainer) -> Network:
-    """A whole network with the best weights, where the trained one may be sharded."""
+    """Return a whole network with the best weights, where the trained one may be sharded."""
     best = make_network(prepared.params, prepared.name, prepared.target)
     best.share(prepared.target, trainer.raw.draft_ids)
     best.take_buffers(prepared.network)
@@ -95,7 +95,7 @@ def _calibrate(draft: Path, target: Target, prompts: list[list[int]], seed: int)
 
 
 def _decoded_tau(draft: Path, target: Target, prompts: list[list[int]], seed: int) -> dict[str, float]:
-    """τ of a small real decode of held-out prompts: what training expects is checked before anything relies on it."""
+    """Return τ of a small real decode of held-out prompts, which checks what training expects."""
     drafter = load_drafter(draft, target)
     found = {}
     for mode, temperature in TEMPERATURES.items():

@@ -43,10 +43,10 @@ class Weighing(Protocol):
     """How much each position of a block counts."""
 
     def __call__(self, chances: Tensor, valid: Tensor) -> Tensor:
-        """q(x*) [blocks, γ], valid [blocks, γ] → weights [blocks, γ]"""
+        """Return weights [blocks, γ] from q(x*) [blocks, γ] and valid [blocks, γ]."""
 
     def total(self, valid: Tensor) -> Tensor:
-        """What the weighted sum over valid [..., γ] positions is to be divided by."""
+        """Return the divisor of the weighted sum over valid [..., γ] positions."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class TargetLaw:
     labels: Tensor
 
     def at(self, part: slice, with_kl: bool) -> tuple[Tensor, Tensor, Tensor]:
-        """p [n, V], Σ p [n] and Σ p log p [n] (zero unless asked for) of a part of the positions.
+        """Return p [n, V], Σ p [n] and Σ p log p [n] (zero unless asked for) of a part of the positions.
 
         Blocks overlap: what several ask of one token is computed once.
         """
@@ -144,7 +144,7 @@ class _HeadLoss(torch.autograd.Function):
 
 
 def _value(terms: Tensor, alpha: Tensor, mixture: LossParams) -> Tensor:
-    """The loss of each position [n], from its terms [n, 3] and α."""
+    """Return the loss of each position [n], from its terms [n, 3] and α."""
     ce, kl, distance = terms.unbind(-1)
     alpha = alpha.clamp(min=_LEAST_ALPHA)
     blend = torch.exp(-LK_DECAY * alpha)
@@ -154,7 +154,7 @@ def _value(terms: Tensor, alpha: Tensor, mixture: LossParams) -> Tensor:
 
 
 def _position_losses(logits, p, inside, negentropy, labels, mixture: LossParams):
-    """∂loss/∂logits [n, V], terms [n, 3], α [n] and q(x*) [n] of a chunk; in p's dtype. Overwrites p.
+    """Return ∂loss/∂logits [n, V], terms [n, 3], α [n] and q(x*) [n] of a chunk, in p's dtype. Overwrites p.
 
     Nearly all of the time goes to passes over [n, V], so what can be done in place is, and row-wise factors stay out.
     """
@@ -188,7 +188,7 @@ def _position_losses(logits, p, inside, negentropy, labels, mixture: LossParams)
 
 
 def _coefficients(alpha: Tensor, known: Tensor, mixture: LossParams) -> tuple[Tensor, Tensor, Tensor]:
-    """How much q − 1[x*], P q − p and g count in ∂loss/∂z, each [n]."""
+    """Return the coefficients [n] of q − 1[x*], P q − p and g in ∂loss/∂z."""
     alpha = alpha.clamp(min=_LEAST_ALPHA)
     blend = torch.exp(-LK_DECAY * alpha)
     by_kl = mixture.kl + mixture.lk_mixed * blend
@@ -197,7 +197,7 @@ def _coefficients(alpha: Tensor, known: Tensor, mixture: LossParams) -> tuple[Te
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:
-    """Row by row, [n, V] · [n, V] → [n], without a product of that size."""
+    """Compute the dot products of rows, [n, V] · [n, V] → [n], without a product of that size."""
     return torch.bmm(a[:, None], b[:, :, None])[:, 0, 0]
 
 
@@ -209,7 +209,7 @@ def head_loss(
     valid: Tensor,
     budget: int | None = None,
 ) -> HeadLoss:
-    """The mixture of losses over N = blocks·γ positions, block by block.
+    """Compute the mixture of losses over N = blocks·γ positions, block by block.
 
     Args:
         factors: (x [N, m], W [V, m]) pairs; the draft's logits are Σ x Wᵀ. Gradients go to those that require them.
@@ -225,13 +225,13 @@ def head_loss(
 
 
 def confidence_loss(scores: Tensor, alpha: Tensor, weights: Tensor) -> Tensor:
-    """Weighted sum of the BCE of confidence logits [N] against the acceptance chance α [N]."""
+    """Return the weighted sum of the BCE of confidence logits [N] against the acceptance rate α [N]."""
     losses = F.binary_cross_entropy_with_logits(scores.float(), alpha.clamp(0, 1), reduction="none")
     return (losses * weights).sum()
 
 
 def expected_tau(alpha: Tensor, valid: Tensor) -> Tensor:
-    """Tokens committed per verification that each block promises: 1 + Σ_k Π_{i≤k} α_i.
+    """Return the expected tokens committed per verification of each block: 1 + Σ_k Π_{i≤k} α_i.
 
     alpha, valid: [blocks, γ]; the product runs along each block before blocks are averaged (never a product of
     averages). Returns [blocks].

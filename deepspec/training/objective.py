@@ -36,11 +36,11 @@ class BlockObjective(nn.Module):
         self.register_buffer("to_draft", to_draft, persistent=False)
 
     def weight(self, batch: Batch) -> Tensor:
-        """What the loss of these blocks is to be divided by."""
+        """Return the divisor of the loss of these blocks."""
         return self.params.positions.total(batch.valid)
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """The weighted sum over the batch's positions, and sums to report."""
+        """Return the weighted sum of losses over the batch's positions, and sums to report."""
         found, scores = self._head_loss(batch)
         valid = batch.valid.flatten(0, 1)
         loss, confidence = found.loss, found.loss.new_zeros(())
@@ -60,12 +60,12 @@ class BlockObjective(nn.Module):
         return loss + self.params.confidence * confidence, sums
 
     def acceptance(self, batch: Batch) -> Tensor:
-        """α of each position, [b, blocks, γ]."""
+        """Return α of each position, [b, blocks, γ]."""
         return self._head_loss(batch)[0].alpha.view(batch.valid.shape)
 
     @torch.no_grad()
     def greedy_chains(self, batch: Batch) -> Tensor:
-        """What blocks draft by themselves, each token the likeliest after those before it: target ids [b, γ].
+        """Draft each block greedily, every token fed to the next: target ids [b, γ].
 
         One block a row, of which the tokens after the anchor do not count.
         """
@@ -79,7 +79,7 @@ class BlockObjective(nn.Module):
         return torch.stack(chain, -1)
 
     def _head_loss(self, batch: Batch) -> tuple[HeadLoss, Tensor | None]:
-        """Losses of all positions, and the confidence head's logits [b, blocks, γ] where there is one."""
+        """Return the losses of all positions, and the confidence head's logits [b, blocks, γ] where there is one."""
         model = self.model
         device = batch.features.device.type
         compute = batch.features.dtype if torch.is_autocast_enabled(device) else torch.float32
@@ -105,5 +105,5 @@ class BlockObjective(nn.Module):
         return found, outputs.confidence
 
     def _previous(self, batch: Batch) -> Tensor:
-        """The true token before each prediction, int64 [b, blocks, γ]."""
+        """Return the true token before each prediction, int64 [b, blocks, γ]."""
         return batch.tokens.gather(1, batch.places.flatten(1)).view(batch.places.shape)

@@ -133,7 +133,7 @@ def _features(
     layers: tuple[int, ...],
     accelerator: Accelerator,
 ) -> Features:
-    """The target's hidden states, cached or as they are needed."""
+    """Return the target's features, cached or computed when they are needed."""
     chosen = train.features
     if chosen.mode == "online":
         return OnlineFeatures(target, data.sequences, layers)

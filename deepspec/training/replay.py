@@ -23,7 +23,7 @@ _ANCHORS = 256  # of a pass
 def rejected_starts(
     objective: BlockObjective, batches: Batches, accelerator: Accelerator, seed: int
 ) -> dict[int, list[int]]:
-    """Sequence → anchors, of each training sequence in which some draft was rejected; the processes share the work."""
+    """Return sequence → anchors for each training sequence in which a draft was rejected; processes share the work."""
     objective.eval()
     mine = batches.members[accelerator.process_index :: accelerator.num_processes]
     most = -(-len(batches.members) // accelerator.num_processes)
@@ -40,7 +40,7 @@ def rejected_starts(
 
 
 def _acceptance(objective: BlockObjective, batches: Batches, accelerator: Accelerator, i: int) -> Tensor:
-    """α of every position of the blocks at all possible anchors of sequence i, [anchors, γ]; −1 where none counts."""
+    """Compute α at every position of the blocks at all anchors of sequence i, [anchors, γ]; −1 where none counts."""
     parts = []
     for anchors in torch.tensor(batches.starts(i)).split(_ANCHORS):
         batch = batches.at([i], anchors[None]).to(accelerator.device)
@@ -51,9 +51,13 @@ def _acceptance(objective: BlockObjective, batches: Batches, accelerator: Accele
 
 
 def walk(chances: Tensor, uniforms: Tensor, anchors: list[int]) -> list[int]:
-    """Where rounds start after a rejection, among `anchors` (ascending; chances and uniforms [anchors, γ] are theirs).
+    """Return where rounds start after a rejection, among `anchors`.
 
     A block ends without a rejection where nothing more is to be learnt (chance −1), or after γ tokens.
+
+    Args:
+        chances, uniforms: [anchors, γ], of the blocks at the anchors.
+        anchors: ascending.
     """
     place = {anchor: row for row, anchor in enumerate(anchors)}
     starts: list[int] = []

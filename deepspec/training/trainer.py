@@ -142,7 +142,7 @@ class Trainer:
 
     @torch.no_grad()
     def evaluate(self) -> float:
-        """Expected τ on fixed blocks in the held-out sequences' answers: per block, then averaged."""
+        """Compute expected τ on fixed blocks in the held-out sequences' answers: per block, then averaged."""
         self.distributed.objective.eval()
         accelerator = self.accelerator
         share = max(self.params.batch_size // accelerator.num_processes, 1)
@@ -213,7 +213,7 @@ class Trainer:
 
 
 def schedule(step: int, steps: int, warmup: float) -> float:
-    """Share of the peak learning rate: linear warm-up, then a cosine to zero."""
+    """Return the share of the peak learning rate: linear warm-up, then a cosine to zero."""
     ramp = max(round(steps * warmup), 1)
     if step < ramp:
         return (step + 1) / ramp
@@ -221,5 +221,5 @@ def schedule(step: int, steps: int, warmup: float) -> float:
 
 
 def write_history(path: Path, history: list[dict]) -> None:
-    """Metrics as JSON lines."""
+    """Write metrics as JSON lines."""
     write_text(path, "".join(json.dumps(line) + "\n" for line in history))

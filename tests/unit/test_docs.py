@@ -25,7 +25,14 @@ CONFIGURATION = sorted(
     if path.is_file()
 )
 FOLDERS = {path.name for home in (ROOT, ROOT / "deepspec") for path in home.iterdir() if path.is_dir()}
-MADE = (".dvc/", "data/", "paper/data/", ".deepspec/", "reports/serve", "docker/.env")  # by a run, not kept in git
+MADE = (
+    ".dvc/",
+    "data/",
+    "paper/data/",
+    ".deepspec/",
+    "reports/serve",
+    "docker/.env",
+)  # by a run, not kept in git
 ELSEWHERE = {"prepare.py"}  # files of other projects
 PARAGRAPH = 120  # words
 TABLE = re.compile(r"<!-- table 1.*?<!-- end of table 1 -->", re.S)  # written by paper/table.py

@@ -15,7 +15,7 @@ from deepspec.export.readers.sample import Sample
 
 
 def dflash(source: Directory, sample: Sample) -> Reading:
-    """`DFlashDraftModel`: keys in `dflash_config`; masks alone predict."""
+    """Read a `DFlashDraftModel`: keys in `dflash_config`; masks alone predict."""
     own = source.want("dflash_config")
     if own.get("sample_from_anchor"):
         raise Unreadable("sample_from_anchor: engines take DFlash drafts from the masks alone")
@@ -29,7 +29,7 @@ def dflash(source: Directory, sample: Sample) -> Reading:
 
 
 def dspark(source: Directory, sample: Sample) -> Reading:
-    """`Qwen3DSparkModel` as engines take it: the vanilla head alone."""
+    """Read a `Qwen3DSparkModel` as engines do: the vanilla head alone."""
     kind = source.config.get("markov_head_type", "vanilla")
     if kind != "vanilla" or not source.want("markov_rank"):
         raise Unreadable(f"engines run the vanilla Markov head, not {kind!r}")
@@ -37,7 +37,7 @@ def dspark(source: Directory, sample: Sample) -> Reading:
 
 
 def native(source: Directory, sample: Sample) -> Reading:
-    """DeepSeek's format and ours."""
+    """Read DeepSeek's format and ours."""
     return read(
         source,
         sample,
@@ -49,7 +49,9 @@ def native(source: Directory, sample: Sample) -> Reading:
 
 
 def speculators(source: Directory, sample: Sample) -> Reading:
-    """The speculators format: sizes in `transformer_layer_config`, layer ids one higher, the anchor left out unless
+    """Read the speculators format.
+
+    Sizes are in `transformer_layer_config`, layer ids are one higher, and the anchor is left out unless
     `sample_from_anchor`."""
     own = {key: x for key, x in source.config.items() if not key.startswith(("speculators", "transformer"))}
     flat = Directory(source.want("transformer_layer_config") | own, source.weights, used=source.used)
@@ -63,6 +65,8 @@ def read(
     source: Directory, sample: Sample, layer_ids: list[int], mask: int, gamma: int, from_anchor: bool
 ) -> Reading:
     """
+    Compute the logits of a block drafter's directory.
+
     Args:
         layer_ids: i means the output of decoder layer i.
         mask: the token that stands for those to be drafted.
@@ -132,7 +136,7 @@ class Markov:
         self.bias = source.take(f"markov_head.{name}.bias", shape[0]) if name else None
 
     def correction(self, hidden: Tensor, previous: Tensor) -> Tensor:
-        """hidden [γ, d], previous int64 [γ] → [γ, columns]"""
+        """Return the Markov head's correction [γ, columns] for hidden [γ, d] and previous tokens int64 [γ]."""
         embedded = self.w1[previous]
         if self.kind == "gated":
             gate = (torch.cat((hidden, embedded), -1) @ self.weight.T + self.bias).sigmoid()
@@ -148,7 +152,7 @@ class Markov:
 
 
 def _confidence(source: Directory, d: int) -> None:
-    """The confidence head shapes no logit; it must be whole where it is announced."""
+    """Check that the confidence head is whole where it is announced; it shapes no logit."""
     if source.config.get("enable_confidence_head"):
         markov = bool(source.config.get("confidence_head_with_markov")) * (
             source.config.get("markov_rank") or 0

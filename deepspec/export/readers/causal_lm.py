@@ -18,7 +18,7 @@ def directory(path: Path, sample: Sample) -> Reading:
 
 
 def gguf(path: Path, sample: Sample) -> Reading:
-    """llama.cpp's: transformers undoes its order of query and key rows."""
+    """Read a GGUF file; transformers undoes llama.cpp's order of query and key rows."""
     return _read(str(path), sample, gguf_file=gguf_file(path).name)
 
 
@@ -30,7 +30,7 @@ def gguf_file(path: Path) -> Path:
 
 
 def gguf_tokens(path: Path) -> tuple[list[str], str | None]:
-    """The tokens by id and the chat template that a GGUF file carries."""
+    """Read the tokens by id and the chat template of a GGUF file."""
     from gguf import GGUFReader
 
     fields = GGUFReader(gguf_file(path)).fields

@@ -49,7 +49,7 @@ class Directory:
         return cls(json.loads(config.read_text()), load_file(weights), path)
 
     def take(self, name: str, *shape: int) -> Tensor:
-        """A weight in float32 that the engine wants in this shape."""
+        """Take a weight in float32, in the shape that the engine wants."""
         if name not in self.weights:
             raise Unreadable(f"{name} is missing: an engine would leave it at its initial value")
         weight = self.weights[name]
@@ -66,7 +66,7 @@ class Directory:
         return name in self.weights
 
     def unread(self) -> list[str]:
-        """Weights that are in the file and that the engine reads nowhere."""
+        """Return the weights of the file that the engine reads nowhere."""
         return sorted(set(self.weights) - self.used)
 
     def want(self, name: str) -> Any:
@@ -77,7 +77,7 @@ class Directory:
     def changed(
         self, config: dict[str, Any] | None = None, weights: dict[str, Tensor] | None = None
     ) -> Directory:
-        """With some keys or weights replaced, for the question what would explain a difference."""
+        """Return a copy with some keys or weights replaced, to find what explains a difference."""
         return replace(
             self, config=self.config | (config or {}), weights=self.weights | (weights or {}), used=set()
         )

@@ -17,7 +17,7 @@ VARIANTS = ("norm_before_residual", "norm_before_fc", "fc_norm", "norm_output")
 
 
 def vllm(source: Directory, sample: Sample) -> Reading:
-    """vLLM's native directory: `eagle_aux_hidden_state_layer_ids` at the top, or else in `eagle_config`."""
+    """Read vLLM's native directory: `eagle_aux_hidden_state_layer_ids` at the top, or else in `eagle_config`."""
     eagle = source.config.get("eagle_config") or {}
     key = "eagle_aux_hidden_state_layer_ids"
     ids = source.config.get(key) or eagle.get(key)
@@ -29,7 +29,7 @@ def vllm(source: Directory, sample: Sample) -> Reading:
 
 
 def speculators(source: Directory, sample: Sample) -> Reading:
-    """The speculators format: sizes in `transformer_layer_config`, vLLM's layer ids, weights `layers.0.*`."""
+    """Read the speculators format: sizes in `transformer_layer_config`, vLLM's layer ids, weights `layers.0.*`."""
     config = source.config
     own = {key: config[key] for key in (*VARIANTS, "draft_vocab_size") if key in config}
     flat = Directory(source.want("transformer_layer_config") | own, source.weights, used=source.used)
@@ -40,7 +40,7 @@ def speculators(source: Directory, sample: Sample) -> Reading:
 
 
 def sglang(source: Directory, sample: Sample) -> Reading:
-    """SGLang's: `eagle_config.eagle_aux_hidden_state_layer_ids`, each the layer whose output is meant."""
+    """Read SGLang's directory: `eagle_config.eagle_aux_hidden_state_layer_ids`, layers whose outputs are meant."""
     eagle = source.want("eagle_config")
     if not eagle.get("eagle_aux_hidden_state_layer_ids"):
         raise Unreadable("layer ids: eagle_config lacks eagle_aux_hidden_state_layer_ids")
@@ -48,12 +48,14 @@ def sglang(source: Directory, sample: Sample) -> Reading:
 
 
 def native(source: Directory, sample: Sample) -> Reading:
-    """DeepSpec's own: `target_layer_ids`, each the layer whose output is meant."""
+    """Read DeepSpec's own: `target_layer_ids`, each the layer whose output is meant."""
     return read(source, sample, source.want("target_layer_ids"))
 
 
 def read(source: Directory, sample: Sample, layer_ids: list[int]) -> Reading:
     """
+    Compute the logits of an EAGLE-3 directory.
+
     Args:
         layer_ids: i means the output of decoder layer i.
     """
@@ -77,7 +79,7 @@ def read(source: Directory, sample: Sample, layer_ids: list[int]) -> Reading:
         return torch.cat((normed, rms(below, state_norm, layer.eps)), -1)
 
     def chain(anchor: int, steps: int) -> Tensor:
-        """The drafted places' logits: place i has token i + 1 and the state below it."""
+        """Return the logits of the drafted places: place i has token i + 1 and the state before it."""
         below = states[:anchor]
         out = []
         for k in range(steps):

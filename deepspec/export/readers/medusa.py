@@ -11,7 +11,7 @@ from deepspec.export.readers.sample import Sample
 
 
 def vllm(source: Directory, sample: Sample) -> Reading:
-    """Biases only with `medusa_fc_bias`; `token_map` cuts the head to the draft's vocabulary."""
+    """Read vLLM's directory: biases only with `medusa_fc_bias`; `token_map` cuts the head to the draft's vocabulary."""
     config = source.config
     if config.get("model_type") != "medusa":
         raise Unreadable("model_type is not medusa, by which vLLM knows it")
@@ -25,7 +25,7 @@ def vllm(source: Directory, sample: Sample) -> Reading:
 
 
 def tgi(source: Directory, sample: Sample) -> Reading:
-    """Whole heads, biases as they are in the file; a directory with `architectures` is taken for a model."""
+    """Read TGI's: whole heads, biases as in the file; a directory with `architectures` is taken for a model."""
     if "architectures" in source.config:
         raise Unreadable("config.json has architectures: TGI would take the directory for a model")
     source.want("base_model_name_or_path")
@@ -34,7 +34,7 @@ def tgi(source: Directory, sample: Sample) -> Reading:
 
 
 def native(source: Directory, sample: Sample) -> Reading:
-    """DeepSpec's own: one head for all, the target's rows of the draft's vocabulary."""
+    """Read DeepSpec's own: one head for all, the target's rows of the draft's vocabulary."""
     head = Head(source, source.want("vocab_size"), sample.head)
     states = _states(source, sample)
     return Reading(torch.stack([head.logits(x) for x in states], 1), Facts(draft_ids=head.ids))
@@ -54,7 +54,7 @@ def _read(source: Directory, sample: Sample, ids: Tensor | None) -> Reading:
 
 
 def _states(source: Directory, sample: Sample) -> list[Tensor]:
-    """Of each head: f_k of the state before each anchor, [anchors, d]."""
+    """Return for each head f_k of the state before each anchor, [anchors, d]."""
     d = source.want("hidden_size")
     states = []
     for k in range(source.want("medusa_num_heads")):

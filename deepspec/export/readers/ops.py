@@ -16,7 +16,7 @@ def rms(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
 
 
 def rotary(x: Tensor, positions: Tensor, theta: float) -> Tensor:
-    """x [n, heads, head_dim] at positions [n]; the first half of a head goes with the second."""
+    """Rotate x [n, heads, head_dim] at positions [n]; the first half of a head is paired with the second."""
     half = x.shape[-1] // 2
     rates = torch.tensor([theta ** (-i / half) for i in range(half)], dtype=torch.float64)
     angles = positions[:, None].double() * rates
@@ -26,7 +26,7 @@ def rotary(x: Tensor, positions: Tensor, theta: float) -> Tensor:
 
 
 def attention(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-    """queries [m, heads, hd] see all of keys, values [n, kv_heads, hd] → [m, heads·hd]"""
+    """Attend with queries [m, heads, hd] to all keys, values [n, kv_heads, hd]; return [m, heads·hd]."""
     groups = queries.shape[1] // keys.shape[1]
     keys, values = (x.repeat_interleave(groups, 1) for x in (keys, values))
     scores = torch.einsum("mhd,nhd->hmn", queries, keys) * queries.shape[-1] ** -0.5
@@ -34,7 +34,7 @@ def attention(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
 
 
 def rope_theta(config: dict[str, Any]) -> float:
-    """`rope_parameters` of transformers 5, else the older `rope_theta`; both must say the same."""
+    """Return the RoPE base: `rope_parameters` of transformers 5, else `rope_theta`; both must say the same."""
     parameters = config.get("rope_parameters") or {}
     if parameters.get("rope_type", "default") != "default" or config.get("rope_scaling"):
         raise Unreadable("the rotary embedding is scaled, which no draft here is trained with")
@@ -77,7 +77,7 @@ class Layer:
         return self._heads(x, self.v, None)
 
     def finish(self, attended: Tensor, residual: Tensor) -> Tensor:
-        """Output projection and MLP with their residuals."""
+        """Apply the output projection and the MLP with their residuals."""
         hidden = residual + attended @ self.o.T
         normed = rms(hidden, self.output_norm, self.eps)
         gate = normed @ self.gate.T
@@ -115,7 +115,7 @@ class Head:
             raise Unreadable(f"lm_head.weight has {self.weight.shape[0]} rows for another number of columns")
 
     def logits(self, hidden: Tensor, correction: Tensor | float = 0.0) -> Tensor:
-        """hidden [..., d] → [..., vocab]"""
+        """Return logits [..., vocab] of hidden [..., d]."""
         columns = hidden @ self.weight.T + correction
         if self.ids is None:
             return columns

@@ -13,7 +13,8 @@ from deepspec.export.readers.directory import Unreadable
 
 @dataclass(frozen=True)
 class Sample:
-    """
+    """A text with the target's states, from which a reader computes logits.
+
     Args:
         tokens: int64 [n].
         anchors: int64 [blocks], positions at which blocks begin; γ tokens follow each.
@@ -32,7 +33,7 @@ class Sample:
     head: Tensor
 
     def features(self, layer_ids: Sequence[int]) -> Tensor:
-        """Outputs of these layers side by side, [n, layers·d].
+        """Return the outputs of these layers side by side, [n, layers·d].
 
         Raises:
             Unreadable: the target hands out no such layer.
@@ -44,5 +45,5 @@ class Sample:
         return torch.cat([self.states[i] for i in layer_ids], -1)
 
     def shifted(self, by: int) -> Sample:
-        """As an engine sees it that takes layer i + by for layer i."""
+        """Return the sample as an engine sees it that takes layer i + by for layer i."""
         return replace(self, states={i - by: x for i, x in self.states.items()})

@@ -227,5 +227,5 @@ TEMPLATES: list[Request] = [
 
 
 def write(request: Request, rng: random.Random) -> tuple[str, tuple[str, ...]]:
-    """The first turn, and follow-ups that suit it."""
+    """Write a first turn and follow-ups that suit it."""
     return request.template.fill(rng, LISTS), FOLLOW_UPS[request.kind]

@@ -80,7 +80,7 @@ TEMPLATES = [*seed_idea_lists.IDEAS, *seed_idea_texts.IDEAS]
 
 
 def write(idea: Idea, rng: random.Random) -> tuple[str, tuple[str, ...]]:
-    """The first turn, and follow-ups that suit it. Slightly more than half are stubs to complete."""
+    """Write a first turn and follow-ups that suit it; slightly more than half are stubs to complete."""
     names = {parameter: rng.choice(PARAMETERS[parameter][1]) for parameter in idea.parameters}
     sentence = re.sub(r"\{(\w+)\}", lambda match: names[match[1]], idea.sentence)
     arguments = ", ".join(f"{names[p]}: {PARAMETERS[p][0]}" for p in idea.parameters)
@@ -110,14 +110,14 @@ def _stub(idea: Idea, signature: str, sentence: str, rng: random.Random) -> str:
 
 
 def _example(idea: Idea, rng: random.Random) -> tuple[str, str]:
-    """A call of the function and its result, as Python writes them."""
+    """Return a call of the function and its result, as Python writes them."""
     values = [PARAMETERS[parameter][2](rng) for parameter in idea.parameters]
     shown = ", ".join(map(repr, values))
     return f"{idea.name}({shown})", repr(idea.solve(*values))
 
 
 def _third_person(sentence: str) -> str:
-    """`Return the sum` → `returns the sum`; the sentences start with a regular verb."""
+    """Turn `Return the sum` into `returns the sum`; the sentences start with a regular verb."""
     verb, rest = sentence.split(" ", 1)
     return f"{verb.lower()}s {rest}"
 

@@ -19,6 +19,6 @@ class Idea:
 
 
 def idea(call: str, returns: str, sentence: str, solve: Callable[..., Any]) -> Idea:
-    """`call` is the function's name and its parameters, separated by spaces; `solve` the reference."""
+    """Make an idea: `call` has the function's name and parameters, separated by spaces; `solve` is the reference."""
     name, *parameters = call.split()
     return Idea(name, tuple(parameters), returns, sentence, solve)

@@ -316,5 +316,5 @@ FOLLOW_UPS = (
 
 
 def write(template: Template, rng: random.Random) -> tuple[str, tuple[str, ...]]:
-    """The first turn, and follow-ups that suit it."""
+    """Write a first turn and follow-ups that suit it."""
     return template.fill(rng, LISTS) + rng.choice(ENDINGS), FOLLOW_UPS

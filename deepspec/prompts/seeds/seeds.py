@@ -20,19 +20,19 @@ PATIENCE = 200  # Draws without a new prompt after which a kind counts as used u
 
 
 def seed_prompts(count: int, seed: int) -> list[list[str]]:
-    """Up to `count` distinct prompts, each a list of user turns. The first k do not depend on `count`."""
+    """Return up to `count` distinct prompts, lists of user turns; the first k do not depend on `count`."""
     return list(islice(iter_seeds(seed), count))
 
 
 def iter_seeds(seed: int) -> Iterator[list[str]]:
-    """Distinct prompts, kind after kind in turn, until one kind has nothing new to say."""
+    """Yield distinct prompts, the kinds in turn, until one kind has nothing new."""
     kinds = [_distinct(kind, random.Random(f"{seed}:{name}")) for name, kind in KINDS.items()]
     for prompts in zip(*kinds, strict=False):
         yield from prompts
 
 
 def _distinct(kind, rng: random.Random) -> Iterator[list[str]]:
-    """Prompts of one kind whose first turns differ; its templates take turns in a new order every round."""
+    """Yield prompts of one kind whose first turns differ; templates take turns in a new order every round."""
     seen: set[str] = set()
     stale = 0
     while stale < PATIENCE:
