@@ -17,7 +17,7 @@ _HOME = {
 
 
 def __getattr__(name: str) -> Any:
-    """The public names, imported on first use: `deepspec --help` need not wait for torch."""
+    """Import a public name on first use: `deepspec --help` need not wait for torch."""
     if name not in _HOME:
         raise AttributeError(f"module 'deepspec' has no attribute {name!r}")
     from importlib import import_module

@@ -30,7 +30,7 @@ from deepspec.training.params import TrainParams
 
 
 def _fields(section: type) -> dict[str, FieldInfo]:
-    """Of a `Section` or a `choice`."""
+    """Return the fields of a `Section` or a `choice`."""
     return section.__pydantic_fields__
 
 

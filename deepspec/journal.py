@@ -35,12 +35,12 @@ class WorkLog:
 
 
 def read_log(path: Path) -> dict[str, Any]:
-    """The finished results of a work file, by key; the file stays as it is."""
+    """Read the finished results of a work file, by key; the file stays as it is."""
     return _read(path)[0]
 
 
 def _read(path: Path) -> tuple[dict[str, Any], int]:
-    """The results by key, and how many bytes of the file are whole lines of them."""
+    """Return the results by key, and how many bytes of the file are whole lines."""
     done: dict[str, Any] = {}
     whole = 0
     for line in path.read_bytes().splitlines(keepends=True) if path.exists() else []:

@@ -14,7 +14,7 @@ CORE = ("torch", "transformers", "accelerate", "safetensors", "numpy", "pydantic
 PACKAGES = ("torch", "transformers", "accelerate", "safetensors", "numpy")
 CPU_FACTS = ("vendor_id", "cpu family", "model", "stepping")  # a cloud's "model name" hides them
 CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")  # which kernels run, so how sums are rounded
-# What decides a result, the last two of the pipeline that runs; reports and dvc.lock change with each.
+# Pathspecs whose uncommitted changes make a result dirty; dvc.yaml and params.yaml are those of the running pipeline.
 CODE = (":(top)deepspec", "dvc.yaml", "params.yaml")
 
 

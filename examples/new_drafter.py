@@ -11,7 +11,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from deepspec import generate, load_target
-from deepspec.decoding.drafter import Ask, Drafter, Proposal, Session
+from deepspec.decoding.drafter import Drafter, DraftRequest, Proposal, Session
 from examples.options import parse, run
 
 
@@ -40,10 +40,10 @@ class SuccessorSession(Session):
                 self.after[row][self.last[row]] = token
             self.last[row] = token
 
-    def propose(self, asks: list[Ask]) -> list[Proposal]:
+    def propose(self, asks: list[DraftRequest]) -> list[Proposal]:
         return [Proposal.chain(self._path(ask)) for ask in asks]
 
-    def _path(self, ask: Ask) -> list[int]:
+    def _path(self, ask: DraftRequest) -> list[int]:
         path = [ask.anchor]
         while len(path) <= min(ask.room, Successors.block_size) and path[-1] in self.after[ask.row]:
             path.append(self.after[ask.row][path[-1]])

@@ -126,7 +126,7 @@ def run(settings: Settings) -> None:
 
 
 def find_draft(settings: Settings) -> Path:
-    """The draft's directory: the one asked for, or that of the last trained drafter of the pipeline."""
+    """Return the draft's directory: the one asked for, or that of the last trained drafter of the pipeline."""
     if settings.drafter:
         return draft_directory(settings.drafter)
     for name in reversed(load_params(settings.params).pipeline):
@@ -148,7 +148,7 @@ def deploy(settings: Settings, target: Target) -> Deployment:
 
 
 def _lines(console: Console) -> Iterator[str]:
-    """The user's turns, blank lines left out; a prompt is shown to a person only."""
+    """Yield the user's turns, blank lines left out; a prompt is shown to a person only."""
     interactive = sys.stdin.isatty()
     while True:
         try:

@@ -42,7 +42,7 @@ class Validation:
         return [check for check in self.checks if not check.passed]
 
     def summary(self) -> str:
-        """The failed checks and their example rows, in one line."""
+        """Return the failed checks and their example rows, in one line."""
         return "; ".join(_failure(check) for check in self.failed)
 
     def to_dict(self) -> dict[str, Any]:

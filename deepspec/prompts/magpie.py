@@ -113,7 +113,7 @@ def _candidate(row: dict) -> Candidate:
 
 
 def _read_work(path: Path) -> dict[int, Candidate]:
-    """Attempts of earlier runs. A last line that a kill cut short is removed from the file."""
+    """Read attempts of earlier runs. A last line that a kill cut short is removed from the file."""
     if not path.exists():
         return {}
     data = path.read_bytes()
