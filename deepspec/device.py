@@ -9,7 +9,7 @@ import torch
 
 
 def describe_device(device: torch.device | str) -> str:
-    """For example `AMD EPYC 9B14, 2 threads, Linux, torch 2.13.0`; a GPU stands with its CUDA version."""
+    """Describe a device: `AMD EPYC 9B14, 2 threads, Linux, torch 2.13.0`; a GPU stands with its CUDA version."""
     device = torch.device(device)
     if device.type == "cuda":
         name = f"{torch.cuda.get_device_name(device)}, CUDA {torch.version.cuda}"

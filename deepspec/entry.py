@@ -29,7 +29,7 @@ TELEMETRY_OFF = {
 
 
 def quiet_environment() -> None:
-    """Telemetry off, and no warning from tokenizers about forks."""
+    """Switch telemetry off, and the warning from tokenizers about forks."""
     os.environ.update(TELEMETRY_OFF)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
@@ -89,7 +89,7 @@ def _mistake(what: str) -> int:
 
 
 def _disk_is_full(error: Exception) -> bool:
-    """Libraries that write from C++ report a full disk in words of their own: then the disk is asked."""
+    """Return whether the disk is full; libraries in C++ say so in words of their own, so the disk is asked."""
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return True
     return shutil.disk_usage(".").free < _NO_SPACE

@@ -19,7 +19,7 @@ CODE = (":(top)deepspec", "dvc.yaml", "params.yaml")
 
 
 def provenance() -> dict[str, Any]:
-    """git_commit (None outside a repository), git_dirty (of `CODE`), command, packages and CPU of this process."""
+    """Return git_commit (None outside a repository), git_dirty (of `CODE`), command, packages and CPU."""
     status = _git("status", "--porcelain", "--untracked-files=no", "--", *CODE)
     return {
         "git_commit": _git("rev-parse", "HEAD") or None,
@@ -31,7 +31,7 @@ def provenance() -> dict[str, Any]:
 
 
 def without_folders(words: list[str]) -> list[str]:
-    """Of absolute paths the last part: where somebody keeps their files is nobody's business."""
+    """Cut absolute paths to their last part: where somebody keeps their files is nobody's business."""
     return [f".../{Path(word).name}" if word.startswith("/") else word for word in words]
 
 
@@ -51,7 +51,7 @@ def _version(package: str) -> str | None:
 
 
 def _cpu(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
-    """For example `x86_64 AuthenticAMD 25 17 1, avx2 avx512f avx512_bf16`; elsewhere than on Linux the architecture."""
+    """Return `x86_64 AuthenticAMD 25 17 1, avx2 avx512f avx512_bf16`; elsewhere than on Linux the architecture."""
     try:
         lines = cpuinfo.read_text().split("\n\n")[0].splitlines()
     except OSError:

@@ -110,7 +110,7 @@ class Work:
 
 
 def read_work(directory: Path) -> Work:
-    """All shards, however many processes wrote them. A line that is not whole is work still to be done."""
+    """Read all shards, however many processes wrote them; a line that is not whole is work still to be done."""
     work = Work()
     for path in sorted(directory.glob("shard-*.jsonl")):
         offset = 0

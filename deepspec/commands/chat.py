@@ -88,7 +88,7 @@ class Answer:
                 self.write(piece, ACCEPTED if i < accepted else None)
 
     def status(self) -> str:
-        """`τ 2.41 · 58.3 tokens/s · 128 tokens`."""
+        """Return `τ 2.41 · 58.3 tokens/s · 128 tokens`."""
         if not self.rounds:
             return "reading the prompt …"
         seconds = self.ended - self.started
@@ -97,7 +97,7 @@ class Answer:
 
 
 def _harmless(text: str) -> str:
-    """Without control characters: what a model writes must not steer the terminal."""
+    """Remove control characters: what a model writes must not steer the terminal."""
     return "".join(character for character in text if character.isprintable() or character in "\n\t")
 
 
@@ -186,7 +186,7 @@ def _plain(tokenizer: Any, produce: Callable[[Answer], None], console: Console) 
 
 
 def _live(tokenizer: Any, produce: Callable[[Answer], None], console: Console) -> Answer:
-    """While it grows, the end of the answer that fits on the screen, and the status below; then all of it."""
+    """Show the end of the answer that fits on the screen while it grows, the status below; then all of it."""
     text = Text()
     answer = Answer(tokenizer, lambda piece, style: text.append(piece, style))
 

@@ -36,7 +36,7 @@ class Check:
 
 
 def run(root: Path) -> bool:
-    """Print the table of all checks; True if nothing must be mended."""
+    """Print the table of all checks; return True if nothing must be mended."""
     from rich.console import Console
     from rich.table import Table
 
@@ -57,7 +57,7 @@ def run(root: Path) -> bool:
 
 
 def examine(root: Path) -> Iterator[Check]:
-    """Every check, in the order in which problems should be mended."""
+    """Return every check, in the order in which problems should be mended."""
     yield _python()
     yield from _packages(root)
     yield _torch()
@@ -77,7 +77,7 @@ def _python() -> Check:
 
 
 def _packages(root: Path) -> Iterator[Check]:
-    """Installed, and at the version that constraints.txt knows to work."""
+    """Check that packages are installed, at the versions that constraints.txt knows to work."""
     pins = _pins(root / "constraints.txt")
     for group, names, extra in (("core", CORE, "."), ("pipeline", PIPELINE, ".[pipeline]")):
         missing, other = [], []
@@ -130,7 +130,7 @@ def _params(root: Path) -> Check:
 
 
 def _target(root: Path) -> Check:
-    """Its metadata alone: loading the weights of a large target would take minutes."""
+    """Check the target's metadata alone: loading a large one would take minutes."""
     directory = root / "data/target"
     if not directory.is_dir():
         return Check("data/target", True, "not there yet", "made by `dvc repro`")
@@ -170,7 +170,7 @@ def _drafts(root: Path) -> Iterator[Check]:
 
 
 def _telemetry() -> Check:
-    """Our own commands switch it off; this is about what the user's shell runs besides."""
+    """Check whether telemetry is off in the user's shell; our own commands switch it off."""
     unset = [name for name, value in TELEMETRY_OFF.items() if os.environ.get(name) != value]
     if not unset:
         return Check("telemetry", True, "off everywhere")

@@ -54,7 +54,7 @@ def run(settings: Settings) -> None:
 
 
 def parse_batches(text: str) -> list[int]:
-    """`1,4,16` → [1, 4, 16]"""
+    """Parse `1,4,16` to [1, 4, 16]."""
     try:
         batches = sorted({int(part) for part in text.split(",")})
     except ValueError:
@@ -65,7 +65,7 @@ def parse_batches(text: str) -> list[int]:
 
 
 def curve_table(curve: CostCurve, batches: list[int]) -> Table:
-    """Milliseconds of a pass by new tokens and requests, each with its ratio to one token a request."""
+    """Tabulate milliseconds of a pass by new tokens and requests, each with its ratio to one token a request."""
     table = Table(
         title="a target pass, and a draft", caption="× : as long as a pass over one token a request"
     )
@@ -89,7 +89,7 @@ def curve_table(curve: CostCurve, batches: list[int]) -> Table:
 
 
 def weight_bytes(target: Target) -> int:
-    """Bytes of weights that a pass reads: the decoder layers' and the head's, each tensor once."""
+    """Return the bytes of weights that a pass reads: the decoder layers' and the head's, each tensor once."""
     modules = [*target._layers.modules(), *target._head.modules()]
     tensors = {
         id(value): value
@@ -105,7 +105,7 @@ def weight_bytes(target: Target) -> int:
 
 
 def read_bandwidth(device: torch.device, megabytes: int = 512, repeats: int = 8) -> float:
-    """Bytes a second at which torch with all its threads reads a buffer that no cache holds: the best of a few."""
+    """Measure bytes a second at which torch with all threads reads a buffer that no cache holds: the best of a few."""
     buffer = torch.ones(megabytes << 18, device=device)  # float32
     best = float("inf")
     for _ in range(repeats):

@@ -10,7 +10,7 @@ from deepspec.export.layout import SUMS, Layout
 
 
 def card(draft: Draft, layout: Layout, advice: Advice) -> str:
-    """README.md of the directory; the same draft gives the same text."""
+    """Write the README.md of a directory; the same draft gives the same text."""
     sections = [
         _front(draft),
         f"# {draft.name}: a draft for {_target(draft)}",

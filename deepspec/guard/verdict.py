@@ -26,7 +26,7 @@ class Check:
     expectation: dict[str, Any] = field(default_factory=dict)
 
     def finding(self) -> dict[str, Any]:
-        """All but how the expectation is written: training depends on what was found, not on that."""
+        """Return all but how the expectation is written: training depends on what was found, not on that."""
         return {key: value for key, value in asdict(self).items() if key not in ("params", "expectation")}
 
 

@@ -220,3 +220,34 @@ def test_the_architecture_page_has_the_directions_that_are_tested():
     tree = ast.parse(text_of("tests/unit/test_directions.py"))
     layers = next(n.value for n in tree.body if isinstance(n, ast.Assign) and n.targets[0].id == "LAYERS")
     assert stated == ast.literal_eval(layers)
+
+
+# Packages whose functions say what they do with a verb in front; ruff's D401 knows only some of what is none.
+IMPERATIVE = re.findall(
+    r"\w+", "answers commands export features guard messages prompts stages tasks training"
+)
+NO_VERB = re.compile(
+    r"(A|All|An|As|Both|Each|Every|For|How|In|It|Its|No|Of|On|One|Our|Over|README|The|These|Those"
+    r"|What|When|Where|Whether|Which|Who|Whole|Why|With|Without)\b"
+)
+
+
+def no_verb(source: str) -> list[str]:
+    """First lines of functions' docstrings that do not begin with a verb."""
+    functions = [
+        n for n in ast.walk(ast.parse(source)) if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef)
+    ]
+    lines = [(ast.get_docstring(function) or "Return").split("\n")[0] for function in functions]
+    return [line for line in lines if not re.match(r"[A-Z][a-z-]+\b", line) or NO_VERB.match(line)]
+
+
+@pytest.mark.parametrize("package", IMPERATIVE)
+def test_docstrings_of_functions_begin_with_a_verb(package):
+    for path in (ROOT / "deepspec" / package).rglob("*.py"):
+        assert no_verb(path.read_text(encoding="utf-8")) == [], path.name
+
+
+def test_a_docstring_without_a_verb_is_found():
+    assert no_verb('def f():\n    """Of a draft\'s file."""\n') == ["Of a draft's file."]
+    assert no_verb('def f():\n    """x → y"""\n') == ["x → y"]
+    assert no_verb('def f():\n    """Return y."""\n\n\ndef g(): ...\n') == []
