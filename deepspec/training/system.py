@@ -51,7 +51,7 @@ def watched(drafter: str, draft: Path, every_s: float = EVERY_S) -> Iterator[Non
 
 
 def read_samples(path: Path, digest: str) -> list[dict[str, float]]:
-    """Read the samples of the training that made draft `digest`; none if there is no such file."""
+    """Read the samples of the training that made draft `digest`; none if the file is of another one."""
     if not path.exists():
         return []
     *samples, last = [json.loads(line) for line in path.read_text().splitlines()] or [{}]
