@@ -32,7 +32,7 @@ INERT = {
     "deepspec.lineage": "says where work is kept",
     "deepspec.progress": "progress shown to a person",
     "deepspec.provenance": "says which commit and packages a result is of",
-    "deepspec.section": "base class that refuses unknown keys",
+    "deepspec.section": "checks the values of params.yaml",
     "deepspec.stages.common": "flags of a stage",
     "deepspec.training.system": "watches the machine while training runs",
 }
