@@ -6,7 +6,6 @@ import argparse
 import json
 import platform
 import random
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -20,6 +19,7 @@ import transformers
 from deepspec.device import describe_device
 from deepspec.evaluation.stats import Interval, Pair, speedup
 from deepspec.files import digest, file_digest, write_json, write_text
+from deepspec.git import git_or_none
 from deepspec.journal import WorkLog
 from deepspec.lineage import code_digest
 from deepspec.messages.sources import read_jsonl
@@ -185,17 +185,11 @@ def compared(runs: Sequence[Run], reference: Sequence[Run]) -> Interval | None:
     return speedup([Pair(a.seconds, a.tokens - 1, b.seconds, b.tokens - 1) for a, b in pairs])
 
 
-def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """The first column is text, the others are numbers."""
-    lines = ["| " + " | ".join(header) + " |", "|---|" + "---:|" * (len(header) - 1)]
-    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
-
-
 def provenance(target: Target | None) -> dict[str, str]:
     """Commit, command (of absolute paths the last part), target (of what needs one), machine and versions."""
     words = without_folders(sys.argv[1:])
     return {
-        "commit": _git("describe", "--always", "--dirty"),
+        "commit": git_or_none(Path(__file__).parent, "describe", "--always", "--dirty") or "unknown",
         "command": " ".join(["python", "-m", f"benchmarks.{Path(sys.argv[0]).stem}", *words]),
         **({"target": f"{target.digest}, {target.precision}"} if target else {}),
         "device": describe_device(target.device if target else torch.device("cpu")),
@@ -251,8 +245,3 @@ def _rotated(contestants: Sequence[Contestant], by: int) -> list[Contestant]:
 
 def _key(contestant: Contestant, prompt: int) -> str:
     return f"{contestant.name} {prompt}"
-
-
-def _git(*words: str) -> str:
-    result = subprocess.run(["git", *words], capture_output=True, text=True, cwd=Path(__file__).parent)
-    return result.stdout.strip() or "unknown"

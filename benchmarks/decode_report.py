@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 from statistics import median
 from typing import Any
 
-from benchmarks.common import Contestant, Prompt, Run, compared, markdown_table, pass_seconds, rate, tau
+from benchmarks.common import Contestant, Prompt, Run, compared, pass_seconds, rate, tau
 from deepspec.evaluation.stats import Interval
+from deepspec.markdown import markdown_table
 
 
 def figures(
@@ -110,11 +111,11 @@ def body(data: dict[str, Any]) -> str:
     ]
     duels = [f"- {duel['ours']} against {duel['theirs']}: {_ratio(duel['ratio'])}×" for duel in data["duels"]]
     lines = [
-        markdown_table(header, rows),
+        markdown_table(header, rows, "tn"),
         "",
         _notes(data),
         "",
-        markdown_table(("× plain", *sources), by_source),
+        markdown_table(("× plain", *sources), by_source, "tn"),
     ]
     if duels:
         lines += ["", "The fastest of each side on these prompts:", "", *duels]

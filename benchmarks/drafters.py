@@ -30,7 +30,6 @@ from benchmarks.common import (
     Prompt,
     command_line,
     load_prompts,
-    markdown_table,
     work_key,
     write_report,
 )
@@ -41,6 +40,7 @@ from deepspec.errors import DeepSpecError
 from deepspec.evaluation.stats import COVERAGE, RESAMPLES, Interval
 from deepspec.files import digest
 from deepspec.journal import WorkLog
+from deepspec.markdown import markdown_table
 from deepspec.progress import Progress
 from deepspec.target.model import Target, load_target
 from deepspec.training.paths import TrainingPaths
@@ -184,7 +184,7 @@ def report(
     heads = ["variant", "steps", "s a step", "expected τ, held out"]
     for t in TEMPERATURES:
         heads += [f"τ at T = {t:g}", tasks, f"× {first}"]
-    return markdown_table(heads, rows), data
+    return markdown_table(heads, rows, "tn"), data
 
 
 def arguments() -> argparse.ArgumentParser:

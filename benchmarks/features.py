@@ -17,11 +17,12 @@ import sys
 import time
 from pathlib import Path
 
-from benchmarks.common import REPORTS, command_line, markdown_table, write_report
+from benchmarks.common import REPORTS, command_line, write_report
 from benchmarks.training_steps import forget_peak, resident
 from deepspec.config import Params, load_params
 from deepspec.errors import DeepSpecError
 from deepspec.features.codec import CODECS
+from deepspec.markdown import markdown_table
 from deepspec.progress import Progress
 
 SHARES = (1.0, 0.125)
@@ -99,7 +100,7 @@ def table(found: dict[str, dict[str, float]]) -> str:
         for what, of in found.items()
     ]
     heads = ("features", "s a step", "positions/s", "peak MiB", "bytes a token", "s before the first step")
-    return markdown_table(heads, rows)
+    return markdown_table(heads, rows, "tn")
 
 
 def arguments() -> argparse.ArgumentParser:

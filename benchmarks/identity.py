@@ -27,7 +27,6 @@ from benchmarks.common import (
     WORK_DIR,
     command_line,
     load_prompts,
-    markdown_table,
     work_key,
     write_report,
 )
@@ -45,6 +44,7 @@ from deepspec.drafters.lookup_first import LookupFirst
 from deepspec.errors import DeepSpecError
 from deepspec.evaluation.identity import TIE
 from deepspec.journal import WorkLog
+from deepspec.markdown import markdown_table
 from deepspec.progress import Progress
 from deepspec.target.model import Target, load_target
 
@@ -192,7 +192,7 @@ def report(verdicts: dict[str, list[Verdict]], chosen: list[Setting]) -> str:
         f"**{sum(v.different for v in every)} differences**, {sum(v.tie for v in every)} ties "
         f"(two top logits closer than {TIE:g} in float64)."
     )
-    return f"{markdown_table(header, rows)}\n\n{summary}"
+    return f"{markdown_table(header, rows, 'tn')}\n\n{summary}"
 
 
 def arguments() -> argparse.ArgumentParser:

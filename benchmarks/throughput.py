@@ -24,7 +24,6 @@ from benchmarks.common import (
     Prompt,
     command_line,
     load_prompts,
-    markdown_table,
     work_key,
     write_report,
 )
@@ -43,6 +42,7 @@ from deepspec.evaluation.throughput import (
     rows,
 )
 from deepspec.journal import WorkLog
+from deepspec.markdown import markdown_table
 from deepspec.progress import Progress
 from deepspec.target.model import load_target
 
@@ -95,7 +95,7 @@ def report(results: dict[Setting, dict[str, list[BatchRun]]]) -> tuple[str, dict
         for entry in data
     ]
     header = ["", "tokens/s (median)", "× plain", "× best fixed", "τ", "verified a request"]
-    return markdown_table(header, cells), {"results": data}
+    return markdown_table(header, cells, "tn"), {"results": data}
 
 
 def _cell(interval: dict[str, float] | None) -> str:

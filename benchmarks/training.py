@@ -26,13 +26,14 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from benchmarks.common import REPORTS, command_line, markdown_table, write_report
+from benchmarks.common import REPORTS, command_line, write_report
 from benchmarks.training_steps import STEPS
 from deepspec.drafters.algorithms.dspark import DSparkConfig, DSparkModel
 from deepspec.drafters.algorithms.eagle3 import Eagle3Config, Eagle3Model
 from deepspec.drafters.network import Network
 from deepspec.errors import DeepSpecError
 from deepspec.evaluation.stats import COVERAGE, RESAMPLES, Interval
+from deepspec.markdown import markdown_table
 from deepspec.progress import Progress
 
 SIDES = ("deepspec", "specforge")
@@ -190,7 +191,7 @@ def table(found: dict[str, dict[str, Any]]) -> str:
                 )
             )
     heads = ["", "tokens/s", "× SpecForge", "MiB of a step", "× SpecForge", "MiB of the process", "loss"]
-    return markdown_table(heads, rows)
+    return markdown_table(heads, rows, "tn")
 
 
 def arguments() -> argparse.ArgumentParser:

@@ -29,7 +29,6 @@ from benchmarks.common import (
     Prompt,
     command_line,
     load_prompts,
-    markdown_table,
     work_key,
     write_report,
 )
@@ -42,6 +41,7 @@ from deepspec.drafters.load import load_drafter
 from deepspec.errors import DeepSpecError
 from deepspec.evaluation.stats import COVERAGE, RESAMPLES, Interval
 from deepspec.journal import WorkLog
+from deepspec.markdown import markdown_table
 from deepspec.progress import Progress
 from deepspec.target.model import Target, load_target
 
@@ -293,10 +293,12 @@ def report(counts: Mapping[str, list[Count]], chosen: list[Setting], rows: list[
             (label, str(shapes[label].nodes or "γ"), str(sum(c.rounds for c in of)), _cell(tau(of)))
             for label, of in counts.items()
         ],
+        "tn",
     )
     comparison_table = markdown_table(
         ["comparison of τ", "ratio", "difference"],
         [(row.name, _cell(row.ratio), _cell(row.difference)) for row in rows],
+        "tn",
     )
     return f"{settings_table}\n\n{comparison_table}"
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import platform
-from pathlib import Path
 
 import torch
+
+from deepspec.provenance import cpu_facts
 
 
 def describe_device(device: torch.device | str) -> str:
@@ -14,14 +15,6 @@ def describe_device(device: torch.device | str) -> str:
     if device.type == "cuda":
         name = f"{torch.cuda.get_device_name(device)}, CUDA {torch.version.cuda}"
     else:
-        name = f"{_cpu_name()}, {torch.get_num_threads()} threads"
+        cpu = cpu_facts().get("model name") or platform.processor() or platform.machine()
+        name = f"{cpu}, {torch.get_num_threads()} threads"
     return f"{name}, {platform.system()}, torch {torch.__version__}"
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.processor() or platform.machine())

@@ -22,8 +22,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from deepspec.errors import DeepSpecError
 from deepspec.files import digest, write_text
-from deepspec.reproduce.checkout import reason, remote_of, set_remote
+from deepspec.git import git as run_git
+from deepspec.git import reason
+from deepspec.reproduce.checkout import remote_of, set_remote
 from flows.command import CommandFailed, UserMistake, environment
 
 LAST = "refs/deepspec/last"  # in the clone: the commit of the last finished run
@@ -242,18 +245,20 @@ def metrics_before(work: Workspace) -> list[dict[str, Any]]:
 
 
 def git(root: Path, *words: str, failing: str | None = "") -> str:
-    """What git prints. `failing` is what to say, or None for nothing at all, if it fails."""
-    return _checked(["git", *words], root, failing)
+    """Return what git prints. `failing` is what to say, or None for nothing at all, if it fails."""
+    try:
+        return run_git(root, *words, env=environment(root))
+    except DeepSpecError as error:
+        if failing is None:
+            return ""
+        raise UserMistake(failing or str(error)) from None
 
 
 def dvc(root: Path, *words: str) -> str:
-    return _checked([sys.executable, "-m", "dvc", *words], root)
-
-
-def _checked(words: list[str], root: Path, failing: str | None = "") -> str:
-    done = _run(words, root)
-    if done.returncode and failing is not None:
-        raise UserMistake(failing or reason(done) or f"{' '.join(words)} failed")
+    """Return what `dvc <words>` prints."""
+    done = _run([sys.executable, "-m", "dvc", *words], root)
+    if done.returncode:
+        raise UserMistake(reason(done) or f"dvc {' '.join(words)} failed")
     return done.stdout.strip()
 
 

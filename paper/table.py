@@ -17,6 +17,7 @@ from deepspec.errors import DeepSpecError
 from deepspec.evaluation.record import LOOKUP
 from deepspec.evaluation.stats import Interval
 from deepspec.files import write_json, write_text
+from deepspec.markdown import markdown_table
 from deepspec.stages.common import stage
 from paper import ablations
 from paper.params import PaperParams
@@ -342,10 +343,7 @@ def _beyond(beyond: dict[str, Any]) -> str:
 
 def _table(heads: Sequence[str], rows: Iterable[Sequence[str]], text: int = 1) -> str:
     """The first `text` columns are text, the others numbers."""
-    rule = "|" + "---|" * text + "--:|" * (len(heads) - text)
-    return "\n".join(
-        ["| " + " | ".join(heads) + " |", rule, *("| " + " | ".join(row) + " |" for row in rows)]
-    )
+    return markdown_table(heads, rows, "t" * text + "n")
 
 
 def _titled(domain: str) -> str:

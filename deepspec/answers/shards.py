@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -22,6 +21,7 @@ from datasets.exceptions import DatasetGenerationError
 from deepspec.answers.conversation import Conversation
 from deepspec.errors import DeepSpecError
 from deepspec.files import digest, file_digest, replacing, write_json
+from deepspec.journal import Journal, read_journal
 from deepspec.progress import Progress
 
 FEATURES = Features(
@@ -45,27 +45,20 @@ class Shard:
     """This process's file of finished conversations. A line is on the disk when a method returns."""
 
     def __init__(self, directory: Path, rank: int = 0, world: int = 1) -> None:
-        directory.mkdir(parents=True, exist_ok=True)
-        self.path = directory / f"shard-{rank}-of-{world}.jsonl"
-        self._file = self.path.open("ab")
-        self._file.truncate(_whole_lines(self.path))
+        self._journal = Journal(directory / f"shard-{rank}-of-{world}.jsonl", fsync=True)
+        self.path = self._journal.path
 
     def __enter__(self) -> Shard:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._file.close()
+        self._journal.close()
 
     def add_row(self, conversation: Conversation, seed: int) -> None:
-        self._append({"id": conversation.prompt.id, "row": {**conversation.row(), "seed": seed}})
+        self._journal.append({"id": conversation.prompt.id, "row": {**conversation.row(), "seed": seed}})
 
     def add_failure(self, id: str, reason: str) -> None:
-        self._append({"id": id, "reason": reason})
-
-    def _append(self, entry: dict[str, Any]) -> None:
-        self._file.write(json.dumps(entry).encode() + b"\n")
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        self._journal.append({"id": id, "reason": reason})
 
 
 class Sink:
@@ -113,11 +106,11 @@ def read_work(directory: Path) -> Work:
     """Read all shards, however many processes wrote them; a line that is not whole is work still to be done."""
     work = Work()
     for path in sorted(directory.glob("shard-*.jsonl")):
-        offset = 0
-        with path.open("rb") as file:
-            for line in file:
-                _file_entry(work, line, path, offset)
-                offset += len(line)
+        for offset, entry in read_journal(path):
+            if "row" in entry:
+                work.rows.setdefault(entry["id"], (path, offset))
+            else:
+                work.failures[entry["id"]] = entry["reason"]
     for id in work.rows:
         work.failures.pop(id, None)
     return work
@@ -186,19 +179,3 @@ def _write_parquet(work: Work, ids: list[str], path: Path, settings: dict, targe
             raise error.__cause__ or error from None  # so that a full disk is seen as one
         data.to_parquet(path)
     return counts
-
-
-def _file_entry(work: Work, line: bytes, path: Path, offset: int) -> None:
-    try:
-        entry = json.loads(line)
-    except ValueError:
-        return
-    if "row" in entry:
-        work.rows.setdefault(entry["id"], (path, offset))
-    else:
-        work.failures[entry["id"]] = entry["reason"]
-
-
-def _whole_lines(path: Path) -> int:
-    """Bytes up to and including the last newline."""
-    return path.read_bytes().rfind(b"\n") + 1

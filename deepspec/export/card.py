@@ -7,6 +7,7 @@ from typing import Any
 from deepspec.export.advice import Advice
 from deepspec.export.draft import Draft
 from deepspec.export.layout import SUMS, Layout
+from deepspec.markdown import markdown_table
 
 
 def card(draft: Draft, layout: Layout, advice: Advice) -> str:
@@ -22,7 +23,7 @@ def card(draft: Draft, layout: Layout, advice: Advice) -> str:
         f"Tokens to draft: **{advice.tokens}**, {advice.reason}.",
         *_choices(advice),
         "## How it was made",
-        _table(("", ""), _making(draft)),
+        markdown_table(("", ""), _making(draft)),
         *_evaluation(draft),
         "## Licence",
         f"Distilled from the target, whose licence applies: {draft.licence}.",
@@ -74,7 +75,7 @@ def _choices(advice: Advice) -> list[str]:
     rows = [(str(c.drafted), f"{c.tau:.2f}", f"{c.tokens_per_second:.1f}") for c in advice.choices]
     head = ("tokens drafted", "τ", "tokens/s at one request")
     return [
-        _table(head, rows),
+        markdown_table(head, rows),
         "From the measured acceptance by position and cost of a pass and a draft, greedy.",
     ]
 
@@ -91,7 +92,7 @@ def _evaluation(draft: Draft) -> list[str]:
         greedy = (record.get("blocks") or {}).get("greedy") or {}
         alone = ", ".join(f"{task} {entry['tau']:.2f}" for task, entry in greedy.items())
         where += f" its own τ at T = 0 is {alone}." if alone else ""
-    return ["## Evaluation", _table(head, rows), where]
+    return ["## Evaluation", markdown_table(head, rows), where]
 
 
 def _entry(key: str, entry: dict[str, Any]) -> tuple[str, ...]:
@@ -101,8 +102,3 @@ def _entry(key: str, entry: dict[str, Any]) -> tuple[str, ...]:
     rates = (number("baseline_tokens_per_second", ".1f"), number("tokens_per_second", ".1f"))
     speedup = number("speedup", ".2f") + ("×" if entry.get("speedup") is not None else "")
     return (key, number("tau", ".2f"), *rates, speedup, "yes" if entry["lossless"] else "no")
-
-
-def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
-    lines = [head, ("---",) * len(head), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

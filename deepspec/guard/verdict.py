@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from deepspec.markdown import markdown_table
+
 
 @dataclass(frozen=True)
 class Check:
@@ -59,9 +61,9 @@ class Validation:
             "",
             f"{self.rows} conversations, {self.failures} failures, target `{self.target}`: {verdict}.",
             "",
-            "| | check | what it means | bound | observed | examples |",
-            "|---|---|---|---|---|---|",
-            *map(_table_row, self.checks),
+            markdown_table(
+                ("", "check", "what it means", "bound", "observed", "examples"), map(_cells, self.checks)
+            ),
         ]
         return "\n".join(lines) + "\n"
 
@@ -71,14 +73,13 @@ def _failure(check: Check) -> str:
     return f"{check.name} ({check.observed}, allowed: {check.bound}{f'; e.g. {ids}' if ids else ''})"
 
 
-def _table_row(check: Check) -> str:
+def _cells(check: Check) -> tuple[str, ...]:
     examples = "; ".join(f"{example['id']}: {example['found']}" for example in check.examples)
-    cells = [
+    return (
         "ok" if check.passed else "FAILED",
         check.name,
         check.meaning,
         check.bound,
         check.observed,
         examples,
-    ]
-    return f"| {' | '.join(' '.join(cell.split()).replace('|', chr(92) + '|') for cell in cells)} |"
+    )

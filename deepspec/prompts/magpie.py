@@ -11,10 +11,11 @@ import json
 from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from deepspec.decoding.request import Generation, Request, Sampling
 from deepspec.files import digest
+from deepspec.journal import Journal, read_journal
 from deepspec.messages.sources import Candidate
 from deepspec.progress import Progress
 from deepspec.prompts.filters import Sieve, duplicate_key
@@ -39,7 +40,7 @@ class Magpie:
         self._batch_size = batch_size
         settings = json.dumps([params.model_dump(), target.digest, seed], sort_keys=True)
         self._work = work_dir / f"{digest(settings)}.jsonl"
-        self._done = _read_work(self._work)
+        self._done = {row["index"]: _candidate(row) for _, row in read_journal(self._work)}
         self._next = 0  # the first attempt not yet handed out
 
     def candidates(self, need: int, sieve: Sieve) -> Iterator[Candidate]:
@@ -81,8 +82,7 @@ class Magpie:
         """Decode, and keep every attempt in the work file before it is used."""
         from deepspec.decoding.engine import stream  # here, so that other sources work without torch
 
-        self._work.parent.mkdir(parents=True, exist_ok=True)
-        with self._work.open("a", encoding="utf-8") as work:
+        with Journal(self._work) as work:
             for generation in stream(self._target, None, next_request, self._batch_size):
                 self._record(generation, work)
                 yield generation
@@ -96,30 +96,16 @@ class Magpie:
             id=index,
         )
 
-    def _record(self, generation: Generation, work: TextIO) -> None:
+    def _record(self, generation: Generation, work: Journal) -> None:
         """Keep an attempt in memory and in the work file; one that failed is left to the next run."""
         tokens = [token for token in generation.tokens if token not in self._target.stop_ids]
         text = self._target.tokenizer.decode(tokens, skip_special_tokens=False).strip()
         row = {"index": generation.id, "text": text, "finish_reason": generation.finish_reason}
         if generation.finish_reason != "error":
-            work.write(json.dumps(row, ensure_ascii=True) + "\n")
-            work.flush()
+            work.append(row)
         self._done[generation.id] = _candidate(row)
 
 
 def _candidate(row: dict) -> Candidate:
     faults = {"stop": None, "length": "unfinished"}
     return Candidate([row["text"]], fault=faults.get(row["finish_reason"], "failed"))
-
-
-def _read_work(path: Path) -> dict[int, Candidate]:
-    """Read attempts of earlier runs. A last line that a kill cut short is removed from the file."""
-    if not path.exists():
-        return {}
-    data = path.read_bytes()
-    whole = data[: data.rfind(b"\n") + 1]
-    if len(whole) < len(data):
-        with path.open("r+b") as file:
-            file.truncate(len(whole))
-    rows = (json.loads(line) for line in whole.splitlines())
-    return {row["index"]: _candidate(row) for row in rows}

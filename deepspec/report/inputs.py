@@ -12,6 +12,7 @@ from typing import Any
 
 from deepspec.errors import DeepSpecError
 from deepspec.evaluation.record import EVAL_VERSION
+from deepspec.markdown import markdown_table
 
 COLUMNS = (
     "drafter",
@@ -141,26 +142,21 @@ def table(inputs: Inputs) -> list[Row]:
 
 def markdown(inputs: Inputs) -> str:
     """`reports/report.md`."""
-    parts = ["# Speculative decoding, measured", "", *_markdown_table(table(inputs)), ""]
+    parts = ["# Speculative decoding, measured", "", _markdown(table(inputs)), ""]
     parts += [
         METHOD,
         "",
         *_facts(inputs),
         "",
-        "| where | what |",
-        "|---|---|",
-        *(f"| `{place}` | {what} |" for place, what in PLACES),
+        markdown_table(("where", "what"), [(f"`{place}`", what) for place, what in PLACES]),
         "",
     ]
     return "\n".join(parts)
 
 
-def _markdown_table(rows: list[Row]) -> list[str]:
-    lines = [f"| {' | '.join(COLUMNS)} |", "|---|---|--:|--:|--:|--:|--:|---|"]
-    for row in rows:
-        cells = [f"**{cell}**" if row.macro and cell else cell for cell in row.cells]
-        lines.append(f"| {' | '.join(cells)} |")
-    return lines
+def _markdown(rows: list[Row]) -> str:
+    cells = [[f"**{cell}**" if row.macro and cell else cell for cell in row.cells] for row in rows]
+    return markdown_table(COLUMNS, cells, "ttnnnnnt")
 
 
 def _facts(inputs: Inputs) -> list[str]:

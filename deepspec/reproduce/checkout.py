@@ -14,6 +14,7 @@ from typing import Any
 
 from deepspec.errors import DeepSpecError, nearest
 from deepspec.files import replacing, write_json
+from deepspec.git import git
 
 logger = logging.getLogger(__name__)
 
@@ -257,17 +258,3 @@ def read_pipeline(work: Work) -> Pipeline:
 def _md5(fs: Any, path: str) -> str:
     with fs.open(path, "rb") as file:
         return hashlib.md5(file.read(), usedforsecurity=False).hexdigest()
-
-
-def git(directory: Path | None, *words: str) -> str:
-    done = subprocess.run(["git", *words], cwd=directory, capture_output=True, text=True)
-    if done.returncode:
-        raise DeepSpecError(f"git {words[0]} failed: {reason(done) or 'no message'}")
-    return done.stdout
-
-
-def reason(done: subprocess.CompletedProcess[str]) -> str:
-    """The line by which git or DVC says what went wrong: not the advice that may follow it."""
-    told = [line for line in (done.stderr or done.stdout).splitlines() if line.strip()]
-    named = [line for line in told if line.lower().startswith(("fatal:", "error:"))]
-    return (named or told or [""])[-1]

@@ -18,6 +18,7 @@ import yaml
 
 from deepspec.errors import DeepSpecError, nearest
 from deepspec.files import digest, write_json
+from deepspec.git import git
 from deepspec.reproduce import tolerance
 from deepspec.reproduce.checkout import (
     Pipeline,
@@ -25,7 +26,6 @@ from deepspec.reproduce.checkout import (
     Stage,
     Work,
     asked,
-    git,
     open_clone,
     read_pipeline,
     take_over_remote,

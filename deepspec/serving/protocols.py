@@ -12,7 +12,6 @@ TGI     /generate takes text alone: the ids that it made of it are asked back an
 
 from __future__ import annotations
 
-import re
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -21,12 +20,11 @@ from itertools import zip_longest
 from typing import Any, ClassVar
 
 import httpx
+from prometheus_client.parser import text_string_to_metric_families
 
 from deepspec.errors import DeepSpecError
 
 TIMEOUT_S = 600
-_SAMPLE = re.compile(r"^([a-zA-Z_:][\w:]*)(?:\{(.*)\})?\s+(\S+)", re.MULTILINE)
-_LABEL = re.compile(r'(\w+)="((?:[^"\\]|\\.)*)"')
 
 
 @dataclass(frozen=True)
@@ -271,12 +269,9 @@ CLIENTS: dict[str, type[Client]] = {client.engine: client for client in (VLLM, S
 
 
 def samples(text: str, name: str) -> list[tuple[dict[str, str], float]]:
-    """Labels and values of a metric in Prometheus' text format."""
-    return [
-        (dict(_LABEL.findall(labels)), float(value))
-        for found, labels, value in _SAMPLE.findall(text)
-        if found == name
-    ]
+    """Return labels and values of a metric in Prometheus' text format."""
+    families = text_string_to_metric_families(text)
+    return [(s.labels, s.value) for family in families for s in family.samples if s.name == name]
 
 
 def total(text: str, name: str) -> float:

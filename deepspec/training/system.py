@@ -7,19 +7,18 @@ was killed and resumed shows what its last process saw.
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from threading import Event, Thread
-from typing import Any
 
 import psutil
 import torch
 
 from deepspec.drafters.checkpoint import draft_digest
+from deepspec.journal import Journal, read_journal
 
 FOLDER = Path(".deepspec/system")
 EVERY_S = 10.0
@@ -37,32 +36,30 @@ def watched(drafter: str, draft: Path, every_s: float = EVERY_S) -> Iterator[Non
         yield
         return
     path = samples_file(drafter)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path.unlink(missing_ok=True)
     over = Event()
-    with path.open("w", buffering=1) as file:  # whole lines
-        thread = Thread(target=_sample_into, args=(file, over, every_s), daemon=True)
+    with Journal(path) as journal:
+        thread = Thread(target=_sample_into, args=(journal, over, every_s), daemon=True)
         thread.start()
         try:
             yield
         finally:
             over.set()
             thread.join()
-        file.write(json.dumps({"draft_digest": draft_digest(draft)}) + "\n")
+        journal.append({"draft_digest": draft_digest(draft)})
 
 
 def read_samples(path: Path, digest: str) -> list[dict[str, float]]:
-    """Read the samples of the training that made draft `digest`; none if the file is of another one."""
-    if not path.exists():
-        return []
-    *samples, last = [json.loads(line) for line in path.read_text().splitlines()] or [{}]
+    """Of the training that made draft `digest`; empty if the file is of another, unfinished, or not there."""
+    *samples, last = [entry for _, entry in read_journal(path)] or [{}]
     return samples if last.get("draft_digest") == digest else []
 
 
-def _sample_into(file: Any, over: Event, every_s: float) -> None:
+def _sample_into(journal: Journal, over: Event, every_s: float) -> None:
     process = psutil.Process()
     psutil.cpu_percent()  # the first call only starts its clock
     while not over.wait(every_s):
-        file.write(json.dumps(_sample(process)) + "\n")
+        journal.append(_sample(process))
 
 
 def _sample(process: psutil.Process) -> dict[str, float]:

@@ -238,14 +238,13 @@ def test_shards_that_another_machine_kept_to_itself_are_missed(monkeypatch, tmp_
         run(monkeypatch, tmp_path, target, prompts)
 
 
-@pytest.mark.parametrize("place", ["os.fsync", "Work.row"])
+@pytest.mark.parametrize(("owner", "name"), [(os, "fsync"), (shards.Work, "row")], ids=["shard", "data set"])
 def test_a_full_disk_is_one_line_and_keeps_what_is_there(
-    monkeypatch, tmp_path, target, prompts, capsys, place
+    monkeypatch, tmp_path, target, prompts, capsys, owner, name
 ):
     """While a shard grows, and while the data set is put together."""
     calls = []
-    names = place.split(".")
-    real = getattr(getattr(shards, names[0]), names[1])
+    real = getattr(owner, name)
 
     def full(*args):
         calls.append(args)
@@ -254,7 +253,7 @@ def test_a_full_disk_is_one_line_and_keeps_what_is_there(
         return real(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(f"deepspec.answers.shards.{place}", full)
+        patch.setattr(owner, name, full)
         assert guarded(lambda: run(monkeypatch, tmp_path, target, prompts)) == 2
     assert capsys.readouterr().err.splitlines()[-1].startswith("error: the disk is full")
     assert not (tmp_path / "distill").exists()

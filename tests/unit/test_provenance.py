@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 
-from deepspec.provenance import CODE, _cpu, provenance
+from deepspec.provenance import CODE, describe_cpu, provenance
 
 
 def test_the_command_has_no_folders_of_this_machine(monkeypatch):
@@ -44,6 +44,6 @@ def test_the_cpu_is_told_by_what_rounds_its_sums(tmp_path):
     file = tmp_path / "cpuinfo"
     one = "vendor_id : Maker\ncpu family : 25\nmodel : 17\nmodel name : Cloud\nstepping : 1\nflags : fpu avx2 avx512f"
     file.write_text(f"{one}\n\n{one}\n")
-    assert _cpu(file).endswith(" Maker 25 17 1, avx2 avx512f")
-    assert "," not in _cpu(tmp_path / "absent")
-    assert provenance()["cpu"] == _cpu()
+    assert describe_cpu(file).endswith(" Maker 25 17 1, avx2 avx512f")
+    assert "," not in describe_cpu(tmp_path / "absent")
+    assert provenance()["cpu"] == describe_cpu()
