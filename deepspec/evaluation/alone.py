@@ -13,8 +13,9 @@ import numpy as np
 
 from deepspec.decoding.calibration import TEMPERATURES, Blocks, collect, quality, survival
 from deepspec.decoding.drafter import Drafter
-from deepspec.evaluation.record import accept_rates
+from deepspec.evaluation import record
 from deepspec.evaluation.runs import prompt_seed
+from deepspec.evaluation.summarise import accept_rates
 from deepspec.target.model import Target
 from deepspec.tasks.task import Task
 
@@ -36,21 +37,23 @@ def from_json(value: Mapping[str, Any]) -> Blocks:
     return Blocks(logits, *(np.array(value[name], dtype=np.int64) for name in ("accepted", "drafted")))
 
 
-def acceptance(by_task: Mapping[str, Blocks]) -> dict[str, dict]:
-    """For each task the number of blocks, τ, and acceptance by position."""
+def acceptance(by_task: Mapping[str, Blocks]) -> dict[str, record.Blocks]:
+    """Return for each task the number of blocks, τ, and acceptance by position."""
     found = {}
     for task, blocks in by_task.items():
         rates, reached = accept_rates(zip(blocks.accepted.tolist(), blocks.drafted.tolist(), strict=True))
-        found[task] = {
-            "blocks": len(blocks),
-            "tau": 1 + float(blocks.accepted.mean()) if len(blocks) else None,
-            "accept_rate_by_position": rates,
-            "reached_by_position": reached,
-        }
+        found[task] = record.Blocks(
+            blocks=len(blocks),
+            tau=1 + float(blocks.accepted.mean()) if len(blocks) else None,
+            accept_rate_by_position=rates,
+            reached_by_position=reached,
+        )
     return found
 
 
-def confidence(drafter: Drafter, by_mode: Mapping[str, list[Blocks]]) -> dict[str, dict] | None:
+def confidence(
+    drafter: Drafter, by_mode: Mapping[str, list[Blocks]]
+) -> dict[str, record.Confidence] | None:
     """Quality of the confidence head on prompts it was not calibrated on; None for a drafter that has none."""
     temperatures = getattr(drafter.trained, "temperatures", None)
     if temperatures is None:
@@ -63,5 +66,5 @@ def confidence(drafter: Drafter, by_mode: Mapping[str, list[Blocks]]) -> dict[st
         if len(blocks):
             before = survival(blocks.logits)
             after = survival(blocks.logits, temperatures[mode]) if mode in temperatures else before
-            found[mode] = quality(blocks, before, after)
+            found[mode] = record.Confidence(**quality(blocks, before, after))
     return found or None

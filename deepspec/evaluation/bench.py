@@ -28,7 +28,7 @@ from deepspec.evaluation.contest import Contest, Contestant
 from deepspec.evaluation.identity import check_identity
 from deepspec.evaluation.native import native_tokens_per_second
 from deepspec.evaluation.params import EvaluateParams
-from deepspec.evaluation.record import DRAFT, LOOKUP, Identity
+from deepspec.evaluation.record import DRAFT, LOOKUP, Identity, Throughput
 from deepspec.evaluation.runs import PLAIN, PromptRuns, from_json, prompt_seed, to_json
 from deepspec.evaluation.throughput import Server, Setting
 from deepspec.evaluation.trace import trace
@@ -225,7 +225,7 @@ class Bench:
             results.setdefault(task.name, []).append(from_json(found[key]))
         return results
 
-    def _throughput(self, name: str) -> list[dict[str, Any]]:
+    def _throughput(self, name: str) -> list[Throughput]:
         chosen = self.params.throughput
         settings = [Setting(t, batch) for t in chosen.temperatures for batch in chosen.batches]
 

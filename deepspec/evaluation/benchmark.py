@@ -27,8 +27,9 @@ from deepspec.errors import DeepSpecError
 from deepspec.evaluation import sweep
 from deepspec.evaluation.bench import Bench
 from deepspec.evaluation.params import EvaluateParams
-from deepspec.evaluation.record import EVAL_VERSION, LOOKUP, Measured, Subject, build_record
+from deepspec.evaluation.record import EVAL_VERSION, LOOKUP, Decode, Provenance, Record, RoundCosts, Throughput
 from deepspec.evaluation.runs import PLAIN, PromptRuns, to_json
+from deepspec.evaluation.summarise import Measured, Subject, build_record
 from deepspec.evaluation.work import Work, process_state
 from deepspec.files import digest
 from deepspec.lineage import code_digest
@@ -43,7 +44,7 @@ WORK_DIR = Path(".deepspec/evaluate")
 class Outcome:
     """Of one drafter: its record, its measurements prompt by prompt, and generations to look at."""
 
-    record: dict[str, Any]
+    record: Record
     prompts: list[dict[str, Any]]
     traces: list[dict[str, Any]]
 
@@ -120,10 +121,17 @@ def _outcomes(bench: Bench) -> dict[str, Outcome]:
         section = parts[name] | {"sweeps": points}
         if not all(identity.lossless for identity in checked.get("alone", {}).values()):
             section["throughput"] = _without_speed(section["throughput"])
-        measured = Measured(own, checked, native, section, kept[name])
+        measured = Measured(
+            own,
+            checked,
+            native,
+            decode=Decode(**bench.params.decode.model_dump()),
+            provenance=Provenance(**_provenance(bench.drafts[name])),
+            round_costs=RoundCosts(**costs[name]),
+            promise=kept[name],
+            **section,
+        )
         record = build_record(subjects[name], bench.tasks, measured)
-        record |= {"decode": bench.params.decode.model_dump(), "round_costs": costs[name]}
-        record |= {"provenance": _provenance(bench.drafts[name])}
         outcomes[name] = Outcome(record, _lines(own), traces[name])
     return outcomes
 
@@ -174,9 +182,9 @@ def _lines(contest: Mapping[tuple[str, float], list[PromptRuns]]) -> list[dict[s
     ]
 
 
-def _without_speed(rows: list[dict[str, Any]] | None) -> list[dict[str, Any]] | None:
-    """No speed-up is reported for a path that changed a token."""
-    return rows and [row | {"speedup": None, "against_best_fixed": None} for row in rows]
+def _without_speed(rows: list[Throughput] | None) -> list[Throughput] | None:
+    """Return the rows without speed-ups: none is reported for a path that changed a token."""
+    return rows and [row.model_copy(update={"speedup": None, "against_best_fixed": None}) for row in rows]
 
 
 def _origin(target_dir: Path) -> str:

@@ -1,54 +1,29 @@
-"""The evaluation record (docs/evaluation.md), made from what was measured prompt by prompt."""
+"""The evaluation record, `reports/eval/<drafter>.json`: what was measured of one drafter, on what, and by what means.
+
+The models are the contract between the evaluation and everything that reads it; a field's description is its
+definition, from which docs/evaluation.md and `deepspec evaluate --help` are made. `summarise.py` builds a record.
+"""
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
-from itertools import accumulate
-from statistics import fmean
-from typing import TYPE_CHECKING, Any
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
 
-import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from deepspec.evaluation.runs import PLAIN, PromptRuns, Run, pair
-from deepspec.evaluation.stats import (
-    Interval,
-    bootstrap,
-    macro_speedup,
-    median_per_round_ms,
-    pair_table,
-    quotient,
-    speed_ratio,
-    speedup,
-)
-
-if TYPE_CHECKING:
-    from deepspec.decoding.train_parity import Check
-    from deepspec.tasks.task import Task
-
-logger = logging.getLogger(__name__)
+from deepspec.errors import DeepSpecError
+from deepspec.files import write_json
 
 EVAL_VERSION = "3"  # raised whenever numbers of before and after cannot be compared
 DRAFT = "draft"  # the contestant that a record is about: the draft as `evaluate.decode` uses it
 LOOKUP = "lookup"  # the strongest baseline that needs no training
-OUTPUT_BIN = 16  # tokens
-_UNLIKE = 0.8  # of the held-out acceptance at position 1
 
-
-@dataclass(frozen=True)
-class Subject:
-    """What was measured, on what."""
-
-    drafter: str
-    draft_digest: str
-    target: str
-    target_digest: str
-    device: str
-    dtype: str
-    seed: int
-    processes: int
-    max_new_tokens: int  # an answer's, of every turn
+Bounds = tuple[float, float]
+Mode = Literal["greedy", "sampled"]
+Setting = str | int | float | bool | None
 
 
 @dataclass(frozen=True)
@@ -61,256 +36,404 @@ class Identity:
     tokens: int = 0
 
 
-Results = Mapping[tuple[str, float], list[PromptRuns]]  # (task, temperature) → its prompts
+class Part(BaseModel):
+    """A part of a record: it cannot be changed, and has the keys that are named here and no others."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="constants")
 
 
-@dataclass(frozen=True)
-class Measured:
-    """All that a record is made of.
+class _Gain(Part):
+    tau: float | None = Field(
+        description="tokens committed per pass of the target, its own token included: all tokens over all rounds"
+    )
+    tau_ci95: Bounds | None = Field(
+        description="95 % interval of tau by a paired bootstrap: prompts, with all their runs, are drawn again 2,000 "
+        "times within each task, and the tails are moved outwards for few prompts (evaluation/stats.py); null where "
+        "a task has one prompt alone"
+    )
+    speedup: float | None = Field(
+        description="seconds a token of plain decoding over seconds a token with the draft, in the same engine and "
+        "minute, prefill left out, each a ratio of sums over a task's prompts; a mean is that over tasks; null "
+        "without losslessness"
+    )
+    speedup_ci95: Bounds | None = Field(description="95 % interval of the speed-up, as that of tau")
 
-    Args:
-        contest: of the contestants `plain`, `draft`, `lookup` and other controllers of the same draft.
-        identities: path ("draft", "lookup") → task → outcome. Other controllers verify less of what "draft" does.
-        native: task → tokens/s of `transformers.generate`.
-        parts: further sections of the record: blocks, confidence, sweeps, throughput.
-        promise: what became of training's figures in decoding.
-    """
 
-    contest: Results
-    identities: Mapping[str, Mapping[str, Identity]]
-    native: Mapping[str, float]
-    parts: Mapping[str, Any] = field(default_factory=dict)
-    promise: Check | None = None
+class _Ratio(Part):
+    ratio: float | None = Field(
+        description="how many times as fast the draft is as this other way of decoding, paired by prompt; null "
+        "without losslessness of both"
+    )
+    ratio_ci95: Bounds | None = Field(description="95 % interval of the ratio, as that of tau")
+
+
+class Positions(Part):
+    """Acceptance by position of a draft."""
+
+    accept_rate_by_position: list[float] = Field(
+        description="of the rounds that proposed a position and accepted all before it, the share that accepted it too"
+    )
+    reached_by_position: list[int] = Field(
+        description="how many rounds proposed a position and accepted all before it"
+    )
+
+
+class Figures(Part):
+    """What is said of every way of decoding on a task."""
+
+    rounds: int = Field(description="passes of the target that verified a draft or drew a token of their own")
+    tau: float | None = _Gain.model_fields["tau"]
+    tau_ci95: Bounds | None = _Gain.model_fields["tau_ci95"]
+    accept_rate_by_position: list[float] = Positions.model_fields["accept_rate_by_position"]
+    reached_by_position: list[int] = Positions.model_fields["reached_by_position"]
+    tokens_per_second: float | None = Field(description="tokens over seconds, prefill left out")
+    speedup: float | None = _Gain.model_fields["speedup"]
+    speedup_ci95: Bounds | None = _Gain.model_fields["speedup_ci95"]
+    draft_ms: float | None = Field(description="time of a round in the draft: the median over prompts")
+    verify_ms: float | None = Field(
+        description="time of a round in the target's pass with the verdict: the median over prompts"
+    )
+    host_ms: float | None = Field(description="time of a round in Python around both: the median over prompts")
+    lossless: bool = Field(
+        description="in float32 at T = 0 the output is token for token the plain one, but for proven ties; without it "
+        "no speed-up is reported"
+    )
+
+
+class BesideFigures(_Ratio, Figures):
+    """Of another way of decoding on the same prompts."""
+
+
+class OutputBin(Part):
+    """Rounds that begin within a stretch of the answer."""
+
+    start: int = Field(description="tokens of the answer that are there when such a round begins, at least")
+    end: int = Field(description="tokens of the answer that are there when such a round begins, less than")
+    rounds: int = Field(description="rounds that begin there")
+    tau: float = Field(description="tokens committed per round that begins there")
+
+
+class LosslessChecked(Part):
+    """On how much losslessness was checked."""
+
+    prompts: int = Field(description="prompts of the check in float32")
+    tokens: int = Field(description="tokens of the check in float32")
+
+
+class _TaskFacts(Part):
+    category: str = Field(description="kind of the task: math, code, chat or other")
+    task_version: str = Field(description="version of the task's definition")
+    source: str = Field(description="where its prompts come from")
+    prompts_digest: str = Field(description="digest of its prompts: records compare where it is the same")
+    temperature: float = Field(description="temperature of sampling; 0 is greedy")
+    prompts: int = Field(description="prompts that were decoded")
+    new_tokens: int = Field(description="tokens that the draft's runs wrote")
+
+
+class TaskEntry(Figures, _TaskFacts):
+    """One task at one temperature, of the draft as `evaluate.decode` uses it."""
+
+    tau_by_output_position: list[OutputBin] = Field(
+        description="tau of the rounds that begin when so many tokens of the answer are there, by 16"
+    )
+    baseline_tokens_per_second: float | None = Field(description="tokens/s of plain decoding of the same prompts")
+    ties: int = Field(
+        description="differences of the check that are none: the target's two best logits, recomputed in float64, are "
+        "less than 1e-4 apart"
+    )
+    lossless_checked: LosslessChecked = Field(description="on how much losslessness was checked")
+    output_hashes: list[str] = Field(description="digest of the tokens of each prompt")
+    beside: dict[str, BesideFigures] = Field(
+        description="the same figures of the lookup alone and of other controllers of the same draft, on the same "
+        "prompts"
+    )
+
+
+class BesideMean(_Ratio, _Gain):
+    """Mean over tasks of another way of decoding."""
+
+
+class Mean(_Gain):
+    """Means over tasks at one temperature."""
+
+    beside: dict[str, BesideMean] = Field(description="the same means of the other ways of decoding")
+
+
+class _Headline(Part):
+    temperature: float = Field(description="temperature of the headline: greedy, or the lowest measured")
+
+
+class Summary(_Gain, _Headline):
+    """The headline: means over tasks."""
+
+    speedup_vs_hf: float | None = Field(
+        description="tokens/s at T = 0 over those of transformers.generate on each task's first prompt"
+    )
+    lossless: bool = Field(description="every task is lossless")
+    by_temperature: dict[str, Mean] = Field(description="means over tasks at each temperature")
+
+
+class _BlockCounts(Part):
+    blocks: int = Field(description="blocks drafted")
+    tau: float | None = Field(description="tokens committed per block, the target's own included")
+
+
+class Blocks(Positions, _BlockCounts):
+    """The trained draft alone on a task: whole blocks, no lookup, no controller."""
+
+
+class BeforeAfter(Part):
+    """A number before and after calibration."""
+
+    before: float | None = Field(description="as the head was trained")
+    after: float | None = Field(description="after sequential temperature scaling")
+
+
+class ReliabilityBin(Part):
+    """Positions whose predicted chance of acceptance lies within a bin."""
+
+    low: float = Field(description="lower end of the bin")
+    high: float = Field(description="upper end of the bin")
+    count: int = Field(description="positions in the bin")
+    predicted: float = Field(description="mean predicted chance")
+    observed: float = Field(description="share that was accepted")
+
+
+class Reliability(Part):
+    """Reliability curves before and after calibration."""
+
+    before: list[ReliabilityBin] = Field(description="as the head was trained")
+    after: list[ReliabilityBin] = Field(description="after sequential temperature scaling")
+
+
+class Threshold(Part):
+    """What is verified where blocks are cut at a confidence."""
+
+    threshold: float = Field(description="each block is cut at the first position whose own chance is below")
+    accepted: int = Field(description="drafted tokens that are verified and accepted")
+    rejected: int = Field(description="drafted tokens that are verified and rejected")
+    acceptance_rate: float | None = Field(description="accepted over verified; null where nothing is verified")
+
+
+class Confidence(Part):
+    """What the confidence head is worth, on prompts it was not calibrated on."""
+
+    blocks: int = Field(description="blocks drafted")
+    ece: BeforeAfter = Field(
+        description="the gap between predicted and observed chance that all tokens up to a position are accepted, in 15 "
+        "bins weighted by their counts, mean over positions; before and after calibration"
+    )
+    auc: float | None = Field(
+        description="chance that a path that was accepted had been given a higher chance than one that was not"
+    )
+    reliability: Reliability = Field(description="predicted against observed chance, by bins")
+    thresholds: list[Threshold] = Field(
+        description="drafted tokens that are accepted or rejected where each block is cut at the first position whose own "
+        "chance is below a threshold"
+    )
+
+
+class Ratio(Part):
+    """A ratio with its 95 % interval."""
+
+    value: float = Field(description="the ratio")
+    low: float | None = Field(description="lower end of its 95 % interval")
+    high: float | None = Field(description="upper end of its 95 % interval")
+
+
+class Throughput(Part):
+    """One way of decoding with a full batch."""
+
+    temperature: float = Field(description="temperature of sampling")
+    batch: int = Field(description="requests at once")
+    name: str = Field(description="plain, a fixed length, or the prefix scheduler")
+    tokens_per_second: float = Field(description="tokens/s of the full batch, prefill left out; the median over groups")
+    speedup: Ratio | None = Field(description="tokens/s over those of plain decoding at this batch size")
+    against_best_fixed: Ratio | None = Field(description="tokens/s over those of the best fixed length here")
+    best_fixed: str = Field(description="the fixed length with the highest rate here, chosen afterwards")
+    tau: float = Field(description="tokens per round and request")
+    verified_per_request: float | None = Field(description="drafted tokens verified per request and round")
+
+
+class SweepPoint(Part):
+    """One length of chains, or one depth or size of trees."""
+
+    sweep: str = Field(description="block_length, depth or nodes")
+    value: int = Field(description="its length, depth or nodes")
+    tau: float | None = Field(description="tau there")
+    speedup: float | None = Field(description="speed-up there")
+    speedup_ci95: Bounds | None = Field(description="95 % interval of the speed-up")
+    round_ms: float = Field(description="milliseconds of a round, the mean over prompts")
+
+
+class Sweeps(Part):
+    """The trained draft alone, everything verified."""
+
+    temperature: float = Field(description="temperature of sampling")
+    prompts: int = Field(description="prompts that were decoded at each point")
+    points: list[SweepPoint] = Field(description="a row for each length, depth and number of nodes")
+
+
+class TrainParity(Part):
+    """Greedy blocks in training and in decoding, on the same held-out contexts."""
+
+    promised: float = Field(description="acceptance at position 1 in training")
+    measured: float = Field(description="acceptance at position 1 in decoding")
+    agreement: list[float] = Field(
+        description="by position, share of blocks with the same token, of those that were the same up to there"
+    )
+    blocks: int = Field(description="contexts")
+    below: bool = Field(description="acceptance is lower than chance would have it")
+    unlike: bool = Field(description="more tokens differ than rounding and chance would have it")
+
+
+class RecordWarning(Part):
+    """What a reader must not overlook; it changes no number."""
+
+    name: str = Field(description="its name in docs/evaluation.md")
+    message: str = Field(description="what was found")
+
+
+class Decode(Part):
+    """`evaluate.decode` as it was."""
+
+    lookup: dict[str, Setting] | None = Field(description="asked before the trained draft; null: not asked")
+    tree: dict[str, Setting] = Field(description="shape of the drafts")
+    verify: str | None = Field(description="rule for sampled drafts; null: the best that fits")
+    controller: dict[str, Setting] = Field(description="what decides how much is drafted")
+
+
+class RoundCosts(Part):
+    """What a round costs on this machine, by which controllers decide."""
+
+    identity: dict[str, Setting] = Field(description="of which machine, target and drafter the costs are")
+    passes: dict[str, list[tuple[int | float, int | float]]] = Field(
+        description="requests at once → (tokens of a pass, its seconds)"
+    )
+    drafts: dict[str, float] = Field(description="requests at once → seconds of a draft")
+
+
+class Provenance(Part):
+    """By what code, command and packages the record was made."""
+
+    git_commit: str | None = Field(description="commit of the code; null outside a repository")
+    git_dirty: bool = Field(description="the code differed from that commit")
+    command: str = Field(description="command that measured")
+    packages: dict[str, str | None] = Field(description="versions of Python and of the packages that decide results")
+    cpu: str = Field(description="processor and the instructions that decide how sums are rounded")
+    data_digest: str | None = Field(description="digest of the data that the draft was trained on")
+    trained_at_commit: str | None = Field(description="commit that the draft was trained at")
+
+
+class Record(Part):
+    """All that was measured of one drafter."""
+
+    eval_version: str = Field(description="numbers of two versions cannot be compared")
+    drafter: str = Field(description="its name in params.yaml")
+    draft_digest: str = Field(description="digest of the draft's files")
+    target: str = Field(description="where the target came from")
+    target_digest: str = Field(description="digest of the target's files")
+    device: str = Field(description="machine and software it was measured on")
+    dtype: str = Field(description="precision of the target")
+    seed: int = Field(description="seed of sampling and of the bootstrap")
+    processes: int = Field(description="processes that measured at once")
+    max_new_tokens: int = Field(description="tokens of an answer at most, of every turn")
+    tasks: dict[str, TaskEntry] = Field(description="`<task>@T=<temperature>` → its figures")
+    summary: Summary = Field(description="means over tasks")
+    blocks: dict[Mode, dict[str, Blocks]] | None = Field(
+        description="the trained draft alone by task, whole blocks: acceptance by position without lookup and controller"
+    )
+    confidence: dict[Mode, Confidence] | None = Field(
+        description="what the confidence head is worth, before and after calibration; null for a drafter without one"
+    )
+    throughput: list[Throughput] | None = Field(
+        description="tokens/s of full batches: plain, fixed lengths, prefix scheduler"
+    )
+    sweeps: Sweeps | None = Field(
+        description="tau and speed-up at T = 0 over the length of chains, the depth and the nodes of best-first trees, of "
+        "the draft alone"
+    )
+    promise: dict[Mode, TrainParity] | None = Field(
+        description="greedy acceptance at position 1 and the drafted tokens themselves, on the same held-out contexts, in "
+        "training and in decoding"
+    )
+    warnings: list[RecordWarning] = Field(description="what a reader must not overlook")
+    decode: Decode = Field(description="how the draft was used (`evaluate.decode`)")
+    round_costs: RoundCosts | None = Field(description="what a pass and a draft cost on the machine")
+    provenance: Provenance = Field(description="code, command and packages that made the record")
+
+    @property
+    def train_parity(self) -> TrainParity | None:
+        """Greedy decoding beside training, where the draft kept held-out contexts."""
+        return (self.promise or {}).get("greedy")
+
+    @property
+    def greedy_blocks(self) -> dict[str, Blocks]:
+        """Of the draft alone at T = 0, by task; empty for one that is not trained."""
+        return (self.blocks or {}).get("greedy", {})
+
+    @classmethod
+    def read(cls, path: str | Path) -> Record:
+        """Read a record from its file.
+
+        Raises:
+            DeepSpecError: no such file, not JSON, or not of the record's shape.
+        """
+        try:
+            return cls.parse(json.loads(Path(path).read_text()), path)
+        except FileNotFoundError:
+            raise DeepSpecError(f"{path}: no such record; evaluate the drafter first (dvc repro)") from None
+        except ValueError as error:
+            raise DeepSpecError(f"{path}: not JSON ({error}); evaluate the drafter again") from None
+
+    @classmethod
+    def parse(cls, value: Any, path: str | Path) -> Record:
+        """Return the record that a file's JSON holds. One of another version is read if it has this shape.
+
+        Raises:
+            DeepSpecError: it is not of the record's shape.
+        """
+        try:
+            return cls.model_validate(value)
+        except ValidationError as error:
+            version = value.get("eval_version") if isinstance(value, dict) else None
+            if version not in (None, EVAL_VERSION):
+                raise DeepSpecError(_other_version(path, version)) from None
+            raise DeepSpecError(
+                f"{path}: not an evaluation record: {first_mistake(error)}; evaluate the drafter again"
+            ) from None
+
+    def require_version(self, path: str | Path) -> None:
+        """Raise DeepSpecError for a record of another version, whose numbers are not comparable with those of this."""
+        if self.eval_version != EVAL_VERSION:
+            raise DeepSpecError(_other_version(path, self.eval_version))
+
+    def dump(self) -> dict[str, Any]:
+        """Return the record as JSON holds it."""
+        return self.model_dump(mode="json")
+
+    def write(self, path: str | Path) -> None:
+        """Write the record to its file."""
+        write_json(path, self.dump())
+
+
+def _other_version(path: str | Path, version: object) -> str:
+    return f"{path}: of evaluation version {version}, not {EVAL_VERSION}; evaluate it again"
+
+
+def first_mistake(error: ValidationError) -> str:
+    """Return the place and the text of the first mistake: `tasks.sums@T=0.tau: Field required`."""
+    first = error.errors(include_url=False)[0]
+    place = ".".join(map(str, first["loc"]))
+    return f"{place}: {first['msg']}" if place else first["msg"]
 
 
 def task_key(task: str, temperature: float) -> str:
+    """Return the key of a task's entry: `humaneval@T=0`."""
     return f"{task}@T={temperature:g}"
 
 
-def build_record(subject: Subject, tasks: list[Task], measured: Measured) -> dict:
-    """The whole record. An entry of T > 0 carries the verdict of its task's check, which is made at T = 0.
-
-    A task that failed its check has no speed-up, and neither has a mean over it: both are null.
-    """
-    by_name = {task.name: task for task in tasks}
-    seed = subject.seed
-    entries = {
-        task_key(name, temperature): _entry(by_name[name], temperature, rows, measured.identities, seed)
-        for (name, temperature), rows in measured.contest.items()
-    }
-    record = {
-        "eval_version": EVAL_VERSION,
-        **asdict(subject),
-        "tasks": entries,
-        "summary": _summary(measured, entries, seed),
-        **measured.parts,
-        "promise": measured.promise and {"greedy": asdict(measured.promise)},
-    }
-    record["warnings"] = warnings(record)
-    for warning in record["warnings"]:
-        logger.warning("%s: %s: %s", subject.drafter, warning["name"], warning["message"])
-    return record
-
-
-def accept_rates(rounds: Iterable[tuple[int, int]]) -> tuple[list[float], list[int]]:
-    """Share accepted at position k+1, of the rounds that proposed it and accepted every earlier position; and how
-    many rounds that were. `rounds` are (accepted, drafted) tokens."""
-    rounds = list(rounds)
-    rates, counts = [], []
-    for k in range(max((drafted for _, drafted in rounds), default=0)):
-        reached = [accepted > k for accepted, drafted in rounds if drafted > k and accepted >= k]
-        if not reached:
-            break
-        rates.append(sum(reached) / len(reached))
-        counts.append(len(reached))
-    return rates, counts
-
-
-def tau_by_output_position(runs: Iterable[Run]) -> list[dict[str, Any]]:
-    """τ of the rounds that begin where so many tokens of the answer are there, by bins of `OUTPUT_BIN`."""
-    bins: dict[int, list[int]] = {}
-    for run in runs:
-        for accepted in run.accepted:  # a turn
-            starts = accumulate((count + 1 for count in accepted), initial=0)
-            for start, count in zip(starts, accepted, strict=False):
-                bins.setdefault(start // OUTPUT_BIN, []).append(count + 1)
-    return [
-        {"start": at * OUTPUT_BIN, "end": (at + 1) * OUTPUT_BIN, "rounds": len(found), "tau": fmean(found)}
-        for at, found in sorted(bins.items())
-    ]
-
-
-def tau_table(runs: Iterable[Run]) -> np.ndarray:
-    """[prompts, 2]: tokens committed and rounds, the columns of `quotient`."""
-    return np.array([(run.committed, run.rounds) for run in runs], dtype=np.float64).reshape(-1, 2)
-
-
-def warnings(record: dict) -> list[dict[str, str]]:
-    """What a reader must not overlook, by name; nothing here changes a number."""
-    found = []
-
-    def warn(name: str, message: str) -> None:
-        found.append({"name": name, "message": message})
-
-    broken = sorted({key.rsplit("@", 1)[0] for key, e in record["tasks"].items() if not e["lossless"]})
-    if broken:
-        warn(
-            "not_lossless",
-            f"the target's greedy output changed on {', '.join(broken)}; no speed-up is reported",
-        )
-    promise = (record["promise"] or {}).get("greedy")
-    if promise and promise["below"]:
-        warn(
-            "below_training_promise",
-            f"acceptance at position 1 is {promise['measured']:.3f} in decoding and {promise['promised']:.3f} in "
-            f"training, on the same {promise['blocks']} held-out contexts",
-        )
-    if promise and promise["unlike"]:
-        shares = ", ".join(f"{share:.3f}" for share in promise["agreement"])
-        warn(
-            "drafts_other_tokens",
-            f"on the same {promise['blocks']} held-out contexts decoding drafts other tokens than training did "
-            f"(shares alike by position: {shares}): what decodes is not what was trained",
-        )
-    if promise and not promise["below"] and not promise["unlike"]:
-        for task, entry in (record["blocks"] or {}).get("greedy", {}).items():
-            rate = entry["accept_rate_by_position"][0] if entry["accept_rate_by_position"] else None
-            if rate is not None and rate < _UNLIKE * promise["promised"]:
-                warn(
-                    "unlike_training_data",
-                    f"on {task} acceptance at position 1 is {rate:.2f}, on held-out training data "
-                    f"{promise['promised']:.2f}: more prompts like these in the mix would help",
-                )
-    for temperature, mean in record["summary"]["by_temperature"].items():
-        if mean["speedup_ci95"] and mean["speedup_ci95"][1] < 1:
-            warn("slower_than_plain", f"at T = {temperature} decoding with the draft is slower than without")
-        lookup = mean["beside"].get(LOOKUP)
-        if lookup and lookup["ratio_ci95"] and lookup["ratio_ci95"][1] < 1:
-            warn("weaker_than_lookup", f"at T = {temperature} the lookup alone, without training, is faster")
-    return found
-
-
-def _entry(
-    task: Task,
-    temperature: float,
-    rows: list[PromptRuns],
-    identities: Mapping[str, Mapping[str, Identity]],
-    seed: int,
-) -> dict:
-    own = [row[DRAFT] for row in rows]
-    identity = identities[DRAFT][task.name]
-    beside = {}
-    for name in rows[0]:
-        if name not in (PLAIN, DRAFT):
-            path = name if name in identities else DRAFT
-            beside[name] = _figures(rows, name, identities[path][task.name], seed)
-            both = identity.lossless and identities[path][task.name].lossless
-            ratio = speedup([pair(row[name], row[DRAFT]) for row in rows], seed) if both else None
-            beside[name] |= _keys("ratio", ratio)
-    return {
-        "category": task.category,
-        "task_version": task.version,
-        "source": task.source,
-        "prompts_digest": task.digest,
-        "temperature": temperature,
-        "prompts": len(rows),
-        "new_tokens": sum(run.tokens for run in own),
-        **_figures(rows, DRAFT, identity, seed),
-        "tau_by_output_position": tau_by_output_position(own),
-        "baseline_tokens_per_second": _rate([row[PLAIN] for row in rows]),
-        "ties": identity.ties,
-        "lossless_checked": {"prompts": identity.prompts, "tokens": identity.tokens},
-        "output_hashes": [run.output for run in own],
-        "beside": beside,
-    }
-
-
-def _figures(rows: list[PromptRuns], name: str, identity: Identity, seed: int) -> dict:
-    """What is said of every contestant."""
-    runs = [row[name] for row in rows]
-    rounds = [run.rounds for run in runs]
-    rates, reached = accept_rates(
-        pair
-        for run in runs
-        for turn in zip(run.accepted, run.drafted, strict=True)
-        for pair in zip(*turn, strict=True)
-    )
-    gain = speedup([pair(row[PLAIN], row[name]) for row in rows], seed) if identity.lossless else None
-    return {
-        "rounds": sum(rounds),
-        **_keys("tau", bootstrap([tau_table(runs)], quotient, seed)),
-        "accept_rate_by_position": rates,
-        "reached_by_position": reached,
-        "tokens_per_second": _rate(runs),
-        **_keys("speedup", gain),
-        "draft_ms": median_per_round_ms([run.draft_s for run in runs], rounds),
-        "verify_ms": median_per_round_ms([run.verify_s for run in runs], rounds),
-        "host_ms": median_per_round_ms([run.host_s for run in runs], rounds),
-        "lossless": identity.lossless,
-    }
-
-
-def _summary(measured: Measured, entries: dict[str, dict], seed: int) -> dict:
-    """Macro means over tasks. The headline is greedy decoding, or the lowest temperature measured."""
-    temperatures = sorted({temperature for _, temperature in measured.contest})
-    lossless = {
-        path: all(i.lossless for i in by_task.values()) for path, by_task in measured.identities.items()
-    }
-    means = {f"{t:g}": _macro(measured.contest, t, lossless, seed) for t in temperatures}
-    headline = temperatures[0]
-    rates = [
-        entries[task_key(name, headline)]["tokens_per_second"]
-        for name in measured.native
-        if lossless[DRAFT] and headline == 0
-    ]
-    against_native = (
-        fmean(rate / measured.native[name] for rate, name in zip(rates, measured.native, strict=True))
-        if rates and all(rates)
-        else None
-    )
-    own = {key: value for key, value in means[f"{headline:g}"].items() if key != "beside"}
-    return {
-        "temperature": headline,
-        **own,
-        "speedup_vs_hf": against_native,
-        "lossless": lossless[DRAFT],
-        "by_temperature": means,
-    }
-
-
-def _macro(contest: Results, temperature: float, lossless: Mapping[str, bool], seed: int) -> dict:
-    tasks = [rows for (_, t), rows in contest.items() if t == temperature]
-    means = {}
-    for name in tasks[0][0]:
-        if name == PLAIN:
-            continue
-        sound = lossless[name if name in lossless else DRAFT]
-        gain = macro_speedup([[pair(row[PLAIN], row[name]) for row in rows] for rows in tasks], seed)
-        tau = bootstrap([tau_table(row[name] for row in rows) for rows in tasks], quotient, seed)
-        means[name] = {**_keys("tau", tau), **_keys("speedup", gain if sound else None)}
-        if name != DRAFT:
-            ratio = macro_speedup([[pair(row[name], row[DRAFT]) for row in rows] for rows in tasks], seed)
-            means[name] |= _keys("ratio", ratio if sound and lossless[DRAFT] else None)
-    own = means.pop(DRAFT)
-    return {**own, "beside": means}
-
-
-def compare_tables(first: list[PromptRuns], second: list[PromptRuns]) -> dict[str, np.ndarray]:
-    """Of two records on the same prompts: for each of `FIGURES` the columns of the first, then of the second."""
-    pairs = [pair_table([pair(row[PLAIN], row[DRAFT]) for row in rows]) for rows in (first, second)]
-    taus = [tau_table(row[DRAFT] for row in rows) for rows in (first, second)]
-    return {"speedup": np.concatenate(pairs, axis=1), "tau": np.concatenate(taus, axis=1)}
-
-
-FIGURES = {"speedup": speed_ratio, "tau": quotient}
-
-
-def _keys(name: str, interval: Interval | None) -> dict:
-    if interval is None:
-        return {name: None, f"{name}_ci95": None}
-    return {name: interval.value, f"{name}_ci95": interval.bounds}
-
-
-def _rate(runs: list[Run]) -> float | None:
-    seconds = sum(run.seconds for run in runs)
-    return sum(run.tokens for run in runs) / seconds if seconds > 0 else None
+def described(model: type[BaseModel]) -> Iterator[tuple[str, str]]:
+    """Yield the key and the description of every field of a model, in the order of the file."""
+    for name, info in model.model_fields.items():
+        yield name, info.description or ""

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from deepspec.evaluation.stats import Pair
 from deepspec.files import digest
@@ -67,6 +69,11 @@ def from_json(runs: dict[str, Any]) -> PromptRuns:
 
 def pair(plain: Run, other: Run) -> Pair:
     return Pair(plain.seconds, plain.tokens, other.seconds, other.tokens)
+
+
+def tau_table(runs: Iterable[Run]) -> np.ndarray:
+    """Return [prompts, 2]: tokens committed and rounds, the columns of `stats.quotient`."""
+    return np.array([(run.committed, run.rounds) for run in runs], dtype=np.float64).reshape(-1, 2)
 
 
 def prompt_seed(seed: int, task: str, turns: Sequence[str], turn: int) -> int:

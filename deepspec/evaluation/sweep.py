@@ -8,15 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from statistics import fmean
-from typing import Any
 
 from deepspec.decoding.drafter import Drafter
 from deepspec.decoding.shapes import BestFirst
 from deepspec.decoding.tree import Chain, Shape
 from deepspec.evaluation.contest import Contestant
 from deepspec.evaluation.params import SweepParams
-from deepspec.evaluation.record import Identity, tau_table
-from deepspec.evaluation.runs import PLAIN, PromptRuns, pair
+from deepspec.evaluation.record import Identity, SweepPoint, Sweeps
+from deepspec.evaluation.runs import PLAIN, PromptRuns, pair, tau_table
 from deepspec.evaluation.stats import bootstrap, macro_speedup, quotient
 
 _WIDTH = 8
@@ -47,8 +46,8 @@ def points(
     chains: Mapping[str, Identity],
     trees: Mapping[str, Identity],
     seed: int,
-) -> dict[str, Any]:
-    """The record's section. No speed-up without losslessness, which was checked on whole chains and largest trees."""
+) -> Sweeps:
+    """Return the record's section. No speed-up without losslessness, which was checked on whole chains and largest trees."""
     tasks = list(by_task.values())
     rows = []
     for name in tasks[0][0]:
@@ -61,16 +60,16 @@ def points(
         tau = bootstrap([tau_table(row[name] for row in prompts) for prompts in tasks], quotient, seed)
         shown = gain if sound else None
         rows.append(
-            {
-                "sweep": sweep,
-                "value": int(value),
-                "tau": tau and tau.value,
-                "speedup": shown and shown.value,
-                "speedup_ci95": shown and shown.bounds,
-                "round_ms": 1000
+            SweepPoint(
+                sweep=sweep,
+                value=int(value),
+                tau=tau and tau.value,
+                speedup=shown and shown.value,
+                speedup_ci95=shown and shown.bounds,
+                round_ms=1000
                 * fmean(
                     run.seconds / run.rounds for run in (row[name] for p in tasks for row in p) if run.rounds
                 ),
-            }
+            )
         )
-    return {"temperature": 0.0, "prompts": sum(map(len, tasks)), "points": rows}
+    return Sweeps(temperature=0.0, prompts=sum(map(len, tasks)), points=rows)

@@ -22,6 +22,7 @@ from deepspec.decoding.params import make_controller
 from deepspec.decoding.request import Generation, Request, Sampling
 from deepspec.decoding.scheduler import Controller
 from deepspec.errors import DeepSpecError
+from deepspec.evaluation.record import Ratio, Throughput
 from deepspec.evaluation.runs import PLAIN
 from deepspec.evaluation.stats import Interval, Pair, speedup
 from deepspec.target.model import Target
@@ -144,28 +145,28 @@ def best_fixed(runs: dict[str, list[BatchRun]]) -> str:
     return max(fixed, key=lambda name: sum(r.tokens for r in runs[name]) / sum(r.seconds for r in runs[name]))
 
 
-def rows(results: dict[Setting, dict[str, list[BatchRun]]]) -> list[dict[str, Any]]:
-    """A row for each setting and contestant."""
+def rows(results: dict[Setting, dict[str, list[BatchRun]]]) -> list[Throughput]:
+    """Return a row for each setting and contestant."""
     data = []
     for setting, runs in results.items():
         reference = best_fixed(runs)
         for name, own in runs.items():
             budgets = [run.budget for run in own if run.budget is not None]
             data.append(
-                {
-                    "temperature": setting.temperature,
-                    "batch": setting.batch,
-                    "name": name,
-                    "tokens_per_second": median(run.tokens / run.seconds for run in own),
-                    "speedup": _json(compared(own, runs[PLAIN])),
-                    "against_best_fixed": _json(compared(own, runs[reference])),
-                    "best_fixed": reference,
-                    "tau": sum(run.tokens for run in own) / sum(run.rounds for run in own),
-                    "verified_per_request": sum(budgets) / len(budgets) if budgets else None,
-                }
+                Throughput(
+                    temperature=setting.temperature,
+                    batch=setting.batch,
+                    name=name,
+                    tokens_per_second=median(run.tokens / run.seconds for run in own),
+                    speedup=_ratio(compared(own, runs[PLAIN])),
+                    against_best_fixed=_ratio(compared(own, runs[reference])),
+                    best_fixed=reference,
+                    tau=sum(run.tokens for run in own) / sum(run.rounds for run in own),
+                    verified_per_request=sum(budgets) / len(budgets) if budgets else None,
+                )
             )
     return data
 
 
-def _json(interval: Interval | None) -> dict[str, float] | None:
-    return interval and asdict(interval)
+def _ratio(interval: Interval | None) -> Ratio | None:
+    return Ratio(**asdict(interval)) if interval else None

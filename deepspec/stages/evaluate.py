@@ -77,7 +77,7 @@ def main(params: Params, flags: argparse.Namespace) -> None:
             lines = "".join(json.dumps(line) + "\n" for line in outcome.prompts)
             write_text(flags.output / f"{name}.prompts.jsonl", lines)
             write_json(flags.output / f"{name}.traces.json", outcome.traces)
-            write_json(flags.output / f"{name}.json", outcome.record)
+            outcome.record.write(flags.output / f"{name}.json")
 
     evaluate(drafts, "data/target", chosen, params.seed, device=flags.device, save=save)
 
