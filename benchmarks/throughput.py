@@ -82,7 +82,7 @@ def measure(
 
 def report(results: dict[Setting, dict[str, list[BatchRun]]]) -> tuple[str, dict]:
     """The Markdown table, and the same figures as data."""
-    data = rows(results)
+    data = [row.model_dump(mode="json") for row in rows(results)]
     cells = [
         [
             f"T={entry['temperature']:g}, batch {entry['batch']}, {entry['name']}",

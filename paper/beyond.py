@@ -20,8 +20,7 @@ from deepspec.decoding.tree import CHAIN, Shape
 from deepspec.device import describe_device
 from deepspec.evaluation.contest import Contest, Contestant
 from deepspec.evaluation.identity import check_identity
-from deepspec.evaluation.record import tau_table
-from deepspec.evaluation.runs import PLAIN, PromptRuns, from_json, pair, to_json
+from deepspec.evaluation.runs import PLAIN, PromptRuns, from_json, pair, tau_table, to_json
 from deepspec.evaluation.stats import Interval, against, bootstrap, macro_speedup, quotient
 from deepspec.stages.common import stage
 from paper.bench import TARGET, Bench, trained

@@ -22,8 +22,8 @@ import numpy as np
 from scipy.stats import t as student_t
 
 from deepspec.errors import DeepSpecError
-from deepspec.evaluation.record import DRAFT, EVAL_VERSION, tau_table
-from deepspec.evaluation.runs import PromptRuns
+from deepspec.evaluation.record import DRAFT, Record
+from deepspec.evaluation.runs import PromptRuns, tau_table
 from deepspec.evaluation.stats import RESAMPLES, Interval, expanded
 from deepspec.report import compare
 from paper.params import PaperParams
@@ -38,12 +38,12 @@ Tables = dict[str, np.ndarray]  # task → tokens and rounds, [seeds, prompts, 2
 class Draft:
     """One drafter trained with one seed: its record, and its runs by task and temperature."""
 
-    record: dict[str, Any]
+    record: Record
     runs: dict[tuple[str, float], list[PromptRuns]]
 
     @property
     def lossless(self) -> bool:
-        return all(entry["lossless"] for entry in self.record["tasks"].values())
+        return all(entry.lossless for entry in self.record.tasks.values())
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class Study:
     def tasks(self) -> dict[str, str]:
         """Task → category, in the order of `DOMAINS`."""
         record = next(iter(self.drafts.values()))[0].record
-        found = {key.rsplit("@", 1)[0]: entry["category"] for key, entry in record["tasks"].items()}
+        found = {key.rsplit("@", 1)[0]: entry.category for key, entry in record.tasks.items()}
         return dict(sorted(found.items(), key=lambda item: DOMAINS.index(item[1])))
 
     @property
@@ -209,12 +209,11 @@ def load(params: PaperParams, root: Path = Path(".")) -> Study:
     records = [draft.record for own in drafts.values() for draft in own]
     for record in records:
         for key in ("eval_version", "target_digest", "dtype", "seed", "max_new_tokens"):
-            if record[key] != records[0][key]:
-                raise DeepSpecError(
-                    f"records of different {key}: {record[key]} and {records[0][key]}; run dvc repro"
-                )
-        prompts = [entry["prompts_digest"] for entry in record["tasks"].values()]
-        if prompts != [entry["prompts_digest"] for entry in records[0]["tasks"].values()]:
+            if getattr(record, key) != getattr(records[0], key):
+                one, other = getattr(record, key), getattr(records[0], key)
+                raise DeepSpecError(f"records of different {key}: {one} and {other}; run dvc repro")
+        prompts = [entry.prompts_digest for entry in record.tasks.values()]
+        if prompts != [entry.prompts_digest for entry in records[0].tasks.values()]:
             raise DeepSpecError("records of different prompts; run dvc repro")
     names = [f"seed-{seed}" for seed in seeds] + [f"ablation-{name}" for name in study.ablations]
     return Study(params, drafts, [_rounds(root / f"reports/expected/{name}.json") for name in names])
@@ -222,8 +221,7 @@ def load(params: PaperParams, root: Path = Path(".")) -> Study:
 
 def _draft(path: Path) -> Draft:
     measured = compare.load(path.with_name(f"{path.name}.json"))
-    if (version := measured.record["eval_version"]) != EVAL_VERSION:
-        raise DeepSpecError(f"{path}: evaluation version {version}, not {EVAL_VERSION}")
+    measured.record.require_version(measured.path)
     return Draft(measured.record, measured.prompts)
 
 

@@ -113,7 +113,7 @@ def drafter(study: Study, name: str) -> dict[str, Any]:
 
 def speedup(drafts: Iterable[Draft], temperature: float) -> float | None:
     """Mean over seeds of the records' mean over tasks; None where one has none, as it is not lossless."""
-    return _mean(draft.record["summary"]["by_temperature"][f"{temperature:g}"]["speedup"] for draft in drafts)
+    return _mean(draft.record.summary.by_temperature[f"{temperature:g}"].speedup for draft in drafts)
 
 
 def _mean(values: Iterable[float | None]) -> float | None:
@@ -123,21 +123,20 @@ def _mean(values: Iterable[float | None]) -> float | None:
 
 def lookup(study: Study) -> dict[str, dict[str, float | None]]:
     """What needs no training and was decoded beside every draft, by temperature: τ and speed-up, mean over records."""
-    every = [draft.record["summary"]["by_temperature"] for own in study.drafts.values() for draft in own]
+    every = [draft.record.summary.by_temperature for own in study.drafts.values() for draft in own]
     return {
-        t: {key: _mean(record[t]["beside"][LOOKUP][key] for record in every) for key in ("tau", "speedup")}
+        t: {
+            key: _mean(getattr(record[t].beside[LOOKUP], key) for record in every)
+            for key in ("tau", "speedup")
+        }
         for t in every[0]
     }
 
 
 def checked(draft: Draft) -> int:
     """Prompts whose tokens were compared in float32."""
-    entries = [
-        e
-        for e in draft.record["tasks"].values()
-        if e["temperature"] == draft.record["summary"]["temperature"]
-    ]
-    return sum(entry["lossless_checked"]["prompts"] for entry in entries)
+    entries = [e for e in draft.record.tasks.values() if e.temperature == draft.record.summary.temperature]
+    return sum(entry.lossless_checked.prompts for entry in entries)
 
 
 def settings(study: Study, root: Path) -> dict[str, Any]:
@@ -147,9 +146,9 @@ def settings(study: Study, root: Path) -> dict[str, Any]:
     every = [draft for own in study.drafts.values() for draft in own]
     record = every[0].record
     return {
-        "target": record["target"],
-        "dtype": record["dtype"],
-        "device": record["device"],
+        "target": record.target,
+        "dtype": record.dtype,
+        "device": record.device,
         "seeds": study.params.study.seeds,
         "steps": train.steps,
         "batch_size": train.batch_size,
@@ -158,12 +157,12 @@ def settings(study: Study, root: Path) -> dict[str, Any]:
         "epochs": round(train.steps * train.batch_size / seen, 1),
         "conversations": manifest["rows"],
         "answer_tokens": manifest["answer_tokens"],
-        "prompts": {key: entry["prompts"] for key, entry in record["tasks"].items()},
+        "prompts": {key: entry.prompts for key, entry in record.tasks.items()},
         "texts": {task: len(own) for task, own in next(iter(study.rounds[0].values())).items()},
         "samples": study.params.study.samples,
         "max_new_tokens": study.params.evaluate.max_new_tokens,
         "heldout_tau": {name: heldout(study, root, name) for name in study.drafts},
-        "commits": sorted({own.record["provenance"]["git_commit"] or "unknown" for own in every}),
+        "commits": sorted({own.record.provenance.git_commit or "unknown" for own in every}),
     }
 
 

@@ -51,9 +51,7 @@ def acceptance(by_task: Mapping[str, Blocks]) -> dict[str, record.Blocks]:
     return found
 
 
-def confidence(
-    drafter: Drafter, by_mode: Mapping[str, list[Blocks]]
-) -> dict[str, record.Confidence] | None:
+def confidence(drafter: Drafter, by_mode: Mapping[str, list[Blocks]]) -> dict[str, record.Confidence] | None:
     """Quality of the confidence head on prompts it was not calibrated on; None for a drafter that has none."""
     temperatures = getattr(drafter.trained, "temperatures", None)
     if temperatures is None:

@@ -27,7 +27,15 @@ from deepspec.errors import DeepSpecError
 from deepspec.evaluation import sweep
 from deepspec.evaluation.bench import Bench
 from deepspec.evaluation.params import EvaluateParams
-from deepspec.evaluation.record import EVAL_VERSION, LOOKUP, Decode, Provenance, Record, RoundCosts, Throughput
+from deepspec.evaluation.record import (
+    EVAL_VERSION,
+    LOOKUP,
+    Decode,
+    Provenance,
+    Record,
+    RoundCosts,
+    Throughput,
+)
 from deepspec.evaluation.runs import PLAIN, PromptRuns, to_json
 from deepspec.evaluation.summarise import Measured, Subject, build_record
 from deepspec.evaluation.work import Work, process_state

@@ -48,7 +48,7 @@ class _Gain(Part):
     )
     tau_ci95: Bounds | None = Field(
         description="95 % interval of tau by a paired bootstrap: prompts, with all their runs, are drawn again 2,000 "
-        "times within each task, and the tails are moved outwards for few prompts (evaluation/stats.py); null where "
+        "times within each task, and the tails are moved outwards for few prompts (deepspec/evaluation/stats.py); null where "
         "a task has one prompt alone"
     )
     speedup: float | None = Field(
@@ -93,7 +93,9 @@ class Figures(Part):
     verify_ms: float | None = Field(
         description="time of a round in the target's pass with the verdict: the median over prompts"
     )
-    host_ms: float | None = Field(description="time of a round in Python around both: the median over prompts")
+    host_ms: float | None = Field(
+        description="time of a round in Python around both: the median over prompts"
+    )
     lossless: bool = Field(
         description="in float32 at T = 0 the output is token for token the plain one, but for proven ties; without it "
         "no speed-up is reported"
@@ -136,7 +138,9 @@ class TaskEntry(Figures, _TaskFacts):
     tau_by_output_position: list[OutputBin] = Field(
         description="tau of the rounds that begin when so many tokens of the answer are there, by 16"
     )
-    baseline_tokens_per_second: float | None = Field(description="tokens/s of plain decoding of the same prompts")
+    baseline_tokens_per_second: float | None = Field(
+        description="tokens/s of plain decoding of the same prompts"
+    )
     ties: int = Field(
         description="differences of the check that are none: the target's two best logits, recomputed in float64, are "
         "less than 1e-4 apart"
@@ -212,7 +216,9 @@ class Threshold(Part):
     threshold: float = Field(description="each block is cut at the first position whose own chance is below")
     accepted: int = Field(description="drafted tokens that are verified and accepted")
     rejected: int = Field(description="drafted tokens that are verified and rejected")
-    acceptance_rate: float | None = Field(description="accepted over verified; null where nothing is verified")
+    acceptance_rate: float | None = Field(
+        description="accepted over verified; null where nothing is verified"
+    )
 
 
 class Confidence(Part):
@@ -220,16 +226,16 @@ class Confidence(Part):
 
     blocks: int = Field(description="blocks drafted")
     ece: BeforeAfter = Field(
-        description="the gap between predicted and observed chance that all tokens up to a position are accepted, in 15 "
-        "bins weighted by their counts, mean over positions; before and after calibration"
+        description="the gap between predicted and observed chance that all tokens up to a position are accepted, in "
+        "15 bins weighted by their counts, mean over positions; before and after calibration"
     )
     auc: float | None = Field(
         description="chance that a path that was accepted had been given a higher chance than one that was not"
     )
     reliability: Reliability = Field(description="predicted against observed chance, by bins")
     thresholds: list[Threshold] = Field(
-        description="drafted tokens that are accepted or rejected where each block is cut at the first position whose own "
-        "chance is below a threshold"
+        description="drafted tokens that are accepted or rejected where each block is cut at the first position whose "
+        "own chance is below a threshold"
     )
 
 
@@ -247,7 +253,9 @@ class Throughput(Part):
     temperature: float = Field(description="temperature of sampling")
     batch: int = Field(description="requests at once")
     name: str = Field(description="plain, a fixed length, or the prefix scheduler")
-    tokens_per_second: float = Field(description="tokens/s of the full batch, prefill left out; the median over groups")
+    tokens_per_second: float = Field(
+        description="tokens/s of the full batch, prefill left out; the median over groups"
+    )
     speedup: Ratio | None = Field(description="tokens/s over those of plain decoding at this batch size")
     against_best_fixed: Ratio | None = Field(description="tokens/s over those of the best fixed length here")
     best_fixed: str = Field(description="the fixed length with the highest rate here, chosen afterwards")
@@ -319,7 +327,9 @@ class Provenance(Part):
     git_commit: str | None = Field(description="commit of the code; null outside a repository")
     git_dirty: bool = Field(description="the code differed from that commit")
     command: str = Field(description="command that measured")
-    packages: dict[str, str | None] = Field(description="versions of Python and of the packages that decide results")
+    packages: dict[str, str | None] = Field(
+        description="versions of Python and of the packages that decide results"
+    )
     cpu: str = Field(description="processor and the instructions that decide how sums are rounded")
     data_digest: str | None = Field(description="digest of the data that the draft was trained on")
     trained_at_commit: str | None = Field(description="commit that the draft was trained at")
@@ -341,7 +351,8 @@ class Record(Part):
     tasks: dict[str, TaskEntry] = Field(description="`<task>@T=<temperature>` → its figures")
     summary: Summary = Field(description="means over tasks")
     blocks: dict[Mode, dict[str, Blocks]] | None = Field(
-        description="the trained draft alone by task, whole blocks: acceptance by position without lookup and controller"
+        description="the trained draft alone by task, whole blocks: acceptance by position without lookup "
+        "and controller"
     )
     confidence: dict[Mode, Confidence] | None = Field(
         description="what the confidence head is worth, before and after calibration; null for a drafter without one"
@@ -350,12 +361,12 @@ class Record(Part):
         description="tokens/s of full batches: plain, fixed lengths, prefix scheduler"
     )
     sweeps: Sweeps | None = Field(
-        description="tau and speed-up at T = 0 over the length of chains, the depth and the nodes of best-first trees, of "
-        "the draft alone"
+        description="tau and speed-up at T = 0 over the length of chains, the depth and the nodes of best-first "
+        "trees, of the draft alone"
     )
     promise: dict[Mode, TrainParity] | None = Field(
-        description="greedy acceptance at position 1 and the drafted tokens themselves, on the same held-out contexts, in "
-        "training and in decoding"
+        description="greedy acceptance at position 1 and the drafted tokens themselves, on the same held-out contexts, "
+        "in training and in decoding"
     )
     warnings: list[RecordWarning] = Field(description="what a reader must not overlook")
     decode: Decode = Field(description="how the draft was used (`evaluate.decode`)")

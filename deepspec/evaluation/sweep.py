@@ -47,7 +47,10 @@ def points(
     trees: Mapping[str, Identity],
     seed: int,
 ) -> Sweeps:
-    """Return the record's section. No speed-up without losslessness, which was checked on whole chains and largest trees."""
+    """Return the record's section.
+
+    No speed-up without losslessness, which was checked on whole chains and largest trees.
+    """
     tasks = list(by_task.values())
     rows = []
     for name in tasks[0][0]:

@@ -15,6 +15,8 @@ from typing import Any
 
 import numpy as np
 
+from deepspec.evaluation.record import Record
+
 BLOCKS = ("dspark", "dflash", "medusa")  # γ tokens or none
 
 
@@ -38,7 +40,7 @@ class Advice:
         return {"num_speculative_tokens": self.tokens, "reason": self.reason, "choices": choices}
 
 
-def advise(record: dict[str, Any] | None, kind: str, gamma: int) -> Advice:
+def advise(record: Record | None, kind: str, gamma: int) -> Advice:
     """
     Say how many tokens to draft, and why.
 
@@ -46,24 +48,23 @@ def advise(record: dict[str, Any] | None, kind: str, gamma: int) -> Advice:
         record: the draft's evaluation record, if it has one.
         gamma: γ, tokens drafted at most.
     """
-    choices = _choices(record or {}, kind, gamma)
+    choices = _choices(record, kind, gamma)
     if kind in BLOCKS:
         return Advice(gamma, "the whole block: another length is not what it was trained on", choices)
     if not choices:
         return Advice(gamma, "γ: no evaluation record says what a shorter draft would save", choices)
     best = max(choices, key=lambda choice: choice.tokens_per_second)
-    return Advice(
-        best.drafted, f"most tokens a second by the figures measured on {record['device']}", choices
-    )
+    return Advice(best.drafted, f"most tokens a second by the figures measured on {record.device}", choices)
 
 
-def _choices(record: dict[str, Any], kind: str, gamma: int) -> tuple[Choice, ...]:
-    tasks = ((record.get("blocks") or {}).get("greedy") or {}).values()
-    costs = record.get("round_costs") or {}
-    passes, draft = (costs.get("passes") or {}).get("1"), (costs.get("drafts") or {}).get("1")
+def _choices(record: Record | None, kind: str, gamma: int) -> tuple[Choice, ...]:
+    if record is None or record.round_costs is None:
+        return ()
+    tasks = record.greedy_blocks.values()
+    passes, draft = record.round_costs.passes.get("1"), record.round_costs.drafts.get("1")
     if not tasks or not passes or draft is None:
         return ()
-    survival = _mean([list(accumulate(task["accept_rate_by_position"], mul)) for task in tasks], gamma)
+    survival = _mean([list(accumulate(task.accept_rate_by_position, mul)) for task in tasks], gamma)
     tokens, seconds = zip(*passes, strict=True)
     found = []
     for k in range(1, gamma + 1):

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
-
+from deepspec.evaluation.record import TaskEntry
 from deepspec.export.advice import Advice
 from deepspec.export.draft import Draft
 from deepspec.export.layout import SUMS, Layout
@@ -38,7 +37,7 @@ def _front(draft: Draft) -> str:
 
 
 def _target(draft: Draft) -> str:
-    return (draft.evaluation or {}).get("target") or draft.target_path
+    return draft.evaluation.target if draft.evaluation else draft.target_path
 
 
 def _making(draft: Draft) -> list[tuple[str, str]]:
@@ -84,21 +83,23 @@ def _evaluation(draft: Draft) -> list[str]:
     record = draft.evaluation
     if not record:
         return []
-    rows = [_entry(key, entry) for key, entry in record["tasks"].items()]
+    rows = [_entry(key, entry) for key, entry in record.tasks.items()]
     head = ("task", "τ", "tokens/s plain", "tokens/s with draft", "speed-up", "lossless")
-    where = f"In DeepSpec's own engine, {record['device']}, {record['dtype']}."
-    if (record.get("decode") or {}).get("lookup"):
+    where = f"In DeepSpec's own engine, {record.device}, {record.dtype}."
+    if record.decode.lookup:
         where += " A lookup was asked first, so another engine accepts less of the draft alone:"
-        greedy = (record.get("blocks") or {}).get("greedy") or {}
-        alone = ", ".join(f"{task} {entry['tau']:.2f}" for task, entry in greedy.items())
+        alone = ", ".join(
+            f"{task} {_number(entry.tau, '.2f')}" for task, entry in record.greedy_blocks.items()
+        )
         where += f" its own τ at T = 0 is {alone}." if alone else ""
     return ["## Evaluation", markdown_table(head, rows), where]
 
 
-def _entry(key: str, entry: dict[str, Any]) -> tuple[str, ...]:
-    def number(name: str, form: str) -> str:
-        return format(entry[name], form) if entry.get(name) is not None else "–"
+def _entry(key: str, entry: TaskEntry) -> tuple[str, ...]:
+    rates = (_number(entry.baseline_tokens_per_second, ".1f"), _number(entry.tokens_per_second, ".1f"))
+    speedup = _number(entry.speedup, ".2f") + ("×" if entry.speedup is not None else "")
+    return (key, _number(entry.tau, ".2f"), *rates, speedup, "yes" if entry.lossless else "no")
 
-    rates = (number("baseline_tokens_per_second", ".1f"), number("tokens_per_second", ".1f"))
-    speedup = number("speedup", ".2f") + ("×" if entry.get("speedup") is not None else "")
-    return (key, number("tau", ".2f"), *rates, speedup, "yes" if entry["lossless"] else "no")
+
+def _number(value: float | None, form: str) -> str:
+    return "–" if value is None else format(value, form)

@@ -24,6 +24,7 @@ from deepspec.drafters.checkpoint import (
 from deepspec.drafters.network import Network
 from deepspec.drafters.registry import reader
 from deepspec.errors import DeepSpecError
+from deepspec.evaluation.record import Record
 from deepspec.export.layout import tokenizer_files
 from deepspec.export.reference import network
 from deepspec.target.embedded import EMBEDDED, PREFIX
@@ -52,7 +53,7 @@ class Draft:
     record: dict[str, Any]
     digest: str
     target: Target
-    evaluation: dict[str, Any] | None = None
+    evaluation: Record | None = None
 
     @cached_property
     def network(self) -> Network:
@@ -151,12 +152,12 @@ def target_record(target: Target) -> dict[str, Any]:
     return json.loads(path.read_text()) if path.exists() else {}
 
 
-def _evaluation(path: Path, digest: str) -> dict[str, Any] | None:
+def _evaluation(path: Path, digest: str) -> Record | None:
     if not path.exists():
         return None
-    record = json.loads(path.read_text())
-    if record.get("draft_digest") != digest:
+    record = Record.read(path)
+    if record.draft_digest != digest:
         raise DeepSpecError(
-            f"{path}: measured with draft {record.get('draft_digest')}, but this one is {digest}; evaluate it first"
+            f"{path}: measured with draft {record.draft_digest}, but this one is {digest}; evaluate it first"
         )
     return record

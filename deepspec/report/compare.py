@@ -12,18 +12,18 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from deepspec.errors import DeepSpecError
-from deepspec.evaluation.record import DRAFT, EVAL_VERSION, FIGURES, compare_tables, task_key
-from deepspec.evaluation.runs import PromptRuns, from_json
-from deepspec.evaluation.stats import Interval, against, bootstrap
+from deepspec.evaluation.record import DRAFT, EVAL_VERSION, Record, task_key
+from deepspec.evaluation.runs import PLAIN, PromptRuns, from_json, pair, tau_table
+from deepspec.evaluation.stats import Interval, against, bootstrap, pair_table, quotient, speed_ratio
 
 MARGIN = 0.03
 _SAME = ("eval_version", "target_digest", "dtype", "seed", "max_new_tokens")
 EVAL_DIR = Path("reports/eval")
+FIGURES = {"speedup": speed_ratio, "tau": quotient}
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Measurements:
     """A record with its prompts: (task, temperature) → the runs of each."""
 
     path: Path
-    record: dict[str, Any]
+    record: Record
     prompts: dict[tuple[str, float], list[PromptRuns]]
 
 
@@ -77,16 +77,16 @@ def load(name_or_path: str | Path) -> Measurements:
                 f"{file}: no such file; evaluate the drafter (deepspec evaluate --drafter NAME)"
             )
     prompts: dict[tuple[str, float], list[PromptRuns]] = {}
+    record = Record.read(path)
     try:
-        record = json.loads(path.read_text())
         for text in prompts_path.read_text().splitlines():
             line = json.loads(text)
             prompts.setdefault((line["task"], line["temperature"]), []).append(from_json(line["runs"]))
-        written = {key: entry["output_hashes"] for key, entry in record["tasks"].items()}
-        for key in ("eval_version", "summary", "device", "processes", "target_digest", "dtype", "seed"):
-            record[key]
     except (ValueError, KeyError, TypeError) as error:
-        raise DeepSpecError(f"{path}: not an evaluation record with its prompts ({error!r})") from None
+        raise DeepSpecError(
+            f"{prompts_path}: not the prompts of an evaluation record ({error!r}); evaluate the drafter again"
+        ) from None
+    written = {key: entry.output_hashes for key, entry in record.tasks.items()}
     if written != {task_key(*key): [row[DRAFT].output for row in rows] for key, rows in prompts.items()}:
         raise DeepSpecError(
             f"{prompts_path}: not of the run that wrote {path.name}; evaluate the drafter again"
@@ -109,24 +109,24 @@ def compare(
         for line in lines
         if line.task is None and line.worse(margin, proof)
     ]
-    if not second.record["summary"]["lossless"]:
+    if not second.record.summary.lossless:
         failures.insert(0, "B changes the target's greedy output")
     notes = []
-    if first.record["device"] != second.record["device"]:
-        notes.append(f"measured on different devices: {first.record['device']}; {second.record['device']}")
-    if first.record["processes"] != second.record["processes"]:
+    if first.record.device != second.record.device:
+        notes.append(f"measured on different devices: {first.record.device}; {second.record.device}")
+    if first.record.processes != second.record.processes:
         notes.append("measured by different numbers of processes, which share a machine's speed")
-    if left := sorted(set(first.record["tasks"]) ^ set(second.record["tasks"])):
+    if left := sorted(set(first.record.tasks) ^ set(second.record.tasks)):
         notes.append(f"only in one of them: {', '.join(left)}")
     return Comparison(lines, failures, notes)
 
 
 def _common(first: Measurements, second: Measurements) -> list[tuple[str, float]]:
     for name in _SAME:
-        one, other = first.record.get(name), second.record.get(name)
+        one, other = getattr(first.record, name), getattr(second.record, name)
         if one != other:
             raise DeepSpecError(f"the records cannot be compared: {name} is {one} in A and {other} in B")
-    if (version := first.record["eval_version"]) != EVAL_VERSION:
+    if (version := first.record.eval_version) != EVAL_VERSION:
         raise DeepSpecError(
             f"the records are of evaluation version {version}, not {EVAL_VERSION}; evaluate again"
         )
@@ -135,15 +135,15 @@ def _common(first: Measurements, second: Measurements) -> list[tuple[str, float]
         raise DeepSpecError("the records cannot be compared: they have no task and temperature in common")
     for task, temperature in keys:
         entry = task_key(task, temperature)
-        one, other = (each.record["tasks"][entry]["prompts_digest"] for each in (first, second))
+        one, other = (each.record.tasks[entry].prompts_digest for each in (first, second))
         if one != other:
             raise DeepSpecError(f"the records cannot be compared: {task} has other prompts in A than in B")
     return keys
 
 
 def _lines(first: Measurements, second: Measurements, keys: list[tuple[str, float]]) -> Iterator[Line]:
-    seed = first.record["seed"]
-    lossless = first.record["summary"]["lossless"] and second.record["summary"]["lossless"]
+    seed = first.record.seed
+    lossless = first.record.summary.lossless and second.record.summary.lossless
     for temperature in sorted({temperature for _, temperature in keys}):
         tasks = [task for task, t in keys if t == temperature]
         tables = {
@@ -158,9 +158,16 @@ def _lines(first: Measurements, second: Measurements, keys: list[tuple[str, floa
                 yield Line(task, temperature, figure, *values, ratio)
 
 
+def compare_tables(first: list[PromptRuns], second: list[PromptRuns]) -> dict[str, np.ndarray]:
+    """Return for each of `FIGURES` the columns of the first, then of the second, on the same prompts."""
+    pairs = [pair_table([pair(row[PLAIN], row[DRAFT]) for row in rows]) for rows in (first, second)]
+    taus = [tau_table(row[DRAFT] for row in rows) for rows in (first, second)]
+    return {"speedup": np.concatenate(pairs, axis=1), "tau": np.concatenate(taus, axis=1)}
+
+
 def _value(measured: Measurements, tables: list[np.ndarray], half: int, figure: str) -> float | None:
     """The figure of A (half 0) or B (half 1), from the same prompts as the ratio."""
-    if figure == "speedup" and not measured.record["summary"]["lossless"]:
+    if figure == "speedup" and not measured.record.summary.lossless:
         return None
     found = bootstrap([np.split(table, 2, axis=1)[half] for table in tables], FIGURES[figure])
     return found and found.value

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from deepspec.errors import DeepSpecError
-from deepspec.evaluation.record import EVAL_VERSION
+from deepspec.evaluation.record import Mean, Record, TaskEntry
 from deepspec.markdown import markdown_table
 
 COLUMNS = (
@@ -46,7 +46,7 @@ METHOD = (
 class Inputs:
     """What the stages left behind. `records`, `training` and `traces` are by drafter name."""
 
-    records: dict[str, dict]
+    records: dict[str, Record]
     training: dict[str, list[dict]]
     traces: dict[str, list[dict]]
     validation: dict
@@ -71,13 +71,8 @@ def load_inputs(drafters: list[str], root: str | Path = ".") -> Inputs:
     records, training, traces = {}, {}, {}
     for name in drafters:
         record = root / "reports/eval" / f"{name}.json"
-        if not record.exists():
-            raise DeepSpecError(f"{record}: no such record; evaluate the drafter first (dvc repro)")
-        records[name] = _json(record, record.read_text())
-        if (version := records[name].get("eval_version")) != EVAL_VERSION:
-            raise DeepSpecError(
-                f"{record}: of evaluation version {version}, not {EVAL_VERSION}; evaluate it again"
-            )
+        records[name] = Record.read(record)
+        records[name].require_version(record)
         traces[name] = _optional(record.with_suffix(".traces.json"), [])
         log = root / "reports/train" / f"{name}.jsonl"
         lines = log.read_text().splitlines() if log.exists() else []
@@ -96,10 +91,10 @@ def metrics(inputs: Inputs) -> dict[str, float | int]:
     flat: dict[str, Any] = {}
     for name, record in inputs.records.items():
         for key in ("tau", "speedup", "speedup_vs_hf", "lossless"):
-            flat[f"{name}.{key}"] = record["summary"][key]
-        for task, entry in record["tasks"].items():
+            flat[f"{name}.{key}"] = getattr(record.summary, key)
+        for task, entry in record.tasks.items():
             for key in ("tau", "speedup", "tokens_per_second", "baseline_tokens_per_second"):
-                flat[f"{name}.{task}.{key}"] = entry[key]
+                flat[f"{name}.{task}.{key}"] = getattr(entry, key)
         flat[f"{name}.heldout_tau"] = max(
             (line["heldout_tau"] for line in inputs.training[name] if "heldout_tau" in line), default=None
         )
@@ -110,27 +105,27 @@ def table(inputs: Inputs) -> list[Row]:
     """A row per drafter, temperature and task, and one for the mean over its tasks."""
     rows = []
     for name, record in inputs.records.items():
-        for temperature, mean in record["summary"]["by_temperature"].items():
-            entries = {k: e for k, e in record["tasks"].items() if f"{e['temperature']:g}" == temperature}
+        for temperature, mean in record.summary.by_temperature.items():
+            entries = {k: e for k, e in record.tasks.items() if f"{e.temperature:g}" == temperature}
             for key, entry in entries.items():
                 cells = (
                     name,
                     key.rsplit("@", 1)[0],
                     temperature,
-                    _number(entry["tau"]),
-                    _number(entry["baseline_tokens_per_second"], 1),
-                    _number(entry["tokens_per_second"], 1),
+                    _number(entry.tau),
+                    _number(entry.baseline_tokens_per_second, 1),
+                    _number(entry.tokens_per_second, 1),
                     _speedup(entry),
-                    _lossless(entry["lossless"], entry["ties"]),
+                    _lossless(entry.lossless, entry.ties),
                 )
                 rows.append(Row(cells, macro=False))
-            ties = sum(entry["ties"] for entry in entries.values())
-            lossless = _lossless(record["summary"]["lossless"], ties)
+            ties = sum(entry.ties for entry in entries.values())
+            lossless = _lossless(record.summary.lossless, ties)
             cells = (
                 name,
                 "mean of tasks",
                 temperature,
-                _number(mean["tau"]),
+                _number(mean.tau),
                 "",
                 "",
                 _speedup(mean),
@@ -163,14 +158,14 @@ def _facts(inputs: Inputs) -> list[str]:
     """What was measured on which machine, from which data."""
     first = next(iter(inputs.records.values()))
     facts = [
-        f"- Target: {first['target']} ({first['dtype']}, digest {first['target_digest']})",
-        f"- Machine: {first['device']}",
-        f"- Evaluation version {first['eval_version']}, seed {first['seed']}",
+        f"- Target: {first.target} ({first.dtype}, digest {first.target_digest})",
+        f"- Machine: {first.device}",
+        f"- Evaluation version {first.eval_version}, seed {first.seed}",
     ]
     for name, record in inputs.records.items():
-        facts += [f"- Warning, {name}: {w['name']}: {w['message']}" for w in record["warnings"]]
-        if record["summary"]["speedup_vs_hf"] is not None:
-            ratio = _number(record["summary"]["speedup_vs_hf"])
+        facts += [f"- Warning, {name}: {w.name}: {w.message}" for w in record.warnings]
+        if record.summary.speedup_vs_hf is not None:
+            ratio = _number(record.summary.speedup_vs_hf)
             facts.append(f"- {name} against `transformers.generate`: {ratio}×")
     rows = inputs.manifest.get("rows")
     if rows is not None:
@@ -184,13 +179,13 @@ def _number(value: float | None, digits: int = 2) -> str:
     return "–" if value is None else f"{value:.{digits}f}"
 
 
-def _speedup(entry: dict) -> str:
-    if entry["speedup"] is None:
+def _speedup(entry: TaskEntry | Mean) -> str:
+    if entry.speedup is None:
         return "–"
-    if entry["speedup_ci95"] is None:  # of one prompt
-        return f"{entry['speedup']:.2f}×"
-    low, high = entry["speedup_ci95"]
-    return f"{entry['speedup']:.2f}× ({low:.2f}–{high:.2f})"
+    if entry.speedup_ci95 is None:  # of one prompt
+        return f"{entry.speedup:.2f}×"
+    low, high = entry.speedup_ci95
+    return f"{entry.speedup:.2f}× ({low:.2f}–{high:.2f})"
 
 
 def _lossless(lossless: bool, ties: int) -> str:

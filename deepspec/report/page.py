@@ -13,7 +13,7 @@ import altair as alt
 import vl_convert
 from markupsafe import Markup
 
-from deepspec.evaluation.record import LOOKUP
+from deepspec.evaluation.record import LOOKUP, Bounds, Record, TaskEntry
 from deepspec.html import templates
 from deepspec.report.charts import Figure
 from deepspec.report.inputs import Inputs
@@ -40,7 +40,7 @@ def render(inputs: Inputs, figures: list[Figure]) -> str:
         board=leaderboard(inputs),
         temperatures=_temperatures(inputs),
         headline=_headline(inputs),
-        warnings=[{"drafter": n, **w} for n, record in inputs.records.items() for w in record["warnings"]],
+        warnings=[{"drafter": n, **dict(w)} for n, record in inputs.records.items() for w in record.warnings],
         sections=[
             (key, *words, [figure for figure in shown if figure.section == key])
             for key, words in SECTIONS.items()
@@ -63,26 +63,24 @@ def leaderboard(inputs: Inputs) -> list[dict[str, Any]]:
     several = len(inputs.records) > 1
     rows = []
     for name, record in inputs.records.items():
-        summary = record["summary"]
-        for beside in [None, *next(iter(record["tasks"].values()))["beside"]]:
+        summary = record.summary
+        for beside in [None, *next(iter(record.tasks.values())).beside]:
             cells = {}
-            for temperature, mean in summary["by_temperature"].items():
-                found = mean if beside is None else mean["beside"][beside]
-                cells[temperature] = {key: found[key] for key in ("tau", "speedup", "speedup_ci95")}
-            kept = [
-                entry if beside is None else entry["beside"][beside] for entry in record["tasks"].values()
-            ]
+            for temperature, mean in summary.by_temperature.items():
+                found = mean if beside is None else mean.beside[beside]
+                cells[temperature] = {key: getattr(found, key) for key in ("tau", "speedup", "speedup_ci95")}
+            kept = [entry if beside is None else entry.beside[beside] for entry in record.tasks.values()]
             rows.append(
                 {
                     "way": way_name(name, beside, several),
                     "kind": "draft" if beside is None else "baseline" if beside == LOOKUP else "variant",
                     "cells": cells,
-                    "lossless": all(entry["lossless"] for entry in kept),
-                    "ties": sum(entry["ties"] for entry in _checks(record)) if beside is None else 0,
-                    "speedup_vs_hf": summary["speedup_vs_hf"] if beside is None else None,
+                    "lossless": all(entry.lossless for entry in kept),
+                    "ties": sum(entry.ties for entry in _checks(record).values()) if beside is None else 0,
+                    "speedup_vs_hf": summary.speedup_vs_hf if beside is None else None,
                 }
             )
-    first = f"{next(iter(inputs.records.values()))['summary']['temperature']:g}"
+    first = f"{next(iter(inputs.records.values())).summary.temperature:g}"
     rows.sort(key=lambda row: -(row["cells"][first]["speedup"] or 0))
     plain = {t: {"tau": 1.0, "speedup": 1.0, "speedup_ci95": None} for t in _temperatures(inputs)}
     rows.append({"way": "plain decoding", "kind": "baseline", "cells": plain, "lossless": True, "ties": 0,
@@ -91,72 +89,67 @@ def leaderboard(inputs: Inputs) -> list[dict[str, Any]]:
 
 
 def _temperatures(inputs: Inputs) -> list[str]:
-    return list(
-        dict.fromkeys(t for record in inputs.records.values() for t in record["summary"]["by_temperature"])
-    )
+    return list(dict.fromkeys(t for record in inputs.records.values() for t in record.summary.by_temperature))
 
 
 def _headline(inputs: Inputs) -> dict[str, Any]:
     """The fastest drafter, and where it gains least."""
-    name, record = max(inputs.records.items(), key=lambda item: item[1]["summary"]["speedup"] or 0)
-    measured = {key: entry for key, entry in record["tasks"].items() if entry["speedup"] is not None}
-    weakest = min(measured, key=lambda key: measured[key]["speedup"], default=None)
-    checks = _checks(record)
+    name, record = max(inputs.records.items(), key=lambda item: item[1].summary.speedup or 0)
+    measured = {key: entry for key, entry in record.tasks.items() if entry.speedup is not None}
+    weakest = min(measured, key=lambda key: measured[key].speedup, default=None)
+    checks = _checks(record).values()
     return {
         "drafter": name,
-        "summary": record["summary"],
-        "tokens": sum(entry["lossless_checked"]["tokens"] for entry in checks),
-        "prompts": sum(entry["lossless_checked"]["prompts"] for entry in checks),
-        "ties": sum(entry["ties"] for entry in checks),
-        "weakest": weakest
-        and {"task": task_of(weakest), "temperature": measured[weakest]["temperature"], **measured[weakest]},
-        "target": record["target"],
-        "device": record["device"],
+        "summary": record.summary,
+        "tokens": sum(entry.lossless_checked.tokens for entry in checks),
+        "prompts": sum(entry.lossless_checked.prompts for entry in checks),
+        "ties": sum(entry.ties for entry in checks),
+        "weakest": weakest and {"task": task_of(weakest), **dict(measured[weakest])},
+        "target": record.target,
+        "device": record.device,
     }
 
 
-def _checks(record: dict) -> list[dict[str, Any]]:
-    """One entry for each task: those of every temperature carry the same check of losslessness."""
-    return list(
-        {task_of(key): {"task": task_of(key), **entry} for key, entry in record["tasks"].items()}.values()
-    )
+def _checks(record: Record) -> dict[str, TaskEntry]:
+    """Return one entry for each task: those of every temperature carry the same check of losslessness."""
+    return {task_of(key): entry for key, entry in record.tasks.items()}
 
 
 def _confidence(inputs: Inputs) -> list[dict[str, Any]]:
     return [
-        {"drafter": name, "mode": mode, **{key: quality[key] for key in ("blocks", "ece", "auc")}}
+        {"drafter": name, "mode": mode, **{key: getattr(quality, key) for key in ("blocks", "ece", "auc")}}
         for name, record in inputs.records.items()
-        for mode, quality in (record["confidence"] or {}).items()
+        for mode, quality in (record.confidence or {}).items()
     ]
 
 
-def _provenance(record: dict) -> list[tuple[str, str]]:
+def _provenance(record: Record) -> list[tuple[str, str]]:
     """What and where and with what, as (name, value)."""
-    made = record["provenance"]
-    commit = f"{made['git_commit'] or 'none'}{' with changes' if made['git_dirty'] else ''}"
-    promise = (record["promise"] or {}).get("greedy")
+    made = record.provenance
+    commit = f"{made.git_commit or 'none'}{' with changes' if made.git_dirty else ''}"
+    promise = record.train_parity
     facts = {
-        "target": f"{record['target']}, {record['dtype']}, digest {record['target_digest']}",
-        "draft": f"digest {record['draft_digest']}, data {made['data_digest'] or '–'}, "
-        f"trained at commit {made['trained_at_commit'] or '–'}",
-        "device": record["device"],
-        "processes": str(record["processes"]),
+        "target": f"{record.target}, {record.dtype}, digest {record.target_digest}",
+        "draft": f"digest {record.draft_digest}, data {made.data_digest or '–'}, "
+        f"trained at commit {made.trained_at_commit or '–'}",
+        "device": record.device,
+        "processes": str(record.processes),
         "commit": commit,
-        "command": made["command"],
-        "packages": ", ".join(f"{name} {version}" for name, version in made["packages"].items()),
-        "evaluation": f"version {record['eval_version']}, seed {record['seed']}",
-        "decoding": json.dumps(record["decode"], ensure_ascii=False),
-        "answers": f"up to {record['max_new_tokens']} tokens",
+        "command": made.command,
+        "packages": ", ".join(f"{name} {version}" for name, version in made.packages.items()),
+        "evaluation": f"version {record.eval_version}, seed {record.seed}",
+        "decoding": json.dumps(record.decode.model_dump(mode="json"), ensure_ascii=False),
+        "answers": f"up to {record.max_new_tokens} tokens",
         "tasks": "; ".join(
-            f"{entry['task']} {entry['task_version']} ({entry['prompts']} prompts, digest {entry['prompts_digest']})"
-            for entry in _checks(record)
+            f"{task} {entry.task_version} ({entry.prompts} prompts, digest {entry.prompts_digest})"
+            for task, entry in _checks(record).items()
         ),
     }
     if promise:
-        alike = ", ".join(f"{share:.1%}" for share in promise["agreement"])
+        alike = ", ".join(f"{share:.1%}" for share in promise.agreement)
         facts["training's promise"] = (
-            f"acceptance at position 1 {promise['promised']:.3f} in training, {promise['measured']:.3f} in decoding, "
-            f"on the same {promise['blocks']} held-out contexts; drafted tokens alike by position: {alike}"
+            f"acceptance at position 1 {promise.promised:.3f} in training, {promise.measured:.3f} in decoding, "
+            f"on the same {promise.blocks} held-out contexts; drafted tokens alike by position: {alike}"
         )
     return list(facts.items())
 
@@ -165,7 +158,7 @@ def _number(value: float | None, digits: int = 2) -> str:
     return "–" if value is None else f"{value:.{digits}f}"
 
 
-def _interval(bounds: list[float] | None) -> str:
+def _interval(bounds: Bounds | None) -> str:
     return "" if bounds is None else f"{bounds[0]:.2f}–{bounds[1]:.2f}"
 
 

@@ -10,7 +10,7 @@ import io
 from collections.abc import Iterable
 from typing import Any
 
-from deepspec.evaluation.record import LOOKUP
+from deepspec.evaluation.record import LOOKUP, Bounds, Record
 from deepspec.report.inputs import Inputs
 
 Rows = list[dict[str, Any]]
@@ -47,28 +47,28 @@ def tables(inputs: Inputs) -> dict[str, Rows]:
         found["speedup"] += _speedups(name, record, several)
         found["acceptance"] += _acceptance(name, record)
         found["output_position"] += [
-            {"drafter": name, "task": task_of(key), "temperature": entry["temperature"], **row}
-            for key, entry in record["tasks"].items()
-            for row in entry["tau_by_output_position"]
+            {"drafter": name, "task": task_of(key), "temperature": entry.temperature, **dict(row)}
+            for key, entry in record.tasks.items()
+            for row in entry.tau_by_output_position
         ]
         found["round_time"] += _round_time(name, record, several)
-        sweeps = (record["sweeps"] or {}).get("points", [])
-        found["sweeps"] += [{"drafter": name, **point, **_bounds(point["speedup_ci95"])} for point in sweeps]
-        for mode, quality in (record["confidence"] or {}).items():
+        found["sweeps"] += [
+            {"drafter": name, **dict(point), **_bounds(point.speedup_ci95)}
+            for point in (record.sweeps.points if record.sweeps else [])
+        ]
+        for mode, quality in (record.confidence or {}).items():
             place = {"drafter": name, "mode": mode}
             found["reliability"] += [
-                {**place, "when": when, **row}
-                for when, rows in quality["reliability"].items()
-                for row in rows
+                {**place, "when": when, **dict(row)} for when, rows in quality.reliability for row in rows
             ]
             found["thresholds"] += [
-                {**place, "threshold": row["threshold"], "outcome": outcome, "tokens": row[outcome]}
-                for row in quality["thresholds"]
+                {**place, "threshold": row.threshold, "outcome": outcome, "tokens": getattr(row, outcome)}
+                for row in quality.thresholds
                 for outcome in ("accepted", "rejected")
             ]
         found["throughput"] += [
-            {"drafter": name, **row, "speedup": row["speedup"] and row["speedup"]["value"]}
-            for row in record["throughput"] or []
+            {"drafter": name, **dict(row), "speedup": row.speedup and row.speedup.value}
+            for row in record.throughput or []
         ]
     return {
         figure: [row for row in rows if row.get(COLUMNS[figure][0]) is not None]
@@ -99,58 +99,58 @@ def to_csv(figure: str, rows: Iterable[dict]) -> str:
     return text.getvalue()
 
 
-def _speedups(name: str, record: dict, several: bool) -> Rows:
+def _speedups(name: str, record: Record, several: bool) -> Rows:
     rows = []
-    for key, entry in record["tasks"].items():
-        for beside, figures in [(None, entry), *entry["beside"].items()]:
+    for key, entry in record.tasks.items():
+        for beside, figures in [(None, entry), *entry.beside.items()]:
             rows.append(
                 {
                     "way": way_name(name, beside, several),
                     "task": task_of(key),
-                    "temperature": entry["temperature"],
-                    "tau": figures["tau"],
-                    **_bounds(figures["tau_ci95"], "tau_low", "tau_high"),
-                    "speedup": figures["speedup"],
-                    **_bounds(figures["speedup_ci95"]),
+                    "temperature": entry.temperature,
+                    "tau": figures.tau,
+                    **_bounds(figures.tau_ci95, "tau_low", "tau_high"),
+                    "speedup": figures.speedup,
+                    **_bounds(figures.speedup_ci95),
                 }
             )
     return rows
 
 
-def _acceptance(name: str, record: dict) -> Rows:
+def _acceptance(name: str, record: Record) -> Rows:
     """Of the draft alone; a drafter that was not measured alone is shown as it is deployed."""
-    if record["blocks"]:
+    if record.blocks:
         entries = [
-            (task, mode, entry) for mode, tasks in record["blocks"].items() for task, entry in tasks.items()
+            (task, mode, entry) for mode, tasks in record.blocks.items() for task, entry in tasks.items()
         ]
     else:
         entries = [
-            (task_of(key), "greedy" if entry["temperature"] == 0 else "sampled", entry)
-            for key, entry in record["tasks"].items()
+            (task_of(key), "greedy" if entry.temperature == 0 else "sampled", entry)
+            for key, entry in record.tasks.items()
         ]
     return [
         {"drafter": name, "task": task, "mode": mode, "position": k, "accept_rate": rate, "blocks": reached}
         for task, mode, entry in entries
         for k, (rate, reached) in enumerate(
-            zip(entry["accept_rate_by_position"], entry["reached_by_position"], strict=True), start=1
+            zip(entry.accept_rate_by_position, entry.reached_by_position, strict=True), start=1
         )
     ]
 
 
-def _round_time(name: str, record: dict, several: bool) -> Rows:
+def _round_time(name: str, record: Record, several: bool) -> Rows:
     """Means over tasks of the medians."""
     sums: dict[tuple[str, float, str], list[float]] = {}
-    for entry in record["tasks"].values():
-        for beside, figures in [(None, entry), *entry["beside"].items()]:
+    for entry in record.tasks.values():
+        for beside, figures in [(None, entry), *entry.beside.items()]:
             for part in ("draft", "verify", "host"):
-                if figures[f"{part}_ms"] is not None:
-                    key = (way_name(name, beside, several), entry["temperature"], part)
-                    sums.setdefault(key, []).append(figures[f"{part}_ms"])
+                if (ms := getattr(figures, f"{part}_ms")) is not None:
+                    key = (way_name(name, beside, several), entry.temperature, part)
+                    sums.setdefault(key, []).append(ms)
     return [
         {"way": way, "temperature": temperature, "part": part, "ms": sum(values) / len(values)}
         for (way, temperature, part), values in sums.items()
     ]
 
 
-def _bounds(interval: list[float] | None, low: str = "low", high: str = "high") -> dict[str, float | None]:
+def _bounds(interval: Bounds | None, low: str = "low", high: str = "high") -> dict[str, float | None]:
     return {low: interval and interval[0], high: interval and interval[1]}

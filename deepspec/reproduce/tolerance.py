@@ -3,16 +3,7 @@ stated tolerance.
 
 What is the same is read from the two evaluation records, not assumed: device, CPU, packages, precision, target, draft
 and, where the controller decides by it, the cost curve. A metric is judged by its last word
-(`dspark.humaneval@T=0.tau`):
-
-| kind | everything the same | something differs, or the draft was trained again |
-|---|---|---|
-| verdict: `lossless`, `passed` | exact | exact |
-| counted: τ and all that is no time | exact | ±10 %, or inside the committed 95 % interval |
-| counted, with `low` and `high` beside it | exact | the intervals overlap |
-| speed-up | ±30 %, or the intervals overlap | the same; on another device: not compared |
-| rate: tokens/s, milliseconds | ±30 % at the pace of now | the same; on another device: not compared |
-| identity: digests of the tokens and of the acceptance by position | exact | not compared |
+(`dspark.humaneval@T=0.tau`); `KINDS` has the kinds with their rules.
 
 The pace: how much faster or slower plain decoding is now than when it was committed, the median over tasks. A busy
 hour slows everything alike, and a rate is judged after that.
@@ -33,6 +24,16 @@ from deepspec.files import digest
 
 COUNTED = 0.10
 TIMED = 0.30
+EXACT, OVERLAP = "exact", "the intervals overlap"
+ELSEWHERE = "the same; not compared on another device or CPU"
+KINDS = {  # kind of metric → its rule where everything is the same, and where something differs
+    "`lossless`, `passed`": (EXACT, EXACT),
+    "τ, and whatever is no time": (EXACT, f"±{COUNTED:.0%}, or inside the committed 95 % interval"),
+    "the same, with `low` and `high` of an interval beside it (the paper's ratios)": (EXACT, OVERLAP),
+    "speed-ups": (f"±{TIMED:.0%}, or {OVERLAP}", ELSEWHERE),
+    "tokens/s, milliseconds": (f"±{TIMED:.0%} at the pace of now", ELSEWHERE),
+    "digests of the tokens, and of the acceptance by position": (EXACT, "not compared"),
+}
 VERDICTS = ("lossless", "passed")
 SPEEDUPS = ("*speedup*",)
 RATES = ("*tokens_per_second*",)

@@ -8,33 +8,14 @@ from pathlib import Path
 
 from deepspec.config import Params
 from deepspec.errors import DeepSpecError, nearest
+from deepspec.evaluation.figures import figures_help
 from deepspec.files import write_json, write_text
 from deepspec.stages.common import stage
-
-FIGURES = """what the record says, and how it is computed (docs/evaluation.md has more):
-  tau                      tokens committed per target pass, the target's own included; counted round by round
-  speedup                  seconds a token of plain decoding over seconds a token with the draft: same engine, prompts,
-                           seeds and minute, prefill left out; the mean over tasks of ratios of sums
-  ..._ci95                 95 % interval of a paired bootstrap over prompts; null where a task has one prompt alone
-  accept_rate_by_position  share accepted at a position of the rounds that accepted all before it (reached_by_position)
-  tau_by_output_position   the same tau by how much of the answer was there when the round began
-  draft_ms, verify_ms, host_ms   of a round: the draft, the target's pass with the verdict, and the rest; medians
-  beside                   the lookup alone, and other controllers of the same draft, on the same prompts; `ratio` is
-                           how much faster the draft is than each
-  speedup_vs_hf            tokens/s at T = 0 over those of transformers.generate on each task's first prompt
-  lossless, ties           greedy output in float32 is token for token the plain one, but for proven ties
-  blocks                   the draft alone with whole blocks: acceptance by position without lookup and controller
-  confidence               ECE, AUC and reliability of the confidence head before and after calibration; thresholds:
-                           tokens that stand or fall where a block is cut below so much confidence
-  sweeps, throughput       tau and speed over chain length, tree depth and nodes; tokens/s with several requests
-  promise, warnings        acceptance at position 1 and the drafted tokens, on the same held-out contexts, in training
-                           and in decoding; what to look at
-"""
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.epilog = FIGURES
+    parser.epilog = figures_help()
     parser.add_argument(
         "--drafter",
         action="append",

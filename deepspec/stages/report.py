@@ -25,7 +25,7 @@ def main(params: Params, flags: argparse.Namespace) -> None:
             (folder / name).write_bytes(image)
     write_text("reports/report.html", page.render(inputs, figures))
     write_text("reports/report.md", report.markdown(inputs))
-    show(report.table(inputs), report.COLUMNS, next(iter(inputs.records.values()))["device"])
+    show(report.table(inputs), report.COLUMNS, next(iter(inputs.records.values())).device)
 
 
 def show(rows: list, columns: tuple[str, ...], device: str) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 from mlflow.entities import Dataset, DatasetInput, InputTag, Metric
 from mlflow.utils.mlflow_tags import MLFLOW_DATASET_CONTEXT, MLFLOW_GIT_COMMIT
 
+from deepspec.evaluation.record import Part, Record
 from deepspec.tracking.result import Result
 from deepspec.training.system import read_samples, samples_file
 
@@ -46,20 +47,20 @@ def metrics(result: Result, now_ms: int) -> list[Metric]:
 
 def tags(result: Result) -> dict[str, str]:
     """What one filters and groups runs by."""
-    record, provenance = result.record, result.record["provenance"]
+    record, provenance = result.record, result.record.provenance
     found = {
-        name: record[name]
+        name: getattr(record, name)
         for name in ("drafter", "target", "device", "dtype", "eval_version", "draft_digest", "target_digest")
     }
     found |= {
-        MLFLOW_GIT_COMMIT: provenance["git_commit"],
-        "git_dirty": provenance["git_dirty"],
-        "trained_at_commit": provenance.get("trained_at_commit"),
+        MLFLOW_GIT_COMMIT: provenance.git_commit,
+        "git_dirty": provenance.git_dirty,
+        "trained_at_commit": provenance.trained_at_commit,
         "data_digest": result.manifest["digest"],
         "validation": "passed" if result.validation["passed"] else "failed",
-        "warnings": ", ".join(sorted({warning["name"] for warning in record["warnings"]})),
+        "warnings": ", ".join(sorted({warning.name for warning in record.warnings})),
     }
-    found |= {f"version.{package}": version for package, version in provenance["packages"].items()}
+    found |= {f"version.{package}": version for package, version in provenance.packages.items()}
     return {name: str(value) for name, value in found.items() if value not in (None, "")}
 
 
@@ -70,12 +71,12 @@ def datasets(result: Result) -> list[DatasetInput]:
     profile |= {"digest": manifest["digest"], "target": manifest["target"]}
     found = [_dataset("distill", "data/distill/train.parquet", manifest["digest"], profile, "training")]
     seen = set()
-    for key, entry in result.record["tasks"].items():
+    for key, entry in result.record.tasks.items():
         task = key.rsplit("@", 1)[0]
         if task not in seen:
             seen.add(task)
-            profile = {"num_rows": entry["prompts"], "task_version": entry["task_version"]}
-            found.append(_dataset(task, entry["source"], entry["prompts_digest"], profile, "evaluation"))
+            profile = {"num_rows": entry.prompts, "task_version": entry.task_version}
+            found.append(_dataset(task, entry.source, entry.prompts_digest, profile, "evaluation"))
     return found
 
 
@@ -93,22 +94,22 @@ def _training(history: list[dict[str, Any]], now_ms: int) -> Iterator[Metric]:
                 yield Metric(f"train/{name}", float(value), now_ms, line["step"])
 
 
-def _evaluation(record: dict[str, Any], now_ms: int) -> Iterator[Metric]:
+def _evaluation(record: Record, now_ms: int) -> Iterator[Metric]:
     """`eval/tau` and so on of the headline, `eval/<task>/T0/tau` of a task; acceptance by position as steps."""
-    yield from _scalars("eval", record["summary"], now_ms)
-    for temperature, mean in record["summary"]["by_temperature"].items():
+    yield from _scalars("eval", record.summary, now_ms)
+    for temperature, mean in record.summary.by_temperature.items():
         yield from _scalars(f"eval/mean/T{temperature}", mean, now_ms)
-    for key, entry in record["tasks"].items():
+    for key, entry in record.tasks.items():
         task, temperature = key.rsplit("@T=", 1)
         prefix = f"eval/{re.sub(r'[^a-zA-Z0-9_.-]', '-', task)}/T{temperature}"
         yield from _scalars(prefix, entry, now_ms)
-        for position, rate in enumerate(entry["accept_rate_by_position"], 1):
+        for position, rate in enumerate(entry.accept_rate_by_position, 1):
             yield Metric(f"{prefix}/accept_rate", rate, now_ms, position)
 
 
-def _scalars(prefix: str, figures: dict[str, Any], now_ms: int) -> Iterator[Metric]:
+def _scalars(prefix: str, figures: Part, now_ms: int) -> Iterator[Metric]:
     """Numbers, and the two ends of each interval."""
-    for name, value in figures.items():
+    for name, value in figures:
         if _is_number(value):
             yield Metric(f"{prefix}/{name}", float(value), now_ms, 0)
         elif name.endswith("_ci95") and value:
@@ -123,7 +124,7 @@ def _validation(validation: dict[str, Any], now_ms: int) -> Iterable[Metric]:
 
 
 def _system(result: Result) -> Iterator[Metric]:
-    samples = read_samples(samples_file(result.drafter, result.root), result.record["draft_digest"])
+    samples = read_samples(samples_file(result.drafter, result.root), result.record.draft_digest)
     for step, sample in enumerate(samples):
         at = int(sample.pop("timestamp_ms"))
         for name, value in sample.items():

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from deepspec.evaluation.record import Record
 from deepspec.report.compare import Comparison, Measurements, compare
 from deepspec.tracking.params import PromoteParams
 
@@ -24,7 +25,7 @@ class Evidence:
     export: dict[str, Any] | None = None
 
     @property
-    def record(self) -> dict[str, Any]:
+    def record(self) -> Record:
         return self.measured.record
 
 
@@ -42,22 +43,22 @@ PairRule = Callable[[Evidence, Evidence], tuple[bool, str]]
 
 
 def evidence_of_this_draft(challenger: Evidence, params: PromoteParams) -> tuple[bool, str]:
-    found = {challenger.record["draft_digest"]}
+    found = {challenger.record.draft_digest}
     if challenger.export and params.require_export:
         found.add(challenger.export["draft_digest"])
     return found == {challenger.draft_digest}, f"draft {challenger.draft_digest}, evidence of {_names(found)}"
 
 
 def lossless(challenger: Evidence, params: PromoteParams) -> tuple[bool, str]:
-    tasks = challenger.record["tasks"]
-    broken = sorted(name for name, entry in tasks.items() if not entry["lossless"])
+    tasks = challenger.record.tasks
+    broken = sorted(name for name, entry in tasks.items() if not entry.lossless)
     if broken:
         return False, f"the greedy output changed on {_names(broken)}"
-    return challenger.record["summary"]["lossless"], f"the target's own greedy output on {len(tasks)} entries"
+    return challenger.record.summary.lossless, f"the target's own greedy output on {len(tasks)} entries"
 
 
 def fast_enough(challenger: Evidence, params: PromoteParams) -> tuple[bool, str]:
-    gain = challenger.record["summary"]["speedup"]
+    gain = challenger.record.summary.speedup
     found = "none" if gain is None else f"{gain:.3f}"
     return gain is not None and gain >= params.min_speedup, f"{found}; at least {params.min_speedup:g}"
 
@@ -78,22 +79,24 @@ def export_passed(challenger: Evidence, params: PromoteParams) -> tuple[bool, st
 
 
 def same_eval_version(champion: Evidence, challenger: Evidence) -> tuple[bool, str]:
-    return _same(champion.record["eval_version"], challenger.record["eval_version"])
+    return _same(champion.record.eval_version, challenger.record.eval_version)
 
 
 def same_target(champion: Evidence, challenger: Evidence) -> tuple[bool, str]:
     keys = ("target_digest", "dtype", "seed", "max_new_tokens")
-    return _same(*(", ".join(str(one.record.get(key)) for key in keys) for one in (champion, challenger)))
+    return _same(
+        *(", ".join(str(getattr(one.record, key)) for key in keys) for one in (champion, challenger))
+    )
 
 
 def same_device_class(champion: Evidence, challenger: Evidence) -> tuple[bool, str]:
-    return _same(device_class(champion.record["device"]), device_class(challenger.record["device"]))
+    return _same(device_class(champion.record.device), device_class(challenger.record.device))
 
 
 def same_tasks(champion: Evidence, challenger: Evidence) -> tuple[bool, str]:
     """Tasks, temperatures and prompts."""
     one, other = (
-        {(name, entry["prompts_digest"]) for name, entry in each.record["tasks"].items()}
+        {(name, entry.prompts_digest) for name, entry in each.record.tasks.items()}
         for each in (champion, challenger)
     )
     differing = {name for name, _ in one ^ other}

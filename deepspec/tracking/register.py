@@ -15,7 +15,6 @@ import tempfile
 from dataclasses import dataclass
 from importlib.metadata import version as installed
 from pathlib import Path
-from typing import Any
 
 import mlflow
 import pandas as pd
@@ -28,6 +27,7 @@ from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema
 
 import deepspec
 from deepspec.errors import DeepSpecError
+from deepspec.evaluation.record import Record
 from deepspec.files import digest, file_digest
 from deepspec.provenance import CORE
 from deepspec.tracking import served
@@ -91,33 +91,33 @@ def register(result: Result, store: Store, target_by_reference: bool = False) ->
 def evidence_key(result: Result) -> str:
     """Of a version: another one if the draft, the target, what was measured or what was exported is another."""
     files = [result.eval_file, result.eval_file.with_suffix(".prompts.jsonl"), result.export_file]
-    parts = [result.record["draft_digest"], result.record["target_digest"]]
+    parts = [result.record.draft_digest, result.record.target_digest]
     return digest(" ".join(parts + [file_digest(file) if file.exists() else "-" for file in files]))
 
 
 def version_tags(result: Result) -> dict[str, str]:
     record = result.record
     found = {
-        "draft_digest": record["draft_digest"],
-        "target_digest": record["target_digest"],
+        "draft_digest": record.draft_digest,
+        "target_digest": record.target_digest,
         "data_digest": result.manifest["digest"],
-        "eval_version": record["eval_version"],
-        "device": record["device"],
-        "tau": _rounded(record["summary"]["tau"]),
-        "speedup": _rounded(record["summary"]["speedup"]),
-        "git_commit": record["provenance"]["git_commit"],
+        "eval_version": record.eval_version,
+        "device": record.device,
+        "tau": _rounded(record.summary.tau),
+        "speedup": _rounded(record.summary.speedup),
+        "git_commit": record.provenance.git_commit,
         "dvc_key": result.key,
     }
     return {name: str(value) for name, value in found.items() if value is not None}
 
 
-def describe(record: dict[str, Any]) -> str:
+def describe(record: Record) -> str:
     """A version in a sentence, for a reader of the registry's page."""
-    summary = record["summary"]
-    speed = f"{summary['speedup']:.2f}×" if summary["speedup"] else "not lossless, so no speed-up"
+    summary = record.summary
+    speed = f"{summary.speedup:.2f}×" if summary.speedup else "not lossless, so no speed-up"
     return (
-        f"{record['drafter']} for {record['target']}: τ {summary['tau']:.2f}, {speed} against plain decoding at "
-        f"T = {summary['temperature']:g}, measured on {record['device']}."
+        f"{record.drafter} for {record.target}: τ {summary.tau:.2f}, {speed} against plain decoding at "
+        f"T = {summary.temperature:g}, measured on {record.device}."
     )
 
 
@@ -152,7 +152,7 @@ def save(result: Result, folder: Path, model: Model, export: bool, by_reference:
     target = result.root / "data/target"
     reference = None
     if by_reference:
-        reference = result.params.target.model_dump() | {"digest": result.record["target_digest"]}
+        reference = result.params.target.model_dump() | {"digest": result.record.target_digest}
     elif not target.is_dir():
         raise DeepSpecError(f"{target}: no target; get it with `dvc pull`, or pass --target-by-reference")
     parts = {} if by_reference else {"target": target}

@@ -21,6 +21,7 @@ from pydantic import ValidationError
 from deepspec.config import Params
 from deepspec.drafters.checkpoint import draft_digest
 from deepspec.errors import DeepSpecError
+from deepspec.evaluation.record import Record
 from deepspec.files import digest
 
 LOCK = "dvc.lock"
@@ -40,7 +41,7 @@ class Result:
     drafter: str
     stages: dict[str, dict]
     params: Params
-    record: dict[str, Any]
+    record: Record
 
     @property
     def key(self) -> str:
@@ -99,13 +100,13 @@ def read_result(drafter: str, root: str | Path = ".") -> Result:
     for name in _own(stages, drafter):
         for out in stages[name].get("outs", []):
             _check(root / out["path"], out.get("md5", ""))
-    record = read_json(root / "reports/eval" / f"{drafter}.json")
+    record = Record.read(root / "reports/eval" / f"{drafter}.json")
     result = Result(root, drafter, stages, _locked_params(stages, drafter), record)
     if not result.draft.is_dir():
         raise DeepSpecError(f"{result.draft}: no such draft; get it with `dvc pull` or `dvc repro`")
-    if (found := draft_digest(result.draft)) != record["draft_digest"]:
+    if (found := draft_digest(result.draft)) != record.draft_digest:
         raise DeepSpecError(
-            f"{result.draft}: is draft {found}, but {record['draft_digest']} was evaluated; run `dvc repro`"
+            f"{result.draft}: is draft {found}, but {record.draft_digest} was evaluated; run `dvc repro`"
         )
     return result
 

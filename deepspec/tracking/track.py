@@ -32,7 +32,7 @@ def track(result: Result, store: Store) -> Tracked:
     """
     run = find_run(result, store)
     if run is None:
-        name = f"{result.drafter} {(result.record['provenance']['git_commit'] or 'no commit')[:7]}"
+        name = f"{result.drafter} {(result.record.provenance.git_commit or 'no commit')[:7]}"
         run = store.client.create_run(
             store.experiment_id, tags={MLFLOW_RUN_NAME: name, KEY: result.key}, run_name=name
         )

@@ -52,15 +52,15 @@ def counted(outcome) -> list:
     """All of an outcome that no clock decides."""
     entries = [
         (key, entry["tau"], entry["output_hashes"], entry["accept_rate_by_position"])
-        for key, entry in outcome.record["tasks"].items()
+        for key, entry in outcome.record.dump()["tasks"].items()
     ]
     texts = [[token["text"] for token in shown["tokens"]] for shown in outcome.traces]
-    return [entries, texts, outcome.record["blocks"], outcome.record["confidence"]]
+    return [entries, texts, outcome.record.blocks, outcome.record.confidence]
 
 
 def test_a_trained_draft_gets_every_section(drafts, tiny_target, tmp_path):
     (outcome,) = measure({"dspark": drafts["dspark"]}, tiny_target, tmp_path).values()
-    record = outcome.record
+    record = outcome.record.dump()
     assert json.loads(json.dumps(record)) == record
     entry = record["tasks"]["conversations@T=1"]
     assert (record["dtype"], record["max_new_tokens"]) == ("float32", 12)
@@ -100,7 +100,7 @@ def test_the_same_seed_gives_the_same_tokens_alone_or_with_others(drafts, tiny_t
     again = measure({"dspark": drafts["dspark"]}, tiny_target, tmp_path)["dspark"]
     together = measure(drafts, tiny_target, tmp_path)
     assert counted(alone) == counted(again) == counted(together["dspark"])
-    assert together["lookup"].record["sweeps"] is None and together["lookup"].record["blocks"] is None
+    assert together["lookup"].record.sweeps is None and together["lookup"].record.blocks is None
     plain = {name: [line["runs"]["plain"] for line in o.prompts] for name, o in together.items()}
     assert plain["dspark"] == plain["lookup"], "drafters measured together share the plain run"
 
@@ -141,7 +141,7 @@ def test_finished_work_is_kept_until_the_results_are_written(drafts, tiny_target
     saved = []
     monkeypatch.setattr(bench.Contest, "prompt", _interrupt)  # those are done
     benchmark.evaluate(own, tiny_target, PARAMS, 0, tmp_path / "work", save=saved.append)
-    assert saved[0]["lookup"].record["summary"]["lossless"]
+    assert saved[0]["lookup"].record.summary.lossless
     assert list((tmp_path / "work").iterdir()) == []
 
 
@@ -166,7 +166,7 @@ def test_a_draft_that_kept_no_context_has_no_promise(drafts, tiny_target, tmp_pa
         bench.promise, "load", lambda directory: [bench.promise.HeldOutBlocks([], [], [], [])]
     )
     (outcome,) = measure({"lookup": drafts["lookup"]}, tiny_target, tmp_path).values()
-    assert outcome.record["promise"] is None
+    assert outcome.record.promise is None
 
 
 def test_a_path_that_changes_a_token_has_no_speed(drafts, tiny_target, tmp_path, monkeypatch):
@@ -177,7 +177,7 @@ def test_a_path_that_changes_a_token_has_no_speed(drafts, tiny_target, tmp_path,
         return bench.Identity(False, 0, found.prompts, found.tokens) if together else found
 
     monkeypatch.setattr(bench, "check_identity", broken)
-    record = measure({"dspark": drafts["dspark"]}, tiny_target, tmp_path)["dspark"].record
+    record = measure({"dspark": drafts["dspark"]}, tiny_target, tmp_path)["dspark"].record.dump()
     assert record["summary"]["speedup"] is not None  # the deployed path is sound
     assert all(row["speedup"] is None for row in record["throughput"])
     speeds = {point["sweep"]: point["speedup"] for point in record["sweeps"]["points"]}

@@ -12,7 +12,7 @@ from deepspec.cli import app
 from deepspec.errors import DeepSpecError
 from deepspec.evaluation.record import EVAL_VERSION
 from deepspec.report.compare import compare, load
-from tests.records import PROMPTS, output_hashes, prompt_lines
+from tests.records import PROMPTS, entry, output_hashes, prompt_lines, record
 
 
 def write(
@@ -26,21 +26,17 @@ def write(
 ):
     """A record whose draft is `gain` times as fast as plain decoding on a machine `machine` times as slow."""
     lines = list(prompt_lines(gain, accepted, machine, count, label=path.stem))
+    speedup = gain if lossless else None
     entries = {
-        key: {"prompts_digest": f"{key} digest", "output_hashes": found}
+        key: entry(float(key.rsplit("=")[-1]), speedup)
+        | {"prompts_digest": f"{key} digest", "output_hashes": found}
         for key, found in output_hashes(lines).items()
     }
-    record = {
-        "eval_version": EVAL_VERSION,
-        "target_digest": "t",
-        "dtype": "float32",
-        "seed": 0,
-        "device": "a",
-        "processes": 1,
-        "max_new_tokens": 96,
-    }
-    record |= {"tasks": entries, "summary": {"lossless": lossless}} | changes
-    path.write_text(json.dumps(record))
+    path.write_text(
+        json.dumps(
+            record(speedup=speedup, **{"device": "a", "target_digest": "t", "tasks": entries} | changes)
+        )
+    )
     path.with_suffix(".prompts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return path
 
@@ -127,10 +123,10 @@ def test_what_cannot_be_compared_is_refused(paths, changes, message):
 
 def test_a_record_on_other_prompts_or_of_another_version_is_refused(paths):
     a, b = write(paths[0]), write(paths[1])
-    record = json.loads(b.read_text())
-    for entry in record["tasks"].values():
-        entry["prompts_digest"] = "x"
-    b.write_text(json.dumps(record))
+    changed = json.loads(b.read_text())
+    for each in changed["tasks"].values():
+        each["prompts_digest"] = "x"
+    b.write_text(json.dumps(changed))
     with pytest.raises(DeepSpecError, match="other prompts"):
         compare(load(a), load(b))
     a, b = write(paths[0]), write(paths[1], eval_version="1")

@@ -13,18 +13,12 @@ from deepspec.decoding.request import Generation, Stats
 from deepspec.drafters.algorithms.lookup import LookupDrafter
 from deepspec.evaluation import contest, identity
 from deepspec.evaluation.contest import Contest, Contestant
-from deepspec.evaluation.record import (
-    DRAFT,
-    LOOKUP,
-    Identity,
-    Measured,
-    Subject,
-    build_record,
-    tau_by_output_position,
-)
+from deepspec.evaluation.record import DRAFT, LOOKUP, Decode, Identity, Provenance
 from deepspec.evaluation.runs import PLAIN, from_json, prompt_seed, to_json
+from deepspec.evaluation.summarise import Measured, Subject, build_record, tau_by_output_position
 from deepspec.target.model import load_target
 from deepspec.tasks.task import Task
+from tests import records
 
 DRAFTER, BASELINE = object(), object()
 PREFILL_S, PLAIN_S, DRAFT_S, VERIFY_S, HOST_S = 1.0, 1 / 8, 1 / 32, 7 / 64, 1 / 64  # exact in binary
@@ -105,13 +99,14 @@ def hold() -> dict:
 
 
 def record(checks: dict[str, Identity] | None = None, **extra) -> dict:
+    """The record as JSON holds it."""
     checks = checks or dict.fromkeys(TASKS, FINE)
     subject = Subject("mine", "d0", "x", "t0", "a machine", "bfloat16", 0, 1, 10)
-    parts = {"blocks": None, "confidence": None}
+    made = records.record()
+    means = Decode(**made["decode"]), Provenance(**made["provenance"])
     identities = {DRAFT: checks, LOOKUP: dict.fromkeys(TASKS, FINE)}
-    return build_record(
-        subject, tasks(), Measured(hold(), identities, dict.fromkeys(TASKS, 8.0), parts, **extra)
-    )
+    measured = Measured(hold(), identities, dict.fromkeys(TASKS, 8.0), *means, **extra)
+    return build_record(subject, tasks(), measured).dump()
 
 
 def test_record_counts_tau_acceptance_and_speed(engine):
@@ -205,9 +200,9 @@ def test_runs_survive_json(engine):
 def test_tau_by_output_position_starts_anew_with_each_turn(engine):
     (talk, _) = hold()["talk", 0.0]
     bins = tau_by_output_position([talk[DRAFT]])
-    assert [(b["start"], b["rounds"], b["tau"]) for b in bins] == [(0, 8, 2.5)]
+    assert [(b.start, b.rounds, b.tau) for b in bins] == [(0, 8, 2.5)]
     long = from_json({"x": {"accepted": [[15, 0, 9]], "drafted": [[15, 1, 9]]}})["x"]
-    found = [(b["start"], b["end"], b["rounds"], b["tau"]) for b in tau_by_output_position([long])]
+    found = [(b.start, b.end, b.rounds, b.tau) for b in tau_by_output_position([long])]
     assert found == [(0, 16, 1, 16.0), (16, 32, 2, 5.5)]
 
 

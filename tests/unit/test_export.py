@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from deepspec.drafters.load import load_drafter
 from deepspec.errors import DeepSpecError
+from deepspec.evaluation.record import Record
 from deepspec.export import reference
 from deepspec.export.advice import advise
 from deepspec.export.draft import load_draft
@@ -28,6 +29,7 @@ from deepspec.export.readers.sample import Sample
 from deepspec.files import file_digest, write_json
 from deepspec.stages import export as stage
 from deepspec.target.model import load_target
+from tests import records
 from tests.exporting import LAYERS, SIZES, make_draft, samples, written
 from tests.tiny import make_target
 
@@ -242,14 +244,17 @@ def test_an_unknown_engine_is_an_error_that_names_the_nearest():
     assert chosen(["all"]) == chosen(None) == list(ENGINES)
 
 
-def record(rates: list[float], draft_s: float) -> dict:
+def record(rates: list[float], draft_s: float) -> Record:
     """An evaluation record of a target whose passes all take 20 ms."""
-    return {
-        "device": "a machine",
-        "draft_digest": "d",
-        "blocks": {"greedy": {"task": {"tau": 2.0, "accept_rate_by_position": rates}}},
-        "round_costs": {"passes": {"1": [[1, 0.02], [8, 0.02]]}, "drafts": {"1": draft_s}},
+    alone = {
+        "blocks": 9,
+        "tau": 2.0,
+        "accept_rate_by_position": rates,
+        "reached_by_position": [9] * len(rates),
     }
+    costs = {"identity": {}, "passes": {"1": [[1, 0.02], [8, 0.02]]}, "drafts": {"1": draft_s}}
+    made = records.record(draft_digest="d", blocks={"greedy": {"task": alone}}, round_costs=costs)
+    return Record.parse(made, "made up")
 
 
 def test_advice_weighs_what_a_token_is_worth_against_what_it_costs():
@@ -265,7 +270,7 @@ def test_advice_weighs_what_a_token_is_worth_against_what_it_costs():
 def test_a_record_of_another_draft_is_refused(target, tmp_path):
     draft = make_draft(tmp_path, target, "eagle3")
     path = tmp_path / "eval.json"
-    path.write_text(json.dumps(record([0.5], 0.01)))
+    record([0.5], 0.01).write(path)
     with pytest.raises(DeepSpecError, match=r"measured with draft d, but this one is .*; evaluate it first"):
         load_draft("eagle3", draft.directory, target, path)
 

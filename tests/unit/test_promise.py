@@ -14,13 +14,15 @@ from deepspec.drafters.load import load_drafter
 from deepspec.drafters.lookup_first import LookupFirst
 from deepspec.drafters.loss_params import LossParams
 from deepspec.errors import DeepSpecError
-from deepspec.evaluation.record import warnings
+from deepspec.evaluation.record import Summary, TrainParity
+from deepspec.evaluation.summarise import warnings
 from deepspec.features.local import OnlineFeatures
 from deepspec.features.sequences import Sequence
 from deepspec.target.model import load_target
 from deepspec.training.batches import Batches
 from deepspec.training.held_out import draft_held_out_blocks
 from deepspec.training.objective import BlockObjective
+from tests import records
 from tests.unit.test_drafters import DRAFTS, make, write
 
 
@@ -65,9 +67,8 @@ def test_decoding_drafts_what_the_network_in_training_drafts(name, target, draft
 
 def named(found: promise.Check) -> set[str]:
     """The names of the warnings that a record with this check has."""
-    summary = {"by_temperature": {}}
-    record = {"tasks": {}, "blocks": None, "summary": summary, "promise": {"greedy": vars(found)}}
-    return {warning["name"] for warning in warnings(record)}
+    summary = Summary(**records.record()["summary"] | {"by_temperature": {}})
+    return {warning.name for warning in warnings({}, summary, {}, TrainParity(**vars(found)))}
 
 
 @pytest.mark.parametrize("name", ["dspark", "dflash", "eagle3"])

@@ -7,6 +7,7 @@ import copy
 import pytest
 
 from deepspec.errors import DeepSpecError
+from deepspec.evaluation.record import Record
 from deepspec.report.inputs import Inputs, metrics
 from deepspec.reproduce.tolerance import Figures, compare, differences, flatten, parse
 from tests.records import record
@@ -29,7 +30,8 @@ def measured(**changes) -> dict:
 
 def figures(made: dict, **altered) -> Figures:
     """A record with its metrics; `altered` ones by their last two words, joined by `__`."""
-    inputs = Inputs({"good": made}, {"good": [{"heldout_tau": 1.5}]}, {}, {}, {})
+    shown = Record.parse(record() | {key: made[key] for key in ("tasks", "summary")}, "made up")
+    inputs = Inputs({"good": shown}, {"good": [{"heldout_tau": 1.5}]}, {}, {}, {})
     flat = metrics(inputs)
     for name, value in altered.items():
         flat["good." + name.replace("__", ".")] = value

@@ -151,7 +151,7 @@ def test_samples_of_the_machine_are_logged_with_the_draft_that_came_of_them(tree
     result = read_result(NAME)
     with watched(NAME, result.draft, every_s=0.01):
         sampled(2)
-    samples = read_samples(samples_file(NAME), result.record["draft_digest"])
+    samples = read_samples(samples_file(NAME), result.record.draft_digest)
     assert len(samples) >= 2 and all(sample["process_memory_megabytes"] > 1 for sample in samples)
     with connect() as store:
         found = track(result, store)
@@ -166,7 +166,7 @@ def test_samples_of_another_draft_or_an_unfinished_training_are_not_taken(tree: 
     with pytest.raises(KeyboardInterrupt), watched(NAME, draft, every_s=0.01):
         sampled(1)
         raise KeyboardInterrupt
-    digest = read_result(NAME).record["draft_digest"]
+    digest = read_result(NAME).record.draft_digest
     assert samples_file(NAME).read_text() and read_samples(samples_file(NAME), digest) == []
     with watched(NAME, draft):
         pass
