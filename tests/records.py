@@ -125,7 +125,7 @@ def record(name: str = "good", speedup: float | None = 2.0, trained: bool = True
             "lookup": None,
             "tree": {"type": "chain"},
             "verify": None,
-            "controller": {"type": "fixed"},
+            "controller": {"type": "cost"},
         },
         "round_costs": None,
         "provenance": {

@@ -21,14 +21,21 @@ from deepspec.drafters.checkpoint import draft_digest, draft_directory, read_con
 from deepspec.drafters.load import load_drafter
 from deepspec.drafters.registry import reader
 from deepspec.errors import DeepSpecError, nearest
-from deepspec.files import write_json
 from deepspec.provenance import provenance
 from deepspec.serving import ours
 from deepspec.serving.engines import Draft, Work, local, remote, watched
 from deepspec.serving.environment import Environment, find_or_set_up
 from deepspec.serving.launch import speculative_config
 from deepspec.serving.protocols import CLIENTS, Prompt
-from deepspec.serving.record import SERVE_VERSION, Measured, check_target, compare
+from deepspec.serving.record import (
+    SERVE_VERSION,
+    About,
+    Measured,
+    Provenance,
+    ServingRecord,
+    check_target,
+    compare,
+)
 from deepspec.serving.table import show
 from deepspec.target.model import Target, load_target
 from deepspec.tasks.task import load_task
@@ -81,7 +88,7 @@ def run(settings: Settings) -> list[str]:
         client = CLIENTS[settings.engine]
         version, answers = remote(client, settings.base_url, settings.plain_url, draft, work)
         failed = {}
-    records = []
+    records: list[ServingRecord] = []
     for draft, decoded in own.items():
         if draft.name in failed:
             continue
@@ -92,19 +99,20 @@ def run(settings: Settings) -> list[str]:
             failed[draft.name] = str(error)
             continue
         measured = Measured(list(work.prompts), drafted, plain, decoded)
-        record = about | {"engine_version": version} | draft.identity
-        records.append(record | compare(measured, settings.engine, draft.gated))
-        write_json(settings.output / f"{draft.name}-{settings.engine}.json", records[-1])
+        found = dict(compare(measured, settings.engine, draft.gated))
+        record = ServingRecord(**dict(about), engine_version=version, **draft.identity, **found)
+        record.write(settings.output / f"{draft.name}-{settings.engine}.json")
+        records.append(record)
     if not records:
         raise DeepSpecError("; ".join(failed.values()))
     show(records)
-    short = [f"{record['drafter']}: {failure}" for record in records for failure in record["failures"]]
+    short = [f"{record.drafter}: {failure}" for record in records for failure in record.failures]
     return short + [f"{name}: {reason}" for name, reason in failed.items()]
 
 
 def _measure_ours(
     loads: dict[str, Path], params: Params, settings: Settings, environment: Environment | None
-) -> tuple[dict[Draft, list[ours.Ours]], Work, dict[str, Any]]:
+) -> tuple[dict[Draft, list[ours.Ours]], Work, About]:
     """Every prompt in our engine by draft, what the engine is to do, and what both were measured on."""
     target = load_target(TARGET, dtype=settings.dtype)
     drafts = _each(loads, settings, lambda name: _draft(name, loads[name], settings, target, environment))
@@ -230,21 +238,21 @@ def _ours(target: Target, drafter: Drafter, draft: Draft, work: Work) -> list[ou
     return [decode(prompt) for prompt in watched(work.prompts, f"{draft.name}, our engine")]
 
 
-def _about(target: Target, settings: Settings, work: Work) -> dict[str, Any]:
+def _about(target: Target, settings: Settings, work: Work) -> About:
     source = (
         json.loads((TARGET / "deepspec.json").read_text())["source"]
         if (TARGET / "deepspec.json").exists()
         else ""
     )
-    return {
-        "serve_version": SERVE_VERSION,
-        "engine": settings.engine,
-        "timing": CLIENTS[settings.engine].timing,
-        "target": source,
-        "target_digest": target.digest,
-        "dtype": work.dtype,
-        "device": describe_device(target.device),
-        "temperature": 0.0,
-        "max_new_tokens": work.limit,
-        "provenance": provenance(),
-    }
+    return About(
+        serve_version=SERVE_VERSION,
+        engine=settings.engine,
+        timing=CLIENTS[settings.engine].timing,
+        target=source,
+        target_digest=target.digest,
+        dtype=work.dtype,
+        device=describe_device(target.device),
+        temperature=0.0,
+        max_new_tokens=work.limit,
+        provenance=Provenance(**provenance()),
+    )
