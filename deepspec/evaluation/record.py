@@ -48,8 +48,8 @@ class _Gain(Part):
     )
     tau_ci95: Bounds | None = Field(
         description="95 % interval of tau by a paired bootstrap: prompts, with all their runs, are drawn again 2,000 "
-        "times within each task, and the tails are moved outwards for few prompts (deepspec/evaluation/stats.py); null where "
-        "a task has one prompt alone"
+        "times within each task, and the tails are moved outwards for few prompts (deepspec/evaluation/stats.py); null "
+        "where a task has one prompt alone"
     )
     speedup: float | None = Field(
         description="seconds a token of plain decoding over seconds a token with the draft, in the same engine and "
