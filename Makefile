@@ -29,7 +29,7 @@ demo: $(READY) ## Run the whole pipeline on the target of params.yaml, then prin
 
 # A file's tests share what they set up, so they stay together, and the long files of e2e come first; tiny models use one
 # thread each.
-test: lint ## Check style and run every test
+test: lint ## Check style and types, and run every test
 	OMP_NUM_THREADS=1 python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 serve-check: $(READY) ## Serve the exported drafts of the pipeline in vLLM and compare it with our engine
@@ -44,16 +44,17 @@ down: $(READY) ## Stop them; what they keep stays in .deepspec/services
 status: $(READY) ## Say which of them run
 	python -m flows.services status
 
-lint: $(READY) ## Check style alone
+lint: $(READY) ## Check style and types alone
 	ruff check .
 	ruff format --check .
+	mypy
 
 format: $(READY) ## Rewrite the code in the project's style
 	ruff check --fix .
 	ruff format .
 
 clean: ## Remove .venv and caches; data/, reports/, .dvc/cache, runs and what the services keep stay
-	rm -rf $(VENV) .pytest_cache .ruff_cache .dvc/tmp *.egg-info
+	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache .dvc/tmp *.egg-info
 	[ ! -d .deepspec ] || find .deepspec -mindepth 1 -maxdepth 1 ! -name services ! -name runs -exec rm -rf {} +
 	find deepspec flows tests -name __pycache__ -type d -prune -exec rm -rf {} +
 

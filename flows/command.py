@@ -162,7 +162,12 @@ def follow(
         channel = Channel(Path(file.name), progress)
         process = _start(words, root, channel.path, keep_open)
         expired = threading.Event()
-        late = threading.Timer(hours * 3600, lambda: (expired.set(), stop(process)))
+
+        def expire() -> None:
+            expired.set()
+            stop(process)
+
+        late = threading.Timer(hours * 3600, expire)
         late.daemon = True
         late.start()
         try:

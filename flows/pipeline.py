@@ -106,7 +106,9 @@ def _run_stages(work: Workspace, retries: int, delay_s: float, hours: float) -> 
 
 def _reason(state: State) -> str:
     """What the command said, without Prefect's words around it."""
-    return re.sub(r"^.*?(?:UserMistake|CommandFailed): ", "", state.message or state.name, flags=re.DOTALL)
+    return re.sub(
+        r"^.*?(?:UserMistake|CommandFailed): ", "", state.message or state.name or "", flags=re.DOTALL
+    )
 
 
 def _worth_retrying(_task, _run, state: State) -> bool:

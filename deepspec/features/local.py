@@ -67,8 +67,12 @@ class Features(ABC):
             else last.new_empty(len(last), 0)
             for row, last in zip(rows, hidden, strict=True)
         ]
-        parts = (features, hidden, [row[_NORM] for row in rows])
-        return tuple(pad_sequence(part, batch_first=True) for part in parts)
+        log_norm = [row[_NORM] for row in rows]
+        return (
+            pad_sequence(features, batch_first=True),
+            pad_sequence(hidden, batch_first=True),
+            pad_sequence(log_norm, batch_first=True),
+        )
 
     def compute(self, indices: list[int]) -> list[dict[int | str, Tensor]]:
         """Compute `rows` by a pass of the target, on its device and in its dtype.
