@@ -84,7 +84,7 @@ def engine(monkeypatch: pytest.MonkeyPatch) -> Engine:
     monkeypatch.setattr(contest, "generate", engine.generate)
     monkeypatch.setattr(identity, "generate", engine.generate)
     monkeypatch.setattr(identity, "top_two_gap", lambda target_dir, ids: 1e-6)
-    monkeypatch.setattr(contest.time, "perf_counter", lambda: engine.now)
+    monkeypatch.setattr(contest, "time", SimpleNamespace(perf_counter=lambda: engine.now))
     return engine
 
 
