@@ -15,7 +15,7 @@ export PREFECT_SERVER_ANALYTICS_ENABLED := false
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test up down status serve-check lint format clean
+.PHONY: help setup demo test unit up down status serve-check lint format clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/make \1	\2/' | expand -t 14
@@ -30,7 +30,10 @@ demo: $(READY) ## Run the whole pipeline on the target of params.yaml, then prin
 # A file's tests share what they set up, so they stay together, and the long files of e2e come first; tiny models use one
 # thread each.
 test: lint ## Check style and types, and run every test
-	OMP_NUM_THREADS=1 python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+	OMP_NUM_THREADS=1 python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder --durations=25
+
+unit: $(READY) ## Run the tests that need no pipeline, no server and no serving engine
+	OMP_NUM_THREADS=1 python -m pytest -n auto --maxprocesses 4 --dist loadfile -m "not e2e and not engine" --durations=25
 
 serve-check: $(READY) ## Serve the exported drafts of the pipeline in vLLM and compare it with our engine
 	deepspec serve-check

@@ -18,11 +18,11 @@ quiet_environment()
 
 
 @pytest.fixture(scope="session")
-def tiny_target(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tiny_target() -> Path:
     """The directory of a tiny random Llama with tokenizer and template; not to be written to."""
-    from tests.tiny import make_target
+    from tests.tiny import cached_target
 
-    return make_target(tmp_path_factory.mktemp("tiny") / "target")
+    return cached_target()
 
 
 @pytest.fixture(scope="session")
@@ -33,6 +33,23 @@ def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
     MlflowClient(f"sqlite:///{path}").search_experiments()
     return path
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """Headless Chromium; skips without one, fails where `DEEPSPEC_BROWSER` requires it."""
+    from tests.chromium import CHROMIUM, FLAGS
+
+    if CHROMIUM is None:
+        if os.environ.get("DEEPSPEC_BROWSER") == "required":
+            pytest.fail("no Chromium; install it (apt-get install chromium)")
+        pytest.skip("no Chromium on this machine (apt-get install chromium)")
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        yield browser
+        browser.close()
 
 
 @pytest.fixture

@@ -6,6 +6,10 @@ python -m tests.tiny data/smoke-target --family qwen3
 from __future__ import annotations
 
 import argparse
+import atexit
+import shutil
+import tempfile
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -143,6 +147,14 @@ def make_target(
     model.save_pretrained(path)
     tokenizer.save_pretrained(path)
     return Path(path)
+
+
+@cache
+def cached_target(family: str = "llama", **sizes) -> Path:
+    """Return the directory that `make_target` writes for these arguments, made once a process; not to be written to."""
+    directory = Path(tempfile.mkdtemp(prefix="deepspec-tiny-"))
+    atexit.register(shutil.rmtree, directory, ignore_errors=True)
+    return make_target(directory / "target", family, **sizes)
 
 
 def make_draft(target: Target, **sizes) -> DSparkModel:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from tests.unit.test_page import CHROMIUM, FLAGS
+from tests.chromium import CHROMIUM, FLAGS
 
 
 def look(url: str, name: str, texts: list[str]) -> None:

@@ -15,7 +15,7 @@ from deepspec.evaluation import bench, benchmark
 from deepspec.evaluation.native import native_tokens_per_second
 from deepspec.evaluation.params import EvaluateParams
 from deepspec.target.model import load_target
-from tests.unit.test_drafters import make, write
+from tests.drafting import make, write
 
 PARAMS = EvaluateParams(
     tasks=["word_problems", "conversations"],

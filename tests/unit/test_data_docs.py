@@ -8,7 +8,6 @@ import pytest
 from deepspec.guard.page import render
 from deepspec.guard.verdict import Check, Validation
 from tests.records import HOSTILE
-from tests.unit.test_page import browser  # noqa: F401
 
 CHECKS = [
     Check(
@@ -73,7 +72,7 @@ def test_what_a_model_wrote_stays_text(page):
     assert "&lt;img src=x" in page or "&lt;/script&gt;" in page
 
 
-def test_it_opens_without_a_request_or_an_error(page, browser, tmp_path):  # noqa: F811
+def test_it_opens_without_a_request_or_an_error(page, browser, tmp_path):
     (tmp_path / "validation.html").write_text(page)
     faults = []
     shown = browser.new_page()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import types
+from types import SimpleNamespace
 
 import pytest
 
@@ -15,14 +16,14 @@ from deepspec.decoding.scheduler import Fixed
 from deepspec.errors import DeepSpecError
 from deepspec.journal import WorkLog
 from deepspec.target.model import load_target
-from tests.tiny import make_target
+from tests.tiny import cached_target
 
 PROMPTS = [Prompt("code", [1, 2]), Prompt("chat", [3])]
 
 
 @pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    return make_target(tmp_path_factory.mktemp("tiny") / "target")
+def tiny():
+    return cached_target()
 
 
 class Clock:
@@ -31,7 +32,7 @@ class Clock:
     def __init__(self, monkeypatch):
         self.now = 0.0
         self.calls: list[str] = []
-        monkeypatch.setattr(common.time, "perf_counter", lambda: self.now)
+        monkeypatch.setattr(common, "time", SimpleNamespace(perf_counter=lambda: self.now))
 
     def contestant(self, name: str, seconds_a_token: float, reference: str = "slow") -> Contestant:
         def work(ids: list[int], max_new_tokens: int) -> Answer:

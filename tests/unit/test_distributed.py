@@ -10,14 +10,14 @@ from pathlib import Path
 
 import pytest
 
-from tests.tiny import make_target
+from tests.tiny import cached_target
 
 ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
-def target(tmp_path_factory):
-    return make_target(tmp_path_factory.mktemp("target"), "llama")
+def target():
+    return cached_target("llama")
 
 
 def launch(target: Path, work: Path, processes: int, sharded: bool = False, steps: int = 99) -> int:

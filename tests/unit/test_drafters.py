@@ -17,31 +17,22 @@ from deepspec.decoding.shapes import BestFirst, Sampled
 from deepspec.decoding.tree import Chain
 from deepspec.drafters import registry
 from deepspec.drafters.algorithms.lm import LMParams, network
-from deepspec.drafters.checkpoint import stored_weights, write_drafter
+from deepspec.drafters.checkpoint import write_drafter
 from deepspec.drafters.load import load_drafter
 from deepspec.drafters.network import Network
 from deepspec.errors import DeepSpecError
 from deepspec.features.local import OnlineFeatures
 from deepspec.features.sequences import Sequence
-from deepspec.target.model import Target, load_target
+from deepspec.target.model import load_target
 from deepspec.training.batches import Batches
 from deepspec.training.objective import BlockObjective
-from tests.tiny import make_network, make_target
-
-SMALL = {"draft_vocab_size": 128}
-DRAFTS = {
-    "dspark": {"layers": 1, "block_size": 3, "markov_rank": 4, "target_layer_ids": [0, 1], **SMALL},
-    "dflash": {"layers": 1, "block_size": 3, "target_layer_ids": [0, 1], **SMALL},
-    "eagle3": {"block_size": 3, **SMALL},
-    "medusa": {"heads": 3, "layers": 2, **SMALL},
-    "lm": {"block_size": 3, "from_layers": [0, 3]},
-    "lm-scratch": {"block_size": 3, "hidden_size": 32, "layers": 1},
-}
+from tests.drafting import DRAFTS, make, write
+from tests.tiny import cached_target, make_target
 
 
 @pytest.fixture(scope="module")
-def directory(tmp_path_factory):
-    return make_target(tmp_path_factory.mktemp("target"), "llama")
+def directory():
+    return cached_target("llama")
 
 
 @pytest.fixture(scope="module")
@@ -60,22 +51,6 @@ def batch(target):
         return Batches(features, [0, 1, 2, 3], 4, 5, model.config.block_size, seed=0).make(0)[0]
 
     return of
-
-
-def make(name: str, target: Target) -> Network:
-    """An untrained network whose weights are all random."""
-    return make_network(target, name.split("-")[0], **DRAFTS[name])
-
-
-def write(model: Network, target: Target, path, written_out: bool = False):
-    """A draft directory in float32, so that what is read back can be compared closely."""
-    weights = {
-        name: tensor.float() if tensor.is_floating_point() else tensor
-        for name, tensor in stored_weights(model, written_out).items()
-    }
-    own = {name: tensor for name, tensor in model.stored(written_out).items() if name in weights}
-    write_drafter(path, model.description(), weights | {n: t.clone() for n, t in own.items()}, target, {})
-    return path
 
 
 def test_the_registry_has_every_algorithm():

@@ -23,7 +23,7 @@ from deepspec.drafters.checkpoint import (
 from deepspec.drafters.load import load_drafter
 from deepspec.errors import DeepSpecError
 from deepspec.target.model import load_target
-from tests.tiny import make_draft, make_target
+from tests.tiny import cached_target, make_draft
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 
@@ -39,9 +39,9 @@ def expected(checkpoint):
 
 
 @pytest.fixture(scope="module")
-def published(tmp_path_factory):
+def published():
     """A target of the published draft's shape; its own weights do not matter here."""
-    return load_target(make_target(tmp_path_factory.mktemp("target"), "qwen3", vocab=512, layers=6))
+    return load_target(cached_target("qwen3", vocab=512, layers=6))
 
 
 @pytest.fixture(scope="module")

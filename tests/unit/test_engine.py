@@ -17,19 +17,19 @@ from deepspec.drafters.lookup_first import LookupFirst
 from deepspec.errors import DeepSpecError
 from deepspec.target.attention import ForwardPass, KVCache
 from deepspec.target.model import load_target
-from tests.tiny import FAMILIES, make_target
+from tests.tiny import FAMILIES, cached_target
 
 PROMPTS = [[5, 9, 14, 3, 77, 20], [100, 101, 102], [7] * 70, [33, 2, 33, 2, 33, 2, 33]]
 
 
 @pytest.fixture(scope="module", params=sorted(FAMILIES))
-def target(request, tmp_path_factory):
-    return load_target(make_target(tmp_path_factory.mktemp("target"), request.param))
+def target(request):
+    return load_target(cached_target(request.param))
 
 
 @pytest.fixture(scope="module")
-def llama(tmp_path_factory):
-    return load_target(make_target(tmp_path_factory.mktemp("llama"), "llama"))
+def llama():
+    return load_target(cached_target("llama"))
 
 
 def greedy(target, prompt: list[int], count: int) -> list[int]:

@@ -20,7 +20,7 @@ from deepspec.errors import DeepSpecError
 from deepspec.target.attention import ForwardPass
 from deepspec.target.model import Target, load_target
 from paper.expectation import Text, chances, rounds
-from tests.tiny import make_network, make_target
+from tests.tiny import cached_target, make_network
 
 BLOCK = {"layers": 1, "block_size": 3, "target_layer_ids": [0, 1]}
 SIZES = {
@@ -37,7 +37,7 @@ LIMIT = 9
 
 @pytest.fixture(scope="module")
 def target(tmp_path_factory) -> Target:
-    return load_target(make_target(tmp_path_factory.mktemp("target"), "llama"))
+    return load_target(cached_target("llama"))
 
 
 @pytest.fixture(scope="module")

@@ -10,14 +10,14 @@ from deepspec.features.codec import CODECS, codec
 from deepspec.features.local import CachedFeatures, OnlineFeatures
 from deepspec.features.sequences import Sequence
 from deepspec.target.model import H_LAST, load_target
-from tests.tiny import make_target
+from tests.tiny import cached_target
 
 LAYERS = (0, 1)
 
 
 @pytest.fixture(scope="module")
-def target(tmp_path_factory):
-    return load_target(make_target(tmp_path_factory.mktemp("target"), "llama"), dtype="bfloat16")
+def target():
+    return load_target(cached_target("llama"), dtype="bfloat16")
 
 
 @pytest.fixture(scope="module")

@@ -12,14 +12,14 @@ from deepspec.drafters.algorithms.lookup import LookupDrafter
 from deepspec.errors import DeepSpecError
 from deepspec.target.graphs import MOST_TOKENS, GraphedPasses
 from deepspec.target.model import Target, load_target
-from tests.tiny import FAMILIES, make_draft, make_target
+from tests.tiny import FAMILIES, cached_target, make_draft
 
 PROMPTS = [[5, 9, 14, 3, 77, 20], [100, 101, 102], [7] * 70, [11, 12] * 9]
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
-def directory(request, tmp_path_factory):
-    return make_target(tmp_path_factory.mktemp(request.param), request.param)
+def directory(request):
+    return cached_target(request.param)
 
 
 def with_graphs(directory) -> tuple[Target, list[int]]:

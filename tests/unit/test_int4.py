@@ -10,12 +10,12 @@ from deepspec.drafters.algorithms.lookup import LookupDrafter
 from deepspec.errors import DeepSpecError
 from deepspec.target.fused import Int4Linear
 from deepspec.target.model import load_target
-from tests.tiny import make_target
+from tests.tiny import cached_target
 
 
 @pytest.fixture(scope="module")
-def directory(tmp_path_factory):
-    return make_target(tmp_path_factory.mktemp("target"), "llama")
+def directory():
+    return cached_target("llama")
 
 
 def test_weights_that_came_from_blocks_of_four_bits_come_back_as_they_were():

@@ -20,7 +20,7 @@ from deepspec.decoding.tree import Chain, DraftLogits, Vocabulary, grow
 from deepspec.decoding.verify import standard
 from deepspec.target.attention import ForwardPass
 from deepspec.target.model import load_target
-from tests.tiny import make_target
+from tests.tiny import cached_target
 
 DRAWS, LENGTH, BATCH = 20_000, 3, 64
 PROMPT = 77
@@ -28,8 +28,8 @@ SAMPLING = Sampling(temperature=1.0, top_k=3)
 
 
 @pytest.fixture(scope="module")
-def target(tmp_path_factory):
-    return load_target(make_target(tmp_path_factory.mktemp("law") / "target", vocab=300, layers=2, hidden=32))
+def target():
+    return load_target(cached_target(vocab=300, layers=2, hidden=32))
 
 
 def next_laws(target, contexts: list[list[int]]) -> torch.Tensor:

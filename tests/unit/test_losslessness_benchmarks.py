@@ -18,15 +18,15 @@ from deepspec.decoding.verify import block, recursive, standard, traversal
 from deepspec.drafters.algorithms.lookup import LookupDrafter
 from deepspec.target.model import load_target
 from tests.enumeration import Tables
-from tests.tiny import make_target
+from tests.tiny import cached_target
 
 DRAFT = Path(__file__).parents[1] / "fixtures" / "dspark-vanilla-tiny"
 
 
 @pytest.fixture(scope="module")
-def target_dir(tmp_path_factory):
+def target_dir():
     """A target of the draft's shape; its own weights do not matter here."""
-    return make_target(tmp_path_factory.mktemp("target"), "qwen3", vocab=512, layers=6)
+    return cached_target("qwen3", vocab=512, layers=6)
 
 
 @pytest.fixture

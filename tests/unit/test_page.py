@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import re
-import shutil
 from pathlib import Path
 
 import pytest
@@ -13,9 +11,6 @@ from deepspec.report import charts, page
 from deepspec.report.tables import tables
 from tests.records import HOSTILE, record, write
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-         "--disable-component-update", "--disable-sync"]  # fmt: skip
 DEMO = Path(__file__).parents[2] / "reports/report.html"  # of the last `make demo` that was committed
 DESK = {"viewport": {"width": 1280, "height": 900}}
 PHONE = {"viewport": {"width": 375, "height": 812}, "has_touch": True, "is_mobile": True}
@@ -33,20 +28,6 @@ def full(tmp_path_factory):
     records = {"good": record(), "bad": record("bad", None), "lookup": record("lookup", 1.2, trained=False)}
     (folder / "report.html").write_text(render(folder, records))
     return folder / "report.html"
-
-
-@pytest.fixture(scope="module")
-def browser():
-    if CHROMIUM is None:
-        if os.environ.get("DEEPSPEC_BROWSER") == "required":
-            pytest.fail("no Chromium; install it (apt-get install chromium)")
-        pytest.skip("no Chromium on this machine (apt-get install chromium)")
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
-        yield browser
-        browser.close()
 
 
 @pytest.fixture

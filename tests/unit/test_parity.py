@@ -13,14 +13,14 @@ from deepspec.export import gguf
 from deepspec.export.parity import Parity, check
 from deepspec.target.model import load_target
 from tests.exporting import LAYERS, make_draft, samples, written
-from tests.tiny import make_target
+from tests.tiny import cached_target
 
 AUX = "eagle_aux_hidden_state_layer_ids"
 
 
 @pytest.fixture(scope="module")
-def target(tmp_path_factory):
-    return load_target(make_target(tmp_path_factory.mktemp("target"), layers=LAYERS))
+def target():
+    return load_target(cached_target(layers=LAYERS))
 
 
 @pytest.fixture(scope="module")

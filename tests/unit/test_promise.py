@@ -23,7 +23,7 @@ from deepspec.training.batches import Batches
 from deepspec.training.held_out import draft_held_out_blocks
 from deepspec.training.objective import BlockObjective
 from tests import records
-from tests.unit.test_drafters import DRAFTS, make, write
+from tests.drafting import DRAFTS, make, write
 
 
 @pytest.fixture(scope="module")

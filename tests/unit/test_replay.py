@@ -7,7 +7,7 @@ import torch
 from accelerate import Accelerator
 
 from deepspec.training.replay import rejected_starts, walk
-from tests.unit.test_training import make_trainer, sequences, store, target, weights_of  # noqa: F401
+from tests.trainers import make_trainer, weights_of
 
 
 def test_rounds_follow_each_other_as_in_decoding():
@@ -24,7 +24,7 @@ def test_a_perfect_draft_is_never_rejected():
     assert walk(torch.ones(20, 4), torch.rand(20, 4), list(range(1, 21))) == []
 
 
-def test_the_second_stage_trains_on_rejected_positions_and_resumes(store, tmp_path):  # noqa: F811
+def test_the_second_stage_trains_on_rejected_positions_and_resumes(store, tmp_path):
     unbroken = make_trainer(store, tmp_path / "unbroken", replay=0.5)
     unbroken.run()
     assert unbroken.replay_from == 5 and unbroken.batches.replayed
@@ -48,7 +48,7 @@ def test_the_second_stage_trains_on_rejected_positions_and_resumes(store, tmp_pa
         assert torch.equal(weight, weights_of(resumed)[name]), name
 
 
-def test_starts_depend_on_the_seed_alone(store, tmp_path):  # noqa: F811
+def test_starts_depend_on_the_seed_alone(store, tmp_path):
     trainer = make_trainer(store, tmp_path / "work")
     accelerator = Accelerator(cpu=True)
     first, again, other = (rejected_starts(trainer.raw, trainer.batches, accelerator, s) for s in (0, 0, 1))

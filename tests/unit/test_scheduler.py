@@ -29,7 +29,7 @@ from deepspec.drafters.algorithms.lookup import LookupDrafter
 from deepspec.errors import DeepSpecError
 from deepspec.target.model import load_target
 from tests.enumeration import VOCAB, Branching, Tables, enumerate_runs
-from tests.tiny import make_target
+from tests.tiny import cached_target
 
 
 def curve(first: float = 1.0, token: float = 0.1, draft: float = 0.2) -> CostCurve:
@@ -423,7 +423,7 @@ PROMPTS = [[33, 2, 33, 2, 33, 2, 33], [5, 9, 14, 3, 77, 20], [7] * 30]
 @pytest.mark.parametrize("name", sorted(CONTROLLERS))
 @pytest.mark.parametrize("requests", [1, 3])
 def test_no_controller_changes_a_greedy_token(name, requests, tmp_path_factory):
-    target = load_target(make_target(tmp_path_factory.mktemp("llama"), "llama"))
+    target = load_target(cached_target("llama"))
     plain = generate(target, None, PROMPTS[:requests], 40)
     options = {"fixed": {"length": 2}, "threshold": {"least": 0.9}}.get(name, {})
     controller = make_controller(name, curve(token=0.4, draft=0.5), **options)

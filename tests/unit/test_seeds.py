@@ -3,6 +3,7 @@
 import random
 import re
 from collections import Counter
+from itertools import islice
 
 import pytest
 
@@ -12,13 +13,13 @@ from deepspec.prompts.overlap import Overlap
 from deepspec.prompts.seeds import chat as seed_chat
 from deepspec.prompts.seeds import code as seed_code
 from deepspec.prompts.seeds import math as seed_math
-from deepspec.prompts.seeds.seeds import KINDS, seed_prompts
+from deepspec.prompts.seeds.seeds import KINDS, iter_seeds
 from deepspec.tasks.task import evaluation_texts
 
 
 @pytest.fixture(scope="module")
 def seeds():
-    return seed_prompts(6000, seed=0)
+    return list(islice(iter_seeds(0), 6000))
 
 
 def test_six_thousand_prompts_are_distinct(seeds):
@@ -26,9 +27,9 @@ def test_six_thousand_prompts_are_distinct(seeds):
     assert len({duplicate_key([turns[0]]) for turns in seeds}) == 6000
 
 
-def test_the_seed_decides_and_the_count_only_cuts(seeds):
-    assert seed_prompts(50, seed=0) == seeds[:50]
-    assert seed_prompts(50, seed=1) != seeds[:50]
+def test_the_seed_decides(seeds):
+    assert list(islice(iter_seeds(0), 50)) == seeds[:50]
+    assert list(islice(iter_seeds(1), 50)) != seeds[:50]
 
 
 def test_every_third_prompt_is_of_the_same_kind(seeds):

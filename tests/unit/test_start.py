@@ -12,15 +12,15 @@ from deepspec.drafters.start import resolve_start
 from deepspec.errors import DeepSpecError
 from deepspec.target.attention import ForwardPass
 from deepspec.target.model import load_target
-from tests.tiny import make_target
+from tests.tiny import cached_target, make_target
 
 IDS = torch.tensor([[7, 80, 300, 9, 41, 250]])
 LAYERS = (0, 1)  # of the features; the draft's are 2 and 3
 
 
 @pytest.fixture(scope="module", params=["llama", "qwen3"])
-def target(request, tmp_path_factory):
-    return load_target(make_target(tmp_path_factory.mktemp("target"), request.param))
+def target(request):
+    return load_target(cached_target(request.param))
 
 
 def begun(target, kind: str, **sizes):

@@ -15,58 +15,15 @@ from accelerate.tracking import GeneralTracker
 from deepspec.config import load_params
 from deepspec.drafters.start import channel_std, draft_vocabulary
 from deepspec.errors import DeepSpecError
-from deepspec.features.local import CachedFeatures
-from deepspec.features.sequences import Sequence, read_sequences
-from deepspec.target.model import H_LAST, load_target
+from deepspec.features.sequences import read_sequences
+from deepspec.target.model import H_LAST
 from deepspec.training.batches import Batches
 from deepspec.training.distribute import CHECKPOINT
-from deepspec.training.objective import BlockObjective
-from deepspec.training.params import TrainParams
 from deepspec.training.run import own_loss
 from deepspec.training.trainer import Trainer, schedule
-from tests.tiny import make_draft, make_target
+from tests.trainers import STEPS, make_trainer, weights_of
 
-STEPS = 9
 ROOT = Path(__file__).parents[2]
-
-
-@pytest.fixture(scope="module")
-def target(tmp_path_factory):
-    return load_target(make_target(tmp_path_factory.mktemp("target"), "llama"))
-
-
-@pytest.fixture(scope="module")
-def sequences():
-    rng = torch.Generator().manual_seed(0)
-    lengths = torch.randint(12, 40, (20,), generator=rng).tolist()
-    rows = [torch.randint(2, 500, (n,), generator=rng).tolist() for n in lengths]
-    return [Sequence(row, [0] * 5 + [1] * (len(row) - 5), [1] * len(row)) for row in rows]
-
-
-@pytest.fixture
-def store(target, sequences, tmp_path):
-    store = CachedFeatures(tmp_path / "features", target, sequences, (0, 1), "data")
-    store.build()
-    return store
-
-
-def make_trainer(store, work, steps=STEPS, start="random", **changes) -> Trainer:
-    model = make_draft(store.target)
-    if start == "target":
-        model.init_from_target(store.target, channel_std(store.rows([2, 3, 4]), store.layers))
-    train = TrainParams(
-        **{"steps": steps, "lr": 3e-3, "batch_size": 4, "anchors": 6, "eval_every": 3, "save_every": 2}
-        | {"mixed_precision": "no", **changes}
-    )
-    batches = Batches(
-        store, list(range(2, 20)), train.batch_size, train.anchors, model.config.block_size, seed=0
-    )
-    objective = BlockObjective(model, train.loss)
-    return Trainer(objective, batches, [0, 1], train, Accelerator(mixed_precision="no", cpu=True), work)
-
-
-def weights_of(trainer: Trainer) -> dict[str, torch.Tensor]:
-    return {name: p.detach().clone() for name, p in trainer.raw.named_parameters() if p.requires_grad}
 
 
 @pytest.mark.parametrize("start", ["random", "target"])

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
-from itertools import islice
 
 from deepspec.prompts.filters import duplicate_key
 from deepspec.prompts.seeds import chat, code, math
@@ -19,13 +18,8 @@ TWO_TURN_SHARE = 0.15
 PATIENCE = 200  # Draws without a new prompt after which a kind counts as used up.
 
 
-def seed_prompts(count: int, seed: int) -> list[list[str]]:
-    """Return up to `count` distinct prompts, lists of user turns; the first k do not depend on `count`."""
-    return list(islice(iter_seeds(seed), count))
-
-
 def iter_seeds(seed: int) -> Iterator[list[str]]:
-    """Yield distinct prompts, the kinds in turn, until one kind has nothing new."""
+    """Yield distinct prompts, each a list of user turns, kind after kind in turn, until one kind has nothing new."""
     kinds = [_distinct(kind, random.Random(f"{seed}:{name}")) for name, kind in KINDS.items()]
     for prompts in zip(*kinds, strict=False):
         yield from prompts
