@@ -106,7 +106,7 @@ def law(
     Raises:
         RuntimeError: it is too large for chance.
     """
-    draws, expected = setting.pick(400, 20_000), target_law(target)
+    draws, expected = setting.pick(256, 20_000), target_law(target)
     requests = iter(
         [Request(CONTEXT, LENGTH, SAMPLING, seed, stop_ids=frozenset()) for seed in range(draws)]
     )

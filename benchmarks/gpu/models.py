@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
+from transformers.utils.logging import disable_progress_bar
 
 from deepspec.decoding.drafter import Drafter
 from deepspec.drafters.checkpoint import stored_weights, write_drafter
@@ -24,7 +25,7 @@ DRAFTS = {
     "dflash": {"type": "dflash", "layers": 1},
     "eagle3": {"type": "eagle3"},
     "medusa": {"type": "medusa"},
-    "lm": {"type": "lm", "from_layers": [0]},
+    "lm": {"type": "lm"},
     "lookup": {"type": "lookup"},
     "suffix": {"type": "suffix"},
 }
@@ -65,6 +66,7 @@ def make_target(path: Path, sizes: Sizes, dtype: str, device: torch.device) -> P
         eos_token_id=1,
         pad_token_id=1,
     )
+    disable_progress_bar()
     torch.manual_seed(0)
     with torch.device(device):
         model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
@@ -82,6 +84,8 @@ def make_drafter(path: Path, name: str, target: Target, **sizes) -> Drafter:
     """An untrained draft of `DRAFTS`, written unless it is there, then loaded as a user's is."""
     if not path.exists():
         section = DRAFTS[name] | sizes
+        if name == "lm":  # all layers but the last: its laws are near the target's
+            section |= {"from_layers": list(range(target.num_layers - 1))}
         algorithm = algorithms()[section["type"]]
         params = algorithm.params(**section)
         torch.manual_seed(1)
