@@ -1,8 +1,8 @@
 """Step 3: what a pass costs, and decoding with it, on a random 1.5B target and on a real one where it is given.
 
-A pass is the target's forward, its logits and their largest, on the host, as a decoding round has it. The memory floor is
-the time in which the weights and the cache of the context are read at the bandwidth of a copy. The random target's draft
-is untrained: it shows what a round costs, and so at which τ it would pay.
+A pass is the target's forward, its logits and their largest, on the host, as a decoding round has it. The memory floor
+is the time in which the weights and the cache of the context are read at the bandwidth of a copy. The random target's
+draft is untrained: it shows what a round costs, and so at which τ it would pay.
 """
 
 from __future__ import annotations
@@ -78,7 +78,12 @@ def passes(setting: Setting, target: Target, bandwidth: float) -> dict[str, Any]
         took = median_seconds(call, target.device, repeats)
         share = host_share(call, target.device, took)
         rows[str(width)] = {"ms": 1000 * took, "host_share": share, "over_floor": took / floor}
-    return {"weight_bytes": weight_bytes(target), "context": context, "floor_ms": 1000 * floor, "widths": rows}
+    return {
+        "weight_bytes": weight_bytes(target),
+        "context": context,
+        "floor_ms": 1000 * floor,
+        "widths": rows,
+    }
 
 
 def _pass(target: Target, cache: KVCache, start: int, width: int) -> None:

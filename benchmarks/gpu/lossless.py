@@ -50,7 +50,7 @@ def run(setting: Setting, findings: Findings) -> None:
         for name in models.DRAFTS:
             drafter = models.make_drafter(setting.work / f"float32-{name}", name, target)
             for tree, shape in TREES.items():
-                for batch in setting.pick((1, 4), BATCHES):
+                for batch in setting.pick((3,), BATCHES):
                     findings.piece(
                         f"greedy, {way}, {name}, {tree}, batch {batch}",
                         lambda d=drafter, s=shape, b=batch, t=target, p=plain: greedy(setting, t, d, s, b, p),
@@ -89,7 +89,9 @@ def greedy(
         if found.tokens == expected.tokens:
             continue
         pairs = zip(expected.tokens, found.tokens, strict=False)
-        at = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(expected.tokens), len(found.tokens)))
+        at = next(
+            (i for i, (a, b) in enumerate(pairs) if a != b), min(len(expected.tokens), len(found.tokens))
+        )
         gap = top_two_gap(target.source, [*expected.prompt_ids, *expected.tokens[:at]])
         if gap > TIE:
             raise RuntimeError(f"another token at place {at}, where the best two are {gap:.2g} apart")
@@ -107,9 +109,7 @@ def law(
         RuntimeError: it is too large for chance.
     """
     draws, expected = setting.pick(256, 20_000), target_law(target)
-    requests = iter(
-        [Request(CONTEXT, LENGTH, SAMPLING, seed, stop_ids=frozenset()) for seed in range(draws)]
-    )
+    requests = iter([Request(CONTEXT, LENGTH, SAMPLING, seed, stop_ids=frozenset()) for seed in range(draws)])
     engine = Engine(target, drafter, setting.pick(32, 64), tree=shape, verify=verify)
     found: Counter[tuple[int, ...]] = Counter()
     accepted = drafted = 0

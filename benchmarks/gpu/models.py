@@ -46,7 +46,9 @@ class Sizes:
 
 TINY = Sizes(hidden=64, layers=3, heads=4, kv_heads=2, intermediate=128, vocab=300)
 SMALL = Sizes(hidden=512, layers=8, heads=8, kv_heads=4, intermediate=1376, vocab=8192)
-LARGE = Sizes(hidden=2048, layers=28, heads=16, kv_heads=8, intermediate=6144, vocab=49152)  # 1.5 billion weights
+LARGE = Sizes(
+    hidden=2048, layers=28, heads=16, kv_heads=8, intermediate=6144, vocab=49152
+)  # 1.5 billion weights
 
 
 def make_target(path: Path, sizes: Sizes, dtype: str, device: torch.device) -> Path:
