@@ -69,7 +69,7 @@ def settings(setting: Setting) -> Params:
     change |= {"eval_every": max(steps // 16, 1)}
     sizes: dict[str, Any] = {}
     if setting.dry:
-        change |= {"batch_size": 2, "anchors": 3, "heldout": 2, "max_length": 48, "mixed_precision": "no"}
+        change |= {"batch_size": 2, "anchors": 3, "heldout": 2, "max_length": 48}
         sizes = {"layers": 1, "block_size": 3, "markov_rank": 8, "start": "random"}
     whole = params.model_dump(by_alias=True)
     whole["train"] |= change
