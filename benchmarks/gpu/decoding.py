@@ -21,7 +21,7 @@ from deepspec.decoding.drafter import Drafter
 from deepspec.decoding.engine import generate
 from deepspec.decoding.sampling import best
 from deepspec.drafters.load import load_drafter
-from deepspec.target.attention import KVCache, Step
+from deepspec.target.attention import ForwardPass, KVCache
 from deepspec.target.model import Target, load_target
 
 WIDTHS = (1, 2, 4, 8, 16, 32, 64)
@@ -89,7 +89,7 @@ def passes(setting: Setting, target: Target, bandwidth: float) -> dict[str, Any]
 def _pass(target: Target, cache: KVCache, start: int, width: int) -> None:
     ids = torch.randint(2, target.vocab_size, (1, width), device=target.device)
     positions = torch.arange(start, start + width, device=target.device)[None]
-    step = Step(positions, None, cache, None, [start], [width])
+    step = ForwardPass(positions, cache=cache, starts=[start], counts=[width])
     best(target.logits(target.forward(ids, step)[0]))
 
 

@@ -26,7 +26,8 @@ from deepspec.drafters.load import load_drafter
 from deepspec.features.sequences import read_sequences
 from deepspec.target.model import load_target
 from deepspec.tasks.task import load_task
-from deepspec.training.run import Outputs, train
+from deepspec.training.paths import TrainingPaths
+from deepspec.training.run import train
 
 ROOT = Path(__file__).parents[2]
 DRAFTER = "dspark"
@@ -50,11 +51,11 @@ def run(setting: Setting, findings: Findings) -> None:
     findings.record["pieces"].pop("data", None)
     target, data = target.resolve(), data.resolve()
     params = settings(setting)
-    outputs = Outputs(work / "draft", work / "history.jsonl", work / "features.json")
-    findings.piece("training", lambda: training(findings, params, target, data, outputs, work))
+    paths = TrainingPaths(work / "draft", work / "history.jsonl", work / "features.json")
+    findings.piece("training", lambda: training(findings, params, target, data, paths, work))
     for graphs in setting.graphs:
         way = "graphs" if graphs else "eager"
-        findings.piece(f"decoding, {way}", lambda g=graphs: gain(setting, target, outputs.draft, g))
+        findings.piece(f"decoding, {way}", lambda g=graphs: gain(setting, target, paths.draft, g))
 
 
 def settings(setting: Setting) -> Params:
@@ -78,7 +79,7 @@ def settings(setting: Setting) -> Params:
 
 
 def training(
-    findings: Findings, params: Params, target: Path, data: Path, outputs: Outputs, work: Path
+    findings: Findings, params: Params, target: Path, data: Path, paths: TrainingPaths, work: Path
 ) -> dict[str, Any]:
     """Conversations, and the last line of the history.
 
@@ -92,10 +93,10 @@ def training(
     link.symlink_to(data)
     with chdir(work), _ended_after(findings.left - _TO_SAVE):
         try:
-            train(params, DRAFTER, target, outputs)
+            train(params, DRAFTER, target, paths)
         except SystemExit:
             raise OutOfTime from None
-    last = json.loads(outputs.history.read_text().splitlines()[-1])
+    last = json.loads(paths.history.read_text().splitlines()[-1])
     return {"conversations": len(sequences), "steps": params.train.steps, "history": last}
 
 

@@ -20,12 +20,13 @@ from deepspec.decoding.request import Generation, Request, Sampling
 from deepspec.decoding.sampling import probabilities
 from deepspec.decoding.shapes import BestFirst, Sampled
 from deepspec.decoding.tree import Chain, Shape
-from deepspec.target.attention import Step
+from deepspec.target.attention import ForwardPass
 from deepspec.target.model import Target, load_target
 
 BATCHES = (1, 2, 8, 32)
 TREES: dict[str, Shape] = {"chain": Chain(), "tree": BestFirst(width=3, depth=4, nodes=12)}
 TIE = 1e-4  # of logits in float32
+_FEWEST = 8  # prompts
 RULES: dict[str, tuple[str, Shape, str | None]] = {  # draft, shape, rule
     "standard": ("lm", Chain(), "standard"),
     "block": ("lm", Chain(), "block"),
@@ -76,14 +77,15 @@ def greedy(
     Raises:
         RuntimeError: they part where no tie is.
     """
-    tokens, count = setting.pick(12, 64), setting.pick(4, 32)
-    prompts = models.random_prompts(target, count, setting.pick(24, 160))
+    tokens, longest = setting.pick(12, 32), setting.pick(24, 160)
+    prompts = models.random_prompts(target, setting.pick(4, max(BATCHES)), longest)
     if 0 not in plain:
         alone = load_target(target.source, device=str(setting.device))
         plain[0] = [generate(alone, None, prompt, tokens)[0] for prompt in prompts]
-    drafted = generate(target, drafter, prompts, tokens, tree=shape, batch_size=batch)
+    count = setting.pick(4, max(batch, _FEWEST))
+    drafted = generate(target, drafter, prompts[:count], tokens, tree=shape, batch_size=batch)
     ties, rounds = 0, sum(one.stats.rounds for one in drafted)
-    for expected, found in zip(plain[0], drafted, strict=True):
+    for expected, found in zip(plain[0][:count], drafted, strict=True):
         if found.error:
             raise RuntimeError(found.error)
         if found.tokens == expected.tokens:
@@ -108,8 +110,13 @@ def law(
     Raises:
         RuntimeError: it is too large for chance.
     """
-    draws, expected = setting.pick(256, 20_000), target_law(target)
-    requests = iter([Request(CONTEXT, LENGTH, SAMPLING, seed, stop_ids=frozenset()) for seed in range(draws)])
+    draws, expected = setting.pick(160, 8000), target_law(target)
+    requests = iter(
+        [
+            Request(CONTEXT, LENGTH, sampling=SAMPLING, seed=seed, stop_ids=frozenset())
+            for seed in range(draws)
+        ]
+    )
     engine = Engine(target, drafter, setting.pick(32, 64), tree=shape, verify=verify)
     found: Counter[tuple[int, ...]] = Counter()
     accepted = drafted = 0
@@ -132,7 +139,7 @@ def target_law(target: Target) -> dict[tuple[int, ...], float]:
     law: dict[tuple[int, ...], float] = {(): 1.0}
     for _ in range(LENGTH):
         contexts = torch.tensor([[*CONTEXT, *path] for path in law], device=target.device)
-        step = Step(torch.arange(contexts.shape[1], device=target.device).expand(contexts.shape))
+        step = ForwardPass(torch.arange(contexts.shape[1], device=target.device).expand(contexts.shape))
         logits = target.logits(target.forward(contexts, step)[:, -1])
         laws = probabilities(logits, SAMPLING).cpu()
         law = {
