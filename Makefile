@@ -15,7 +15,7 @@ export PREFECT_SERVER_ANALYTICS_ENABLED := false
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test unit up down status serve-check lint format clean
+.PHONY: help setup demo test unit gpu up down status serve-check lint format clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/make \1	\2/' | expand -t 14
@@ -37,6 +37,10 @@ unit: $(READY) ## Run the tests that need no pipeline, no server and no serving 
 
 serve-check: $(READY) ## Serve the exported drafts of the pipeline in vLLM and compare it with our engine
 	deepspec serve-check
+
+# GPU is what the steps are given beside, as --target DIR; without a device every step runs small.
+gpu: $(READY) ## Prove the GPU path in six steps of 8 minutes, on the CPU as a dry run (docs/gpu.md)
+	python -m benchmarks.gpu $(GPU) $$(python -c 'import torch; print("" if torch.cuda.is_available() else "--dry-run")')
 
 up: $(READY) ## Start Prefect with a worker and MLflow on this machine, with a run every night
 	python -m flows.services up

@@ -75,8 +75,8 @@ def datasets(result: Result) -> list[DatasetInput]:
         task = key.rsplit("@", 1)[0]
         if task not in seen:
             seen.add(task)
-            profile = {"num_rows": entry.prompts, "task_version": entry.task_version}
-            found.append(_dataset(task, entry.source, entry.prompts_digest, profile, "evaluation"))
+            rows = {"num_rows": entry.prompts, "task_version": entry.task_version}
+            found.append(_dataset(task, entry.source, entry.prompts_digest, rows, "evaluation"))
     return found
 
 

@@ -1,0 +1,1 @@
+"""The GPU path, proved in numbered steps: `python -m benchmarks.gpu --help`."""
