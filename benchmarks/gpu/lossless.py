@@ -117,7 +117,7 @@ def law(
             for seed in range(draws)
         ]
     )
-    engine = Engine(target, drafter, setting.pick(32, 64), tree=shape, verify=verify)
+    engine = Engine(target, drafter, batch_size=setting.pick(32, 64), tree=shape, verify=verify)
     found: Counter[tuple[int, ...]] = Counter()
     accepted = drafted = 0
     for one in engine.run(lambda: next(requests, None)):
