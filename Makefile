@@ -15,7 +15,7 @@ export PREFECT_SERVER_ANALYTICS_ENABLED := false
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test unit gpu up down status serve-check lint format clean
+.PHONY: help setup demo test unit gpu families up down status serve-check lint format clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/make \1	\2/' | expand -t 14
@@ -34,6 +34,9 @@ test: lint ## Check style and types, and run every test
 
 unit: $(READY) ## Run the tests that need no pipeline, no server and no serving engine
 	OMP_NUM_THREADS=1 python -m pytest -n auto --maxprocesses 4 --dist loadfile -m "not e2e and not engine" --durations=25
+
+families: $(READY) ## Try every decoder-only family of transformers as a target; writes docs/targets.md (20 minutes)
+	OMP_NUM_THREADS=1 python -m benchmarks.families --output docs/targets.md
 
 serve-check: $(READY) ## Serve the exported drafts of the pipeline in vLLM and compare it with our engine
 	deepspec serve-check

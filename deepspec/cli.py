@@ -235,11 +235,14 @@ def serve_check(
 @app.command(rich_help_panel="Tools")
 def doctor(
     root: Annotated[Path, typer.Option(help="The repository.")] = Path("."),
+    target: Annotated[
+        str | None, typer.Option(help="Instead: what this directory or hub id can be used for as a target.")
+    ] = None,
 ) -> None:
     """Check this machine and checkout, and say what to mend; exits with 1 if something must be mended."""
-    from deepspec.commands.doctor import run
+    from deepspec.commands.doctor import run, run_target
 
-    raise typer.Exit(0 if run(root) else 1)
+    raise typer.Exit(0 if (run_target(target, root) if target else run(root)) else 1)
 
 
 @app.command(rich_help_panel="Tools")

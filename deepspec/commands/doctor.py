@@ -36,12 +36,46 @@ class Check:
 
 
 def run(root: Path) -> bool:
-    """Print the table of all checks; return True if nothing must be mended."""
+    """Print the table of all checks; True if nothing must be mended."""
+    return _print(list(examine(root)), "deepspec doctor")
+
+
+def run_target(source: str, root: Path) -> bool:
+    """Print what a directory or hub id can be used for as a target; True if it can be decoded."""
+    checks = list(examine_as_target(source, root))
+    _print(checks, f"deepspec doctor --target {source}")
+    return checks[0].ok
+
+
+def examine_as_target(source: str, root: Path) -> Iterator[Check]:
+    """Whether it decodes as transformers does, which shapes of drafts it verifies, which drafters it can have."""
+    from deepspec.drafters.suitable import refusals
+    from deepspec.target.model import examine_target, load_target
+
+    verdict = examine_target(source)
+    yield Check(
+        "decoding", verdict.refusal is None, verdict.summary, (verdict.refusal and "use another target") or ""
+    )
+    if verdict.refusal:
+        return
+    yield Check("chains", True, "verified")
+    yield Check("trees", True, "verified" if verdict.trees else f"refused: {verdict.reason}")
+    target = load_target(source, device="cpu")
+    transform = target.head_transform
+    yield Check(
+        "head", True, "plain" if transform.plain else "with a scale, bias or soft cap, which the loss knows"
+    )
+    params = load_params(root / "params.yaml")
+    refused = refusals(target, params.drafters)
+    for name in params.drafters:
+        yield Check(f"drafter {name}", name not in refused, refused.get(name, "can be made"))
+
+
+def _print(checks: list[Check], title: str) -> bool:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("check", "", "found", "what to mend", title="deepspec doctor")
-    checks = list(examine(root))
+    table = Table("check", "", "found", "what to mend", title=title)
     for check in checks:
         mark = (
             "[red]mend[/red]"

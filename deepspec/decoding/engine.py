@@ -372,6 +372,10 @@ def _check_drafter(drafter: Drafter, tree: Shape, target: Target) -> None:
         raise DeepSpecError(
             f"the drafter's vocabulary has {drafter.vocab_size} tokens, the target's {target.vocab_size}"
         )
+    if not target.verdict.trees and not isinstance(tree, Chain):
+        raise DeepSpecError(
+            f"{target.source}: this target verifies chains, not trees: {target.verdict.reason or target.verdict.body}"
+        )
     if (tree.nodes or 0) > MAX_NODES:
         raise DeepSpecError(f"a tree of {tree.nodes} nodes is too large; a pass takes {MAX_NODES}")
 

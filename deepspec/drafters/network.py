@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from deepspec.decoding.tree import Vocabulary
 from deepspec.errors import DeepSpecError
 from deepspec.target.fused import signed
+from deepspec.target.head import PLAIN
 from deepspec.target.model import Target
 
 SHARED = frozenset({"embed_tokens.weight", "lm_head.weight"})  # absent from a draft's file: the target's own
@@ -86,6 +87,7 @@ class Network(nn.Module):
         self.lm_head = nn.Linear(config.hidden_size, config.draft_vocab_size, bias=False)
         self.register_buffer("draft_ids", torch.arange(config.draft_vocab_size))
 
+    target_transform = PLAIN  # what the target makes of its head's product, for the draft's columns
     start: str | None = None  # `target` or `random`, where `deepspec.drafters.start` has a say
     confident = False  # whether it says how sure it is (`Outputs.confidence`)
     checkpointing = False  # activations of blocks are computed again in the backward pass
@@ -151,6 +153,7 @@ class Network(nn.Module):
         self.embed_tokens.weight.data = target.embeddings.to(torch.float32).clone()
         rows = target.head_weight[draft_ids.to(target.head_weight.device)]
         self.lm_head.weight.data = rows.to(torch.float32)
+        self.target_transform = target.head_transform.rows(draft_ids)
 
     def rope(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Operands of `rotate` for positions [b, n]: each [b, n, 1, head_dim]."""
@@ -193,19 +196,10 @@ def like_target(target: Target, layers: Sequence[int], draft_vocab_size: int | N
     Raises:
         DeepSpecError: a target that cannot be distilled, or a layer that it lacks.
     """
-    if not target.plain_head:
-        raise DeepSpecError(
-            f"{target.source}: a head with a bias, a scale or a soft cap cannot be distilled yet"
-        )
     target.check_layers(layers)
-    config = target.config
-    heads = config.num_attention_heads
     return {
         "hidden_size": target.hidden_size,
-        "intermediate_size": getattr(config, "intermediate_size", 4 * target.hidden_size),
-        "num_attention_heads": heads,
-        "num_key_value_heads": getattr(config, "num_key_value_heads", None) or heads,
-        "head_dim": getattr(config, "head_dim", None) or target.hidden_size // heads,
+        **_attention_sizes(target.config, target.hidden_size),
         "rms_norm_eps": 1e-6,
         "rope_theta": target.rope_theta,
         "vocab_size": target.vocab_size,
@@ -213,6 +207,30 @@ def like_target(target: Target, layers: Sequence[int], draft_vocab_size: int | N
         "target_layer_ids": tuple(layers),
         "num_target_layers": target.num_layers,
         "max_position_embeddings": target.max_length,
+    }
+
+
+def _attention_sizes(config: Any, hidden: int) -> dict[str, int]:
+    """The target's own widths where all its layers share them and a draft of Llama's shape can have them."""
+
+    def of(name: str) -> int | None:
+        try:
+            value = getattr(config, name, None)
+        except Exception:  # transformers raises where layers differ
+            return None
+        value = max(value) if isinstance(value, (list, tuple)) and value else value
+        return value if isinstance(value, int) and value > 0 else None
+
+    heads = of("num_attention_heads") or max(hidden // 64, 1)
+    latent = of("kv_lora_rank") is not None  # keys and values of several widths: the draft has plain ones
+    head_dim = None if latent else of("head_dim")
+    shared = heads if latent else of("num_key_value_heads") or heads
+    head_dim = head_dim or max(hidden // heads, 2)
+    return {
+        "intermediate_size": of("intermediate_size") or 4 * hidden,
+        "num_attention_heads": heads,
+        "num_key_value_heads": shared if heads % shared == 0 else heads,
+        "head_dim": head_dim + head_dim % 2,
     }
 
 

@@ -98,14 +98,16 @@ def _begin(mine: nn.Module, theirs: FusedLayer) -> None:
             norm.weight.copy_(own.keywords["weight"] if own else size.expand_as(norm.weight))
 
 
-def draft_vocabulary(learnt: Iterable[int], size: int, vocab_size: int) -> Tensor:
+def draft_vocabulary(
+    learnt: Iterable[int], size: int, vocab_size: int, always: frozenset[int] = frozenset()
+) -> Tensor:
     """Return the `size` most frequent tokens as ascending target ids, int64 [size]; rarer ids fill up from the lowest.
 
     Args:
         learnt: every token that is learnt, as often as it occurs.
     """
     counts = Counter(learnt)
-    ranked = sorted(range(vocab_size), key=lambda token: (-counts[token], token))
+    ranked = sorted(range(vocab_size), key=lambda token: (token not in always, -counts[token], token))
     return torch.tensor(sorted(ranked[:size]))
 
 

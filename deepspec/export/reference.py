@@ -16,7 +16,8 @@ from deepspec.drafters.algorithms.medusa import PUBLISHED_WEIGHTS, MedusaConfig,
 from deepspec.drafters.checkpoint import load_network, weight_names
 from deepspec.drafters.network import Network
 from deepspec.export.readers.sample import Sample
-from deepspec.target.model import H_LAST, Target, from_pretrained
+from deepspec.target.model import H_LAST, Target
+from deepspec.target.source import from_pretrained
 
 
 def network(

@@ -1,9 +1,10 @@
-"""The attention through which every target runs: our static KV cache, any mask, any family.
+"""The attention through which targets run: our static KV cache, any mask, sinks, keys and values of any width.
 
 transformers lets a model call a registered function in place of its own attention. Ours writes the new keys and
 values into a preallocated cache and attends under the mask of the current `ForwardPass`, so one code path serves plain
-decoding, chains, trees, ragged batches and training, for every decoder-only model that supports attention
-backends. `ForwardPass` travels as a keyword argument through the model's own forward.
+decoding, chains, trees, ragged batches and training. `ForwardPass` travels as a keyword argument through the model's
+own forward. What a layer may see beyond that (windows, chunks) comes as the rule by which transformers itself would
+have made the mask. A model that asks for anything else is `Unsuited`; `deepspec.target.states` runs it.
 """
 
 from __future__ import annotations
@@ -15,11 +16,38 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import causal_mask_function
 
 from deepspec.errors import DeepSpecError
 
 NAME = "deepspec"
 CACHE_LENGTH = 256  # tokens a slot that a fresh cache takes; it grows
+Rule = Callable[..., Tensor]  # (request, head, query position, key position) → whether the key may be seen
+_HARMLESS = frozenset(  # what models hand to attention functions besides, and what changes nothing here
+    [
+        "dropout",
+        "sliding_window",
+        "position_ids",
+        "use_cache",
+        "cache_position",
+        "past_key_values",
+        "position_embeddings",
+        "return_dict",
+        "output_attentions",
+        "output_hidden_states",
+        "output_router_logits",
+        "num_items_in_batch",
+        "indices",
+        "token_type_ids",
+        "shared_kv_states",
+        "per_layer_input",
+        "logits_to_keep",
+    ]
+)
+
+
+class Unsuited(DeepSpecError):
+    """The model asks its attention for something that ours does not know."""
 
 
 class KVCache:
@@ -30,11 +58,13 @@ class KVCache:
         self.max_length = max_length
         self._layers: dict[int, tuple[Tensor, Tensor]] = {}
 
-    def layer(self, index: int, like: Tensor) -> tuple[Tensor, Tensor]:
-        """The keys and values of a layer; `like` [batch, kv_heads, n, head_dim] gives sizes, dtype and device."""
+    def layer(self, index: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """The keys and values of a layer; new ones [batch, kv_heads, n, width] give sizes, dtype and device."""
         if index not in self._layers:
-            shape = (self.slots, like.shape[1], self.max_length, like.shape[3])
-            self._layers[index] = (like.new_zeros(shape), like.new_zeros(shape))
+            self._layers[index] = tuple(
+                new.new_zeros(self.slots, new.shape[1], self.max_length, new.shape[3])
+                for new in (keys, values)
+            )
         return self._layers[index]
 
     def reserve(self, length: int) -> None:
@@ -107,6 +137,7 @@ class ForwardPass:
         self.features: dict[int, Tensor] = {}
         self.stored: set[int] = set()  # layers that came through
         self._visible = visible
+        self.given_mask = visible is not None
         self._once: dict = {}
         self._ragged = cache is not None and min(self.counts) < self.n
         if cache is not None:
@@ -134,10 +165,10 @@ class ForwardPass:
     def store(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Write new keys and values [1, kv_heads, sum(counts), head_dim]; return all that this pass may attend to,
         [requests, kv_heads, length, head_dim]. Without a cache they are returned as they came."""
-        self.stored.add(layer)
+        self.note(layer)
         if self.cache is None:
             return keys, values
-        all_keys, all_values = self.cache.layer(layer, keys)
+        all_keys, all_values = self.cache.layer(layer, keys, values)
         if self.requests == 1:
             row, start = self.rows[0], self.starts[0]
             all_keys[row, :, start : start + self.n] = keys[0]
@@ -146,6 +177,11 @@ class ForwardPass:
             all_keys[self._rows, :, self._columns] = keys[0].transpose(0, 1)
             all_values[self._rows, :, self._columns] = values[0].transpose(0, 1)
         return all_keys[self._read, :, : self.length], all_values[self._read, :, : self.length]
+
+    def note(self, layer: int) -> None:
+        if layer in self.stored:
+            raise Unsuited(f"layer {layer} attends twice in a pass")
+        self.stored.add(layer)
 
     def spread(self, queries: Tensor) -> Tensor:
         """[1, sum(counts), heads, head_dim] → [requests, max(counts), heads, head_dim], padded with zeros."""
@@ -165,11 +201,12 @@ class ForwardPass:
         flat = spread.flatten(0, 1)
         return (flat[self._flat] if self._ragged else flat)[None]
 
-    def mask(self, dtype: torch.dtype, groups: int, window: int | None) -> Tensor | None:
+    def mask(self, dtype: torch.dtype, groups: int, rule: int | Rule | None) -> Tensor | None:
         """Additive mask [requests, 1, groups·n, keys]; the query heads of a group stand one after another.
 
-        None where everything is seen."""
-        return self.once((dtype, groups, window), lambda: self._additive(dtype, groups, window))
+        `rule` is a window (keys less than so many positions before the query) or says itself what is seen; None
+        leaves it at the step's own mask. None where everything is seen."""
+        return self.once((dtype, groups, rule), lambda: self._additive(dtype, groups, rule))
 
     def once(self, key: Any, make: Callable[[], Any]) -> Any:
         """What is made at most once a pass and shared by its layers."""
@@ -177,10 +214,10 @@ class ForwardPass:
             self._once[key] = make()
         return self._once[key]
 
-    def _additive(self, dtype: torch.dtype, groups: int, window: int | None) -> Tensor | None:
-        if self._sees_all() and (window is None or self.length <= window):
+    def _additive(self, dtype: torch.dtype, groups: int, rule: int | Rule | None) -> Tensor | None:
+        if self._sees_all() and (rule is None or (isinstance(rule, int) and self.length <= rule)):
             return None
-        visible = self.visible if window is None else self.visible & self._within(window)
+        visible = self.visible if rule is None else self.visible & self._within(rule)
         additive = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
         additive.masked_fill_(~visible, torch.finfo(dtype).min)
         return additive[:, None].repeat(1, 1, groups, 1)
@@ -208,13 +245,22 @@ class ForwardPass:
                 self._visible = causal(self.starts, self.n, self.length, device)
         return self._visible
 
-    def _within(self, window: int) -> Tensor:
-        """bool [requests, n, keys]: the key lies less than `window` positions before the query."""
+    def _within(self, rule: int | Rule) -> Tensor:
+        """bool [requests, n, keys]: what the rule lets each query see."""
         positions = self.spread(self.positions[..., None, None])[..., 0, 0]  # [requests, n]
         keys = torch.arange(self.length, device=positions.device).repeat(self.requests, 1)
         for row, (start, count) in enumerate(zip(self.starts, self.counts, strict=True)):
             keys[row, start : start + count] = positions[row, :count]
-        return positions[:, :, None] - keys[:, None, :] < window
+        return allowed(rule, positions, keys)
+
+
+def allowed(rule: int | Rule, queries: Tensor, keys: Tensor) -> Tensor:
+    """bool [requests, n, keys] for positions [requests, n] of queries and [requests, keys] of keys."""
+    queries, keys = queries[:, :, None], keys[:, None, :]
+    if isinstance(rule, int):
+        return queries - keys < rule
+    first = torch.zeros((), dtype=torch.int64, device=keys.device)
+    return rule(first, first, queries, keys)
 
 
 def causal(starts: list[int], n: int, length: int, device: torch.device | None = None) -> Tensor:
@@ -232,7 +278,7 @@ def attend(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, s
     kv_heads = keys.shape[1]
     grouped = queries.reshape(batch, kv_heads, heads // kv_heads * n, dim)
     out = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask, scale=scale)
-    return out.view(batch, heads, n, dim).transpose(1, 2)
+    return out.view(batch, heads, n, values.shape[3]).transpose(1, 2)
 
 
 def _attention(
@@ -240,34 +286,84 @@ def _attention(
 ):
     """The function transformers calls; see `AttentionInterface`."""
     if step is None:
-        raise DeepSpecError(
-            "a target loaded by DeepSpec is run through Target.forward, not through its own forward"
-        )
-    if extra.get("s_aux") is not None:
-        raise DeepSpecError("targets with attention sinks are not supported")
+        raise Unsuited("its layers do not hand on what their forward is called with")
+    sinks, softcap = extra.pop("s_aux", None), extra.pop("softcap", None)
+    rule = _rule(attention_mask)
+    if extra.pop("is_causal", True) is False:
+        raise Unsuited("its attention looks ahead")
+    if unknown := sorted(
+        name for name, value in extra.items() if value is not None and name not in _HARMLESS
+    ):
+        raise Unsuited(f"its attention takes {unknown[0]!r}")
     keys, values = step.store(module.layer_idx, key, value)
     groups = query.shape[1] // keys.shape[1]
-    mask = step.mask(query.dtype, groups, extra.get("sliding_window"))
-    query = step.spread(query.transpose(1, 2)).transpose(1, 2)
-    softcap = extra.get("softcap")
-    if softcap is None:
+    mask = step.mask(query.dtype, groups, rule)
+    query = step.spread(_tempered(module, query, step).transpose(1, 2)).transpose(1, 2)
+    if softcap is None and sinks is None:
         attended = attend(query, keys, values, mask, scaling)
     else:
-        attended = _softcapped(query, keys, values, mask, scaling, softcap)
+        attended = _explicit(query, keys, values, mask, scaling, softcap, sinks)
     return step.gather(attended), None
 
 
-def _softcapped(query, keys, values, mask, scaling, softcap):
-    """Attention whose scores are squashed to ±softcap (Gemma 2); no fused kernel computes it."""
+def _rule(attention_mask: Tensor | None) -> Rule | None:
+    """What the mask that `_mask` made for this layer is to be."""
+    rule = getattr(attention_mask, "rule", None)
+    if rule is None:
+        raise Unsuited("it makes masks of its own")
+    return None if rule is causal_mask_function else rule
+
+
+def _tempered(module: Any, query: Tensor, step: ForwardPass) -> Tensor:
+    """Queries [batch, heads, n, d] as Llama 4 means them in its layers without positions: scaled by where they stand,
+    which the model counts from its own cache and so from 0 here."""
+    if not getattr(module, "attn_temperature_tuning", False) or getattr(module, "use_rope", True):
+        return query
+
+    def scale(positions: Tensor) -> Tensor:
+        return torch.log1p(torch.floor((positions.float() + 1) / module.floor_scale)) * module.attn_scale + 1
+
+    counted = torch.arange(query.shape[2], device=query.device)
+    ratio = scale(step.positions) / scale(counted)  # [batch, n]
+    return (query * ratio[:, None, :, None]).to(query.dtype)
+
+
+def _explicit(query, keys, values, mask, scaling, softcap, sinks):
+    """Attention that no fused kernel computes: scores squashed to ±softcap (Gemma 2), and one more logit a head that
+    takes its share of the softmax and adds nothing (sinks, gpt-oss; [heads])."""
     batch, heads, n, dim = query.shape
-    grouped = query.reshape(batch, keys.shape[1], -1, dim)
-    scores = torch.matmul(grouped, keys.transpose(2, 3)) * (scaling or dim**-0.5)
-    scores = torch.tanh(scores / softcap) * softcap
+    kv_heads = keys.shape[1]
+    grouped = query.reshape(batch, kv_heads, -1, dim)
+    scores = torch.matmul(grouped, keys.transpose(2, 3)) * (dim**-0.5 if scaling is None else scaling)
+    if softcap is not None:
+        scores = torch.tanh(scores / softcap) * softcap
     if mask is not None:
         scores = scores + mask
-    out = torch.matmul(scores.float().softmax(-1).to(query.dtype), values)
-    return out.view(batch, heads, n, dim).transpose(1, 2)
+    if sinks is not None:
+        rows = sinks.to(scores.dtype).view(1, kv_heads, -1, 1).expand(batch, -1, -1, n)
+        scores = torch.cat((scores, rows.reshape(batch, kv_heads, -1, 1)), -1)
+    shares = scores.float().softmax(-1).to(query.dtype)[..., : keys.shape[2]]
+    return torch.matmul(shares, values).view(batch, heads, n, values.shape[3]).transpose(1, 2)
+
+
+class _RuleMask(Tensor):
+    """Stands for a mask: the rule for making one, which the attention of the step at hand applies.
+
+    A model may cut it to the tokens that it goes on with; whatever else it makes of it has no rule."""
+
+    rule: Rule | None = None
+
+    def __getitem__(self, index: Any) -> _RuleMask:
+        part = super().__getitem__(index)
+        part.rule = self.rule
+        return part
+
+
+def _mask(*args, mask_function: Rule | None = None, device=None, **extra) -> Tensor:
+    mask = torch.zeros(1, 1, 1, 1, device=device).as_subclass(_RuleMask)
+    mask.rule = mask_function
+    return mask
 
 
 AttentionInterface.register(NAME, _attention)
-AttentionMaskInterface.register(NAME, lambda *args, **kwargs: None)
+AttentionMaskInterface.register(NAME, _mask)

@@ -15,7 +15,7 @@ from weakref import finalize
 import torch
 from torch import Tensor
 
-from deepspec.target.attention import CACHE_LENGTH, ForwardPass, KVCache
+from deepspec.target.attention import CACHE_LENGTH, ForwardPass, KVCache, Rule, allowed
 
 MOST_TOKENS = 256  # a longer pass (a prefill) keeps the GPU busy by itself
 _MOST_GRAPHS = 128
@@ -78,9 +78,9 @@ class StaticPass(ForwardPass):
         self._visible[:, : step.n, : step.length] = step.visible
 
     def store(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        self.stored.add(layer)
+        self.note(layer)
         row, column, _ = self._index
-        both = self.cache.layer(layer, keys)
+        both = self.cache.layer(layer, keys, values)
         for kept, new in zip(both, (keys, values), strict=True):
             kept[row, :, column] = new[0].transpose(0, 1)
         return tuple(kept[: self.requests, :, : self.length] for kept in both)
@@ -96,12 +96,12 @@ class StaticPass(ForwardPass):
     def _sees_all(self) -> bool:
         return False
 
-    def _within(self, window: int) -> Tensor:
+    def _within(self, rule: int | Rule) -> Tensor:
         row, column, _ = self._index
         positions = self.spread(self.positions[..., None, None])[..., 0, 0]
         keys = torch.arange(self.length, device=positions.device).repeat(self.requests, 1)
         keys[row, column] = self.positions[0]
-        return positions[:, :, None] - keys[:, None, :] < window
+        return allowed(rule, positions, keys)
 
 
 class GraphedPasses:

@@ -55,7 +55,8 @@ class SpeculativeModel(PythonModel):
 
 def _resolved(reference: dict[str, Any]) -> Path:
     """A target kept by reference: fetched once into the user's cache. Whether it is the same one, the draft checks."""
-    from deepspec.target.model import RECORD, resolve_target
+    from deepspec.target.model import resolve_target
+    from deepspec.target.source import RECORD
 
     place = Path.home() / ".cache/deepspec" / f"target-{reference['digest']}"
     if not (place / RECORD).exists():

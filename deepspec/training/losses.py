@@ -30,6 +30,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from deepspec.target.head import PLAIN, HeadTransform
+
 if TYPE_CHECKING:
     from deepspec.drafters.loss_params import LossParams
 
@@ -51,7 +53,7 @@ class Weighing(Protocol):
 
 @dataclass(frozen=True)
 class TargetLaw:
-    """What a loss needs of the target at N positions: p(v) = exp(head · hidden − log_norm).
+    """What a loss needs of the target at N positions: p(v) = exp(transform(head · hidden) − log_norm).
 
     hidden [M, d] post-norm and log_norm [M], the log-sum-exp over the whole vocabulary, of M tokens; head [V, d] the
     draft vocabulary's rows; places [N] the token that each position's law is of; labels [N] the data token as an index
@@ -63,6 +65,7 @@ class TargetLaw:
     head: Tensor
     places: Tensor
     labels: Tensor
+    transform: HeadTransform = PLAIN
 
     def at(self, part: slice, with_kl: bool) -> tuple[Tensor, Tensor, Tensor]:
         """Return p [n, V], Σ p [n] and Σ p log p [n] (zero unless asked for) of a part of the positions.
@@ -75,7 +78,8 @@ class TargetLaw:
         if not repeated:
             places = asked
         log_norm = self.log_norm[places]
-        log_p = F.linear(self.hidden[places], self.head).to(log_norm.dtype).sub_(log_norm[:, None])
+        logits = self.transform(F.linear(self.hidden[places], self.head).to(log_norm.dtype))
+        log_p = logits.sub_(log_norm[:, None])
         p = log_p.exp() if with_kl else log_p.exp_()
         inside = p.sum(-1)
         negentropy = _dot(p, log_p) if with_kl else torch.zeros_like(inside)

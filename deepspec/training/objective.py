@@ -97,6 +97,7 @@ class BlockObjective(nn.Module):
             head,
             (batch.places + n * torch.arange(rows, device=batch.places.device)[:, None, None]).flatten(),
             self.to_draft[batch.labels.flatten()],
+            model.target_transform,
         )
         with torch.autocast(device, enabled=False):
             found = head_loss(

@@ -97,7 +97,9 @@ def prepare(
     features = _features(params.train, target, data, config.target_layer_ids, accelerator)
     heldout, members = split(len(sequences), params.train.heldout, params.seed)
     learnt = _learnt_tokens(sequences, members)
-    network.share(target, draft_vocabulary(learnt, config.draft_vocab_size, config.vocab_size))
+    network.share(
+        target, draft_vocabulary(learnt, config.draft_vocab_size, config.vocab_size, target.stop_ids)
+    )
     if network.start and accelerator.is_main_process:
         logger.info("%s begins %s", name, _BEGINS[network.start])
     if network.start == "target":

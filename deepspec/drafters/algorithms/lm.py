@@ -24,7 +24,8 @@ from deepspec.drafters.autoregressive import AutoregressiveDrafter
 from deepspec.drafters.network import Network, Outputs
 from deepspec.errors import DeepSpecError
 from deepspec.target.attention import NAME, ForwardPass
-from deepspec.target.model import Target, decoder_layers, from_pretrained
+from deepspec.target.model import Target
+from deepspec.target.source import decoder_layers, from_pretrained
 
 
 class LMParams(TrainedParams):
@@ -74,6 +75,7 @@ class LMModel(Network):
 
     def share(self, target: Target, draft_ids: Tensor) -> None:
         self.lm_head.weight.data = target.head_weight.to(torch.float32)
+        self.target_transform = target.head_transform
 
     def blocks(self) -> list[nn.Module]:
         return list(decoder_layers(self.model, self.model.config.num_hidden_layers))

@@ -1,0 +1,126 @@
+"""Where a target comes from: its directory or hub id, what is read there, and its identity."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.utils import logging as transformers_logging
+
+from deepspec.errors import DeepSpecError
+
+RECORD = "deepspec.json"
+WEIGHTS = ("*.safetensors", "*.bin", "*.gguf", "*.pt", "*.pth")
+_TEXT = ("*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "*.py")
+_SAMPLES, _SAMPLE = 4096, 1 << 20  # of a weight file: places read, bytes at each
+
+
+def check_source(source: str) -> None:
+    """Refuse a path that is no complete target directory; a hub id looks like `owner/name` and is not a path."""
+    path = Path(source)
+    if not path.is_dir():
+        if is_hub_id(source):
+            return
+        raise DeepSpecError(f"{source}: no such target directory (and not a hub id like owner/name)")
+    if not (path / "config.json").exists():
+        raise DeepSpecError(f"{source}: not a target directory: config.json is missing")
+    if not any((path / name).exists() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+        raise DeepSpecError(
+            f"{source}: the target has no tokenizer (tokenizer.json); add the one it was trained with"
+        )
+
+
+def is_hub_id(source: str) -> bool:
+    path = Path(source)
+    return source.count("/") == 1 and not source.startswith((".", "/")) and not path.parent.is_dir()
+
+
+def hub_directory(source: str, revision: str | None = None) -> Path:
+    """Return the local copy of a hub model; its name is the commit that the revision stands for.
+
+    Raises:
+        DeepSpecError: no such model or revision, or neither a network nor a copy.
+    """
+    from huggingface_hub import snapshot_download
+
+    try:
+        kinds = [*_TEXT, *WEIGHTS[:3]]
+        return Path(snapshot_download(source, revision=revision, allow_patterns=kinds))
+    except Exception as error:
+        raise DeepSpecError(f"{source}: cannot be fetched from the hub: {_first_line(error)}") from error
+
+
+def from_pretrained(cls: Any, source: str, **options: Any) -> Any:
+    """`from_pretrained`, its many errors turned into one line."""
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        return cls.from_pretrained(source, **options)
+    except Exception as error:
+        raise DeepSpecError(f"{source}: cannot be loaded as a target: {_first_line(error)}") from error
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+
+
+def directory_digest(directory: Path) -> str:
+    """Identity of a target: its configuration, tokenizer, template and weights (many gigabytes are sampled)."""
+    recorded = directory / RECORD
+    if recorded.exists() and "digest" in (
+        record := json.loads(recorded.read_text())
+    ):  # a draft's record has none
+        return record["digest"]
+    state = hashlib.sha256()
+    for path in _files(directory, _TEXT):
+        state.update(path.name.encode() + path.read_bytes())
+    for path in _files(directory, WEIGHTS):
+        size = path.stat().st_size
+        step = max(size // _SAMPLES, _SAMPLE)
+        if path.suffix != ".safetensors":
+            state.update(path.name.encode())
+        with path.open("rb") as file:
+            for start in range(0, size, step):
+                file.seek(start)
+                state.update(file.read(_SAMPLE))
+    return state.hexdigest()[:16]
+
+
+def _files(directory: Path, patterns: tuple[str, ...]) -> Iterator[Path]:
+    yield from sorted(path for pattern in patterns for path in directory.glob(pattern))
+
+
+def decoder_layers(model: nn.Module, count: int) -> nn.ModuleList:
+    """Find the list of `count` decoder layers, the outermost if there are several."""
+    for module in model.modules():
+        if isinstance(module, nn.ModuleList) and len(module) == count:
+            return module
+    if isinstance(layers := getattr(model, "layers", None), nn.ModuleList):  # LongCat counts two to a layer
+        return layers
+    raise DeepSpecError(f"{type(model).__name__}: found no list of {count} decoder layers")
+
+
+def text_decoder(model: nn.Module) -> nn.Module:
+    """Return the decoder of a causal language model without its head; of one that also sees or hears, the text's."""
+    inner = model.model if hasattr(model, "model") else model.base_model
+    return getattr(inner, "language_model", inner)
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def dtype_named(name: str | torch.dtype) -> torch.dtype:
+    """Return the dtype of a name like "float32"; a dtype is returned as it is."""
+    dtype = name if isinstance(name, torch.dtype) else getattr(torch, str(name), None)
+    if not isinstance(dtype, torch.dtype):
+        raise DeepSpecError(f"unknown dtype {name!r}; use bfloat16, float16 or float32")
+    return dtype

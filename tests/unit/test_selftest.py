@@ -1,0 +1,138 @@
+"""A target that differs from transformers' own forward is refused, and the layer and the position are named."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from benchmarks.tiny_families import tiny_config, tiny_model
+from deepspec.errors import DeepSpecError
+from deepspec.target.attention import NAME
+from deepspec.target.model import Target, examine_target, load_target, resolve_target
+from deepspec.target.selftest import ATTENTION, STATES, STEPS, Verdict, examine
+from tests.tiny import make_target, make_tokenizer
+
+WINDOW = 24  # of the tiny families
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path, monkeypatch):
+    """An empty cache of the user's."""
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+
+
+def verdict_on(family: str, fault=None) -> Verdict:
+    """The verdict on a family's tiny model; `fault` changes the one that runs through our attention."""
+    weights = tiny_model(family).state_dict()
+
+    def load(attention, dtype):
+        options = {} if attention is None else {"attn_implementation": attention}
+        model = AutoModelForCausalLM.from_config(tiny_config(family), **options).eval()
+        model.load_state_dict(weights)
+        if fault and attention == NAME:
+            fault(model)
+        return model
+
+    return examine(
+        family, load, lambda model, verdict: Target(model, None, family, verdict=verdict), fresh=True
+    )
+
+
+def wider_window(model) -> None:
+    model.config.sliding_window += 1
+    for layer in model.model.layers:
+        if getattr(layer.self_attn, "sliding_window", None):
+            layer.self_attn.sliding_window += 1
+
+
+def no_sink(model) -> None:
+    model.model.layers[2].self_attn.sinks.data.fill_(-1e4)
+
+
+def no_scale(model) -> None:
+    model.model.layers[1].self_attn.scaling = 1.0
+
+
+def no_head_scale(model) -> None:
+    model.config.logits_scaling = 1.0
+
+
+@pytest.mark.parametrize(
+    "family", ["mistral", "gemma2", "gpt_oss", "llama4_text", "deepseek_v3", "gemma4_text", "granite"]
+)
+def test_a_family_that_our_attention_runs_is_right_under_it(family):
+    verdict = verdict_on(family)
+    assert (verdict.refusal, verdict.body) == (None, ATTENTION)
+    assert verdict.tokens > WINDOW and verdict.error < verdict.tolerance
+
+
+@pytest.mark.parametrize(
+    ("family", "body"),
+    [("qwen3_next", STATES), ("falcon_h1", STATES), ("deepseek_v32", STATES), ("jamba", STEPS)],
+)
+def test_a_family_that_keeps_states_runs_through_transformers_own_cache(family, body):
+    verdict = verdict_on(family)
+    assert (verdict.refusal, verdict.body, verdict.trees) == (None, body, False)
+    assert "keeps a" in verdict.reason
+
+
+@pytest.mark.parametrize(
+    ("family", "fault", "where", "position"),
+    [
+        ("mistral", wider_window, "layer 0", WINDOW),
+        ("gpt_oss", wider_window, "layer 0", WINDOW),
+        ("gpt_oss", no_sink, "layer 2", 0),
+        ("llama", no_scale, "layer 1", 1),
+        ("granite", no_head_scale, "the head's output", 0),
+    ],
+)
+def test_a_planted_fault_is_refused_and_named(family, fault, where, position):
+    refusal = verdict_on(family, fault).refusal
+    assert re.match(rf"{where} differs from position {position} on", refusal) and "\n" not in refusal
+
+
+def written(family: str, path, spoil=None):
+    """A directory of the family's tiny model."""
+    model = tiny_model(family)
+    if spoil:
+        spoil(model)
+    model.save_pretrained(path)
+    make_tokenizer().save_pretrained(path)
+    return path
+
+
+def test_a_refused_target_is_neither_resolved_nor_loaded(tmp_path):
+    source = written("doge", tmp_path / "source")
+    with pytest.raises(DeepSpecError, match=r"refused: layer \d differs from position \d+") as caught:
+        resolve_target(str(source), None, "float32", tmp_path / "out")
+    assert "\n" not in str(caught.value) and not (tmp_path / "out").exists()
+    with pytest.raises(DeepSpecError, match="refused"):
+        load_target(source)
+
+
+def test_a_verdict_is_kept_under_the_digest(tmp_path):
+    path = make_target(tmp_path / "target")
+    found = examine_target(path)
+    kept = list((tmp_path / "home").rglob("selftests/*.json"))
+    assert len(kept) == 1 and examine_target(path) == found
+    examine_target(make_target(tmp_path / "other", seed=1))
+    assert len(list((tmp_path / "home").rglob("selftests/*.json"))) == 2
+
+
+def test_what_is_beyond_the_longest_prompt_is_said(tmp_path):
+    path = make_target(tmp_path / "target", "mistral")
+    config = (path / "config.json").read_text()
+    (path / "config.json").write_text(config.replace('"sliding_window": 48', '"sliding_window": 4000'))
+    assert examine_target(path).unreached == ("sliding_window 4000",)
+
+
+def test_a_dtype_may_be_a_name_or_itself(tmp_path):
+    path = make_target(tmp_path / "target")
+    assert (
+        load_target(path, dtype=torch.float64).dtype
+        == load_target(path, dtype="float64").dtype
+        == torch.float64
+    )
