@@ -255,7 +255,7 @@ def page(rows: list[Row]) -> str:
         "# Targets",
         "",
         "Which families can be targets, found with a tiny random model of each by `make families`",
-        f"(transformers {transformers.__version__}, torch {torch.__version__}, float32, CPU): 64 greedy tokens behind a "
+        f"(transformers {transformers.__version__}, torch {torch.__version__}, float32): 64 greedy tokens behind a "
         f"prompt of {PROMPT}, longer than every window, chunk and index",
         "of the model, against transformers' own `generate`; chains and trees with wrong tokens in them; ten steps of "
         "DSpark and of EAGLE-3; EAGLE-3 exported for vLLM and read back.",

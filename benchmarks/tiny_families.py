@@ -1,8 +1,8 @@
 """Tiny random models of every decoder-only family of the installed transformers.
 
-A family's default configuration is shrunk by the names of its fields: widths, heads, experts, and all that a prompt must
-be able to pass (windows, chunks, what an index keeps). Lists with an entry a layer keep one entry of each kind. A few
-families need values of their own (`OWN`).
+A family's default configuration is shrunk by the names of its fields: widths, heads, experts, and all that a prompt
+must be able to pass (windows, chunks, what an index keeps). Lists with an entry a layer keep one entry of each kind.
+A few families need values of their own (`OWN`).
 """
 
 from __future__ import annotations

@@ -280,13 +280,6 @@ def test_a_gpu_is_waited_for_only_when_its_seconds_are_asked_for(llama, monkeypa
     assert waits == ([gpu, gpu] if timed else [])
 
 
-def test_a_target_that_skips_our_attention_is_refused(llama, monkeypatch):
-    monkeypatch.setattr(llama, "_checked", False)
-    monkeypatch.setattr(llama, "num_layers", 5)
-    with pytest.raises(DeepSpecError, match=r"layers \[4\]"):
-        generate(llama, None, [1, 2, 3], 4)
-
-
 def test_the_last_layer_is_no_feature(llama):
     with pytest.raises(DeepSpecError, match="layer 3 cannot"):
         llama.check_layers([3])

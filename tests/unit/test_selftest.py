@@ -79,6 +79,12 @@ def test_a_family_that_keeps_states_runs_through_transformers_own_cache(family, 
     assert "keeps a" in verdict.reason
 
 
+def test_a_model_that_never_calls_our_attention_is_not_run_through_it():
+    verdict = verdict_on("bloom")
+    assert (verdict.refusal, verdict.body) == (None, STATES)
+    assert verdict.reason == "layer 0 does not attend through it"
+
+
 @pytest.mark.parametrize(
     ("family", "fault", "where", "position"),
     [

@@ -93,7 +93,8 @@ def test_features_of_a_chain_are_those_of_one_pass(hybrid):
     expected = hybrid.forward(ids, whole)
     cache, owner = hybrid.cache(1, whole), whole
     for first, last in ((0, 17), (17, 18), (18, 23), (20, 30), (30, n)):  # the third part is rolled back
-        step = ForwardPass(torch.arange(first, last)[None], None, cache, [0], [first], [last - first], [0, 1])
+        places = torch.arange(first, last)[None]
+        step = ForwardPass(places, cache=cache, starts=[first], counts=[last - first], wanted=[0, 1])
         hidden = hybrid.forward(ids[:, first:last], step)
         assert torch.allclose(hidden, expected[:, first:last], atol=1e-3)
         assert torch.allclose(step.features[1], owner.features[1][:, first:last], atol=1e-3)

@@ -1,0 +1,291 @@
+"""Every kind of pass that decoding makes, over two sequences that part, beside one uncached forward of the model's own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from deepspec.target.attention import ForwardPass, Unsuited
+from deepspec.target.source import decoder_layers, text_decoder
+
+if TYPE_CHECKING:
+    from deepspec.target.model import Target
+
+SHORTEST, LONGEST = 160, 1280  # prompt tokens
+MARGIN = 40  # tokens beyond the largest window
+REACHES = [
+    "sliding_window",
+    "attention_chunk_size",
+    "index_topk",
+    "local_window_size",
+    "window_size",
+    "attention_window_size",
+    "indexer_budget",
+    "sliding_window_size",
+    "keep_window_size",
+    "original_max_position_embeddings",
+    "mamba_chunk_size",
+    "chunk_size",
+]
+
+
+@dataclass(frozen=True)
+class Difference:
+    """The first place where a pass differs from transformers' own."""
+
+    where: str
+    position: int
+    error: float
+    kind: str
+
+    def __str__(self) -> str:
+        return f"{self.where} differs from position {self.position} on, by {self.error:.1g} of its size, in {self.kind}"
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What the model's own forward gives for one sequence of n tokens."""
+
+    layers: list[Tensor | None]  # [n, d], or None where a layer hands out another shape
+    last: Tensor  # [n, d]
+    logits: Tensor  # [n, vocab]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Two sequences that part at `fork`, and how passes go over them."""
+
+    tokens: int  # of the prompt
+    vocab: int
+
+    @classmethod
+    def of(cls, config: Any) -> tuple[Plan, tuple[str, ...]]:
+        """Long enough for all that the configuration says a token may not see beyond, and what was out of reach."""
+        reaches = _reaches(config)
+        within = [n for n in reaches.values() if n + MARGIN <= LONGEST]
+        limit = min(LONGEST, getattr(config, "max_position_embeddings", None) or LONGEST) - MARGIN
+        tokens = max(min(max([SHORTEST, *(n + MARGIN for n in within)]), limit), 48)
+        unreached = tuple(f"{name} {n}" for name, n in reaches.items() if n >= tokens)
+        return cls(tokens, config.vocab_size), unreached
+
+    @property
+    def fork(self) -> int:
+        return self.tokens + 17
+
+    def one(self, seed: int) -> Tensor:
+        """int64 [fork + 8]"""
+        generator = torch.Generator().manual_seed(seed)
+        low = min(100, self.vocab // 4)  # special tokens often come first
+        return torch.randint(low, self.vocab, (self.fork + 8,), generator=generator)
+
+    def other(self, seed: int) -> Tensor:
+        """int64 [fork + 16]: as `one` up to the fork, where another token stands."""
+        generator = torch.Generator().manual_seed(seed + 100)
+        low = min(100, self.vocab // 4)
+        tail = torch.randint(low, self.vocab, (16,), generator=generator)
+        one = self.one(seed)
+        tail[0] = low if int(one[self.fork]) != low else low + 1
+        return torch.cat((one[: self.fork], tail))
+
+
+def _reaches(config: Any) -> dict[str, int]:
+    kinds = " ".join(map(str, getattr(config, "layer_types", None) or ["any"]))
+    found = {}
+    for name in REACHES:
+        value = getattr(config, name, None)
+        if not isinstance(value, int) or value < 2:
+            continue
+        windowed = "window" in name or "chunk" in name
+        if windowed and not any(
+            word in kinds for word in ("sliding", "chunk", "local", "linear", "mamba", "any", "hybrid")
+        ):
+            continue
+        found[name] = value
+    return found
+
+
+@torch.inference_mode()
+def reference(model: nn.Module, ids: Tensor) -> Reference:
+    """Run the model's own forward once over ids [n], and keep what every layer hands out."""
+    config = model.config.get_text_config()
+    decoder = text_decoder(model)
+    layers = decoder_layers(decoder, config.num_hidden_layers)
+    outputs: dict[int | str, Tensor] = {}
+
+    def keep(name: int | str) -> Any:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            outputs[name] = output[0] if isinstance(output, tuple) else output
+
+        return hook
+
+    def keep_last(module: nn.Module, args: Any, output: Any) -> None:
+        outputs["last"] = output.last_hidden_state
+
+    def keep_input(module: nn.Module, args: Any) -> None:
+        outputs.setdefault("last", args[0])
+
+    handles = [layer.register_forward_hook(keep(i)) for i, layer in enumerate(layers)]
+    handles.append(decoder.register_forward_hook(keep_last))
+    handles.append(model.get_output_embeddings().register_forward_pre_hook(keep_input))
+    try:
+        logits = model(input_ids=ids[None].to(model.device), use_cache=False).logits[0]
+    finally:
+        for handle in handles:
+            handle.remove()
+    shape = outputs["last"].shape
+    plain = [
+        outputs[i][0] if isinstance(outputs.get(i), Tensor) and outputs[i].shape == shape else None
+        for i in range(len(layers))
+    ]
+    return Reference(plain, outputs["last"][0], logits)
+
+
+@torch.inference_mode()
+def compare(
+    target: Target, plan: Plan, seed: int, references: list[Reference], tolerance: float
+) -> tuple[Difference | None, float]:
+    """Run every kind of pass; return the first difference beyond the tolerance and the largest there was."""
+    largest = 0.0
+    rough = target.dtype in (torch.bfloat16, torch.float16)
+    for kind, mine, theirs, positions in _passes(target, plan, seed, references):
+        for where, found in mine.items():
+            expected = theirs[where].double()
+            error = (found.double() - expected).norm(dim=-1) / expected.norm(dim=-1).clamp_min(1e-30)
+            error = torch.where(torch.isfinite(error), error, torch.full_like(error, torch.inf))
+            over = error > tolerance
+            beyond = bool(over.float().median() > 0) if rough else bool(over.any())
+            largest = max(largest, float(error.median() if rough else error.max()))
+            if beyond:
+                first = int(over.nonzero()[0])
+                return Difference(where, positions[first], float(error[first]), kind), largest
+    return None, largest
+
+
+Compared = tuple[str, dict[str, Tensor], dict[str, Tensor], list[int]]
+
+
+def _passes(target: Target, plan: Plan, seed: int, references: list[Reference]) -> Iterator[Compared]:
+    """(kind of pass, our states by where they are, transformers' states, positions), lowest layer first."""
+    one, other = plan.one(seed).tolist(), plan.other(seed).tolist()
+    ours, theirs = references
+    run = _Runner(target)
+    half, fork = plan.tokens // 2 + 3, plan.fork
+    yield run("a prefill", [(0, 0, one[:half])], [(ours, 0)])
+    yield run("the second part of a prefill", [(0, half, one[half : plan.tokens])], [(ours, half)])
+    at = plan.tokens
+    for i in range(at, at + 3):
+        yield run("a single step", [(0, i, one[i : i + 1])], [(ours, i)])
+    at += 3
+    yield run("a pass over several tokens", [(0, at, one[at : at + 7])], [(ours, at)])
+    at += 7
+    wrong = [one[at], *reversed(one[:5])]
+    run("a chain that is rolled back", [(0, at, wrong)], [])
+    yield run("a chain after one was rolled back", [(0, at, one[at : fork - 1])], [(ours, at)])
+    at = fork - 1
+    if target.verdict.trees:
+        yield from run.tree(at, one[at : at + 4], other[fork : fork + 3], ours, theirs)
+    else:
+        yield run("a chain", [(0, at, one[at : at + 5])], [(ours, at)])
+        yield run("a chain after a part of one stood", [(0, fork, other[fork : fork + 3])], [(theirs, fork)])
+    at = fork + 3
+    yield run("a single step after a rollback", [(0, at, other[at : at + 1])], [(theirs, at)])
+    at += 1
+    yield run("several tokens after a rollback", [(0, at, other[at : at + 5])], [(theirs, at)])
+    at += 5
+    run("a prefill", [(1, 0, one[:37])], [])
+    yield run(
+        "a pass over two requests",
+        [(0, at, other[at : at + 3]), (1, 37, one[37:42])],
+        [(theirs, at), (ours, 37)],
+    )
+
+
+class _Runner:
+    """Runs passes of a target on one cache of two slots."""
+
+    def __init__(self, target: Target):
+        self.target = target
+        self.cache = target.cache(2, self)
+        self.layers = tuple(range(target.num_layers - 1)) if target.verdict.features else ()
+
+    def __call__(
+        self, kind: str, parts: list[tuple[int, int, list[int]]], references: list[tuple[Reference, int]]
+    ) -> Compared:
+        """parts: (cache row, start, ids) of each request; references: with the first position, likewise."""
+        device = self.target.device
+        self.cache.reserve(max(start + len(ids) for _, start, ids in parts) + 16)
+        positions = [start + i for _, start, ids in parts for i in range(len(ids))]
+        step = ForwardPass(
+            torch.tensor([positions], device=device),
+            cache=self.cache,
+            rows=[row for row, _, _ in parts],
+            starts=[start for _, start, _ in parts],
+            counts=[len(ids) for _, _, ids in parts],
+            wanted=self.layers,
+        )
+        ids = torch.tensor([[token for _, _, ids in parts for token in ids]], device=device)
+        mine = self._states(step, self.target.forward(ids, step))
+        if self.target.verdict.trees and len(step.stored) < self.target.num_layers:
+            missing = sorted(set(range(self.target.num_layers)) - step.stored)
+            raise Unsuited(f"layer {missing[0]} does not attend through it")
+        spans = [
+            (reference, slice(first, first + len(ids)))
+            for (reference, first), (_, _, ids) in zip(references, parts, strict=False)
+        ]
+        return kind, mine, self._expected(spans), positions
+
+    def tree(
+        self, at: int, main: list[int], side: list[int], ours: Reference, theirs: Reference
+    ) -> Iterator[Compared]:
+        """A main branch and a side branch below the token at `at`, node by node in turn; the side branch is kept."""
+        device = self.target.device
+        ids = [main[0], main[1], side[0], main[2], side[1], main[3], side[2]]
+        parents = [-1, 0, 0, 1, 2, 3, 4]
+        depths = [0, 1, 1, 2, 2, 3, 3]
+        visible = torch.zeros(1, len(ids), at + len(ids), dtype=torch.bool)
+        visible[..., :at] = True
+        for node, parent in enumerate(parents):
+            if parent >= 0:
+                visible[0, node, at:] = visible[0, parent, at:]
+            visible[0, node, at + node] = True
+        self.cache.reserve(at + 2 * len(ids))
+        positions = torch.tensor([[at + depth for depth in depths]], device=device)
+        step = ForwardPass(
+            positions,
+            visible.to(device),
+            cache=self.cache,
+            rows=[0],
+            starts=[at],
+            counts=[len(ids)],
+            wanted=self.layers,
+        )
+        mine = self._states(step, self.target.forward(torch.tensor([ids], device=device), step))
+        for branch, nodes in ((ours, [0, 1, 3, 5]), (theirs, [2, 4, 6])):
+            first = at + depths[nodes[0]]
+            expected = self._expected([(branch, slice(first, first + len(nodes)))])
+            yield (
+                "a tree",
+                {name: x[nodes] for name, x in mine.items()},
+                expected,
+                [at + depths[n] for n in nodes],
+            )
+        self.cache.compact(0, at, [0, 2, 4, 6])
+
+    def _states(self, step: ForwardPass, hidden: Tensor) -> dict[str, Tensor]:
+        states = {f"layer {layer}": step.features[layer][0] for layer in self.layers}
+        states[f"the state behind layer {self.target.num_layers - 1}"] = hidden[0]
+        return states | {"the head's output": self.target.logits(hidden[0])}
+
+    def _expected(self, spans: list[tuple[Reference, slice]]) -> dict[str, Tensor]:
+        def joined(part: Callable[[Reference], Tensor]) -> Tensor:
+            return (
+                torch.cat([part(reference)[span] for reference, span in spans]) if spans else torch.empty(0)
+            )
+
+        found = {f"layer {i}": joined(lambda r, i=i: r.layers[i]) for i in self.layers}
+        found[f"the state behind layer {self.target.num_layers - 1}"] = joined(lambda r: r.last)
+        return found | {"the head's output": joined(lambda r: r.logits)}
