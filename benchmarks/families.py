@@ -23,20 +23,29 @@ from typing import Any
 
 import torch
 import transformers
+from accelerate import Accelerator
 from torch import Tensor
 
 from benchmarks.tiny_families import families, tiny_model
-from deepspec.decoding.drafter import Ask, Drafter, Session
+from deepspec.decoding.drafter import Drafter, DraftRequest, Session
 from deepspec.decoding.engine import generate
 from deepspec.decoding.shapes import BestFirst
 from deepspec.decoding.tree import Proposal
 from deepspec.errors import DeepSpecError
+from deepspec.export.layout import Refused
+from deepspec.export.parity import check
+from deepspec.features.local import OnlineFeatures
+from deepspec.features.sequences import Sequence
 from deepspec.target.model import Target, load_target
+from deepspec.training.batches import Batches
+from deepspec.training.objective import BlockObjective
+from deepspec.training.params import TrainParams
+from deepspec.training.trainer import Trainer
 from tests.exporting import make_draft, samples, written
 from tests.tiny import make_network, make_tokenizer
 
 PROMPT, ANSWER = 110, 64
-SECONDS = 180  # a family
+SECONDS = 60  # a family
 STEPS = 10
 YES = "yes"
 
@@ -92,7 +101,7 @@ class _HintSession(Session):
     def move(self, source: int, destination: int) -> None:
         pass
 
-    def propose(self, asks: list[Ask]) -> list[Proposal]:
+    def propose(self, asks: list[DraftRequest]) -> list[Proposal]:
         first = self.committed + 1
         coming = self.hints.answer[first : first + min(5, asks[0].room)]
         wrong = [(token + 7) % 500 + 2 for token in coming]
@@ -146,15 +155,6 @@ def examine(family: str, directory: Path) -> Row:
 
 def train(target: Target, kind: str, directory: Path) -> str:
     """Run ten steps on ten sequences; say whether the loss fell and every weight that learns is finite."""
-    from accelerate import Accelerator
-
-    from deepspec.features.local import OnlineFeatures
-    from deepspec.features.sequences import Sequence
-    from deepspec.training.batches import Batches
-    from deepspec.training.objective import BlockObjective
-    from deepspec.training.params import TrainParams
-    from deepspec.training.trainer import Trainer
-
     model = make_network(target, kind, block_size=3, draft_vocab_size=128, target_layer_ids=[0, 1, 2])
     generator = torch.Generator().manual_seed(0)
     rows = [torch.randint(2, 500, (40,), generator=generator).tolist() for _ in range(10)]
@@ -180,9 +180,6 @@ def train(target: Target, kind: str, directory: Path) -> str:
 
 def export(target: Target, directory: Path) -> str:
     """Export an untrained EAGLE-3 for vLLM and read it back."""
-    from deepspec.export.layout import Refused
-    from deepspec.export.parity import check
-
     try:
         draft = make_draft(directory / "drafts", target, "eagle3", target_layer_ids=[0, 1, 2])
         layout, path = written(draft, "vllm", directory / "exports")
@@ -232,7 +229,7 @@ def measure(names: list[str], seconds: float = SECONDS) -> list[Row]:
         try:
             row = ours.recv() if ours.poll(seconds) else Row(name, f"took more than {seconds:.0f} s")
         except EOFError:
-            row = Row(name, "its process died")
+            row = Row(name, "its process died or hung")
         process.kill()
         process.join()
         rows.append(row)
@@ -254,11 +251,12 @@ def page(rows: list[Row]) -> str:
     lines = [
         "# Targets",
         "",
-        "Which families can be targets, found with a tiny random model of each by `make families`",
-        f"(transformers {transformers.__version__}, torch {torch.__version__}, float32): 64 greedy tokens behind a "
-        f"prompt of {PROMPT}, longer than every window, chunk and index",
-        "of the model, against transformers' own `generate`; chains and trees with wrong tokens in them; ten steps of "
-        "DSpark and of EAGLE-3; EAGLE-3 exported for vLLM and read back.",
+        "Which families can be targets, found with a tiny random model of each by `make families` "
+        f"(transformers {transformers.__version__}, torch {torch.__version__}, float32):",
+        f"{ANSWER} greedy tokens behind a prompt of {PROMPT}, longer than every window, chunk and index of the model, "
+        "against transformers' own",
+        "`generate`; chains and trees with wrong tokens in them; ten steps of DSpark and of EAGLE-3; EAGLE-3 exported "
+        "for vLLM and read back.",
         "",
         "Whatever the family, a target is tested when it enters (`deepspec/target/selftest.py`): one that differs from",
         "transformers' own forward is refused in one line. `deepspec doctor --target X` says what was found.",

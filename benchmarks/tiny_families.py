@@ -169,6 +169,7 @@ OWN: dict[str, dict[str, Any]] = {
     "emu3": {"bos_token_id": 0, "text_config": {"bos_token_id": 0}},
     "cohere_compass_text": {"layer_types": ["sliding_attention", "full_attention"] * 2},
     "cohere": {"logit_scale": 0.25},
+    "xlstm": {"qk_dim_factor": 1.0, "v_dim_factor": 1.0},
 }
 
 

@@ -1,4 +1,4 @@
-"""Every kind of pass that decoding makes, over two sequences that part, beside one uncached forward of the model's own."""
+"""Every kind of pass that decoding makes, over two sequences that part, beside one forward of the model's own."""
 
 from __future__ import annotations
 

@@ -3,7 +3,8 @@
 Gated delta nets, Mambas, short convolutions and compressed or indexed caches hold a state that cannot be rolled
 back. So each sequence keeps the state of a committed boundary; a pass runs on a copy of it, over the tokens that were
 accepted since and the new ones. Where all of a pass stood, its own state is the next boundary; where the accepted
-tokens have become many, they are run once by themselves and the boundary moves behind them. Such a pass verifies chains, not trees.
+tokens have become many, they are run once by themselves and the boundary moves behind them. Such a
+pass verifies chains, not trees.
 """
 
 from __future__ import annotations
