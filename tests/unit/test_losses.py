@@ -7,6 +7,7 @@ import torch
 
 from deepspec.drafters.loss_params import LossParams
 from deepspec.drafters.position_weights import DPace, Geometric
+from deepspec.target.head import PLAIN, HeadTransform
 from deepspec.training import losses
 from deepspec.training.losses import (
     TargetLaw,
@@ -39,7 +40,7 @@ WEIGHINGS = {"geometric": Geometric(3.0), "dpace": DPace(0.5)}
 class Case:
     """Factors that all require gradients, a target over the whole vocabulary, and blocks cut short."""
 
-    def __init__(self, kept: int = KEPT):
+    def __init__(self, kept: int = KEPT, transform: HeadTransform = PLAIN):
         rng = torch.Generator().manual_seed(0)
 
         def random(*shape):
@@ -48,8 +49,9 @@ class Case:
         full_head = random(VOCAB, D)
         hidden, places = random(TOKENS, D), torch.randint(TOKENS, (N,), generator=rng)
         labels = torch.randint(-1 if kept < VOCAB else 0, kept, (N,), generator=rng)
-        log_norm = (hidden @ full_head.T).logsumexp(-1)
-        self.law = TargetLaw(hidden, log_norm, full_head[:kept], places, labels)
+        log_norm = transform(hidden @ full_head.T).logsumexp(-1)
+        mine = transform.rows(torch.arange(kept))
+        self.law = TargetLaw(hidden, log_norm, full_head[:kept], places, labels, mine)
         self.valid = torch.rand(BLOCKS, GAMMA, generator=rng).lt(0.8).cumprod(-1).bool()
         self.leaves = [random(N, D), random(kept, D), random(N, R), random(kept, R)]
         for leaf in self.leaves:
@@ -64,7 +66,7 @@ class Case:
         x, head, latents, w2 = self.leaves
         law = self.law
         log_q = (x @ head.T + latents @ w2.T).log_softmax(-1)
-        log_p = (law.hidden @ law.head.T - law.log_norm[:, None])[law.places]
+        log_p = (law.transform(law.hidden @ law.head.T) - law.log_norm[:, None])[law.places]
         p, q = log_p.exp(), log_q.exp()
         known = law.labels >= 0
         chances = q.gather(1, law.labels.clamp(min=0)[:, None])[:, 0] * known
@@ -91,6 +93,27 @@ def test_losses_and_their_gradients_match_autograd_in_float64(name, weighing, ke
     case = Case(kept)
     found = case.loss(MIXTURES[name], WEIGHINGS[weighing], budget=3 * GAMMA * kept * 4)
     expected, alpha = case.reference(MIXTURES[name], WEIGHINGS[weighing])
+    assert found.loss.item() == pytest.approx(expected.item(), rel=1e-9)
+    assert torch.allclose(found.alpha, alpha, atol=1e-9)
+    gradients = torch.autograd.grad(3 * found.loss, case.leaves)
+    for mine, theirs in zip(gradients, torch.autograd.grad(3 * expected, case.leaves), strict=True):
+        assert torch.allclose(mine, theirs, atol=1e-9)
+
+
+TRANSFORMS = {
+    "scale": HeadTransform(scale=0.25),
+    "softcap": HeadTransform(softcap=3.0),
+    "bias": HeadTransform(bias=torch.linspace(-1, 1, VOCAB, dtype=torch.float64)),
+    "all": HeadTransform(0.5, 2.0, torch.linspace(-1, 1, VOCAB, dtype=torch.float64)),
+}
+
+
+@pytest.mark.parametrize("part", TRANSFORMS)
+@pytest.mark.parametrize("name", ["kl", "tv", "all"])
+def test_the_loss_sees_what_the_targets_head_makes_of_its_product(part, name):
+    case = Case(KEPT, TRANSFORMS[part])
+    found = case.loss(MIXTURES[name], WEIGHINGS["geometric"], budget=3 * GAMMA * kept * 4)
+    expected, alpha = case.reference(MIXTURES[name], WEIGHINGS["geometric"])
     assert found.loss.item() == pytest.approx(expected.item(), rel=1e-9)
     assert torch.allclose(found.alpha, alpha, atol=1e-9)
     gradients = torch.autograd.grad(3 * found.loss, case.leaves)

@@ -235,6 +235,10 @@ def test_the_draft_vocabulary_keeps_the_frequent_tokens_in_order():
     assert draft_vocabulary([7, 7, 3], 4, 12).tolist() == [0, 1, 3, 7]
 
 
+def test_a_stop_token_has_a_column_though_no_answer_ends():
+    assert draft_vocabulary([7, 7, 3, 9, 9, 9, 9], 3, 12, frozenset({11})).tolist() == [7, 9, 11]
+
+
 def test_the_schedule_warms_up_and_decays_to_zero():
     values = [schedule(step, 100, 0.1) for step in range(100)]
     assert values[0] == pytest.approx(0.1) and max(values) == 1 and values[-1] < 0.01
