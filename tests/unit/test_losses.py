@@ -112,7 +112,7 @@ TRANSFORMS = {
 @pytest.mark.parametrize("name", ["kl", "tv", "all"])
 def test_the_loss_sees_what_the_targets_head_makes_of_its_product(part, name):
     case = Case(KEPT, TRANSFORMS[part])
-    found = case.loss(MIXTURES[name], WEIGHINGS["geometric"], budget=3 * GAMMA * kept * 4)
+    found = case.loss(MIXTURES[name], WEIGHINGS["geometric"], budget=3 * GAMMA * KEPT * 4)
     expected, alpha = case.reference(MIXTURES[name], WEIGHINGS["geometric"])
     assert found.loss.item() == pytest.approx(expected.item(), rel=1e-9)
     assert torch.allclose(found.alpha, alpha, atol=1e-9)
