@@ -211,7 +211,6 @@ def qwen3_4b() -> SimpleNamespace:
         vocab_size=151936,
         max_length=40960,
         rope_theta=1e6,
-        plain_head=True,
         check_layers=lambda layers: None,
     )
 
