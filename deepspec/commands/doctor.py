@@ -48,7 +48,7 @@ def run_target(source: str, root: Path) -> bool:
 
 
 def examine_as_target(source: str, root: Path) -> Iterator[Check]:
-    """Whether it decodes as transformers does, which shapes of drafts it verifies, which drafters it can have."""
+    """Check whether it decodes as transformers does, which draft shapes it verifies and which drafters it can have."""
     from deepspec.drafters.suitable import refusals
     from deepspec.target.model import examine_target, load_target
 

@@ -134,7 +134,7 @@ def _outcomes(bench: Bench) -> dict[str, Outcome]:
             own,
             checked,
             native,
-            decode=Decode(**bench.params.decode.model_dump()),
+            decode=Decode(**bench.params.decode.model_dump(mode="json")),
             provenance=Provenance(**_provenance(bench.drafts[name])),
             round_costs=RoundCosts(**costs[name]),
             promise=kept[name],

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
 
 from deepspec.errors import DeepSpecError
 from deepspec.files import write_json
@@ -306,7 +306,7 @@ class Decode(Part):
     """`evaluate.decode` as it was."""
 
     lookup: dict[str, Setting] | None = Field(description="asked before the trained draft; null: not asked")
-    tree: dict[str, Setting] = Field(description="shape of the drafts")
+    tree: dict[str, JsonValue] = Field(description="shape of the drafts")
     verify: str | None = Field(description="rule for sampled drafts; null: the best that fits")
     controller: dict[str, Setting] = Field(description="what decides how much is drafted")
 

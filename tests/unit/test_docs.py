@@ -138,6 +138,7 @@ def make_targets(text: str) -> set[str]:
 def paragraphs(text: str) -> Iterator[str]:
     """Running text, an item of a list by itself; code, tables and headings left out."""
     text = re.sub(r"^```.*?^```", "", TABLE.sub("", text), flags=re.M | re.S)
+    text = re.sub(r"^<!-- .* -->$", "", text, flags=re.M)
     for block in re.split(r"\n\s*\n", text):
         if block.lstrip().startswith(("|", "#", "    ")) or block.startswith("    "):
             continue
