@@ -89,10 +89,10 @@ def _examine(directory: str, source: str, digest: str, fresh: bool = False) -> V
         model = from_pretrained(AutoModelForCausalLM, directory, dtype=dtype or "auto", **options)
         return model.to(device).eval()
 
-    tokenizer = from_pretrained(AutoTokenizer, directory)
-    return examine(
-        digest, load, lambda model, verdict: Target(model, tokenizer, source, verdict=verdict), fresh
-    )
+    def wrap(model: nn.Module, verdict: Verdict) -> Target:
+        return Target(model, from_pretrained(AutoTokenizer, directory), source, verdict=verdict)
+
+    return examine(digest, load, wrap, fresh)
 
 
 def examine_target(source: str | Path, fresh: bool = False) -> Verdict:
