@@ -7,7 +7,6 @@ import json
 import platform
 import random
 import sys
-import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,6 +17,15 @@ import transformers
 
 from deepspec.device import describe_device
 from deepspec.evaluation.stats import Interval, Pair, speedup
+from deepspec.evaluation.timing import (
+    WARM_UP_TOKENS,
+    Answering,
+    FirstToken,
+    Runtime,
+    rotated,
+    timed,
+    warm_up,
+)
 from deepspec.files import digest, file_digest, write_json, write_text
 from deepspec.git import git_or_none
 from deepspec.journal import WorkLog
@@ -31,7 +39,6 @@ from deepspec.tasks.task import load_task
 WORK_DIR = Path(".deepspec/benchmarks")
 REPORTS = Path("reports/benchmarks")
 TASKS = ["humaneval", "word_problems", "conversations"]  # the project's three
-_WARM_UP_TOKENS = 32
 
 
 @dataclass(frozen=True)
@@ -75,7 +82,7 @@ def load_prompts(target: Target, sources: Iterable[str], count: int, seed: int =
 
 @dataclass(frozen=True)
 class Answer:
-    """What a contestant made of a prompt. `passes` are the target's that gave tokens, the first token's among them."""
+    """What was decoded of a prompt. `passes` are the target's that gave tokens, the first token's among them."""
 
     tokens: list[int]
     passes: int
@@ -85,12 +92,12 @@ class Answer:
 
 
 @dataclass(frozen=True)
-class Contestant:
-    """A way of decoding.
+class DecodingConfig:
+    """What is compared: a runtime with all that decides how it decodes.
 
     Args:
-        runtime: what its prefill is shared with: contestants of one runtime start a prompt alike.
-        reference: name of the plain contestant that it is compared with.
+        runtime: what its prefill is shared with: configurations of one runtime start a prompt alike.
+        reference: name of the plain configuration that it is compared with.
         decode: (prompt, most new tokens) → the answer, greedily.
         step_bytes: weights that one target pass reads; None where unknown.
     """
@@ -104,7 +111,7 @@ class Contestant:
 
 @dataclass(frozen=True)
 class Run:
-    """One contestant on one prompt. `seconds` are without the prefill, to which the first token belongs."""
+    """One configuration on one prompt. `seconds` are without the prefill, to which the first token belongs."""
 
     tokens: int
     seconds: float
@@ -116,48 +123,46 @@ class Run:
 
 
 def interleave(
-    contestants: Sequence[Contestant],
+    configs: Sequence[DecodingConfig],
     first_token: dict[str, Callable[[list[int]], Any]],
     prompts: Sequence[Prompt],
     max_new_tokens: int,
     log: WorkLog,
     bandwidth: Callable[[], float],
 ) -> tuple[dict[str, list[Run]], list[float]]:
-    """Name of a contestant → its run of each prompt; and `bandwidth()`, asked once a prompt.
+    """Return configuration → its run of each prompt; and `bandwidth()`, asked once a prompt.
 
-    Every prompt is decoded by all contestants one after the other, so that a slow minute of the machine hits all of
-    them; who goes first moves on with each prompt. Seconds are wall-clock time of the whole call less the time in
-    which the contestant's runtime makes the first token alone (`first_token`, without a draft): the prefill is taken
-    off alike on all sides, and what a draft makes of the prompt stays in. The bandwidth of a shared machine changes
-    from minute to minute, and with the pages that a process happens to get: it is asked in the same conditions.
+    Runs are ordered and timed as `deepspec/evaluation/timing.py` says. The prefill that is taken off is the time in
+    which the configuration's runtime makes the first token alone (`first_token`, without a draft): alike on all sides,
+    and what a draft makes of the prompt stays in. The bandwidth of a shared machine changes from minute to minute,
+    and with the pages that a process happens to get: it is asked in the same conditions.
     """
-    pieces = [(contestant, i) for i in range(len(prompts)) for contestant in _rotated(contestants, i)]
+    pieces = [(config, i) for i in range(len(prompts)) for config in rotated(configs, i)]
     missing = [piece for piece in pieces if log.get(_key(*piece)) is None]
+    prefill = {runtime: FirstToken(decode) for runtime, decode in first_token.items()}
     if missing:
-        _warm_up(contestants, prompts, min(max_new_tokens, _WARM_UP_TOKENS))
-    prefill: dict[tuple[str, int], float] = {}
+        longest = max(prompts, key=lambda prompt: len(prompt.ids))
+        tokens = min(max_new_tokens, WARM_UP_TOKENS)
+        warm_up([Answering(each.decode, tokens, prefill[each.runtime]) for each in configs], longest.ids)
     with Progress("decoding", len(pieces), len(pieces) - len(missing)) as progress:
-        for contestant, i in missing:
-            place = (contestant.runtime, i)
+        for config, i in missing:
             if log.get(f"bandwidth {i}") is None:
                 log.add(f"bandwidth {i}", bandwidth())
-            if place not in prefill:
-                prefill[place] = _prefill_seconds(first_token[contestant.runtime], prompts[i].ids)
-            run = timed(contestant, prompts[i].ids, max_new_tokens, prefill[place])
-            log.add(_key(contestant, i), asdict(run))
+            prefill[config.runtime].seconds(
+                prompts[i].ids
+            )  # before the run: it makes the kernels for this length
+            runtime = Answering(config.decode, max_new_tokens, prefill[config.runtime])
+            run = one_run(runtime, prompts[i].ids)
+            log.add(_key(config, i), asdict(run))
             progress.tokens(run.tokens)
             progress.advance()
-    runs = {
-        contestant.name: [Run(**log.get(_key(contestant, i))) for i in range(len(prompts))]
-        for contestant in contestants
-    }
+    runs = {config.name: [Run(**log.get(_key(config, i))) for i in range(len(prompts))] for config in configs}
     return runs, [log.get(f"bandwidth {i}") for i in range(len(prompts))]
 
 
-def timed(contestant: Contestant, ids: list[int], max_new_tokens: int, prefill_s: float) -> Run:
-    began = time.perf_counter()
-    answer = contestant.decode(ids, max_new_tokens)
-    seconds = time.perf_counter() - began - prefill_s
+def one_run(runtime: Runtime[list[int], Answer], ids: list[int]) -> Run:
+    """Return one timed run of a prompt."""
+    answer, seconds = timed(runtime, ids)
     output = digest(json.dumps(answer.tokens))
     parts = answer.draft_s, answer.verify_s, answer.host_s
     return Run(len(answer.tokens), seconds, answer.passes, *parts, output)
@@ -221,27 +226,5 @@ def work_key(target: Target, files: Iterable[str | Path], *settings: Any) -> str
     return digest(json.dumps([target.digest, code, parts, settings], default=str))
 
 
-def _warm_up(contestants: Sequence[Contestant], prompts: Sequence[Prompt], tokens: int) -> None:
-    """Kernels, caches and compiled shapes are made before the clock starts."""
-    longest = max(prompts, key=lambda prompt: len(prompt.ids))
-    for contestant in contestants:
-        contestant.decode(longest.ids, tokens)
-
-
-def _prefill_seconds(first_token: Callable[[list[int]], Any], ids: list[int]) -> float:
-    """The better of two, after one that makes the kernels for this length."""
-    seconds = []
-    for _ in range(3):
-        began = time.perf_counter()
-        first_token(ids)
-        seconds.append(time.perf_counter() - began)
-    return min(seconds[1:])
-
-
-def _rotated(contestants: Sequence[Contestant], by: int) -> list[Contestant]:
-    by %= len(contestants)
-    return [*contestants[by:], *contestants[:by]]
-
-
-def _key(contestant: Contestant, prompt: int) -> str:
-    return f"{contestant.name} {prompt}"
+def _key(config: DecodingConfig, prompt: int) -> str:
+    return f"{config.name} {prompt}"

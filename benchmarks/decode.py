@@ -8,7 +8,8 @@ llama.cpp through llama-cpp-python, on the GGUF file that an embedded target cam
 lookup. All of them decode greedily with the same number of threads.
 
 Seconds are wall-clock time of the whole call less the time in which the same engine makes the first token alone,
-without a draft: that takes the prefill off alike on all sides. Intervals are 95 %, by a paired bootstrap over prompts.
+without a draft: that takes the prefill off alike on all sides (`deepspec/evaluation/timing.py`). Intervals are 95 %,
+by a paired bootstrap over prompts.
 Finished runs are kept in a work file: a killed benchmark goes on where it stopped.
 """
 
@@ -27,7 +28,7 @@ from benchmarks.common import (
     REPORTS,
     WORK_DIR,
     Answer,
-    Contestant,
+    DecodingConfig,
     Prompt,
     command_line,
     interleave,
@@ -82,26 +83,26 @@ def run(flags: argparse.Namespace) -> None:
     }
     target = next(iter(targets.values()))
     prompts = load_prompts(target, flags.prompts, flags.count)
-    field, first_token = [], {}
+    configs, first_token = [], {}
     for weights, ours in targets.items():
-        field += our_ways(ours, weights, flags)
+        configs += our_configs(ours, weights, flags)
         first_token[weights] = lambda ids, ours=ours: generate(ours, None, ids, max_new_tokens=1)
     if not flags.no_hf:
-        field += hugging_face(target, flags.weights, flags.assistant, first_token)
+        configs += hugging_face(target, flags.weights, flags.assistant, first_token)
     llama = None
     if flags.llama_cpp or flags.llama_cpp_env:
         llama, gguf = start_llama_cpp(target, prompts, flags)
-        field += llama_cpp(llama, gguf, target, flags.weights, first_token)
-    log = WorkLog(WORK_DIR / f"decode-{_key(target, prompts, field, flags)}.jsonl")
+        configs += llama_cpp(llama, gguf, target, flags.weights, first_token)
+    log = WorkLog(WORK_DIR / f"decode-{_key(target, prompts, configs, flags)}.jsonl")
     runs, bandwidths = interleave(
-        field,
+        configs,
         first_token,
         prompts,
         flags.max_new_tokens,
         log,
         lambda: read_bandwidth(target.device, repeats=3),
     )
-    data = figures(field, runs, prompts, bandwidths)
+    data = figures(configs, runs, prompts, bandwidths)
     if llama:
         data["idle_cpu"] = llama.idle_cpu()
         llama.close()
@@ -109,18 +110,18 @@ def run(flags: argparse.Namespace) -> None:
     log.remove()
 
 
-def our_ways(target: Target, weights: str, flags: argparse.Namespace) -> list[Contestant]:
+def our_configs(target: Target, weights: str, flags: argparse.Namespace) -> list[DecodingConfig]:
     """Plain decoding, and every drafter with every controller and, if it is a trained one, every tree."""
     plain, size = f"{weights}: plain", weight_bytes(target)
-    ways = [Contestant(plain, weights, plain, our_decode(target), size)]
+    configs = [DecodingConfig(plain, weights, plain, our_decode(target), size)]
     for name, drafter in drafters(target, flags.drafter).items():
         for tree in flags.trees if drafter.layers else ["chain"]:
             shape = make_shape(tree, flags.width, flags.nodes)
             full_name = f"{weights}: {name}, {tree}" if drafter.layers else f"{weights}: {name}"
             for spec in flags.controllers:
                 decode = our_decode(target, drafter, shape, _controller(spec, target, drafter, shape))
-                ways.append(Contestant(f"{full_name}, {spec}", weights, plain, decode, size))
-    return ways
+                configs.append(DecodingConfig(f"{full_name}, {spec}", weights, plain, decode, size))
+    return configs
 
 
 def drafters(target: Target, directories: Sequence[str]) -> dict[str, Drafter]:
@@ -174,26 +175,26 @@ def _controller(spec: str, target: Target, drafter: Drafter, shape: Shape) -> Co
 
 def hugging_face(
     target: Target, weights: Sequence[str], assistant: str | None, first_token: FirstToken
-) -> list[Contestant]:
+) -> list[DecodingConfig]:
     """`generate` of transformers, on the dense weights."""
     engine, runtime = HuggingFace(target, assistant), "Hugging Face"
     reference = f"{'dense' if 'dense' in weights else weights[0]}: plain"
-    ways: dict[str, dict[str, Any]] = {
+    modes: dict[str, dict[str, Any]] = {
         "plain": {},
         "prompt lookup": {"prompt_lookup_num_tokens": LOOKUP_TOKENS},
     }
     if assistant:
-        ways["assistant"] = {"assistant_model": engine.assistant}
+        modes["assistant"] = {"assistant_model": engine.assistant}
     first_token[runtime] = lambda ids: engine.decode(ids, 1)
     return [
-        Contestant(
+        DecodingConfig(
             f"{runtime}: {name}",
             runtime,
             reference,
             lambda ids, n, options=options: engine.decode(ids, n, **options),
             engine.step_bytes,
         )
-        for name, options in ways.items()
+        for name, options in modes.items()
     ]
 
 
@@ -211,13 +212,13 @@ def start_llama_cpp(
 
 def llama_cpp(
     engine: LlamaCpp, gguf: Path, target: Target, weights: Sequence[str], first_token: FirstToken
-) -> list[Contestant]:
+) -> list[DecodingConfig]:
     """Its plain decoding and its own lookup, compared with our quantised plain decoding where that is measured.
 
     The two are loaded apart, and with a draft it computes the prompt's logits too: each has its own prefill.
     """
     reference = f"{'int4' if 'int4' in weights else weights[0]}: plain"
-    field = []
+    configs = []
     for mode, name in (("plain", "plain"), ("lookup", "prompt lookup")):
         runtime = f"llama.cpp: {name}"
 
@@ -225,14 +226,18 @@ def llama_cpp(
             return engine.decode(mode, ids, max_new_tokens, target.stop_ids)
 
         first_token[runtime] = lambda ids, decode=decode: decode(ids, 1)
-        field.append(Contestant(runtime, runtime, reference, decode, gguf.stat().st_size))
-    return field
+        configs.append(DecodingConfig(runtime, runtime, reference, decode, gguf.stat().st_size))
+    return configs
 
 
 def _key(
-    target: Target, prompts: Sequence[Prompt], field: Sequence[Contestant], flags: argparse.Namespace
+    target: Target, prompts: Sequence[Prompt], configs: Sequence[DecodingConfig], flags: argparse.Namespace
 ) -> str:
-    settings = [asdict(prompt) for prompt in prompts], [way.name for way in field], flags.max_new_tokens
+    settings = (
+        [asdict(prompt) for prompt in prompts],
+        [config.name for config in configs],
+        flags.max_new_tokens,
+    )
     rest = flags.width, flags.nodes, flags.assistant, flags.gguf, torch.get_num_threads()
     return work_key(target, flags.drafter, settings, rest)
 

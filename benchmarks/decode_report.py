@@ -6,13 +6,13 @@ from collections.abc import Mapping, Sequence
 from statistics import median
 from typing import Any
 
-from benchmarks.common import Contestant, Prompt, Run, compared, pass_seconds, rate, tau
+from benchmarks.common import DecodingConfig, Prompt, Run, compared, pass_seconds, rate, tau
 from deepspec.evaluation.stats import Interval
 from deepspec.markdown import markdown_table
 
 
 def figures(
-    field: Sequence[Contestant],
+    configs: Sequence[DecodingConfig],
     runs: Mapping[str, Sequence[Run]],
     prompts: Sequence[Prompt],
     bandwidths: Sequence[float],
@@ -24,15 +24,17 @@ def figures(
         "prompts": {source: sum(p.source == source for p in prompts) for source in sources},
         "read_bandwidth": [bandwidth, min(bandwidths), max(bandwidths)],
         "contestants": {
-            way.name: _figures(way, runs[way.name], runs[way.reference], prompts, sources, bandwidth)
-            for way in field
+            config.name: _figures(
+                config, runs[config.name], runs[config.reference], prompts, sources, bandwidth
+            )
+            for config in configs
         },
-        "duels": _duels(field, runs),
+        "duels": _duels(configs, runs),
     }
 
 
 def _figures(
-    way: Contestant,
+    config: DecodingConfig,
     mine: Sequence[Run],
     reference: Sequence[Run],
     prompts: Sequence[Prompt],
@@ -40,7 +42,7 @@ def _figures(
     bandwidth: float,
 ) -> dict[str, Any]:
     seconds = pass_seconds(mine)
-    floor = way.step_bytes / bandwidth if way.step_bytes else None
+    floor = config.step_bytes / bandwidth if config.step_bytes else None
     parts = {part: [getattr(run, part) for run in mine] for part in ("draft_s", "verify_s", "host_s")}
     known = None not in parts["draft_s"]
     total = sum(map(sum, parts.values())) if known else 0.0
@@ -49,7 +51,7 @@ def _figures(
     }
     return {
         "tokens_per_second": rate(mine),
-        "reference": way.reference,
+        "reference": config.reference,
         "ratio": _interval(compared(mine, reference)),
         "ratio_by_source": {
             source: _interval(compared([mine[i] for i in rows], [reference[i] for i in rows]))
@@ -65,21 +67,22 @@ def _figures(
     }
 
 
-def _duels(field: Sequence[Contestant], runs: Mapping[str, Sequence[Run]]) -> list[dict[str, Any]]:
+def _duels(configs: Sequence[DecodingConfig], runs: Mapping[str, Sequence[Run]]) -> list[dict[str, Any]]:
     """The fastest of ours against the fastest of each other engine on the same weights, by the same reference."""
     duels = []
     for engine in ("Hugging Face", "llama.cpp"):
-        theirs = [way for way in field if way.name.startswith(engine)]
+        theirs = [config for config in configs if config.name.startswith(engine)]
         if theirs:
-            ours = [way for way in field if way.runtime == theirs[0].reference.partition(":")[0]]
-            a, b = (max(ways, key=lambda way: rate(runs[way.name])).name for ways in (ours, theirs))
+            weights = theirs[0].reference.partition(":")[0]
+            ours = [config for config in configs if config.runtime == weights]
+            a, b = (max(side, key=lambda config: rate(runs[config.name])).name for side in (ours, theirs))
             duels.append({"ours": a, "theirs": b, "ratio": _interval(compared(runs[a], runs[b]))})
     return duels
 
 
 def body(data: dict[str, Any]) -> str:
     """The report in Markdown."""
-    ways, sources = data["contestants"], list(data["prompts"])
+    entries, sources = data["contestants"], list(data["prompts"])
     count = sum(data["prompts"].values())
     header = (
         "way",
@@ -94,20 +97,21 @@ def body(data: dict[str, Any]) -> str:
     rows = [
         (
             name,
-            f"{way['tokens_per_second']:.1f}",
-            _ratio(way["ratio"]),
-            f"{way['tau']:.2f}",
-            " / ".join(f"{100 * share:.0f}" for share in way["shares"].values()) + " %"
-            if way["shares"]
+            f"{entry['tokens_per_second']:.1f}",
+            _ratio(entry["ratio"]),
+            f"{entry['tau']:.2f}",
+            " / ".join(f"{100 * share:.0f}" for share in entry["shares"].values()) + " %"
+            if entry["shares"]
             else "–",
-            f"{1000 * way['pass_seconds']:.1f}" if way["pass_seconds"] else "–",
-            f"{way['times_floor']:.2f}" if way["times_floor"] else "–",
-            f"{way['same_answers']}/{count}",
+            f"{1000 * entry['pass_seconds']:.1f}" if entry["pass_seconds"] else "–",
+            f"{entry['times_floor']:.2f}" if entry["times_floor"] else "–",
+            f"{entry['same_answers']}/{count}",
         )
-        for name, way in ways.items()
+        for name, entry in entries.items()
     ]
     by_source = [
-        (name, *(_ratio(way["ratio_by_source"][source]) for source in sources)) for name, way in ways.items()
+        (name, *(_ratio(entry["ratio_by_source"][source]) for source in sources))
+        for name, entry in entries.items()
     ]
     duels = [f"- {duel['ours']} against {duel['theirs']}: {_ratio(duel['ratio'])}×" for duel in data["duels"]]
     lines = [

@@ -33,7 +33,6 @@ from benchmarks.common import (
 from benchmarks.verification import RANK_CHANCES
 from deepspec.decoding.drafter import Drafter
 from deepspec.decoding.engine import Engine
-from deepspec.decoding.lossless import top_two_gap
 from deepspec.decoding.request import Generation, Request
 from deepspec.decoding.shapes import Beam, BestFirst, Static
 from deepspec.decoding.tree import Chain, Shape
@@ -42,7 +41,7 @@ from deepspec.drafters.algorithms.suffix import SuffixDrafter
 from deepspec.drafters.load import load_drafter
 from deepspec.drafters.lookup_first import LookupFirst
 from deepspec.errors import DeepSpecError
-from deepspec.evaluation.identity import TIE
+from deepspec.evaluation.identity import TIE, top_two_gap
 from deepspec.journal import WorkLog
 from deepspec.markdown import markdown_table
 from deepspec.progress import Progress

@@ -31,16 +31,17 @@ from deepspec.commands.profile import parse_batches
 from deepspec.decoding.cost import load_or_measure
 from deepspec.drafters.load import load_drafter
 from deepspec.errors import DeepSpecError
+from deepspec.evaluation.contest import DecodingConfig
 from deepspec.evaluation.throughput import (
     SCHEDULER,
-    WARM_UP_TOKENS,
     BatchRun,
     Server,
     Setting,
-    contestants,
+    configs,
     groups_of,
     rows,
 )
+from deepspec.evaluation.timing import rotated
 from deepspec.journal import WorkLog
 from deepspec.markdown import markdown_table
 from deepspec.progress import Progress
@@ -50,31 +51,30 @@ from deepspec.target.model import load_target
 def measure(
     server: Server, settings: list[Setting], prompts: list[Prompt], groups: int, log: WorkLog
 ) -> dict[Setting, dict[str, list[BatchRun]]]:
-    """All runs, those in the log taken from there."""
-    names = list(server.contestants)
+    """Return all runs, those in the log taken from there."""
     pieces = [
-        (setting, g, names[(g + i) % len(names)])
+        (setting, g, config)
         for setting in settings
         for g in range(groups)
-        for i in range(len(names))
+        for config in rotated(server.configs, g)
     ]
     missing = [piece for piece in pieces if log.get(_key(*piece)) is None]
     ids = [prompt.ids for prompt in prompts]
     decoded = {s: groups_of(ids, 2 * s.batch, groups, server.seed) for s in settings}
     warm: Setting | None = None
     with Progress("throughput", len(pieces), len(pieces) - len(missing)) as progress:
-        for setting, g, name in missing:
-            if setting != warm:  # kernels and caches of this batch size are made before the clock starts
-                for each in names:
-                    server.run(each, setting, decoded[setting][0], WARM_UP_TOKENS)
+        for setting, g, config in missing:
+            if setting != warm:
+                server.warm_up(setting, decoded[setting][0])
                 warm = setting
-            run = server.run(name, setting, decoded[setting][g])
-            log.add(_key(setting, g, name), asdict(run))
+            run = server.run(config, setting, decoded[setting][g])
+            log.add(_key(setting, g, config), asdict(run))
             progress.tokens(run.tokens)
             progress.advance()
     return {
         setting: {
-            name: [BatchRun(**log.get(_key(setting, g, name))) for g in range(groups)] for name in names
+            config.name: [BatchRun(**log.get(_key(setting, g, config))) for g in range(groups)]
+            for config in server.configs
         }
         for setting in settings
     }
@@ -105,8 +105,8 @@ def _cell(interval: dict[str, float] | None) -> str:
     return f"{interval['value']:.2f}{bounds}"
 
 
-def _key(setting: Setting, group: int, name: str) -> str:
-    return f"T={setting.temperature:g} batch={setting.batch} group={group} {name}"
+def _key(setting: Setting, group: int, config: DecodingConfig) -> str:
+    return f"T={setting.temperature:g} batch={setting.batch} group={group} {config.name}"
 
 
 def arguments() -> argparse.ArgumentParser:
@@ -146,13 +146,7 @@ def run(flags: argparse.Namespace) -> None:
     drafter = load_drafter(flags.drafter, target)
     prompts = load_prompts(target, flags.prompts, flags.count, flags.seed)
     curve = load_or_measure(target, drafter, batches=batches)
-    server = Server(
-        target,
-        drafter,
-        contestants(curve, lengths, drafter.block_size),
-        flags.max_new_tokens,
-        flags.seed,
-    )
+    server = Server(target, configs(drafter, curve, lengths), flags.max_new_tokens, flags.seed)
     key = work_key(
         target,
         [flags.drafter],

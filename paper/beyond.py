@@ -1,8 +1,8 @@
 """What the paper leaves out: the table's drafts under block verification and with trees, at T = 0 and 1, timed.
 
-Every prompt is decoded in all ways one right after the other (`evaluation/contest.py`), whole proposals, no lookup, no
-controller. The trees are parent-conditioned: a node's law is the drafter's after that node's own parent. Token
-identity is checked for each shape in float32 at T = 0; a shape that changes a token shows no speed-up.
+Every prompt is decoded by all configurations one right after the other (`evaluation/contest.py`), whole proposals, no
+lookup, no controller. The trees are parent-conditioned: a node's law is the drafter's after that node's own parent.
+Token identity is checked for each shape in float32 at T = 0; a shape that changes a token shows no speed-up.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import numpy as np
 from deepspec.decoding.shapes import BestFirst, Sampled
 from deepspec.decoding.tree import CHAIN, Shape
 from deepspec.device import describe_device
-from deepspec.evaluation.contest import Contest, Contestant
+from deepspec.evaluation.contest import Contest, DecodingConfig
 from deepspec.evaluation.identity import check_identity
 from deepspec.evaluation.runs import PLAIN, PromptRuns, from_json, pair, tau_table, to_json
 from deepspec.evaluation.stats import Interval, against, bootstrap, macro_speedup, quotient
@@ -49,7 +49,7 @@ def summary(
     lossless: Mapping[str, Mapping[str, bool]],
     names: list[str],
 ) -> list[dict[str, Any]]:
-    """A row for each temperature, drafter and way.
+    """Return a row for each temperature, drafter and configuration.
 
     Args:
         results: temperature → of each task its prompts.
@@ -58,12 +58,12 @@ def summary(
     rows = []
     for temperature, tasks in results.items():
         for name in names:
-            for contestant in (each for each in tasks[0][0] if each.startswith(f"{name}/")):
-                way = contestant.removeprefix(f"{name}/")
-                own = [tau_table(row[contestant] for row in rows_) for rows_ in tasks]
+            for config in (each for each in tasks[0][0] if each.startswith(f"{name}/")):
+                way = config.removeprefix(f"{name}/")
+                own = [tau_table(row[config] for row in rows_) for rows_ in tasks]
                 chain = [tau_table(row[f"{name}/{STANDARD}"] for row in rows_) for rows_ in tasks]
                 both = [np.concatenate(pair_, axis=1) for pair_ in zip(chain, own, strict=True)]
-                gain = macro_speedup([[pair(row[PLAIN], row[contestant]) for row in part] for part in tasks])
+                gain = macro_speedup([[pair(row[PLAIN], row[config]) for row in part] for part in tasks])
                 sound = lossless[name][way]
                 rows.append(
                     {
@@ -90,14 +90,13 @@ def measure(bench: Bench) -> dict[float, list[list[PromptRuns]]]:
 
     def contest(temperature: float) -> Contest:
         if temperature not in contests:
-            entrants = [
-                Contestant(f"{name}/{way}", drafter, shape, rule)
+            configs = [
+                DecodingConfig(f"{name}/{way}", drafter, shape, rule)
                 for name, drafter in bench.drafters.items()
                 for way, (shape, rule) in ways(bench.study.nodes, temperature).items()
             ]
-            made = Contest(
-                bench.target, [Contestant(PLAIN), *entrants], evaluate.max_new_tokens, bench.params.seed
-            )
+            configs = [DecodingConfig(PLAIN), *configs]
+            made = Contest(bench.target, configs, evaluate.max_new_tokens, bench.params.seed)
             made.warm_up(bench.tasks[0].prompts[0][0], [temperature])
             contests[temperature] = made
         return contests[temperature]

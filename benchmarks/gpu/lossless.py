@@ -15,11 +15,11 @@ from benchmarks.gpu import models
 from benchmarks.gpu.findings import Findings, Setting
 from deepspec.decoding.drafter import Drafter
 from deepspec.decoding.engine import Engine, generate
-from deepspec.decoding.lossless import top_two_gap
 from deepspec.decoding.request import Generation, Request, Sampling
 from deepspec.decoding.sampling import probabilities
 from deepspec.decoding.shapes import BestFirst, Sampled
 from deepspec.decoding.tree import Chain, Shape
+from deepspec.evaluation.identity import top_two_gap
 from deepspec.target.attention import ForwardPass
 from deepspec.target.model import Target, load_target
 

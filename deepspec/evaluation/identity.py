@@ -7,15 +7,18 @@ the two top logits in float64 on the shared context, and counted; the outputs ar
 
 from __future__ import annotations
 
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from deepspec.decoding.engine import generate
-from deepspec.decoding.lossless import top_two_gap
 from deepspec.decoding.request import Generation
 from deepspec.decoding.tree import Shape
 from deepspec.evaluation.record import Identity
-from deepspec.target.model import Target
+from deepspec.target.attention import ForwardPass
+from deepspec.target.model import Target, load_target
 
 TIE = 1e-4  # of the two top logits, in float64
 
@@ -59,3 +62,20 @@ def check_identity(
 def _shared(a: list[int], b: list[int]) -> int:
     """Length of the common prefix."""
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
+def top_two_gap(target_path: str, ids: list[int]) -> float:
+    """Return the difference of the target's two largest logits after the context `ids`, recomputed in float64.
+
+    Where it is smaller than rounding, greedy runs over different shapes may part without either being wrong.
+    """
+    target = _in_float64(str(target_path))
+    step = ForwardPass(torch.arange(len(ids), device=target.device)[None])
+    hidden = target.forward(torch.tensor([ids], device=target.device), step)
+    best, second = target.logits(hidden[:, -1])[0].topk(2).values.tolist()
+    return best - second
+
+
+@lru_cache(maxsize=1)
+def _in_float64(path: str) -> Target:
+    return load_target(path, dtype="float64")

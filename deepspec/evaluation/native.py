@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from deepspec.evaluation.timing import Answering, FirstToken, timed, warm_up
 
 NEW_TOKENS = 32
 
@@ -14,26 +16,29 @@ NEW_TOKENS = 32
 def native_tokens_per_second(
     target_dir: str | Path, dtype: Any, device: Any, prompts: dict[str, list[int]]
 ) -> dict[str, float]:
-    """Decoded tokens per second for each prompt, prefill left out as in `benchmark.py`.
+    """Return decoded tokens per second for each prompt, the better of two runs (see `timing.py`).
 
     The decode time is that of 1 + NEW_TOKENS tokens less that of the first alone.
     """
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(target_dir, dtype=dtype).to(device).eval()
-    _seconds(model, next(iter(prompts.values())), 1 + NEW_TOKENS)  # warm-up
+    answer = partial(_answer, model)
+    first_token = FirstToken(lambda ids: answer(ids, 1))
+    runtime = Answering(answer, 1 + NEW_TOKENS, first_token)
+    warm_up([runtime], next(iter(prompts.values())))
     rates = {}
     for name, ids in prompts.items():
-        decoding = min(_seconds(model, ids, 1 + NEW_TOKENS) for _ in range(2)) - _seconds(model, ids, 1)
+        first_token.seconds(ids)  # before the runs: it makes the kernels for this length
+        decoding = min(timed(runtime, ids)[1] for _ in range(2))
         if decoding > 0:  # a tiny model's difference can drown in noise
             rates[name] = NEW_TOKENS / decoding
     return rates
 
 
-def _seconds(model: Any, prompt_ids: list[int], new_tokens: int) -> float:
+def _answer(model: Any, prompt_ids: list[int], new_tokens: int) -> torch.Tensor:
     ids = torch.tensor([prompt_ids], device=model.device)  # [1, prompt]
-    start = time.perf_counter()
-    model.generate(
+    return model.generate(
         ids,
         attention_mask=torch.ones_like(ids),
         do_sample=False,
@@ -43,4 +48,3 @@ def _seconds(model: Any, prompt_ids: list[int], new_tokens: int) -> float:
         top_p=None,
         top_k=None,
     ).cpu()
-    return time.perf_counter() - start

@@ -20,7 +20,7 @@ PLAIN = "plain"
 
 @dataclass
 class Run:
-    """One contestant on one prompt, its turns in order. `accepted` and `drafted` count tokens by turn and round."""
+    """One configuration on one prompt, its turns in order. `accepted` and `drafted` count tokens by turn and round."""
 
     seconds: float = 0.0  # less the target's prefill
     tokens: int = 0
@@ -56,7 +56,7 @@ class Run:
         return sum(map(sum, self.accepted)) + self.rounds
 
 
-PromptRuns = dict[str, Run]  # contestant → its run of one prompt
+PromptRuns = dict[str, Run]  # configuration → its run of one prompt
 
 
 def to_json(runs: PromptRuns) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from statistics import fmean
 from deepspec.decoding.drafter import Drafter
 from deepspec.decoding.shapes import BestFirst
 from deepspec.decoding.tree import Chain, Shape
-from deepspec.evaluation.contest import Contestant
+from deepspec.evaluation.contest import DecodingConfig
 from deepspec.evaluation.params import SweepParams
 from deepspec.evaluation.record import Identity, SweepPoint, Sweeps
 from deepspec.evaluation.runs import PLAIN, PromptRuns, pair, tau_table
@@ -35,10 +35,10 @@ def largest_tree(block_size: int, params: SweepParams) -> Shape:
     return BestFirst(_WIDTH, block_size, max(params.depth_nodes, *params.nodes))
 
 
-def contestants(drafter: Drafter, params: SweepParams) -> list[Contestant]:
-    """Plain decoding and a contestant for each point."""
-    points = [Contestant(name, drafter, shape) for name, shape in shapes(drafter.block_size, params).items()]
-    return [Contestant(PLAIN), *points]
+def configs(drafter: Drafter, params: SweepParams) -> list[DecodingConfig]:
+    """Return plain decoding and a configuration for each point."""
+    points = shapes(drafter.block_size, params).items()
+    return [DecodingConfig(PLAIN), *(DecodingConfig(name, drafter, shape) for name, shape in points)]
 
 
 def points(

@@ -1,14 +1,12 @@
 """Tokens a second of a full batch: plain decoding, verification of fixed length, and DSpark's prefix scheduler.
 
-Every group of prompts is decoded by all contestants one after the other, on the same seeds, and who goes first moves
-on with each group. A group has more prompts than fit in flight, slots are refilled, and the clock stops when the
-first slot stays empty. Seconds are wall-clock time less the prefill of the target, which all share.
+Every group of prompts is decoded by all configurations on the same seeds (`timing.py`). A group has more prompts than
+fit in flight, slots are refilled, and the clock stops when the first slot stays empty.
 """
 
 from __future__ import annotations
 
 import random
-import time
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -20,20 +18,21 @@ from deepspec.decoding.drafter import Drafter
 from deepspec.decoding.engine import Engine
 from deepspec.decoding.params import make_controller
 from deepspec.decoding.request import Generation, Request, Sampling
-from deepspec.decoding.scheduler import Controller
 from deepspec.errors import DeepSpecError
+from deepspec.evaluation.contest import DecodingConfig
 from deepspec.evaluation.record import Ratio, Throughput
 from deepspec.evaluation.runs import PLAIN
 from deepspec.evaluation.stats import Interval, Pair, speedup
+from deepspec.evaluation.timing import rotated, timed, warm_up
 from deepspec.target.model import Target
 
 SCHEDULER = "scheduler"
-WARM_UP_TOKENS = 24
+_WARM_UP_TOKENS = 24
 
 
 @dataclass(frozen=True)
 class Setting:
-    """A place in the table: all contestants meet there."""
+    """A place in the table: all configurations meet there."""
 
     temperature: float
     batch: int
@@ -41,7 +40,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class BatchRun:
-    """One contestant on one group of prompts. `budget`: drafted tokens verified per request and round; None without
+    """One configuration on one group of prompts. `budget`: drafted tokens verified per request and round; None without
     a draft."""
 
     tokens: int
@@ -50,60 +49,94 @@ class BatchRun:
     budget: float | None
 
 
-@dataclass(frozen=True)
-class Server:
-    """What all runs share. `contestants`: name → controller, None for plain decoding."""
+class FullBatch:
+    """Our engine with as many requests in flight as fit; a new one for each run."""
 
-    target: Target
-    drafter: Drafter
-    contestants: dict[str, Controller | None]
-    max_new_tokens: int
-    seed: int
+    def __init__(self, target: Target, config: DecodingConfig, batch_size: int):
+        self.engine = Engine(
+            target,
+            config.drafter,
+            batch_size=batch_size,
+            tree=config.tree,
+            verify=config.verify,
+            controller=config.controller,
+            timed=True,
+        )
 
-    def run(self, name: str, setting: Setting, group: list[list[int]], limit: int | None = None) -> BatchRun:
-        """Decode a group of prompts; request i of it has its own seed, the same for all contestants."""
-        controller = self.contestants[name]
-        drafter = self.drafter if controller else None
-        engine = Engine(self.target, drafter, batch_size=setting.batch, controller=controller, timed=True)
-        sampling = Sampling(setting.temperature)
-        waiting = [
-            Request(ids, limit or self.max_new_tokens, sampling=sampling, seed=self.seed + i, id=i)
-            for i, ids in enumerate(group)
-        ]
+    def decode(self, requests: Sequence[Request]) -> list[Generation]:
+        """Decode until the queue is empty and a slot with it; what is in flight then counts as far as it is.
+
+        Raises:
+            DeepSpecError: a request failed.
+        """
+        waiting = iter(requests)
 
         def next_request() -> Request:
-            if not waiting:
+            request = next(waiting, None)
+            if request is None:
                 raise _QueueEmptyError
-            return waiting.pop(0)
+            return request
 
         results: list[Generation] = []
-        began = time.perf_counter()
         with suppress(_QueueEmptyError):
-            for result in engine.run(next_request):
+            for result in self.engine.run(next_request):
                 results.append(result)
-        seconds = time.perf_counter() - began
-        results += [slot.result() for slot in engine.slots]
+        results += [slot.result() for slot in self.engine.slots]
         if failed := [result.error for result in results if result.error]:
             raise DeepSpecError(f"a prompt failed: {failed[0]}")
-        rounds = sum(result.stats.rounds for result in results)
-        verified = sum(sum(result.stats.verified) for result in results)
-        return BatchRun(
-            tokens=sum(len(result.tokens) for result in results),
-            seconds=seconds - sum(result.stats.prefill_s for result in results),
-            rounds=rounds,
-            budget=verified / rounds if controller and rounds else None,
-        )
+        return results
+
+    def prefill_s(self, requests: Sequence[Request], results: list[Generation]) -> float:
+        return sum(result.stats.prefill_s for result in results)
 
 
 class _QueueEmptyError(Exception):
     """A slot is free and no prompt is left: from here on the batch would not be full."""
 
 
-def contestants(curve: CostCurve, lengths: Sequence[int], block_size: int) -> dict[str, Controller | None]:
-    """Plain decoding, each fixed length (the whole block among them) and the scheduler."""
-    within = {min(n, block_size) for n in (*lengths, block_size)}
-    fixed = {f"fixed {n}": make_controller("fixed", length=n) for n in sorted(within)}
-    return {PLAIN: None, **fixed, SCHEDULER: make_controller("scheduler", curve)}
+@dataclass(frozen=True)
+class Server:
+    """What all runs share."""
+
+    target: Target
+    configs: list[DecodingConfig]
+    max_new_tokens: int
+    seed: int
+
+    def run(self, config: DecodingConfig, setting: Setting, group: list[list[int]]) -> BatchRun:
+        """Decode a group of prompts, timed."""
+        runtime = FullBatch(self.target, config, setting.batch)
+        results, seconds = timed(runtime, self._requests(setting, group, self.max_new_tokens))
+        rounds = sum(result.stats.rounds for result in results)
+        verified = sum(sum(result.stats.verified) for result in results)
+        return BatchRun(
+            tokens=sum(len(result.tokens) for result in results),
+            seconds=seconds,
+            rounds=rounds,
+            budget=verified / rounds if config.drafter and rounds else None,
+        )
+
+    def warm_up(self, setting: Setting, group: list[list[int]]) -> None:
+        """Decode the beginning of a group with every configuration: kernels and caches of this batch size are made."""
+        for config in self.configs:
+            runtime = FullBatch(self.target, config, setting.batch)
+            warm_up([runtime], self._requests(setting, group, _WARM_UP_TOKENS))
+
+    def _requests(self, setting: Setting, group: list[list[int]], limit: int) -> list[Request]:
+        """Return a request for each prompt; request i has its own seed, the same for all configurations."""
+        sampling = Sampling(setting.temperature)
+        return [
+            Request(ids, limit, sampling=sampling, seed=self.seed + i, id=i) for i, ids in enumerate(group)
+        ]
+
+
+def configs(drafter: Drafter, curve: CostCurve, lengths: Sequence[int]) -> list[DecodingConfig]:
+    """Return plain decoding, each fixed length (the whole block among them) and the scheduler."""
+    within = {min(n, drafter.block_size) for n in (*lengths, drafter.block_size)}
+    controllers = {f"fixed {n}": make_controller("fixed", length=n) for n in sorted(within)}
+    controllers[SCHEDULER] = make_controller("scheduler", curve)
+    drafting = [DecodingConfig(name, drafter, controller=each) for name, each in controllers.items()]
+    return [DecodingConfig(PLAIN), *drafting]
 
 
 def groups_of(prompts: list[list[int]], size: int, count: int, seed: int) -> list[list[list[int]]]:
@@ -116,16 +149,13 @@ def groups_of(prompts: list[list[int]], size: int, count: int, seed: int) -> lis
 def measure(
     server: Server, setting: Setting, prompts: list[list[int]], groups: int
 ) -> dict[str, list[dict[str, Any]]]:
-    """All contestants at one setting, as JSON holds them; see `from_json`."""
-    names = list(server.contestants)
+    """Return the runs of all configurations at one setting, as JSON holds them; see `from_json`."""
     decoded = groups_of(prompts, 2 * setting.batch, groups, server.seed)
-    for name in names:  # kernels and caches of this batch size are made before the clock starts
-        server.run(name, setting, decoded[0], WARM_UP_TOKENS)
-    runs: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
+    server.warm_up(setting, decoded[0])
+    runs: dict[str, list[dict[str, Any]]] = {config.name: [] for config in server.configs}
     for g, group in enumerate(decoded):
-        for i in range(len(names)):
-            name = names[(g + i) % len(names)]
-            runs[name].append(asdict(server.run(name, setting, group)))
+        for config in rotated(server.configs, g):
+            runs[config.name].append(asdict(server.run(config, setting, group)))
     return runs
 
 
@@ -146,7 +176,7 @@ def best_fixed(runs: dict[str, list[BatchRun]]) -> str:
 
 
 def rows(results: dict[Setting, dict[str, list[BatchRun]]]) -> list[Throughput]:
-    """Return a row for each setting and contestant."""
+    """Return a row for each setting and configuration."""
     data = []
     for setting, runs in results.items():
         reference = best_fixed(runs)

@@ -12,7 +12,7 @@ from deepspec.decoding.request import Request, Sampling
 from deepspec.decoding.round import Round
 from deepspec.decoding.sampling import probabilities
 from deepspec.decoding.tree import DraftLogits, Growth, Proposal, Shape, Vocabulary
-from deepspec.evaluation.contest import Contestant
+from deepspec.evaluation.contest import DecodingConfig
 from deepspec.target.model import Target
 
 ALTERNATIVES = 5
@@ -20,7 +20,7 @@ ALTERNATIVES = 5
 
 def trace(
     target: Target,
-    contestant: Contestant,
+    config: DecodingConfig,
     prompt_ids: list[int],
     temperature: float,
     max_new_tokens: int,
@@ -35,13 +35,12 @@ def trace(
         replaced or follows (None). Alternatives are the draft's law here, the likeliest first.
     """
     notes = _Notes()
-    controller = contestant.controller
     engine = Engine(
         target,
-        contestant.drafter,
-        tree=_Traced(contestant.tree, notes),
-        verify=contestant.verify,
-        controller=controller,
+        config.drafter,
+        tree=_Traced(config.tree, notes),
+        verify=config.verify,
+        controller=config.controller,
         on_round=notes.ended,
     )
     request = Request(prompt_ids, max_new_tokens, sampling=Sampling(temperature), seed=seed)

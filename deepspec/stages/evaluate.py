@@ -51,7 +51,7 @@ def main(params: Params, flags: argparse.Namespace) -> None:
     names = [name.strip() for name in (flags.tasks or "").split(",") if name.strip()]
     changes = {"tasks": names, "prompts_per_task": flags.prompts}
     chosen = params.evaluate.model_copy(update={key: value for key, value in changes.items() if value})
-    from deepspec.evaluation.benchmark import Outcome, evaluate
+    from deepspec.evaluation.measure import Outcome, evaluate
 
     def save(outcomes: dict[str, Outcome]) -> None:
         for name, outcome in outcomes.items():

@@ -11,8 +11,8 @@ import pytest
 from deepspec.decoding.engine import generate as decode
 from deepspec.decoding.request import Generation, Stats
 from deepspec.drafters.algorithms.lookup import LookupDrafter
-from deepspec.evaluation import contest, identity
-from deepspec.evaluation.contest import Contest, Contestant
+from deepspec.evaluation import contest, identity, timing
+from deepspec.evaluation.contest import Contest, DecodingConfig
 from deepspec.evaluation.record import DRAFT, LOOKUP, Decode, Identity, Provenance
 from deepspec.evaluation.runs import PLAIN, from_json, prompt_seed, to_json
 from deepspec.evaluation.summarise import Measured, Subject, build_record, tau_by_output_position
@@ -78,7 +78,7 @@ def engine(monkeypatch: pytest.MonkeyPatch) -> Engine:
     monkeypatch.setattr(contest, "generate", engine.generate)
     monkeypatch.setattr(identity, "generate", engine.generate)
     monkeypatch.setattr(identity, "top_two_gap", lambda target_dir, ids: 1e-6)
-    monkeypatch.setattr(contest, "time", SimpleNamespace(perf_counter=lambda: engine.now))
+    monkeypatch.setattr(timing, "time", SimpleNamespace(perf_counter=lambda: engine.now))
     return engine
 
 
@@ -87,8 +87,8 @@ def tasks() -> list[Task]:
 
 
 def hold() -> dict:
-    contestants = [Contestant(PLAIN), Contestant(LOOKUP, BASELINE), Contestant(DRAFT, DRAFTER)]
-    held = Contest(fake_target(), contestants, 10, 0)
+    configs = [DecodingConfig(PLAIN), DecodingConfig(LOOKUP, BASELINE), DecodingConfig(DRAFT, DRAFTER)]
+    held = Contest(fake_target(), configs, 10, 0)
     return {
         (task.name, temperature): [
             held.prompt(task.name, p, temperature, i) for i, p in enumerate(task.prompts)

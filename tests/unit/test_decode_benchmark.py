@@ -9,11 +9,12 @@ from types import SimpleNamespace
 
 import pytest
 
-from benchmarks import common, decode, llama_cpp, rivals
-from benchmarks.common import Answer, Contestant, Prompt, Run, interleave, load_prompts
+from benchmarks import decode, llama_cpp, rivals
+from benchmarks.common import Answer, DecodingConfig, Prompt, Run, interleave, load_prompts
 from benchmarks.decode_report import body, figures
 from deepspec.decoding.scheduler import Fixed
 from deepspec.errors import DeepSpecError
+from deepspec.evaluation import timing
 from deepspec.journal import WorkLog
 from deepspec.target.model import load_target
 from tests.tiny import cached_target
@@ -27,31 +28,31 @@ def tiny():
 
 
 class Clock:
-    """Time that passes only when a contestant works."""
+    """Time that passes only when a runtime works."""
 
     def __init__(self, monkeypatch):
         self.now = 0.0
         self.calls: list[str] = []
-        monkeypatch.setattr(common, "time", SimpleNamespace(perf_counter=lambda: self.now))
+        monkeypatch.setattr(timing, "time", SimpleNamespace(perf_counter=lambda: self.now))
 
-    def contestant(self, name: str, seconds_a_token: float, reference: str = "slow") -> Contestant:
+    def config(self, name: str, seconds_a_token: float, reference: str = "slow") -> DecodingConfig:
         def work(ids: list[int], max_new_tokens: int) -> Answer:
             self.calls.append(name)
             self.now += 10.0 + seconds_a_token * (max_new_tokens - 1)  # ten seconds of prefill
             return Answer(list(range(max_new_tokens)), max_new_tokens)
 
-        return Contestant(name, name, reference, work)
+        return DecodingConfig(name, name, reference, work)
 
 
-def field(clock: Clock) -> tuple[list[Contestant], dict]:
-    ways = [clock.contestant("slow", 2.0), clock.contestant("fast", 0.5)]
-    return ways, {way.name: lambda ids, way=way: way.decode(ids, 1) for way in ways}
+def slow_and_fast(clock: Clock) -> tuple[list[DecodingConfig], dict]:
+    configs = [clock.config("slow", 2.0), clock.config("fast", 0.5)]
+    return configs, {each.name: lambda ids, each=each: each.decode(ids, 1) for each in configs}
 
 
 def test_runs_interleave_take_turns_and_leave_the_prefill_out(monkeypatch, tmp_path):
     clock = Clock(monkeypatch)
-    ways, first = field(clock)
-    runs, bandwidths = interleave(ways, first, PROMPTS, 5, WorkLog(tmp_path / "log"), lambda: 7.0)
+    configs, first = slow_and_fast(clock)
+    runs, bandwidths = interleave(configs, first, PROMPTS, 5, WorkLog(tmp_path / "log"), lambda: 7.0)
     assert [run.seconds for run in runs["slow"]] == [8.0, 8.0]
     assert [run.seconds for run in runs["fast"]] == [2.0, 2.0]
     assert bandwidths == [7.0, 7.0]
@@ -61,14 +62,14 @@ def test_runs_interleave_take_turns_and_leave_the_prefill_out(monkeypatch, tmp_p
 
 def test_a_killed_benchmark_goes_on_where_it_stopped(monkeypatch, tmp_path):
     clock = Clock(monkeypatch)
-    ways, first = field(clock)
-    interleave(ways, first, PROMPTS[:1], 5, WorkLog(tmp_path / "log"), lambda: 7.0)
+    configs, first = slow_and_fast(clock)
+    interleave(configs, first, PROMPTS[:1], 5, WorkLog(tmp_path / "log"), lambda: 7.0)
     clock.calls.clear()
-    runs, _ = interleave(ways, first, PROMPTS, 5, WorkLog(tmp_path / "log"), lambda: 7.0)
+    runs, _ = interleave(configs, first, PROMPTS, 5, WorkLog(tmp_path / "log"), lambda: 7.0)
     assert clock.calls.count("slow") == clock.calls.count("fast") == 1 + 3 + 1
     assert len(runs["slow"]) == 2
     clock.calls.clear()
-    interleave(ways, first, PROMPTS, 5, WorkLog(tmp_path / "log"), lambda: 7.0)
+    interleave(configs, first, PROMPTS, 5, WorkLog(tmp_path / "log"), lambda: 7.0)
     assert clock.calls == []
 
 
@@ -77,17 +78,17 @@ def run(tokens: int, seconds: float, passes: int, output: str = "a", parts=(None
 
 
 def test_the_report_has_ratios_shares_the_floor_and_a_duel():
-    ways = [
-        Contestant("dense: plain", "dense", "dense: plain", None, 1000),
-        Contestant("dense: draft", "dense", "dense: plain", None, 1000),
-        Contestant("Hugging Face: plain", "Hugging Face", "dense: plain", None, 1000),
+    configs = [
+        DecodingConfig("dense: plain", "dense", "dense: plain", None, 1000),
+        DecodingConfig("dense: draft", "dense", "dense: plain", None, 1000),
+        DecodingConfig("Hugging Face: plain", "Hugging Face", "dense: plain", None, 1000),
     ]
     runs = {
         "dense: plain": [run(11, 10.0, 11), run(11, 10.0, 11)],
         "dense: draft": [run(11, 5.0, 6, parts=(1.0, 2.0, 1.0)), run(11, 5.0, 6, "b", (1.0, 2.0, 1.0))],
         "Hugging Face: plain": [run(11, 20.0, 11), run(11, 20.0, 11)],
     }
-    data = figures(ways, runs, PROMPTS, bandwidths=[1000.0, 2000.0, 4000.0])
+    data = figures(configs, runs, PROMPTS, bandwidths=[1000.0, 2000.0, 4000.0])
     plain, draft, native = data["contestants"].values()
     assert plain["tokens_per_second"] == 1.0 and draft["tokens_per_second"] == 2.0
     assert draft["ratio"] == pytest.approx([2.0, 2.0, 2.0]) and native["ratio"][0] == pytest.approx(0.5)
@@ -122,7 +123,9 @@ def test_the_benchmark_runs_end_to_end(tiny, tmp_path, monkeypatch, capsys):
     names = list(written["contestants"])
     assert names[:3] == ["dense: plain", "dense: n-gram, fixed:2", "dense: suffix, fixed:2"]
     assert names[3:] == ["Hugging Face: plain", "Hugging Face: prompt lookup", "Hugging Face: assistant"]
-    assert all(way["tokens"] > 1 and way["same_answers"] == 1 for way in written["contestants"].values())
+    assert all(
+        entry["tokens"] > 1 and entry["same_answers"] == 1 for entry in written["contestants"].values()
+    )
     assert written["contestants"]["Hugging Face: plain"]["tau"] == 1.0
     assert written["contestants"]["Hugging Face: assistant"]["tau"] > 1.5  # it is the target itself
     assert written["provenance"]["command"].startswith("python -m benchmarks.")

@@ -8,8 +8,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from deepspec.decoding.lossless import top_two_gap
 from deepspec.errors import DeepSpecError
+from deepspec.evaluation.identity import top_two_gap
 from deepspec.target import embedded
 from deepspec.target.attention import ForwardPass
 from deepspec.target.model import load_target, resolve_target

@@ -1,14 +1,14 @@
-"""Measures drafters: every evaluation prompt decoded without and with each draft, in the same engine and run.
+"""Measure drafters: every evaluation prompt decoded without and with each draft, in the same engine and run.
 
 Drafters × tasks × temperatures × controllers meet prompt by prompt (`contest.py`), with plain decoding and the lookup
-alone as baselines beside them. Apart from that contest, and shorter: the draft alone (`alone.py`), whether decoding
-keeps what training promised (`decoding/promise.py`), sweeps (`sweep.py`), full batches (`throughput.py`), and a few
-generations token by token (`trace.py`). Token identity is checked in float32 (`identity.py`); a path that fails it
-gets no speed-up (`record.py`).
+alone as baselines on the same prompts; how all are timed is in `timing.py`. Apart from that, and shorter: the draft
+alone (`alone.py`), whether decoding accepts what training expected (`decoding/train_parity.py`), sweeps (`sweep.py`),
+full batches (`throughput.py`), and a few generations token by token (`trace.py`). Token identity is checked in
+float32 (`identity.py`); a path that fails it gets no speed-up (`record.py`).
 
-Everything is a piece of work with a key (`work.py`): a killed evaluation goes on where it stopped, and several
-processes share the pieces. What a piece decodes depends on its prompt and the seed alone, so τ does not depend on how
-many processes there are; their seconds do, where they share a machine.
+Everything is a piece of work (`phases.py`) with a key (`work.py`): a killed evaluation goes on where it stopped, and
+several processes share the pieces. What a piece decodes depends on its prompt and the seed alone, so τ does not
+depend on how many processes there are; their seconds do, where they share a machine.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from deepspec.device import describe_device
 from deepspec.drafters.checkpoint import RECORD as DRAFT_RECORD
 from deepspec.drafters.checkpoint import draft_digest
 from deepspec.errors import DeepSpecError
-from deepspec.evaluation import sweep
+from deepspec.evaluation import phases, sweep
 from deepspec.evaluation.bench import Bench
 from deepspec.evaluation.params import EvaluateParams
 from deepspec.evaluation.record import (
@@ -111,23 +111,22 @@ def evaluate(
 
 
 def _outcomes(bench: Bench) -> dict[str, Outcome]:
-    """All phases, the timed ones first."""
-    contest = bench.contest()
-    native = bench.native()
-    parts = {name: bench.parts(name) for name in bench.drafts}
-    kept = {name: bench.promise(name) for name in bench.drafts}
-    traces = {name: bench.traces(name) for name in bench.drafts}
-    sweeps = {name: bench.sweeps(name) for name in bench.drafts}
+    """Run all phases, the timed ones first, and put a record of each drafter together."""
+    contest = phases.run_contest(bench)
+    native = phases.run_native(bench)
+    sections = {name: phases.measure_alone(bench, name) for name in bench.drafts}
+    kept = {name: phases.check_train_parity(bench, name) for name in bench.drafts}
+    traces = {name: phases.take_traces(bench, name) for name in bench.drafts}
+    sweeps = {name: phases.run_sweeps(bench, name) for name in bench.drafts}
     subjects = {name: _subject(bench, name) for name in bench.drafts}
-    costs = bench.costs()
     bench.forget()
-    identities = {name: bench.identities(name) for name in bench.drafts}
+    identities = {name: phases.check_identities(bench, name) for name in bench.drafts}
     outcomes = {}
     for name in bench.drafts:
         own = _of(name, contest)
         checked = identities[name]
         points = sweeps[name] and sweep.points(sweeps[name], checked["alone"], checked["tree"], bench.seed)
-        section = parts[name] | {"sweeps": points}
+        section = sections[name] | {"sweeps": points}
         if not all(identity.lossless for identity in checked.get("alone", {}).values()):
             section["throughput"] = _without_speed(section["throughput"])
         measured = Measured(
@@ -136,7 +135,7 @@ def _outcomes(bench: Bench) -> dict[str, Outcome]:
             native,
             decode=Decode(**bench.params.decode.model_dump(mode="json")),
             provenance=Provenance(**_provenance(bench.drafts[name])),
-            round_costs=RoundCosts(**costs[name]),
+            round_costs=RoundCosts(**bench.costs[name]),
             promise=kept[name],
             **section,
         )

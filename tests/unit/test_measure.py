@@ -11,7 +11,7 @@ from deepspec.device import describe_device
 from deepspec.drafters.algorithms.lookup import LookupDrafter
 from deepspec.drafters.checkpoint import write_drafter
 from deepspec.errors import DeepSpecError
-from deepspec.evaluation import bench, benchmark
+from deepspec.evaluation import measure, phases
 from deepspec.evaluation.native import native_tokens_per_second
 from deepspec.evaluation.params import EvaluateParams
 from deepspec.target.model import load_target
@@ -43,9 +43,9 @@ def own_cache(tmp_path_factory, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
 
 
-def measure(drafts, tiny_target, tmp_path, **changes):
+def evaluated(drafts, tiny_target, tmp_path, **changes):
     params = PARAMS.model_copy(update=changes)
-    return benchmark.evaluate(drafts, tiny_target, params, 0, tmp_path / "work")
+    return measure.evaluate(drafts, tiny_target, params, 0, tmp_path / "work")
 
 
 def counted(outcome) -> list:
@@ -59,7 +59,7 @@ def counted(outcome) -> list:
 
 
 def test_a_trained_draft_gets_every_section(drafts, tiny_target, tmp_path):
-    (outcome,) = measure({"dspark": drafts["dspark"]}, tiny_target, tmp_path).values()
+    (outcome,) = evaluated({"dspark": drafts["dspark"]}, tiny_target, tmp_path).values()
     record = outcome.record.dump()
     assert json.loads(json.dumps(record)) == record
     entry = record["tasks"]["conversations@T=1"]
@@ -83,7 +83,7 @@ def test_a_trained_draft_gets_every_section(drafts, tiny_target, tmp_path):
 
 
 def test_the_traces_show_every_token_with_its_origin(drafts, tiny_target, tmp_path):
-    (outcome,) = measure({"dspark": drafts["dspark"]}, tiny_target, tmp_path).values()
+    (outcome,) = evaluated({"dspark": drafts["dspark"]}, tiny_target, tmp_path).values()
     assert len(outcome.traces) == 4
     for shown in outcome.traces:
         assert 1 <= len(shown["tokens"]) <= 12
@@ -96,9 +96,9 @@ def test_the_traces_show_every_token_with_its_origin(drafts, tiny_target, tmp_pa
 
 
 def test_the_same_seed_gives_the_same_tokens_alone_or_with_others(drafts, tiny_target, tmp_path):
-    alone = measure({"dspark": drafts["dspark"]}, tiny_target, tmp_path)["dspark"]
-    again = measure({"dspark": drafts["dspark"]}, tiny_target, tmp_path)["dspark"]
-    together = measure(drafts, tiny_target, tmp_path)
+    alone = evaluated({"dspark": drafts["dspark"]}, tiny_target, tmp_path)["dspark"]
+    again = evaluated({"dspark": drafts["dspark"]}, tiny_target, tmp_path)["dspark"]
+    together = evaluated(drafts, tiny_target, tmp_path)
     assert counted(alone) == counted(again) == counted(together["dspark"])
     assert together["lookup"].record.sweeps is None and together["lookup"].record.blocks is None
     plain = {name: [line["runs"]["plain"] for line in o.prompts] for name, o in together.items()}
@@ -107,26 +107,26 @@ def test_the_same_seed_gives_the_same_tokens_alone_or_with_others(drafts, tiny_t
 
 def test_a_killed_evaluation_goes_on_where_it_stopped(drafts, tiny_target, tmp_path, monkeypatch):
     own = {"dspark": drafts["dspark"]}
-    whole = counted(measure(own, tiny_target, tmp_path)["dspark"])
+    whole = counted(evaluated(own, tiny_target, tmp_path)["dspark"])
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(bench, "check_identity", _interrupt)
-        measure(own, tiny_target, tmp_path)
+        patched.setattr(phases, "check_identity", _interrupt)
+        evaluated(own, tiny_target, tmp_path)
     assert list((tmp_path / "work").glob("dspark-*.0.jsonl"))
     with monkeypatch.context() as patched:
-        patched.setattr(bench.Contest, "prompt", _interrupt)  # those are done
-        assert counted(measure(own, tiny_target, tmp_path)["dspark"]) == whole
+        patched.setattr(phases.Contest, "prompt", _interrupt)  # those are done
+        assert counted(evaluated(own, tiny_target, tmp_path)["dspark"]) == whole
     assert list((tmp_path / "work").iterdir()) == []
 
 
 def test_results_of_another_draft_are_not_taken_over(drafts, tiny_target, tmp_path, monkeypatch):
     own = {"lookup": drafts["lookup"]}
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(bench, "check_identity", _interrupt)
-        measure(own, tiny_target, tmp_path)
+        patched.setattr(phases, "check_identity", _interrupt)
+        evaluated(own, tiny_target, tmp_path)
     (own["lookup"] / "note").write_text("changed")
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(bench.Contest, "prompt", _interrupt)
-        measure(own, tiny_target, tmp_path)
+        patched.setattr(phases.Contest, "prompt", _interrupt)
+        evaluated(own, tiny_target, tmp_path)
     (own["lookup"] / "note").unlink()
 
 
@@ -137,10 +137,10 @@ def test_finished_work_is_kept_until_the_results_are_written(drafts, tiny_target
         raise OSError("no space left")
 
     with pytest.raises(OSError, match="no space"):
-        benchmark.evaluate(own, tiny_target, PARAMS, 0, tmp_path / "work", save=full_disk)
+        measure.evaluate(own, tiny_target, PARAMS, 0, tmp_path / "work", save=full_disk)
     saved = []
-    monkeypatch.setattr(bench.Contest, "prompt", _interrupt)  # those are done
-    benchmark.evaluate(own, tiny_target, PARAMS, 0, tmp_path / "work", save=saved.append)
+    monkeypatch.setattr(phases.Contest, "prompt", _interrupt)  # those are done
+    measure.evaluate(own, tiny_target, PARAMS, 0, tmp_path / "work", save=saved.append)
     assert saved[0]["lookup"].record.summary.lossless
     assert list((tmp_path / "work").iterdir()) == []
 
@@ -148,36 +148,36 @@ def test_finished_work_is_kept_until_the_results_are_written(drafts, tiny_target
 def test_seconds_of_another_machine_are_not_taken_over(drafts, tiny_target, tmp_path, monkeypatch):
     own = {"lookup": drafts["lookup"]}
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(bench, "check_identity", _interrupt)
-        measure(own, tiny_target, tmp_path)
-    monkeypatch.setattr(benchmark, "describe_device", lambda device: "another machine")
-    monkeypatch.setattr(bench.Contest, "prompt", _interrupt)
+        patched.setattr(phases, "check_identity", _interrupt)
+        evaluated(own, tiny_target, tmp_path)
+    monkeypatch.setattr(measure, "describe_device", lambda device: "another machine")
+    monkeypatch.setattr(phases.Contest, "prompt", _interrupt)
     with pytest.raises(KeyboardInterrupt):
-        measure(own, tiny_target, tmp_path)
+        evaluated(own, tiny_target, tmp_path)
 
 
 def test_two_tasks_of_one_name_are_refused(drafts, tiny_target, tmp_path):
     with pytest.raises(DeepSpecError, match="two tasks are named 'word_problems'"):
-        measure(drafts, tiny_target, tmp_path, tasks=["word_problems", "word_problems"])
+        evaluated(drafts, tiny_target, tmp_path, tasks=["word_problems", "word_problems"])
 
 
 def test_a_draft_that_kept_no_context_has_no_promise(drafts, tiny_target, tmp_path, monkeypatch):
     monkeypatch.setattr(
-        bench.promise, "load", lambda directory: [bench.promise.HeldOutBlocks([], [], [], [])]
+        phases.train_parity, "load", lambda directory: [phases.train_parity.HeldOutBlocks([], [], [], [])]
     )
-    (outcome,) = measure({"lookup": drafts["lookup"]}, tiny_target, tmp_path).values()
+    (outcome,) = evaluated({"lookup": drafts["lookup"]}, tiny_target, tmp_path).values()
     assert outcome.record.promise is None
 
 
 def test_a_path_that_changes_a_token_has_no_speed(drafts, tiny_target, tmp_path, monkeypatch):
-    real = bench.check_identity
+    real = phases.check_identity
 
     def broken(*args, together=False, **options):
         found = real(*args, together=together, **options)
-        return bench.Identity(False, 0, found.prompts, found.tokens) if together else found
+        return phases.Identity(False, 0, found.prompts, found.tokens) if together else found
 
-    monkeypatch.setattr(bench, "check_identity", broken)
-    record = measure({"dspark": drafts["dspark"]}, tiny_target, tmp_path)["dspark"].record.dump()
+    monkeypatch.setattr(phases, "check_identity", broken)
+    record = evaluated({"dspark": drafts["dspark"]}, tiny_target, tmp_path)["dspark"].record.dump()
     assert record["summary"]["speedup"] is not None  # the deployed path is sound
     assert all(row["speedup"] is None for row in record["throughput"])
     speeds = {point["sweep"]: point["speedup"] for point in record["sweeps"]["points"]}
