@@ -42,7 +42,7 @@ class Decision:
 
     @property
     def line(self) -> str:
-        """The outcome in one line."""
+        """Return the outcome in one line."""
         if not self.verdicts:
             return f"{self.name}: no challenger; version {self.version} is the champion"
         failed = [f"{v.rule} ({v.found})" for v in self.verdicts if v.passed is False]
@@ -96,7 +96,7 @@ def rollback(name: str, store: Store) -> str:
 
 
 def evidence(client: MlflowClient, name: str, version: str, folder: Path) -> Evidence:
-    """What the version was registered with, from its own artifacts."""
+    """Return the evidence that the version was registered with, from its own artifacts."""
     tags = client.get_model_version(name, version).tags
     folder.mkdir(parents=True)
     uri = f"models:/{name}/{version}/artifacts/evidence"
