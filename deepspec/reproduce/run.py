@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import logging
 import subprocess
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -144,7 +145,7 @@ def _pull(work: Work, addresses: list[str]) -> None:
         )
 
 
-def plant_costs(record: dict[str, Any]) -> None:
+def plant_costs(record: Mapping[str, Any]) -> None:
     """Give this machine the cost curve that a record was measured with.
 
     Only where it is the same machine by name and has none of its own: the controller then decides as it did, and
