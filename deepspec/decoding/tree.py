@@ -191,7 +191,7 @@ class Chain(Shape):
     """One path: argmax at T = 0, else sampled from the drafter's law through the request's own sampler."""
 
     type: Literal["chain"] = tag(default="chain", kw_only=True)
-    depth: int | None = Field(None, ge=1, description="None: the drafter's block size.")
+    depth: int | None = Field(default=None, ge=1, description="None: the drafter's block size.")
 
     draws: ClassVar[str | None] = "chain"
 

@@ -79,6 +79,8 @@ class Network(nn.Module):
     `lm_head` keeps only the draft vocabulary's rows, whose target ids are `draft_ids`.
     """
 
+    draft_ids: torch.Tensor  # [draft vocab]
+
     def __init__(self, config: Any):
         super().__init__()
         self.config = config

@@ -16,7 +16,7 @@ class Geometric:
     """exp(−(k − 1)/γ_w) for k = 1..γ, of valid positions: the same for every block."""
 
     type: Literal["geometric"] = tag(default="geometric", kw_only=True)
-    decay: float = Field(4.0, gt=0, description="γ_w")
+    decay: float = Field(default=4.0, gt=0, description="γ_w")
 
     def __call__(self, chances: Tensor, valid: Tensor) -> Tensor:
         """Return weights [blocks, γ]; see `Weighing`."""

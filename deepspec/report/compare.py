@@ -153,9 +153,9 @@ def _lines(first: Measurements, second: Measurements, keys: list[tuple[str, floa
             for task in [*tasks, None]:
                 chosen = [tables[name][figure] for name in (tasks if task is None else [task])]
                 unproven = figure == "speedup" and not lossless
-                values = [_value(m, chosen, half, figure) for half, m in enumerate((first, second))]
+                a, b = (_value(m, chosen, half, figure) for half, m in enumerate((first, second)))
                 ratio = None if unproven else bootstrap(chosen, against(statistic), seed)
-                yield Line(task, temperature, figure, *values, ratio)
+                yield Line(task, temperature, figure, a, b, ratio)
 
 
 def compare_tables(first: list[PromptRuns], second: list[PromptRuns]) -> dict[str, np.ndarray]:
@@ -170,7 +170,7 @@ def _value(measured: Measurements, tables: list[np.ndarray], half: int, figure: 
     if figure == "speedup" and not measured.record.summary.lossless:
         return None
     found = bootstrap([np.split(table, 2, axis=1)[half] for table in tables], FIGURES[figure])
-    return found and found.value
+    return None if found is None else found.value
 
 
 def show(comparison: Comparison, first: Measurements, second: Measurements) -> None:

@@ -51,10 +51,10 @@ def speculative_config(directory: Path, tokens: int) -> dict[str, Any]:
         longest = least if architecture == "DeepSpecLookup" else max(8, least)  # a suffix of any length
         method = {"method": "ngram", "prompt_lookup_min": least, "prompt_lookup_max": longest}
         return method | {"num_speculative_tokens": tokens}
-    method = _METHODS.get(architecture) or ("draft_model" if architecture.endswith("ForCausalLM") else None)
-    if method is None:
+    name = _METHODS.get(architecture) or ("draft_model" if architecture.endswith("ForCausalLM") else None)
+    if name is None:
         raise DeepSpecError(f"{directory}: vLLM serves no draft of architecture {architecture}")
-    return {"method": method, "model": str(directory.resolve()), "num_speculative_tokens": tokens}
+    return {"method": name, "model": str(directory.resolve()), "num_speculative_tokens": tokens}
 
 
 @contextmanager

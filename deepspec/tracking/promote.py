@@ -131,7 +131,9 @@ def show(decision: Decision) -> None:
 def _crown(client: MlflowClient, decision: Decision) -> None:
     name, version = decision.name, decision.version
     found = {verdict.rule: verdict.found for verdict in decision.verdicts if verdict.passed}
-    compared = {rule: found[rule] for rule in ("tau_not_worse", "speedup_not_worse") if rule in found}
+    compared: dict[str, str] = {
+        rule: found[rule] for rule in ("tau_not_worse", "speedup_not_worse") if rule in found
+    }
     reason = f"passed the gate against version {decision.champion}" if decision.champion else "the first"
     skipped = [v.rule for v in decision.verdicts if v.passed is None and decision.champion]
     if skipped:
