@@ -8,7 +8,7 @@ found before anything runs.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, Union, get_args
+from typing import Annotated, Any, TypeVar, Union, get_args, overload
 
 import yaml
 from pydantic import Field, ValidationError, model_validator
@@ -70,7 +70,15 @@ class Params(Section):
 P = TypeVar("P", bound=Params)
 
 
-def load_params(path: str | Path = "params.yaml", model: type[P] = Params) -> P:
+@overload
+def load_params(path: str | Path = ...) -> Params: ...
+
+
+@overload
+def load_params(path: str | Path, model: type[P]) -> P: ...
+
+
+def load_params(path: str | Path = "params.yaml", model: type[Params] = Params) -> Params:
     """Read and check a params file.
 
     Args:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import field, fields
 from functools import wraps
-from typing import Any, TypeVar, dataclass_transform
+from typing import Any, Literal, TypeVar, dataclass_transform
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic.dataclasses import dataclass
@@ -24,7 +24,15 @@ class Section(BaseModel):
         return self.model_dump(exclude={"type"})
 
 
-@dataclass_transform(frozen_default=True, field_specifiers=(Field, field))
+def tag(*, default: str, kw_only: Literal[True]) -> Any:
+    """Return the field `type` of a choice, which positional arguments and `repr` leave out.
+
+    Type checkers read both arguments at the call: they must be written there.
+    """
+    return field(default=default, kw_only=kw_only, repr=False)
+
+
+@dataclass_transform(frozen_default=True, field_specifiers=(Field, field, tag))
 def choice(cls: type[T]) -> type[T]:
     """Make a frozen dataclass of a class; pydantic checks its values, whether params.yaml or code gives them.
 
@@ -45,11 +53,6 @@ def choice(cls: type[T]) -> type[T]:
 
     made.__init__ = init
     return made
-
-
-def tag(name: str) -> Any:
-    """Return the field `type` of a choice, which positional arguments and `repr` leave out."""
-    return field(default=name, kw_only=True, repr=False)
 
 
 def _first_problem(error: ValidationError, made: type) -> str:

@@ -209,7 +209,8 @@ class Engine:
         """
         starts = [turn.slot.cached for turn in turns]
         counts = [turn.size for turn in turns]
-        ids, positions = [], []
+        ids: list[int] = []
+        positions: list[int] = []
         for turn in turns:
             turn.offset = len(ids)
             ids += [turn.slot.anchor, *turn.proposal.tokens]

@@ -41,7 +41,7 @@ class ControllerChoice:
 
 @choice
 class FixedController(ControllerChoice):
-    type: Literal["fixed"] = tag("fixed")
+    type: Literal["fixed"] = tag(default="fixed", kw_only=True)
     length: int | None = Field(None, ge=1, description="Levels verified; None: all.")
 
     def _make(self, curve: CostCurve | None) -> Controller:
@@ -50,7 +50,7 @@ class FixedController(ControllerChoice):
 
 @choice
 class ThresholdController(ControllerChoice):
-    type: Literal["threshold"] = tag("threshold")
+    type: Literal["threshold"] = tag(default="threshold", kw_only=True)
     least: float = Field(ge=0, le=1, description="Confidence below which a path is cut.")
 
     def _make(self, curve: CostCurve | None) -> Controller:
@@ -61,7 +61,7 @@ class ThresholdController(ControllerChoice):
 class CostController(ControllerChoice):
     """Verifies what pays on the measured cost curve, one request at a time; pauses where drafting does not."""
 
-    type: Literal["cost"] = tag("cost")
+    type: Literal["cost"] = tag(default="cost", kw_only=True)
     needs_curve = True
 
     def _make(self, curve: CostCurve) -> Controller:
@@ -72,7 +72,7 @@ class CostController(ControllerChoice):
 class SchedulerController(ControllerChoice):
     """DSpark's prefix scheduler: one verification budget for all requests in flight."""
 
-    type: Literal["scheduler"] = tag("scheduler")
+    type: Literal["scheduler"] = tag(default="scheduler", kw_only=True)
     needs_curve = True
 
     def _make(self, curve: CostCurve) -> Controller:

@@ -52,7 +52,7 @@ class Static(Shape):
     """A tree given by paths of child ranks, as Medusa's choices (arXiv 2401.10774): (1, 0) is the likeliest child of
     the second likeliest child of the anchor."""
 
-    type: Literal["static"] = tag("static")
+    type: Literal["static"] = tag(default="static", kw_only=True)
     paths: Annotated[tuple[RankPath, ...], AfterValidator(_ordered)] = Field(
         min_length=1, description="In any order; the prefixes of each must be among them."
     )
@@ -95,7 +95,7 @@ class Beam(Shape):
     """EAGLE-2's tree (arXiv 2406.16858): at each level the `width` likeliest paths are expanded to `width` children
     each; at the end the `nodes` likeliest of all are kept. depth None: the drafter's block."""
 
-    type: Literal["beam"] = tag("beam")
+    type: Literal["beam"] = tag(default="beam", kw_only=True)
     width: Size = 8
     depth: Size | None = None
     nodes: Size = 24
@@ -114,7 +114,7 @@ class BestFirst(Shape):
     others can be dropped as soon as it is seen, with all that would grow below it. depth None: the drafter's block.
     """
 
-    type: Literal["best_first"] = tag("best_first")
+    type: Literal["best_first"] = tag(default="best_first", kw_only=True)
     width: Size = 8
     depth: Size | None = None
     nodes: Size = 24
@@ -132,7 +132,7 @@ class Sampled(Shape):
     children. At temperature 0 the likeliest tokens take the place of the drawn ones, and the tree is deterministic.
     """
 
-    type: Literal["sampled"] = tag("sampled")
+    type: Literal["sampled"] = tag(default="sampled", kw_only=True)
     branching: tuple[Size, ...] = Field(
         (8, 4, 2, 1), min_length=1, description="Most children a node, by depth."
     )

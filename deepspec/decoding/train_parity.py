@@ -127,7 +127,7 @@ def _first_rounds(
 ) -> list[tuple[list[int], int]]:
     """The block that is drafted after each context, and how many of its tokens are accepted."""
     rounds: list[tuple[list[int], int]] = [([], 0)] * len(contexts)
-    every = range(target.vocab_size)  # any token ends the request: one round of a whole block
+    every = frozenset(range(target.vocab_size))  # any token ends the request: one round of a whole block
 
     def verified(done: Round) -> None:
         rounds[done.request_id] = (done.proposal.tokens, done.accepted)

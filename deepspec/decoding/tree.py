@@ -190,8 +190,8 @@ def grow(
 class Chain(Shape):
     """One path: argmax at T = 0, else sampled from the drafter's law through the request's own sampler."""
 
-    type: Literal["chain"] = tag("chain")
-    depth: int | None = Field(None, ge=1, description="None: the drafter's block size.")
+    type: Literal["chain"] = tag(default="chain", kw_only=True)
+    depth: int | None = Field(default=None, ge=1, description="None: the drafter's block size.")
 
     draws: ClassVar[str | None] = "chain"
 

@@ -31,7 +31,8 @@ def walk(proposal: Proposal, choose: Callable[[int], int]) -> tuple[list[int], i
     Optimal for a given tree: E[accepted] is the sum of the target's path probabilities over its nodes.
     """
     children = proposal.children()
-    node, accepted = -1, []
+    accepted: list[int] = []
+    node = -1
     while True:
         token = choose(node)
         if (node, token) not in children:
@@ -89,7 +90,8 @@ def recursive(proposal: Proposal, law: Law, uniform: Uniform, pick: Pick) -> tup
     was drawn without it. When all have fallen the token comes from what is left of p.
     """
     below = _below(proposal)
-    node, accepted = -1, []
+    accepted: list[int] = []
+    node = -1
     while True:
         p, siblings = _unit(law(node)), below.get(node, [])
         q = _unit(proposal.law(siblings[0])) if siblings else p

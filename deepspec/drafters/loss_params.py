@@ -9,7 +9,11 @@ from deepspec.section import Section
 
 
 class LossParams(Section):
-    """Weights of the loss terms (`training/losses.py` has their formulas) and of the positions of a block."""
+    """Weights of the loss terms and of the positions of a block.
+
+    `training/losses.py` has the formulas; `lk` and `lk_mixed` are the LK losses (arXiv 2602.23881), the position
+    weights `dpace` are D-PACE (arXiv 2605.18810).
+    """
 
     ce: float = Field(0.1, ge=0)
     kl: float = Field(0.0, ge=0)
@@ -26,7 +30,7 @@ class LossParams(Section):
 
     @property
     def with_kl(self) -> bool:
-        """Whether any term needs KL(p ‖ q)."""
+        """Check whether any term needs KL(p ‖ q)."""
         return bool(self.kl or self.lk_mixed)
 
     @model_validator(mode="after")

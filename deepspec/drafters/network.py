@@ -44,12 +44,15 @@ class MLP(nn.Module):
 
 
 class NormalisedLinear(nn.Linear):
-    """A linear layer over inputs divided by `scale`: y = W (x / scale) + b. A draft's file has the folded weight
-    W diag(1 / scale).
+    """Linear layer over inputs normalised per channel: y = W (x / scale) + b.
+
+    `scale` is folded into the weight when it is saved: a draft's file has W diag(1 / scale).
 
     A few channels of a target's features are hundreds of times as loud as the median one (massive activations, arXiv
     2402.17762); under one learning rate for all, the others are hardly heard. `scale` is 1 until `set_scale` is called.
     """
+
+    scale: Tensor  # [in]
 
     def __init__(self, in_features: int, out_features: int, bias: bool = False):
         super().__init__(in_features, out_features, bias)
@@ -79,6 +82,8 @@ class Network(nn.Module):
 
     `lm_head` keeps only the draft vocabulary's rows, whose target ids are `draft_ids`.
     """
+
+    draft_ids: Tensor  # [draft vocab]
 
     def __init__(self, config: Any):
         super().__init__()

@@ -15,8 +15,8 @@ from deepspec.section import choice, tag
 class Geometric:
     """exp(−(k − 1)/γ_w) for k = 1..γ, of valid positions: the same for every block."""
 
-    type: Literal["geometric"] = tag("geometric")
-    decay: float = Field(4.0, gt=0, description="γ_w")
+    type: Literal["geometric"] = tag(default="geometric", kw_only=True)
+    decay: float = Field(default=4.0, gt=0, description="γ_w")
 
     def __call__(self, chances: Tensor, valid: Tensor) -> Tensor:
         """Return weights [blocks, γ]; see `Weighing`."""
@@ -29,13 +29,13 @@ class Geometric:
 
 @choice
 class DPace:
-    """D-PACE: w_j = Σ_{m≥j} Π_{i≤m} q̃_i with q̃ = (1 − a)·q(x*) + a, held fixed.
+    """D-PACE (arXiv 2605.18810): w_j = Σ_{m≥j} Π_{i≤m} q̃_i with q̃ = (1 − a)·q(x*) + a, held fixed.
 
-    A position counts as much as the expected number of tokens that hang on it under the draft of the moment. A loss
+    The weight of a position is the expected number of accepted tokens from it on, under the current draft. A loss
     is divided by the number of blocks, so that weights that grow with the draft are not divided away.
     """
 
-    type: Literal["dpace"] = tag("dpace")
+    type: Literal["dpace"] = tag(default="dpace", kw_only=True)
     smoothing: float = Field(0.5, ge=0, le=1, description="a of q̃ = (1 − a)·q(x*) + a.")
 
     def __call__(self, chances: Tensor, valid: Tensor) -> Tensor:

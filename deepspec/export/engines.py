@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ EXPORT_VERSION = "1"
 Plan = Callable[
     [Draft, str, int], Layout
 ]  # (draft, where it will be, tokens to draft) → what to write, or Refused
-ENGINES: dict[str, dict[str, Plan]] = {
+ENGINES: dict[str, Mapping[str, Plan]] = {
     "hf": hf.PLANS,
     "vllm": vllm.PLANS,
     "speculators": vllm.SPECULATORS,

@@ -99,7 +99,7 @@ def dspark(draft: Draft, where: str, tokens: int) -> Layout:
 
 
 def lm(draft: Draft, where: str, tokens: int) -> Layout:
-    flags = ("--speculative-num-steps", str(tokens), "--speculative-eagle-topk 1")
+    flags: tuple[str, ...] = ("--speculative-num-steps", str(tokens), "--speculative-eagle-topk 1")
     flags += ("--speculative-num-draft-tokens", str(tokens + 1))
     return lm_layout(draft, serve(draft, "STANDALONE", where, *flags))
 

@@ -120,7 +120,7 @@ def speculators_block(draft: Draft, where: str, tokens: int) -> Layout:
         "sliding_window_non_causal": True,
         "transformer_layer_config": backbone(draft),
     }
-    notes = ()
+    notes: tuple[str, ...] = ()
     if draft.kind == "dspark":
         heads = ("markov_rank", "markov_head_type", "enable_confidence_head", "confidence_head_with_markov")
         config |= {key: getattr(own, key) for key in heads}

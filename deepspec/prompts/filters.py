@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Sequence
 
 from deepspec.messages.sources import Candidate
 from deepspec.prompts.overlap import Overlap, words
@@ -55,7 +56,7 @@ class Sieve:
         return True
 
 
-def duplicate_key(turns: list[str]) -> str:
+def duplicate_key(turns: Sequence[str]) -> str:
     """Return a key that is equal for prompts that differ only in case, spacing or punctuation, not in numbers."""
     return "\n".join(" ".join(words(turn)) for turn in turns)
 

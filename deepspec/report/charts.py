@@ -49,7 +49,7 @@ class Figure:
         return self.chart.properties(width="container", description=f"{self.title}. {self.text}").to_dict()
 
     def png(self) -> bytes:
-        """For light backgrounds."""
+        """Render the figure as PNG for light backgrounds."""
         import vl_convert
 
         chart = self.chart.properties(width=PNG_WIDTH, title=self.title)
@@ -58,7 +58,7 @@ class Figure:
 
 
 def figures(tables: dict[str, Rows]) -> list[Figure]:
-    """Every figure that has data, in the order of the page."""
+    """Return every figure that has data, in the order of the page."""
     colours = _colours(tables)
     return [*_speed(tables, colours), *_acceptance(tables, colours), *_shape(tables, colours),
             *_confidence(tables), *_batches(tables), *_training(tables, colours)]  # fmt: skip
@@ -74,7 +74,7 @@ def _colours(tables: dict[str, Rows]) -> alt.Scale:
 
 
 def _among(colours: alt.Scale, names: list[str]) -> alt.Scale:
-    """The same colours for these alone, so that the legend names no others."""
+    """Return the same colours for these alone, so that the legend names no others."""
     return alt.Scale(domain=names, range=[colours.range[colours.domain.index(name)] for name in names])
 
 
@@ -100,7 +100,7 @@ def _y(field: str, title: str, **options: Any) -> alt.Y:
 
 
 def _whole(title: str, field: str) -> alt.X:
-    """An axis of small whole numbers."""
+    """Make an axis of small whole numbers."""
     return _x(field, title, axis=alt.Axis(tickMinStep=1, format="d"), scale=alt.Scale(nice=False, padding=12))
 
 
@@ -110,7 +110,7 @@ def _key(field: str, scale: alt.Scale | None = None, title: str | None = None) -
 
 
 def _tips(*fields: str) -> list[alt.Tooltip]:
-    """Of fields by name; with `:Q` a number in three digits."""
+    """Make tooltips of fields by name; with `:Q` a number in three digits."""
     return [
         alt.Tooltip(field, format=".3~r") if field.endswith(":Q") else alt.Tooltip(field, type="nominal")
         for field in fields
@@ -161,7 +161,7 @@ def _speed(tables: dict[str, Rows], colours: alt.Scale) -> Iterator[Figure]:
 
 
 def _pooled(rows: Rows) -> Rows:
-    """Acceptance of all tasks together, by drafter and position."""
+    """Pool the acceptance of all tasks, by drafter and position."""
     sums: dict[tuple[str, int], list[float]] = {}
     for row in rows:
         total = sums.setdefault((row["drafter"], row["position"]), [0.0, 0])

@@ -47,7 +47,7 @@ class Line:
     ratio: Interval | None
 
     def worse(self, margin: float, proof: bool = False) -> bool:
-        """A ratio that cannot be had, since one side changed a token, says nothing here; one prompt proves nothing."""
+        """Check whether B is worse; False if the ratio is undefined (a run was not lossless) or of one prompt."""
         if self.ratio is None:
             return False
         reached = self.ratio.low if proof else self.ratio.value
@@ -62,7 +62,7 @@ class Comparison:
 
 
 def load(name_or_path: str | Path) -> Measurements:
-    """A record by its drafter's name or its file, with the `.prompts.jsonl` beside it.
+    """Load a record by its drafter's name or its file, with the `.prompts.jsonl` beside it.
 
     Raises:
         DeepSpecError: one of the two files is missing, something else, or of another run.
@@ -97,7 +97,7 @@ def load(name_or_path: str | Path) -> Measurements:
 def compare(
     first: Measurements, second: Measurements, margin: float = MARGIN, proof: bool = False
 ) -> Comparison:
-    """B (`second`) against A (`first`).
+    """Compare B (`second`) with A (`first`).
 
     Raises:
         DeepSpecError: they cannot be compared: another target, precision, seed, answer length or other prompts.
@@ -153,9 +153,9 @@ def _lines(first: Measurements, second: Measurements, keys: list[tuple[str, floa
             for task in [*tasks, None]:
                 chosen = [tables[name][figure] for name in (tasks if task is None else [task])]
                 unproven = figure == "speedup" and not lossless
-                values = [_value(m, chosen, half, figure) for half, m in enumerate((first, second))]
+                a, b = (_value(m, chosen, half, figure) for half, m in enumerate((first, second)))
                 ratio = None if unproven else bootstrap(chosen, against(statistic), seed)
-                yield Line(task, temperature, figure, *values, ratio)
+                yield Line(task, temperature, figure, a, b, ratio)
 
 
 def compare_tables(first: list[PromptRuns], second: list[PromptRuns]) -> dict[str, np.ndarray]:
@@ -166,11 +166,11 @@ def compare_tables(first: list[PromptRuns], second: list[PromptRuns]) -> dict[st
 
 
 def _value(measured: Measurements, tables: list[np.ndarray], half: int, figure: str) -> float | None:
-    """The figure of A (half 0) or B (half 1), from the same prompts as the ratio."""
+    """Return the figure of A (half 0) or B (half 1), from the same prompts as the ratio."""
     if figure == "speedup" and not measured.record.summary.lossless:
         return None
     found = bootstrap([np.split(table, 2, axis=1)[half] for table in tables], FIGURES[figure])
-    return found and found.value
+    return None if found is None else found.value
 
 
 def show(comparison: Comparison, first: Measurements, second: Measurements) -> None:

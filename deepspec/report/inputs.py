@@ -102,7 +102,7 @@ def metrics(inputs: Inputs) -> dict[str, float | int]:
 
 
 def table(inputs: Inputs) -> list[Row]:
-    """A row per drafter, temperature and task, and one for the mean over its tasks."""
+    """Return a row per drafter, temperature and task, and one for the mean over its tasks."""
     rows = []
     for name, record in inputs.records.items():
         for temperature, mean in record.summary.by_temperature.items():
@@ -136,7 +136,7 @@ def table(inputs: Inputs) -> list[Row]:
 
 
 def markdown(inputs: Inputs) -> str:
-    """`reports/report.md`."""
+    """Write the Markdown of `reports/report.md`."""
     parts = ["# Speculative decoding, measured", "", _markdown(table(inputs)), ""]
     parts += [
         METHOD,
@@ -155,7 +155,7 @@ def _markdown(rows: list[Row]) -> str:
 
 
 def _facts(inputs: Inputs) -> list[str]:
-    """What was measured on which machine, from which data."""
+    """Return what was measured on which machine, from which data."""
     first = next(iter(inputs.records.values()))
     facts = [
         f"- Target: {first.target} ({first.dtype}, digest {first.target_digest})",

@@ -31,7 +31,7 @@ SECTIONS = {
 
 
 def render(inputs: Inputs, figures: list[Figure]) -> str:
-    """The page. The same inputs give the same text."""
+    """Render the page. The same inputs give the same text."""
     environment = templates(ASSETS)
     environment.filters |= {"number": _number, "interval": _interval}
     several = len(inputs.records) > 1
@@ -59,7 +59,7 @@ def render(inputs: Inputs, figures: list[Figure]) -> str:
 
 
 def leaderboard(inputs: Inputs) -> list[dict[str, Any]]:
-    """A row for each way of decoding, the fastest first, plain decoding last; cells by temperature."""
+    """Return a row for each way of decoding, the fastest first, plain decoding last; cells by temperature."""
     several = len(inputs.records) > 1
     rows = []
     for name, record in inputs.records.items():
@@ -93,7 +93,7 @@ def _temperatures(inputs: Inputs) -> list[str]:
 
 
 def _headline(inputs: Inputs) -> dict[str, Any]:
-    """The fastest drafter, and where it gains least."""
+    """Return the fastest drafter, and where it gains least."""
     name, record = max(inputs.records.items(), key=lambda item: item[1].summary.speedup or 0)
     measured = {key: entry for key, entry in record.tasks.items() if entry.speedup is not None}
     weakest = min(measured, key=lambda key: measured[key].speedup, default=None)
@@ -124,7 +124,7 @@ def _confidence(inputs: Inputs) -> list[dict[str, Any]]:
 
 
 def _provenance(record: Record) -> list[tuple[str, str]]:
-    """What and where and with what, as (name, value)."""
+    """Return the versions, machine and settings of the run as (name, value)."""
     made = record.provenance
     commit = f"{made.git_commit or 'none'}{' with changes' if made.git_dirty else ''}"
     promise = record.train_parity
@@ -163,6 +163,6 @@ def _interval(bounds: Bounds | None) -> str:
 
 
 def _json(value: Any) -> Markup:
-    """JSON that no text in it can end: it stands inside a script element."""
+    """Encode as JSON that is safe inside a script element: no text in it can end the element."""
     text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
     return Markup(text.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029"))

@@ -37,7 +37,7 @@ COLUMNS = {  # figure → the columns of its CSV, the one that must be there fir
 
 
 def tables(inputs: Inputs) -> dict[str, Rows]:
-    """The rows of each figure, without those whose value was not measured."""
+    """Return the rows of each figure, without those whose value was not measured."""
     found: dict[str, Rows] = {name: [] for name in COLUMNS}
     for name, log in inputs.training.items():
         found["training"] += [{"drafter": name, **line} for line in log]
@@ -77,7 +77,7 @@ def tables(inputs: Inputs) -> dict[str, Rows]:
 
 
 def ways(name: str, several: bool) -> dict[str | None, str]:
-    """What a drafter's ways of decoding are called; None is the drafter as it is deployed."""
+    """Return the names of a drafter's ways of decoding; None is the drafter as it is deployed."""
     return {None: name, LOOKUP: f"lookup beside {name}" if several else "lookup alone"}
 
 
@@ -86,7 +86,7 @@ def way_name(name: str, beside: str | None, several: bool) -> str:
 
 
 def task_of(key: str) -> str:
-    """`humaneval` of `humaneval@T=0`."""
+    """Return `humaneval` of `humaneval@T=0`."""
     return key.rsplit("@", 1)[0]
 
 
@@ -118,7 +118,7 @@ def _speedups(name: str, record: Record, several: bool) -> Rows:
 
 
 def _acceptance(name: str, record: Record) -> Rows:
-    """Of the draft alone; a drafter that was not measured alone is shown as it is deployed."""
+    """Return the acceptance of the draft alone; a drafter that was not measured alone is shown as it is deployed."""
     if record.blocks:
         entries = [
             (task, mode, entry) for mode, tasks in record.blocks.items() for task, entry in tasks.items()

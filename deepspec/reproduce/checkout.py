@@ -23,7 +23,8 @@ STATE = Path(".deepspec/reproduce.json")
 
 @dataclass(frozen=True)
 class Settings:
-    """
+    """Describe one reproduction.
+
     Args:
         tag: a tag, or anything else that names a commit.
         repo: a path or URL to clone from.
@@ -96,11 +97,11 @@ class Work:
 
     @property
     def bin(self) -> Path:
-        """Of the environment that everything runs in."""
+        """Return the bin folder of the environment that everything runs in."""
         return self.root / ".venv/bin" if self.settings.setup else Path(sys.executable).parent
 
     def call(self, *command: str, **options: Any) -> subprocess.CompletedProcess:
-        """A command in the clone, with the clone's code before any other."""
+        """Run a command in the clone, with the clone's code before any other."""
         first = {"PATH": self.bin, "PYTHONPATH": self.root}
         env = os.environ | {
             name: os.pathsep.join(filter(None, (str(path), os.environ.get(name))))
@@ -118,7 +119,7 @@ class Work:
 
 
 def open_clone(settings: Settings) -> Work:
-    """A new clone, or the one that an interrupted run left.
+    """Make a new clone, or open the one that an interrupted run left.
 
     Raises:
         DeepSpecError: no such repository, tag or pipeline, or a directory that holds something else.
@@ -144,7 +145,7 @@ def open_clone(settings: Settings) -> Work:
 
 
 def find_commit(clone: Path, settings: Settings) -> str:
-    """Of a tag, of a branch of the origin, or of whatever else git knows by the name."""
+    """Find the commit of a tag, of a branch of the origin, or of whatever else git knows by the name."""
     name = settings.tag
     for ref in (f"refs/tags/{name}", f"refs/remotes/origin/{name}", name):
         try:
@@ -171,7 +172,7 @@ def _clone(settings: Settings) -> Work:
 
 
 def asked(settings: Settings, commit: str) -> dict[str, Any]:
-    """What a directory is for: an interrupted run goes on only with the same."""
+    """Return what a directory is for: an interrupted run goes on only with the same."""
     return {
         "tag": settings.tag,
         "commit": commit,
@@ -181,8 +182,11 @@ def asked(settings: Settings, commit: str) -> dict[str, Any]:
 
 
 def take_over_remote(work: Work) -> None:
-    """Write the remote into the clone's .dvc/config.local, which git ignores: the one given, or that of a repository
-    on this machine, which may have it in its own config.local, or relative to itself."""
+    """Write the remote into the clone's .dvc/config.local, which git ignores.
+
+    It is the one given, or that of a repository on this machine, which may have it in its own config.local,
+    or relative to itself.
+    """
     given, source = work.settings.remote, Path(work.settings.repo)
     known = remote_of(source, given)
     if given is not None and known is None:
@@ -192,7 +196,7 @@ def take_over_remote(work: Work) -> None:
 
 
 def remote_of(source: Path, name: str | None = None) -> tuple[str, dict[str, Any]] | None:
-    """The default DVC remote of a repository on this machine, or the one called `name`, with its options."""
+    """Return the default DVC remote of a repository on this machine, or the one called `name`, with its options."""
     from dvc.config import Config
 
     if not (source / ".dvc").is_dir():
@@ -216,7 +220,7 @@ def set_remote(root: Path, remote: tuple[str, dict[str, Any]] | None) -> None:
 
 
 def read_pipeline(work: Work) -> Pipeline:
-    """As it is at the tag, whatever has run since.
+    """Read the pipeline as it is at the tag, whatever has run since.
 
     Raises:
         DeepSpecError: it declares no metrics.

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import logging
 import subprocess
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -104,7 +105,7 @@ def run(settings: Settings) -> bool:
 
 
 def _todo(settings: Settings, stages: list[Stage]) -> list[str]:
-    """What is to run. Without data to make, those stages whose outputs are all in git: what they wrote is the claim."""
+    """Return the stages to run. Without data to make: those whose outputs are all in git, which are the claim."""
     if not settings.stages:
         found = [stage.address for stage in stages if settings.recompute or not stage.kept]
         if not found:
@@ -124,7 +125,7 @@ def _todo(settings: Settings, stages: list[Stage]) -> list[str]:
 
 
 def _wanted(stages: list[Stage], todo: list[str]) -> list[str]:
-    """The stages whose kept outputs those that run read; none where all are to run."""
+    """Return the stages whose kept outputs are read by those that run; none where all are to run."""
     read = {need for stage in stages if stage.address in todo for need in stage.needs}
     return [stage.address for stage in stages if stage.kept and stage.address in read - set(todo)]
 
@@ -144,9 +145,11 @@ def _pull(work: Work, addresses: list[str]) -> None:
         )
 
 
-def plant_costs(record: dict[str, Any]) -> None:
-    """Give this machine the cost curve that a record was measured with, where it is the same machine by name and has
-    none of its own: the controller then decides as it did, and τ can be compared exactly.
+def plant_costs(record: Mapping[str, Any]) -> None:
+    """Give this machine the cost curve that a record was measured with.
+
+    Only where it is the same machine by name and has none of its own: the controller then decides as it did, and
+    τ can be compared exactly.
 
     The files are those of `decoding/cost.py`: passes under the identity without the drafter, drafts with it."""
     from deepspec.decoding.cost import profiles_folder
@@ -186,7 +189,7 @@ def _measured(work: Work, pipeline: Pipeline) -> Figures:
 
 
 def _json(paths: list[str], pipeline: Pipeline) -> list[str]:
-    """Those of the files that the pipeline wrote and that may be evaluation records."""
+    """List the files that the pipeline wrote and that may be evaluation records."""
     roots = tuple(f"{path}/" for path in pipeline.in_git)
     return [path for path in paths if path.endswith(".json") and f"{path}/".startswith(roots)]
 
@@ -206,7 +209,7 @@ def _metrics(work: Work, paths: list[str], revision: str | None) -> dict[str, An
 
 
 def _records(texts: dict[str, str]) -> dict[str, dict]:
-    """Those of the JSON files that are evaluation records, by drafter: `dspark`, or `seed-0/dspark` in a folder."""
+    """Return the JSON files that are evaluation records, by drafter: `dspark`, or `seed-0/dspark` in a folder."""
     found = {}
     for path, text in texts.items():
         try:

@@ -1,5 +1,6 @@
-"""How far a metric may be from the committed one: exact where the same inputs must give the same tokens, else a
-stated tolerance.
+"""Decide how far a metric may be from the committed one.
+
+Exact where the same inputs must give the same tokens, else a stated tolerance.
 
 What is the same is read from the two evaluation records, not assumed: device, CPU, packages, precision, target, draft
 and, where the controller decides by it, the cost curve. A metric is judged by its last word
@@ -95,7 +96,7 @@ def flatten(metrics: Mapping[str, Any], prefix: str = "") -> dict[str, Number]:
 
 
 def parse(words: Iterable[str]) -> dict[str, float]:
-    """`PATTERN=SHARE` → pattern → relative tolerance.
+    """Parse `PATTERN=SHARE`: pattern → relative tolerance.
 
     Raises:
         DeepSpecError: it is not of that form.
@@ -113,8 +114,10 @@ def parse(words: Iterable[str]) -> dict[str, float]:
 
 
 def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[Difference]:
-    """What is not the same between two evaluation records of a drafter; what one of them does not say is no
-    difference."""
+    """List the differences between two evaluation records of a drafter.
+
+    What one of them does not say is no difference.
+    """
     pairs = [(name, then.get(name), now.get(name), True) for name in ("device", "dtype", "seed")]
     pairs += [("processes", then.get("processes"), now.get("processes"), False)]
     made = [record.get("provenance", {}) for record in (then, now)]
@@ -136,7 +139,7 @@ def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[Differe
 def compare(
     then: Figures, now: Figures, recomputed: bool, chosen: Mapping[str, float] | None = None
 ) -> list[Row]:
-    """Every committed metric beside the one of now, and for every record whether tokens and acceptance are the same.
+    """Compare every committed metric with the new one, and tokens and acceptance for every record.
 
     Args:
         recomputed: the drafts were trained again, not pulled.
@@ -180,7 +183,7 @@ class _Given:
 
 
 def _judge(metric: str, old: Number, new: Number, given: _Given) -> tuple[str, bool | None]:
-    """The tolerance in words, and whether the metric is within it."""
+    """Return the tolerance in words, and whether the metric is within it."""
     if new is None and old is not None:
         return "must be there", False
     overlap = _overlap(given.then, given.now)
@@ -206,7 +209,7 @@ def _judge(metric: str, old: Number, new: Number, given: _Given) -> tuple[str, b
 
 
 def _pace(old: Mapping[str, Number], new: Mapping[str, Number]) -> float:
-    """How much faster plain decoding is now; 1 where none was measured."""
+    """Return how much faster plain decoding is now; 1 where none was measured."""
     ratios = [
         new[metric] / value
         for metric, value in old.items()
@@ -230,7 +233,7 @@ def _overlap(first: Interval | None, second: Interval | None) -> bool:
 
 
 def _intervals(records: Mapping[str, Mapping[str, Any]]) -> dict[str, Interval]:
-    """The 95 % intervals under the names that `deepspec/report/inputs.py` gives the metrics."""
+    """Return the 95 % intervals under the names that `deepspec/report/inputs.py` gives the metrics."""
     found = {}
     for drafter, record in records.items():
         parts = {drafter: record["summary"]}
@@ -243,7 +246,7 @@ def _intervals(records: Mapping[str, Mapping[str, Any]]) -> dict[str, Interval]:
 
 
 def _stated(metrics: Mapping[str, Number]) -> dict[str, Interval]:
-    """The intervals that metrics bring: `low` and `high` under the same prefix."""
+    """Return the intervals that metrics bring: `low` and `high` under the same prefix."""
     found = {}
     for metric in metrics:
         ends = tuple(metrics.get(f"{metric.rpartition('.')[0]}.{end}") for end in ENDS)
@@ -264,7 +267,7 @@ def _identities(records: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
 
 
 def _asked(record: Mapping[str, Any]) -> bool:
-    """Whether its controller decides by the cost curve."""
+    """Check whether its controller decides by the cost curve."""
     controller = record.get("decode", {}).get("controller", {})
     return controller.get("type") not in ("fixed", "threshold")
 

@@ -113,7 +113,7 @@ def run(settings: Settings) -> list[str]:
 def _measure_ours(
     loads: dict[str, Path], params: Params, settings: Settings, environment: Environment | None
 ) -> tuple[dict[Draft, list[ours.Ours]], Work, About]:
-    """Every prompt in our engine by draft, what the engine is to do, and what both were measured on."""
+    """Measure every prompt in our engine by draft; return also the engine's work and the conditions of both."""
     target = load_target(TARGET, dtype=settings.dtype)
     drafts = _each(loads, settings, lambda name: _draft(name, loads[name], settings, target, environment))
     work = _work(target, params, settings)
@@ -122,7 +122,7 @@ def _measure_ours(
 
 
 def _each(names: Iterable[str], settings: Settings, make: Callable[[str], T]) -> dict[str, T]:
-    """What is made of each drafter. One that cannot be served is left out, if it was not asked for by name."""
+    """Return what is made of each drafter, without those that cannot be served and were not asked for by name."""
     found = {}
     for name in names:
         try:
@@ -160,7 +160,7 @@ def _check_settings(settings: Settings) -> None:
 
 
 def _directory(name: str, settings: Settings) -> Path:
-    """What vLLM loads of a draft, its export; of a lookup its own settings."""
+    """Return the directory that vLLM loads: a draft's export, or a lookup's own settings."""
     directory = draft_directory(name)
     if settings.base_url or not _trained(directory):
         return directory
@@ -175,7 +175,7 @@ def _trained(directory: Path) -> bool:
 def _draft(
     name: str, loads: Path, settings: Settings, target: Target, environment: Environment | None
 ) -> tuple[Draft, Drafter]:
-    """A draft with what the engine loads of it (nothing, where somebody else serves it), and ours."""
+    """Return a draft with what the engine loads of it (nothing, where somebody else serves it), and ours."""
     directory = draft_directory(name)
     drafter = load_drafter(directory, target)
     tokens = settings.speculative_tokens or drafter.block_size
@@ -196,7 +196,7 @@ def _draft(
 
 
 def _exported(name: str, directory: Path) -> Path:
-    """The directory that `deepspec export` wrote for vLLM from this very draft."""
+    """Return the directory that `deepspec export` wrote for vLLM from this very draft."""
     path = EXPORTS / f"{name}.json"
     todo = f"deepspec export --drafter {name} --to vllm"
     try:
@@ -212,7 +212,7 @@ def _exported(name: str, directory: Path) -> Path:
 
 
 def _work(target: Target, params: Params, settings: Settings) -> Work:
-    """The first turn of each prompt."""
+    """Return the first turn of each prompt as work."""
     limit = settings.max_new_tokens or params.evaluate.max_new_tokens
     count = settings.prompts or params.evaluate.prompts_per_task
     prompts = []

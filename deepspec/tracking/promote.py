@@ -42,7 +42,7 @@ class Decision:
 
     @property
     def line(self) -> str:
-        """The outcome in one line."""
+        """Return the outcome in one line."""
         if not self.verdicts:
             return f"{self.name}: no challenger; version {self.version} is the champion"
         failed = [f"{v.rule} ({v.found})" for v in self.verdicts if v.passed is False]
@@ -96,7 +96,7 @@ def rollback(name: str, store: Store) -> str:
 
 
 def evidence(client: MlflowClient, name: str, version: str, folder: Path) -> Evidence:
-    """What the version was registered with, from its own artifacts."""
+    """Return the evidence that the version was registered with, from its own artifacts."""
     tags = client.get_model_version(name, version).tags
     folder.mkdir(parents=True)
     uri = f"models:/{name}/{version}/artifacts/evidence"
@@ -131,7 +131,9 @@ def show(decision: Decision) -> None:
 def _crown(client: MlflowClient, decision: Decision) -> None:
     name, version = decision.name, decision.version
     found = {verdict.rule: verdict.found for verdict in decision.verdicts if verdict.passed}
-    compared = {rule: found[rule] for rule in ("tau_not_worse", "speedup_not_worse") if rule in found}
+    compared: dict[str, str] = {
+        rule: found[rule] for rule in ("tau_not_worse", "speedup_not_worse") if rule in found
+    }
     reason = f"passed the gate against version {decision.champion}" if decision.champion else "the first"
     skipped = [v.rule for v in decision.verdicts if v.passed is None and decision.champion]
     if skipped:

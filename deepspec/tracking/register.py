@@ -89,7 +89,7 @@ def register(result: Result, store: Store, target_by_reference: bool = False) ->
 
 
 def evidence_key(result: Result) -> str:
-    """Of a version: another one if the draft, the target, what was measured or what was exported is another."""
+    """Return a version's key: it changes with the draft, the target, what was measured or what was exported."""
     files = [result.eval_file, result.eval_file.with_suffix(".prompts.jsonl"), result.export_file]
     parts = [result.record.draft_digest, result.record.target_digest]
     return digest(" ".join(parts + [file_digest(file) if file.exists() else "-" for file in files]))
@@ -112,7 +112,7 @@ def version_tags(result: Result) -> dict[str, str]:
 
 
 def describe(record: Record) -> str:
-    """A version in a sentence, for a reader of the registry's page."""
+    """Describe a version in a sentence, for a reader of the registry's page."""
     summary = record.summary
     speed = f"{summary.speedup:.2f}×" if summary.speedup else "not lossless, so no speed-up"
     return (
@@ -122,12 +122,12 @@ def describe(record: Record) -> str:
 
 
 def requirements() -> list[str]:
-    """What is installed here, without the local part of a version (2.13.0+cpu), which no registry has."""
+    """List the installed packages without a version's local part (2.13.0+cpu), which no registry has."""
     return [f"{name}=={installed(name).split('+')[0]}" for name in REQUIREMENTS]
 
 
 def _uploaded(result: Result, store: Store, key: str, run_id: str, export: bool, by_reference: bool) -> str:
-    """The id of the logged model with these files. What a killed call left half-uploaded makes room."""
+    """Upload these files as a logged model; return its id. A killed call's partial upload is replaced."""
     known: list[LoggedModel] = store.client.search_logged_models(
         [store.experiment_id], f"tags.{KEY} = '{key}'"
     )
@@ -176,7 +176,7 @@ def save(result: Result, folder: Path, model: Model, export: bool, by_reference:
 
 
 def _forget_places(model: Model, folder: Path) -> None:
-    """MLflow writes down where on this machine things were; it loads them by their place in the version."""
+    """Remove this machine's paths, which MLflow records; it loads files by their place in the version."""
     flavor = model.flavors[mlflow.pyfunc.FLAVOR_NAME]
     flavor[MODEL_CODE_PATH] = Path(flavor[MODEL_CODE_PATH]).name
     for artifact in flavor["artifacts"].values():

@@ -45,7 +45,7 @@ class Result:
 
     @property
     def key(self) -> str:
-        """Of the tracked run: another one as soon as any of the stages read or wrote something else."""
+        """Return the key of the tracked run: another one as soon as any of the stages read or wrote something else."""
         return digest(json.dumps(self.stages, sort_keys=True))
 
     @property
@@ -66,7 +66,7 @@ class Result:
 
     @cached_property
     def made(self) -> dict[str, Any]:
-        """How the draft was made (its deepspec.json)."""
+        """Return how the draft was made (its deepspec.json)."""
         return read_json(self.draft / "deepspec.json")
 
     @cached_property
@@ -79,7 +79,7 @@ class Result:
 
     @cached_property
     def history(self) -> list[dict[str, Any]]:
-        """Of training, one line every few steps."""
+        """Return the training history, one line every few steps."""
         lines = (self.root / "reports/train" / f"{self.drafter}.jsonl").read_text().splitlines()
         return [json.loads(line) for line in lines]
 
@@ -112,7 +112,7 @@ def read_result(drafter: str, root: str | Path = ".") -> Result:
 
 
 def lineage(stages: dict[str, dict], drafter: str) -> dict[str, dict]:
-    """The drafter's stages and, by what they read, all before them."""
+    """Return the drafter's stages and, by what they read, all before them."""
     writers = {out["path"]: name for name, stage in stages.items() for out in stage.get("outs", [])}
     found: dict[str, dict] = {}
     waiting = _own(stages, drafter)
@@ -130,7 +130,7 @@ def lineage(stages: dict[str, dict], drafter: str) -> dict[str, dict]:
 
 
 def model_name(source: str, drafter: str) -> str:
-    """`embedded:smollm2-135m-instruct`, `dspark` → `deepspec-smollm2-135m-instruct-dspark`.
+    """Name the model: `embedded:smollm2-135m-instruct`, `dspark` → `deepspec-smollm2-135m-instruct-dspark`.
 
     Of a hub id or directory the last part; whether it is the same target, digests say.
     """
@@ -161,7 +161,7 @@ def _locked_stages(path: Path) -> dict[str, dict]:
 
 
 def _check(path: Path, md5: str) -> None:
-    """A file must be the one that the lock names; directories are known by their own digests."""
+    """Check that a file is the one that the lock names; directories are known by their own digests."""
     if not md5 or md5.endswith(".dir"):
         return
     try:
@@ -173,7 +173,7 @@ def _check(path: Path, md5: str) -> None:
 
 
 def _locked_params(stages: dict[str, dict], drafter: str) -> Params:
-    """The parameters of these stages, with every default."""
+    """Return the parameters of these stages, with every default."""
     flat = {
         key: value
         for stage in stages.values()

@@ -37,7 +37,7 @@ class SpeculativeModel(PythonModel):
         self.deployment = Deployment.of(self.target, context.artifacts["draft"], decode)
 
     def predict(self, context: Any, model_input: pd.DataFrame, params: dict | None = None) -> pd.DataFrame:
-        """`prompt` → `text`, and `tau`: tokens committed per target pass."""
+        """Answer each `prompt` with `text` and `tau`: tokens committed per target pass."""
         rows = [self._answer(prompt, **(params or {})) for prompt in model_input["prompt"]]
         return pd.DataFrame(rows, columns=["text", "tau"])
 
@@ -54,7 +54,7 @@ class SpeculativeModel(PythonModel):
 
 
 def _resolved(reference: dict[str, Any]) -> Path:
-    """A target kept by reference: fetched once into the user's cache. Whether it is the same one, the draft checks."""
+    """Fetch a target kept by reference once into the user's cache. The draft checks that it is the same one."""
     from deepspec.target.model import resolve_target
     from deepspec.target.source import RECORD
 

@@ -38,7 +38,7 @@ class Store:
     experiment_id: str
 
     def link(self, *parts: str) -> str:
-        """A page of the server's; of a SQLite store, its file."""
+        """Return a page of the server's; of a SQLite store, its file."""
         if _is_server(self.uri):
             return "/".join([f"{self.uri.rstrip('/')}/#", *parts])
         return os.path.relpath(_database(self.uri))
@@ -46,7 +46,7 @@ class Store:
 
 @contextmanager
 def connect() -> Iterator[Store]:
-    """The store, ready to be written to. Whatever MLflow refuses in the block is one line.
+    """Connect to the store for writing. Whatever MLflow refuses in the block is an error of one line.
 
     Raises:
         DeepSpecError: no server answers, the store is one that we do not write to, or MLflow refused.
@@ -103,7 +103,7 @@ def _check_location(experiment: Experiment, uri: str) -> None:
 
 
 def _check_alive(uri: str) -> None:
-    """MLflow's own client would try for minutes."""
+    """Check that the server answers: MLflow's own client would try for minutes."""
     try:
         urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=_PATIENCE_S).close()
     except urllib.error.HTTPError:
@@ -131,6 +131,6 @@ def _database(uri: str) -> Path:
 
 
 def _public(uri: str) -> str:
-    """Without user and password."""
+    """Return the address without user and password."""
     scheme, _, rest = uri.partition("://")
     return f"{scheme}://{rest.rsplit('@', 1)[-1]}" if rest else uri

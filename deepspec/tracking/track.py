@@ -46,7 +46,7 @@ def track(result: Result, store: Store) -> Tracked:
 
 
 def find_run(result: Result, store: Store) -> Run | None:
-    """The one with the result's key, a finished one before others."""
+    """Find the run with the result's key, a finished one before others."""
     runs = store.client.search_runs(
         [store.experiment_id], f"tags.{KEY} = '{result.key}'", order_by=["attributes.start_time ASC"]
     )

@@ -10,9 +10,10 @@ vocabulary, of which the draft vocabulary's part is used) and data token x*:
     lk_mixed  λ·KL + (1 − λ)·½‖q − p‖₁      with λ = exp(−3 α), held fixed
 
 where α = Σ_v min(p, q) = 1 − ½‖q − p‖₁ is the chance that a token drawn from q is accepted (Leviathan et al. 2023).
-The DSpark paper's loss is 0.1·ce + 0.9·tv (DeepSeek 2026, §3.1). LK has a gradient where p and q hardly meet and TV
-has none. Probability that p puts outside the draft vocabulary adds a constant to TV and nothing to KL and α. The
-confidence head's BCE, −α log c − (1 − α) log(1 − c), holds α fixed.
+The DSpark paper's loss is 0.1·ce + 0.9·tv (DeepSeek 2026, §3.1). `lk` and `lk_mixed` are the LK
+losses (arXiv 2602.23881); weights by position may be D-PACE's (arXiv 2605.18810). LK has a gradient where p and q
+hardly meet and TV has none. Probability that p puts outside the draft vocabulary adds a constant to TV and nothing
+to KL and α. The confidence head's BCE, −α log c − (1 − α) log(1 − c), holds α fixed.
 
 Positions of a block are weighed (`drafters/position_weights.py`): later tokens are reached less often.
 

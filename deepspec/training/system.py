@@ -50,7 +50,7 @@ def watched(drafter: str, draft: Path, every_s: float = EVERY_S) -> Iterator[Non
 
 
 def read_samples(path: Path, digest: str) -> list[dict[str, float]]:
-    """Return the log of the training that made draft `digest`; empty if it is of another, unfinished or missing."""
+    """Return the samples of the training that made draft `digest`; empty if unfinished, absent or of another."""
     *samples, last = [entry for _, entry in read_journal(path)] or [{}]
     return samples if last.get("draft_digest") == digest else []
 

@@ -225,7 +225,8 @@ def test_the_architecture_page_has_the_directions_that_are_tested():
 
 # Packages whose functions say what they do with a verb in front; ruff's D401 knows only some of what is none.
 IMPERATIVE = re.findall(
-    r"\w+", "answers commands export features guard messages prompts stages tasks training"
+    r"\w+",
+    "answers commands export features guard messages prompts report reproduce serving stages tasks tracking training",
 )
 NO_VERB = re.compile(
     r"(A|All|An|As|Both|Each|Every|For|How|In|It|Its|No|Of|On|One|Our|Over|README|The|These|Those"

@@ -14,7 +14,7 @@ from deepspec.prompts.seeds import code_texts as seed_idea_texts
 from deepspec.prompts.seeds.code_idea import Idea
 
 # Parameter → type, other names it may go by, and how an example value is drawn.
-NOUNS = (
+NOUNS: tuple[str, ...] = (
     "river",
     "lamp",
     "stone",
