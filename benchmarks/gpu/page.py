@@ -24,7 +24,6 @@ _COLUMNS: dict[str, tuple[str, float, int]] = {
     "bfloat16_flops": ("bfloat16 TFLOP/s", 1e-12, 1),
     "float32_flops": ("float32 TFLOP/s", 1e-12, 1),
     "passed": ("passed", 1, 0),
-    "skipped": ("skipped", 1, 0),
     "ms": ("ms", 1, 3),
     "round_ms": ("ms a round", 1, 3),
     "step_ms": ("ms a step", 1, 1),

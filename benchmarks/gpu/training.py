@@ -1,4 +1,5 @@
-"""Step 4: training steps at Qwen3-4B's sizes, on random features: the whole step of `Trainer`, data included.
+"""Step 4: training steps at Qwen3-4B's sizes, on random features: the whole step of `Trainer`, with data that
+are made ahead of time as in a run.
 
 FLOP are counted by torch on one step, in matrix products and attention, masked parts included; MFU is their rate over
 that of a large bfloat16 product on this device. The share of waiting is what a step takes longer than one whose batch
@@ -153,12 +154,13 @@ def training_step(setting: Setting, algorithm: str, rate: float) -> dict[str, An
         trainer.step += 1
 
     forget_peak(device)
-    whole = median_seconds(step, device, repeats, untimed=setting.pick(1, 3))
+    with trainer.prefetcher:
+        whole = median_seconds(step, device, repeats, untimed=setting.pick(1, 3))
     peak = peak_bytes(device)
     with FlopCounterMode(display=False) as counter:
         step()
-    trainer.batches = OnDevice(*what)
-    trainer.batches.device = accelerator.device
+    trainer.prefetcher.batches = OnDevice(*what)
+    trainer.prefetcher.batches.device = accelerator.device
     fed = median_seconds(step, device, repeats, untimed=1)
     flops = counter.get_total_flops()
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)

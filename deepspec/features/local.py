@@ -44,7 +44,12 @@ class Features(ABC):
     Args:
         sequences: in the order of the data set.
         layers: target layer ids, concatenated in this order; `H_LAST` is the post-norm state.
+
+    Attributes:
+        ahead: whether they may be read on another thread, ahead of time.
     """
+
+    ahead = True
 
     def __init__(self, target: Target, sequences: list[Sequence], layers: tuple[int, ...]):
         self.target, self.sequences, self.layers = target, sequences, layers
@@ -102,7 +107,9 @@ class Features(ABC):
 
 
 class OnlineFeatures(Features):
-    """Computed when asked for; nothing is stored."""
+    """Computed when asked for, by a target that shares the trainer's device; nothing is stored."""
+
+    ahead = False
 
     def describe(self) -> dict[str, Any]:
         return {"mode": "online", "target": self.target.digest, "layers": list(self.layers)}

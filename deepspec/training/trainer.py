@@ -24,6 +24,7 @@ from deepspec.files import replacing, write_text
 from deepspec.progress import Progress
 from deepspec.training.batches import Batches
 from deepspec.training.distribute import DistributedObjective
+from deepspec.training.prefetch import Prefetcher
 from deepspec.training.replay import rejected_starts
 
 if TYPE_CHECKING:
@@ -55,6 +56,8 @@ class Trainer:
     ):
         self.params, self.batches, self.heldout = params, batches, heldout
         self.accelerator, self.work = accelerator, work
+        mine = accelerator.process_index, accelerator.num_processes, params.accumulate
+        self.prefetcher = Prefetcher(batches, accelerator.device, params.steps, *mine)
         processes, size = accelerator.num_processes, min(params.batch_size, len(batches.members))
         if processes > 1 and size % (processes * params.accumulate):
             raise DeepSpecError(
@@ -65,6 +68,7 @@ class Trainer:
         self.distributed = DistributedObjective(objective, params, accelerator)
         self.step, self.best_tau, self.history = 0, 0.0, []
         self.stopping = False
+        self.waited, self.seconds = 0.0, 0.0  # for data, and altogether, in this process's steps
         # The first step of the second stage; no step where there is none.
         self.replay_from = params.steps - round(params.steps * params.replay) if params.replay else -1
 
@@ -77,8 +81,11 @@ class Trainer:
         """
         self._resume()
         signal.signal(signal.SIGTERM, self._on_sigterm)
-        with Progress("train", self.params.steps, self.step, self.accelerator.is_main_process) as progress:
+        shown = self.accelerator.is_main_process
+        with Progress("train", self.params.steps, self.step, shown) as progress, self.prefetcher:
             self._fit(progress)
+        if shown and self.seconds:
+            logger.info("steps waited for data %.1f %% of their time", 100 * self.waited / self.seconds)
 
     def _fit(self, progress: Progress) -> None:
         window: dict[str, float] = {}
@@ -90,6 +97,8 @@ class Trainer:
             tick = time.monotonic()
             sums = self.train_step()
             sums["seconds"] = time.monotonic() - tick
+            self.waited += sums["waited"]
+            self.seconds += sums["seconds"]
             window = {name: window.get(name, 0.0) + value for name, value in sums.items()}
             self.step += 1
             progress.advance()
@@ -109,10 +118,9 @@ class Trainer:
         params, accelerator = self.params, self.accelerator
         for group in self.distributed.optimizer.param_groups:
             group["lr"] = params.lr * schedule(self.step, params.steps, params.warmup)
-        mine = accelerator.process_index, accelerator.num_processes
-        parts = [
-            part.to(accelerator.device) for part in self.batches.make(self.step, *mine, params.accumulate)
-        ]
+        tick = time.monotonic()
+        parts = self.prefetcher.take(self.step)
+        waited = time.monotonic() - tick
         weight = sum(self.raw.weight(part) for part in parts)
         # All processes stop at the same step, whichever was asked to.
         asked = weight.new_tensor(float(self.stopping))
@@ -137,7 +145,7 @@ class Trainer:
         if norm == 0:
             raise DeepSpecError(f"step {self.step}: no weight has a gradient; the data or the loss is dead")
         self.distributed.optimizer_step()
-        figures = {"weight": float(total_weight), "norm": norm, "steps": 1.0}
+        figures = {"weight": float(total_weight), "norm": norm, "steps": 1.0, "waited": waited}
         return dict(zip(sums, total.tolist(), strict=True)) | figures
 
     @torch.no_grad()
@@ -172,6 +180,7 @@ class Trainer:
             "gradient_norm": round(window["norm"] / window["steps"], 5),
             "lr": self.params.lr * schedule(self.step, self.params.steps, self.params.warmup),
             "positions_per_second": round(window["positions"] / window["seconds"], 1),
+            "waiting_share": round(window["waited"] / window["seconds"], 5),
         }
         self.history.append(line)
         self.accelerator.log({name: value for name, value in line.items() if name != "step"}, self.step)

@@ -11,12 +11,13 @@ from pathlib import Path
 import pytest
 
 from benchmarks.gpu.__main__ import STEPS, main
+from benchmarks.gpu.checks import passed
 from benchmarks.gpu.findings import Findings, OutOfTime, Setting
 from benchmarks.gpu.page import DRY, section
 
 ROOT = Path(__file__).parents[2]
 # What a bare machine lacks of the project's packages.
-MISSING = ("prefect", "mlflow", "dvc", "datasets", "great_expectations", "fastapi", "sqlalchemy")
+MISSING = ("prefect", "mlflow", "dvc", "datasets", "great_expectations", "fastapi", "sqlalchemy", "pytest")
 
 
 @pytest.fixture(scope="module")
@@ -86,6 +87,14 @@ def test_a_failed_piece_is_told_and_tried_again(tmp_path):
     again.piece("broken", lambda: {"ms": 3.0})
     again.finish()
     assert again.complete
+
+
+def test_a_check_that_does_not_hold_is_told_with_its_line(tmp_path):
+    def check(directory: Path, folder: Path, device: str) -> None:
+        assert device == "another"
+
+    with pytest.raises(AssertionError, match='assert device == "another"'):
+        passed(check, tmp_path, tmp_path / "folder", "cpu")
 
 
 def test_another_devices_findings_are_not_added_to(tmp_path, capsys):
