@@ -331,6 +331,11 @@ class Provenance(Part):
         description="versions of Python and of the packages that decide results"
     )
     cpu: str = Field(description="processor and the instructions that decide how sums are rounded")
+
+
+class DraftProvenance(Provenance):
+    """The same, and by what the draft was made."""
+
     data_digest: str | None = Field(description="digest of the data that the draft was trained on")
     trained_at_commit: str | None = Field(description="commit that the draft was trained at")
 
@@ -371,7 +376,7 @@ class Record(Part):
     warnings: list[RecordWarning] = Field(description="what a reader must not overlook")
     decode: Decode = Field(description="how the draft was used (`evaluate.decode`)")
     round_costs: RoundCosts | None = Field(description="what a pass and a draft cost on the machine")
-    provenance: Provenance = Field(description="code, command and packages that made the record")
+    provenance: DraftProvenance = Field(description="code, command and packages that made the record")
 
     @property
     def train_parity(self) -> TrainParity | None:

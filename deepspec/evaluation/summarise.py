@@ -18,13 +18,13 @@ from deepspec.evaluation.record import (
     Blocks,
     Confidence,
     Decode,
+    DraftProvenance,
     Figures,
     Identity,
     LosslessChecked,
     Mean,
     Mode,
     OutputBin,
-    Provenance,
     Record,
     RecordWarning,
     RoundCosts,
@@ -88,7 +88,7 @@ class Measured:
     identities: Mapping[str, Mapping[str, Identity]]
     native: Mapping[str, float]
     decode: Decode
-    provenance: Provenance
+    provenance: DraftProvenance
     round_costs: RoundCosts | None = None
     blocks: dict[Mode, dict[str, Blocks]] | None = None
     confidence: dict[Mode, Confidence] | None = None

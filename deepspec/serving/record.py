@@ -12,7 +12,7 @@ import numpy as np
 from pydantic import Field, ValidationError
 
 from deepspec.errors import DeepSpecError
-from deepspec.evaluation.record import Bounds, Part, first_mistake
+from deepspec.evaluation.record import Bounds, Part, Provenance, first_mistake
 from deepspec.evaluation.stats import Pair, against, bootstrap, quotient, speedup
 from deepspec.files import write_json
 from deepspec.serving.ours import Ours
@@ -93,18 +93,6 @@ class Figures(Part):
     outputs: Outputs = Field(description="greedy answers compared")
     warnings: list[str] = Field(description="what makes the figures weaker than they look")
     failures: list[str] = Field(description="why the draft does not pass; empty: it passes")
-
-
-class Provenance(Part):
-    """By what code, command and packages the record was made."""
-
-    git_commit: str | None = Field(description="commit of the code; null outside a repository")
-    git_dirty: bool = Field(description="the code differed from that commit")
-    command: str = Field(description="command that measured")
-    packages: dict[str, str | None] = Field(
-        description="versions of Python and of the packages that decide results"
-    )
-    cpu: str = Field(description="processor and the instructions that decide how sums are rounded")
 
 
 class About(Part):

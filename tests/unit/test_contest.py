@@ -13,7 +13,7 @@ from deepspec.decoding.request import Generation, Stats
 from deepspec.drafters.algorithms.lookup import LookupDrafter
 from deepspec.evaluation import contest, identity, timing
 from deepspec.evaluation.contest import Contest, DecodingConfig
-from deepspec.evaluation.record import DRAFT, LOOKUP, Decode, Identity, Provenance
+from deepspec.evaluation.record import DRAFT, LOOKUP, Decode, DraftProvenance, Identity
 from deepspec.evaluation.runs import PLAIN, from_json, prompt_seed, to_json
 from deepspec.evaluation.summarise import Measured, Subject, build_record, tau_by_output_position
 from deepspec.target.model import load_target
@@ -103,7 +103,7 @@ def record(checks: dict[str, Identity] | None = None, **extra) -> dict:
     checks = checks or dict.fromkeys(TASKS, FINE)
     subject = Subject("mine", "d0", "x", "t0", "a machine", "bfloat16", 0, 1, 10)
     made = records.record()
-    means = Decode(**made["decode"]), Provenance(**made["provenance"])
+    means = Decode(**made["decode"]), DraftProvenance(**made["provenance"])
     identities = {DRAFT: checks, LOOKUP: dict.fromkeys(TASKS, FINE)}
     measured = Measured(hold(), identities, dict.fromkeys(TASKS, 8.0), *means, **extra)
     return build_record(subject, tasks(), measured).dump()
