@@ -19,7 +19,7 @@ from deepspec.decoding.request import Generation, Stats
 from deepspec.drafters.checkpoint import stored_weights, write_drafter
 from deepspec.drafters.deployment import Deployment
 from deepspec.errors import DeepSpecError
-from deepspec.evaluation import benchmark
+from deepspec.evaluation import measure
 from deepspec.evaluation.runs import Run, prompt_seed
 from deepspec.target.model import load_target
 from tests.tiny import make_network, make_tokenizer
@@ -157,7 +157,7 @@ def test_chat_decodes_as_the_evaluation_does(name, temperature, tiny_target, tmp
     params = tmp_path / "params.yaml"
     params.write_text(yaml.safe_dump(raw))
     read = load_params(params)
-    outcome = benchmark.evaluate({"d": draft}, tiny_target, read.evaluate, 0, tmp_path / "work")["d"]
+    outcome = measure.evaluate({"d": draft}, tiny_target, read.evaluate, 0, tmp_path / "work")["d"]
     measured = outcome.prompts[0]["runs"]["draft"]
 
     seen, real = [], Deployment.generate
