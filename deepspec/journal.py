@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Self
 
+_BLOCK = 1 << 16  # bytes
+
 
 class Journal:
     """Appends JSON lines to a file; a half-written last line, left by a kill, is dropped when the file is opened.
@@ -20,7 +22,7 @@ class Journal:
         self.path, self.fsync = Path(path), fsync
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._file = self.path.open("ab")
-        self._file.truncate(self.path.read_bytes().rfind(b"\n") + 1)
+        self._file.truncate(_whole_lines(self.path))
 
     def __enter__(self) -> Self:
         return self
@@ -86,6 +88,19 @@ class WorkLog:
 def read_log(path: str | Path) -> dict[str, Any]:
     """Return the finished results of a work file, by key; the file stays as it is."""
     return {entry["key"]: entry["result"] for _, entry in read_journal(path)}
+
+
+def _whole_lines(path: Path) -> int:
+    """Return how many bytes of a file are whole lines; only its end is read."""
+    with path.open("rb") as file:
+        end = file.seek(0, os.SEEK_END)
+        while end:
+            start = max(end - _BLOCK, 0)
+            file.seek(start)
+            if (at := file.read(end - start).rfind(b"\n")) >= 0:
+                return start + at + 1
+            end = start
+    return 0
 
 
 def _parse(line: bytes) -> dict[str, Any] | None:

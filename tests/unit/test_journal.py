@@ -32,6 +32,15 @@ def test_a_half_written_last_line_is_dropped_and_written_anew(tmp_path):
     assert [WorkLog(path).get(key) for key in "ab"] == [1, 3]
 
 
+@pytest.mark.parametrize("half", [1, (1 << 16) - 1, 1 << 16, 200_000])
+@pytest.mark.parametrize("whole", [b"", b'{"n": 1}\n', b'{"n": "' + b"x" * 70_000 + b'"}\n'])
+def test_a_half_line_of_any_length_is_dropped(tmp_path, whole, half):
+    path = tmp_path / "log.jsonl"
+    path.write_bytes(whole + b"y" * half)
+    Journal(path).close()
+    assert path.read_bytes() == whole
+
+
 def test_removed_log_leaves_nothing(tmp_path):
     log = WorkLog(tmp_path / "log.jsonl")
     log.add("a", 1)
