@@ -15,13 +15,13 @@ from torch import Tensor
 from deepspec.decoding.drafter import Drafter, DraftRequest
 from deepspec.decoding.judge import judge
 from deepspec.decoding.request import Generation, Request, Sampling, Stats
-from deepspec.decoding.round import Round, RoundClock, Turn, padded_size, tree_mask
+from deepspec.decoding.round import Round, RoundClock, Turn, padded_size
 from deepspec.decoding.scheduler import Controller
 from deepspec.decoding.slot import Slot
 from deepspec.decoding.tree import MAX_NODES, Chain, Shape
 from deepspec.decoding.verify import check_rule
 from deepspec.errors import DeepSpecError
-from deepspec.target.attention import ForwardPass
+from deepspec.target.attention import ForwardPass, tree_mask
 from deepspec.target.model import Target
 
 PREFILL = 512  # prompt tokens a pass, which bounds the attention mask
@@ -224,11 +224,11 @@ class Engine:
         self.cache.reserve(
             max(start + count for start, count in zip(starts, counts, strict=True)) + max(counts)
         )
-        proposals = [turn.proposal for turn in turns]
-        chains = all(proposal.is_chain for proposal in proposals)
+        chains = all(turn.proposal.is_chain for turn in turns)
+        parents = [turn.proposal.parents for turn in turns]
         run = ForwardPass(
             torch.tensor([positions], device=device),
-            None if chains else tree_mask(proposals, starts, max(counts)).to(device),
+            None if chains else tree_mask(parents, starts, max(counts)).to(device),
             cache=self.cache,
             starts=starts,
             counts=counts,

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from deepspec.decoding.slot import Slot
 from deepspec.decoding.tree import Proposal
@@ -90,15 +89,3 @@ def padded_size(tokens: int) -> int:
     """The next of the sizes 1 ... 8, 10, 12, 14, 16, 20, 24, 28, 32, 40, ...: four to an octave."""
     step = 1 << max((tokens - 1).bit_length() - 3, 0)
     return -(-tokens // step) * step
-
-
-def tree_mask(proposals: list[Proposal], starts: list[int], n: int) -> Tensor:
-    """bool [requests, n, max(starts) + n]: each node sees the cached context, the anchor and its own ancestors."""
-    visible = torch.zeros(len(proposals), n, max(starts) + n, dtype=torch.bool)
-    for row, (proposal, start) in enumerate(zip(proposals, starts, strict=True)):
-        visible[row, :, : start + 1] = True
-        for node, parent in enumerate(proposal.parents):
-            if parent >= 0:
-                visible[row, node + 1] = visible[row, parent + 1]
-            visible[row, node + 1, start + node + 1] = True
-    return visible

@@ -269,6 +269,27 @@ def causal(starts: list[int], n: int, length: int, device: torch.device | None =
     return torch.arange(length, device=device) <= last
 
 
+def tree_mask(parents: list[list[int]], starts: list[int], n: int) -> Tensor:
+    """Return which token of a pass sees which: the cached context, its request's anchor and its own ancestors.
+
+    Args:
+        parents: of each request's nodes behind its anchor, -1 for a child of the anchor; parents come first.
+        starts: where each request's anchor stands.
+        n: most tokens of a request, the anchor included.
+
+    Returns:
+        bool [requests, n, max(starts) + n]
+    """
+    visible = torch.zeros(len(parents), n, max(starts) + n, dtype=torch.bool)
+    for row, (above, start) in enumerate(zip(parents, starts, strict=True)):
+        visible[row, :, : start + 1] = True
+        for node, parent in enumerate(above):
+            if parent >= 0:
+                visible[row, node + 1] = visible[row, parent + 1]
+            visible[row, node + 1, start + node + 1] = True
+    return visible
+
+
 def attend(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scale: float | None) -> Tensor:
     """Grouped-query attention. queries [b, heads, n, d], keys/values [b, kv_heads, L, d] → [b, n, heads, d].
 

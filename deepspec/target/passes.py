@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from deepspec.target.attention import ForwardPass, Unsuited
+from deepspec.target.attention import ForwardPass, Unsuited, tree_mask
 from deepspec.target.source import decoder_layers, text_decoder
 
 if TYPE_CHECKING:
@@ -244,14 +244,8 @@ class _Runner:
         """A main branch and a side branch below the token at `at`, node by node in turn; the side branch is kept."""
         device = self.target.device
         ids = [main[0], main[1], side[0], main[2], side[1], main[3], side[2]]
-        parents = [-1, 0, 0, 1, 2, 3, 4]
         depths = [0, 1, 1, 2, 2, 3, 3]
-        visible = torch.zeros(1, len(ids), at + len(ids), dtype=torch.bool)
-        visible[..., :at] = True
-        for node, parent in enumerate(parents):
-            if parent >= 0:
-                visible[0, node, at:] = visible[0, parent, at:]
-            visible[0, node, at + node] = True
+        visible = tree_mask([[-1, -1, 0, 1, 2, 3]], [at], len(ids))
         self.cache.reserve(at + 2 * len(ids))
         positions = torch.tensor([[at + depth for depth in depths]], device=device)
         step = ForwardPass(
