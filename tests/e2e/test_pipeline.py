@@ -134,7 +134,8 @@ def test_an_unknown_key_stops_the_pipeline_with_one_line(clone: Clone):
 
 
 def test_a_new_learning_rate_reruns_training_and_what_follows(clone: Clone):
-    clone.set("pipeline", ["dspark"])
+    clone.set("pipeline", ["dspark"])  # The target stage reads this too: what it suits is decided there.
+    clone.repro()
     clone.set("train.lr", 5.0e-4)
     ran = clone.repro()
     assert "train@dspark" in ran
