@@ -13,6 +13,7 @@ from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import accumulate
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -34,7 +35,8 @@ from deepspec.target.model import Target
 BATCHES = (1, 4, 16)
 WIDTHS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)  # new tokens a request
 CONTEXT = 256
-_REPEATS = 7
+_TURNS, _FEWEST, _SECONDS = 30, 7, 15.0  # a batch; see `_turns`
+_DRAFT = 0  # what is tried beside passes of 1 token
 _COMMITTED = 3  # tokens that a drafter takes in before it proposes again
 Points = list[tuple[float, float]]  # (x, seconds), x ascending
 Watch = Callable[[int, int], None]  # (done, total)
@@ -135,10 +137,10 @@ def load_or_measure(
         lambda missing: measure_passes(target, missing, watch=watch),
         _points,
     )
-    drafts: dict[int, float] = {}
+    ratios: dict[int, float] = {}
     if drafter is not None:
         identity = _identity(target, drafter, shape)
-        drafts = _kept(
+        ratios = _kept(
             folder if identity["drafter"] else None,
             identity,
             batches,
@@ -146,6 +148,7 @@ def load_or_measure(
             lambda missing: measure_drafts(target, drafter, missing, shape=shape),
             float,
         )
+    drafts = {requests: ratio * _line(passes[requests], requests) for requests, ratio in ratios.items()}
     return CostCurve(passes, drafts, identity)
 
 
@@ -167,29 +170,84 @@ def measure_passes(
     context: int = CONTEXT,
     watch: Watch | None = None,
 ) -> dict[int, Points]:
-    """Median seconds of verification passes as the engine runs them: forward, logits, best tokens on the host.
+    """Measure the seconds of verification passes as the engine runs them: forward, logits, best tokens on the host.
 
-    All shapes take turns, so that a slow moment of the machine falls on all of them; the first turn is a warm-up
-    (oneDNN builds its kernels by shape).
+    A machine's speed drifts by more than what widths differ by, so a width's cost is the median, over turns in which
+    all widths run, of its ratio to that turn's passes over one token a request; seconds are that ratio times the
+    median of those passes. More tokens never cost less: what says otherwise is noise, and is evened out.
+
+    Raises:
+        DeepSpecError: the target has too few positions.
     """
-    context = min(context, target.max_length - max(widths) - 1)
+    widths = sorted({1, *widths})
+    context = _context_for(target, context, max(widths))
+    cache = _filled_cache(target, max(batches), context, max(widths) + 1)
+    done, total = 0, (1 + _TURNS) * len(batches) * (len(widths) + 1)
+
+    def seconds_of(requests: int, width: int) -> float:
+        nonlocal done
+        began = time.perf_counter()
+        _pass(target, cache, context, requests, width)
+        seconds = time.perf_counter() - began
+        done += 1
+        if watch:
+            watch(done, total)
+        return seconds
+
+    passes = {}
+    for requests in batches:
+        turns = _turns(lambda width, requests=requests: seconds_of(requests, width), widths)
+        one = median(seconds for turn in turns for seconds in turn.plain)
+        ratios = [median(turn.ratio(width) for turn in turns) for width in widths]
+        passes[requests] = [
+            (requests * width, one * ratio) for width, ratio in zip(widths, _rising(ratios), strict=True)
+        ]
+        done = total * len(passes) // len(batches)  # turns that the time did not allow
+    if watch:
+        watch(total, total)
+    return passes
+
+
+@dataclass(frozen=True)
+class _Turn:
+    """Seconds of one turn: of what was tried, and of the passes over one token a request before and after it."""
+
+    tried: dict[int, float]
+    plain: tuple[float, float]
+
+    def ratio(self, what: int) -> float:
+        return 1.0 if what == 1 else self.tried[what] / (sum(self.plain) / 2)
+
+
+def _turns(seconds_of: Callable[[int], float], tried: Sequence[int]) -> list[_Turn]:
+    """Try each once a turn, between two of 1; the first turn is a warm-up (oneDNN builds its kernels by shape).
+
+    There are `_TURNS` of them, or, where they take more than `_SECONDS` together, as many as that allows, though
+    never fewer than `_FEWEST`.
+    """
+    turns: list[_Turn] = []
+    began = 0.0
+    while len(turns) < 1 + _TURNS:
+        if len(turns) == 1:
+            began = time.perf_counter()
+        if len(turns) > _FEWEST and time.perf_counter() - began > _SECONDS:
+            break
+        before = seconds_of(1)
+        found = {what: seconds_of(what) for what in tried if what != 1}
+        turns.append(_Turn(found, (before, seconds_of(1))))
+    return turns[1:]
+
+
+def _context_for(target: Target, context: int, width: int) -> int:
+    """Return the tokens of context for passes of up to `width` new ones.
+
+    Raises:
+        DeepSpecError: the target has too few positions.
+    """
+    context = min(context, target.max_length - width - 1)
     if context < 1:
         raise DeepSpecError(f"{target.source}: {target.max_length} positions are too few to measure passes")
-    cache = _filled_cache(target, max(batches), context, max(widths) + 1)
-    shapes = [(requests, width) for requests in batches for width in widths]
-    seconds: dict[tuple[int, int], list[float]] = {shape: [] for shape in shapes}
-    total = (1 + _REPEATS) * len(shapes)
-    for turn in range(1 + _REPEATS):
-        for i, shape in enumerate(shapes):
-            began = time.perf_counter()
-            _pass(target, cache, context, *shape)
-            seconds[shape].append(time.perf_counter() - began)
-            if watch:
-                watch(turn * len(shapes) + i + 1, total)
-    return {
-        requests: [(requests * width, median(seconds[requests, width][1:])) for width in sorted(set(widths))]
-        for requests in batches
-    }
+    return context
 
 
 def _filled_cache(target: Target, slots: int, context: int, width: int) -> KVCache:
@@ -226,29 +284,39 @@ def measure_drafts(
     context: int = CONTEXT,
     shape: Shape = CHAIN,
 ) -> dict[int, float]:
-    """Median seconds in which so many requests take in their newest tokens and draft together, greedily.
+    """Measure how long requests take in their newest tokens and draft together, greedily, in passes over one token.
+
+    Each is timed between two such passes of the target for as many requests, and the median of the ratios taken:
+    draft and pass meet the same moments of the machine.
 
     Of a drafter that asks a lookup first, its trained part is timed: it is what costs.
     """
     drafter = drafter.trained
     rng = _rng()
+    context = _context_for(target, context, 2)
+    cache = _filled_cache(target, max(batches), context, 2)
     session = drafter.session(max(batches))
     for row in range(max(batches)):
         session.begin(row)
         session.extend(row, *_taken_in(target, drafter, context, rng))
     news = _taken_in(target, drafter, _COMMITTED, rng)
-    seconds: dict[int, list[float]] = {requests: [] for requests in batches}
-    for _ in range(1 + _REPEATS):
-        for requests in batches:
-            asks = [
-                DraftRequest(row, 1, Sampling(), rng, drafter.block_size, shape) for row in range(requests)
-            ]
-            began = _clock(target)
+
+    def seconds_of(requests: int, drafted: bool) -> float:
+        asks = [DraftRequest(row, 1, Sampling(), rng, drafter.block_size, shape) for row in range(requests)]
+        began = _clock(target)
+        if drafted:
             for row in range(requests):
                 session.extend(row, *news)
             session.propose(asks)
-            seconds[requests].append(_clock(target) - began)
-    return {requests: median(times[1:]) for requests, times in seconds.items()}
+        else:
+            _pass(target, cache, context, requests, 1)
+        return _clock(target) - began
+
+    ratios = {}
+    for requests in batches:
+        turns = _turns(lambda what, requests=requests: seconds_of(requests, what == _DRAFT), [_DRAFT])
+        ratios[requests] = median(turn.ratio(_DRAFT) for turn in turns)
+    return ratios
 
 
 def _taken_in(
@@ -306,7 +374,7 @@ def _kept(
     if missing := [requests for requests in batches if requests not in table]:
         table |= measure(missing)
         if path:
-            _write(path, {"identity": identity, "seconds": _keyed(table)})
+            _write(path, {"identity": identity, "measured": _keyed(table)})
     return table
 
 
@@ -315,7 +383,7 @@ def _read(path: Path, identity: dict[str, Any], parse: Callable[[Any], Any]) -> 
     with suppress(OSError, AttributeError, KeyError, TypeError, ValueError):
         stored = json.loads(path.read_text())
         if stored["identity"] == identity:
-            return {int(requests): parse(value) for requests, value in stored["seconds"].items()}
+            return {int(requests): parse(value) for requests, value in stored["measured"].items()}
     return {}
 
 
@@ -346,6 +414,13 @@ def _line(points: Sequence[tuple[float, float]], x: float) -> float:
     i = min(max(bisect_left(points, (x,)), 1), len(points) - 1)
     (x0, y0), (x1, y1) = points[i - 1 : i + 1]
     return y0 + (y1 - y0) * (x - x0) / (x1 - x0)
+
+
+def _rising(values: Sequence[float]) -> list[float]:
+    """Return values that never fall, in the middle of the highest so far and the lowest to come."""
+    highest = accumulate(values, max)
+    lowest = [*accumulate(reversed(values), min)][::-1]
+    return [(high + low) / 2 for high, low in zip(highest, lowest, strict=True)]
 
 
 def _lower_hull(points: Points) -> Points:

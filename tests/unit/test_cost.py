@@ -93,7 +93,53 @@ def test_real_passes_are_measured(target):
     passes = cost.measure_passes(target, (1, 3), (2, 1), 16, watch=lambda *progress: seen.append(progress))
     assert {requests: [x for x, _ in points] for requests, points in passes.items()} == {1: [1, 2], 3: [3, 6]}
     assert all(0 < seconds < 1 for points in passes.values() for _, seconds in points)
-    assert seen[-1][0] == seen[-1][1] == len(seen)
+    assert seen[-1][0] == seen[-1][1] and [done for done, _ in seen] == sorted(done for done, _ in seen)
+
+
+class Machine:
+    """A clock, and passes that take what a width costs times the speed of the moment."""
+
+    def __init__(self, monkeypatch, costs, draft=0.0):
+        self.now, self.passes, self.costs, self.draft = 0.0, 0, costs, draft
+        monkeypatch.setattr(cost.time, "perf_counter", lambda: self.now)
+        monkeypatch.setattr(cost, "_pass", lambda *shape: self.spend(self.costs[shape[-1]]))
+
+    def spend(self, seconds):
+        """Between the 200th and the 400th piece of work the machine is at a third of its speed."""
+        self.now += seconds * (3.0 if 200 <= self.passes < 400 else 1.0)
+        self.passes += 1
+
+
+def test_a_slow_minute_does_not_bend_the_curve(target, monkeypatch):
+    costs = {1: 0.010, 2: 0.0104, 4: 0.0106, 8: 0.011, 16: 0.0117}
+    Machine(monkeypatch, costs)
+    points = cost.measure_passes(target, (1,), (1, 2, 4, 8, 16), 16)[1]
+    assert {x: seconds / points[0][1] for x, seconds in points} == pytest.approx(
+        {width: seconds / costs[1] for width, seconds in costs.items()}, rel=1e-6
+    )
+
+
+def test_more_tokens_never_cost_less(target, monkeypatch):
+    Machine(monkeypatch, {1: 0.010, 2: 0.012, 4: 0.011, 8: 0.020})
+    points = cost.measure_passes(target, (1,), (1, 2, 4, 8), 16)[1]
+    assert [round(seconds, 6) for _, seconds in points] == [0.010, 0.0115, 0.0115, 0.020]
+
+
+def test_a_draft_is_timed_in_passes_of_the_same_moments(target, monkeypatch):
+    machine = Machine(monkeypatch, {1: 0.010})
+
+    class Drafting(Trained):
+        def session(self, slots):
+            session = super().session(slots)
+            propose = session.propose
+            monkeypatch.setattr(
+                session, "propose", lambda asks: (machine.spend(0.0017), propose(asks))[1], raising=False
+            )
+            return session
+
+    machine.passes = 150  # the slow minute comes after the first turns
+    ratios = cost.measure_drafts(target, Drafting(4, 1), (1,), 16)
+    assert ratios[1] == pytest.approx(0.17, rel=1e-6)
 
 
 def test_a_curve_has_both_parts(target, tmp_path):

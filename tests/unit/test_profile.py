@@ -17,7 +17,7 @@ from deepspec.target.model import load_target
 def small(monkeypatch, tmp_path):
     """Few passes, kept in a folder of the test's own."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(cost, "_REPEATS", 1)
+    monkeypatch.setattr(cost, "_TURNS", 1)
     monkeypatch.setattr(profile, "read_bandwidth", lambda device: 1e9)
 
 
