@@ -189,6 +189,15 @@ def test_the_glossary_is_short():
     assert 20 <= len(re.findall(r"^\| \*\*", text_of("docs/glossary.md"), re.M)) <= 40
 
 
+def test_every_test_file_stands_beside_what_it_tests():
+    table = text_of("docs/architecture.md").split("## Which tests to run")[1]
+    files = {path.stem.removeprefix("test_") for path in (ROOT / "tests/unit").glob("test_*.py")}
+    named = {
+        name for row in re.findall(r"^\| .* \| (.*) \|$", table, re.M) for name in re.findall(r"`(\w+)`", row)
+    }
+    assert named == files
+
+
 @pytest.mark.parametrize("name", PROSE)
 def test_no_paragraph_is_long(name):
     assert too_long(text_of(name)) == []
