@@ -6,6 +6,8 @@ READY := $(VENV)/.ready
 # Every recipe sees the environment's own commands, and no tool phones home.
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 export VIRTUAL_ENV := $(CURDIR)/$(VENV)
+# Stages are processes of their own: what Python has compiled is kept between them.
+unexport PYTHONDONTWRITEBYTECODE
 export DO_NOT_TRACK := true
 export DVC_NO_ANALYTICS := 1
 export GX_ANALYTICS_ENABLED := false
