@@ -82,7 +82,7 @@ def survival(logits: np.ndarray, temperatures: list[float] | None = None) -> np.
 
 
 def fit(blocks: Blocks) -> list[float]:
-    """The temperatures [γ]. A position that fewer than 100 blocks reached keeps 1."""
+    """Return the temperatures [γ]. A position that fewer than 100 blocks reached keeps 1."""
     temperatures: list[float] = []
     held = np.ones(len(blocks))  # the calibrated product up to the position before
     for position, logits in enumerate(blocks.logits.T):
@@ -111,7 +111,7 @@ def _best(predictions: np.ndarray, outcome: np.ndarray) -> int:
 
 
 def _chance_ece(predicted: np.ndarray) -> float:
-    """The error expected of perfect predictions: the mean of |N(0, σ²)| in each bin."""
+    """Return the error expected of perfect predictions: the mean of |N(0, σ²)| in each bin."""
     variances = np.bincount(_bins(predicted, BINS), predicted * (1 - predicted), BINS)
     return float(np.sqrt(2 / math.pi * variances).sum() / max(len(predicted), 1))
 
@@ -121,13 +121,16 @@ def _bins(predicted: np.ndarray, bins: int) -> np.ndarray:
 
 
 def ece(predicted: np.ndarray, outcome: np.ndarray, bins: int = BINS) -> float:
-    """Expected calibration error: Σ over equal bins of |mean prediction − mean outcome|, weighted by their counts."""
+    """Return the expected calibration error.
+
+    It is Σ over equal bins of |mean prediction − mean outcome|, weighted by their counts.
+    """
     gaps = np.bincount(_bins(predicted, bins), predicted - outcome, bins)
     return float(np.abs(gaps).sum() / max(len(predicted), 1))
 
 
 def reliability(predicted: np.ndarray, outcome: np.ndarray, bins: int = BINS) -> list[Bin]:
-    """The bins behind `ece` that hold anything."""
+    """Return the bins behind `ece` that hold anything."""
     place = _bins(predicted, bins)
     return [
         Bin(
@@ -265,7 +268,7 @@ def as_trained(drafter: Drafter) -> Iterator[None]:
 
 
 def conditional_logits(survival: list[float]) -> list[float]:
-    """The logits of the conditional chances a_k / a_{k−1}."""
+    """Return the logits of the conditional chances a_k / a_{k−1}."""
     logits, above = [], 1.0
     for chance in survival:
         own = min(max(chance / above if above > 0 else 0.0, _CERTAIN), 1 - _CERTAIN)
@@ -282,7 +285,7 @@ def calibrate(
     seed: int = 0,
     batch_size: int = 8,
 ) -> dict[str, Any]:
-    """What `calibration.json` holds: temperatures by mode, fitted to all prompts, and the errors of prompts unseen.
+    """Return what `calibration.json` holds: temperatures by mode, fitted to all prompts, and errors of unseen prompts.
 
     For the errors the prompts are split in halves: each half is judged with temperatures fitted to the other.
     Where that is no better than the confidence as trained (few blocks, or a head that needs none), it stays as it is.

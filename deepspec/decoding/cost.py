@@ -78,7 +78,7 @@ class CostCurve:
         return _line(sorted(self.drafts.items()), requests) if self.drafts else 0.0
 
     def convex(self) -> CostCurve:
-        """The lower convex hull in the tokens: never above the curve, equal to it where it matters most.
+        """Return the lower convex hull in the tokens: never above the curve, equal to it where it matters most.
 
         A step (two tokens may cost what eight do) makes every single token beyond the first look unprofitable; on
         the hull its price is spread over the tokens that share it.
@@ -93,7 +93,7 @@ class CostCurve:
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> CostCurve:
-        """The reverse of `to_json`.
+        """Read what `to_json` wrote.
 
         Raises:
             DeepSpecError: it is no cost curve.
@@ -115,7 +115,7 @@ def load_or_measure(
     force: bool = False,
     watch: Watch | None = None,
 ) -> CostCurve:
-    """The stored curve of this target and drafter on this device; what is missing of it is measured and stored.
+    """Return the stored curve of this target and drafter on this device; measure and store what is missing of it.
 
     A file that is corrupt, or belongs to something else, is measured again. A drafter without a `digest` cannot be
     told from another: its time is measured each time.
@@ -251,7 +251,7 @@ def _context_for(target: Target, context: int, width: int) -> int:
 
 
 def _filled_cache(target: Target, slots: int, context: int, width: int) -> KVCache:
-    """A cache in which every row holds `context` tokens."""
+    """Return a cache in which every row holds `context` tokens."""
     cache = KVCache(slots, context + width)
     ids = torch.randint(target.vocab_size, (1, context), generator=_rng()).to(target.device)
     positions = torch.arange(context, device=target.device)[None]
@@ -368,7 +368,7 @@ def _kept(
     measure: Callable[[list[int]], dict[int, Any]],
     parse: Callable[[Any], Any],
 ) -> dict[int, Any]:
-    """The table stored under `identity`; batches that it lacks are measured and added. No folder: nothing is kept."""
+    """Return the table stored under `identity`; measure and add the batches that it lacks. No folder: keep nothing."""
     path = folder and folder / _file_name(identity)
     table = _read(path, identity, parse) if path and not force else {}
     if missing := [requests for requests in batches if requests not in table]:
@@ -379,7 +379,7 @@ def _kept(
 
 
 def _read(path: Path, identity: dict[str, Any], parse: Callable[[Any], Any]) -> dict[int, Any]:
-    """What the file holds of this identity; nothing if it is absent, corrupt or foreign."""
+    """Return what the file holds of this identity; nothing if it is absent, corrupt or foreign."""
     with suppress(OSError, AttributeError, KeyError, TypeError, ValueError):
         stored = json.loads(path.read_text())
         if stored["identity"] == identity:
@@ -424,7 +424,7 @@ def _rising(values: Sequence[float]) -> list[float]:
 
 
 def _lower_hull(points: Points) -> Points:
-    """The points on the lower convex hull (Andrew's monotone chain)."""
+    """Return the points on the lower convex hull (Andrew's monotone chain)."""
     hull: Points = []
     for x, y in points:
         while len(hull) > 1 and (hull[-1][1] - hull[-2][1]) * (x - hull[-2][0]) >= (y - hull[-2][1]) * (

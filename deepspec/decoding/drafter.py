@@ -37,7 +37,7 @@ class Session(ABC):
 
     @abstractmethod
     def begin(self, row: int) -> None:
-        """A fresh request takes the row; what the row held before is forgotten."""
+        """Give the row to a fresh request; what the row held before is forgotten."""
 
     @abstractmethod
     def extend(self, row: int, tokens: list[int], features: Tensor | None) -> None:
@@ -49,7 +49,7 @@ class Session(ABC):
 
     @abstractmethod
     def move(self, source: int, destination: int) -> None:
-        """The request of row `source` goes on in row `destination`."""
+        """Move the request of row `source` to row `destination`, where it goes on."""
 
 
 class GrowingSession(Session):
@@ -67,7 +67,7 @@ class GrowingSession(Session):
 
     @abstractmethod
     def laws(self, asks: list[DraftRequest], growths: list[Growth]) -> Callable[[list[Parent]], DraftLogits]:
-        """What `grow` asks for the laws of children; all asks are ready."""
+        """Return what `grow` asks for the laws of children; all asks are ready."""
 
     @torch.inference_mode()
     def propose(self, asks: list[DraftRequest]) -> list[Proposal]:
@@ -89,7 +89,8 @@ class GrowingSession(Session):
 
 
 class Drafter(ABC):
-    """
+    """Proposes tokens for the engine to verify.
+
     Attributes:
         layers: ids of the target layers whose outputs `Session.extend` wants, concatenated in this order.
         block_size: γ, the longest path it proposes.
@@ -109,4 +110,4 @@ class Drafter(ABC):
 
     @abstractmethod
     def session(self, slots: int) -> Session:
-        """A session for up to `slots` requests at once."""
+        """Start a session for up to `slots` requests at once."""

@@ -84,8 +84,10 @@ class Stats:
 
 @dataclass
 class Generation:
-    """A finished request. Where finish_reason is "stop", `tokens` ends with the stop token or the one that completed
-    a stop string."""
+    """A finished request.
+
+    Where finish_reason is "stop", `tokens` ends with the stop token or the one that completed a stop string.
+    """
 
     id: Any
     prompt_ids: list[int]

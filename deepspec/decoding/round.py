@@ -72,7 +72,7 @@ class RoundClock:
         return time.perf_counter()
 
     def lap(self, part: str) -> None:
-        """The part `draft_s`, `verify_s` or `host_s` of `Stats` has ended."""
+        """End the part `draft_s`, `verify_s` or `host_s` of `Stats`."""
         now = self.now()
         self.parts[part] = now - self.last
         self.last = now
@@ -86,6 +86,6 @@ class RoundClock:
 
 
 def padded_size(tokens: int) -> int:
-    """The next of the sizes 1 ... 8, 10, 12, 14, 16, 20, 24, 28, 32, 40, ...: four to an octave."""
+    """Return the next of the sizes 1 ... 8, 10, 12, 14, 16, 20, 24, 28, 32, 40, ...: four to an octave."""
     step = 1 << max((tokens - 1).bit_length() - 3, 0)
     return -(-tokens // step) * step

@@ -88,7 +88,7 @@ def draw(probs: Tensor, uniform: Tensor) -> Tensor:
 
 
 def _top_p_threshold(probs: Tensor, top_p: float) -> Tensor:
-    """The smallest probability kept, [..., 1]: the largest ones whose mass first reaches top_p.
+    """Return the smallest probability kept, [..., 1]: the largest ones whose mass first reaches top_p.
 
     Almost always they are among the first thousand; only then is a sort of the whole vocabulary avoided.
     """

@@ -39,18 +39,18 @@ class Controller:
         self._follows: dict[int, float] = {}  # depth → chance that its token follows an accepted parent
 
     def round(self, requests: int) -> None:
-        """A round with `requests` in flight begins."""
+        """Begin a round with `requests` in flight."""
 
     def pacer(self) -> DraftPacer | None:
         """When a fresh request drafts; None: in every round."""
         return None
 
     def select(self, proposals: list[Proposal]) -> list[Proposal]:
-        """What of each request's proposal is verified; they come in one target pass. Never more than was given."""
+        """Return what of each request's proposal is verified in one target pass, never more than was given."""
         return proposals
 
     def observe(self, proposal: Proposal, accepted: int) -> None:
-        """`accepted` tokens of a verified proposal stood."""
+        """Note that `accepted` tokens of a verified proposal stood."""
         if proposal.survival is not None:
             return
         for depth in range(1, min(accepted + 1, max(proposal.depths, default=0)) + 1):
@@ -164,7 +164,7 @@ class CostStop(Controller):
     def _best_nodes(
         self, group: list[Proposal], seconds: Callable[[CostCurve, int], float]
     ) -> list[Proposal]:
-        """The nodes of a group of requests that share a budget; seconds(curve, n) is the cost of n of them."""
+        """Return the nodes of a group of requests that share a budget; seconds(curve, n) is the cost of n of them."""
         survivals = [self.survival(proposal) for proposal in group]
         nodes = [
             (chance, row, node) for row, part in enumerate(survivals) for node, chance in enumerate(part)
@@ -245,7 +245,7 @@ class DraftPacer:
         return self.wait == 0
 
     def observe(self, committed: float) -> None:
-        """The round is over. Whoever was to draft pays for it, even where nothing drafted was worth verifying."""
+        """End the round. Whoever was to draft pays for it, even where nothing drafted was worth verifying."""
         self._settle(committed - self.cost())
 
     def _settle(self, gain: float) -> None:
@@ -276,7 +276,7 @@ class _SharedPacer(DraftPacer):
         self.committed.append(committed)
 
     def close(self) -> None:
-        """The round is over: all its requests have been observed."""
+        """End the round: all its requests have been observed."""
         if self.committed:
             self._settle(sum(self.committed) - len(self.committed) * self.cost())
             self.committed.clear()

@@ -49,8 +49,10 @@ def _ordered(paths: tuple[RankPath, ...]) -> tuple[RankPath, ...]:
 
 @choice
 class Static(Shape):
-    """A tree given by paths of child ranks, as Medusa's choices (arXiv 2401.10774): (1, 0) is the likeliest child of
-    the second likeliest child of the anchor."""
+    """A tree given by paths of child ranks, as Medusa's choices (arXiv 2401.10774).
+
+    (1, 0) is the likeliest child of the second likeliest child of the anchor.
+    """
 
     type: Literal["static"] = tag(default="static", kw_only=True)
     paths: Annotated[tuple[RankPath, ...], AfterValidator(_ordered)] = Field(
@@ -59,7 +61,7 @@ class Static(Shape):
 
     @classmethod
     def likeliest(cls, chances: list[float], nodes: int, depth: int) -> Static:
-        """The `nodes` best paths where, at every depth, the child of rank r is right with chance `chances[r]`."""
+        """Return the `nodes` best paths where, at every depth, the child of rank r is right with `chances[r]`."""
         paths: list[tuple[int, ...]] = []
         heap: list[tuple[float, tuple[int, ...]]] = [(-1.0, ())]
         while heap and len(paths) <= nodes:
@@ -92,8 +94,11 @@ class Static(Shape):
 
 @choice
 class Beam(Shape):
-    """EAGLE-2's tree (arXiv 2406.16858): at each level the `width` likeliest paths are expanded to `width` children
-    each; at the end the `nodes` likeliest of all are kept. depth None: the drafter's block."""
+    """EAGLE-2's tree (arXiv 2406.16858).
+
+    At each level the `width` likeliest paths are expanded to `width` children each; at the end the `nodes` likeliest
+    of all are kept. depth None: the drafter's block.
+    """
 
     type: Literal["beam"] = tag(default="beam", kw_only=True)
     width: Size = 8
@@ -201,8 +206,11 @@ class _StaticGrowth(_TreeGrowth):
 
 
 class _BestGrowth(_TreeGrowth):
-    """Keeps the `nodes` of highest survival seen so far. Of equal ones the earlier stay, so a parent is always kept
-    with its child, and a child that is dropped would only have had children to drop."""
+    """Keeps the `nodes` of highest survival seen so far.
+
+    Of equal ones the earlier stay, so a parent is always kept with its child, and a child that is dropped would only
+    have had children to drop.
+    """
 
     def __init__(self, vocabulary: Vocabulary, sampling: Sampling, depth: int, nodes: int):
         super().__init__(vocabulary, sampling, depth)
@@ -253,9 +261,9 @@ class _RankedGrowth(_BestGrowth):
 
 
 class _SampledGrowth(_BestGrowth):
-    """With a confidence c of the parent's law, child j has c·(1 − c)^j of its parent's survival, as if each draw stood
-    with chance c once its elder siblings fell.
+    """Gives child j, under a law of confidence c, c·(1 − c)^j of its parent's survival.
 
+    That is as if each draw stood with chance c once its elder siblings fell.
     That knows no token of its own nor of a younger sibling, and is never below that of a younger sibling's subtree.
     So the most surviving nodes can be chosen across a tree without a drawn token deciding on its own verification.
     """

@@ -46,7 +46,7 @@ class Slot:
         return float(torch.rand((), generator=self.rng, dtype=torch.float64))
 
     def pick(self, weights: Tensor) -> int:
-        """A token with probability proportional to `weights` [vocab]."""
+        """Draw a token with probability proportional to `weights` [vocab]."""
         uniform = torch.tensor([self.uniform()], dtype=torch.float64, device=weights.device)
         return int(draw(weights[None], uniform))
 

@@ -32,8 +32,11 @@ _DOUBT = 2.33  # standard deviations: one sound draft in a hundred would look wo
 
 @dataclass(frozen=True)
 class HeldOutBlocks:
-    """A held-out conversation, the places where blocks begin, the greedy block of each, and whether its first token is
-    the target's (1) or not (0)."""
+    """A held-out conversation and the greedy blocks drafted in it.
+
+    It holds the places where blocks begin, the block of each, and whether its first token is the target's (1) or
+    not (0).
+    """
 
     ids: list[int]
     anchors: list[int]
@@ -98,7 +101,7 @@ def check(target: Target, drafter: Drafter, kept: list[HeldOutBlocks], batch_siz
 
 
 def _compare(kept: list[HeldOutBlocks], rounds: list[tuple[list[int], int]]) -> Check:
-    """`rounds`: of each context the drafted block, and how many of its tokens were accepted.
+    """Compare with `rounds`: of each context the drafted block, and how many of its tokens were accepted.
 
     Acceptance is `below` the promise where more than 2 % of the contexts are lost, and more than chance would have it:
     of the contexts that differ, which rounding alone would split evenly, too many are losses (McNemar's test).
@@ -125,7 +128,7 @@ def _compare(kept: list[HeldOutBlocks], rounds: list[tuple[list[int], int]]) -> 
 def _first_rounds(
     target: Target, drafter: Drafter, contexts: list[list[int]], batch_size: int
 ) -> list[tuple[list[int], int]]:
-    """The block that is drafted after each context, and how many of its tokens are accepted."""
+    """Return the block that is drafted after each context, and how many of its tokens are accepted."""
     rounds: list[tuple[list[int], int]] = [([], 0)] * len(contexts)
     every = frozenset(range(target.vocab_size))  # any token ends the request: one round of a whole block
 

@@ -89,7 +89,7 @@ class Proposal:
         }
 
     def law(self, node: int) -> Tensor:
-        """The probabilities [vocab] from which node's token was drawn (before its elder siblings were taken out)."""
+        """Return the probabilities [vocab] that node's token was drawn from (before elder siblings were taken out)."""
         row = self.probs[node if self.laws is None else self.laws[node]]
         if self.columns is None:
             return row
@@ -143,7 +143,7 @@ class Growth(ABC):
 
     @abstractmethod
     def proposal(self) -> Proposal:
-        """What has grown."""
+        """Return what has grown."""
 
 
 class Shape(ABC):
@@ -162,7 +162,7 @@ class Shape(ABC):
 
     @abstractmethod
     def growth(self, vocabulary: Vocabulary, sampling: Sampling, depth: int, rng: torch.Generator) -> Growth:
-        """A fresh growth of at most `depth` levels."""
+        """Begin a growth of at most `depth` levels."""
 
 
 def grow(

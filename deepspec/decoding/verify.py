@@ -187,7 +187,7 @@ def check_rule(verify: str | Rule | None, shape: Shape | None) -> None:
 
 
 def rule_for(proposal: Proposal, verify: str | Rule | None) -> Rule:
-    """The rule for a proposal: `verify` where it was drawn, the walk where it is deterministic.
+    """Return the rule for a proposal: `verify` where it was drawn, the walk where it is deterministic.
 
     None takes the best for what was drawn: block verification of a chain, traversal of a tree.
     """
@@ -209,7 +209,7 @@ def _below(proposal: Proposal) -> dict[int, list[int]]:
 
 
 def _unit(law: Tensor) -> Tensor:
-    """A law [vocab] in float64 that sums to 1."""
+    """Return a law [vocab] in float64, scaled to sum to 1."""
     law = law.double()
     return law / law.sum()
 

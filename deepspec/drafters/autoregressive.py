@@ -21,7 +21,8 @@ from deepspec.target.attention import CACHE_LENGTH, ForwardPass, KVCache
 
 
 class AutoregressiveDrafter(Drafter):
-    """
+    """Drafts token by token, feeding each back.
+
     Attributes:
         on_features: the network reads a state of the target at each place, x_{i+1} beside g_i, and so starts with the
             second token; else it reads tokens alone, from the first.
@@ -37,7 +38,7 @@ class AutoregressiveDrafter(Drafter):
 
     @abstractmethod
     def step(self, ids: Tensor, above: Tensor | None, step: ForwardPass) -> Tensor:
-        """The network's outputs [n, d] for tokens int64 [n], each below an output (or fused features) [n, d]."""
+        """Return the network's outputs [n, d] for tokens int64 [n], each below an output (or fused features) [n, d]."""
 
     @abstractmethod
     def logits(self, outputs: Tensor) -> Tensor:
@@ -117,7 +118,7 @@ class AutoregressiveSession(GrowingSession):
         return outputs[torch.tensor(counts).cumsum(0) - 1]
 
     def _fresh(self, state: _Row, anchor: int) -> list[int]:
-        """The tokens to take in. The first of those that were committed was the last proposal's anchor, and is in."""
+        """Return the tokens to take in: the first committed one was the last proposal's anchor, and is in."""
         if not self.drafter.on_features and not state.length:
             return [*state.tokens, anchor]
         return [*state.tokens[1:], anchor]
@@ -142,7 +143,7 @@ class _Expansion:
         self.roots = roots
 
     def expand(self, parents: list[Parent]) -> DraftLogits:
-        """What `grow` asks for."""
+        """Return what `grow` asks for."""
         if parents[0].depth == 0:
             return DraftLogits(self.drafter.logits(self.roots[[parent.growth for parent in parents]]))
         by_request: dict[int, list[Parent]] = {}

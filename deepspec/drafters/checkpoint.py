@@ -70,7 +70,7 @@ def write_drafter(
 
 
 def stored_weights(network: Network, written_out: bool = False) -> dict[str, Tensor]:
-    """What a draft's file holds, in bfloat16; a reduced vocabulary as offsets. See `Network.stored`."""
+    """Return what a draft's file holds, in bfloat16; a reduced vocabulary as offsets. See `Network.stored`."""
     weights = {
         name: tensor.detach().to("cpu", torch.bfloat16).contiguous()
         for name, tensor in network.stored(written_out).items()
@@ -112,8 +112,10 @@ def draft_directory(name: str) -> Path:
 
 
 def draft_digest(directory: Path) -> str:
-    """Identity of a draft: all files of its directory but the record of how it was made. Trained again to the same
-    weights, it is the same draft."""
+    """Return the identity of a draft: of all files of its directory but the record of how it was made.
+
+    Trained again to the same weights, it is the same draft.
+    """
     files = sorted(path for path in directory.iterdir() if path.is_file() and path.name != RECORD)
     return digest("".join(f"{path.name} {file_digest(path)}\n" for path in files))
 

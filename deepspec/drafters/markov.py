@@ -50,8 +50,10 @@ class MarkovHead(nn.Module):
             out[:, r : 2 * r].fill_diagonal_(1)
 
     def set_scale(self) -> None:
-        """Divide the rnn head's inputs s and h, whose many channels of size 1 would drown e: at one learning rate for
-        all they saturate tanh in a few steps."""
+        """Divide the rnn head's inputs s and h, whose many channels of size 1 would drown e.
+
+        At one learning rate for all they saturate tanh in a few steps.
+        """
         if self.kind == "rnn":
             r = self.markov_w2.in_features
             d = self.joint_proj.in_features - 2 * r

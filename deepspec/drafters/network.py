@@ -112,11 +112,11 @@ class Network(nn.Module):
         return Outputs([(hidden, self.lm_head.weight)])
 
     def stored_name(self, name: str) -> str:
-        """A weight's name in a draft's file."""
+        """Return a weight's name in a draft's file."""
         return name
 
     def stored(self, written_out: bool = False) -> dict[str, Tensor]:
-        """The weights of a draft's file, by their names there.
+        """Return the weights of a draft's file, by their names there.
 
         Embeddings, and a head over the whole vocabulary, are left to the target unless they are to be written out, as
         an engine wants that does not share them.
@@ -136,7 +136,7 @@ class Network(nn.Module):
         return self.config.to_dict()
 
     def initialise(self) -> None:
-        """Normal weights of deviation 0.02; call it at the end of __init__."""
+        """Draw normal weights of deviation 0.02; to be called at the end of __init__."""
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
                 nn.init.normal_(module.weight, std=0.02)
@@ -148,7 +148,7 @@ class Network(nn.Module):
         raise NotImplementedError
 
     def take_buffers(self, other: Network) -> None:
-        """What a network of the same sizes has besides weights."""
+        """Take what a network of the same sizes has besides weights."""
         for mine, theirs in zip(self.buffers(), other.buffers(), strict=True):
             mine.copy_(theirs)
 
@@ -165,7 +165,7 @@ class Network(nn.Module):
         return rope(positions, self.config.rope_theta, self.config.head_dim, dtype)
 
     def vocabulary(self) -> Vocabulary:
-        """What the columns of the logits mean."""
+        """Return what the columns of the logits mean."""
         ids = self.draft_ids.cpu()
         if len(ids) == self.config.vocab_size:
             return Vocabulary(self.config.vocab_size)
@@ -216,7 +216,7 @@ def like_target(target: Target, layers: Sequence[int], draft_vocab_size: int | N
 
 
 def _attention_sizes(config: Any, hidden: int) -> dict[str, int]:
-    """The target's own widths where all its layers share them and a draft of Llama's shape can have them."""
+    """Return the target's own widths where all its layers share them and a draft of Llama's shape can have them."""
 
     def of(name: str) -> int | None:
         try:
@@ -240,7 +240,7 @@ def _attention_sizes(config: Any, hidden: int) -> dict[str, int]:
 
 
 def plain_rope(config: dict[str, Any]) -> float:
-    """The base of a `config.json`'s rotary embedding.
+    """Return the base of a `config.json`'s rotary embedding.
 
     Raises:
         DeepSpecError: it is scaled in a way that is not supported.

@@ -23,7 +23,7 @@ def algorithms() -> dict[str, Algorithm]:
 
 
 def reader(config: dict[str, Any]) -> Algorithm | None:
-    """The algorithm that loads drafts with this `config.json`."""
+    """Return the algorithm that loads drafts with this `config.json`."""
     named = config.get("architectures") or (
         ["MedusaModel"] if "medusa_num_heads" in config else []
     )  # TGI's has none

@@ -23,7 +23,7 @@ from deepspec.tasks.task import Task
 def decode_blocks(
     target: Target, drafter: Drafter, task: Task, mode: str, max_new_tokens: int, seed: int
 ) -> dict[str, Any]:
-    """The blocks of a task's first turns, as JSON holds them; `mode` is one of `TEMPERATURES`."""
+    """Return the blocks of a task's first turns, as JSON holds them; `mode` is one of `TEMPERATURES`."""
     prompts = [target.chat_ids([{"role": "user", "content": turns[0]}]) for turns in task.prompts]
     seeds = [prompt_seed(seed, task.name, turns, 0) for turns in task.prompts]
     blocks = collect(target, drafter, prompts, TEMPERATURES[mode], max_new_tokens, seeds)

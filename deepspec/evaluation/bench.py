@@ -93,7 +93,7 @@ def decoding_configs(bench: Bench) -> list[DecodingConfig]:
 
 
 def _label(controller: ControllerChoice) -> str:
-    """`fixed`, `threshold 0.5`"""
+    """Return a controller's name in a table: `fixed`, `threshold 0.5`."""
     options = [value for name, value in vars(controller).items() if name != "type" and value is not None]
     return " ".join([controller.type, *(f"{value:g}" for value in options)])
 

@@ -168,7 +168,7 @@ def _provenance(draft: str | Path) -> dict[str, Any]:
 def _of(
     name: str, contest: Mapping[tuple[str, float], list[PromptRuns]]
 ) -> dict[tuple[str, float], list[PromptRuns]]:
-    """The contest as one drafter's record sees it: the baselines, and its own runs without its name."""
+    """Return the contest as one drafter's record sees it: the baselines, and its own runs without its name."""
     return {
         key: [
             {

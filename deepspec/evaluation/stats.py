@@ -75,7 +75,7 @@ def bootstrap(tables: list[np.ndarray], statistic: Statistic, seed: int = 0) -> 
 
 
 def expanded(value: float, resampled: np.ndarray, prompts: int, tasks: int) -> Interval:
-    """The 95 % interval of a value from its resamples, expanded for so few prompts of so many tasks."""
+    """Return the 95 % interval of a value from its resamples, expanded for so few prompts of so many tasks."""
     tail = _tail(prompts, tasks)
     low, high = np.nanquantile(resampled, [tail, 1 - tail])
     return Interval(value, float(low), float(high))
@@ -112,7 +112,7 @@ def quotient(sums: np.ndarray) -> np.ndarray:
 
 
 def against(statistic: Statistic) -> Statistic:
-    """The statistic of the second half of the columns over that of the first."""
+    """Return the statistic of the second half of the columns over that of the first."""
 
     def ratio(sums: np.ndarray) -> np.ndarray:
         first, second = np.split(sums, 2, axis=-1)

@@ -131,8 +131,11 @@ def build_record(subject: Subject, tasks: list[Task], measured: Measured) -> Rec
 
 
 def accept_rates(rounds: Iterable[tuple[int, int]]) -> tuple[list[float], list[int]]:
-    """Share accepted at position k+1, of the rounds that proposed it and accepted every earlier position; and how
-    many rounds that were. `rounds` are (accepted, drafted) tokens."""
+    """Return the share accepted at each position k+1, and of how many rounds.
+
+    Those are the rounds that proposed the position and accepted every earlier one. `rounds` are (accepted, drafted)
+    tokens.
+    """
     rounds = list(rounds)
     rates, counts = [], []
     for k in range(max((drafted for _, drafted in rounds), default=0)):

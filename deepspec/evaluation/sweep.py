@@ -31,7 +31,7 @@ def shapes(block_size: int, params: SweepParams) -> dict[str, Shape]:
 
 
 def largest_tree(block_size: int, params: SweepParams) -> Shape:
-    """The one that stands for the others in the check of losslessness."""
+    """Return the tree that stands for the others in the check of losslessness."""
     return BestFirst(_WIDTH, block_size, max(params.depth_nodes, *params.nodes))
 
 

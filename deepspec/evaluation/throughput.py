@@ -40,8 +40,10 @@ class Setting:
 
 @dataclass(frozen=True)
 class BatchRun:
-    """One configuration on one group of prompts. `budget`: drafted tokens verified per request and round; None without
-    a draft."""
+    """One configuration on one group of prompts.
+
+    `budget`: drafted tokens verified per request and round; None without a draft.
+    """
 
     tokens: int
     seconds: float
@@ -170,7 +172,7 @@ def compared(runs: list[BatchRun], reference: list[BatchRun]) -> Interval | None
 
 
 def best_fixed(runs: dict[str, list[BatchRun]]) -> str:
-    """The fixed length with the highest rate here: chosen afterwards, as no server could."""
+    """Return the fixed length with the highest rate here: chosen afterwards, as no server could."""
     fixed = [name for name in runs if name not in (PLAIN, SCHEDULER)]
     return max(fixed, key=lambda name: sum(r.tokens for r in runs[name]) / sum(r.seconds for r in runs[name]))
 

@@ -104,7 +104,7 @@ class _TracedGrowth(Growth):
 
 
 def _path(tokens: list[int], parents: list[int], node: int) -> tuple[int, ...]:
-    """The tokens from the anchor's child down to `node`."""
+    """Return the tokens from the anchor's child down to `node`."""
     path: list[int] = []
     while node >= 0:
         path.append(tokens[node])
@@ -149,7 +149,7 @@ def _text(target: Target, token: int) -> str:
 
 
 def _texts(target: Target, tokens: list[int]) -> list[str]:
-    """The text that each token adds; a character of several tokens comes with its last one."""
+    """Return the text that each token adds; a character of several tokens comes with its last one."""
     texts, shown = [], ""
     for end in range(1, len(tokens) + 1):
         text = target.tokenizer.decode(tokens[:end])

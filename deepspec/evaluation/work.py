@@ -23,13 +23,14 @@ _PATIENCE = timedelta(days=7)  # one process may have much more to do than the o
 
 
 def process_state() -> PartialState:
-    """This process among those that were launched together; alone without a launcher."""
+    """Return this process's place among those that were launched together; alone without a launcher."""
     cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
     return PartialState(cpu=cpu, timeout=_PATIENCE) if "WORLD_SIZE" in os.environ else PartialState(cpu=cpu)
 
 
 class Work:
-    """
+    """Shares pieces of work between processes and keeps their results.
+
     Args:
         state: see `process_state`.
         directory: of the files.

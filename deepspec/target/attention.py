@@ -59,7 +59,7 @@ class KVCache:
         self._layers: dict[int, tuple[Tensor, Tensor]] = {}
 
     def layer(self, index: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """The keys and values of a layer; new ones [batch, kv_heads, n, width] give sizes, dtype and device."""
+        """Return the keys and values of a layer; new ones [batch, kv_heads, n, width] give sizes, dtype and device."""
         if index not in self._layers:
             self._layers[index] = tuple(
                 new.new_zeros(self.slots, new.shape[1], self.max_length, new.shape[3])
@@ -163,8 +163,10 @@ class ForwardPass:
             self._flat = torch.tensor(flat, device=device)
 
     def store(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Write new keys and values [1, kv_heads, sum(counts), head_dim]; return all that this pass may attend to,
-        [requests, kv_heads, length, head_dim]. Without a cache they are returned as they came."""
+        """Write new keys and values [1, kv_heads, sum(counts), head_dim]; return all that this pass may attend to.
+
+        They are [requests, kv_heads, length, head_dim]. Without a cache they are returned as they came.
+        """
         self.note(layer)
         if self.cache is None:
             return keys, values
@@ -195,7 +197,7 @@ class ForwardPass:
         return padded.view(shape)
 
     def gather(self, spread: Tensor) -> Tensor:
-        """The reverse of `spread`."""
+        """Undo `spread`."""
         if self.cache is None or self.requests == 1:
             return spread
         flat = spread.flatten(0, 1)
@@ -209,7 +211,7 @@ class ForwardPass:
         return self.once((dtype, groups, rule), lambda: self._additive(dtype, groups, rule))
 
     def once(self, key: Any, make: Callable[[], Any]) -> Any:
-        """What is made at most once a pass and shared by its layers."""
+        """Return what is made at most once a pass and shared by its layers."""
         if key not in self._once:
             self._once[key] = make()
         return self._once[key]
@@ -305,7 +307,7 @@ def attend(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, s
 def _attention(
     module, query, key, value, attention_mask, scaling=None, step: ForwardPass | None = None, **extra
 ):
-    """The function transformers calls; see `AttentionInterface`."""
+    """Attend as transformers asks; see `AttentionInterface`."""
     if step is None:
         raise Unsuited("its layers do not hand on what their forward is called with")
     sinks, softcap = extra.pop("s_aux", None), extra.pop("softcap", None)
@@ -328,7 +330,7 @@ def _attention(
 
 
 def _rule(attention_mask: Tensor | None) -> Rule | None:
-    """What the mask that `_mask` made for this layer is to be."""
+    """Return what the mask that `_mask` made for this layer is to be."""
     rule = getattr(attention_mask, "rule", None)
     if rule is None:
         raise Unsuited("it makes masks of its own")
@@ -336,8 +338,10 @@ def _rule(attention_mask: Tensor | None) -> Rule | None:
 
 
 def _tempered(module: Any, query: Tensor, step: ForwardPass) -> Tensor:
-    """Queries [batch, heads, n, d] as Llama 4 means them in its layers without positions: scaled by where they stand,
-    which the model counts from its own cache and so from 0 here."""
+    """Scale queries [batch, heads, n, d] by where they stand, as Llama 4 does in its layers without positions.
+
+    The model counts the places from its own cache and so from 0 here.
+    """
     if not getattr(module, "attn_temperature_tuning", False) or getattr(module, "use_rope", True):
         return query
 
@@ -350,8 +354,11 @@ def _tempered(module: Any, query: Tensor, step: ForwardPass) -> Tensor:
 
 
 def _explicit(query, keys, values, mask, scaling, softcap, sinks):
-    """Attention that no fused kernel computes: scores squashed to ±softcap (Gemma 2), and one more logit a head that
-    takes its share of the softmax and adds nothing (sinks, gpt-oss; [heads])."""
+    """Compute attention that no fused kernel does.
+
+    Scores are squashed to ±softcap (Gemma 2), and one more logit a head takes its share of the softmax and adds
+    nothing (sinks, gpt-oss; [heads]).
+    """
     batch, heads, n, dim = query.shape
     kv_heads = keys.shape[1]
     grouped = query.reshape(batch, kv_heads, -1, dim)

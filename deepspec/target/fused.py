@@ -55,9 +55,11 @@ class PackedLinear(nn.Module):
 
 
 class Int4Linear(nn.Module):
-    """Weight-only 4 bits, for inference on a CPU: w = (q − 8)·scale + zero in blocks of 32 along the inputs, each
-    block spanning its own smallest to largest weight. These are the blocks of GGUF's Q4_1, so that weights which
-    were dequantised from it come back as they were, but for scales in bfloat16. The activations stay bfloat16.
+    """Weight-only 4 bits, for inference on a CPU.
+
+    w = (q − 8)·scale + zero in blocks of 32 along the inputs, each block spanning its own smallest to largest weight.
+    These are the blocks of GGUF's Q4_1, so that weights which were dequantised from it come back as they were, but for
+    scales in bfloat16. The activations stay bfloat16.
 
     x [..., in] → [..., out]; optionally y + residual.
     """
@@ -126,7 +128,7 @@ class FusedLayer(nn.Module):
         return self.block(self.norms[0](x), x, position_embeddings, step)
 
     def block(self, normed: Tensor, x: Tensor, position_embeddings, step: ForwardPass) -> Tensor:
-        """The layer on what its attention reads, normed [batch, n, ·], and what its residuals add to."""
+        """Run the layer on what its attention reads, normed [batch, n, ·], and what its residuals add to."""
         batch, n, _ = x.shape
         qkv = self.qkv(normed).view(batch, n, -1, self.head_dim)
         rotated, values = qkv.split((self.heads + self.kv_heads, self.kv_heads), 2)

@@ -151,14 +151,14 @@ class GraphedPasses:
         return static, hidden, replay
 
     def cache(self, slots: int, owner: object) -> KVCache:
-        """A cache of so many slots, the one that graphs were made for if no other owner is alive."""
+        """Return a cache of so many slots, the one that graphs were made for if no other owner is alive."""
         cache = self._spare.pop(slots, None) or KVCache(slots, CACHE_LENGTH)
         finalize(owner, self._spare.__setitem__, slots, cache)
         return cache
 
 
 def _captured(run: Callable[[], None]) -> Replay:
-    """A CUDA graph of `run`. It runs once beforehand: libraries choose kernels and take workspace at first use."""
+    """Record a CUDA graph of `run`, run once beforehand: libraries choose kernels and take workspace at first use."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):

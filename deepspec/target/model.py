@@ -236,7 +236,7 @@ class Target:
         return hidden
 
     def cache(self, slots: int, owner: object) -> KVCache | StateCache:
-        """A KV cache of so many slots, in use while `owner` lives."""
+        """Return a KV cache of so many slots, in use while `owner` lives."""
         if self._states:
             return StateCache(slots)
         return self._graphs.cache(slots, owner) if self._graphs else KVCache(slots, CACHE_LENGTH)
@@ -279,7 +279,7 @@ class Target:
         return float(rope.get("rope_theta") or getattr(self.config, "rope_theta", None) or 10000.0)
 
     def last_layers(self, count: int) -> list[FusedLayer]:
-        """The last decoder layers, lowest first.
+        """Return the last decoder layers, lowest first.
 
         Raises:
             DeepSpecError: there are fewer, or they are of another shape than Llama's, or in 4 bits.
@@ -325,7 +325,7 @@ class Target:
             ) from error
 
     def user_prefix_ids(self) -> list[int]:
-        """The template up to where the user's words begin: from here the target writes a user turn (Magpie)."""
+        """Return the template up to where the user's words begin: from here the target writes a user turn (Magpie)."""
         marker = "\u2063deepspec\u2063"
         text = self.tokenizer.apply_chat_template([{"role": "user", "content": marker}], tokenize=False)
         return self.tokenizer(text[: text.index(marker)], add_special_tokens=False)["input_ids"]

@@ -241,7 +241,7 @@ class _Runner:
     def tree(
         self, at: int, main: list[int], side: list[int], ours: Reference, theirs: Reference
     ) -> Iterator[Compared]:
-        """A main branch and a side branch below the token at `at`, node by node in turn; the side branch is kept."""
+        """Compare a main branch and a side branch below the token at `at`, node by node in turn; keep the side one."""
         device = self.target.device
         ids = [main[0], main[1], side[0], main[2], side[1], main[3], side[2]]
         depths = [0, 1, 1, 2, 2, 3, 3]

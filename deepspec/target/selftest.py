@@ -133,7 +133,7 @@ def _words(error: Exception) -> str:
 def _judged(
     model: nn.Module, wrap: Wrap, plan: Plan, references: list[list[Reference]], verdict: Verdict
 ) -> Verdict:
-    """The verdict with its refusal, if two prompts agree on it: one alone may have met a tie between experts."""
+    """Return the verdict with its refusal, if two prompts agree on it: one alone may have met a tie between experts."""
     target = wrap(model, verdict)
     found: list[Difference] = []
     for seed, pair in enumerate(references):

@@ -154,7 +154,7 @@ class OwnPasses:
 
 
 def snapshot(cache: Any) -> Any:
-    """A copy that running on the original, or on the copy, leaves alone."""
+    """Return a copy that running on the original, or on the copy, leaves alone."""
     if type(cache) is not DynamicCache:
         return copy.deepcopy(cache)
     other = copy.copy(cache)

@@ -36,7 +36,7 @@ class DFlashParams(TrainedParams):
 
 
 def network(params: DFlashParams, target: Target) -> DSparkModel:
-    """A DSpark network without sequential and confidence heads."""
+    """Make a DSpark network without sequential and confidence heads."""
     same = DSparkParams(type="dspark", markov_rank=0, confidence_head=False, **params.options())
     return dspark.network(same, target)
 

@@ -129,7 +129,7 @@ class DSparkConfig:
         )
 
     def to_dict(self) -> dict:
-        """The `config.json` of DeepSeek's format, every key written out."""
+        """Return the `config.json` of DeepSeek's format, every key written out."""
         sizes = {name: getattr(self, name) for name in self.__dataclass_fields__}
         return {
             "architectures": [PUBLISHED if self.sample_from_anchor and not self.context_skip else OURS],
@@ -372,7 +372,7 @@ class DSparkDrafter(Drafter):
     def block(
         self, cache: KVCache, rows: list[int], starts: list[int], anchors: list[int], newest: list[Tensor]
     ) -> Tensor:
-        """[requests, γ, d] after the final norm, for the blocks that start at the anchors."""
+        """Return the states [requests, γ, d] after the final norm, of the blocks that start at the anchors."""
         size = self.config.query_size
         ids = [[anchor] + [self.config.mask_token_id] * (size - 1) for anchor in anchors]
         x = F.embedding(torch.tensor(ids, device=self.device), self._embed)
@@ -398,7 +398,7 @@ class DSparkDrafter(Drafter):
     def laws(
         self, hidden: Tensor, asks: list[DraftRequest], growths: list[Growth]
     ) -> Callable[[list[Parent]], DraftLogits]:
-        """What `grow` asks: the laws of children, from hidden [requests, γ, d] and each parent's token."""
+        """Return what `grow` asks: the laws of children, from hidden [requests, γ, d] and each parent's token."""
         base = self._head(hidden)  # [requests, γ, columns]
         doubts = (hidden.float() @ self._of_hidden).tolist() if self._confident else None  # [requests, γ]
         states: dict[tuple[int, int], Tensor] = {}  # of the rnn head, after (request, node)
@@ -493,13 +493,13 @@ class DSparkSession(GrowingSession):
 
 
 def load(directory: Path, config: dict[str, Any], target: Target) -> DSparkDrafter:
-    """A draft of DeepSeek's format, ours or a published one."""
+    """Load a draft of DeepSeek's format, ours or a published one."""
     network = load_network(DSparkModel(DSparkConfig.read(config)), directory, target)
     return DSparkDrafter(network, target, temperatures(directory))
 
 
 def network(params: DSparkParams, target: Target) -> DSparkModel:
-    """The network to train."""
+    """Make the network to train."""
     start = resolve_start(params.start, target, params.layers)
     return DSparkModel(DSparkConfig.for_target(params, target), start)
 

@@ -252,8 +252,10 @@ class Eagle3Model(Network):
         return torch.stack(steps, 2)
 
     def _unrolled(self, fed, hidden, rope, shared, own, later: bool) -> tuple[Tensor, list]:
-        """A step of the unrolled pass: tokens' embeddings `fed` and the states below, both [batch, blocks, d] → the
-        layer's outputs, and of a later step its own keys and values."""
+        """Run a step of the unrolled pass: the layer's outputs, and of a later step its own keys and values.
+
+        `fed` are the tokens' embeddings, `hidden` the states below, both [batch, blocks, d].
+        """
         attention = self.layer.self_attn
         x = self.layer.joined(fed, hidden)
         queries = attention.queries(x, rope)
@@ -263,12 +265,12 @@ class Eagle3Model(Network):
 
 
 def load(directory: Path, config: dict[str, Any], target: Target) -> Eagle3Drafter:
-    """A draft of either format, ours or a published one."""
+    """Load a draft of either format, ours or a published one."""
     return Eagle3Drafter(load_network(Eagle3Model(Eagle3Config.read(config)), directory, target), target)
 
 
 def network(params: Eagle3Params, target: Target) -> Eagle3Model:
-    """The network to train."""
+    """Make the network to train."""
     start = resolve_start(params.start, target, 1, params.qk_norm)
     return Eagle3Model(Eagle3Config.for_target(params, target), start)
 
@@ -330,5 +332,5 @@ class Eagle3Drafter(AutoregressiveDrafter):
         return self._layer.block(self._joined(embedded, above)[None], above[None], None, step)[0]
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """The layer's outputs [n, d] → [n, columns]"""
+        """Return the logits [n, columns] of the layer's outputs [n, d]."""
         return self._head(self._norm(hidden))

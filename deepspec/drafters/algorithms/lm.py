@@ -81,7 +81,7 @@ class LMModel(Network):
         return list(decoder_layers(self.model, self.model.config.num_hidden_layers))
 
     def forward(self, features: Tensor, tokens: Tensor, anchors: Tensor) -> Tensor:
-        """The model's post-norm states at the anchors and behind, [batch, blocks, γ, its own d], true tokens fed."""
+        """Return the post-norm states at the anchors and behind, [batch, blocks, γ, its own d], true tokens fed."""
         if self.checkpointing and not self.model.is_gradient_checkpointing:
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
         hidden = self.model.base_model(input_ids=tokens, use_cache=False).last_hidden_state
@@ -102,7 +102,7 @@ class LMModel(Network):
 
 
 def network(params: LMParams, target: Target) -> LMModel:
-    """The model that `params` describe, in float32.
+    """Make the model that `params` describe, in float32.
 
     Raises:
         DeepSpecError: another tokenizer, a layer that the target lacks, or a width that it cannot be cut to.
@@ -124,7 +124,7 @@ def network(params: LMParams, target: Target) -> LMModel:
 
 
 def cut_out(target: Target, layers: list[int]) -> PreTrainedModel:
-    """A model of some of the target's layers, in their order; embeddings and head are the target's, and frozen."""
+    """Make a model of some of the target's layers, in their order; embeddings and head are the target's, and frozen."""
     for layer in layers:
         if not 0 <= layer < target.num_layers:
             raise DeepSpecError(
@@ -148,7 +148,7 @@ def cut_out(target: Target, layers: list[int]) -> PreTrainedModel:
 
 
 def scratch(target: Target, hidden_size: int, layers: int) -> PreTrainedModel:
-    """A model of the target's architecture with random weights, narrower and shallower."""
+    """Make a model of the target's architecture with random weights, narrower and shallower."""
     config = _config(target, [0] * layers)
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
     head_dim = getattr(config, "head_dim", None) or target.hidden_size // heads
@@ -161,7 +161,7 @@ def scratch(target: Target, hidden_size: int, layers: int) -> PreTrainedModel:
 
 
 def _config(target: Target, layers: list[int]) -> Any:
-    """The target's configuration with other layers."""
+    """Return the target's configuration with other layers."""
     config = deepcopy(from_pretrained(AutoConfig, target.source).get_text_config())
     config.num_hidden_layers = len(layers)
     if getattr(config, "layer_types", None):
@@ -170,7 +170,7 @@ def _config(target: Target, layers: list[int]) -> Any:
 
 
 def check_tokenizer(source: str | Path, target: Target) -> None:
-    """A draft model must cut text as its target does."""
+    """Refuse a draft model that does not cut text as its target does."""
     tokenizer = from_pretrained(AutoTokenizer, str(source))
     ours, theirs = target.tokenizer.get_vocab(), tokenizer.get_vocab()
     if ours != theirs:
@@ -200,7 +200,7 @@ class LMDrafter(AutoregressiveDrafter):
 
 
 def load(directory: Path, config: dict[str, Any], target: Target) -> LMDrafter:
-    """A model directory.
+    """Load a model directory.
 
     Raises:
         DeepSpecError: another tokenizer, or an unknown or missing weight.

@@ -22,7 +22,7 @@ class Index(Protocol):
     """What one request's tokens are remembered in."""
 
     def append(self, token: int) -> None:
-        """A token whose target pass is done."""
+        """Take in a token whose target pass is done."""
 
     def proposal(self, anchor: int, room: int) -> Proposal:
         """At most `room` tokens to follow the tokens appended so far and `anchor`."""
@@ -50,7 +50,7 @@ class IndexSession(Session):
         self.rows[destination], self.rows[source] = self.rows[source], self.rows[destination]
 
     def _room(self, ask: DraftRequest) -> int:
-        """A match is one path whatever shape is asked for: it may spend all of the shape's nodes on it."""
+        """Return how long a match may be: one path, whatever shape is asked for, may take all of the shape's nodes."""
         return min(self.block_size, ask.room, ask.shape.nodes or self.block_size)
 
 

@@ -185,7 +185,7 @@ class MedusaSession(GrowingSession):
 
 
 def load(directory: Path, config: dict[str, Any], target: Target) -> MedusaDrafter:
-    """A draft of ours, or a published one with a vocabulary matrix for each head."""
+    """Load a draft of ours, or a published one with a vocabulary matrix for each head."""
     published = directory / PUBLISHED_WEIGHTS
     file = published.name if published.exists() else None
     own_heads = f"0.{config.get('medusa_num_layers', 1)}.weight" in weight_names(directory, file)

@@ -61,7 +61,7 @@ class SuffixAutomaton:
         self._refresh(self.link[whole], size)
 
     def longest(self, token: int) -> Match | None:
-        """The longest end of `tokens + [token]` that occurs in `tokens`, at its latest occurrence."""
+        """Return the longest end of `tokens + [token]` that occurs in `tokens`, at its latest occurrence."""
         return self.step(self.whole, self.length[self.whole], token)[2]
 
     def step(self, state: int, length: int, token: int) -> tuple[int, int, Match | None]:
@@ -86,7 +86,7 @@ class SuffixAutomaton:
         return len(self.link) - 1
 
     def _extension(self, state: int, token: int) -> int:
-        """The state whose longest string is the longest of `state` and `token`; split off where it has none yet."""
+        """Return the state whose longest string is that of `state` and `token`; split it off if there is none."""
         target = self.follow[state][token]
         if self.length[target] == self.length[state] + 1:
             return target
@@ -100,7 +100,7 @@ class SuffixAutomaton:
         return clone
 
     def _refresh(self, state: int, end: int) -> None:
-        """The suffixes that occurred before have a later place now.
+        """Give the suffixes that occurred before their later place.
 
         A text of one repeated token has a state for each of its lengths: going through the longest few bounds the
         work, and the others keep a place that is right, if not the latest.
@@ -175,7 +175,7 @@ class SuffixIndex:
         return Proposal.chain(self.guess, survival=survival, free=True)
 
     def _longest(self, anchor: int) -> tuple[SuffixAutomaton, Match | None]:
-        """The longest match and where it is; of two equally long ones the request's own."""
+        """Return the longest match and where it is; of two equally long ones the request's own."""
         match = self.own.longest(anchor)
         if self.corpus is not None:
             elsewhere = self.corpus.step(*self.place, anchor)[2]
