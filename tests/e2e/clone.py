@@ -14,6 +14,7 @@ from collections.abc import Callable
 from contextlib import chdir
 from dataclasses import dataclass, field
 from pathlib import Path
+from unittest import mock
 
 import yaml
 from click.testing import Result
@@ -60,10 +61,10 @@ class Clone:
         assert not self.reached.exists(), f"{words[0]} reached for {self.reached.read_text()}"
         return done
 
-    def kill_repro(self, when: Callable[[], bool]) -> None:
+    def kill_repro(self, *stages: str, when: Callable[[], bool]) -> None:
         """Start `repro` in a process of its own and `kill -9` it, stage and all, as soon as `when()` holds."""
         process = subprocess.Popen(
-            [sys.executable, "-m", "tests.e2e.stages", str(self.root)],
+            [sys.executable, "-m", "tests.e2e.stages", str(self.root), *stages],
             cwd=self.root,
             env=self.environment,
             stdout=subprocess.DEVNULL,
@@ -98,9 +99,11 @@ class Clone:
             return run_module(module, *flags)
 
     def ask(self, *words: str, stdin: str = "") -> Result:
-        """`deepspec WORD ...` in this process."""
-        with alone(), chdir(self.root):
-            return CliRunner().invoke(app, list(words), input=stdin)
+        """`deepspec WORD ...` in this process; what it starts is in the clone's environment."""
+        with mock.patch.dict(os.environ, self.environment), alone(), chdir(self.root):
+            found = CliRunner().invoke(app, list(words), input=stdin)
+        assert not self.reached.exists(), f"{words[0]} reached for {self.reached.read_text()}"
+        return found
 
     def set(self, dotted: str, value: object) -> None:
         path = self.root / "params.yaml"
