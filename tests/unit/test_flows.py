@@ -9,6 +9,7 @@ import threading
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import yaml
 
@@ -29,6 +30,7 @@ from flows.progress import ProgressArtifact
 from flows.serve import parse
 from flows.services import ROOT, Places, check_port, database_of, servers
 from flows.workspace import AUTHOR, git, literal, metrics_before, override, publish, remember, workspace
+from tests.dvc_here import dvc, make_repository
 
 PIPELINE = """
 stages:
@@ -50,8 +52,7 @@ stages:
 def repository(tmp_path: Path) -> Path:
     root = tmp_path / "project"
     root.mkdir()
-    git(root, "init", "--quiet")
-    subprocess.run([sys.executable, "-m", "dvc", "init", "--quiet"], cwd=root, check=True)
+    make_repository(root)
     (root / "dvc.yaml").write_text(PIPELINE)
     (root / "params.yaml").write_text("# kept\nn: 3\npipeline: [a]\ntarget:\n  source: embedded:tiny\n")
     (root / "other").mkdir()
@@ -273,11 +274,7 @@ def test_git_s_reason_is_told_and_not_its_advice(tmp_path: Path):
 
 
 def test_a_remote_that_git_does_not_keep_is_the_clone_s_too(repository: Path):
-    subprocess.run(
-        [sys.executable, "-m", "dvc", "remote", "add", "--local", "--default", "team", "../remote"],
-        cwd=repository,
-        check=True,
-    )
+    assert dvc(repository, "remote", "add", "--local", "--default", "team", "../remote").returncode == 0
     with clone_of(repository) as work:
         done = subprocess.run(
             [sys.executable, "-m", "dvc", "remote", "list"], cwd=work.root, capture_output=True, text=True
@@ -335,7 +332,9 @@ def test_serve_reads_settings_as_yaml():
         parse(["pipeline=[a"])
 
 
-def test_a_process_is_started_once_and_stopped_with_its_children(tmp_path: Path):
+def test_a_process_is_started_once_and_stopped_with_its_children(tmp_path: Path, monkeypatch):
+    """Of which one, left alone by the shell that started it, is killed once the time to stop is over."""
+    monkeypatch.setattr("flows.process.STOP_S", 1.0)
     process = Process(tmp_path, "one")
     assert process.pid() is None
     assert not process.terminate()
@@ -343,9 +342,11 @@ def test_a_process_is_started_once_and_stopped_with_its_children(tmp_path: Path)
     assert Process(tmp_path, "one").pid() == process.pid() is not None
     while process.last_line() != "hello":  # the test's own time limit ends this
         time.sleep(0.01)
+    family = psutil.Process(process.pid()).children(recursive=True)
     process.terminate()
     process.wait()
     assert process.pid() is None
+    assert family and not any(child.is_running() for child in family)
     assert process.last_line() == "hello"
     process.file.write_text(f"{os.getpid()} 1.0")  # an id given out again
     assert process.pid() is None
