@@ -119,7 +119,7 @@ def up(places: Places) -> None:
         DeepSpecError: a port is taken, or a service ended before it answered.
     """
     places.home.mkdir(parents=True, exist_ok=True)
-    database, store = _database(places)
+    database, store = database_of(places)
     print(f"store: {store}", flush=True)
     _start(places, servers(places, database))
     done = subprocess.run([sys.executable, "-m", "flows.setup"], cwd=ROOT, env=_environment(places))
@@ -162,7 +162,7 @@ def _start(places: Places, services: list[Service]) -> None:
     for service in services:
         process = Process(places.home, service.name)
         if process.pid() is None:
-            _check_port(places, service.name)
+            check_port(places, service.name)
             process.start(service.command, ROOT, _environment(places) | service.environment)
     deadline = time.monotonic() + START_S
     for service in services:
@@ -184,7 +184,7 @@ def _environment(places: Places) -> dict[str, str]:
     }  # fmt: skip
 
 
-def _database(places: Places) -> tuple[Database, str]:
+def database_of(places: Places) -> tuple[Database, str]:
     """Database URLs by name, and in words what stands behind them. What was chosen first stays: it has the history.
 
     Raises:
@@ -196,7 +196,7 @@ def _database(places: Places) -> tuple[Database, str]:
         raise DeepSpecError(f"{home / 'postgres'} has the history of runs, but {missing}")
     if missing is None and not (home / "mlflow.db").exists():
         if not postgres.runs(home / "postgres"):
-            _check_port(places, "postgres")
+            check_port(places, "postgres")
         login = postgres.start(home / "postgres", HOST, port, ("prefect", "mlflow"))
         where = f"{login}@{HOST}:{port}"
         return (lambda name, driver, _: f"postgresql+{driver}://{where}/{name}"), f"PostgreSQL on port {port}"
@@ -205,7 +205,12 @@ def _database(places: Places) -> tuple[Database, str]:
     ), f"SQLite ({missing or 'as before'})"
 
 
-def _check_port(places: Places, name: str) -> None:
+def check_port(places: Places, name: str) -> None:
+    """Refuse a port that another program listens on.
+
+    Raises:
+        DeepSpecError: with the setting that names another.
+    """
     port = places.ports[name]
     with socket.socket() as probe:
         if probe.connect_ex((HOST, port)) == 0:

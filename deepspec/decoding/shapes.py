@@ -328,12 +328,12 @@ class _SampledGrowth(_BestGrowth):
 def _likeliest(logits: Tensor, sampling: Sampling, count: int) -> tuple[list[list[float]], list[list[int]]]:
     """Probabilities and columns of the `count` likeliest tokens of each row of logits [m, columns], descending."""
     probs = probabilities(logits, sampling if sampling.temperature > 0 else _PLAIN)
-    values, columns = _top(probs, min(count, probs.shape[-1]))
+    values, columns = top(probs, min(count, probs.shape[-1]))
     return values.tolist(), columns.tolist()
 
 
-def _top(values: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """`topk` of each row of values [m, columns]: only the `count` runs with the largest maxima can hold them.
+def top(values: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Return `topk` of each row of values [m, columns]: only the `count` runs with the largest maxima can hold them.
 
     24 rows of 8,192 take 0.14 ms on a CPU core, `topk` alone 0.34.
     """

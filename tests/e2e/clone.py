@@ -11,11 +11,17 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import chdir
 from dataclasses import dataclass, field
 from pathlib import Path
+from unittest import mock
 
 import yaml
+from click.testing import Result
+from typer.testing import CliRunner
 
+from deepspec.cli import app
+from tests.e2e.stages import ENVIRONMENT, alone, planned, reproduce, run_module
 from tests.network import GUARD, REACHED
 from tests.tiny import make_target
 
@@ -27,18 +33,15 @@ class Clone:
     """A copy of the repository with a tiny target and the smoke profile."""
 
     root: Path
-    first_run: list[str] = field(default_factory=list)
+    runs: list[list[str]] = field(default_factory=list)  # the stages that ran, of each run
 
     @property
     def environment(self) -> dict[str, str]:
-        return os.environ | {
+        return os.environ | ENVIRONMENT | {
             "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
             "PYTHONPATH": os.pathsep.join(map(str, (self.root, GUARD))),
             REACHED: str(self.reached),
-            "HF_HUB_OFFLINE": "1",
-            "ACCELERATE_USE_CPU": "true",
-            "OMP_NUM_THREADS": "1",  # all that a tiny model can use
-        }
+        }  # fmt: skip
 
     @property
     def reached(self) -> Path:
@@ -58,10 +61,10 @@ class Clone:
         assert not self.reached.exists(), f"{words[0]} reached for {self.reached.read_text()}"
         return done
 
-    def kill_repro(self, when: Callable[[], bool]) -> None:
-        """Start `dvc repro` and `kill -9` it, stage and all, as soon as `when()` holds."""
+    def kill_repro(self, *stages: str, when: Callable[[], bool]) -> None:
+        """Start `repro` in a process of its own and `kill -9` it, stage and all, as soon as `when()` holds."""
         process = subprocess.Popen(
-            [sys.executable, "-m", "dvc", "repro"],
+            [sys.executable, "-m", "tests.e2e.stages", str(self.root), *stages],
             cwd=self.root,
             env=self.environment,
             stdout=subprocess.DEVNULL,
@@ -70,18 +73,37 @@ class Clone:
         )
         deadline = time.monotonic() + 300
         while not when():
-            assert process.poll() is None and time.monotonic() < deadline, (
-                "it ended before it could be killed"
-            )
+            assert process.poll() is None, "it ended before it could be killed"
+            assert time.monotonic() < deadline, "it never came to be killed"
             time.sleep(0.005)
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
 
-    def repro(self) -> list[str]:
-        """Run `dvc repro`, which must succeed; the names of the stages that ran."""
+    def repro_in_processes(self) -> list[str]:
+        """Run `dvc repro`, which must succeed; the names of the stages that ran, each in a process as a user's."""
         done = self.run("dvc", "repro")
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
         return re.findall(r"Running stage '(.+?)'", done.stdout)
+
+    def repro(self, *stages: str) -> list[str]:
+        """The same with every stage in this process, where torch is imported already."""
+        return reproduce(self.root, *stages)
+
+    def planned(self) -> list[str]:
+        """The names of the stages that `repro` would run."""
+        return planned(self.root)
+
+    def call(self, module: str, *flags: str) -> int:
+        """`python -m MODULE FLAG ...` in this process; its exit status."""
+        with alone(), chdir(self.root):
+            return run_module(module, *flags)
+
+    def ask(self, *words: str, stdin: str = "") -> Result:
+        """`deepspec WORD ...` in this process; what it starts is in the clone's environment."""
+        with mock.patch.dict(os.environ, self.environment), alone(), chdir(self.root):
+            found = CliRunner().invoke(app, list(words), input=stdin)
+        assert not self.reached.exists(), f"{words[0]} reached for {self.reached.read_text()}"
+        return found
 
     def set(self, dotted: str, value: object) -> None:
         path = self.root / "params.yaml"

@@ -6,7 +6,6 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 import tempfile
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -15,6 +14,7 @@ import psutil
 import pytest
 import yaml
 
+from tests.dvc_here import make_repository
 from tests.e2e.browser import look
 from tests.e2e.clone import make_clone
 from tests.e2e.servers import Servers, servers, wait_for
@@ -41,8 +41,7 @@ def git(root: Path, *words: str) -> str:
 def repository(root: Path, stages: dict, params: dict) -> Path:
     """A small pipeline of shell commands, committed. Each stage writes down that it ran, in `<root>.<stage>`."""
     root.mkdir()
-    git(root, "init", "--quiet")
-    subprocess.run([sys.executable, "-m", "dvc", "init", "--quiet"], cwd=root, check=True)
+    make_repository(root)
     for name, stage in stages.items():
         stage["cmd"] = f"echo ran >> {root}.{name}; {stage['cmd']}"
     (root / "dvc.yaml").write_text(yaml.safe_dump({"stages": stages}))
@@ -60,7 +59,6 @@ def times(root: Path, stage: str) -> int:
 DATA = {"cmd": "seq ${rows} > data.txt", "params": ["rows"], "outs": ["data.txt"]}
 
 REGISTRY = """
-import sys
 print({
     "track": "a: tracked: run 1, http://127.0.0.1:1/run",
     "register": "a: version 1 registered",

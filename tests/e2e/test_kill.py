@@ -1,4 +1,4 @@
-"""`kill -9` in the middle of a stage: the next `dvc repro` goes on and ends as an unbroken run does."""
+"""`kill -9` of a reproduction in the middle of a stage: the next goes on and ends as an unbroken run does."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import pytest
 from tests.e2e.clone import Clone, make_clone
 
 pytestmark = pytest.mark.e2e
+TRAIN = "train@dspark"
 
 
 def lines(root: Path, pattern: str) -> int:
@@ -26,27 +27,26 @@ def slow_clone(root: Path) -> Clone:
     clone.set("train.steps", 120)
     clone.set("train.save_every", 10)
     clone.set("train.eval_every", 20)
-    clone.set("evaluate.prompts_per_task", 1)
     return clone
 
 
 def test_killed_stages_resume_and_end_as_an_unbroken_run(tmp_path: Path):
     unbroken = slow_clone(tmp_path / "unbroken")
-    unbroken.repro()
+    unbroken.repro(TRAIN)
     killed = slow_clone(tmp_path / "killed")
     data, draft = killed.root / "data/distill", killed.root / "data/drafts/dspark"
 
-    killed.kill_repro(lambda: lines(killed.root, ".deepspec/generate/*/shard-*.jsonl") >= 5)
+    killed.kill_repro(TRAIN, when=lambda: lines(killed.root, ".deepspec/generate/*/shard-*.jsonl") >= 5)
     assert not data.exists()
     before = lines(killed.root, ".deepspec/generate/*/shard-*.jsonl")
     assert before < 40
 
-    killed.kill_repro(lambda: any(killed.root.glob(".deepspec/train/*/checkpoint.pt")))
+    killed.kill_repro(TRAIN, when=lambda: any(killed.root.glob(".deepspec/train/*/checkpoint.pt")))
     assert not draft.exists()
     rows = [pyarrow.parquet.read_table(c.root / "data/distill/train.parquet") for c in (killed, unbroken)]
     assert rows[0].equals(rows[1])
 
-    assert "train@dspark" in killed.repro()
+    assert killed.repro(TRAIN) == [TRAIN]
     for name in ("model.safetensors", "config.json"):
         assert (draft / name).read_bytes() == (unbroken.root / "data/drafts/dspark" / name).read_bytes()
     history = [
@@ -60,7 +60,7 @@ def test_killed_stages_resume_and_end_as_an_unbroken_run(tmp_path: Path):
     old = (draft / "model.safetensors").read_bytes()
     killed.set("train.lr", 5.0e-4)
     started = set(killed.root.glob(".deepspec/train/*"))
-    killed.kill_repro(lambda: set(killed.root.glob(".deepspec/train/*")) - started)
+    killed.kill_repro(TRAIN, when=lambda: set(killed.root.glob(".deepspec/train/*")) - started)
     assert not draft.exists()
     assert killed.run("dvc", "checkout", "data/drafts/dspark").returncode == 0
     assert (draft / "model.safetensors").read_bytes() == old

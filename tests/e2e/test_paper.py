@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import json
-import runpy
-import shlex
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
 from dvc.repo import Repo
 
 from tests.e2e.clone import make_clone
+from tests.e2e.stages import alone, run_command
 from tests.tiny import make_target
 
 pytestmark = pytest.mark.e2e
@@ -25,16 +23,6 @@ STAGES = [
 ]
 
 
-def run(command: str) -> None:
-    """The module of a stage's command, as `python -m` runs it."""
-    words = shlex.split(command)
-    module, *flags = words[len(words) - words[::-1].index("-m") :]
-    sys.argv[:] = [module, *flags]
-    with pytest.raises(SystemExit) as done:
-        runpy.run_module(module, run_name="__main__", alter_sys=True)
-    assert done.value.code == 0, command
-
-
 def test_every_stage_makes_what_it_declares_and_the_readme_gets_the_table(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -44,13 +32,12 @@ def test_every_stage_makes_what_it_declares_and_the_readme_gets_the_table(
     shutil.copy(paper / "params.smoke.yaml", paper / "params.yaml")
     make_target(paper / "data/smoke-target")
     monkeypatch.chdir(paper)
-    monkeypatch.setattr(sys, "argv", list(sys.argv))
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     stages = [stage for stage in Repo(tmp_path).index.stages if Path(stage.path) == paper / "dvc.yaml"]
     stages.sort(key=lambda stage: STAGES.index(stage.name.split("@")[0]))
     assert len(stages) == 22  # three drafters with two seeds, and an ablation
     for stage in stages:
-        run(stage.cmd)
+        with alone():
+            assert run_command(stage.cmd) == 0, stage.name
         assert all(out.exists for out in stage.outs), stage.name
 
     table = json.loads(Path("reports/table1.json").read_text())

@@ -16,10 +16,18 @@ STAGES = ["target", "prompts", "generate", "validate", "train", "evaluate", "exp
 DRAFTERS = ["lookup", "dspark", "dflash", "eagle3", "medusa", "lm"]
 
 
+EACH = ("train", "evaluate", "export")  # for each drafter
+FIRST = ["dspark"]  # made as a user makes it: a process a stage
+
+
 @pytest.fixture(scope="module")
 def clone(tmp_path_factory: pytest.TempPathFactory) -> Clone:
+    """A finished pipeline of all drafters, the first from `dvc repro` itself."""
     clone = make_clone(tmp_path_factory.mktemp("clone"), "llama")
-    clone.first_run = clone.repro()
+    clone.set("pipeline", FIRST)
+    clone.runs.append(clone.repro_in_processes())
+    clone.set("pipeline", DRAFTERS)
+    clone.runs.append(clone.repro())
     return clone
 
 
@@ -35,17 +43,24 @@ def check_reports(clone: Clone, drafters: list[str]) -> None:
         assert f"| {name} | {tasks[0]} | 0 |" in (clone.root / "reports/report.md").read_text()
 
 
-def test_every_stage_runs_and_every_draft_is_lossless(clone: Clone):
-    ran = [name.split("@")[0] for name in clone.first_run]
-    each = ("train", "evaluate", "export")
-    assert {stage: ran.count(stage) for stage in STAGES} == {
-        stage: len(DRAFTERS) if stage in each else 1 for stage in STAGES
-    }
-    # DVC runs a stage after those that it depends on; in which order the drafters follow one another is not said.
-    for name in DRAFTERS:
-        needed = [f"{stage}@{name}" if stage in each else stage for stage in STAGES if stage != "report"]
-        assert [stage for stage in clone.first_run if stage in needed] == needed
-    assert max(map(clone.first_run.index, (f"evaluate@{name}" for name in DRAFTERS))) < ran.index("report")
+def test_every_stage_runs_once_and_after_what_it_needs(clone: Clone):
+    first, second = clone.runs
+    check_order(first, STAGES, FIRST)
+    # The target stage decides whether a drafter suits the target; nothing else is made again for a new one.
+    check_order(second, ["target", *EACH, "report"], [name for name in DRAFTERS if name not in FIRST])
+
+
+def check_order(ran: list[str], stages: list[str], drafters: list[str]) -> None:
+    """These ran and no others; in which order the drafters follow one another is not said."""
+    every = {f"{stage}@{name}" if stage in EACH else stage for stage in stages for name in drafters}
+    assert sorted(ran) == sorted(every)
+    for name in drafters:
+        needed = [f"{stage}@{name}" if stage in EACH else stage for stage in stages if stage != "report"]
+        assert [stage for stage in ran if stage in needed] == needed
+    assert max(ran.index(f"evaluate@{name}") for name in drafters) < ran.index("report")
+
+
+def test_every_draft_is_lossless_and_in_the_reports(clone: Clone):
     check_reports(clone, DRAFTERS)
     assert clone.report("reports/validation.json")["passed"] is True
     assert "dspark,12," in (clone.root / "reports/plots/training.csv").read_text()
@@ -91,33 +106,47 @@ def md5(file: Path) -> str:
 
 
 def test_doctor_finds_nothing_to_mend_and_chat_answers_with_the_draft(clone: Clone):
-    doctor = clone.run("deepspec.cli", "doctor")
-    assert doctor.returncode == 0, doctor.stdout
-    chat = clone.run("deepspec.cli", "chat", "--max-new-tokens", "8", stdin="What is the sum?\nAnd then?\n")
-    assert chat.returncode == 0, chat.stderr
+    doctor = clone.ask("doctor")
+    assert doctor.exit_code == 0, doctor.output
+    chat = clone.ask("chat", "--max-new-tokens", "8", stdin="What is the sum?\nAnd then?\n")
+    assert chat.exit_code == 0, chat.output
     assert len(re.findall(r"τ \d\.\d\d.* tokens", chat.stdout)) == 2
 
 
 def test_two_processes_find_the_tau_of_one_and_so_does_a_second_run(clone: Clone):
     """Drafters measured together, in one process and in two, against the records of the pipeline."""
-    words = ["deepspec.stages.evaluate", "--drafter", "dspark", "--drafter", "lookup"]
+    params = yaml.safe_load((clone.root / "params.yaml").read_text())
+    params["evaluate"] |= {"sweeps": None, "throughput": None}  # which are not compared
+    (clone.root / "fewer.yaml").write_text(yaml.safe_dump(params))
+    words = [
+        "deepspec.stages.evaluate",
+        "--params",
+        "fewer.yaml",
+        "--drafter",
+        "dspark",
+        "--drafter",
+        "lookup",
+    ]
+    words += ["--output"]
+    assert clone.call(*words, "one") == 0
     launch = ["torch.distributed.run", "--nproc-per-node", "2", "--standalone", "-m"]
-    for launcher in ([], launch):
-        done = clone.run(*launcher, *words, "--output", "again")
-        assert done.returncode == 0, done.stderr[-3000:]
+    done = clone.run(*launch, *words, "two")
+    assert done.returncode == 0, done.stderr[-3000:]
+    for again, processes in (("one", 1), ("two", 2)):
         for name in ("dspark", "lookup"):
-            first, second = (clone.report(f"{folder}/{name}.json") for folder in ("reports/eval", "again"))
-            assert second["processes"] == (2 if launcher else 1)
+            first, second = (clone.report(f"{folder}/{name}.json") for folder in ("reports/eval", again))
+            assert second["processes"] == processes
             for key, entry in first["tasks"].items():
                 same = ("tau", "output_hashes", "accept_rate_by_position", "reached_by_position", "rounds")
                 assert {k: entry[k] for k in same} == {k: second["tasks"][key][k] for k in same}
-            compared = clone.run("deepspec.cli", "compare", f"reports/eval/{name}.json", f"again/{name}.json")
-            assert compared.returncode in (0, 1), compared.stderr  # the clock may say anything here
-            assert "tau at T" not in compared.stdout
+            records = [f"{folder}/{name}.json" for folder in ("reports/eval", again)]
+            said = clone.ask("compare", *records)
+            assert said.exit_code in (0, 1), said.output  # the clock may say anything here
+            assert "tau at T" not in said.output
 
 
 def test_a_second_repro_does_nothing(clone: Clone):
-    assert clone.repro() == []
+    assert clone.repro_in_processes() == []
 
 
 def test_an_unknown_key_stops_the_pipeline_with_one_line(clone: Clone):
@@ -149,5 +178,7 @@ def test_a_new_learning_rate_reruns_training_and_what_follows(clone: Clone):
 def test_a_target_of_another_family_works_unchanged(family: str, tmp_path: Path):
     clone = make_clone(tmp_path, family)
     clone.set("pipeline", ["dspark"])
+    for measured_besides in ("sweeps", "throughput"):
+        clone.set(f"evaluate.{measured_besides}", None)
     clone.repro()
     check_reports(clone, ["dspark"])

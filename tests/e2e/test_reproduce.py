@@ -7,6 +7,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from click.testing import Result
 
 from deepspec.report.inputs import load_inputs, metrics
 from tests.e2e.clone import Clone, make_clone
@@ -44,9 +45,9 @@ def commit(clone: Clone, tag: str) -> None:
         subprocess.run(["git", *words], cwd=clone.root, check=True)
 
 
-def reproduce(clone: Clone, into: Path, *words: str) -> tuple[subprocess.CompletedProcess, dict]:
-    done = clone.run("deepspec.cli", "reproduce", "--into", str(into), *ANY_TIME, *words)
-    assert (into / "reproduce.json").exists(), done.stdout[-3000:] + done.stderr[-3000:]
+def reproduce(clone: Clone, into: Path, *words: str) -> tuple[Result, dict]:
+    done = clone.ask("reproduce", "--into", str(into), *ANY_TIME, *words)
+    assert (into / "reproduce.json").exists(), done.output[-3000:]
     return done, json.loads((into / "reproduce.json").read_text())
 
 
@@ -54,7 +55,7 @@ def test_a_tag_is_measured_again_from_the_pulled_draft(tagged: Clone, tmp_path: 
     """Without a cost curve of this machine: the one in the record decides, and τ is the same to the last bit."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     done, found = reproduce(tagged, tmp_path / "again", "v1")
-    assert done.returncode == 0, done.stdout[-3000:]
+    assert done.exit_code == 0, done.stdout[-3000:]
     assert found["passed"] is True and found["differences"] == {"dspark": []}
     assert found["measured"] == [f"dvc.yaml:{name}" for name in ("validate", "evaluate@dspark", "report")]
     verdicts = {row["metric"]: row["verdict"] for row in found["metrics"]}
@@ -77,7 +78,7 @@ def test_a_forged_metric_is_caught(tagged: Clone, tmp_path: Path):
     commit(tagged, "v2")
     file.write_text(honest)
     done, found = reproduce(tagged, tmp_path / "again", "v2", "--stages", "report")
-    assert done.returncode == 1
+    assert done.exit_code == 1
     wrong = [row["metric"] for row in found["metrics"] if row["verdict"] == "DIFFERS"]
     assert wrong == ["reports/metrics.json", "dspark.tau"]
     assert "differs: dspark.tau: 4.2 committed" in done.stdout

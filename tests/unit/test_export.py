@@ -16,6 +16,9 @@ from gguf import GGUFReader
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from deepspec.decoding.drafter import Drafter
+from deepspec.decoding.engine import Engine
+from deepspec.decoding.request import Request
 from deepspec.drafters.load import load_drafter
 from deepspec.errors import DeepSpecError
 from deepspec.evaluation.record import Record
@@ -28,7 +31,7 @@ from deepspec.export.readers.directory import Directory
 from deepspec.export.readers.sample import Sample
 from deepspec.files import file_digest, write_json
 from deepspec.stages import export as stage
-from deepspec.target.model import load_target
+from deepspec.target.model import Target, load_target
 from tests import records
 from tests.exporting import LAYERS, SIZES, make_draft, samples, written
 from tests.tiny import make_target
@@ -155,7 +158,20 @@ def test_a_native_export_drafts_in_our_engine_as_the_draft_does(target, tmp_path
     for kind in ("eagle3", "dspark", "dflash", "medusa", "lookup"):
         draft = make_draft(tmp_path, target, kind)
         export(draft, ["hf"], tmp_path / "exports" / kind)
-        load_drafter(tmp_path / "exports" / kind / "hf", target)
+        ours, theirs = (
+            proposals(load_drafter(directory, target), target)
+            for directory in (draft.directory, tmp_path / "exports" / kind / "hf")
+        )
+        assert ours == theirs and any(ours), kind
+
+
+def proposals(drafter: Drafter, target: Target) -> list[list[int]]:
+    """The tokens that are drafted in each round of a greedy answer to a text that repeats itself."""
+    found: list[list[int]] = []
+    engine = Engine(target, drafter, on_round=lambda part: found.append(part.proposal.tokens))
+    requests = iter([Request([5, 6, 7, 8] * 4, 12, stop_ids=frozenset())])
+    list(engine.run(lambda: next(requests, None)))
+    return found
 
 
 def test_an_assistant_model_helps_transformers_and_changes_no_token(target, tmp_path):

@@ -9,6 +9,7 @@ import threading
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import yaml
 
@@ -27,8 +28,9 @@ from flows.graph import Stage, describe, read_graph
 from flows.process import Process
 from flows.progress import ProgressArtifact
 from flows.serve import parse
-from flows.services import ROOT, Places, _check_port, _database, servers
+from flows.services import ROOT, Places, check_port, database_of, servers
 from flows.workspace import AUTHOR, git, literal, metrics_before, override, publish, remember, workspace
+from tests.dvc_here import dvc, make_repository
 
 PIPELINE = """
 stages:
@@ -50,8 +52,7 @@ stages:
 def repository(tmp_path: Path) -> Path:
     root = tmp_path / "project"
     root.mkdir()
-    git(root, "init", "--quiet")
-    subprocess.run([sys.executable, "-m", "dvc", "init", "--quiet"], cwd=root, check=True)
+    make_repository(root)
     (root / "dvc.yaml").write_text(PIPELINE)
     (root / "params.yaml").write_text("# kept\nn: 3\npipeline: [a]\ntarget:\n  source: embedded:tiny\n")
     (root / "other").mkdir()
@@ -108,6 +109,7 @@ def test_a_bar_is_thinned_and_plain_lines_are_not():
 
 CHANNEL_STAGE = """
 import time
+from pathlib import Path
 from deepspec.entry import guarded
 from deepspec.errors import DeepSpecError
 from deepspec.progress import Progress
@@ -115,8 +117,9 @@ from deepspec.progress import Progress
 def main():
     with Progress("train", 4, done=1) as progress:
         progress.advance(3)
-        time.sleep(1.5)  # nothing is printed, yet the count comes
-        print("slept", flush=True)
+        while not Path("counted").exists():  # nothing is printed, yet the count comes
+            time.sleep(0.01)
+        print("told", flush=True)
     raise DeepSpecError("no such draft")
 
 raise SystemExit(min(guarded(main), 1))
@@ -127,12 +130,18 @@ def test_counts_and_the_mistake_come_through_the_channel_and_not_from_the_text(t
     (tmp_path / "stage.py").write_text(CHANNEL_STAGE)
     (tmp_path / "deepspec").symlink_to(ROOT / "deepspec")
     seen: list[Progress | str] = []
+
+    def count(progress: Progress) -> None:
+        seen.append(progress)
+        if progress.done == 4:
+            (tmp_path / "counted").touch()
+
     words = ["sh", "-c", f"echo 'other: 7/9, 1s left'; {sys.executable} -m stage 2>/dev/null"]
     with pytest.raises(UserMistake, match=r"^no such draft$"):
-        follow(words, tmp_path, seen.append, seen.append)
+        follow(words, tmp_path, seen.append, count)
     counts = [entry for entry in seen if isinstance(entry, Progress)]
     assert counts[-1] == Progress("train", 4, 4) and {found.label for found in counts} == {"train"}
-    assert seen.index("slept") > seen.index(Progress("train", 1, 4))
+    assert seen.index("told") > seen.index(Progress("train", 4, 4))
 
 
 def test_a_line_in_the_channel_that_is_not_ours_stops_nothing(tmp_path: Path):
@@ -265,11 +274,7 @@ def test_git_s_reason_is_told_and_not_its_advice(tmp_path: Path):
 
 
 def test_a_remote_that_git_does_not_keep_is_the_clone_s_too(repository: Path):
-    subprocess.run(
-        [sys.executable, "-m", "dvc", "remote", "add", "--local", "--default", "team", "../remote"],
-        cwd=repository,
-        check=True,
-    )
+    assert dvc(repository, "remote", "add", "--local", "--default", "team", "../remote").returncode == 0
     with clone_of(repository) as work:
         done = subprocess.run(
             [sys.executable, "-m", "dvc", "remote", "list"], cwd=work.root, capture_output=True, text=True
@@ -327,7 +332,9 @@ def test_serve_reads_settings_as_yaml():
         parse(["pipeline=[a"])
 
 
-def test_a_process_is_started_once_and_stopped_with_its_children(tmp_path: Path):
+def test_a_process_is_started_once_and_stopped_with_its_children(tmp_path: Path, monkeypatch):
+    """Of which one, left alone by the shell that started it, is killed once the time to stop is over."""
+    monkeypatch.setattr("flows.process.STOP_S", 1.0)
     process = Process(tmp_path, "one")
     assert process.pid() is None
     assert not process.terminate()
@@ -335,9 +342,11 @@ def test_a_process_is_started_once_and_stopped_with_its_children(tmp_path: Path)
     assert Process(tmp_path, "one").pid() == process.pid() is not None
     while process.last_line() != "hello":  # the test's own time limit ends this
         time.sleep(0.01)
+    family = psutil.Process(process.pid()).children(recursive=True)
     process.terminate()
     process.wait()
     assert process.pid() is None
+    assert family and not any(child.is_running() for child in family)
     assert process.last_line() == "hello"
     process.file.write_text(f"{os.getpid()} 1.0")  # an id given out again
     assert process.pid() is None
@@ -358,7 +367,7 @@ def test_a_taken_port_is_named_with_its_setting(tmp_path: Path):
     with socket.create_server(("127.0.0.1", 0)) as other:
         places = Places.of(tmp_path, {"DEEPSPEC_PREFECT_PORT": str(other.getsockname()[1])})
         with pytest.raises(DeepSpecError, match="DEEPSPEC_PREFECT_PORT"):
-            _check_port(places, "prefect")
+            check_port(places, "prefect")
 
 
 def test_without_postgresql_the_reason_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -369,11 +378,11 @@ def test_without_postgresql_the_reason_is_said(tmp_path: Path, monkeypatch: pyte
 def test_a_history_in_postgresql_is_not_begun_anew_in_sqlite(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(postgres, "binaries", lambda folder: None)
     places = Places.of(tmp_path, {})
-    assert "SQLite" in _database(places)[1]
+    assert "SQLite" in database_of(places)[1]
     (tmp_path / "postgres").mkdir()
     (tmp_path / "postgres/PG_VERSION").write_text("15\n")
     with pytest.raises(DeepSpecError, match="has the history of runs, but PostgreSQL is not installed"):
-        _database(places)
+        database_of(places)
 
 
 def test_a_cluster_is_served_by_its_own_version(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

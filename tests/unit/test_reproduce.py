@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from deepspec.decoding import cost
 from deepspec.errors import DeepSpecError
-from deepspec.reproduce.checkout import STATE, Settings
+from deepspec.reproduce.checkout import STATE, Settings, Work
 from deepspec.reproduce.run import RESULT, plant_costs, run
+from tests.dvc_here import dvc, make_repository
 
 DVC_YAML = """
 stages:
@@ -47,10 +47,6 @@ def sh(root: Path, *words: str) -> str:
     return subprocess.run(words, cwd=root, check=True, capture_output=True, text=True).stdout
 
 
-def dvc(root: Path, *words: str) -> str:
-    return sh(root, sys.executable, "-m", "dvc", *words)
-
-
 def commit(root: Path, tag: str) -> None:
     sh(root, "git", "add", "-A")
     who = ["-c", "user.name=tests", "-c", "user.email=tests@example.org"]
@@ -66,21 +62,31 @@ def origin(tmp_path_factory) -> Path:
     (root / "dvc.yaml").write_text(DVC_YAML)
     (root / "make.py").write_text(MAKE)
     (root / "plain.yaml").write_text("none")
-    sh(root, "git", "init", "--quiet")
-    dvc(root, "init", "--quiet")
-    dvc(root, "remote", "add", "--default", "shared", "../remote")
+    make_repository(root)
+    succeed(root, "remote", "add", "--default", "shared", "../remote")
     (root / ".gitignore").write_text("ran.log\n/.deepspec/\n/data.txt\n")
     commit(root, "never-run")
-    dvc(root, "repro")
+    succeed(root, "repro")
     commit(root, "good")
-    dvc(root, "push")
+    succeed(root, "push")
     (root / "paper").mkdir()
     (root / "paper/dvc.yaml").write_text(DVC_YAML)
     (root / "paper/make.py").write_text(MAKE.replace("1.5", "2.5"))
     (root / "paper/.gitignore").write_text("/data.txt\n")
-    dvc(root, "repro", "paper/dvc.yaml")
+    succeed(root, "repro", "paper/dvc.yaml")
     commit(root, "unpushed")
     return root
+
+
+def succeed(root: Path, *words: str) -> None:
+    done = dvc(root, *words)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.fixture(autouse=True)
+def dvc_in_this_process(monkeypatch):
+    """`tests/e2e/test_reproduce.py` has it as a process."""
+    monkeypatch.setattr(Work, "dvc", lambda work, *words, **_: dvc(work.root, *words))
 
 
 @pytest.fixture

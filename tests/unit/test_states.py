@@ -14,11 +14,12 @@ from deepspec.decoding.engine import generate
 from deepspec.decoding.request import Sampling
 from deepspec.decoding.sampling import probabilities
 from deepspec.decoding.shapes import BestFirst
-from deepspec.drafters.algorithms.dspark import DSparkDrafter
+from deepspec.decoding.tree import DraftLogits, Vocabulary, grow
+from deepspec.decoding.verify import standard
 from deepspec.errors import DeepSpecError
 from deepspec.target.attention import ForwardPass
 from deepspec.target.model import load_target
-from tests.tiny import make_draft, make_tokenizer
+from tests.tiny import make_tokenizer
 
 FAMILIES = ["qwen3_next", "falcon_h1", "lfm2", "kimi_linear", "jamba"]
 
@@ -106,34 +107,82 @@ def test_a_tree_is_refused_in_one_line(hybrid):
         generate(hybrid, drafter, prompts(1)[0], 4, tree=BestFirst(2, 3, 6))
 
 
-def test_a_drawn_chain_keeps_the_law(tmp_path):
-    target = written("qwen3_next", tmp_path / "target")
-    drafter = DSparkDrafter(make_draft(target), target)
-    prompt, sampling = prompts(3)[2], Sampling(1.0, top_k=4)
-    count = 1200
-    drawn = generate(target, drafter, [prompt] * count, 3, temperature=1.0, top_k=4, batch_size=64)
-    assert sum(sum(g.stats.verified) for g in drawn) > count
-    found = Counter(tuple(g.tokens[:2]) for g in drawn)
-    law = {}
-    first = _law(target, prompt, sampling)
-    for token in first.nonzero()[:, 0].tolist():
-        second = _law(target, [*prompt, token], sampling)
-        law |= {
-            (token, other): float(first[token] * second[other]) for other in second.nonzero()[:, 0].tolist()
+class Near(Drafter):
+    """Draws from the target's own laws after a prompt and one more token, disturbed."""
+
+    block_size = 2
+
+    def __init__(self, target, prompt: list[int], tokens: list[int]):
+        noise = torch.Generator().manual_seed(1)
+        self.laws = {
+            token: logits + 0.5 * torch.randn(logits.shape, generator=noise)
+            for token in tokens
+            for logits in [_logits(target, [*prompt, token])]
         }
-    assert set(found) <= set(law)
-    likely = [pair for pair, p in law.items() if p * count >= 5]
-    rest = count - sum(found[pair] for pair in likely)
-    observed = [*(found[pair] for pair in likely), rest]
-    expected = [*(law[pair] * count for pair in likely), count * (1 - sum(law[pair] for pair in likely))]
-    if expected[-1] < 1:
-        observed, expected = (
-            observed[:-1],
-            [e * sum(observed[:-1]) / sum(expected[:-1]) for e in expected[:-1]],
-        )
-    assert chisquare(observed, expected).pvalue > 1e-3
+        self.other = torch.zeros(target.vocab_size)
+        self.vocabulary = Vocabulary(target.vocab_size)
+
+    def session(self, slots: int) -> Session:
+        return _Near(self)
 
 
-def _law(target, ids: list[int], sampling: Sampling) -> torch.Tensor:
+class _Near(Session):
+    def __init__(self, drafter: Near):
+        self.drafter = drafter
+
+    def begin(self, row: int) -> None: ...
+
+    def extend(self, row: int, tokens: list[int], features) -> None: ...
+
+    def move(self, source: int, destination: int) -> None: ...
+
+    def propose(self, asks) -> list[Proposal]:
+        near = self.drafter
+        growths = [ask.shape.growth(near.vocabulary, ask.sampling, min(2, ask.room), ask.rng) for ask in asks]
+
+        def expand(parents) -> DraftLogits:
+            return DraftLogits(torch.stack([near.laws.get(parent.token, near.other) for parent in parents]))
+
+        return grow(growths, [ask.anchor for ask in asks], expand)
+
+
+def p_value(target, rule=None, count: int = 200) -> float:
+    """Of the chi-square between the first two tokens that are written and the target's law of them."""
+    prompt, sampling = prompts(3)[2], Sampling(1.0, top_k=3)
+    first = probabilities(_logits(target, prompt), sampling)
+    likely = first.nonzero()[:, 0].tolist()
+    law = {
+        (one, other): float(first[one] * second[other])
+        for one in likely
+        for second in [probabilities(_logits(target, [*prompt, one]), sampling)]
+        for other in second.nonzero()[:, 0].tolist()
+    }
+    drafter = Near(target, prompt, likely)
+    drawn = generate(
+        target, drafter, [prompt] * count, 3, temperature=1.0, top_k=3, batch_size=64, verify=rule
+    )
+    accepted, verified = (
+        sum(sum(getattr(g.stats, name)) for g in drawn) for name in ("accepted", "verified")
+    )
+    assert 0.3 * verified < accepted < 0.9 * verified and verified > count  # both outcomes are looked at
+    found = Counter(tuple(g.tokens[:2]) for g in drawn)
+    assert set(found) <= set(law) and len(law) == 9
+    scale = count / sum(law.values())  # they are sums in float32
+    return chisquare([found[pair] for pair in law], [p * scale for p in law.values()]).pvalue
+
+
+def resampling_from_p(proposal, law, uniform, pick):
+    """`standard`, but for where the next token comes from after a rejection."""
+    accepted, _ = standard(proposal, law, uniform, lambda weights: -1)
+    return accepted, pick(law(len(accepted) - 1))
+
+
+def test_a_drawn_chain_keeps_the_law_and_the_same_test_catches_a_broken_rule(tmp_path):
+    target = written("qwen3_next", tmp_path / "target")
+    assert p_value(target) > 1e-3
+    assert p_value(target, resampling_from_p) < 1e-6
+
+
+def _logits(target, ids: list[int]) -> torch.Tensor:
     hidden = target.forward(torch.tensor([ids]), ForwardPass(torch.arange(len(ids))[None]))
-    return probabilities(target.logits(hidden[0, -1]), sampling)
+    return target.logits(hidden[0, -1])

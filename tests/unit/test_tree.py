@@ -11,7 +11,7 @@ import torch
 
 from deepspec.decoding.request import Sampling
 from deepspec.decoding.sampling import probabilities
-from deepspec.decoding.shapes import Beam, BestFirst, Sampled, Static, _top
+from deepspec.decoding.shapes import Beam, BestFirst, Sampled, Static, top
 from deepspec.decoding.tree import Chain, DraftLogits, Proposal, Vocabulary, grow
 from deepspec.errors import DeepSpecError
 from tests.enumeration import path_of
@@ -345,6 +345,6 @@ def test_the_fast_ranking_is_topk():
     rng = torch.Generator().manual_seed(0)
     for size, count in ((8192, 8), (49152, 4), (4096, 16), (100, 7), (64, 64)):
         values = torch.rand(5, size, generator=rng)
-        best, columns = _top(values, count)
+        best, columns = top(values, count)
         assert torch.equal(best, values.topk(count).values)
         assert torch.equal(values.gather(1, columns), best)

@@ -10,8 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.e2e.stages import ENVIRONMENT, alone, run_module
 from tests.tiny import cached_target
 
+pytestmark = pytest.mark.e2e
 ROOT = Path(__file__).parents[2]
 
 
@@ -21,40 +23,49 @@ def target():
 
 
 def launch(target: Path, work: Path, processes: int, sharded: bool = False, steps: int = 99) -> int:
+    """Train in so many processes, one being this; the exit status."""
+    words = ["tests.train_small", str(target), str(work), str(steps)]
+    if processes == 1:
+        with alone():
+            return run_module(*words)
     launcher = ["torch.distributed.run", "--nproc-per-node", str(processes), "--standalone", "-m"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT)}
+    environment = os.environ | ENVIRONMENT | {"PYTHONPATH": str(ROOT)}
     if sharded:
         environment |= {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
-    words = [*(launcher if processes > 1 else []), "tests.train_small", str(target), str(work), str(steps)]
     done = subprocess.run(
-        [sys.executable, "-m", *words], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
+        [sys.executable, "-m", *launcher, *words],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
     assert steps < 99 or done.returncode == 0, done.stderr[-3000:]
     return done.returncode
 
 
 @pytest.fixture(scope="module")
-def alone(target, tmp_path_factory):
+def single(target, tmp_path_factory):
     work = tmp_path_factory.mktemp("alone")
-    launch(target, work, 1)
+    assert launch(target, work, 1) == 0
     return json.loads((work / "result.json").read_text())
 
 
 @pytest.mark.parametrize("sharded", [False, True], ids=["ddp", "fsdp2"])
-def test_two_processes_have_the_loss_curve_of_one(alone, target, tmp_path, sharded):
+def test_two_processes_have_the_loss_curve_of_one(single, target, tmp_path, sharded):
     launch(target, tmp_path, 2, sharded)
     history, weights = json.loads((tmp_path / "result.json").read_text())
-    assert len(history) == len(alone[0]) == 4
-    for ours, theirs in zip(history, alone[0], strict=True):
+    assert len(history) == len(single[0]) == 4
+    for ours, theirs in zip(history, single[0], strict=True):
         for name in ("loss", "ce", "tv", "confidence", "heldout_tau"):
             assert ours[name] == pytest.approx(theirs[name], abs=1e-4), name
     for name, weight in weights.items():
-        assert weight == pytest.approx(alone[1][name], abs=1e-4), name
+        assert weight == pytest.approx(single[1][name], abs=1e-4), name
 
 
-def test_a_sharded_run_goes_on_in_one_process(alone, target, tmp_path):
+def test_a_sharded_run_goes_on_in_one_process(single, target, tmp_path):
     assert launch(target, tmp_path, 2, sharded=True, steps=5) != 0
     assert (tmp_path / "checkpoint.pt").exists()
-    launch(target, tmp_path, 1)
+    assert launch(target, tmp_path, 1) == 0
     history, _ = json.loads((tmp_path / "result.json").read_text())
-    assert [line["loss"] for line in history] == pytest.approx([line["loss"] for line in alone[0]], abs=1e-4)
+    assert [line["loss"] for line in history] == pytest.approx([line["loss"] for line in single[0]], abs=1e-4)
