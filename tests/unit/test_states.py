@@ -2,30 +2,23 @@
 
 from __future__ import annotations
 
-from collections import Counter
-
 import pytest
 import torch
-from scipy.stats import chisquare
 
 from benchmarks.tiny_families import tiny_model
-from deepspec.decoding.drafter import Drafter, Proposal, Session
 from deepspec.decoding.engine import generate
 from deepspec.decoding.request import Sampling
-from deepspec.decoding.sampling import probabilities
 from deepspec.decoding.shapes import BestFirst
-from deepspec.drafters.algorithms.dspark import DSparkDrafter
 from deepspec.errors import DeepSpecError
+from deepspec.target import states
 from deepspec.target.attention import ForwardPass
 from deepspec.target.model import load_target
-from tests.tiny import make_draft, make_tokenizer
+from tests.drafting import Guesser
+from tests.laws import Case, MarkovDrafter, exact_law, p_value
+from tests.tiny import make_tokenizer
 
 FAMILIES = ["qwen3_next", "falcon_h1", "lfm2", "kimi_linear", "jamba"]
-
-
-@pytest.fixture(scope="module", params=FAMILIES)
-def hybrid(request, tmp_path_factory):
-    return written(request.param, tmp_path_factory.mktemp(request.param))
+CASE = Case(prompt=(77, 300, 12, 410, 205), length=3, sampling=Sampling(1.0, top_k=2), draws=240)
 
 
 def written(family: str, path):
@@ -34,41 +27,9 @@ def written(family: str, path):
     return load_target(path)
 
 
-class Guesser(Drafter):
-    """Proposes the tokens of a known answer, of which some are spoiled."""
-
-    block_size = 6
-
-    def __init__(self, answers: dict[tuple[int, ...], list[int]], every: int):
-        self.answers, self.every = answers, every
-
-    def session(self, slots: int) -> Session:
-        return _Guesses(self, slots)
-
-
-class _Guesses(Session):
-    def __init__(self, drafter: Guesser, slots: int):
-        self.drafter, self.rows = drafter, [[] for _ in range(slots)]
-
-    def begin(self, row: int) -> None:
-        self.rows[row] = []
-
-    def extend(self, row: int, tokens: list[int], features) -> None:
-        self.rows[row] += tokens
-
-    def move(self, source: int, destination: int) -> None:
-        self.rows[destination] = self.rows[source]
-
-    def propose(self, asks) -> list[Proposal]:
-        return [Proposal.chain(self._guess([*self.rows[ask.row], ask.anchor])[: ask.room]) for ask in asks]
-
-    def _guess(self, tokens: list[int]) -> list[int]:
-        for prompt, answer in self.drafter.answers.items():
-            if tuple(tokens[: len(prompt)]) == prompt:
-                first = len(tokens) - len(prompt)
-                coming = list(enumerate(answer))[first : first + 6]
-                return [(token + 3) % 500 if i % self.drafter.every == 2 else token for i, token in coming]
-        return []
+@pytest.fixture(scope="module", params=FAMILIES)
+def hybrid(request, tmp_path_factory):
+    return written(request.param, tmp_path_factory.mktemp(request.param))
 
 
 def prompts(count: int) -> list[list[int]]:
@@ -76,14 +37,17 @@ def prompts(count: int) -> list[list[int]]:
     return [torch.randint(100, 500, (5 + i % 40,), generator=generator).tolist() for i in range(count)]
 
 
-@pytest.mark.parametrize("every", [3, 5, 1000])
-def test_a_partly_wrong_chain_leaves_the_answer_as_it_is(hybrid, every):
-    some = prompts(12)
-    plain = generate(hybrid, None, some, 24, batch_size=5)
-    answers = {tuple(p): g.tokens for p, g in zip(some, plain, strict=True)}
-    drafted = generate(hybrid, Guesser(answers, every), some, 24, batch_size=5)
-    assert [g.tokens for g in drafted] == [g.tokens for g in plain]
-    assert sum(sum(g.stats.accepted) for g in drafted) > 12
+def test_a_partly_wrong_chain_leaves_the_answer_as_it_is(hybrid):
+    """Of two prompts each, a third, a fifth and none of the guesses are wrong; rows move as requests end."""
+    some = prompts(6)
+    plain = [g.tokens for g in generate(hybrid, None, some, 24, batch_size=4)]
+    spoiled = [3, 5, 1000]
+    known = {
+        tuple(p): (answer, spoiled[i % 3]) for i, (p, answer) in enumerate(zip(some, plain, strict=True))
+    }
+    drafted = generate(hybrid, Guesser(known), some, 24, batch_size=4)
+    assert [g.tokens for g in drafted] == plain
+    assert sum(sum(g.stats.accepted) for g in drafted) > 30
 
 
 def test_features_of_a_chain_are_those_of_one_pass(hybrid):
@@ -101,39 +65,21 @@ def test_features_of_a_chain_are_those_of_one_pass(hybrid):
 
 
 def test_a_tree_is_refused_in_one_line(hybrid):
-    drafter = Guesser({}, 3)
     with pytest.raises(DeepSpecError, match=r"verifies chains, not trees: layer \d keeps a \w+$"):
-        generate(hybrid, drafter, prompts(1)[0], 4, tree=BestFirst(2, 3, 6))
+        generate(hybrid, Guesser({}), prompts(1)[0], 4, tree=BestFirst(2, 3, 6))
 
 
-def test_a_drawn_chain_keeps_the_law(tmp_path):
-    target = written("qwen3_next", tmp_path / "target")
-    drafter = DSparkDrafter(make_draft(target), target)
-    prompt, sampling = prompts(3)[2], Sampling(1.0, top_k=4)
-    count = 1200
-    drawn = generate(target, drafter, [prompt] * count, 3, temperature=1.0, top_k=4, batch_size=64)
-    assert sum(sum(g.stats.verified) for g in drawn) > count
-    found = Counter(tuple(g.tokens[:2]) for g in drawn)
-    law = {}
-    first = _law(target, prompt, sampling)
-    for token in first.nonzero()[:, 0].tolist():
-        second = _law(target, [*prompt, token], sampling)
-        law |= {
-            (token, other): float(first[token] * second[other]) for other in second.nonzero()[:, 0].tolist()
-        }
-    assert set(found) <= set(law)
-    likely = [pair for pair, p in law.items() if p * count >= 5]
-    rest = count - sum(found[pair] for pair in likely)
-    observed = [*(found[pair] for pair in likely), rest]
-    expected = [*(law[pair] * count for pair in likely), count * (1 - sum(law[pair] for pair in likely))]
-    if expected[-1] < 1:
-        observed, expected = (
-            observed[:-1],
-            [e * sum(observed[:-1]) / sum(expected[:-1]) for e in expected[:-1]],
-        )
-    assert chisquare(observed, expected).pvalue > 1e-3
+@pytest.fixture(scope="module")
+def delta_net(tmp_path_factory):
+    """A gated delta net with its drafter and its law."""
+    target = written("olmo_hybrid", tmp_path_factory.mktemp("olmo_hybrid"))
+    return target, MarkovDrafter(target, CASE), exact_law(target, CASE), CASE
 
 
-def _law(target, ids: list[int], sampling: Sampling) -> torch.Tensor:
-    hidden = target.forward(torch.tensor([ids]), ForwardPass(torch.arange(len(ids))[None]))
-    return probabilities(target.logits(hidden[0, -1]), sampling)
+def test_a_drawn_chain_keeps_the_law(delta_net):
+    assert p_value(*delta_net) > 0.01
+
+
+def test_the_same_test_catches_a_state_that_rejected_tokens_have_changed(delta_net, monkeypatch):
+    monkeypatch.setattr(states, "snapshot", lambda cache: cache)
+    assert p_value(*delta_net) < 1e-6
