@@ -1,7 +1,8 @@
-"""Untrained networks of every trained algorithm, and how a test writes one as a draft directory."""
+"""Untrained networks of every trained algorithm, how a test writes one as a draft, and a drafter that knows answers."""
 
 from __future__ import annotations
 
+from deepspec.decoding.drafter import Drafter, Proposal, Session
 from deepspec.drafters.checkpoint import stored_weights, write_drafter
 from deepspec.drafters.network import Network
 from deepspec.target.model import Target
@@ -32,3 +33,44 @@ def write(model: Network, target: Target, path, written_out: bool = False):
     own = {name: tensor for name, tensor in model.stored(written_out).items() if name in weights}
     write_drafter(path, model.description(), weights | {n: t.clone() for n, t in own.items()}, target, {})
     return path
+
+
+class Guesser(Drafter):
+    """Proposes the tokens of known answers, of which one in `every` is spoiled.
+
+    Args:
+        answers: prompt → (answer, every).
+    """
+
+    block_size = 6
+
+    def __init__(self, answers: dict[tuple[int, ...], tuple[list[int], int]]):
+        self.answers = answers
+
+    def session(self, slots: int) -> Session:
+        return _Guesses(self, slots)
+
+
+class _Guesses(Session):
+    def __init__(self, drafter: Guesser, slots: int):
+        self.drafter, self.rows = drafter, [[] for _ in range(slots)]
+
+    def begin(self, row: int) -> None:
+        self.rows[row] = []
+
+    def extend(self, row: int, tokens: list[int], features) -> None:
+        self.rows[row] += tokens
+
+    def move(self, source: int, destination: int) -> None:
+        self.rows[destination] = self.rows[source]
+
+    def propose(self, asks) -> list[Proposal]:
+        return [Proposal.chain(self._guess([*self.rows[ask.row], ask.anchor])[: ask.room]) for ask in asks]
+
+    def _guess(self, tokens: list[int]) -> list[int]:
+        for prompt, (answer, every) in self.drafter.answers.items():
+            if tuple(tokens[: len(prompt)]) == prompt:
+                first = len(tokens) - len(prompt)
+                coming = list(enumerate(answer))[first : first + self.drafter.block_size]
+                return [(token + 3) % 500 if i % every == 2 else token for i, token in coming]
+        return []

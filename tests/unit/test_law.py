@@ -5,27 +5,19 @@
 
 from __future__ import annotations
 
-from collections import Counter
-
 import pytest
-import torch
 
 from deepspec.decoding import verify
-from deepspec.decoding.drafter import Drafter, Session
-from deepspec.decoding.engine import Engine
-from deepspec.decoding.request import Request, Sampling
-from deepspec.decoding.sampling import probabilities
+from deepspec.decoding.request import Sampling
 from deepspec.decoding.shapes import BestFirst, Sampled
-from deepspec.decoding.tree import Chain, DraftLogits, Vocabulary, grow
+from deepspec.decoding.tree import Chain
 from deepspec.decoding.verify import standard
-from deepspec.target.attention import ForwardPass
 from deepspec.target.model import load_target
+from tests.laws import Case, MarkovDrafter, exact_law, p_value
 from tests.tiny import cached_target
 
-DRAWS, LENGTH, BATCH = 4_000, 3, 64
+CASE = Case(prompt=(77,), length=3, sampling=Sampling(temperature=1.0, top_k=3), draws=4_000)
 CERTAIN = 1e-30  # the faults below come out under 1e-100; one of a quarter of their size is still caught
-PROMPT = 77
-SAMPLING = Sampling(temperature=1.0, top_k=3)
 
 
 @pytest.fixture(scope="module")
@@ -33,89 +25,16 @@ def target():
     return load_target(cached_target(vocab=300, layers=2, hidden=32))
 
 
-def next_laws(target, contexts: list[list[int]]) -> torch.Tensor:
-    """The target's logits [contexts, vocab] after contexts of one length, by full forwards."""
-    step = ForwardPass(torch.arange(len(contexts[0])).expand(len(contexts), -1))
-    with torch.inference_mode():
-        return target.logits(target.forward(torch.tensor(contexts), step)[:, -1])
-
-
 @pytest.fixture(scope="module")
 def expected(target) -> dict[tuple[int, ...], float]:
-    """Sequence → probability under the request's sampler, of all that can come."""
-    law: dict[tuple[int, ...], float] = {(): 1.0}
-    for _ in range(LENGTH):
-        laws = probabilities(next_laws(target, [[PROMPT, *path] for path in law]), SAMPLING)
-        law = {
-            (*path, token): chance * float(probs[token])
-            for (path, chance), probs in zip(law.items(), laws, strict=True)
-            for token in probs.nonzero()[:, 0].tolist()
-        }
-    assert len(law) == 3**LENGTH
+    law = exact_law(target, CASE)
+    assert len(law) == 3**CASE.length
     return law
-
-
-class MarkovDrafter(Drafter):
-    """Draws from a table of logits by the last token alone: the target's own after [prompt, token], disturbed."""
-
-    block_size = LENGTH - 1
-
-    def __init__(self, target):
-        contexts = [[PROMPT, token] for token in range(target.vocab_size)]
-        table = next_laws(target, contexts)
-        noise = torch.randn(table.shape, generator=torch.Generator().manual_seed(1))
-        self.table = table + 0.5 * noise
-        self.vocabulary = Vocabulary(target.vocab_size)
-
-    def session(self, slots: int) -> Session:
-        return MarkovSession(self)
-
-
-class MarkovSession(Session):
-    def __init__(self, drafter: MarkovDrafter):
-        self.drafter = drafter
-
-    def begin(self, row): ...
-
-    def extend(self, row, tokens, features): ...
-
-    def move(self, source, destination): ...
-
-    def propose(self, asks):
-        vocabulary, depth = self.drafter.vocabulary, self.drafter.block_size
-        growths = [ask.shape.growth(vocabulary, ask.sampling, min(depth, ask.room), ask.rng) for ask in asks]
-
-        def expand(parents):
-            return DraftLogits(self.drafter.table[[parent.token for parent in parents]])
-
-        return grow(growths, [ask.anchor for ask in asks], expand)
 
 
 @pytest.fixture(scope="module")
 def drafter(target):
-    return MarkovDrafter(target)
-
-
-def p_value(target, drafter, expected, shape, rule) -> float:
-    """Of the chi-square between what the engine wrote in all draws and the target's law."""
-    requests = iter(
-        [
-            Request([PROMPT], LENGTH, sampling=SAMPLING, seed=seed, stop_ids=frozenset())
-            for seed in range(DRAWS)
-        ]
-    )
-    engine = Engine(target, drafter, batch_size=BATCH, tree=shape, verify=rule)
-    found: Counter[tuple[int, ...]] = Counter()
-    accepted, drafted = 0, 0
-    for run in engine.run(lambda: next(requests, None)):
-        found[tuple(run.tokens)] += 1
-        accepted += sum(run.stats.accepted)
-        drafted += sum(run.stats.drafted)
-    assert 0.3 * drafted < accepted < 0.9 * drafted  # both outcomes of a draft are looked at
-    assert sum(found.values()) == DRAWS and set(found) <= set(expected)
-    statistic = sum((found[path] - DRAWS * p) ** 2 / (DRAWS * p) for path, p in expected.items())
-    halves = torch.tensor([len(expected) - 1, statistic], dtype=torch.float64) / 2
-    return float(torch.special.gammaincc(*halves))
+    return MarkovDrafter(target, CASE)
 
 
 CASES = {
@@ -129,7 +48,7 @@ CASES = {
 
 @pytest.mark.parametrize("name", CASES)
 def test_the_engine_writes_the_targets_law(target, drafter, expected, name):
-    assert p_value(target, drafter, expected, *CASES[name]) > 0.01
+    assert p_value(target, drafter, expected, CASE, *CASES[name]) > 0.01
 
 
 def resampling_from_p(proposal, law, uniform, pick):
@@ -139,7 +58,7 @@ def resampling_from_p(proposal, law, uniform, pick):
 
 
 def test_the_same_test_catches_a_broken_chain_rule(target, drafter, expected):
-    assert p_value(target, drafter, expected, Chain(), resampling_from_p) < CERTAIN
+    assert p_value(target, drafter, expected, CASE, Chain(), resampling_from_p) < CERTAIN
 
 
 def test_the_same_test_catches_the_tree_rule_of_public_code(target, drafter, expected, monkeypatch):
@@ -152,4 +71,4 @@ def test_the_same_test_catches_the_tree_rule_of_public_code(target, drafter, exp
         self.r = mass
 
     monkeypatch.setattr(verify._Stop, "lose", broken)
-    assert p_value(target, drafter, expected, Sampled((2, 1)), "traversal") < CERTAIN
+    assert p_value(target, drafter, expected, CASE, Sampled((2, 1)), "traversal") < CERTAIN

@@ -1,0 +1,112 @@
+"""The law of what an engine writes, by chi-square against full forwards, under a drafter that is often right."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+
+import torch
+
+from deepspec.decoding.drafter import Drafter, Session
+from deepspec.decoding.engine import Engine
+from deepspec.decoding.request import Request, Sampling
+from deepspec.decoding.sampling import probabilities
+from deepspec.decoding.tree import DraftLogits, Shape, Vocabulary, grow
+from deepspec.target.attention import ForwardPass
+from deepspec.target.model import Target
+
+
+@dataclass(frozen=True)
+class Case:
+    """`draws` answers of `length` tokens to one prompt."""
+
+    prompt: tuple[int, ...]
+    length: int
+    sampling: Sampling
+    draws: int
+
+
+def next_laws(target: Target, contexts: list[list[int]]) -> torch.Tensor:
+    """The target's logits [contexts, vocab] after contexts of one length, by full forwards."""
+    step = ForwardPass(torch.arange(len(contexts[0])).expand(len(contexts), -1))
+    with torch.inference_mode():
+        return target.logits(target.forward(torch.tensor(contexts), step)[:, -1])
+
+
+def exact_law(target: Target, case: Case) -> dict[tuple[int, ...], float]:
+    """Sequence → probability under the request's sampler, of all that can come."""
+    law: dict[tuple[int, ...], float] = {(): 1.0}
+    for _ in range(case.length):
+        laws = probabilities(next_laws(target, [[*case.prompt, *path] for path in law]), case.sampling)
+        law = {
+            (*path, token): chance * float(probs[token])
+            for (path, chance), probs in zip(law.items(), laws, strict=True)
+            for token in probs.nonzero()[:, 0].tolist()
+        }
+    return law
+
+
+class MarkovDrafter(Drafter):
+    """Draws from a table of logits by the last token alone: the target's own after [*prompt, token], disturbed."""
+
+    def __init__(self, target: Target, case: Case):
+        self.block_size = case.length - 1
+        table = next_laws(target, [[*case.prompt, token] for token in range(target.vocab_size)])
+        noise = torch.randn(table.shape, generator=torch.Generator().manual_seed(1))
+        self.table = table + 0.5 * noise
+        self.vocabulary = Vocabulary(target.vocab_size)
+
+    def session(self, slots: int) -> Session:
+        return MarkovSession(self)
+
+
+class MarkovSession(Session):
+    def __init__(self, drafter: MarkovDrafter):
+        self.drafter = drafter
+
+    def begin(self, row): ...
+
+    def extend(self, row, tokens, features): ...
+
+    def move(self, source, destination): ...
+
+    def propose(self, asks):
+        vocabulary, depth = self.drafter.vocabulary, self.drafter.block_size
+        growths = [ask.shape.growth(vocabulary, ask.sampling, min(depth, ask.room), ask.rng) for ask in asks]
+
+        def expand(parents):
+            return DraftLogits(self.drafter.table[[parent.token for parent in parents]])
+
+        return grow(growths, [ask.anchor for ask in asks], expand)
+
+
+def p_value(
+    target: Target,
+    drafter: Drafter,
+    expected: dict[tuple[int, ...], float],
+    case: Case,
+    shape: Shape | None = None,
+    rule: str | None = None,
+    batch: int = 64,
+) -> float:
+    """Of the chi-square between what the engine wrote in all draws and the law; 0 if it wrote the impossible."""
+    requests = iter(
+        [
+            Request(list(case.prompt), case.length, sampling=case.sampling, seed=seed, stop_ids=frozenset())
+            for seed in range(case.draws)
+        ]
+    )
+    engine = Engine(target, drafter, batch_size=batch, tree=shape, verify=rule)
+    found: Counter[tuple[int, ...]] = Counter()
+    accepted, drafted = 0, 0
+    for run in engine.run(lambda: next(requests, None)):
+        found[tuple(run.tokens)] += 1
+        accepted += sum(run.stats.accepted)
+        drafted += sum(run.stats.drafted)
+    assert 0.3 * drafted < accepted < 0.9 * drafted  # both outcomes of a draft are looked at
+    assert sum(found.values()) == case.draws
+    if not set(found) <= set(expected):
+        return 0.0
+    statistic = sum((found[path] - case.draws * p) ** 2 / (case.draws * p) for path, p in expected.items())
+    halves = torch.tensor([len(expected) - 1, statistic], dtype=torch.float64) / 2
+    return float(torch.special.gammaincc(*halves))
