@@ -128,6 +128,19 @@ def compare(
     raise typer.Exit(guarded(run) or int(bool(failures)))
 
 
+@app.command(rich_help_panel="Tools")
+def plots(
+    revisions: Annotated[
+        list[str] | None,
+        typer.Argument(help="To compare, as `dvc plots diff` takes them.", show_default="none"),
+    ] = None,
+) -> None:
+    """Draw the plots of dvc.yaml into dvc_plots/index.html, a page that loads nothing from a network."""
+    from deepspec.commands.plots import run
+
+    _exit(lambda: print(run(tuple(revisions or ()))))
+
+
 Drafters = Annotated[
     list[str] | None, typer.Option("--drafter", help="Repeatable.", show_default="all of the pipeline")
 ]

@@ -258,7 +258,8 @@ def take_over_remote(work: Work) -> str | None:
     if given is not None and known is None:
         path = given if "://" in given else str(Path(given).expanduser().absolute())
         known = "given", {"url": path}
-    url = str(known[1].get("url", "")) if known else ""
+    used = known or remote_of(work.root)
+    url = str(used[1].get("url", "")) if used else ""
     if url.startswith(("/", "~")) and not Path(url).expanduser().is_dir():
         return url
     set_remote(work.root, known)
@@ -310,15 +311,21 @@ def read_pipeline(work: Work) -> Pipeline:
         graph = repo.index.graph  # an edge leads to what a stage needs
         own = [stage for stage in graph if path(stage.path) == chosen]
         needed = set(own).union(*(networkx.descendants(graph, stage) for stage in own))
-        kept = {path(out.fs_path) for stage in graph for out in stage.outs if out.use_cache}
+        kept = {
+            path(out.fs_path): out.hash_info.value or ""
+            for stage in graph
+            for out in stage.outs
+            if out.use_cache
+        }
 
         def reads(stage: Any) -> dict[str, str]:
-            found = {path(dep.fs_path): dep.hash_info.value or "" for dep in stage.deps}
-            return {
-                name: md5
-                for name, md5 in found.items()
-                if any(name == of or name.startswith(f"{of}/") for of in kept)
-            }
+            found = {}
+            for dep in stage.deps:
+                name = path(dep.fs_path)
+                if any(within(name, out) for out in kept):
+                    found[name] = dep.hash_info.value or ""
+                found |= {out: md5 for out, md5 in kept.items() if within(out, name)}
+            return found
 
         stages = [
             Stage(
@@ -338,6 +345,11 @@ def read_pipeline(work: Work) -> Pipeline:
         raise DeepSpecError(f"{chosen} at {work.settings.tag} declares no metrics: nothing to compare with")
     altered = {name: (md5, in_git[name]) for name, md5 in found.items() if in_git[name] not in (None, md5)}
     return Pipeline(stages, metrics, [*in_git], altered)
+
+
+def within(path: str, folder: str) -> bool:
+    """Check whether a path of the repository is a folder or lies in it."""
+    return path == folder or path.startswith(f"{folder}/")
 
 
 def _md5(fs: Any, path: str) -> str:

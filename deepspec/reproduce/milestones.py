@@ -31,6 +31,7 @@ class Way(_Part):
     run: str = Field(description="what to add to `deepspec reproduce NAME`")
     takes: str
     needs: str
+    remote: bool = Field(False, description="whether a DVC remote is among that")
 
 
 class Milestone(_Part):

@@ -28,6 +28,7 @@ from deepspec.reproduce.checkout import (
     open_clone,
     read_pipeline,
     take_over_remote,
+    within,
 )
 from deepspec.reproduce.draft import draft_of, judge_draft
 from deepspec.reproduce.milestones import command, take_files
@@ -137,7 +138,12 @@ def _bring(work: Work, pipeline: Pipeline, todo: list[str]) -> None:
         path: md5
         for stage in running
         for path, md5 in stage.reads.items()
-        if not any(path == out or path.startswith(f"{out}/") for out in made)
+        if not any(within(path, out) for out in made)
+    }
+    wanted = {
+        path: md5
+        for path, md5 in wanted.items()
+        if not any(within(path, other) for other in wanted.keys() - {path})
     }
     if taken := take_files(work.root, work.settings.tag, wanted):
         logger.info("from git: %s", ", ".join(taken))
@@ -159,7 +165,7 @@ def _no_data(work: Work, pipeline: Pipeline, why: str) -> DeepSpecError:
     """Return the error for data that cannot be had, which ends with what works without them."""
     settings, tag = work.settings, work.settings.tag
     if work.milestone:
-        ways = [f"`{command(tag, way)}` ({way.takes})" for way in work.milestone.ways]
+        ways = [f"`{command(tag, way)}` ({way.takes})" for way in work.milestone.ways if not way.remote]
     else:
         own = f"deepspec reproduce {tag}" + (
             "" if work.pipeline == "dvc.yaml" else f" --pipeline {work.pipeline}"

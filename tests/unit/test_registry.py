@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 from deepspec.cli import app
 from deepspec.errors import DeepSpecError
 from deepspec.evaluation.record import EVAL_VERSION
+from deepspec.target.model import resolve_target
 from deepspec.tracking.register import REQUIREMENTS, Parts, register
 from deepspec.tracking.result import read_result
 from deepspec.tracking.store import connect
@@ -115,6 +116,8 @@ def test_a_target_by_reference_is_named_not_copied(tree: Path, tiny_target: Path
     monkeypatch.setenv("HOME", str(tree / "home"))
     with pytest.raises(DeepSpecError, match="a directory beside this checkout"), connect() as store:
         register(read_result(NAME), store, Parts(target=False))
+    resolve_target(str(tiny_target), None, "float32", tree / "resolved")
+    lay_out(tree, tree / "resolved")
     lock(tree, source=str(tiny_target))
     with connect() as store:
         register(read_result(NAME), store, Parts(target=False))

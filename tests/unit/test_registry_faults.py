@@ -17,6 +17,7 @@ from starlette.testclient import TestClient
 from typer.testing import CliRunner
 
 from deepspec.cli import app
+from deepspec.errors import DeepSpecError
 from deepspec.tracking import fresh, trial
 from deepspec.tracking.store import connect
 from tests.tracked import MODEL, NAME, lay_out
@@ -43,7 +44,9 @@ def state() -> dict:
         versions = store.client.search_model_versions()
         logged = store.client.search_logged_models([store.experiment_id])
     return {
-        "aliases": {model.name: model.aliases for model in models},
+        "aliases": {
+            model.name: {alias: str(version) for alias, version in model.aliases.items()} for model in models
+        },
         "versions": {version.version: version.tags for version in versions},
         "logged": sorted(model.model_id for model in logged),
     }
@@ -222,13 +225,15 @@ def test_a_version_is_served_by_mlflow_and_refuses_bad_requests_in_one_line(tree
     assert run("register")[0] == 0
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tree}/mlruns/mlflow.db")
     mlflow.set_tracking_uri(f"sqlite:///{tree}/mlruns/mlflow.db")
-    client = TestClient(scoring_server.init(mlflow.pyfunc.load_model(f"models:/{MODEL}@challenger")))
+    model = mlflow.pyfunc.load_model(f"models:/{MODEL}@challenger")
+    client = TestClient(scoring_server.init(model))
     request = {"inputs": [{"prompt": "What is 12 times 7?"}], "params": {"max_new_tokens": 8}}
     (answer,) = client.post("/invocations", json=request).json()["predictions"]
     assert isinstance(answer["text"], str) and answer["tau"] >= 1
-    for inputs, message in (([{"prompt": None}], "expected text"), ([{"prompt": " "}], "expected text")):
-        reply = client.post("/invocations", json=request | {"inputs": inputs})
-        assert reply.status_code == 400 and message in reply.json()["message"]
+    reply = client.post("/invocations", json=request | {"inputs": [{"prompt": " "}]})
+    assert reply.status_code == 400 and "prompt 0 is ' '; expected text" in reply.json()["message"]
+    with pytest.raises(DeepSpecError, match="prompt 1 is None; expected text"):
+        model.predict(pd.DataFrame({"prompt": ["Why?", None]}))
 
 
 def test_other_precisions_and_targets_are_taken_at_loading(tree: Path, tiny_target: Path):
