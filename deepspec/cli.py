@@ -128,6 +128,19 @@ def compare(
     raise typer.Exit(guarded(run) or int(bool(failures)))
 
 
+@app.command(rich_help_panel="Tools")
+def plots(
+    revisions: Annotated[
+        list[str] | None,
+        typer.Argument(help="To compare, as `dvc plots diff` takes them.", show_default="none"),
+    ] = None,
+) -> None:
+    """Draw the plots of dvc.yaml into dvc_plots/index.html, a page that loads nothing from a network."""
+    from deepspec.commands.plots import run
+
+    _exit(lambda: print(run(tuple(revisions or ()))))
+
+
 Drafters = Annotated[
     list[str] | None, typer.Option("--drafter", help="Repeatable.", show_default="all of the pipeline")
 ]
@@ -152,11 +165,16 @@ def register(
         bool,
         typer.Option("--target-by-reference", help="Name the target in the version instead of copying it."),
     ] = False,
+    with_exports: Annotated[
+        bool,
+        typer.Option("--with-exports", help="Copy the directories for serving engines into the version."),
+    ] = False,
 ) -> None:
-    """Make a version of the target with its draft that loads and generates: the challenger."""
+    """Make a version of the target with its draft, and load it and let it write: the challenger."""
     from deepspec.tracking.commands import run_register
+    from deepspec.tracking.register import Parts
 
-    _exit(lambda: run_register(drafter or [], params, target_by_reference))
+    _exit(lambda: run_register(drafter or [], params, Parts(not target_by_reference, with_exports)))
 
 
 @app.command(rich_help_panel="Registry")
@@ -247,7 +265,10 @@ def doctor(
 
 @app.command(rich_help_panel="Tools")
 def reproduce(
-    tag: Annotated[str, typer.Argument(help="A tag of the repository, or anything that names a commit.")],
+    tag: Annotated[
+        str | None,
+        typer.Argument(help="A tag of the repository, a milestone, or anything that names a commit."),
+    ] = None,
     recompute: Annotated[
         bool,
         typer.Option(
@@ -261,10 +282,19 @@ def reproduce(
     stages: Annotated[
         str | None, typer.Option(help="Comma-separated, in place of all that are to run.", show_default="all")
     ] = None,
-    pipeline: Annotated[str, typer.Option(help="Whose metrics are compared.")] = "dvc.yaml",
+    drafter: Annotated[
+        str | None, typer.Option(help="With --recompute: train this one draft and compare its weights.")
+    ] = None,
+    pipeline: Annotated[
+        str | None,
+        typer.Option(help="Whose metrics are compared.", show_default="the milestone's, or dvc.yaml"),
+    ] = None,
     remote: Annotated[
         str | None, typer.Option(help="Where to pull from.", show_default="the repository's remote")
     ] = None,
+    list_: Annotated[
+        bool, typer.Option("--list", help="Show the milestones: results by name, and how each comes back.")
+    ] = False,
     setup: Annotated[
         bool, typer.Option("--setup", help="Run in an environment that `make setup` makes in the clone.")
     ] = False,
@@ -279,10 +309,18 @@ def reproduce(
 
     What DVC keeps is pulled (or made again), what git keeps is measured again. Exits with 1 if a metric differs by
     more than its tolerance (docs/reproduce.md). An interrupted run goes on when it is run again."""
+    from deepspec.reproduce.milestones import listed, milestones_of
+
+    if list_:
+        _exit(lambda: print("\n".join(listed(milestones_of(repo)))))
+    if tag is None:
+        raise typer.BadParameter("name a tag, a milestone or a commit; --list shows the milestones")
     from deepspec.reproduce.run import Settings, run
 
     chosen = tuple(stages.split(",")) if stages else ()
-    settings = Settings(tag, repo, into, recompute, chosen, pipeline, remote, setup, tuple(tolerance or ()))
+    settings = Settings(
+        tag, repo, into, recompute, chosen, drafter, pipeline, remote, setup, tuple(tolerance or ())
+    )
     matched: list[bool] = []
     status = guarded(lambda: matched.append(run(settings)))
     raise typer.Exit(status or int(matched != [True]))

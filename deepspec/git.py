@@ -41,3 +41,9 @@ def reason(done: subprocess.CompletedProcess[str]) -> str:
     told = [line for line in (done.stderr or done.stdout).splitlines() if line.strip()]
     named = [line for line in told if line.lower().startswith(("fatal:", "error:"))]
     return (named or told or [""])[-1]
+
+
+def git_bytes(directory: Path, name: str) -> bytes | None:
+    """Return the bytes of an object such as `HEAD:path`; None if there is no such object."""
+    done = subprocess.run(["git", "cat-file", "blob", name], cwd=directory, capture_output=True)
+    return done.stdout if done.returncode == 0 else None

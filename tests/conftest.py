@@ -56,8 +56,11 @@ def browser():
 
 @pytest.fixture
 def tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_target: Path, empty_store: Path) -> Path:
-    """A finished result in the present directory, with an empty store."""
-    from tests.tracked import lay_out
+    """A finished result in the present directory, with an empty store; versions are tried in this process."""
+    from deepspec.tracking import trial
+    from tests.tracked import ask_here, lay_out
+
+    monkeypatch.setattr(trial, "ask_in_fresh_process", ask_here)
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)

@@ -8,10 +8,13 @@ import shutil
 from pathlib import Path
 
 import yaml
+from dvc_data.hashfile.hash_info import HashInfo
+from dvc_data.hashfile.tree import Tree
 
 from deepspec.drafters.checkpoint import draft_digest, stored_weights, write_drafter
 from deepspec.files import file_digest
 from deepspec.target.model import load_target
+from deepspec.tracking import fresh
 from tests.records import prompt_lines, record, write
 from tests.tiny import make_draft
 
@@ -44,6 +47,8 @@ def lay_out(
         shutil.rmtree(root / name, ignore_errors=True)
     shutil.copytree(target_directory, root / "data/target")
     target = load_target(root / "data/target")
+    identity = {"source": "data/smoke-target", "revision": None, "dtype": "float32", "digest": target.digest}
+    (root / "data/target/deepspec.json").write_text(json.dumps(identity))
     draft = root / "data/drafts" / NAME
     network = make_draft(target)
     write_drafter(draft, network.description(), stored_weights(network), target, {})
@@ -62,6 +67,15 @@ def lay_out(
     if parity is not None:
         write_export(root, parity)
     lock(root)
+
+
+def ask_here(uri: str, folder: str, store: str) -> str | None:
+    """As `trial.ask_in_fresh_process`, in this one, where torch and MLflow are loaded."""
+    try:
+        fresh.ask(uri, folder)
+    except Exception as error:
+        return " ".join(str(error).split())
+    return None
 
 
 def write_export(root: Path, parity: bool, **changes) -> None:
@@ -88,10 +102,11 @@ def write_export(root: Path, parity: bool, **changes) -> None:
     path.write_text(json.dumps(made))
 
 
-def lock(root: Path) -> None:
-    """dvc.lock for what is there, and the smoke profile as params.yaml."""
+def lock(root: Path, source: str | None = None) -> None:
+    """dvc.lock for what is there, and the smoke profile as params.yaml; `source` is another one of the target."""
     params = yaml.safe_load((ROOT / "params.smoke.yaml").read_text()) | {"pipeline": [NAME]}
     params["promote"] = {}
+    params["target"]["source"] = source or params["target"]["source"]
     (root / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False))
     own = {"seed": params["seed"], f"drafters.{NAME}": params["drafters"][NAME]}
     stages = {
@@ -114,6 +129,7 @@ def lock(root: Path) -> None:
             ["evaluate"],
             [f"data/drafts/{NAME}"],
         ),
+        "report": _stage(root, ["reports/report.html"], params, [], ["reports/eval"]),
         "train@other": _stage(root, ["data/drafts/other"], params, [], ["data/distill"]),
     }
     (root / "dvc.lock").write_text(yaml.safe_dump({"schema": "2.0", "stages": stages}))
@@ -130,7 +146,11 @@ def _stage(root: Path, outs, params, keys, deps=(), own=None) -> dict:
 
 
 def _md5(path: Path) -> str:
+    """As DVC has it: of a directory, that of the list of its files."""
     if path.is_file():
         return hashlib.md5(path.read_bytes()).hexdigest()
-    files = sorted(file for file in path.rglob("*") if file.is_file())
-    return hashlib.md5(b"".join(file.read_bytes() for file in files)).hexdigest() + ".dir"
+    tree = Tree()
+    for file in sorted(file for file in path.rglob("*") if file.is_file()):
+        tree.add(file.relative_to(path).parts, None, HashInfo("md5", _md5(file)))
+    tree.digest()
+    return tree.hash_info.value

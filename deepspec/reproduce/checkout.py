@@ -6,19 +6,23 @@ import hashlib
 import json
 import logging
 import os
+import signal
 import subprocess
 import sys
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from deepspec.errors import DeepSpecError, nearest
 from deepspec.files import replacing, write_json
-from deepspec.git import git
+from deepspec.git import git, git_or_none
+from deepspec.reproduce.milestones import Milestone, read_milestones
 
 logger = logging.getLogger(__name__)
 
 STATE = Path(".deepspec/reproduce.json")
+STOP_S = 20.0  # a trainer that is told to stop saves its state first
 
 
 @dataclass(frozen=True)
@@ -26,12 +30,13 @@ class Settings:
     """Describe one reproduction.
 
     Args:
-        tag: a tag, or anything else that names a commit.
+        tag: a tag, a milestone, or anything else that names a commit.
         repo: a path or URL to clone from.
         into: the directory to clone into; None: `deepspec-<tag>`.
         recompute: make data and drafts again instead of pulling them.
         stages: what to run, by name, in place of all (`--recompute`) or of all whose outputs are in git.
-        pipeline: the dvc.yaml whose metrics are compared.
+        drafter: with `recompute`, the one draft that is trained again and judged by its weights.
+        pipeline: the dvc.yaml whose metrics are compared; None: the milestone's, or dvc.yaml.
         remote: where to pull from, in place of the remote that the repository names.
         setup: run in an environment made by `make setup` in the clone, not in the present one.
         tolerances: relative ones by pattern of a metric's name.
@@ -42,7 +47,8 @@ class Settings:
     into: Path | None = None
     recompute: bool = False
     stages: tuple[str, ...] = ()
-    pipeline: str = "dvc.yaml"
+    drafter: str | None = None
+    pipeline: str | None = None
     remote: str | None = None
     setup: bool = False
     tolerances: tuple[str, ...] = ()
@@ -54,11 +60,22 @@ class Settings:
 
 @dataclass(frozen=True)
 class Stage:
-    """A stage of dvc.yaml. `needs`: the stages right before it; `kept`: DVC keeps some output of it."""
+    """A stage of dvc.yaml.
+
+    Args:
+        kept: what DVC keeps of its outputs: path → MD5 that dvc.lock has.
+        needs: the stages right before it.
+        reads: the files and folders that it reads of what DVC keeps: path → MD5.
+    """
 
     address: str
-    kept: bool
+    kept: dict[str, str]
     needs: tuple[str, ...]
+    reads: dict[str, str]
+
+    @property
+    def name(self) -> str:
+        return self.address.rpartition(":")[2]
 
 
 @dataclass(frozen=True)
@@ -84,6 +101,8 @@ class Work:
 
     settings: Settings
     commit: str
+    pipeline: str
+    milestone: Milestone | None = None
     done: tuple[str, ...] = ()
 
     @property
@@ -92,8 +111,22 @@ class Work:
 
     def save(self, directory: Path | None = None) -> None:
         write_json(
-            (directory or self.root) / STATE, {"asked": asked(self.settings, self.commit), "done": self.done}
+            (directory or self.root) / STATE,
+            {"asked": self.asked, "done": self.done},
         )
+
+    @property
+    def asked(self) -> dict[str, Any]:
+        """Return what the directory is for: an interrupted run goes on only with the same."""
+        mode = "recompute" if self.settings.recompute else "pull"
+        drafter = {"drafter": self.settings.drafter} if self.settings.drafter else {}
+        return {
+            "tag": self.settings.tag,
+            "commit": self.commit,
+            "mode": mode,
+            "pipeline": self.pipeline,
+            **drafter,
+        }
 
     @property
     def bin(self) -> Path:
@@ -102,12 +135,29 @@ class Work:
 
     def call(self, *command: str, **options: Any) -> subprocess.CompletedProcess:
         """Run a command in the clone, with the clone's code before any other."""
+        return subprocess.run(command, cwd=self.root, env=self.environment, **options)
+
+    def start(self, *command: str) -> subprocess.Popen:
+        """Start a command like `call`, in a session of its own: Ctrl-C does not reach it."""
+        return subprocess.Popen(command, cwd=self.root, env=self.environment, start_new_session=True)
+
+    @property
+    def environment(self) -> dict[str, str]:
         first = {"PATH": self.bin, "PYTHONPATH": self.root}
-        env = os.environ | {
+        return os.environ | {
             name: os.pathsep.join(filter(None, (str(path), os.environ.get(name))))
             for name, path in first.items()
         }
-        return subprocess.run(command, cwd=self.root, env=env, **options)
+
+    def stage(self, address: str) -> subprocess.CompletedProcess:
+        """Run a stage, whatever it was. Interrupted, it is told to end by a signal: it shows no traceback."""
+        words = ["repro", "--force", "--single-item", address]
+        process = self.start(str(self.bin / "python"), "-m", "dvc", *words)
+        try:
+            return subprocess.CompletedProcess(words, process.wait())
+        except BaseException:
+            stop(process)
+            raise
 
     def dvc(self, *words: str, **options: Any) -> subprocess.CompletedProcess:
         return self.call(str(self.bin / "python"), "-m", "dvc", *words, **options)
@@ -133,66 +183,87 @@ def open_clone(settings: Settings) -> Work:
     except (OSError, ValueError, KeyError, TypeError):
         raise DeepSpecError(f"{directory}: not empty; choose another directory with --into") from None
     git(directory, "fetch", "--quiet", "--tags", "--force", "origin")
-    git(directory, "remote", "set-head", "origin", "--auto")
-    commit = find_commit(directory, settings)  # of now: a branch moves, and so may a tag
-    if known != asked(settings, commit):
+    git_or_none(directory, "remote", "set-head", "origin", "--auto")  # fails where the origin is on no branch
+    work = replace(_find(directory, settings, known), done=done)
+    if known != work.asked:  # a branch moves, and so may a tag
         raise DeepSpecError(
-            f"{directory}: holds another reproduction ({known}), and {settings.tag} is {commit[:7]}; "
+            f"{directory}: holds another reproduction ({known}), and {settings.tag} is {work.commit[:7]}; "
             "remove it or choose another with --into"
         )
     logger.info("going on in %s", directory)
-    return Work(settings, commit, done)
+    return work
 
 
-def find_commit(clone: Path, settings: Settings) -> str:
-    """Find the commit of a tag, of a branch of the origin, or of whatever else git knows by the name."""
+def _find(clone: Path, settings: Settings, known: dict[str, Any] | None = None) -> Work:
+    """Find the commit of a tag, of a branch of the origin, of a milestone, or of whatever else git knows by the name.
+
+    Args:
+        known: what the clone was made for, where an interrupted run is gone on with: an origin that is on no branch
+            does not say its milestones again.
+    """
     name = settings.tag
-    for ref in (f"refs/tags/{name}", f"refs/remotes/origin/{name}", name):
-        try:
-            return git(clone, "rev-parse", "--verify", "--quiet", f"{ref}^{{commit}}").strip()
-        except DeepSpecError:
-            continue
+    milestones = read_milestones(clone)
+    milestone = milestones.get(name)
+    known = known if known and known.get("tag") == name else {}
+    pipeline = settings.pipeline or (milestone.pipeline if milestone else known.get("pipeline", "dvc.yaml"))
+    refs = [f"refs/tags/{name}", f"refs/remotes/origin/{name}", milestone.commit if milestone else name]
+    for ref in [*refs, *filter(None, [known.get("commit")])]:
+        found = git_or_none(clone, "rev-parse", "--verify", "--quiet", f"{ref}^{{commit}}")
+        if found:
+            return Work(settings, found, pipeline, milestone)
+    if milestone:
+        raise DeepSpecError(
+            f"{settings.repo} lacks the commit {milestone.commit[:7]} of {name}; it is on the main branch: "
+            "`git fetch --unshallow` where the clone is shallow"
+        )
     tags = git(clone, "tag", "--list").split()
-    raise DeepSpecError(
-        f"{settings.repo} has no tag {name!r}{nearest(name, tags)} (tags: {', '.join(tags) or 'none'})"
-    )
+    there = f"tags: {', '.join(tags) or 'none'}; milestones: {', '.join(milestones) or 'none'}"
+    raise DeepSpecError(f"{settings.repo} has no tag {name!r}{nearest(name, [*tags, *milestones])} ({there})")
 
 
 def _clone(settings: Settings) -> Work:
     here = Path.cwd()
     with replacing(settings.directory) as fresh:
         git(None, "clone", "--quiet", "--no-checkout", settings.repo, str(fresh))
-        commit = find_commit(fresh, settings)
-        git(fresh, "checkout", "--quiet", "--detach", commit)
-        if not (fresh / settings.pipeline).is_file():
-            raise DeepSpecError(f"{settings.tag} has no {settings.pipeline}; name another with --pipeline")
-        Work(settings, commit).save(fresh)
+        work = _find(fresh, settings)
+        git(fresh, "checkout", "--quiet", "--detach", work.commit)
+        if not (fresh / work.pipeline).is_file():
+            raise DeepSpecError(f"{settings.tag} has no {work.pipeline}; name another with --pipeline")
+        work.save(fresh)
     os.chdir(here)  # which may be the directory that was replaced
-    return Work(settings, commit)
+    return work
 
 
-def asked(settings: Settings, commit: str) -> dict[str, Any]:
-    """Return what a directory is for: an interrupted run goes on only with the same."""
-    return {
-        "tag": settings.tag,
-        "commit": commit,
-        "mode": "recompute" if settings.recompute else "pull",
-        "pipeline": settings.pipeline,
-    }
+def stop(process: subprocess.Popen) -> None:
+    """End a process and all that it started: politely, then not."""
+    for signum in (signal.SIGTERM, signal.SIGKILL):
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signum)
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(STOP_S)
+            return
 
 
-def take_over_remote(work: Work) -> None:
+def take_over_remote(work: Work) -> str | None:
     """Write the remote into the clone's .dvc/config.local, which git ignores.
 
     It is the one given, or that of a repository on this machine, which may have it in its own config.local,
     or relative to itself.
+
+    Returns:
+        The folder that the remote is, if there is no such folder.
     """
     given, source = work.settings.remote, Path(work.settings.repo)
     known = remote_of(source, given)
     if given is not None and known is None:
         path = given if "://" in given else str(Path(given).expanduser().absolute())
         known = "given", {"url": path}
+    used = known or remote_of(work.root)
+    url = str(used[1].get("url", "")) if used else ""
+    if url.startswith(("/", "~")) and not Path(url).expanduser().is_dir():
+        return url
     set_remote(work.root, known)
+    return None
 
 
 def remote_of(source: Path, name: str | None = None) -> tuple[str, dict[str, Any]] | None:
@@ -228,7 +299,7 @@ def read_pipeline(work: Work) -> Pipeline:
     import networkx
     from dvc.repo import Repo
 
-    chosen = work.settings.pipeline
+    chosen = work.pipeline
     with Repo(work.root, rev=work.commit) as repo:
 
         def path(of: str) -> str:
@@ -240,11 +311,28 @@ def read_pipeline(work: Work) -> Pipeline:
         graph = repo.index.graph  # an edge leads to what a stage needs
         own = [stage for stage in graph if path(stage.path) == chosen]
         needed = set(own).union(*(networkx.descendants(graph, stage) for stage in own))
+        kept = {
+            path(out.fs_path): out.hash_info.value or ""
+            for stage in graph
+            for out in stage.outs
+            if out.use_cache
+        }
+
+        def reads(stage: Any) -> dict[str, str]:
+            found = {}
+            for dep in stage.deps:
+                name = path(dep.fs_path)
+                if any(within(name, out) for out in kept):
+                    found[name] = dep.hash_info.value or ""
+                found |= {out: md5 for out, md5 in kept.items() if within(out, name)}
+            return found
+
         stages = [
             Stage(
                 address(stage),
-                any(out.use_cache for out in stage.outs),
+                {path(out.fs_path): out.hash_info.value or "" for out in stage.outs if out.use_cache},
                 tuple(address(other) for other in graph.successors(stage)),
+                reads(stage),
             )
             for stage in networkx.dfs_postorder_nodes(graph)
             if stage in needed
@@ -257,6 +345,11 @@ def read_pipeline(work: Work) -> Pipeline:
         raise DeepSpecError(f"{chosen} at {work.settings.tag} declares no metrics: nothing to compare with")
     altered = {name: (md5, in_git[name]) for name, md5 in found.items() if in_git[name] not in (None, md5)}
     return Pipeline(stages, metrics, [*in_git], altered)
+
+
+def within(path: str, folder: str) -> bool:
+    """Check whether a path of the repository is a folder or lies in it."""
+    return path == folder or path.startswith(f"{folder}/")
 
 
 def _md5(fs: Any, path: str) -> str:

@@ -1,9 +1,9 @@
 """`deepspec reproduce TAG`: a published result brought back in an empty directory, and each figure beside the old one.
 
-The repository is cloned at the tag. What DVC keeps (data, drafts) is pulled, or with `--recompute` made again from
-nothing; what git keeps (evaluation records, metrics, the report) is always measured again, by the stages of the tag's
-own dvc.yaml. `tolerance.py` then judges every metric that DVC knows. A run that was interrupted goes on where it
-stopped.
+The repository is cloned at the tag, or at the commit of a milestone (`milestones.py`). What DVC keeps (data, drafts) is
+pulled, or with `--recompute` made again from nothing (`--drafter`: one draft alone); what git keeps (evaluation
+records, metrics, the report) is always measured again, by the stages of the tag's own dvc.yaml. `tolerance.py` then
+judges every metric that DVC knows. A run that was interrupted goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import json
 import logging
 import subprocess
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
 from typing import Any
 
 import yaml
@@ -26,39 +25,19 @@ from deepspec.reproduce.checkout import (
     Settings,
     Stage,
     Work,
-    asked,
     open_clone,
     read_pipeline,
     take_over_remote,
+    within,
 )
-from deepspec.reproduce.tolerance import Difference, Figures, Row
+from deepspec.reproduce.draft import draft_of, judge_draft
+from deepspec.reproduce.milestones import command, take_files
+from deepspec.reproduce.outcome import Outcome, show
+from deepspec.reproduce.tolerance import Figures, Row
 
 logger = logging.getLogger(__name__)
 
 RESULT = "reproduce.json"
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """Every metric with its verdict, by drafter what was not as it was, and whose records came from changed code."""
-
-    rows: list[Row]
-    differences: dict[str, list[Difference]]
-    dirty: list[str]
-
-    @property
-    def passed(self) -> bool:
-        return all(row.matches is not False for row in self.rows)
-
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "passed": self.passed,
-            "metrics": [asdict(row) | {"verdict": row.verdict} for row in self.rows],
-            "differences": {
-                name: [asdict(fact) for fact in facts] for name, facts in self.differences.items()
-            },
-            "uncommitted_code": self.dirty,
-        }
 
 
 def run(settings: Settings) -> bool:
@@ -71,25 +50,37 @@ def run(settings: Settings) -> bool:
     chosen = tolerance.parse(settings.tolerances)
     work = open_clone(settings)
     pipeline = read_pipeline(work)
-    todo = _todo(settings, pipeline.stages)
+    todo = _todo(work, pipeline.stages)
     then = _committed(work, pipeline)
     if settings.setup and "setup" not in work.done:
         _or_fail(work, "make setup", work.call("make", "setup"))
         work = work.plus("setup")
     if "pull" not in work.done:
-        _pull(work, _wanted(pipeline.stages, todo))
+        _bring(work, pipeline, todo)
         work = work.plus("pull")
     for record in then.records.values():
         plant_costs(record)
     for i, address in enumerate(todo, 1):
         if address not in work.done:
             logger.info("%d/%d %s", i, len(todo), address)
-            _or_fail(work, f"stage {address}", work.dvc("repro", "--force", "--single-item", address))
+            _or_fail(work, f"stage {address}", work.stage(address))
             work = work.plus(address)
+    outcome = (
+        judge_draft(work, pipeline, todo, then.records)
+        if settings.drafter
+        else _judged(work, pipeline, then, chosen)
+    )
+    write_json(work.root / RESULT, work.asked | {"measured": todo} | outcome.to_json())
+    show(settings, outcome)
+    return outcome.passed
+
+
+def _judged(work: Work, pipeline: Pipeline, then: Figures, chosen: dict[str, float]) -> Outcome:
+    """Compare every metric of the pipeline."""
     now = _measured(work, pipeline)
-    outcome = Outcome(
+    return Outcome(
         [Row(path, *md5, "as in dvc.lock", False) for path, md5 in pipeline.altered.items()]
-        + tolerance.compare(then, now, settings.recompute, chosen),
+        + tolerance.compare(then, now, work.settings.recompute, chosen),
         {
             name: tolerance.differences(record, now.records[name])
             for name, record in then.records.items()
@@ -99,50 +90,98 @@ def run(settings: Settings) -> bool:
             name for name, record in then.records.items() if record.get("provenance", {}).get("git_dirty")
         ),
     )
-    write_json(work.root / RESULT, asked(settings, work.commit) | {"measured": todo} | outcome.to_json())
-    show(settings, outcome)
-    return outcome.passed
 
 
-def _todo(settings: Settings, stages: list[Stage]) -> list[str]:
+def _todo(work: Work, stages: list[Stage]) -> list[str]:
     """Return the stages to run. Without data to make: those whose outputs are all in git, which are the claim."""
+    settings = work.settings
+    if settings.drafter:
+        return _training(settings, stages)
     if not settings.stages:
         found = [stage.address for stage in stages if settings.recompute or not stage.kept]
         if not found:
-            raise DeepSpecError(
-                f"{settings.pipeline}: DVC keeps every output; name what to run with --stages"
-            )
+            raise DeepSpecError(f"{work.pipeline}: DVC keeps every output; name what to run with --stages")
         return found
-    names = [stage.address.rpartition(":")[2] for stage in stages]
+    names = [stage.name for stage in stages]
     for word in settings.stages:
         if not any(word in (name, name.split("@")[0]) for name in names):
-            raise DeepSpecError(f"{settings.pipeline} has no stage {word!r}{nearest(word, names)}")
+            raise DeepSpecError(f"{work.pipeline} has no stage {word!r}{nearest(word, names)}")
     return [
-        stage.address
-        for stage, name in zip(stages, names, strict=True)
-        if {name, name.split("@")[0]} & set(settings.stages)
+        stage.address for stage in stages if {stage.name, stage.name.split("@")[0]} & set(settings.stages)
     ]
 
 
-def _wanted(stages: list[Stage], todo: list[str]) -> list[str]:
-    """Return the stages whose kept outputs are read by those that run; none where all are to run."""
-    read = {need for stage in stages if stage.address in todo for need in stage.needs}
-    return [stage.address for stage in stages if stage.kept and stage.address in read - set(todo)]
+def _training(settings: Settings, stages: list[Stage]) -> list[str]:
+    """Return the stage that trains the chosen draft and all before it."""
+    if not settings.recompute or settings.stages:
+        raise DeepSpecError(
+            "--drafter goes with --recompute, and without --stages: it trains that one draft again"
+        )
+    drafts = {draft: stage for stage in stages if (draft := draft_of(stage))}
+    wanted = [draft for draft in drafts if settings.drafter in (draft, drafts[draft].name.rpartition("@")[2])]
+    if not wanted:
+        raise DeepSpecError(
+            f"no draft {settings.drafter!r}{nearest(settings.drafter, drafts)} (drafts: {', '.join(drafts)})"
+        )
+    found = {drafts[wanted[0]].address}
+    for stage in reversed(stages):  # each stands behind those that it needs
+        if stage.address in found:
+            found |= set(stage.needs)
+    return [stage.address for stage in stages if stage.address in found]
 
 
-def _pull(work: Work, addresses: list[str]) -> None:
-    if not addresses:
+def _bring(work: Work, pipeline: Pipeline, todo: list[str]) -> None:
+    """Bring what the stages read and do not make: from the milestone's small data in git, the rest from the remote."""
+    running = [stage for stage in pipeline.stages if stage.address in todo]
+    made = [path for stage in running for path in stage.kept]
+    wanted = {
+        path: md5
+        for stage in running
+        for path, md5 in stage.reads.items()
+        if not any(within(path, out) for out in made)
+    }
+    wanted = {
+        path: md5
+        for path, md5 in wanted.items()
+        if not any(within(path, other) for other in wanted.keys() - {path})
+    }
+    if taken := take_files(work.root, work.settings.tag, wanted):
+        logger.info("from git: %s", ", ".join(taken))
+    rest = sorted(wanted.keys() - set(taken))
+    if not rest:
         return
-    take_over_remote(work)
-    logger.info("pulling what %s made", ", ".join(addresses))
-    done = work.dvc("pull", *addresses, stderr=subprocess.PIPE, text=True)
+    missing = take_over_remote(work)
+    if missing:
+        raise _no_data(work, pipeline, f"there is no directory {missing}")
+    logger.info("pulling %s", ", ".join(rest))
+    done = work.dvc("pull", *rest, capture_output=True, text=True)
     if done.returncode:
         said = [line for line in done.stderr.splitlines() if line.strip()]
         error = next((line for line in said if line.startswith("ERROR")), said[-1] if said else "no message")
-        raise DeepSpecError(
-            f"the remote lacks data of {work.settings.tag} (dvc pull: {error.removeprefix('ERROR: ')}); run `dvc push` "
-            "where the tag was made, give the right --remote, or use --recompute"
+        raise _no_data(work, pipeline, f"dvc pull: {error.removeprefix('ERROR: ')}")
+
+
+def _no_data(work: Work, pipeline: Pipeline, why: str) -> DeepSpecError:
+    """Return the error for data that cannot be had, which ends with what works without them."""
+    settings, tag = work.settings, work.settings.tag
+    if work.milestone:
+        ways = [f"`{command(tag, way)}` ({way.takes})" for way in work.milestone.ways if not way.remote]
+    else:
+        own = f"deepspec reproduce {tag}" + (
+            "" if work.pipeline == "dvc.yaml" else f" --pipeline {work.pipeline}"
         )
+        records = [stage.name for stage in pipeline.stages if not stage.kept and not stage.reads]
+        ways = [f"`{own} --stages {','.join(records)}` (from committed records)"] if records else []
+        ways += [f"`{own} --recompute`"]
+    elsewhere = " ".join(
+        f"{flag} {value}"
+        for flag, value in (("--repo", settings.repo), ("--into", settings.into))
+        if value not in (".", None)
+    )
+    return DeepSpecError(
+        f"the remote lacks data of {tag} ({why}); run `dvc push` where the tag was made, give the right --remote, or "
+        f"use --recompute. What works without it{f' (with {elsewhere})' if elsewhere else ''}: {', or '.join(ways)}"
+    )
 
 
 def plant_costs(record: Mapping[str, Any]) -> None:
@@ -224,50 +263,3 @@ def _records(texts: dict[str, str]) -> dict[str, dict]:
 def _or_fail(work: Work, name: str, done: subprocess.CompletedProcess) -> None:
     if done.returncode:
         raise DeepSpecError(f"{name} failed in {work.root}; what it said stands above; run again to go on")
-
-
-def show(settings: Settings, outcome: Outcome) -> None:
-    """Print what was not as it was, the table and the verdict."""
-    from rich.console import Console
-    from rich.table import Table
-
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=140)
-    grid = Table(title=f"{settings.tag}, committed and now")
-    for i, column in enumerate(("metric", "committed", "now", "tolerance", "verdict")):
-        grid.add_column(column, justify="right" if i in (1, 2) else "left", overflow="fold")
-    for row in outcome.rows:
-        style = None if row.matches else "red" if row.matches is False else "dim"
-        grid.add_row(
-            row.metric, _text(row.committed), _text(row.now), row.tolerance, row.verdict, style=style
-        )
-    console.print(grid)
-    for name in outcome.dirty:
-        console.print(f"note: {name} was measured with uncommitted changes of the code", highlight=False)
-    for fact, names in _by_fact(outcome.differences).items():
-        effect = "" if fact.decides else " (decides no token)"
-        console.print(
-            f"{', '.join(names)}: {fact.name} was {fact.then}, is {fact.now}{effect}", highlight=False
-        )
-    counts = [sum(row.matches is kind for row in outcome.rows) for kind in (True, False, None)]
-    console.print(
-        f"{counts[0]} of {counts[0] + counts[1]} match, {counts[2]} not compared: "
-        f"{settings.tag} {'is reproduced' if outcome.passed else 'is NOT reproduced'}",
-        highlight=False,
-    )
-    for row in outcome.rows:
-        if row.matches is False:
-            console.print(f"differs: {row.metric}: {row.committed} committed, {row.now} now", highlight=False)
-
-
-def _by_fact(differences: dict[str, list[Difference]]) -> dict[Difference, list[str]]:
-    found: dict[Difference, list[str]] = {}
-    for name, facts in differences.items():
-        for fact in facts:
-            found.setdefault(fact, []).append(name)
-    return found
-
-
-def _text(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else "–" if value is None else str(value)

@@ -170,6 +170,13 @@ def compare(
     return rows
 
 
+def one(metric: str, old: Number, new: Number, exact: bool) -> Row:
+    """Compare one metric that is no time: exactly, or within the share of the table."""
+    if exact or new is None:
+        return Row(metric, old, new, EXACT, old == new)
+    return Row(metric, old, new, f"±{COUNTED:.0%}", _near(old, new, COUNTED))
+
+
 @dataclass(frozen=True)
 class _Given:
     """What a metric is judged by, beside its two values. `stated`: the intervals are the metric's own, beside it."""

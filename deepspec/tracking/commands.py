@@ -7,7 +7,7 @@ from pathlib import Path
 from deepspec.config import Params, load_params
 from deepspec.errors import DeepSpecError, nearest
 from deepspec.tracking import promote as promoting
-from deepspec.tracking.register import register
+from deepspec.tracking.register import Parts, register
 from deepspec.tracking.result import model_name, read_result
 from deepspec.tracking.store import connect
 from deepspec.tracking.track import track
@@ -21,13 +21,14 @@ def run_track(drafters: list[str], params_file: Path) -> None:
             found = track(result, store)
             said = "tracked" if found.new else "tracked before; nothing was changed"
             print(f"{result.drafter}: {said}: run {found.run_id}, {found.link}")
+        print(f"all runs: {store.runs}")
 
 
-def run_register(drafters: list[str], params_file: Path, target_by_reference: bool) -> None:
+def run_register(drafters: list[str], params_file: Path, parts: Parts) -> None:
     results = [read_result(name) for name in _chosen(drafters, load_params(params_file))]
     with connect() as store:
         for result in results:
-            found = register(result, store, target_by_reference)
+            found = register(result, store, parts)
             said = "registered" if found.new else "registered before"
             role = "the challenger" if found.challenger else "the champion already"
             print(f"{found.name}: version {found.version} {said}; it is {role}: {found.link}")

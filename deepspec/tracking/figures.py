@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import getpass
 import json
 import re
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from mlflow.entities import Dataset, DatasetInput, InputTag, Metric
-from mlflow.utils.mlflow_tags import MLFLOW_DATASET_CONTEXT, MLFLOW_GIT_COMMIT
+from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, SourceType
+from mlflow.utils.mlflow_tags import (
+    MLFLOW_DATASET_CONTEXT,
+    MLFLOW_GIT_COMMIT,
+    MLFLOW_RUN_NOTE,
+    MLFLOW_SOURCE_NAME,
+    MLFLOW_SOURCE_TYPE,
+    MLFLOW_USER,
+)
 
 from deepspec.evaluation.record import Part, Record
+from deepspec.tracking.card import describe
 from deepspec.tracking.result import Result
 from deepspec.training.system import read_samples, samples_file
 
@@ -54,6 +63,10 @@ def tags(result: Result) -> dict[str, str]:
     }
     found |= {
         MLFLOW_GIT_COMMIT: provenance.git_commit,
+        MLFLOW_RUN_NOTE: describe(record),
+        MLFLOW_SOURCE_NAME: provenance.command,
+        MLFLOW_SOURCE_TYPE: SourceType.to_string(SourceType.LOCAL),
+        MLFLOW_USER: _user(),
         "git_dirty": provenance.git_dirty,
         "trained_at_commit": provenance.trained_at_commit,
         "data_digest": result.manifest["digest"],
@@ -62,6 +75,16 @@ def tags(result: Result) -> dict[str, str]:
     }
     found |= {f"version.{package}": version for package, version in provenance.packages.items()}
     return {name: str(value) for name, value in found.items() if value not in (None, "")}
+
+
+def summary(result: Result, now_ms: int, model_id: str) -> list[Metric]:
+    """Return the headline and the means by temperature as metrics of a logged model."""
+    names = ("eval/tau", "eval/speedup", "eval/lossless", "eval/mean/")
+    return [
+        Metric(metric.key, metric.value, metric.timestamp, metric.step, model_id=model_id)
+        for metric in _evaluation(result.record, now_ms)
+        if metric.key.startswith(names)
+    ]
 
 
 def datasets(result: Result) -> list[DatasetInput]:
@@ -104,7 +127,7 @@ def _evaluation(record: Record, now_ms: int) -> Iterator[Metric]:
         prefix = f"eval/{re.sub(r'[^a-zA-Z0-9_.-]', '-', task)}/T{temperature}"
         yield from _scalars(prefix, entry, now_ms)
         for position, rate in enumerate(entry.accept_rate_by_position, 1):
-            yield Metric(f"{prefix}/accept_rate", rate, now_ms, position)
+            yield Metric(f"{prefix}/accept_rate_by_position", rate, now_ms, position)
 
 
 def _scalars(prefix: str, figures: Part, now_ms: int) -> Iterator[Metric]:
@@ -129,6 +152,13 @@ def _system(result: Result) -> Iterator[Metric]:
         at = int(sample.pop("timestamp_ms"))
         for name, value in sample.items():
             yield Metric(f"system/{name}", value, at, step)
+
+
+def _user() -> str | None:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # a container's user that has no name
+        return None
 
 
 def _is_number(value: Any) -> bool:

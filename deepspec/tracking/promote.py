@@ -1,7 +1,7 @@
 """`deepspec promote`: through the gate, the challenger becomes champion; `--rollback` takes that back.
 
-A promotion moves the aliases in an order that may be cut off anywhere: the next call finds the challenger still there
-and does it again.
+What is to be the champion is loaded and asked first (`trial.py`), whatever the gate says. A promotion moves the aliases
+in an order that may be cut off anywhere: the next call finds the challenger still there and does it again.
 """
 
 from __future__ import annotations
@@ -17,14 +17,17 @@ from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
 from deepspec.errors import DeepSpecError
+from deepspec.files import file_digest
 from deepspec.report import compare
+from deepspec.tracking import trial
 from deepspec.tracking.gate import Evidence, Verdict, judge, passes
 from deepspec.tracking.params import PromoteParams
-from deepspec.tracking.register import CHALLENGER, CHAMPION, EXPORT, PREVIOUS
-from deepspec.tracking.served import EVALUATION
+from deepspec.tracking.register import CHALLENGER, CHAMPION, EXPORT, LISTED, PREVIOUS
+from deepspec.tracking.served import AGAIN, EVALUATION, FILES, check_files
 from deepspec.tracking.store import Store
 
 REFUSED, REASON = "refused", "reason"
+WORK = Path(".deepspec")  # takes a copy of what is tried
 
 
 @dataclass(frozen=True)
@@ -56,7 +59,8 @@ def promote(name: str, params: PromoteParams, store: Store, afresh: bool = False
     """Judge the challenger of model `name`; if it passes it is the champion, and else it is tagged `refused`.
 
     Raises:
-        DeepSpecError: no such model, or it has neither challenger nor champion.
+        DeepSpecError: no such model, it has neither challenger nor champion, or the challenger cannot be used. Nothing
+            was changed then.
     """
     client, aliases = store.client, _aliases(store.client, name)
     champion, challenger = aliases.get(CHAMPION), aliases.get(CHALLENGER)
@@ -67,13 +71,15 @@ def promote(name: str, params: PromoteParams, store: Store, afresh: bool = False
             client.delete_registered_model_alias(name, CHALLENGER)
         return Decision(name, champion, champion, [])
     with tempfile.TemporaryDirectory() as scratch:
-        ours, theirs = (
-            version and evidence(client, name, version, Path(scratch) / version)
-            for version in (challenger, champion)
-        )
+        ours = evidence(client, name, challenger, Path(scratch) / challenger)
+        theirs = _of_champion(client, name, champion, Path(scratch), afresh)
         verdicts = judge(ours, theirs, params, afresh)
     decision = Decision(name, challenger, champion, verdicts)
-    (_crown if decision.promoted else _refuse)(client, decision)
+    if decision.promoted:
+        _try(name, challenger, store)
+        _crown(client, decision)
+    else:
+        _refuse(client, decision)
     return decision
 
 
@@ -81,12 +87,13 @@ def rollback(name: str, store: Store) -> str:
     """Champion and previous change places; the line that says so.
 
     Raises:
-        DeepSpecError: there is no previous champion.
+        DeepSpecError: there is no previous champion, or it cannot be used. Nothing was changed then.
     """
     client, aliases = store.client, _aliases(store.client, name)
     champion, previous = aliases.get(CHAMPION), aliases.get(PREVIOUS)
     if previous is None or champion is None or previous == champion:
         raise DeepSpecError(f"{name} has no previous champion to go back to")
+    _try(name, previous, store)
     now = _now()
     _tag(client, name, previous, {"promoted_at": now, REASON: f"rollback from version {champion}"})
     _tag(client, name, champion, {"rolled_back_at": now, REASON: f"rolled back to version {previous}"})
@@ -96,18 +103,50 @@ def rollback(name: str, store: Store) -> str:
 
 
 def evidence(client: MlflowClient, name: str, version: str, folder: Path) -> Evidence:
-    """Return the evidence that the version was registered with, from its own artifacts."""
+    """Return the evidence that the version was registered with, from its own artifacts.
+
+    Raises:
+        DeepSpecError: a file of it is missing, cannot be read or is another one.
+    """
     tags = client.get_model_version(name, version).tags
     folder.mkdir(parents=True)
     uri = f"models:/{name}/{version}/artifacts/evidence"
-    found = Path(mlflow.artifacts.download_artifacts(uri, dst_path=str(folder)))
-    export = found / EXPORT
-    return Evidence(
-        version,
-        tags["draft_digest"],
-        compare.load(found / EVALUATION),
-        json.loads(export.read_text()) if export.exists() else None,
-    )
+    try:
+        found = Path(mlflow.artifacts.download_artifacts(uri, dst_path=str(folder)))
+        check_files({"evidence": str(found)}, {"target", "draft", "exports"})
+        if file_digest(found / FILES) != tags[LISTED]:
+            raise DeepSpecError(f"{FILES} is not the list that was registered; {AGAIN}")
+        export = found / EXPORT
+        return Evidence(
+            version,
+            tags["draft_digest"],
+            compare.load(found / EVALUATION),
+            json.loads(export.read_text()) if export.exists() else None,
+        )
+    except KeyError as error:
+        raise DeepSpecError(f"{name} version {version}: it has no tag {error}; {AGAIN}") from None
+    except (DeepSpecError, MlflowException, OSError, ValueError) as error:
+        told = " ".join(str(error).split()).replace(str(folder), "...")
+        raise DeepSpecError(f"{name} version {version}: its evidence cannot be read: {told}") from None
+
+
+def _of_champion(
+    client: MlflowClient, name: str, version: str | None, folder: Path, afresh: bool
+) -> Evidence | None:
+    """Return the champion's evidence; None if there is no champion, or `afresh` passes over one that is damaged."""
+    if version is None:
+        return None
+    try:
+        return evidence(client, name, version, folder / version)
+    except DeepSpecError as error:
+        if not afresh:
+            raise DeepSpecError(f"{error} (--afresh passes over this champion)") from None
+        return None
+
+
+def _try(name: str, version: str, store: Store) -> None:
+    if reason := trial.fault(f"models:/{name}/{version}", store, WORK):
+        raise DeepSpecError(f"{name} version {version} cannot be used: {reason}")
 
 
 def show(decision: Decision) -> None:

@@ -1,9 +1,13 @@
 """`deepspec register`: a drafter with its target as a version that loads and generates, and the evidence for it.
 
+The files are checked before anything is uploaded, and what was uploaded is loaded and asked (`trial.py`) before there
+is a version of it.
+
 artifacts/target      the target's directory, unless it is kept by reference
 artifacts/draft       the draft's
-artifacts/evidence    the evaluation record, its prompts, and the export's record: what the gate reads
-artifacts/exports     a directory for each serving engine, where there is one
+artifacts/evidence    the evaluation record, its prompts, and the export's record: what the gate reads; the card, and
+                      the digests of all these files
+artifacts/exports     a directory for each serving engine, if it was asked for
 code/                 this package
 """
 
@@ -12,6 +16,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import version as installed
 from pathlib import Path
@@ -19,25 +24,32 @@ from pathlib import Path
 import mlflow
 import pandas as pd
 from mlflow import MlflowClient
-from mlflow.entities import LoggedModel, LoggedModelStatus
+from mlflow.entities import LoggedModelStatus
+from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 from mlflow.models import Model, ModelSignature
 from mlflow.models.model import MLMODEL_FILE_NAME, MODEL_CODE_PATH
+from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema
 
 import deepspec
 from deepspec.errors import DeepSpecError
-from deepspec.evaluation.record import Record
-from deepspec.files import digest, file_digest
+from deepspec.files import digest, file_digest, write_json
 from deepspec.provenance import CORE
-from deepspec.tracking import served
-from deepspec.tracking.result import Result, read_json
-from deepspec.tracking.served import EVALUATION
+from deepspec.target.embedded import PREFIX
+from deepspec.target.source import is_hub_id
+from deepspec.tracking import figures, served, trial
+from deepspec.tracking.card import card, describe_model
+from deepspec.tracking.result import EXPORTS, TARGET, Result, read_json, target_digest
+from deepspec.tracking.served import EVALUATION, FILES
 from deepspec.tracking.store import KEY, Store
 from deepspec.tracking.track import track
 
 CHALLENGER, CHAMPION, PREVIOUS = "challenger", "champion", "previous"
-EXPORT = "export.json"
+LISTED = "files"  # tag of a version: digest of the list of its files
+BROKEN = "broken"  # tag of a version that can no longer be used: why
+EXPORT, CARD = "export.json", "README.md"
+_LONGEST = 5000  # characters that MLflow's tables take of a tag or a description
 REQUIREMENTS = (*CORE, "mlflow", "pandas")
 SIGNATURE = ModelSignature(
     inputs=Schema([ColSpec("string", "prompt")]),
@@ -53,6 +65,19 @@ SIGNATURE = ModelSignature(
 
 
 @dataclass(frozen=True)
+class Parts:
+    """What a version takes along beside the draft and the evidence.
+
+    Args:
+        target: its directory; False keeps it by reference: source, revision and digest.
+        exports: the directories for serving engines. Nothing loads them from the registry.
+    """
+
+    target: bool = True
+    exports: bool = False
+
+
+@dataclass(frozen=True)
 class Registered:
     name: str
     version: str
@@ -61,31 +86,61 @@ class Registered:
     link: str
 
 
-def register(result: Result, store: Store, target_by_reference: bool = False) -> Registered:
+def register(result: Result, store: Store, parts: Parts | None = None) -> Registered:
     """Register the result, unless it is registered, and make it the challenger, unless it is the champion.
 
+    A version of before that can no longer be used is replaced by a new one.
+
     Raises:
-        DeepSpecError: the export's files are not those that its record names, or there is no target.
+        DeepSpecError: a file is not the one that dvc.lock or the export's record names, there is no target, or what was
+            uploaded cannot be used. There is then no new version, and the aliases are where they were.
     """
-    export = _checked_export(result)
+    parts = parts or Parts()
+    _check(result, parts)
     run_id = track(result, store).run_id
     client, name, key = store.client, result.model_name, evidence_key(result)
-    _create_model(client, name)
-    found = client.search_model_versions(f"name = '{name}' and tags.{KEY} = '{key}'")
-    if found:
-        version = min(found, key=lambda one: int(one.version)).version
+    known = _known(client, name, key)
+    faults = {}
+    for version in known:
+        faults[version.version] = trial.fault(f"models:/{name}/{version.version}", store, result.work)
+        if faults[version.version] is None:
+            break
     else:
-        model_id = _uploaded(result, store, key, run_id, export, target_by_reference)
-        source = f"models:/{model_id}"
-        tags = {KEY: key, **version_tags(result)}
-        version = client.create_model_version(
-            name, source, run_id, tags, description=describe(result.record), model_id=model_id
-        ).version
+        version = _new_version(result, store, key, run_id, parts, {one.source for one in known})
+    for broken in known:
+        if reason := faults.get(broken.version):
+            client.delete_model_version_tag(name, broken.version, KEY)
+            client.set_model_version_tag(name, broken.version, BROKEN, reason[:_LONGEST])
     champion = client.get_registered_model(name).aliases.get(CHAMPION)
-    if challenger := str(champion) != str(version):
-        client.set_registered_model_alias(name, CHALLENGER, version)
-    link = store.link("models", name, "versions", str(version))
-    return Registered(name, str(version), not found, challenger, link)
+    if challenger := str(champion) != str(version.version):
+        client.set_registered_model_alias(name, CHALLENGER, version.version)
+    link = store.link("models", name, "versions", str(version.version))
+    return Registered(name, str(version.version), version not in known, challenger, link)
+
+
+def _known(client: MlflowClient, name: str, key: str) -> list[ModelVersion]:
+    found = client.search_model_versions(f"name = '{name}' and tags.{KEY} = '{key}'")
+    return sorted(found, key=lambda one: int(one.version))
+
+
+def _new_version(
+    result: Result, store: Store, key: str, run_id: str, parts: Parts, used: set[str]
+) -> ModelVersion:
+    """Upload a model, try it, and make a version of it.
+
+    Args:
+        used: sources of versions, which are not taken for another one.
+    """
+    model_id = _uploaded(result, store, key, run_id, parts, used)
+    source = f"models:/{model_id}"
+    if reason := trial.fault(source, store, result.work):
+        _discard(store, model_id)
+        raise DeepSpecError(f"{result.model_name}: not registered, since what was uploaded fails: {reason}")
+    client, name = store.client, result.model_name
+    _create_model(client, result)
+    tags = {KEY: key, LISTED: client.get_logged_model(model_id).tags[LISTED], **version_tags(result)}
+    described = card(result.record, name)[:_LONGEST]
+    return client.create_model_version(name, source, run_id, tags, description=described, model_id=model_id)
 
 
 def evidence_key(result: Result) -> str:
@@ -111,56 +166,63 @@ def version_tags(result: Result) -> dict[str, str]:
     return {name: str(value) for name, value in found.items() if value is not None}
 
 
-def describe(record: Record) -> str:
-    """Describe a version in a sentence, for a reader of the registry's page."""
-    summary = record.summary
-    speed = f"{summary.speedup:.2f}×" if summary.speedup else "not lossless, so no speed-up"
-    return (
-        f"{record.drafter} for {record.target}: τ {summary.tau:.2f}, {speed} against plain decoding at "
-        f"T = {summary.temperature:g}, measured on {record.device}."
-    )
-
-
 def requirements() -> list[str]:
     """List the installed packages without a version's local part (2.13.0+cpu), which no registry has."""
     return [f"{name}=={installed(name).split('+')[0]}" for name in REQUIREMENTS]
 
 
-def _uploaded(result: Result, store: Store, key: str, run_id: str, export: bool, by_reference: bool) -> str:
+def _uploaded(result: Result, store: Store, key: str, run_id: str, parts: Parts, used: set[str]) -> str:
     """Upload these files as a logged model; return its id. A killed call's partial upload is replaced."""
-    known: list[LoggedModel] = store.client.search_logged_models(
-        [store.experiment_id], f"tags.{KEY} = '{key}'"
-    )
-    for model in known:
+    client = store.client
+    for model in client.search_logged_models([store.experiment_id], f"tags.{KEY} = '{key}'"):
+        if f"models:/{model.model_id}" in used:
+            continue
         if model.status == LoggedModelStatus.READY:
             return model.model_id
-        store.client.delete_logged_model(model.model_id)
-    model = store.client.create_logged_model(
-        store.experiment_id, result.drafter.replace(".", "-"), run_id, tags={KEY: key}
+        _discard(store, model.model_id)
+    model = client.create_logged_model(
+        store.experiment_id,
+        result.drafter.replace(".", "-"),
+        run_id,
+        tags={KEY: key, **version_tags(result)},
+        params=figures.parameters(result),
+        model_type="speculative decoding",
     )
-    work = result.root / ".deepspec"  # on the data's own disk, so that nothing large is copied first
-    work.mkdir(exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="register-", dir=work) as scratch:
-        folder = Path(scratch) / "model"
-        save(result, folder, Model(run_id=run_id, model_id=model.model_id), export, by_reference)
-        store.client.log_model_artifacts(model.model_id, str(folder))
-    return store.client.finalize_logged_model(model.model_id, LoggedModelStatus.READY).model_id
+    try:
+        result.work.mkdir(exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix="register-", dir=result.work) as scratch:
+            folder = Path(scratch) / "model"
+            save(result, folder, Model(run_id=run_id, model_id=model.model_id), parts)
+            client.log_model_artifacts(model.model_id, str(folder))
+            listed = file_digest(Path(scratch) / "evidence" / FILES)
+            client.set_logged_model_tags(model.model_id, {LISTED: listed})
+    except Exception:
+        _discard(store, model.model_id)
+        raise
+    started = client.get_run(run_id).info.start_time
+    client.log_batch(run_id, metrics=figures.summary(result, started, model.model_id))
+    return client.finalize_logged_model(model.model_id, LoggedModelStatus.READY).model_id
 
 
-def save(result: Result, folder: Path, model: Model, export: bool, by_reference: bool) -> None:
+def _discard(store: Store, model_id: str) -> None:
+    """Delete a logged model with its files, which MLflow keeps otherwise."""
+    place = store.client.get_logged_model(model_id).artifact_location
+    store.client.delete_logged_model(model_id)
+    with suppress(Exception):  # a store that deletes nothing: the model is gone all the same
+        get_artifact_repository(place).delete_artifacts()
+
+
+def save(result: Result, folder: Path, model: Model, parts: Parts) -> None:
     """Write the version's directory, with work files beside it; nothing is inferred and nothing fetched."""
-    target = result.root / "data/target"
     reference = None
-    if by_reference:
+    if not parts.target:
         reference = result.params.target.model_dump() | {"digest": result.record.target_digest}
-    elif not target.is_dir():
-        raise DeepSpecError(f"{target}: no target; get it with `dvc pull`, or pass --target-by-reference")
-    parts = {} if by_reference else {"target": target}
-    parts |= {"draft": result.draft} | ({"exports": result.exports} if export else {})
-    artifacts = {name: folder.parent / name for name in (*parts, "evidence")}
-    for name, place in parts.items():  # MLflow calls a directory by its own name, and follows no link
+    places = {"target": result.target} if parts.target else {}
+    places |= {"draft": result.draft} | ({"exports": result.exports} if parts.exports else {})
+    artifacts = {name: folder.parent / name for name in (*places, "evidence")}
+    for name, place in places.items():  # MLflow calls a directory by its own name, and follows no link
         shutil.copytree(place, artifacts[name], copy_function=_link)
-    _copy_evidence(result, artifacts["evidence"])
+    _write_evidence(result, artifacts)
     mlflow.pyfunc.save_model(
         str(folder),
         python_model=served.__file__,
@@ -169,7 +231,8 @@ def save(result: Result, folder: Path, model: Model, export: bool, by_reference:
         signature=SIGNATURE,
         input_example=(pd.DataFrame({"prompt": ["Why is the sky blue?"]}), {"max_new_tokens": 32}),
         pip_requirements=requirements(),
-        model_config={"reference": reference},
+        # MLflow takes at loading what is named here, and nothing else.
+        model_config={"reference": reference, "target": None, "dtype": None, "device": None},
         mlflow_model=model,
     )
     _forget_places(model, folder)
@@ -191,7 +254,9 @@ def _link(source: str, destination: str) -> None:
         shutil.copy(source, destination)
 
 
-def _copy_evidence(result: Result, folder: Path) -> None:
+def _write_evidence(result: Result, artifacts: dict[str, Path]) -> None:
+    """Copy the records that the gate reads, and list the digests of all files of the version."""
+    folder = artifacts["evidence"]
     folder.mkdir()
     copies = {
         EVALUATION: result.eval_file,
@@ -201,14 +266,52 @@ def _copy_evidence(result: Result, folder: Path) -> None:
     for name, file in copies.items():
         if file.exists():
             shutil.copy(file, folder / name)
+    (folder / CARD).write_text(card(result.record, result.model_name), encoding="utf-8")
+    digests = {
+        f"{part}/{file.relative_to(place).as_posix()}": file_digest(file)
+        for part, place in artifacts.items()
+        for file in sorted(place.rglob("*"))
+        if file.is_file()
+    }
+    write_json(folder / FILES, digests)
 
 
-def _checked_export(result: Result) -> bool:
-    """Is there an export to take along? Its files must be those whose hashes the record has."""
+def _check(result: Result, parts: Parts) -> None:
+    """Check what is to be uploaded, before time is spent on it."""
+    if parts.target:
+        if not result.target.is_dir():
+            raise DeepSpecError(
+                f"{result.target}: no target; get it with `dvc pull`, or pass --target-by-reference"
+            )
+        result.check(TARGET)
+        found, measured = target_digest(result.target), result.record.target_digest
+        if found != measured:
+            raise DeepSpecError(
+                f"{result.target}: is target {found}, but {measured} was evaluated; run `dvc repro`"
+            )
+    elif _is_beside(source := result.params.target.source):
+        raise DeepSpecError(
+            f"target.source is {source}, a directory beside this checkout: a version that names it would load nowhere "
+            "else; register without --target-by-reference, or give an absolute path"
+        )
+    _check_export(result, parts)
+
+
+def _is_beside(source: str) -> bool:
+    """Check whether a source is a directory by a relative path, which only this checkout has."""
+    return not (source.startswith(PREFIX) or Path(source).is_absolute() or is_hub_id(source))
+
+
+def _check_export(result: Result, parts: Parts) -> None:
+    """Check that an export's files are those whose digests its record has, if there is one or it is asked for."""
     if not result.export_file.exists():
-        return False
-    engines = read_json(result.export_file)["engines"]
-    found = False
+        if parts.exports:
+            raise DeepSpecError(
+                f"{result.export_file}: no such file; run `dvc repro`, or leave --with-exports"
+            )
+        return
+    result.check(EXPORTS)
+    engines = read_json(result.export_file).get("engines", {})
     for name, engine in engines.items():
         for file, expected in engine.get("files", {}).items():
             path = result.root / engine["path"] / file
@@ -216,13 +319,12 @@ def _checked_export(result: Result) -> bool:
                 raise DeepSpecError(
                     f"{path}: not the file that {result.export_file} names; export again for {name}"
                 )
-            found = True
-    return found
 
 
-def _create_model(client: MlflowClient, name: str) -> None:
+def _create_model(client: MlflowClient, result: Result) -> None:
+    tags = {"drafter": result.drafter, "target": result.record.target}
     try:
-        client.create_registered_model(name)
+        client.create_registered_model(result.model_name, tags, describe_model(result.record))
     except MlflowException as error:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise

@@ -7,7 +7,6 @@ since; and files that are not those which dvc.lock names are refused.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from dataclasses import dataclass
@@ -15,17 +14,17 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import yaml
-from pydantic import ValidationError
-
 from deepspec.config import Params
 from deepspec.drafters.checkpoint import draft_digest
-from deepspec.errors import DeepSpecError
+from deepspec.errors import DeepSpecError, os_reason
 from deepspec.evaluation.record import Record
 from deepspec.files import digest
+from deepspec.target.source import RECORD
+from deepspec.tracking import lock
+from deepspec.tracking.lock import LOCK, Stages
 
-LOCK = "dvc.lock"
-STAGES = ("train", "evaluate", "export")  # of a drafter; an export is made on demand
+TARGET, PROMPTS, EXPORTS = "data/target", "data/prompts", "data/exports"
+_LARGE = (TARGET, PROMPTS, EXPORTS)  # which a tracked run does not read
 
 
 @dataclass(frozen=True)
@@ -34,12 +33,14 @@ class Result:
 
     Args:
         stages: stage name → its entry of dvc.lock, for all that the drafter's results were made from.
+        outs: path → MD5 of what these stages wrote, and of the report's pages.
         params: as those stages had them.
     """
 
     root: Path
     drafter: str
-    stages: dict[str, dict]
+    stages: Stages
+    outs: dict[str, str]
     params: Params
     record: Record
 
@@ -49,12 +50,21 @@ class Result:
         return digest(json.dumps(self.stages, sort_keys=True))
 
     @property
+    def work(self) -> Path:
+        """Return the folder of unfinished work, on the data's own disk: nothing large is copied to another one."""
+        return self.root / ".deepspec"
+
+    @property
+    def target(self) -> Path:
+        return self.root / TARGET
+
+    @property
     def draft(self) -> Path:
         return self.root / "data/drafts" / self.drafter
 
     @property
     def exports(self) -> Path:
-        return self.root / "data/exports" / self.drafter
+        return self.root / EXPORTS / self.drafter
 
     @property
     def eval_file(self) -> Path:
@@ -80,13 +90,27 @@ class Result:
     @cached_property
     def history(self) -> list[dict[str, Any]]:
         """Return the training history, one line every few steps."""
-        lines = (self.root / "reports/train" / f"{self.drafter}.jsonl").read_text().splitlines()
-        return [json.loads(line) for line in lines]
+        path = self.root / "reports/train" / f"{self.drafter}.jsonl"
+        return [_parsed(path, line) for line in _text(path).splitlines()]
 
     @property
     def model_name(self) -> str:
         """Under which its versions are registered."""
         return model_name(self.params.target.source, self.drafter)
+
+    def names(self, path: Path) -> bool:
+        """Check whether dvc.lock names a file, relative to the root, or the directory that it is in."""
+        return any(str(place) in self.outs for place in (path, *path.parents))
+
+    def check(self, place: str) -> None:
+        """Check that what the stages wrote at `place` or below is still what they wrote.
+
+        Raises:
+            DeepSpecError: a file is missing, cannot be read, or is another one.
+        """
+        for path, md5 in self.outs.items():
+            if path == place or path.startswith(f"{place}/"):
+                lock.check(self.root / path, md5)
 
 
 def read_result(drafter: str, root: str | Path = ".") -> Result:
@@ -96,37 +120,37 @@ def read_result(drafter: str, root: str | Path = ".") -> Result:
         DeepSpecError: it was not trained and evaluated by `dvc repro`, or something was changed since.
     """
     root = Path(root)
-    stages = lineage(_locked_stages(root / LOCK), drafter)
-    for name in _own(stages, drafter):
-        for out in stages[name].get("outs", []):
-            _check(root / out["path"], out.get("md5", ""))
+    everything = lock.read_lock(root / LOCK)
+    stages = lock.lineage(everything, drafter)
+    outs = lock.outputs(everything, *stages, lock.REPORT)
+    read = {path: md5 for path, md5 in outs.items() if not path.startswith(_LARGE)}
+    for path, md5 in read.items():
+        if not md5.endswith(".dir"):
+            lock.check(root / path, md5)
     record = Record.read(root / "reports/eval" / f"{drafter}.json")
-    result = Result(root, drafter, stages, _locked_params(stages, drafter), record)
+    result = Result(root, drafter, stages, outs, lock.locked_params(stages, drafter), record)
     if not result.draft.is_dir():
         raise DeepSpecError(f"{result.draft}: no such draft; get it with `dvc pull` or `dvc repro`")
-    if (found := draft_digest(result.draft)) != record.draft_digest:
+    try:
+        found = draft_digest(result.draft)
+    except OSError as error:
+        raise DeepSpecError(f"{result.draft}: cannot be read: {os_reason(error)}") from None
+    if found != record.draft_digest:
         raise DeepSpecError(
             f"{result.draft}: is draft {found}, but {record.draft_digest} was evaluated; run `dvc repro`"
         )
+    for path, md5 in read.items():
+        if md5.endswith(".dir"):
+            lock.check(root / path, md5)
     return result
 
 
-def lineage(stages: dict[str, dict], drafter: str) -> dict[str, dict]:
-    """Return the drafter's stages and, by what they read, all before them."""
-    writers = {out["path"]: name for name, stage in stages.items() for out in stage.get("outs", [])}
-    found: dict[str, dict] = {}
-    waiting = _own(stages, drafter)
-    while waiting:
-        name = waiting.pop()
-        if name in found:
-            continue
-        found[name] = stages[name]
-        for dep in stages[name].get("deps", []):
-            path = Path(dep["path"])
-            waiting += [writers[str(p)] for p in (path, *path.parents) if str(p) in writers]
-    if missing := [name for name in STAGES[:2] if f"{name}@{drafter}" not in found]:
-        raise DeepSpecError(f"{LOCK}: stage {missing[0]}@{drafter} has not run; run `dvc repro`")
-    return dict(sorted(found.items()))
+def target_digest(directory: Path) -> str:
+    """Return the digest that a target's directory was written with; its files are those of dvc.lock or are not."""
+    found = read_json(directory / RECORD).get("digest")
+    if not isinstance(found, str):
+        raise DeepSpecError(f"{directory / RECORD}: names no target; run `dvc repro`")
+    return found
 
 
 def model_name(source: str, drafter: str) -> str:
@@ -139,57 +163,30 @@ def model_name(source: str, drafter: str) -> str:
 
 
 def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Raises:
+        DeepSpecError: it is missing, cannot be read, or is something else.
+    """
+    return _parsed(path, _text(path))
+
+
+def _text(path: Path) -> str:
     try:
-        return json.loads(path.read_text())
+        return path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise DeepSpecError(f"{path}: no such file; run `dvc repro`") from None
+    except OSError as error:
+        raise DeepSpecError(f"{path}: cannot be read: {os_reason(error)}") from None
+    except ValueError as error:
+        raise DeepSpecError(f"{path}: not text: {error}") from None
+
+
+def _parsed(path: Path, text: str) -> dict[str, Any]:
+    try:
+        found = json.loads(text)
     except ValueError as error:
         raise DeepSpecError(f"{path}: not valid JSON: {error}") from None
-
-
-def _own(stages: dict[str, dict], drafter: str) -> list[str]:
-    return [f"{name}@{drafter}" for name in STAGES if f"{name}@{drafter}" in stages]
-
-
-def _locked_stages(path: Path) -> dict[str, dict]:
-    try:
-        return yaml.load(path.read_text(), getattr(yaml, "CSafeLoader", yaml.SafeLoader))["stages"]
-    except FileNotFoundError:
-        raise DeepSpecError(f"{path}: no such file; run `dvc repro` first") from None
-    except (yaml.YAMLError, KeyError, TypeError):
-        raise DeepSpecError(f"{path}: not a DVC lock file") from None
-
-
-def _check(path: Path, md5: str) -> None:
-    """Check that a file is the one that the lock names; directories are known by their own digests."""
-    if not md5 or md5.endswith(".dir"):
-        return
-    try:
-        found = hashlib.md5(path.read_bytes(), usedforsecurity=False).hexdigest()
-    except FileNotFoundError:
-        raise DeepSpecError(f"{path}: no such file; get it with `dvc pull` or `dvc repro`") from None
-    if found != md5:
-        raise DeepSpecError(f"{path}: changed since the stage in {LOCK} wrote it; run `dvc repro`")
-
-
-def _locked_params(stages: dict[str, dict], drafter: str) -> Params:
-    """Return the parameters of these stages, with every default."""
-    flat = {
-        key: value
-        for stage in stages.values()
-        for values in stage.get("params", {}).values()
-        for key, value in values.items()
-    }
-    raw: dict[str, Any] = {"pipeline": [drafter]}
-    for key in sorted(flat, key=lambda key: key.count("."), reverse=True):  # whole sections last
-        *parents, last = key.split(".")
-        section = raw
-        for parent in parents:
-            section = section.setdefault(parent, {})
-        section[last] = flat[key]
-    try:
-        return Params.model_validate(raw)
-    except ValidationError:
-        raise DeepSpecError(
-            f"{LOCK}: made with other parameters than this code has; run `dvc repro`"
-        ) from None
+    if not isinstance(found, dict):
+        raise DeepSpecError(f"{path}: expected a JSON object, found {type(found).__name__}")
+    return found

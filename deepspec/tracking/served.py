@@ -15,6 +15,8 @@ from mlflow.models import set_model
 from mlflow.pyfunc import PythonModel
 
 EVALUATION = "evaluation.json"  # in the artifact "evidence"
+FILES = "files.json"  # beside it: SHA-256 of every other file of the version's artifacts
+AGAIN = "`deepspec register` makes the version again"
 
 
 class SpeculativeModel(PythonModel):
@@ -25,11 +27,15 @@ class SpeculativeModel(PythonModel):
 
         Where the controller decides by measured costs, those of this machine are read from the user's cache, or
         measured in some seconds and kept there.
+
+        Raises:
+            DeepSpecError: a file of the version is missing, cannot be read or is another one.
         """
         from deepspec import load_target
         from deepspec.drafters.deployment import DecodeParams, Deployment
 
         config = context.model_config or {}
+        check_files(context.artifacts, {"target"} if config.get("target") else set())
         record = json.loads((Path(context.artifacts["evidence"]) / EVALUATION).read_text())
         place = config.get("target") or context.artifacts.get("target") or _resolved(config["reference"])
         self.target = load_target(place, config.get("dtype"), config.get("device"))
@@ -37,8 +43,18 @@ class SpeculativeModel(PythonModel):
         self.deployment = Deployment.of(self.target, context.artifacts["draft"], decode)
 
     def predict(self, context: Any, model_input: pd.DataFrame, params: dict | None = None) -> pd.DataFrame:
-        """Answer each `prompt` with `text` and `tau`: tokens committed per target pass."""
-        rows = [self._answer(prompt, **(params or {})) for prompt in model_input["prompt"]]
+        """Answer each `prompt` with `text` and `tau`: tokens committed per target pass.
+
+        Raises:
+            DeepSpecError: a prompt that is no text, or parameters that cannot be.
+        """
+        from deepspec.errors import DeepSpecError
+
+        prompts = list(model_input["prompt"])
+        for row, prompt in enumerate(prompts):
+            if not isinstance(prompt, str) or not prompt.strip():
+                raise DeepSpecError(f"prompt {row} is {prompt!r}; expected text")
+        rows = [self._answer(prompt, **(params or {})) for prompt in prompts]
         return pd.DataFrame(rows, columns=["text", "tau"])
 
     def _answer(
@@ -53,14 +69,56 @@ class SpeculativeModel(PythonModel):
         return self.target.tokenizer.decode(out.tokens, skip_special_tokens=True), out.stats.tau
 
 
+def check_files(artifacts: dict[str, str], left_out: set[str]) -> None:
+    """Check that a version's files are those that were registered, by their digests.
+
+    Args:
+        artifacts: part of the version → its directory.
+        left_out: parts that are not used.
+
+    Raises:
+        DeepSpecError: one is missing, cannot be read or is another one.
+    """
+    from deepspec.errors import DeepSpecError, os_reason
+    from deepspec.files import file_digest
+
+    listed = Path(artifacts["evidence"]) / FILES
+    try:
+        known = dict(json.loads(listed.read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise DeepSpecError(f"the version has no list of its files, {FILES} ({error}); {AGAIN}") from None
+    for name, expected in known.items():
+        part, _, rest = name.partition("/")
+        if part in left_out:
+            continue
+        try:
+            found = file_digest(Path(artifacts[part]) / rest)
+        except KeyError:
+            raise DeepSpecError(f"{name} of the version: not among its artifacts; {AGAIN}") from None
+        except OSError as error:
+            raise DeepSpecError(f"{name} of the version: {os_reason(error)}; {AGAIN}") from None
+        if found != expected:
+            raise DeepSpecError(f"{name} of the version is not the file that was registered; {AGAIN}")
+
+
 def _resolved(reference: dict[str, Any]) -> Path:
-    """Fetch a target kept by reference once into the user's cache. The draft checks that it is the same one."""
+    """Fetch a target kept by reference once into the user's cache.
+
+    Raises:
+        DeepSpecError: it cannot be fetched, or is another one by now.
+    """
+    from deepspec.errors import DeepSpecError
     from deepspec.target.model import resolve_target
-    from deepspec.target.source import RECORD
+    from deepspec.target.source import RECORD, directory_digest
 
     place = Path.home() / ".cache/deepspec" / f"target-{reference['digest']}"
     if not (place / RECORD).exists():
         resolve_target(reference["source"], reference["revision"], reference["dtype"], place)
+    if (found := directory_digest(place)) != reference["digest"]:
+        raise DeepSpecError(
+            f"{reference['source']}: is target {found} now, but the version is of {reference['digest']}; name a "
+            'directory of that one with model_config={"target": ...}'
+        )
     return place
 
 

@@ -6,6 +6,7 @@ behind its own address, so that every client reads them; a path of one machine i
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import urllib.error
@@ -20,9 +21,10 @@ import mlflow
 from mlflow import MlflowClient
 from mlflow.entities import Experiment
 from mlflow.exceptions import MlflowException
+from sqlalchemy.exc import SQLAlchemyError
 
 from deepspec.entry import quiet_environment
-from deepspec.errors import DeepSpecError
+from deepspec.errors import DeepSpecError, os_reason
 
 DEFAULT = "sqlite:///mlruns/mlflow.db"
 EXPERIMENT = "deepspec"
@@ -36,6 +38,11 @@ class Store:
     uri: str
     client: MlflowClient
     experiment_id: str
+
+    @property
+    def runs(self) -> str:
+        """Return the page with all runs; the experiment's own opens MLflow's page for traces."""
+        return self.link("experiments", self.experiment_id, "runs")
 
     def link(self, *parts: str) -> str:
         """Return a page of the server's; of a SQLite store, its file."""
@@ -53,6 +60,9 @@ def connect() -> Iterator[Store]:
     """
     quiet_environment()
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    os.environ.setdefault(
+        "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true"
+    )  # links of our own lead to the runs
     for name in ("alembic", "mlflow"):
         logging.getLogger(name).setLevel(logging.WARNING)
     uri = os.environ.get("MLFLOW_TRACKING_URI") or DEFAULT
@@ -71,8 +81,15 @@ def connect() -> Iterator[Store]:
         experiment = _experiment(client, uri)
         _check_location(experiment, uri)
         yield Store(uri, client, experiment.experiment_id)
-    except MlflowException as error:
+    except (MlflowException, SQLAlchemyError) as error:
         raise DeepSpecError(f"MLflow at {_public(uri)}: {_reason(error)}") from error
+    except (
+        OSError
+    ) as error:  # a server that went away, a file that cannot be read; a full disk is told by its name
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        where = f"{error.filename}: " if error.filename else ""
+        raise DeepSpecError(f"MLflow at {_public(uri)}: {where}{os_reason(error)}") from error
 
 
 def _experiment(client: MlflowClient, uri: str) -> Experiment:
@@ -115,7 +132,7 @@ def _check_alive(uri: str) -> None:
         ) from None
 
 
-def _reason(error: MlflowException) -> str:
+def _reason(error: Exception) -> str:
     text = " ".join(str(error).split())
     if "Invalid Host header" in text:
         return "it refuses this host name; start the server with --allowed-hosts"

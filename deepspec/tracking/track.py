@@ -11,7 +11,8 @@ from mlflow.entities import Param, Run, RunStatus, RunTag
 from mlflow.utils.mlflow_tags import MLFLOW_RUN_NAME
 
 from deepspec.tracking import figures
-from deepspec.tracking.result import LOCK, Result
+from deepspec.tracking.lock import LOCK
+from deepspec.tracking.result import Result
 from deepspec.tracking.store import KEY, Store
 
 _FINISHED = RunStatus.to_string(RunStatus.FINISHED)
@@ -54,23 +55,26 @@ def find_run(result: Result, store: Store) -> Run | None:
 
 
 def artifact_files(result: Result) -> Iterator[Path]:
-    """Relative to the root: the drafter's own records and what is about all of them."""
+    """Yield files relative to the root: the drafter's own records and what is about all of them.
+
+    What a stage writes is taken if dvc.lock names it, and `read_result` has checked it; exports made by hand and
+    records of serving are of no stage.
+    """
     name, root = result.drafter, result.root
     patterns = (
-        LOCK,
-        "params.yaml",
         "reports/*.*",
         "reports/plots/*",
         f"reports/train/{name}.jsonl",
         f"reports/eval/{name}.*",
-        f"reports/export/{name}.*",
-        f"reports/serve/{name}-*",
         "data/distill/manifest.json",
         f"data/features/{name}.json",
         f"data/drafts/{name}/*.json",
     )
-    for pattern in patterns:
-        yield from (path.relative_to(root) for path in sorted(root.glob(pattern)) if path.is_file())
+    by_hand = (LOCK, "params.yaml", f"reports/export/{name}.*", f"reports/serve/{name}-*")
+    for pattern in (*by_hand, *patterns):
+        for path in sorted(root.glob(pattern)):
+            if path.is_file() and (pattern in by_hand or result.names(path.relative_to(root))):
+                yield path.relative_to(root)
 
 
 def _log(result: Result, client: MlflowClient, run_id: str, now_ms: int) -> None:

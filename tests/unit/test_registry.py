@@ -14,10 +14,11 @@ from typer.testing import CliRunner
 from deepspec.cli import app
 from deepspec.errors import DeepSpecError
 from deepspec.evaluation.record import EVAL_VERSION
-from deepspec.tracking.register import REQUIREMENTS, register
+from deepspec.target.model import resolve_target
+from deepspec.tracking.register import REQUIREMENTS, Parts, register
 from deepspec.tracking.result import read_result
 from deepspec.tracking.store import connect
-from tests.tracked import MODEL, NAME, lay_out, write_export
+from tests.tracked import MODEL, NAME, lay_out, lock, write_export
 
 
 def run(*words: str) -> tuple[int, str]:
@@ -47,6 +48,14 @@ def test_the_same_results_are_one_version_and_other_results_another(tree: Path, 
         assert (first.version, first.new, second.version, second.new) == ("1", True, "1", False)
         version = store.client.get_model_version(MODEL, "1")
         run = store.client.get_run(version.run_id)
+        model = store.client.get_registered_model(MODEL)
+        (logged,) = store.client.search_logged_models([store.experiment_id])
+    assert "@champion" in model.description and model.tags["drafter"] == NAME
+    figures = {metric.key: metric.value for metric in logged.metrics}
+    assert figures["eval/tau"] == 2.5 and figures["eval/mean/T1/speedup"] == 2.0
+    assert (
+        logged.params["train.lr"] == "0.001" and logged.tags["draft_digest"] == version.tags["draft_digest"]
+    )
     assert aliases() == {"challenger": "1"}
     record = json.loads(Path(f"reports/eval/{NAME}.json").read_text())
     expected = {
@@ -60,6 +69,7 @@ def test_the_same_results_are_one_version_and_other_results_another(tree: Path, 
         "dvc_key": run.data.tags["deepspec_key"],
     }
     assert expected.items() <= version.tags.items()
+    assert "| sums | 0 | 2.50 | 2.00× | yes |" in version.description
     assert f"{record['summary']['speedup']:.2f}× against plain decoding at T = 0" in version.description
     (tree / f"reports/export/{NAME}.json").unlink()
     shutil.rmtree("data/exports")
@@ -72,11 +82,14 @@ def test_the_same_results_are_one_version_and_other_results_another(tree: Path, 
 
 def test_a_version_holds_all_that_it_needs_and_no_path_of_this_machine(tree: Path):
     with connect() as store:
-        register(read_result(NAME), store)
+        register(read_result(NAME), store, Parts(exports=True))
     (model,) = Path("mlruns/artifacts/models").glob("*/artifacts")
     parts = {path.name for path in (model / "artifacts").iterdir()}
     assert parts == {"target", "draft", "evidence", "exports"}
     assert (model / "artifacts/exports/vllm/config.json").is_file()
+    listed = json.loads((model / "artifacts/evidence/files.json").read_text())
+    there = {p.relative_to(model / "artifacts").as_posix() for p in (model / "artifacts").rglob("*.*")}
+    assert {name for name in there if "." in Path(name).name} - {"evidence/files.json"} <= set(listed)
     assert (model / "code/deepspec/decoding/engine.py").is_file()
     wanted = (model / "requirements.txt").read_text().splitlines()
     assert [line.split("==")[0] for line in wanted] == list(REQUIREMENTS)
@@ -91,15 +104,29 @@ def test_a_version_holds_all_that_it_needs_and_no_path_of_this_machine(tree: Pat
     assert not list(Path(".deepspec").glob("register-*"))
 
 
-def test_a_target_by_reference_is_named_not_copied(tree: Path):
+def test_exports_are_not_copied_unless_asked_for(tree: Path):
+    """No one loads them from the registry: they were half of a version's size."""
     with connect() as store:
-        register(read_result(NAME), store, target_by_reference=True)
+        register(read_result(NAME), store)
+    (model,) = Path("mlruns/artifacts/models").glob("*/artifacts")
+    assert {path.name for path in (model / "artifacts").iterdir()} == {"target", "draft", "evidence"}
+
+
+def test_a_target_by_reference_is_named_not_copied(tree: Path, tiny_target: Path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tree / "home"))
+    with pytest.raises(DeepSpecError, match="a directory beside this checkout"), connect() as store:
+        register(read_result(NAME), store, Parts(target=False))
+    resolve_target(str(tiny_target), None, "float32", tree / "resolved")
+    lay_out(tree, tree / "resolved")
+    lock(tree, source=str(tiny_target))
+    with connect() as store:
+        register(read_result(NAME), store, Parts(target=False))
     (model,) = Path("mlruns/artifacts/models").glob("*/artifacts")
     assert not (model / "artifacts/target").exists()
     config = yaml.safe_load((model / "MLmodel").read_text())["flavors"]["python_function"]["config"]
     record = json.loads(Path(f"reports/eval/{NAME}.json").read_text())
     assert config["reference"] == {
-        "source": "data/smoke-target",
+        "source": str(tiny_target),
         "revision": None,
         "dtype": "float32",
         "digest": record["target_digest"],

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -12,7 +11,9 @@ from deepspec.decoding import cost
 from deepspec.errors import DeepSpecError
 from deepspec.reproduce.checkout import STATE, Settings, Work
 from deepspec.reproduce.run import RESULT, plant_costs, run
-from tests.dvc_here import dvc, make_repository
+from tests import repositories
+from tests.dvc_here import make_repository
+from tests.repositories import sh, succeed
 
 DVC_YAML = """
 stages:
@@ -43,14 +44,8 @@ if sys.argv[1] == "report": pathlib.Path("metrics.json").write_text(record.read_
 """
 
 
-def sh(root: Path, *words: str) -> str:
-    return subprocess.run(words, cwd=root, check=True, capture_output=True, text=True).stdout
-
-
 def commit(root: Path, tag: str) -> None:
-    sh(root, "git", "add", "-A")
-    who = ["-c", "user.name=tests", "-c", "user.email=tests@example.org"]
-    sh(root, "git", *who, "commit", "--quiet", "--allow-empty", "-m", tag)
+    repositories.commit(root, tag)
     sh(root, "git", "tag", tag)
 
 
@@ -78,15 +73,11 @@ def origin(tmp_path_factory) -> Path:
     return root
 
 
-def succeed(root: Path, *words: str) -> None:
-    done = dvc(root, *words)
-    assert done.returncode == 0, done.stderr
-
-
 @pytest.fixture(autouse=True)
 def dvc_in_this_process(monkeypatch):
     """`tests/e2e/test_reproduce.py` has it as a process."""
-    monkeypatch.setattr(Work, "dvc", lambda work, *words, **_: dvc(work.root, *words))
+    monkeypatch.setattr(Work, "dvc", repositories.dvc_in_process)
+    monkeypatch.setattr(Work, "stage", repositories.stage_in_process)
 
 
 @pytest.fixture
@@ -178,7 +169,11 @@ def test_a_directory_that_exists_and_is_empty_will_do(settings, monkeypatch):
 @pytest.mark.parametrize(
     ("tag", "changes", "message"),
     [
-        ("goof", {}, "has no tag 'goof'; did you mean 'good'.*tags: good, never-run, unpushed"),
+        (
+            "goof",
+            {},
+            "has no tag 'goof'; did you mean 'good'.*tags: good, never-run, unpushed; milestones: none",
+        ),
         ("never-run", {}, "never-run has no committed metrics in metrics.json"),
         (
             "good",

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import mlflow
 import pytest
+import yaml
 from mlflow import MlflowClient
 from mlflow.entities import Experiment
 from mlflow.exceptions import MlflowException
@@ -20,7 +21,7 @@ from deepspec.tracking import store as storing
 from deepspec.tracking.figures import flatten
 from deepspec.tracking.result import model_name, read_result
 from deepspec.tracking.store import connect
-from deepspec.tracking.track import track
+from deepspec.tracking.track import artifact_files, track
 from deepspec.training.system import read_samples, samples_file, watched
 from tests.tracked import NAME, lay_out, lock
 
@@ -43,11 +44,13 @@ def test_a_result_is_logged_whole_and_a_second_call_changes_nothing(tree: Path):
     assert metrics["eval/tau"] == 2.5 and metrics["eval/sums/T1/speedup_low"] == 1.9
     assert metrics["data/checks_failed"] == 0 and metrics["eval/lossless"] == 1
     assert tags["mlflow.source.git.commit"] == "c0ffee" and tags["version.torch"] == "2.13"
+    assert "τ 2.50, 2.00×" in tags["mlflow.note.content"]
+    assert tags["mlflow.source.name"] == f"deepspec evaluate --drafter {NAME}" and tags["mlflow.user"]
     assert tags["validation"] == "passed" and tags["data_digest"] == 64 * "a"
     client = MlflowClient()
     curve = client.get_metric_history(first.run_id, "train/heldout_tau")
     assert [(point.step, point.value) for point in curve] == [(20, 1.2), (40, 1.4), (60, 1.6)]
-    acceptance = client.get_metric_history(first.run_id, "eval/talk/T0/accept_rate")
+    acceptance = client.get_metric_history(first.run_id, "eval/talk/T0/accept_rate_by_position")
     assert [(point.step, point.value) for point in acceptance] == [(1, 0.8), (2, 0.5)]
 
     data = {one.dataset.name: one for one in run.inputs.dataset_inputs}
@@ -106,9 +109,16 @@ def test_parameters_are_those_of_the_lock_not_of_an_edited_file(tree: Path):
         (f"reports/eval/{NAME}.json", "{}", "changed since the stage in dvc.lock wrote it"),
         (f"data/drafts/{NAME}/config.json", "{}", "was evaluated"),
         (f"reports/train/{NAME}.jsonl", None, "no such file; get it with"),
+        ("reports/validation.json", '{"passed": false, "rows": 1, "checks": []}', "changed since the stage"),
+        ("reports/report.html", "<html>of another run</html>", "changed since the stage"),
+        ("data/distill/manifest.json", '{"digest": "another", "target": "x"}', "changed since the stage"),
+        (f"data/drafts/{NAME}/model.safetensors", None, "was evaluated"),
         ("dvc.lock", None, "no such file; run `dvc repro` first"),
         ("dvc.lock", "[]", "not a DVC lock file"),
         ("dvc.lock", "stages: {}", f"stage train@{NAME} has not run"),
+        ("dvc.lock", "stages: {train: ", "not a DVC lock file"),
+        ("dvc.lock", f"stages: {{train@{NAME}: null}}", "not a DVC lock file"),
+        ("dvc.lock", f"stages: {{train@{NAME}: {{outs: [5]}}}}", "not a DVC lock file"),
     ],
 )
 def test_what_dvc_did_not_make_is_refused(tree: Path, path, content, message):
@@ -117,6 +127,30 @@ def test_what_dvc_did_not_make_is_refused(tree: Path, path, content, message):
         (tree / path).write_text(content)
     with pytest.raises(DeepSpecError, match=message):
         read_result(NAME)
+
+
+@pytest.mark.parametrize("path", ["dvc.lock", f"reports/eval/{NAME}.json", f"reports/train/{NAME}.jsonl"])
+def test_what_cannot_be_read_is_told_in_one_line(tree: Path, path):
+    (tree / path).unlink()
+    (tree / path).symlink_to(tree / path)  # root reads everything else
+    with pytest.raises(DeepSpecError, match="cannot be read: Too many levels of symbolic links"):
+        read_result(NAME)
+
+
+def test_a_stage_that_read_another_file_than_there_is_now_is_refused(tree: Path):
+    """Data that were made again and a draft that was trained before: both are in dvc.lock."""
+    lock_file = yaml.safe_load((tree / "dvc.lock").read_text())
+    train = lock_file["stages"][f"train@{NAME}"]
+    train["deps"].append({"path": "data/distill", "md5": "0.dir"})
+    (tree / "dvc.lock").write_text(yaml.safe_dump(lock_file))
+    with pytest.raises(DeepSpecError, match=f"train@{NAME} read another data/distill than there is now"):
+        read_result(NAME)
+
+
+def test_a_file_that_no_stage_names_is_not_taken_for_a_result(tree: Path):
+    (tree / "reports/notes.html").write_text("mine")
+    files = {str(path) for path in artifact_files(read_result(NAME))}
+    assert "reports/report.html" in files and "reports/notes.html" not in files
 
 
 def test_lists_and_mappings_of_odd_keys_are_one_parameter():
