@@ -32,8 +32,8 @@ from deepspec.decoding.engine import generate
 from deepspec.decoding.shapes import BestFirst
 from deepspec.decoding.tree import Proposal
 from deepspec.errors import DeepSpecError
-from deepspec.export.layout import Refused
 from deepspec.export.parity import check
+from deepspec.export.suitable import Refused
 from deepspec.features.local import OnlineFeatures
 from deepspec.features.sequences import Sequence
 from deepspec.target.model import Target, load_target

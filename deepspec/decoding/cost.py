@@ -30,11 +30,13 @@ from deepspec.files import digest, write_json
 from deepspec.lineage import code_digest
 from deepspec.target.attention import ForwardPass, KVCache
 from deepspec.target.model import Target
+from deepspec.target.states import MOST_AGAIN, StateCache
 
 BATCHES = (1, 4, 16)
 WIDTHS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)  # new tokens a request
 CONTEXT = 256
 _REPEATS = 7
+FED = MOST_AGAIN // 2  # accepted tokens that a target with a state runs again in a pass of a chain
 _COMMITTED = 3  # tokens that a drafter takes in before it proposes again
 Points = list[tuple[float, float]]  # (x, seconds), x ascending
 Watch = Callable[[int, int], None]  # (done, total)
@@ -171,8 +173,12 @@ def measure_passes(
 
     All shapes take turns, so that a slow moment of the machine falls on all of them; the first turn is a warm-up
     (oneDNN builds its kernels by shape).
+
+    A target that keeps a state runs accepted tokens again where a chain did not stand whole: passes over more than
+    one token a request are measured with `FED` such tokens, which count as no new ones.
     """
-    context = min(context, target.max_length - max(widths) - 1)
+    fed = 0 if target.verdict.trees else FED
+    context = min(context, target.max_length - max(widths) - 1 - fed)
     if context < 1:
         raise DeepSpecError(f"{target.source}: {target.max_length} positions are too few to measure passes")
     cache = _filled_cache(target, max(batches), context, max(widths) + 1)
@@ -180,10 +186,14 @@ def measure_passes(
     seconds: dict[tuple[int, int], list[float]] = {shape: [] for shape in shapes}
     total = (1 + _REPEATS) * len(shapes)
     for turn in range(1 + _REPEATS):
-        for i, shape in enumerate(shapes):
+        for i, (requests, width) in enumerate(shapes):
+            start = context
+            if fed and width > 1:
+                _pass(target, cache, context, requests, fed + 2)  # a chain of which `fed` tokens stand
+                start += fed
             began = time.perf_counter()
-            _pass(target, cache, context, *shape)
-            seconds[shape].append(time.perf_counter() - began)
+            _pass(target, cache, start, requests, width)
+            seconds[requests, width].append(time.perf_counter() - began)
             if watch:
                 watch(turn * len(shapes) + i + 1, total)
     return {
@@ -192,9 +202,9 @@ def measure_passes(
     }
 
 
-def _filled_cache(target: Target, slots: int, context: int, width: int) -> KVCache:
+def _filled_cache(target: Target, slots: int, context: int, width: int) -> KVCache | StateCache:
     """A cache in which every row holds `context` tokens."""
-    cache = KVCache(slots, context + width)
+    cache = KVCache(slots, context + width) if target.verdict.trees else StateCache(slots)
     ids = torch.randint(target.vocab_size, (1, context), generator=_rng()).to(target.device)
     positions = torch.arange(context, device=target.device)[None]
     target.forward(ids, ForwardPass(positions, cache=cache, rows=[0], starts=[0]))
@@ -203,7 +213,7 @@ def _filled_cache(target: Target, slots: int, context: int, width: int) -> KVCac
     return cache
 
 
-def _pass(target: Target, cache: KVCache, context: int, requests: int, width: int) -> None:
+def _pass(target: Target, cache: KVCache | StateCache, context: int, requests: int, width: int) -> None:
     """One verification pass of `width` tokens a request on average; ends with its results on the host.
 
     Neighbours bring one more and one less: a controller leaves proposals uneven, and that costs a few percent.
