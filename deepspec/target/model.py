@@ -211,12 +211,12 @@ class Target:
         self._embed = model.get_input_embeddings()
         self._head = PackedLinear(self.head_weight)
         self._model = text_decoder(model)
-        self._layers = decoder_layers(self._model, self.config.num_hidden_layers)
-        self.num_layers: int = len(self._layers)
+        self.layers = decoder_layers(self._model, self.config.num_hidden_layers)
+        self.num_layers: int = len(self.layers)
         if self.verdict.trees:
             with torch.no_grad():
-                fuse(self._layers, WEIGHTS[weights])
-        self._fused = all(isinstance(layer, FusedLayer) for layer in self._layers)
+                fuse(self.layers, WEIGHTS[weights])
+        self._fused = all(isinstance(layer, FusedLayer) for layer in self.layers)
         self._hooked: set[int] = set()
         self._recording: Any = None  # the step whose features are being computed
         self._states = (
@@ -305,7 +305,7 @@ class Target:
         """
         if count > self.num_layers:
             raise DeepSpecError(f"{self.source} has {self.num_layers} layers, {count} were asked for")
-        layers = list(self._layers[-count:])
+        layers = list(self.layers[-count:])
         if self.weights != "dense" or not all(isinstance(layer, FusedLayer) for layer in layers):
             raise DeepSpecError(
                 f"{self.source}: a draft cannot begin as layers of this shape; use `start: random`"
@@ -363,9 +363,9 @@ class Target:
                 self._recording.features[-1] = args[0] if args else kwargs["hidden_states"]
 
         if layer == -1:
-            self._layers[0].register_forward_pre_hook(keep_input, with_kwargs=True)
+            self.layers[0].register_forward_pre_hook(keep_input, with_kwargs=True)
         else:
-            self._layers[layer].register_forward_hook(keep)
+            self.layers[layer].register_forward_hook(keep)
         self._hooked.add(layer)
 
 

@@ -31,8 +31,8 @@ def padded(path, rows: int):
     model.resize_token_embeddings(rows, mean_resizing=False)
     torch.manual_seed(4)
     with torch.no_grad():
-        for part in (model.get_input_embeddings(), model.get_output_embeddings()):
-            part.weight[TOKENS:].normal_(std=0.3)
+        model.get_input_embeddings().weight[TOKENS:].normal_()
+        model.get_output_embeddings().weight[TOKENS:].normal_(std=1e-3)
     model.save_pretrained(path)
     return path
 
