@@ -2,6 +2,7 @@
 distilled and exported, in a process of its own.
 
     python -m benchmarks.families [--only NAME ...] [--output docs/targets.md]
+    python -m benchmarks.families --chains 200 --only NAME ...
 
 A model is right if 64 greedy tokens in float32, behind a prompt longer than every window, chunk and index of its
 configuration, are those of transformers' own `generate`, and if chains and trees that are partly wrong change nothing.
@@ -26,14 +27,15 @@ import transformers
 from accelerate import Accelerator
 from torch import Tensor
 
+from benchmarks.family_chains import HEADER, chains
 from benchmarks.tiny_families import families, tiny_model
 from deepspec.decoding.drafter import Drafter, DraftRequest, Session
 from deepspec.decoding.engine import generate
 from deepspec.decoding.shapes import BestFirst
 from deepspec.decoding.tree import Proposal
 from deepspec.errors import DeepSpecError
-from deepspec.export.layout import Refused
 from deepspec.export.parity import check
+from deepspec.export.suitable import Refused
 from deepspec.features.local import OnlineFeatures
 from deepspec.features.sequences import Sequence
 from deepspec.target.model import Target, load_target
@@ -118,8 +120,8 @@ class _HintSession(Session):
         return [Proposal(tokens, parents)]
 
 
-def examine(family: str, directory: Path) -> Row:
-    """Return the row of one family, its files written below `directory`."""
+def examine(family: str, directory: Path, answer: int = ANSWER, trained: bool = True) -> Row:
+    """Return the row of one family, its files written below `directory`; unless `trained`, of its decoding alone."""
     found: dict[str, str] = {}
     try:
         model = tiny_model(family)
@@ -128,7 +130,7 @@ def examine(family: str, directory: Path) -> Row:
         tokenizer.save_pretrained(directory / "target")
         ids = torch.randint(100, 500, (1, PROMPT), generator=torch.Generator().manual_seed(5))
         expected = model.generate(
-            ids, attention_mask=torch.ones_like(ids), max_new_tokens=ANSWER, do_sample=False
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=answer, do_sample=False
         )[0, PROMPT:].tolist()
     except Exception as error:
         return Row(family, _words(error))
@@ -141,12 +143,14 @@ def examine(family: str, directory: Path) -> Row:
     prompt = ids[0].tolist()
 
     def decode(drafter: Drafter | None, shape: Any = None) -> str:
-        answer = generate(target, drafter, prompt, ANSWER, tree=shape)[0].tokens
-        return _same(answer, expected)
+        written = generate(target, drafter, prompt, answer, tree=shape)[0].tokens
+        return _same(written, expected)
 
     found["decodes"] = _tried(lambda: decode(None))
     found["chain"] = _tried(lambda: decode(Hints(expected, False)))
     found["tree"] = _tried(lambda: decode(Hints(expected, True), BestFirst(2, 5, 16)))
+    if not trained:
+        return Row(family, **found)
     for kind in ("dspark", "eagle3"):
         found[kind] = _tried(lambda kind=kind: train(target, kind, directory))
     found["export"] = _tried(lambda: export(target, directory))
@@ -276,6 +280,12 @@ def page(rows: list[Row]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def later_sections(path: Path) -> str:
+    """What stands behind the table on the page as it is, from its first section on."""
+    _, section, rest = path.read_text().partition("\n## ") if path.exists() else ("", "", "")
+    return section + rest
+
+
 def _mark(value: str) -> str:
     return value if value in (YES, "–") else "no"
 
@@ -292,20 +302,37 @@ def _reason(row: Row) -> str:
     )
 
 
+def compare_chains(names: list[str], count: int) -> None:
+    """Print what partly wrong chains do to the answers of these families; end with 1 if they change one."""
+    print(HEADER)
+    found = []
+    for name in names:
+        found.append(chains(name, count))
+        print(found[-1].line(), flush=True)
+    if any(one.equal < one.prompts for one in found):
+        sys.exit(1)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--only", nargs="*", help="families (default: all)")
+    parser.add_argument(
+        "--chains", type=int, help="instead: chains against plain decoding over so many prompts"
+    )
     parser.add_argument("--output", type=Path, help="write the page there")
     parser.add_argument("--json", type=Path, help="write the rows there")
     flags = parser.parse_args()
     warnings.filterwarnings("ignore")
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+    if flags.chains:
+        compare_chains(flags.only or families(), flags.chains)
+        return
     rows = measure(flags.only or families())
     if flags.output:
-        flags.output.write_text(page(rows))
+        flags.output.write_text(page(rows) + later_sections(flags.output))
     if flags.json:
         flags.json.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
     if any(row.verdict == "WRONG" for row in rows):

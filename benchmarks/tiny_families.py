@@ -152,7 +152,7 @@ OWN: dict[str, dict[str, Any]] = {
     "dots1": {"n_routed_experts": 4, "num_local_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
     "deepseek_v2": {"topk_method": "greedy", "num_experts_per_tok": 2},
     "dbrx": {
-        "attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0},
+        "attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 10000.0},
         "ffn_config": {"ffn_hidden_size": 128, "moe_num_experts": 4, "moe_top_k": 2},
     },
     "qwen4_exp_text": QSA,
@@ -178,9 +178,9 @@ def families() -> list[str]:
     return sorted(set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES) - ENCODERS)
 
 
-def tiny_config(model_type: str) -> PreTrainedConfig:
-    """Return the family's configuration, shrunk."""
-    return _shrunk(CONFIG_MAPPING[model_type], OWN.get(model_type, {}))
+def tiny_config(model_type: str, **own: Any) -> PreTrainedConfig:
+    """Return the family's configuration, shrunk, but for values of one's own."""
+    return _shrunk(CONFIG_MAPPING[model_type], OWN.get(model_type, {}) | own)
 
 
 def _shrunk(config_class: type, own: dict[str, Any]) -> PreTrainedConfig:
@@ -212,10 +212,15 @@ def _one_of_each(kinds: list[Any]) -> list[Any]:
     return (distinct * LAYERS)[:LAYERS] if len(distinct) > 1 else kinds[:LAYERS]
 
 
-def tiny_model(model_type: str, seed: int = 0, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+def tiny_model(
+    model_type: str,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+    config: PreTrainedConfig | None = None,
+) -> PreTrainedModel:
     """Return a random model whose logits vary by about 1 and depend on what was read."""
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(tiny_config(model_type)).to(dtype).eval()
+    model = AutoModelForCausalLM.from_config(config or tiny_config(model_type)).to(dtype).eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, weight in model.named_parameters():

@@ -7,7 +7,7 @@ from pathlib import Path
 from deepspec.drafters.checkpoint import stored_weights, write_drafter
 from deepspec.drafters.registry import algorithms
 from deepspec.export.draft import Draft, load_draft
-from deepspec.export.engines import ENGINES
+from deepspec.export.engines import plan
 from deepspec.export.layout import Layout, write
 from deepspec.export.sample import samples
 from deepspec.target.model import Target
@@ -48,7 +48,7 @@ def make_draft(root: Path, target: Target, type: str, **sizes) -> Draft:
 def written(draft: Draft, engine: str, root: Path) -> tuple[Layout, Path]:
     """The draft's directory for an engine, without a card."""
     path = root / engine
-    layout = ENGINES[engine][draft.kind](draft, str(path), draft.block_size)
+    layout = plan(draft, engine, str(path), draft.block_size)
     write(layout, path, "")
     return layout, path
 

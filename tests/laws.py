@@ -51,7 +51,9 @@ class MarkovDrafter(Drafter):
 
     def __init__(self, target: Target, case: Case):
         self.block_size = case.length - 1
-        table = next_laws(target, [[*case.prompt, token] for token in range(target.vocab_size)])
+        table = next_laws(target, [[*case.prompt, token] for token in range(target.vocab_size)]).clone()
+        if len(case.prompt) > 1:  # the first draft stands behind the prompt itself
+            table[case.prompt[-1]] = next_laws(target, [list(case.prompt)])[0]
         noise = torch.randn(table.shape, generator=torch.Generator().manual_seed(1))
         self.table = table + 0.5 * noise
         self.vocabulary = Vocabulary(target.vocab_size)

@@ -48,8 +48,9 @@ def run_target(source: str, root: Path) -> bool:
 
 
 def examine_as_target(source: str, root: Path) -> Iterator[Check]:
-    """Check whether it decodes as transformers does, which draft shapes it verifies and which drafters it can have."""
-    from deepspec.drafters.suitable import refusals
+    """Check whether it decodes as transformers does, its draft shapes, its drafters, and engines that serve them."""
+    from deepspec.drafters.suitable import intended
+    from deepspec.export.suitable import in_words, refusals
     from deepspec.target.model import examine_target, load_target
 
     verdict = examine_target(source)
@@ -66,9 +67,11 @@ def examine_as_target(source: str, root: Path) -> Iterator[Check]:
         "head", True, "plain" if transform.plain else "with a scale, bias or soft cap, which the loss knows"
     )
     params = load_params(root / "params.yaml")
-    refused = refusals(target, params.drafters)
+    networks, refused = intended(target, params.drafters)
     for name in params.drafters:
         yield Check(f"drafter {name}", name not in refused, refused.get(name, "can be made"))
+    for name, engines in refusals(target, networks).items():
+        yield Check(f"export of {name}", True, in_words(engines))
 
 
 def _print(checks: list[Check], title: str) -> bool:

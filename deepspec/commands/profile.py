@@ -90,7 +90,7 @@ def curve_table(curve: CostCurve, batches: list[int]) -> Table:
 
 def weight_bytes(target: Target) -> int:
     """Return the bytes of weights that a pass reads: the decoder layers' and the head's, each tensor once."""
-    modules = [*target._layers.modules(), *target._head.modules()]
+    modules = [*target.layers.modules(), *target._head.modules()]
     tensors = {
         id(value): value
         for module in modules

@@ -31,12 +31,14 @@ from deepspec.files import digest, write_json
 from deepspec.lineage import code_digest
 from deepspec.target.attention import ForwardPass, KVCache
 from deepspec.target.model import Target
+from deepspec.target.states import MOST_AGAIN, StateCache
 
 BATCHES = (1, 4, 16)
 WIDTHS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)  # new tokens a request
 CONTEXT = 256
 _TURNS, _FEWEST, _SECONDS = 30, 7, 15.0  # a batch; see `_turns`
 _DRAFT = 0  # what is tried beside passes of 1 token
+FED = MOST_AGAIN // 2  # accepted tokens that a target with a state runs again in a pass of a chain
 _COMMITTED = 3  # tokens that a drafter takes in before it proposes again
 Points = list[tuple[float, float]]  # (x, seconds), x ascending
 Watch = Callable[[int, int], None]  # (done, total)
@@ -176,18 +178,26 @@ def measure_passes(
     all widths run, of its ratio to that turn's passes over one token a request; seconds are that ratio times the
     median of those passes. More tokens never cost less: what says otherwise is noise, and is evened out.
 
+    A target that keeps a state runs accepted tokens again where a chain did not stand whole: passes over more than
+    one token a request are measured with `FED` such tokens, which count as no new ones.
+
     Raises:
         DeepSpecError: the target has too few positions.
     """
     widths = sorted({1, *widths})
-    context = _context_for(target, context, max(widths))
+    fed = 0 if target.verdict.trees else FED
+    context = _context_for(target, context, max(widths) + fed)
     cache = _filled_cache(target, max(batches), context, max(widths) + 1)
     done, total = 0, (1 + _TURNS) * len(batches) * (len(widths) + 1)
 
     def seconds_of(requests: int, width: int) -> float:
         nonlocal done
+        start = context
+        if fed and width > 1:
+            _pass(target, cache, context, requests, fed + 2)  # a chain of which `fed` tokens stand
+            start += fed
         began = time.perf_counter()
-        _pass(target, cache, context, requests, width)
+        _pass(target, cache, start, requests, width)
         seconds = time.perf_counter() - began
         done += 1
         if watch:
@@ -250,9 +260,9 @@ def _context_for(target: Target, context: int, width: int) -> int:
     return context
 
 
-def _filled_cache(target: Target, slots: int, context: int, width: int) -> KVCache:
+def _filled_cache(target: Target, slots: int, context: int, width: int) -> KVCache | StateCache:
     """Return a cache in which every row holds `context` tokens."""
-    cache = KVCache(slots, context + width)
+    cache = KVCache(slots, context + width) if target.verdict.trees else StateCache(slots)
     ids = torch.randint(target.vocab_size, (1, context), generator=_rng()).to(target.device)
     positions = torch.arange(context, device=target.device)[None]
     target.forward(ids, ForwardPass(positions, cache=cache, rows=[0], starts=[0]))
@@ -261,7 +271,7 @@ def _filled_cache(target: Target, slots: int, context: int, width: int) -> KVCac
     return cache
 
 
-def _pass(target: Target, cache: KVCache, context: int, requests: int, width: int) -> None:
+def _pass(target: Target, cache: KVCache | StateCache, context: int, requests: int, width: int) -> None:
     """One verification pass of `width` tokens a request on average; ends with its results on the host.
 
     Neighbours bring one more and one less: a controller leaves proposals uneven, and that costs a few percent.

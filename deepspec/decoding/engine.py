@@ -235,6 +235,8 @@ class Engine:
             wanted=self.layers,
         )
         hidden = self.target.forward(torch.tensor([ids], device=device), run)
+        for turn in turns:
+            turn.fed, turn.passes = run.fed.get(turn.row, 0), run.runs.get(turn.row, 1)
         return run, hidden[0]
 
     def _commit(self, turn: Turn, features: Tensor | None) -> None:
@@ -249,6 +251,8 @@ class Engine:
         judged_depth = min(drafted_depth, committed - 1) if ended_inside else drafted_depth
         slot.stats.drafted.append(judged_depth)
         slot.stats.verified.append(len(proposal.tokens))
+        slot.stats.fed.append(turn.fed)
+        slot.stats.passes.append(turn.passes)
         if slot.pacer:
             slot.pacer.observe(committed)
         if proposal.tokens and self.controller:

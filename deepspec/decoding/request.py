@@ -62,6 +62,8 @@ class Stats:
     verify_s: float = 0.0
     host_s: float = 0.0
     verified: list[int] = field(default_factory=list)  # draft tokens that the target looked at, per round
+    fed: list[int] = field(default_factory=list)  # committed tokens that a state needed again, per round
+    passes: list[int] = field(default_factory=list)  # runs of the target, per round: 1 but for such states
 
     @property
     def rounds(self) -> int:

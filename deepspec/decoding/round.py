@@ -38,6 +38,7 @@ class Turn:
         row: of the cache and of the drafter's session.
         offset: place of its anchor in the target's pass; the nodes of its proposal follow.
         nodes, token: the accepted nodes of the proposal and the target's own token after them.
+        fed, passes: committed tokens that the target ran again for it, and runs of the model (`ForwardPass`).
     """
 
     row: int
@@ -46,6 +47,8 @@ class Turn:
     offset: int = 0
     nodes: list[int] = field(default_factory=list)
     token: int = -1
+    fed: int = 0
+    passes: int = 1
 
     @property
     def size(self) -> int:

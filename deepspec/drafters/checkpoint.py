@@ -34,7 +34,7 @@ def read_config(directory: Path) -> dict:
 
 
 def check_target(directory: Path, config: dict, target: Target, standalone: bool = False) -> None:
-    """Refuse a draft that was made for another target; a standalone one shares its vocabulary alone."""
+    """Refuse a draft that was made for another target; a standalone one shares its tokenizer alone, padding apart."""
     record = directory / RECORD
     if record.exists():
         try:
@@ -45,9 +45,13 @@ def check_target(directory: Path, config: dict, target: Target, standalone: bool
             raise DeepSpecError(
                 f"{directory}: made for target {made_for}, but {target.source} is {target.digest}; train a draft for it"
             )
-    expected = {"vocab_size": target.vocab_size}
-    if not standalone:
-        expected |= {"hidden_size": target.hidden_size, "num_target_layers": target.num_layers}
+    if standalone:
+        return
+    expected = {
+        "vocab_size": target.vocab_size,
+        "hidden_size": target.hidden_size,
+        "num_target_layers": target.num_layers,
+    }
     for key, found in expected.items():
         if key in config and config[key] != found:
             raise DeepSpecError(
@@ -75,7 +79,7 @@ def stored_weights(network: Network, written_out: bool = False) -> dict[str, Ten
         name: tensor.detach().to("cpu", torch.bfloat16).contiguous()
         for name, tensor in network.stored(written_out).items()
     }
-    if network.config.draft_vocab_size < network.config.vocab_size:
+    if network.maps_columns and network.config.draft_vocab_size < network.config.vocab_size:
         ids = network.draft_ids.cpu()
         weights["d2t"] = ids - torch.arange(len(ids))
         weights["t2d"] = torch.zeros(network.config.vocab_size, dtype=torch.bool).index_fill_(0, ids, True)

@@ -93,6 +93,7 @@ class Network(nn.Module):
         self.register_buffer("draft_ids", torch.arange(config.draft_vocab_size))
 
     target_transform = PLAIN  # what the target makes of its head's product, for the draft's columns
+    maps_columns = True  # a reduced vocabulary is written down (d2t)
     start: str | None = None  # `target` or `random`, where `deepspec.drafters.start` has a say
     confident = False  # whether it says how sure it is (`Outputs.confidence`)
     checkpointing = False  # activations of blocks are computed again in the backward pass

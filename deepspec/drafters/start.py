@@ -98,6 +98,18 @@ def _begin(mine: nn.Module, theirs: FusedLayer) -> None:
             norm.weight.copy_(own.keywords["weight"] if own else size.expand_as(norm.weight))
 
 
+@torch.no_grad()
+def match_head(network: nn.Module, target: Target) -> None:
+    """Let a draft that shares a head with a scale (Granite, Cohere, Falcon-H1) begin with logits of the target's size.
+
+    The scale goes into the norm before the head, which every format has: a bias or a soft cap has no such place, nor
+    has Medusa, whose heads have no norm.
+    """
+    norm = getattr(network, "norm", None)
+    if target.head_transform.scale != 1.0 and norm is not None:
+        norm.weight.mul_(target.head_transform.scale)
+
+
 def draft_vocabulary(
     learnt: Iterable[int], size: int, vocab_size: int, always: frozenset[int] = frozenset()
 ) -> Tensor:

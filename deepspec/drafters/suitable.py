@@ -6,29 +6,34 @@ from typing import Any
 
 import torch
 
+from deepspec.drafters.network import Network
 from deepspec.drafters.registry import algorithms
 from deepspec.errors import DeepSpecError
 from deepspec.target.model import Target
 
 
-def refusals(target: Target, drafters: dict[str, Any]) -> dict[str, str]:
-    """Return, of each drafter that this target cannot have, the reason in one line.
+def intended(target: Target, drafters: dict[str, Any]) -> tuple[dict[str, Network | str], dict[str, str]]:
+    """Return the networks to be trained, by name, and of each drafter that this target cannot have why, in one line.
+
+    A drafter that is not trained has its type in the place of a network.
 
     Args:
         drafters: sections of params.yaml by name.
     """
-    found = {}
+    networks: dict[str, Network | str] = {}
+    refused = {}
     for name, section in drafters.items():
         algorithm = algorithms()[section.type]
         if algorithm.network is None:
+            networks[name] = section.type
             continue
         try:
             with torch.device(
                 "cpu" if algorithm.standalone else "meta"
             ):  # sizes alone; another model is read
-                algorithm.network(section, target)
+                networks[name] = algorithm.network(section, target)
         except DeepSpecError as error:
-            found[name] = str(error)
+            refused[name] = str(error)
         except Exception as error:
-            found[name] = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
-    return found
+            refused[name] = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
+    return networks, refused

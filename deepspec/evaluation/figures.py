@@ -10,6 +10,7 @@ from deepspec.evaluation.record import (
     Confidence,
     Part,
     Record,
+    StateCosts,
     Summary,
     SweepPoint,
     TaskEntry,
@@ -22,12 +23,16 @@ SHOWN: dict[str, tuple[type[Part], tuple[str, ...]]] = {  # prefix of the key â†
     "tasks.*": (TaskEntry, ()),
     "tasks.*.beside.*": (BesideFigures, ("ratio", "ratio_ci95")),
     "summary": (Summary, ("speedup_vs_hf", "by_temperature")),
-    "": (Record, ("blocks", "confidence", "sweeps", "throughput", "promise", "warnings", "round_costs")),
+    "": (
+        Record,
+        ("blocks", "confidence", "sweeps", "throughput", "promise", "warnings", "round_costs", "states"),
+    ),
     "blocks.*.*": (Blocks, ()),
     "confidence.*": (Confidence, ()),
     "sweeps.points": (SweepPoint, ()),
     "throughput": (Throughput, ()),
     "promise.*": (TrainParity, ()),
+    "states.*": (StateCosts, ()),
 }
 HELPED = ("tasks.*", "tasks.*.beside.*", "summary", "")  # sections of the help text
 _COLUMN, _WIDTH = 27, 118

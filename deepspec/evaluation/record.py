@@ -115,6 +115,17 @@ class OutputBin(Part):
     tau: float = Field(description="tokens committed per round that begins there")
 
 
+class StateCosts(Part):
+    """What the rounds of the draft cost a target that keeps a state, and so runs accepted tokens again."""
+
+    passes: int = Field(description="runs of the target, the separate ones over accepted tokens among them")
+    fed_tokens: int = Field(description="committed tokens that were run again, in all rounds")
+    fed_per_round: float = Field(description="the same, a round")
+    tokens_per_pass: float = Field(
+        description="tokens committed per run of the target: tau with every run counted"
+    )
+
+
 class LosslessChecked(Part):
     """On how much losslessness was checked."""
 
@@ -377,6 +388,11 @@ class Record(Part):
     decode: Decode = Field(description="how the draft was used (`evaluate.decode`)")
     round_costs: RoundCosts | None = Field(description="what a pass and a draft cost on the machine")
     provenance: DraftProvenance = Field(description="code, command and packages that made the record")
+    states: dict[str, StateCosts] | None = Field(
+        None,
+        description="as `tasks`: what the rounds cost a target that keeps a state (recurrent layers) and runs accepted "
+        "tokens again; absent for every other target",
+    )
 
     @property
     def train_parity(self) -> TrainParity | None:
@@ -426,7 +442,10 @@ class Record(Part):
 
     def dump(self) -> dict[str, Any]:
         """Return the record as JSON holds it."""
-        return self.model_dump(mode="json")
+        found = self.model_dump(mode="json")
+        if self.states is None:
+            del found["states"]
+        return found
 
     def write(self, path: str | Path) -> None:
         """Write the record to its file."""

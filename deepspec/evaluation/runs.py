@@ -29,6 +29,8 @@ class Run:
     accepted: list[list[int]] = field(default_factory=list)
     drafted: list[list[int]] = field(default_factory=list)
     output: str = ""  # digest of the token ids of all turns
+    extra_passes: int = 0  # runs of the target beyond one a round, and
+    fed: int = 0  # committed tokens that it ran again, both of targets that keep a state
 
     def add(self, generation: Generation, seconds: float) -> None:
         """Add a turn."""
@@ -39,6 +41,8 @@ class Run:
         self.verify_s += stats.verify_s
         self.accepted.append(list(stats.accepted))
         self.drafted.append(list(stats.drafted))
+        self.extra_passes += sum(stats.passes) - stats.rounds
+        self.fed += sum(stats.fed)
         self.output = digest(self.output + json.dumps(generation.tokens))
 
     @property
@@ -60,7 +64,11 @@ PromptRuns = dict[str, Run]  # configuration → its run of one prompt
 
 
 def to_json(runs: PromptRuns) -> dict[str, Any]:
-    return {name: asdict(run) for name, run in runs.items()}
+    return {name: _without_zeros(asdict(run), "extra_passes", "fed") for name, run in runs.items()}
+
+
+def _without_zeros(run: dict[str, Any], *names: str) -> dict[str, Any]:
+    return {name: value for name, value in run.items() if value or name not in names}
 
 
 def from_json(runs: dict[str, Any]) -> PromptRuns:

@@ -28,6 +28,7 @@ from deepspec.evaluation.record import (
     Record,
     RecordWarning,
     RoundCosts,
+    StateCosts,
     Summary,
     Sweeps,
     TaskEntry,
@@ -127,6 +128,7 @@ def build_record(subject: Subject, tasks: list[Task], measured: Measured) -> Rec
         decode=measured.decode,
         round_costs=measured.round_costs,
         provenance=measured.provenance,
+        states=state_costs(measured.contest),
     )
 
 
@@ -243,6 +245,24 @@ def _entry(
         output_hashes=[run.output for run in own],
         beside=beside,
     )
+
+
+def state_costs(results: Results) -> dict[str, StateCosts] | None:
+    """Return what the draft's rounds cost a target that keeps a state; None where nothing was run again."""
+    found = {}
+    for (name, temperature), rows in results.items():
+        runs = [row[DRAFT] for row in rows]
+        rounds = sum(run.rounds for run in runs)
+        passes, fed = rounds + sum(run.extra_passes for run in runs), sum(run.fed for run in runs)
+        if rounds and (fed or passes > rounds):
+            committed = sum(run.committed for run in runs)
+            found[task_key(name, temperature)] = StateCosts(
+                passes=passes,
+                fed_tokens=fed,
+                fed_per_round=fed / rounds,
+                tokens_per_pass=committed / passes,
+            )
+    return found or None
 
 
 def _figures(rows: list[PromptRuns], name: str, identity: Identity, seed: int) -> Figures:

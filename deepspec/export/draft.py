@@ -27,6 +27,7 @@ from deepspec.errors import DeepSpecError
 from deepspec.evaluation.record import Record
 from deepspec.export.layout import tokenizer_files
 from deepspec.export.reference import network
+from deepspec.export.suitable import kind_of
 from deepspec.target.embedded import EMBEDDED, PREFIX
 from deepspec.target.model import Target
 
@@ -128,8 +129,8 @@ def load_draft(name: str, directory: Path, target: Target, evaluation: Path | No
         DeepSpecError: not a draft directory, another target's draft, or a record of another draft.
     """
     config = read_config(directory)
-    algorithm = reader(config)
-    if algorithm is None:
+    algorithm, kind = reader(config), kind_of(config)
+    if algorithm is None or kind is None:
         raise DeepSpecError(f"{directory}: unknown draft architecture {config.get('architectures')}")
     check_target(directory, config, target, algorithm.standalone)
     record = directory / RECORD
@@ -137,7 +138,7 @@ def load_draft(name: str, directory: Path, target: Target, evaluation: Path | No
     return Draft(
         name=name,
         directory=directory,
-        kind="dflash" if algorithm.type == "dspark" and not config.get("markov_rank") else algorithm.type,
+        kind=kind,
         config=config,
         record=json.loads(record.read_text()) if record.exists() else {},
         digest=digest,

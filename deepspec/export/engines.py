@@ -5,17 +5,20 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from deepspec.errors import DeepSpecError, nearest
-from deepspec.export import gguf, hf, sglang, tgi, vllm
+from deepspec.export import gguf, hf, sglang, suitable, tgi, vllm
 from deepspec.export.advice import Advice, advise
 from deepspec.export.card import card
 from deepspec.export.draft import TRAINED, Draft
-from deepspec.export.layout import Layout, Refused, write
+from deepspec.export.layout import Layout, write
 from deepspec.export.parity import Parity, check
 from deepspec.export.sample import samples
+from deepspec.export.suitable import Refused
+from deepspec.target.template import is_pinned
 
 EXPORT_VERSION = "1"
 Plan = Callable[
@@ -92,10 +95,7 @@ def _passed(engines: dict[str, Any]) -> bool:
 
 
 def _export(draft: Draft, engine: str, directory: Path, advice: Advice, found: list) -> dict[str, Any]:
-    plan = ENGINES[engine].get(draft.kind)
-    if plan is None:
-        raise Refused(REFUSALS[engine].format(kind=draft.kind))
-    layout = plan(draft, str(directory), advice.tokens)
+    layout = with_template(plan(draft, engine, str(directory), advice.tokens), engine, str(directory))
     files = write(layout, directory, card(draft, layout, advice))
     parity: Parity = check(draft, layout, directory, found)
     return {
@@ -107,11 +107,29 @@ def _export(draft: Draft, engine: str, directory: Path, advice: Advice, found: l
     }
 
 
-REFUSALS = {
-    "hf": "transformers has no use for a draft of type {kind}; train an lm",
-    "vllm": "vLLM has no method for a draft of type {kind}; train eagle3, dflash, dspark, medusa or lm",
-    "speculators": "the speculators format has no {kind}; train eagle3, dflash or dspark, or export --to vllm",
-    "sglang": "SGLang has no method for a draft of type {kind}; train eagle3, dflash, dspark or lm",
-    "tgi": "TGI knows Medusa and n-gram drafts, not {kind}; train medusa",
-    "gguf": "llama.cpp drafts with a model of its own, not with {kind}; train an lm",
+TEMPLATE_FLAGS = {
+    "vllm": "--chat-template",
+    "speculators": "--chat-template",
+    "sglang": "--chat-template",
+    "gguf": "--jinja --chat-template-file",
 }
+
+
+def plan(draft: Draft, engine: str, where: str, tokens: int) -> Layout:
+    """Return what an engine is to be given of a draft that drafts `tokens` tokens.
+
+    Raises:
+        Refused: the engine cannot serve it.
+    """
+    suitable.check(engine, draft)
+    return ENGINES[engine][draft.kind](draft, where, tokens)
+
+
+def with_template(layout: Layout, engine: str, where: str) -> Layout:
+    """Let the command give the engine the target's pinned template, which the published target does not have."""
+    template = layout.copies.get("chat_template.jinja")
+    if template is None or engine not in TEMPLATE_FLAGS or not is_pinned(template.read_text()):
+        return layout
+    flag = f"{TEMPLATE_FLAGS[engine]} {where}/chat_template.jinja"
+    command, note, rest = layout.command.partition(" (TARGET.gguf")
+    return replace(layout, command=f"{command} {flag}{note}{rest}")

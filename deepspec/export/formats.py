@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch.nn.functional as F
+from safetensors.torch import load_file
 from torch import Tensor
 
 from deepspec.export.draft import Draft
-from deepspec.export.layout import Layout, Refused
+from deepspec.export.layout import Layout
 from deepspec.export.readers.eagle3 import VARIANTS
 
 SIZES = (
@@ -20,33 +22,6 @@ SIZES = (
     "rope_theta",
     "vocab_size",
 )
-
-
-def check_eagle3(draft: Draft) -> None:
-    if draft.network.config.qk_norm:
-        raise Refused("engines run EAGLE-3 in Llama's layer, without q/k norms; train with qk_norm: false")
-    _check_layers(draft)
-
-
-def check_dflash(draft: Draft) -> None:
-    _check_skip(draft)
-    if draft.network.config.sample_from_anchor:
-        raise Refused(
-            "engines take DFlash drafts from the masks alone (1 + γ places), and this draft's anchor predicts the "
-            "first token; train with sample_from_anchor: false"
-        )
-    _check_layers(draft)
-
-
-def check_dspark(draft: Draft) -> None:
-    config = draft.network.config
-    _check_skip(draft)
-    if config.markov_head_type != "vanilla":
-        raise Refused(
-            f"engines run DSpark's vanilla Markov head, not {config.markov_head_type!r}; train with "
-            "markov_head: vanilla"
-        )
-    _check_layers(draft)
 
 
 def eagle3_config(draft: Draft) -> dict[str, Any]:
@@ -99,11 +74,34 @@ def dspark_config(draft: Draft) -> dict[str, Any]:
 
 
 def lm_layout(draft: Draft, command: str) -> Layout:
-    """Lay out a plain model directory with the target's tokenizer."""
+    """Lay out a plain model directory with the target's tokenizer, and as many embeddings as the target has."""
+    if draft.config["vocab_size"] != draft.target.vocab_size:
+        config, weights = lm_of_target_size(draft)
+        name, files = config["architectures"][0], draft.tokenizer_files
+        return Layout(name, "causal-lm", command, config, weights, copies=files, notes=(PADDED,))
     copies = {name: draft.directory / name for name in ("config.json", "model.safetensors")}
     return Layout(
         draft.config["architectures"][0], "causal-lm", command, copies=copies | draft.tokenizer_files
     )
+
+
+PADDED = (
+    "Target and draft pad their vocabularies differently; here the draft has the target's size, which engines ask for, "
+    "with zeros in rows of its own that it did not have."
+)
+
+
+def lm_of_target_size(draft: Draft) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Return configuration and weights of an independent model, embeddings and head cut or padded to the target's."""
+    size = draft.target.vocab_size
+    weights = load_file(draft.directory / "model.safetensors")
+    model = draft.network.model
+    ends = (model.get_input_embeddings().weight, model.get_output_embeddings().weight)
+    names = {name for name, weight in model.named_parameters() if any(weight is end for end in ends)}
+    for name in names & set(weights):
+        rows = weights[name][:size]
+        weights[name] = F.pad(rows, (0, 0, 0, size - len(rows)))
+    return draft.config | {"vocab_size": size}, weights
 
 
 def shared(draft: Draft) -> dict[str, Tensor]:
@@ -136,18 +134,3 @@ def backbone(draft: Draft) -> dict[str, Any]:
         "tie_word_embeddings": False,
         "dtype": draft.dtype_name,
     }
-
-
-def _check_skip(draft: Draft) -> None:
-    if draft.network.config.context_skip:
-        raise Refused("context_skip is known to our engine alone; train with context_skip: false")
-
-
-def _check_layers(draft: Draft) -> None:
-    layers = list(draft.network.config.target_layer_ids)
-    if layers != sorted(set(layers)):
-        raise Refused(
-            f"engines hand out target layers in their order; train with target_layer_ids ascending, not {layers}"
-        )
-    if layers[0] < 0:
-        raise Refused("engines hand out no embedding output; train without target layer -1")

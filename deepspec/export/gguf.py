@@ -6,23 +6,19 @@ in another order. The tokenizer is byte-level BPE, its text split as `tokenizer.
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from deepspec.export.draft import Draft
-from deepspec.export.layout import Layout, Refused
+from deepspec.export.formats import lm_of_target_size
+from deepspec.export.layout import Layout
+from deepspec.export.suitable import split_name
 
 FILE = "draft-bf16.gguf"
-SPLITS = {  # pre-tokenizer of tokenizer.json → llama.cpp's name for it
-    ("ByteLevel",): "gpt-2",
-    ("Digits", "ByteLevel"): "smollm",
-}
 LAYER_NAMES = {
     "self_attn.q_proj": "attn_q",
     "self_attn.k_proj": "attn_k",
@@ -39,18 +35,8 @@ NORMAL, CONTROL, USER_DEFINED = 1, 3, 4  # llama.cpp's token types
 
 
 def lm(draft: Draft, where: str, tokens: int) -> Layout:
-    config = draft.config
-    if config.get("model_type") != "llama":
-        raise Refused(
-            f"GGUF is written for Llama's architecture, and this draft is a {config.get('model_type')!r}; convert the "
-            "hf export with llama.cpp's convert_hf_to_gguf.py"
-        )
-    if config.get("attention_bias") or config.get("mlp_bias"):
-        raise Refused("llama.cpp's Llama has no biases, and this draft has some; train an lm without")
-    if importlib.util.find_spec("gguf") is None:
-        raise Refused("GGUF needs the package gguf; pip install 'deepspec[pipeline]'")
     tokenizer = json.loads((Path(draft.target.source) / "tokenizer.json").read_text())
-    split = _split(tokenizer)
+    split = split_name(tokenizer)
     command = (
         f"llama-server -m TARGET.gguf -md {where}/{FILE} --draft-max {tokens} --draft-min 1 "
         "(TARGET.gguf: the target, converted with llama.cpp's convert_hf_to_gguf.py)"
@@ -62,33 +48,18 @@ def lm(draft: Draft, where: str, tokens: int) -> Layout:
     return Layout("GGUF llama", "gguf", command, make=make, copies=draft.tokenizer_files)
 
 
-def _split(tokenizer: dict[str, Any]) -> str:
-    """Return llama.cpp's name of the tokenizer's pre-tokenization."""
-    if tokenizer["model"]["type"] != "BPE":
-        raise Refused(f"GGUF is written with byte-level BPE; this tokenizer is {tokenizer['model']['type']}")
-    pre = tokenizer.get("pre_tokenizer") or {}
-    parts = tuple(part["type"] for part in pre.get("pretokenizers", [pre] if pre else []))
-    if parts not in SPLITS:
-        known = ", ".join(" + ".join(names) for names in SPLITS)
-        raise Refused(
-            f"llama.cpp's name for the pre-tokenizer {' + '.join(parts) or 'none'} is not known here ({known}); "
-            "convert the hf export with llama.cpp's convert_hf_to_gguf.py"
-        )
-    return SPLITS[parts]
-
-
 def _write(draft: Draft, tokenizer: dict[str, Any], split: str, path: Path) -> None:
     from gguf import GGMLQuantizationType, GGUFWriter, LlamaFileType
     from gguf.quants import quantize
 
-    config = draft.config
+    config, weights = lm_of_target_size(draft)
     writer = GGUFWriter(path, "llama")
     writer.add_name(f"{draft.name} draft")
     writer.add_file_type(LlamaFileType.MOSTLY_BF16)
     for key, value in _sizes(config).items():
         getattr(writer, f"add_{key}")(value)
     _add_tokenizer(writer, draft, tokenizer, split)
-    for name, weight in sorted(_tensors(load_file(draft.directory / "model.safetensors"), config).items()):
+    for name, weight in sorted(_tensors(weights, config).items()):
         plain = weight.float().numpy()
         if weight.dim() == 1:
             writer.add_tensor(name, plain)
@@ -125,7 +96,7 @@ def _add_tokenizer(writer: Any, draft: Draft, tokenizer: dict[str, Any], split: 
     added = {token["id"]: token for token in tokenizer["added_tokens"]}
     names = {i: token for token, i in tokenizer["model"]["vocab"].items()}
     names |= {i: token["content"] for i, token in added.items()}
-    size = draft.config["vocab_size"]
+    size = draft.target.vocab_size
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(split)
     writer.add_token_list([names.get(i, f"[PAD{i}]") for i in range(size)])

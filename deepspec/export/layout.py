@@ -29,10 +29,6 @@ TOKENIZER_FILES = (
 )
 
 
-class Refused(Exception):
-    """An engine cannot serve this draft; the message says why and what to train instead."""
-
-
 @dataclass(frozen=True)
 class Layout:
     """A directory for one engine, before it is written.

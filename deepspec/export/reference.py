@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from deepspec.drafters.algorithms.dspark import DSparkConfig, DSparkModel
 from deepspec.drafters.algorithms.eagle3 import Eagle3Config, Eagle3Model
-from deepspec.drafters.algorithms.lm import LMConfig, LMModel
+from deepspec.drafters.algorithms.lm import LMConfig, LMModel, cut_padding
 from deepspec.drafters.algorithms.medusa import PUBLISHED_WEIGHTS, MedusaConfig, MedusaModel
 from deepspec.drafters.checkpoint import load_network, weight_names
 from deepspec.drafters.network import Network
@@ -65,8 +65,8 @@ def _medusa(directory: Path, config: dict[str, Any], target: Target) -> Network:
 
 def _lm(directory: Path, config: dict[str, Any], target: Target) -> Network:
     model = from_pretrained(AutoModelForCausalLM, str(directory), dtype=torch.float32)
-    sizes = LMConfig(target.hidden_size, target.vocab_size, config.get("block_size", 5))
-    return LMModel(sizes, model)
+    cut_padding(model, target.vocab_size)
+    return LMModel(LMConfig.of(target, model, config.get("block_size", 5)), model)
 
 
 _NETWORKS = {"eagle3": _eagle3, "dspark": _dspark, "dflash": _dspark, "medusa": _medusa, "lm": _lm}

@@ -10,16 +10,14 @@ from torch import Tensor
 
 from deepspec.export.draft import Draft
 from deepspec.export.formats import (
-    check_dflash,
-    check_dspark,
-    check_eagle3,
     dflash_config,
     dspark_config,
     eagle3_config,
     lm_layout,
     shared,
 )
-from deepspec.export.layout import Layout, Refused
+from deepspec.export.layout import Layout
+from deepspec.export.suitable import Refused
 
 WIDENED = (
     "The draft was trained on {columns} tokens; here it has the target's whole vocabulary, as this engine asks. Its "
@@ -34,10 +32,7 @@ def serve(draft: Draft, algorithm: str, where: str | None, *flags: str) -> str:
 
 
 def eagle3(draft: Draft, where: str, tokens: int) -> Layout:
-    check_eagle3(draft)
     layers = list(draft.network.config.target_layer_ids)
-    if len(layers) != 3:
-        raise Refused(f"SGLang sizes EAGLE-3 for three target layers, not {len(layers)}; train with three")
     config = {
         "architectures": ["LlamaForCausalLMEagle3"],
         **eagle3_config(draft),
@@ -56,10 +51,10 @@ def eagle3(draft: Draft, where: str, tokens: int) -> Layout:
 
 
 def dflash(draft: Draft, where: str, tokens: int) -> Layout:
-    check_dflash(draft)
     config = dflash_config(draft)
     mask = draft.target.tokenizer.convert_ids_to_tokens(config["dflash_config"]["mask_token_id"])
-    config["dflash_config"]["mask_token"] = mask
+    if mask is not None:  # an id of the vocabulary's padding has no text
+        config["dflash_config"]["mask_token"] = mask
     left_out = ("embed_tokens.weight", "lm_head.weight", "d2t", "t2d")
     weights = {name: weight for name, weight in draft.weights.items() if name not in left_out}
     if draft.own_embeddings:
@@ -78,9 +73,6 @@ def dflash(draft: Draft, where: str, tokens: int) -> Layout:
 
 
 def dspark(draft: Draft, where: str, tokens: int) -> Layout:
-    check_dspark(draft)
-    if not draft.network.config.sample_from_anchor:
-        raise Refused("SGLang's DSpark drafts from the anchor on; train with sample_from_anchor: true")
     config = dspark_config(draft) | {"draft_vocab_size": draft.target.vocab_size}
     weights = {name: weight for name, weight in draft.weights.items() if name not in ("d2t", "t2d")}
     if draft.reduced:

@@ -14,9 +14,6 @@ from typing import Any
 from deepspec.export.draft import Draft
 from deepspec.export.formats import (
     backbone,
-    check_dflash,
-    check_dspark,
-    check_eagle3,
     dflash_config,
     dspark_config,
     eagle3_config,
@@ -38,7 +35,6 @@ def serve(draft: Draft, settings: dict[str, Any]) -> str:
 
 
 def eagle3(draft: Draft, where: str, tokens: int) -> Layout:
-    check_eagle3(draft)
     layers = [i + 1 for i in draft.network.config.target_layer_ids]
     aux = {"eagle_aux_hidden_state_layer_ids": layers}
     config = {
@@ -52,14 +48,12 @@ def eagle3(draft: Draft, where: str, tokens: int) -> Layout:
 
 
 def dflash(draft: Draft, where: str, tokens: int) -> Layout:
-    check_dflash(draft)
     method = {"method": "dflash", "model": where, "num_speculative_tokens": tokens}
     config = dflash_config(draft) | {"draft_vocab_size": draft.network.config.draft_vocab_size}
     return trained_layout(draft, "DFlashDraftModel", "vllm-dflash", config, serve(draft, method))
 
 
 def dspark(draft: Draft, where: str, tokens: int) -> Layout:
-    check_dspark(draft)
     method = {"method": "dspark", "model": where, "num_speculative_tokens": tokens}
     config = dspark_config(draft)
     return trained_layout(draft, "Qwen3DSparkModel", "dspark", config, serve(draft, method), (GPU_ONLY,))
@@ -88,7 +82,6 @@ def ngram(draft: Draft, where: str, tokens: int) -> Layout:
 
 
 def speculators_eagle3(draft: Draft, where: str, tokens: int) -> Layout:
-    check_eagle3(draft)
     flat = eagle3_config(draft)
     layers = [i + 1 for i in draft.network.config.target_layer_ids]
     outside = ("draft_vocab_size", "target_hidden_size", *VARIANTS)
@@ -106,7 +99,6 @@ def speculators_eagle3(draft: Draft, where: str, tokens: int) -> Layout:
 
 def speculators_block(draft: Draft, where: str, tokens: int) -> Layout:
     """Lay out DFlash or DSpark in the speculators format."""
-    (check_dspark if draft.kind == "dspark" else check_dflash)(draft)
     own = draft.network.config
     config = {
         "architectures": ["Qwen3DSparkModel" if draft.kind == "dspark" else "DFlashDraftModel"],

@@ -14,14 +14,20 @@ from deepspec.stages.common import stage
 
 
 def main(params: Params, flags: argparse.Namespace) -> None:
-    from deepspec.drafters.suitable import refusals
+    from deepspec.drafters.suitable import intended
+    from deepspec.export.suitable import in_words, refusals
     from deepspec.target.model import load_target, resolve_target
 
     target = params.target
-    verdict = resolve_target(target.source, target.revision, target.dtype, "data/target")
+    verdict = resolve_target(
+        target.source, target.revision, target.dtype, "data/target", target.template_date
+    )
     print(f"data/target: {target.source}, {target.dtype}; {verdict.summary}")
     drafters = {name: params.drafters[name] for name in params.pipeline}
-    refused = refusals(load_target("data/target", device="cpu"), drafters)
+    loaded = load_target("data/target", device="cpu")
+    networks, refused = intended(loaded, drafters)
+    for name, engines in refusals(loaded, networks).items():
+        print(f"{name}: engines that can serve it: {in_words(engines)}")
     if refused:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in refused.items())
         raise DeepSpecError(f"this target cannot have drafters of the pipeline: {reasons}")

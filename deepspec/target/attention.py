@@ -136,6 +136,9 @@ class ForwardPass:
         self.wanted = frozenset(wanted)
         self.features: dict[int, Tensor] = {}
         self.stored: set[int] = set()  # layers that came through
+        # Of targets that keep a state, by cache row: committed tokens that were run again, and runs of the model.
+        self.fed: dict[int, int] = {}
+        self.runs: dict[int, int] = {}
         self._visible = visible
         self.given_mask = visible is not None
         self._once: dict = {}

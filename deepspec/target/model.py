@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from deepspec.errors import DeepSpecError
 from deepspec.files import replacing
+from deepspec.target import template
 from deepspec.target.attention import CACHE_LENGTH, NAME, ForwardPass, KVCache
 from deepspec.target.embedded import PREFIX, write_embedded
 from deepspec.target.fused import FusedLayer, Int4Linear, PackedLinear, fuse
@@ -46,19 +47,24 @@ _FOUR_DIMENSIONAL = torch.zeros(
 )  # transformers leaves a 4-D mask alone, and ours comes with the ForwardPass
 
 
-def resolve_target(source: str, revision: str | None, dtype: str, directory: str | Path) -> Verdict:
+def resolve_target(
+    source: str, revision: str | None, dtype: str, directory: str | Path, template_date: str | None = None
+) -> Verdict:
     """Write the target named by `source` as a Hugging Face directory, whole or not at all, if it passes its self-test.
 
     Args:
         source: `embedded:<name>`, a local directory, or a hub id.
         revision: pinned hub revision; the commit that it stands for is recorded.
         dtype: of the written weights.
+        template_date: for a chat template that asks for the date: the day it is pinned to. None keeps that of the
+            target which the directory holds, if it has the same source, and else takes today.
 
     Raises:
         DeepSpecError: unknown embedded name, no such directory or hub model, no tokenizer in it, or a target whose
             output here would not be its own.
     """
     torch_dtype = dtype_named(dtype)
+    day = template_date or _kept_date(Path(directory), source) or template.today()
     with replacing(directory) as scratch:
         if source.startswith(PREFIX):
             write_embedded(source, torch_dtype, scratch)
@@ -72,12 +78,25 @@ def resolve_target(source: str, revision: str | None, dtype: str, directory: str
             model = from_pretrained(AutoModelForCausalLM, str(local), dtype=torch_dtype)
             model.save_pretrained(scratch)
             tokenizer.save_pretrained(scratch)
+        written = from_pretrained(AutoTokenizer, str(scratch))
+        if template.asks_for_date(written):
+            template.pin(written, day)
+            written.save_pretrained(scratch)
         digest = directory_digest(scratch)
         verdict = _examine(str(scratch), source, digest)
         refuse(source, verdict)
         record = {"source": source, "revision": revision, "dtype": dtype, "digest": digest}
+        if (pinned := template.pinned(written)) is not None:
+            record["template_date"] = pinned
         (scratch / RECORD).write_text(json.dumps(record, indent=2) + "\n")
     return verdict
+
+
+def _kept_date(directory: Path, source: str) -> str | None:
+    """Return the day that the target of this source in the directory is pinned to."""
+    record = directory / RECORD
+    kept = json.loads(record.read_text()) if record.exists() else {}
+    return kept.get("template_date") if kept.get("source") == source else None
 
 
 def _examine(directory: str, source: str, digest: str, fresh: bool = False) -> Verdict:
@@ -192,12 +211,12 @@ class Target:
         self._embed = model.get_input_embeddings()
         self._head = PackedLinear(self.head_weight)
         self._model = text_decoder(model)
-        self._layers = decoder_layers(self._model, self.config.num_hidden_layers)
-        self.num_layers: int = len(self._layers)
+        self.layers = decoder_layers(self._model, self.config.num_hidden_layers)
+        self.num_layers: int = len(self.layers)
         if self.verdict.trees:
             with torch.no_grad():
-                fuse(self._layers, WEIGHTS[weights])
-        self._fused = all(isinstance(layer, FusedLayer) for layer in self._layers)
+                fuse(self.layers, WEIGHTS[weights])
+        self._fused = all(isinstance(layer, FusedLayer) for layer in self.layers)
         self._hooked: set[int] = set()
         self._recording: Any = None  # the step whose features are being computed
         self._states = (
@@ -286,7 +305,7 @@ class Target:
         """
         if count > self.num_layers:
             raise DeepSpecError(f"{self.source} has {self.num_layers} layers, {count} were asked for")
-        layers = list(self._layers[-count:])
+        layers = list(self.layers[-count:])
         if self.weights != "dense" or not all(isinstance(layer, FusedLayer) for layer in layers):
             raise DeepSpecError(
                 f"{self.source}: a draft cannot begin as layers of this shape; use `start: random`"
@@ -314,21 +333,22 @@ class Target:
 
     def chat_ids(self, messages: list[dict], add_generation_prompt: bool = True) -> list[int]:
         """Token ids of a conversation under the target's own template."""
+        return self._templated(messages, add_generation_prompt=add_generation_prompt, tokenize=True)
+
+    def user_prefix_ids(self) -> list[int]:
+        """Return the template up to where the user's words begin: from here the target writes a user turn (Magpie)."""
+        marker = "\u2063deepspec\u2063"
+        text = self._templated([{"role": "user", "content": marker}], tokenize=False)
+        return self.tokenizer(text[: text.index(marker)], add_special_tokens=False)["input_ids"]
+
+    def _templated(self, messages: list[dict], **options: Any) -> Any:
         try:
-            return self.tokenizer.apply_chat_template(
-                messages, add_generation_prompt=add_generation_prompt, tokenize=True, return_dict=False
-            )
+            return self.tokenizer.apply_chat_template(messages, return_dict=False, **options)
         except TemplateError as error:
             words = " ".join(str(error).split())
             raise DeepSpecError(
                 f"{self.source}: the chat template refuses this conversation: {words}"
             ) from error
-
-    def user_prefix_ids(self) -> list[int]:
-        """Return the template up to where the user's words begin: from here the target writes a user turn (Magpie)."""
-        marker = "\u2063deepspec\u2063"
-        text = self.tokenizer.apply_chat_template([{"role": "user", "content": marker}], tokenize=False)
-        return self.tokenizer(text[: text.index(marker)], add_special_tokens=False)["input_ids"]
 
     def _hook(self, layer: int) -> None:
         """Keep the raw output of decoder layer `layer` in the ForwardPass that asks for it."""
@@ -343,9 +363,9 @@ class Target:
                 self._recording.features[-1] = args[0] if args else kwargs["hidden_states"]
 
         if layer == -1:
-            self._layers[0].register_forward_pre_hook(keep_input, with_kwargs=True)
+            self.layers[0].register_forward_pre_hook(keep_input, with_kwargs=True)
         else:
-            self._layers[layer].register_forward_hook(keep)
+            self.layers[layer].register_forward_hook(keep)
         self._hooked.add(layer)
 
 

@@ -14,4 +14,9 @@ class TargetParams(Section):
 
     source: str = Field(description="`embedded:<name>`, a local directory, or a hub id.")
     revision: str | None = Field(None, description="Pinned hub revision; ignored for a directory.")
+    template_date: str | None = Field(
+        None,
+        description="Day like 2026-11-29 that a chat template is given which asks for the date; null: the day on which "
+        "the target is first resolved.",
+    )
     dtype: Literal["bfloat16", "float32", "float16"] = "bfloat16"

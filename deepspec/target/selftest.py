@@ -24,6 +24,7 @@ from deepspec.files import write_json
 from deepspec.lineage import code_digest
 from deepspec.target.attention import NAME, Unsuited
 from deepspec.target.passes import Difference, Plan, Reference, compare, reference
+from deepspec.target.reach import first_difference
 from deepspec.target.source import dtype_name
 from deepspec.target.states import keeps_states
 
@@ -36,8 +37,9 @@ ATTENTION, STATES, STEPS = (
     "transformers' own cache, a token at a time",
 )
 SMALL = 400_000_000  # parameters up to which the test runs in float32, whatever the target's dtype
+ROUGH = (torch.bfloat16, torch.float16)
 # Of a state's difference over its size, the largest at any position; in 16 bits, where an expert more or less is chosen
-# by rounding, the median over the positions of a pass.
+# by rounding, the median over the positions of a pass; what each layer sees is then compared by `reach`.
 TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-4, torch.bfloat16: 0.05, torch.float16: 0.02}
 
 
@@ -108,7 +110,10 @@ def _examine(load: Load, wrap: Wrap) -> Verdict:
     reason = keeps_states(config)
     if not reason:
         try:
-            return _judged(load(NAME, dtype), wrap, plan, references, Verdict(**tested))
+            verdict = _judged(load(NAME, dtype), wrap, plan, references, Verdict(**tested))
+            if verdict.refusal is None and verdict.features and own.dtype in ROUGH:
+                return _reaching(verdict, wrap(load(NAME, dtype), verdict), own, plan)
+            return verdict
         except Exception as error:  # whatever a model's own code makes of an attention that it does not know
             reason = _words(error)
     for body in (STATES, STEPS):
@@ -145,6 +150,17 @@ def _judged(
     how = "" if verdict.body == ATTENTION else f" ({STATES}, because {verdict.reason})"
     refusal = f"{first}{how}; its output would not be the model's own"
     return Verdict(**asdict(verdict) | {"error": first.error, "refusal": refusal})
+
+
+def _reaching(verdict: Verdict, target: Target, own: nn.Module, plan: Plan) -> Verdict:
+    """Return the verdict, refused if a layer sees more or fewer tokens than transformers' own (`deepspec.target.reach`)."""
+    found = first_difference(target, own, plan.one(0)[: plan.tokens])
+    if found is None:
+        return verdict
+    layer, position, more = found
+    seen = "more tokens" if more else "fewer tokens"
+    refusal = f"layer {layer} sees {seen} than transformers' own at position {position}; its output would not be the "
+    return Verdict(**asdict(verdict) | {"refusal": refusal + "model's own"})
 
 
 def refuse(source: str, verdict: Verdict) -> None:

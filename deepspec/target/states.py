@@ -45,7 +45,6 @@ class StateCache:
         self.slots = slots
         self.max_length = 1 << 40
         self.sequences = [Sequence() for _ in range(slots)]
-        self.fed = 0  # accepted tokens that were run again
 
     def reserve(self, length: int) -> None:
         """Nothing: these caches grow by themselves."""
@@ -57,10 +56,12 @@ class StateCache:
         """Copy the first `length` tokens of one slot to another, and what is known behind them."""
         found = self.sequences[source]
         tokens = found.tokens[:length]
-        if found.boundary > length:
+        if length == len(found.tokens) and found.latest is not None:
+            self.sequences[destination] = Sequence(tokens, length, snapshot(found.latest))
+        elif found.boundary > length:
             self.sequences[destination] = Sequence(tokens)
         else:
-            self.sequences[destination] = Sequence(tokens, found.boundary, snapshot(found.kept), None)
+            self.sequences[destination] = Sequence(tokens, found.boundary, snapshot(found.kept))
 
 
 class OwnPasses:
@@ -75,6 +76,7 @@ class OwnPasses:
     def __init__(self, model: nn.Module, record: Any, stepwise: bool = False):
         self.model, self.stepwise = model, stepwise
         self.record = record
+        self.runs = 0  # of the model
         takes = inspect.signature(model.forward).parameters
         self.cache_name = next((name for name in _CACHES if name in takes), None)
         self.positions = "position_ids" in takes
@@ -110,15 +112,17 @@ class OwnPasses:
         elif start < sequence.boundary:  # back behind the boundary: all of it again
             sequence.kept, sequence.boundary = None, 0
         again = sequence.tokens[sequence.boundary : start]
+        step.fed[row] = len(again)
+        before = self.runs
         if len(again) > MOST_AGAIN:
             _, _, sequence.kept = self._recorded(again, sequence.kept, sequence.boundary, frozenset())
             sequence.boundary, again = start, []
-        step.cache.fed += start - sequence.boundary
         working = snapshot(sequence.kept)
         hidden, features, sequence.latest = self._recorded(
             again + new, working, sequence.boundary, step.wanted
         )
         sequence.tokens = sequence.tokens[:start] + new
+        step.runs[row] = self.runs - before
         return hidden[:, len(again) :], {layer: x[:, len(again) :] for layer, x in features.items()}
 
     def _recorded(
@@ -149,6 +153,7 @@ class OwnPasses:
             inputs["position_ids"] = places.expand(ids.shape)
         if self.cache_name is not None and cache is not None:
             inputs[self.cache_name] = cache
+        self.runs += 1
         output = self.model(**inputs)
         return output.last_hidden_state, getattr(output, self.cache_name) if self.cache_name else None
 

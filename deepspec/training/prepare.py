@@ -13,7 +13,7 @@ from accelerate import Accelerator
 
 from deepspec.drafters.network import Network
 from deepspec.drafters.registry import algorithms
-from deepspec.drafters.start import channel_std, draft_vocabulary
+from deepspec.drafters.start import channel_std, draft_vocabulary, match_head
 from deepspec.errors import DeepSpecError
 from deepspec.features.local import CachedFeatures, Features, OnlineFeatures
 from deepspec.features.sequences import Sequence, read_sequences
@@ -105,6 +105,7 @@ def prepare(
     if network.start == "target":
         rows = [features.rows([i])[0] for i in members[:_STD_SEQUENCES]]
         network.init_from_target(target, channel_std(rows, features.layers))
+    match_head(network, target)
     heldout = [i for i in heldout if any(sequences[i].answer[2:])]
     batches = Batches(
         features, members, params.train.batch_size, params.train.anchors, config.block_size, params.seed

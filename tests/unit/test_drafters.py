@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from benchmarks.tiny_families import tiny_model
 from deepspec.decoding.engine import generate
 from deepspec.decoding.shapes import BestFirst, Sampled
 from deepspec.decoding.tree import Chain
@@ -23,11 +24,12 @@ from deepspec.drafters.network import Network
 from deepspec.errors import DeepSpecError
 from deepspec.features.local import OnlineFeatures
 from deepspec.features.sequences import Sequence
+from deepspec.target.attention import ForwardPass
 from deepspec.target.model import load_target
 from deepspec.training.batches import Batches
 from deepspec.training.objective import BlockObjective
 from tests.drafting import DRAFTS, make, write
-from tests.tiny import cached_target, make_target
+from tests.tiny import cached_target, make_target, make_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -250,3 +252,15 @@ def test_a_file_in_drafters_is_all_that_a_new_algorithm_takes(toy, target, tmp_p
     loaded = load_drafter(tmp_path / "draft", target)
     (plain,), (drafted,) = (generate(target, d, [5, 9, 17], max_new_tokens=16) for d in (None, loaded))
     assert plain.tokens == drafted.tokens and sum(drafted.stats.drafted) > 0
+
+
+def test_a_draft_of_all_layers_of_a_scaled_target_is_distilled_to_its_law(tmp_path):
+    """Granite divides its logits: the draft's in training are those that its own forward gives."""
+    tiny_model("granite").save_pretrained(tmp_path)
+    make_tokenizer().save_pretrained(tmp_path)
+    target = load_target(tmp_path)
+    model = network(LMParams(type="lm", block_size=2, from_layers=[0, 1, 2, 3]), target)
+    tokens, anchors = torch.tensor([[5, 9, 17, 300, 41, 7]]), torch.tensor([[2]])
+    ((x, w),) = model.outputs(model(torch.zeros(1, 6, 0), tokens, anchors), tokens).factors
+    hidden = target.forward(tokens, ForwardPass(torch.arange(6)[None]))
+    assert torch.allclose((x @ w.T)[0, 0], target.logits(hidden)[0, 2:4], atol=1e-4)

@@ -11,7 +11,9 @@ from pydantic import BaseModel, ValidationError
 from deepspec.errors import DeepSpecError
 from deepspec.evaluation import record as models
 from deepspec.evaluation.figures import SHOWN, figures, figures_help
-from deepspec.evaluation.record import EVAL_VERSION, Record
+from deepspec.evaluation.record import EVAL_VERSION, Record, StateCosts
+from deepspec.evaluation.runs import Run
+from deepspec.evaluation.summarise import state_costs
 from tests import records
 
 ROOT = Path(__file__).parents[2]
@@ -102,3 +104,14 @@ def test_every_figure_that_the_help_chooses_is_a_field():
     assert (
         "  accept_rate_by_position " in figures_help() and max(map(len, figures_help().splitlines())) <= 120
     )
+
+
+def test_only_a_target_with_a_state_has_costs_of_it():
+    run = Run(accepted=[[2, 0], [1]], drafted=[[3, 3], [2]], extra_passes=1, fed=6)
+    plain = Run(accepted=[[2]], drafted=[[2]])
+    found = state_costs({("sums", 0.0): [{"draft": run}], ("chat", 0.0): [{"draft": plain}]})
+    assert found == {"sums@T=0": StateCosts(passes=4, fed_tokens=6, fed_per_round=2.0, tokens_per_pass=6 / 4)}
+    made = Record.parse(records.record(), "mine.json")
+    assert "states" not in made.dump()
+    kept = Record.parse(made.dump() | {"states": {"sums@T=0": found["sums@T=0"].model_dump()}}, "mine.json")
+    assert kept.states == found

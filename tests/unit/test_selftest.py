@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from benchmarks.tiny_families import tiny_config, tiny_model
 from deepspec.errors import DeepSpecError
+from deepspec.target import selftest
 from deepspec.target.attention import NAME
 from deepspec.target.model import Target, examine_target, load_target, resolve_target
 from deepspec.target.selftest import ATTENTION, STATES, STEPS, Verdict, examine
@@ -24,13 +25,15 @@ def home(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
 
 
-def verdict_on(family: str, fault=None) -> Verdict:
+def verdict_on(family: str, fault=None, dtype=torch.float32, sizes: dict | None = None) -> Verdict:
     """The verdict on a family's tiny model; `fault` changes the one that runs through our attention."""
-    weights = tiny_model(family).state_dict()
+    config = tiny_config(family, **sizes or {})
+    weights = tiny_model(family, dtype=dtype, config=config).state_dict()
 
-    def load(attention, dtype):
+    def load(attention, wanted):
         options = {} if attention is None else {"attn_implementation": attention}
-        model = AutoModelForCausalLM.from_config(tiny_config(family), **options).eval()
+        config = tiny_config(family, **sizes or {})
+        model = AutoModelForCausalLM.from_config(config, dtype=wanted or dtype, **options).eval()
         model.load_state_dict(weights)
         if fault and attention == NAME:
             fault(model)
@@ -98,6 +101,49 @@ def test_a_model_that_never_calls_our_attention_is_not_run_through_it():
 def test_a_planted_fault_is_refused_and_named(family, fault, where, position):
     refusal = verdict_on(family, fault).refusal
     assert re.match(rf"{where} differs from position {position} on", refusal) and "\n" not in refusal
+
+
+def shorter_window(model) -> None:
+    model.model.layers[1].self_attn.sliding_window -= 1
+
+
+LARGE = {
+    "sliding_window": 500,
+    "hidden_size": 256,
+    "head_dim": 64,
+}  # a key in 500 is lost in bfloat16's rounding
+MIXED = LARGE | {"use_sliding_window": True, "layer_types": ["full_attention", "sliding_attention"] * 2}
+
+
+@pytest.mark.parametrize(
+    "family", ["mistral", "gemma3_text", "gpt_oss", "llama4_text", "qwen3_moe", "phimoe"]
+)
+def test_a_family_in_bfloat16_sees_what_transformers_sees(family, monkeypatch):
+    monkeypatch.setattr(selftest, "SMALL", 0)
+    verdict = verdict_on(family, dtype=torch.bfloat16)
+    assert (verdict.refusal, verdict.body, verdict.dtype) == (None, ATTENTION, "bfloat16")
+
+
+@pytest.mark.parametrize(
+    ("family", "sizes", "fault", "said"),
+    [
+        (
+            "gemma3_text",
+            LARGE,
+            wider_window,
+            r"layer 0 sees more tokens than transformers' own at position 519; ",
+        ),
+        (
+            "gemma3_text",
+            shorter_window,
+            r"layer 1 sees fewer tokens than transformers' own at position 518; ",
+        ),
+    ],
+)
+def test_a_window_off_by_one_is_caught_in_bfloat16(family, sizes, fault, said, monkeypatch):
+    monkeypatch.setattr(selftest, "SMALL", 0)
+    refusal = verdict_on(family, fault, torch.bfloat16, sizes).refusal
+    assert re.match(said, refusal) and "\n" not in refusal
 
 
 def written(family: str, path, spoil=None):

@@ -6,13 +6,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from benchmarks.tiny_families import tiny_model
 from deepspec.drafters.algorithms.dspark import DSparkModel
 from deepspec.drafters.registry import algorithms
-from deepspec.drafters.start import resolve_start
+from deepspec.drafters.start import match_head, resolve_start
 from deepspec.errors import DeepSpecError
 from deepspec.target.attention import ForwardPass
 from deepspec.target.model import load_target
-from tests.tiny import cached_target, make_target
+from tests.tiny import cached_target, make_network, make_target, make_tokenizer
 
 IDS = torch.tensor([[7, 80, 300, 9, 41, 250]])
 LAYERS = (0, 1)  # of the features; the draft's are 2 and 3
@@ -155,3 +156,19 @@ def test_a_target_of_another_shape_or_too_few_layers_is_refused_with_one_line(tm
     target = load_target(make_target(tmp_path / "llama", "llama"))
     with pytest.raises(DeepSpecError, match="has 4 layers, 5 were asked for"):
         begun(target, "dspark", layers=5)
+
+
+@pytest.mark.parametrize(("family", "scale"), [("granite", 0.25), ("cohere", 0.25), ("llama", 1.0)])
+@pytest.mark.parametrize("kind", ["eagle3", "dspark"])
+def test_a_draft_begins_with_logits_of_the_size_of_its_targets(kind, family, scale, tmp_path):
+    tiny_model(family).save_pretrained(tmp_path)
+    make_tokenizer().save_pretrained(tmp_path)
+    target = load_target(tmp_path)
+    network = make_network(target, kind, block_size=3)
+    before = network.norm.weight.detach().clone()
+    match_head(network, target)
+    assert torch.equal(network.norm.weight, before * scale)
+    product = before.new_ones(1, target.hidden_size)
+    (draft, *_), _ = network.outputs(product * network.norm.weight, torch.zeros(1, dtype=torch.int64))
+    mine = draft[0] @ draft[1].T
+    assert torch.allclose(mine, target.logits(product * before), rtol=1e-4, atol=1e-4)

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from benchmarks.tiny_families import tiny_model
+from deepspec.decoding import cost
 from deepspec.decoding.engine import generate
 from deepspec.decoding.request import Sampling
 from deepspec.decoding.shapes import BestFirst
@@ -83,3 +84,35 @@ def test_a_drawn_chain_keeps_the_law(delta_net):
 def test_the_same_test_catches_a_state_that_rejected_tokens_have_changed(delta_net, monkeypatch):
     monkeypatch.setattr(states, "snapshot", lambda cache: cache)
     assert p_value(*delta_net) < 1e-6
+
+
+def test_tokens_that_run_again_and_passes_are_counted(delta_net):
+    target, prompt = delta_net[0], prompts(9)[8]
+    (plain,) = generate(target, None, [prompt], 40)
+    known = {tuple(prompt): (plain.tokens, 4)}
+    stats = generate(target, Guesser(known), [prompt], 40)[0].stats
+    start = boundary = len(prompt) - 1
+    fed, passes = [], []
+    for accepted, verified in zip(stats.accepted, stats.verified, strict=True):
+        fed.append(start - boundary)
+        passes.append(1 + (start - boundary > states.MOST_AGAIN))
+        boundary = start if passes[-1] == 2 else boundary
+        start += 1 + accepted
+        boundary = start if accepted == verified else boundary
+    assert (stats.fed, stats.passes) == (fed, passes)
+    assert sum(fed) > 0 and (set(plain.stats.fed), set(plain.stats.passes)) == ({0}, {1})
+
+
+def test_a_cost_curve_has_the_tokens_that_run_again(delta_net, monkeypatch):
+    target, seen = delta_net[0], []
+    forward = target.forward
+
+    def watched(ids, step):
+        hidden = forward(ids, step)
+        seen.append((step.counts[0], step.fed.get(0)))
+        return hidden
+
+    monkeypatch.setattr(target, "forward", watched)
+    passes = cost.measure_passes(target, (1,), (1, 4), context=9)
+    assert [tokens for tokens, _ in passes[1]] == [1, 4]
+    assert set(seen[1:]) == {(1, 0), (cost.FED + 2, 0), (4, cost.FED)}

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import subprocess
+from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from deepspec.commands import doctor
 from deepspec.errors import DeepSpecError
 from deepspec.evaluation.identity import top_two_gap
 from deepspec.target import embedded
 from deepspec.target.attention import ForwardPass
 from deepspec.target.model import load_target, resolve_target
+from deepspec.target.source import directory_digest
 from tests.tiny import FAMILIES, make_target
 
 
@@ -87,3 +92,84 @@ def test_the_float64_judge_sees_the_gap(tmp_path):
     logits = target.logits(target.forward(torch.tensor([ids]), ForwardPass(torch.arange(3)[None])))[0, -1]
     best, second = logits.topk(2).values.tolist()
     assert top_two_gap(str(path), ids) == pytest.approx(best - second, abs=1e-3)
+
+
+KINDS = [
+    "model.safetensors",
+    "model-00002-of-00002.safetensors",
+    "pytorch_model.bin",
+    "model-q4.gguf",
+    "x.pt",
+    "x.pth",
+]
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_a_byte_of_any_weight_file_changes_the_digest(name, tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    weights = bytearray(3 << 20)
+    (tmp_path / name).write_bytes(weights)
+    before = directory_digest(tmp_path)
+    for place in (0, len(weights) // 2, len(weights) - 1):
+        changed = bytearray(weights)
+        changed[place] = 1
+        (tmp_path / name).write_bytes(changed)
+        assert directory_digest(tmp_path) != before
+    (tmp_path / name).write_bytes(weights)
+    assert directory_digest(tmp_path) == before
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "chat_template.jinja", "modeling_own.py"])
+def test_what_is_read_beside_the_weights_changes_the_digest(name, tmp_path):
+    (tmp_path / name).write_text("one")
+    before = directory_digest(tmp_path)
+    (tmp_path / name).write_text("two")
+    assert directory_digest(tmp_path) != before
+
+
+def test_a_hub_id_is_resolved_to_its_commit(tmp_path, monkeypatch):
+    commit = "8f1c0de5" * 5
+    copy, asked = make_target(tmp_path / "snapshots" / commit), []
+
+    def download(source, revision=None, **options):
+        asked.append((source, revision))
+        return str(copy)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    monkeypatch.chdir(tmp_path)
+    resolve_target("owner/name", "main", "float32", tmp_path / "target")
+    record = json.loads((tmp_path / "target/deepspec.json").read_text())
+    assert asked == [("owner/name", "main")]
+    assert (record["source"], record["revision"]) == ("owner/name", commit)
+
+
+def test_a_hub_id_that_cannot_be_fetched_is_one_line(tmp_path, monkeypatch):
+    def download(source, **options):
+        raise OSError("no such revision\nand more")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(
+        DeepSpecError, match=r"^owner/name: cannot be fetched from the hub: no such revision$"
+    ):
+        resolve_target("owner/name", "v9", "float32", tmp_path / "target")
+
+
+def test_a_template_that_raises_is_one_line_with_its_words(tmp_path):
+    target = load_target(make_target(tmp_path / "target"))
+    target.tokenizer.chat_template = "{{ raise_exception('roles must\\nalternate') }}"
+    for asked in (target.user_prefix_ids, lambda: target.chat_ids([{"role": "user", "content": "a cat"}])):
+        with pytest.raises(
+            DeepSpecError, match=r"the chat template refuses this .*: roles must alternate$"
+        ) as error:
+            asked()
+        assert "\n" not in str(error.value)
+
+
+def test_the_doctor_says_whether_a_directory_can_be_a_target(tmp_path, capsys):
+    shutil.copy(Path(__file__).parents[2] / "params.yaml", tmp_path)
+    path = make_target(tmp_path / "target")
+    assert doctor.run_target(str(path), tmp_path)
+    out = capsys.readouterr().out
+    assert "as transformers runs it, through our attention" in " ".join(out.split())
+    assert "export of dspark" in " ".join(out.split())

@@ -24,6 +24,7 @@ from deepspec.drafters.autoregressive import AutoregressiveDrafter
 from deepspec.drafters.network import Network, Outputs
 from deepspec.errors import DeepSpecError
 from deepspec.target.attention import NAME, ForwardPass
+from deepspec.target.head import head_transform
 from deepspec.target.model import Target
 from deepspec.target.source import decoder_layers, from_pretrained
 
@@ -52,16 +53,20 @@ class LMParams(TrainedParams):
 
 @dataclass(frozen=True)
 class LMConfig:
-    """What training needs to know; `hidden_size` is the target's."""
+    """What training needs to know; `hidden_size` and `vocab_size` are the target's.
+
+    `draft_vocab_size` is smaller where the target's embeddings are padded further than the draft's.
+    """
 
     hidden_size: int
     vocab_size: int
     block_size: int
+    draft_vocab_size: int
     target_layer_ids: tuple[int, ...] = ()
 
-    @property
-    def draft_vocab_size(self) -> int:
-        return self.vocab_size
+    @classmethod
+    def of(cls, target: Target, model: PreTrainedModel, block_size: int) -> LMConfig:
+        return cls(target.hidden_size, target.vocab_size, block_size, model.config.vocab_size)
 
 
 class LMModel(Network):
@@ -70,12 +75,15 @@ class LMModel(Network):
     def __init__(self, config: LMConfig, model: PreTrainedModel):
         nn.Module.__init__(self)
         self.config, self.model = config, model
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False).requires_grad_(False)
-        self.register_buffer("draft_ids", torch.arange(config.vocab_size))
+        columns = config.draft_vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, columns, bias=False).requires_grad_(False)
+        self.register_buffer("draft_ids", torch.arange(columns))
+
+    maps_columns = False  # they are the target's ids, the padding of its vocabulary left out
 
     def share(self, target: Target, draft_ids: Tensor) -> None:
-        self.lm_head.weight.data = target.head_weight.to(torch.float32)
-        self.target_transform = target.head_transform
+        self.lm_head.weight.data = target.head_weight[: len(self.draft_ids)].to(torch.float32)
+        self.target_transform = target.head_transform.rows(self.draft_ids)
 
     def blocks(self) -> list[nn.Module]:
         return list(decoder_layers(self.model, self.model.config.num_hidden_layers))
@@ -84,6 +92,7 @@ class LMModel(Network):
         """Return the post-norm states at the anchors and behind, [batch, blocks, γ, its own d], true tokens fed."""
         if self.checkpointing and not self.model.is_gradient_checkpointing:
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
+        tokens = known(tokens, self.config.draft_vocab_size)
         hidden = self.model.base_model(input_ids=tokens, use_cache=False).last_hidden_state
         places = anchors[..., None] + torch.arange(self.config.block_size, device=anchors.device)
         places = places.clamp(max=tokens.shape[1] - 1)
@@ -91,7 +100,11 @@ class LMModel(Network):
         return hidden[rows, places]
 
     def outputs(self, hidden: Tensor, previous: Tensor) -> Outputs:
-        return Outputs([(hidden, self.model.get_output_embeddings().weight)])
+        scale = head_transform(
+            self.model, self.model.config
+        ).scale  # as its own forward does: Granite, Cohere
+        scaled = hidden if scale == 1.0 else hidden * scale
+        return Outputs([(scaled, self.model.get_output_embeddings().weight)])
 
     def stored(self, written_out: bool = True) -> dict[str, Tensor]:
         return self.model.state_dict()
@@ -114,13 +127,21 @@ def network(params: LMParams, target: Target) -> LMModel:
         model = cut_out(target, params.from_layers)
     else:
         model = scratch(target, params.hidden_size, params.layers)
-    if model.config.vocab_size != target.vocab_size:
-        raise DeepSpecError(
-            f"{params.source}: its vocabulary has {model.config.vocab_size} entries, the target's {target.vocab_size}"
-        )
+    cut_padding(model, target.vocab_size)
     if not params.finetune:
         model.requires_grad_(False)
-    return LMModel(LMConfig(target.hidden_size, target.vocab_size, params.block_size), model)
+    return LMModel(LMConfig.of(target, model, params.block_size), model)
+
+
+def cut_padding(model: PreTrainedModel, vocab_size: int) -> None:
+    """Cut embeddings and head to the target's: rows beyond are padding, since the two share a tokenizer."""
+    if model.config.vocab_size > vocab_size:
+        model.resize_token_embeddings(vocab_size)
+
+
+def known(tokens: Tensor, size: int) -> Tensor:
+    """Return token ids as a draft of `size` embeddings takes them: padding of the target's becomes its last row."""
+    return tokens.clamp(max=size - 1)
 
 
 def cut_out(target: Target, layers: list[int]) -> PreTrainedModel:
@@ -190,10 +211,15 @@ class LMDrafter(AutoregressiveDrafter):
         self.block_size = block_size
         self.vocab_size = target.vocab_size
         self.device = target.device
-        self.vocabulary = Vocabulary(target.vocab_size)
+        columns = model.vocab_size
+        self.vocabulary = (
+            Vocabulary(target.vocab_size)
+            if columns == target.vocab_size
+            else Vocabulary(target.vocab_size, torch.arange(columns), list(range(columns)))
+        )
 
     def step(self, ids: Tensor, above: Tensor | None, step: ForwardPass) -> Tensor:
-        return self.model.forward(ids[None], step)[0]
+        return self.model.forward(known(ids, self.model.vocab_size)[None], step)[0]
 
     def logits(self, outputs: Tensor) -> Tensor:
         return self.model.logits(outputs)
@@ -216,6 +242,7 @@ def load(directory: Path, config: dict[str, Any], target: Target) -> LMDrafter:
     for what in ("unexpected_keys", "missing_keys", "mismatched_keys"):
         if info[what]:
             raise DeepSpecError(f"{directory}: {what.replace('_', ' ')}: {sorted(info[what])[:3]}")
+    cut_padding(model, target.vocab_size)
     runner = Target(model.to(target.device).eval(), target.tokenizer, str(directory))
     return LMDrafter(runner, config.get("block_size", 5), target)
 

@@ -1,0 +1,218 @@
+"""Which engines can serve which drafts: decided by sizes and configuration alone, so before anything is trained.
+
+The stage `target` and `deepspec doctor --target X` ask here of networks that have no weights yet, the exporters of
+trained drafts.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from deepspec.drafters.network import Network
+from deepspec.drafters.registry import reader
+from deepspec.target.model import Target
+
+SPLITS = {  # pre-tokenizer of tokenizer.json → llama.cpp's name for it
+    ("ByteLevel",): "gpt-2",
+    ("Digits", "ByteLevel"): "smollm",
+}
+NO_METHOD = {
+    "hf": "transformers has no use for a draft of type {kind}; train an lm",
+    "vllm": "vLLM has no method for a draft of type {kind}; train eagle3, dflash, dspark, medusa or lm",
+    "speculators": "the speculators format has no {kind}; train eagle3, dflash or dspark, or export --to vllm",
+    "sglang": "SGLang has no method for a draft of type {kind}; train eagle3, dflash, dspark or lm",
+    "tgi": "TGI knows Medusa and n-gram drafts, not {kind}; train medusa",
+    "gguf": "llama.cpp drafts with a model of its own, not with {kind}; train an lm",
+}
+
+
+class Refused(Exception):
+    """An engine cannot serve this draft; the message says why and what to train instead."""
+
+
+class Described(Protocol):
+    """What is known of a draft before it has weights."""
+
+    @property
+    def kind(self) -> str: ...
+    @property
+    def config(self) -> dict[str, Any]: ...
+    @property
+    def network(self) -> Any: ...
+    @property
+    def target(self) -> Target: ...
+
+
+@dataclass(frozen=True)
+class Intended:
+    """A draft to be: its network without weights; none for a drafter that is not trained."""
+
+    kind: str
+    config: dict[str, Any]
+    network: Network | None
+    target: Target
+
+
+def kind_of(config: dict[str, Any]) -> str | None:
+    """Return the kind of a draft by its config.json; None for an unknown architecture."""
+    algorithm = reader(config)
+    if algorithm is None:
+        return None
+    return "dflash" if algorithm.type == "dspark" and not config.get("markov_rank") else algorithm.type
+
+
+def check(engine: str, draft: Described) -> None:
+    """Raise Refused, one line, if an engine cannot serve a draft."""
+    checks = CHECKS[engine].get(draft.kind)
+    if checks is None:
+        raise Refused(NO_METHOD[engine].format(kind=draft.kind))
+    for each in checks:
+        each(draft)
+
+
+def refusals(target: Target, networks: Mapping[str, Network | str]) -> dict[str, dict[str, str | None]]:
+    """Return, of each drafter, engine → None or why it cannot serve what will be trained.
+
+    Args:
+        networks: by name, as `deepspec.drafters.suitable.intended` gives them.
+    """
+    found: dict[str, dict[str, str | None]] = {}
+    for name, network in networks.items():
+        if isinstance(network, str):
+            draft = Intended(network, {}, None, target)
+        else:
+            config = network.description()
+            draft = Intended(kind_of(config) or "", config, network, target)
+        found[name] = {engine: _refusal(engine, draft) for engine in CHECKS}
+    return found
+
+
+def _refusal(engine: str, draft: Described) -> str | None:
+    try:
+        check(engine, draft)
+    except Refused as refusal:
+        return str(refusal)
+    return None
+
+
+def in_words(engines: Mapping[str, str | None]) -> str:
+    """Say which engines can serve a drafter and why others cannot, in one line."""
+    able = ", ".join(engine for engine, reason in engines.items() if reason is None) or "none"
+    return "; ".join([able, *(f"not {engine}: {reason}" for engine, reason in engines.items() if reason)])
+
+
+def plain_layer(draft: Described) -> None:
+    """Refuse EAGLE-3 with norms of queries and keys."""
+    if draft.network.config.qk_norm:
+        raise Refused("engines run EAGLE-3 in Llama's layer, without q/k norms; train with qk_norm: false")
+
+
+def three_layers(draft: Described) -> None:
+    """Refuse EAGLE-3 of another number of features than SGLang's three."""
+    layers = draft.network.config.target_layer_ids
+    if len(layers) != 3:
+        raise Refused(f"SGLang sizes EAGLE-3 for three target layers, not {len(layers)}; train with three")
+
+
+def masks_alone(draft: Described) -> None:
+    """Refuse DFlash that predicts at the anchor."""
+    if draft.network.config.sample_from_anchor:
+        raise Refused(
+            "engines take DFlash drafts from the masks alone (1 + γ places), and this draft's anchor predicts the "
+            "first token; train with sample_from_anchor: false"
+        )
+
+
+def from_anchor(draft: Described) -> None:
+    """Refuse DSpark that does not predict at the anchor, where SGLang's does."""
+    if not draft.network.config.sample_from_anchor:
+        raise Refused("SGLang's DSpark drafts from the anchor on; train with sample_from_anchor: true")
+
+
+def vanilla_markov(draft: Described) -> None:
+    """Refuse DSpark with another Markov head than the simplest."""
+    head = draft.network.config.markov_head_type
+    if head != "vanilla":
+        raise Refused(
+            f"engines run DSpark's vanilla Markov head, not {head!r}; train with markov_head: vanilla"
+        )
+
+
+def no_skip(draft: Described) -> None:
+    """Refuse a block drafter with our own skip."""
+    if draft.network.config.context_skip:
+        raise Refused("context_skip is known to our engine alone; train with context_skip: false")
+
+
+def layers_in_order(draft: Described) -> None:
+    """Refuse features that engines do not hand out."""
+    layers = list(draft.network.config.target_layer_ids)
+    if layers != sorted(set(layers)):
+        raise Refused(
+            f"engines hand out target layers in their order; train with target_layer_ids ascending, not {layers}"
+        )
+    if layers[0] < 0:
+        raise Refused("engines hand out no embedding output; train without target layer -1")
+
+
+def llama_file(draft: Described) -> None:
+    """Refuse what is not Llama's architecture, or has a tokenizer that llama.cpp has no name for."""
+    config = draft.config
+    if config.get("model_type") != "llama":
+        raise Refused(
+            f"GGUF is written for Llama's architecture, and this draft is a {config.get('model_type')!r}; convert the "
+            "hf export with llama.cpp's convert_hf_to_gguf.py"
+        )
+    if config.get("attention_bias") or config.get("mlp_bias"):
+        raise Refused("llama.cpp's Llama has no biases, and this draft has some; train an lm without")
+    if importlib.util.find_spec("gguf") is None:
+        raise Refused("GGUF needs the package gguf; pip install 'deepspec[pipeline]'")
+    split_name(json.loads((Path(draft.target.source) / "tokenizer.json").read_text()))
+
+
+def split_name(tokenizer: dict[str, Any]) -> str:
+    """Return llama.cpp's name of a tokenizer's pre-tokenization.
+
+    Raises:
+        Refused: it has none that is known here.
+    """
+    if tokenizer["model"]["type"] != "BPE":
+        raise Refused(f"GGUF is written with byte-level BPE; this tokenizer is {tokenizer['model']['type']}")
+    pre = tokenizer.get("pre_tokenizer") or {}
+    parts = tuple(part["type"] for part in pre.get("pretokenizers", [pre] if pre else []))
+    if parts not in SPLITS:
+        known = ", ".join(" + ".join(names) for names in SPLITS)
+        raise Refused(
+            f"llama.cpp's name for the pre-tokenizer {' + '.join(parts) or 'none'} is not known here ({known}); "
+            "convert the hf export with llama.cpp's convert_hf_to_gguf.py"
+        )
+    return SPLITS[parts]
+
+
+Check = Callable[[Described], None]
+EAGLE3: tuple[Check, ...] = (plain_layer, layers_in_order)
+DFLASH: tuple[Check, ...] = (no_skip, masks_alone, layers_in_order)
+DSPARK: tuple[Check, ...] = (no_skip, vanilla_markov, layers_in_order)
+CHECKS: dict[str, dict[str, tuple[Check, ...]]] = {
+    "hf": dict.fromkeys(("lm", "eagle3", "dspark", "dflash", "medusa", "lookup", "suffix"), ()),
+    "vllm": {
+        "eagle3": EAGLE3,
+        "dflash": DFLASH,
+        "dspark": DSPARK,
+        **dict.fromkeys(("medusa", "lm", "lookup", "suffix"), ()),
+    },
+    "speculators": {"eagle3": EAGLE3, "dflash": DFLASH, "dspark": DSPARK},
+    "sglang": {
+        "eagle3": (*EAGLE3, three_layers),
+        "dflash": DFLASH,
+        "dspark": (*DSPARK, from_anchor),
+        **dict.fromkeys(("lm", "lookup", "suffix"), ()),
+    },
+    "tgi": dict.fromkeys(("medusa", "lookup", "suffix"), ()),
+    "gguf": {"lm": (llama_file,)},
+}
