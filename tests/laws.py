@@ -105,10 +105,12 @@ def p_value(
         found[tuple(run.tokens)] += 1
         accepted += sum(run.stats.accepted)
         drafted += sum(run.stats.drafted)
-    assert 0.3 * drafted < accepted < 0.9 * drafted  # both outcomes of a draft are looked at
     assert sum(found.values()) == case.draws
     if not set(found) <= set(expected):
         return 0.0
     statistic = sum((found[path] - case.draws * p) ** 2 / (case.draws * p) for path, p in expected.items())
     halves = torch.tensor([len(expected) - 1, statistic], dtype=torch.float64) / 2
-    return float(torch.special.gammaincc(*halves))
+    p = float(torch.special.gammaincc(*halves))
+    # A law that fits was only put to the test where both outcomes of a draft were seen.
+    assert p < 0.01 or 0.3 * drafted < accepted < 0.9 * drafted, f"{accepted} of {drafted} accepted"
+    return p

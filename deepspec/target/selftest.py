@@ -153,7 +153,7 @@ def _judged(
 
 
 def _reaching(verdict: Verdict, target: Target, own: nn.Module, plan: Plan) -> Verdict:
-    """Return the verdict, refused if a layer sees more or fewer tokens than transformers' own (`deepspec.target.reach`)."""
+    """Return the verdict, refused where a layer sees other tokens than transformers' own (`deepspec.target.reach`)."""
     found = first_difference(target, own, plan.one(0)[: plan.tokens])
     if found is None:
         return verdict
