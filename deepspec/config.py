@@ -8,7 +8,7 @@ found before anything runs.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, Union, get_args, overload
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar, Union, get_args, overload
 
 import yaml
 from pydantic import Field, ValidationError, model_validator
@@ -17,6 +17,7 @@ from pydantic.fields import FieldInfo
 from deepspec.answers.params import GenerateParams
 from deepspec.decoding.params import AnyController
 from deepspec.decoding.shapes import AnyShape
+from deepspec.drafters.algorithm import DrafterSection
 from deepspec.drafters.position_weights import AnyWeights
 from deepspec.drafters.registry import algorithms
 from deepspec.errors import DeepSpecError, nearest
@@ -31,12 +32,16 @@ from deepspec.training.params import TrainParams
 
 def _fields(section: type) -> dict[str, FieldInfo]:
     """Return the fields of a `Section` or a `choice`."""
-    return section.__pydantic_fields__
+    return vars(section)["__pydantic_fields__"]
 
 
-DrafterParams = Annotated[
-    Union[tuple(algorithm.params for algorithm in algorithms().values())], Field(discriminator="type")  # noqa: UP007
-]
+if TYPE_CHECKING:
+    DrafterParams = DrafterSection  # what is known of it before the registry is read
+else:
+    DrafterParams = Annotated[
+        Union[tuple(algorithm.params for algorithm in algorithms().values())],  # noqa: UP007
+        Field(discriminator="type"),
+    ]
 TAGGED: dict[str, type] = {
     get_args(_fields(section)["type"].annotation)[0]: section
     for union in (DrafterParams, AnyShape, AnyController, AnyWeights)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import field, fields
 from functools import wraps
-from typing import Any, Literal, TypeVar, dataclass_transform
+from typing import Any, Literal, TypeVar, cast, dataclass_transform
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic.dataclasses import dataclass
@@ -51,15 +51,15 @@ def choice(cls: type[T]) -> type[T]:
         except ValidationError as error:
             raise DeepSpecError(_first_problem(error, made)) from None
 
-    made.__init__ = init
-    return made
+    made.__init__ = init  # type: ignore[method-assign]  # the check wraps what pydantic made
+    return cast("type[T]", made)  # pydantic's signature forgets the class
 
 
 def _first_problem(error: ValidationError, made: type) -> str:
     first = error.errors()[0]
     names = [each.name for each in fields(made) if not each.kw_only]
     given, *inside = first["loc"]
-    name = names[given] if given in range(len(names)) else str(given)
+    name = names[given] if isinstance(given, int) and given < len(names) else str(given)
     if first["type"] == "unexpected_keyword_argument":
         return f"{made.__name__} has no {name!r}{nearest(name, names)}; known: {', '.join(names) or 'none'}"
     if first["type"] in ("missing", "missing_argument"):

@@ -13,6 +13,7 @@ import re
 import sys
 from pathlib import Path
 from typing import Any
+from uuid import UUID
 
 from prefect import flow, get_client, get_run_logger, task
 from prefect.artifacts import create_link_artifact, create_markdown_artifact, create_table_artifact
@@ -22,7 +23,7 @@ from prefect.exceptions import ObjectNotFound
 from prefect.futures import PrefectFuture
 from prefect.runtime import flow_run
 from prefect.states import Completed, Crashed, Failed
-from prefect.task_runners import ThreadPoolTaskRunner
+from prefect.task_runners import TaskRunner, ThreadPoolTaskRunner
 
 from flows.command import CommandFailed, UserMistake, cancel, follow
 from flows.graph import Stage, describe, read_graph
@@ -37,7 +38,10 @@ HOME = Path(os.environ.get("DEEPSPEC_RUNS", ".deepspec/runs"))
 DONE_ALREADY = re.compile(r"^Stage '.+' (didn't change, skipping|is cached - skipping run)")
 
 
-@flow(name="pipeline", task_runner=ThreadPoolTaskRunner(max_workers=AT_ONCE))
+RUNNER: TaskRunner[Any] = ThreadPoolTaskRunner(max_workers=AT_ONCE)
+
+
+@flow(name="pipeline", task_runner=RUNNER)
 def pipeline(
     repository: str = ".",
     ref: str = "HEAD",
@@ -93,7 +97,7 @@ def _run_stages(work: Workspace, retries: int, delay_s: float, hours: float) -> 
             tags={GPU_TAG} if stage.heavy else set(), retries=retries, retry_delay_seconds=delays
         )
         before = [futures[name] for name in stage.after]
-        futures[stage.name] = started.submit(stage, work, hours, wait_for=before)
+        futures[stage.name] = started.submit(stage, work, hours, wait_for=before, return_state=False)
     for future in futures.values():
         future.wait()
     told = [
@@ -198,16 +202,16 @@ def _rename(name: str) -> None:
 
 def _close(previous: str | None) -> None:
     """Say of the run that last held this clone that it crashed, if it was killed before it could say so itself."""
-    if previous in (None, flow_run.id):
+    if previous is None or previous == flow_run.id:
         return
     with get_client(sync_client=True) as client:
         try:
-            state = client.read_flow_run(previous).state
+            state = client.read_flow_run(UUID(previous)).state
         except ObjectNotFound:
             return  # another server's
         if state and not state.is_final():
-            ended = Crashed(message=f"its process is gone; run {flow_run.id} goes on in its clone")
-            client.set_flow_run_state(previous, ended, force=True)
+            ended: State = Crashed(message=f"its process is gone; run {flow_run.id} goes on in its clone")
+            client.set_flow_run_state(UUID(previous), ended, force=True)
 
 
 if __name__ == "__main__":

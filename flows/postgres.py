@@ -105,8 +105,9 @@ def _create(folder: Path, secret: Path) -> None:
 def _create_databases(host: str, port: int, password: str, names: tuple[str, ...]) -> None:
     import psycopg
 
-    where = {"host": host, "port": port, "user": USER, "password": password, "dbname": "postgres"}
-    with psycopg.connect(**where, autocommit=True) as connection:
+    with psycopg.connect(
+        host=host, port=port, user=USER, password=password, dbname="postgres", autocommit=True
+    ) as connection:
         there = {name for (name,) in connection.execute("SELECT datname FROM pg_database")}
         for name in set(names) - there:
             connection.execute(f'CREATE DATABASE "{name}"')
@@ -120,10 +121,13 @@ def _identity() -> dict:
 def _call(name: str, *words: str, check: bool = True) -> int:
     """Run one of PostgreSQL's programs. The server keeps the output open, so that no pipe is waited for."""
     folder = Path(words[words.index("-D") + 1])
+    programs = binaries(folder)
+    if programs is None:
+        raise DeepSpecError("PostgreSQL is not installed")
     log = folder.with_suffix(".setup.log")
     with log.open("ab") as out:
         done = subprocess.run(
-            [str(binaries(folder) / name), *words],
+            [str(programs / name), *words],
             cwd="/",
             stdin=subprocess.DEVNULL,
             stdout=out,

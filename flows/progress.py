@@ -7,6 +7,8 @@ import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import cast
+from uuid import UUID
 
 from prefect.artifacts import create_progress_artifact, update_progress_artifact
 
@@ -20,7 +22,7 @@ class ProgressArtifact:
 
     def __init__(self, stage: str) -> None:
         self.stage = stage
-        self._id = None
+        self._id: UUID | None = None
         self._said = 0.0
         self._label = ""
 
@@ -39,7 +41,8 @@ class ProgressArtifact:
         with best_effort(f"progress of {self.stage}"):
             if self._id is None:
                 key = re.sub(r"[^a-z0-9]+", "-", f"progress-{self.stage}".lower()).strip("-")
-                self._id = create_progress_artifact(percent, key=key, description=description)
+                made = create_progress_artifact(percent, key=key, description=description)
+                self._id = cast("UUID", made)  # no coroutine outside a loop
             else:
                 update_progress_artifact(self._id, percent, description=description)
 

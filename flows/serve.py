@@ -6,6 +6,7 @@ python -m flows.serve --cron '0 2 * * *' -S pipeline=[dspark] -S train.steps=640
 from __future__ import annotations
 
 import argparse
+from typing import TYPE_CHECKING, cast
 
 import yaml
 from prefect import serve
@@ -16,6 +17,9 @@ from deepspec.errors import DeepSpecError
 from flows.pipeline import pipeline
 from flows.promote import promote
 from flows.setup import ensure_limit
+
+if TYPE_CHECKING:
+    from prefect.deployments.runner import RunnerDeployment
 
 
 def parse(settings: list[str]) -> dict:
@@ -49,11 +53,11 @@ def main() -> None:
         except ValueError as error:
             raise DeepSpecError(f"--cron {flags.cron!r}: {' '.join(str(error).split())}") from None
         ensure_limit()
-        serve(
+        made = (
             pipeline.to_deployment("nightly", cron=flags.cron, parameters={**where, "overrides": overrides}),
             promote.to_deployment("on-demand", parameters=where),
-            limit=4,
         )
+        serve(*(cast("RunnerDeployment", each) for each in made), limit=4)  # no coroutine outside a loop
 
     raise SystemExit(guarded(run))
 

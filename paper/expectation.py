@@ -157,7 +157,13 @@ class _Along(Shape):
     logits: list[Tensor] = field(default_factory=list)  # [1, columns] each
     columns: list[int] = field(default_factory=list)  # of the tokens; -1: the drafter has none
 
-    depth = nodes = None
+    @property
+    def depth(self) -> int | None:
+        return None
+
+    @property
+    def nodes(self) -> int | None:
+        return None
 
     def growth(self, vocabulary: Vocabulary, sampling: Sampling, depth: int, rng: torch.Generator) -> Growth:
         return _AlongGrowth(self, vocabulary, sampling, depth)

@@ -70,8 +70,8 @@ class Conversation:
         """
         self._check(tokens, finish_reason)
         self.messages = [*self.asked, {"role": "assistant", "content": self._text(tokens)}]
-        self.loss_mask += [0] * (len(self.prompt_ids) - len(self.input_ids)) + [1] * len(tokens)
-        self.input_ids = [*self.prompt_ids, *tokens]
+        self.loss_mask += [0] * (len(self.prompt_ids or []) - len(self.input_ids)) + [1] * len(tokens)
+        self.input_ids = [*(self.prompt_ids or []), *tokens]
         self.finish_reasons.append(finish_reason)
         self.prompt_ids = self._next_prompt()
 
@@ -104,7 +104,7 @@ class Conversation:
             raise UnusableError(f"the answer ended with {finish_reason!r} but has no such last token")
         if not self.target.stop_ids.isdisjoint(body):
             raise UnusableError("a stop token stands inside the answer")
-        length = len(self.prompt_ids) + len(tokens)
+        length = len(self.prompt_ids or []) + len(tokens)
         if length > self.max_length:
             raise UnusableError(f"the conversation has {length} tokens, more than {self.max_length}")
 

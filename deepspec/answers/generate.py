@@ -119,7 +119,7 @@ def answer_locally(target: Any, prompts: list[Prompt], params: GenerateParams, s
             return None
         asked[conversation.prompt.id] = conversation
         return Request(
-            prompt_ids=conversation.prompt_ids,
+            prompt_ids=conversation.prompt_ids or [],
             max_new_tokens=conversation.room,
             sampling=sampling,
             seed=sink.seed(conversation),

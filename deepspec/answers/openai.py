@@ -135,7 +135,7 @@ class _Run:
                 await asyncio.sleep(_wait_s(attempt, response))
         if isinstance(error, httpx.ConnectError | httpx.ConnectTimeout):
             raise _UnreachableError(_explain(error))
-        what = _explain(error) if error else f"status {response.status_code}"
+        what = f"status {response.status_code}" if response is not None else _explain(error)
         raise UnusableError(f"{endpoint} gave no answer in {retries + 1} tries: {what}")
 
     def _read(self, reply: dict) -> tuple[list[int], str]:
@@ -223,5 +223,5 @@ def _retry_after_s(response: httpx.Response) -> float:
     return min(seconds, LONGEST_RETRY_AFTER_S) if seconds > 0 else 0.0
 
 
-def _explain(error: Exception) -> str:
+def _explain(error: Exception | None) -> str:
     return " ".join(str(error).split()) or type(error).__name__

@@ -66,7 +66,7 @@ class Answer:
     """An answer in the making: its tokens and its speed. `append` is the engine's callback."""
 
     tokenizer: Any
-    write: Callable[[str, str | None], None]
+    write: Callable[[str, str | None], object]
     tokens: list[int] = field(default_factory=list)
     rounds: int = 0
     started: float = 0.0  # end of the first round: what came before was the prefill
@@ -121,7 +121,7 @@ def run(settings: Settings) -> None:
         messages.append({"role": "user", "content": line})
         answer = _answer(deployment, messages, settings, console)
         console.print(answer.status(), style="dim")
-        text = target.tokenizer.decode(answer.tokens, skip_special_tokens=True)
+        text = str(target.tokenizer.decode(answer.tokens, skip_special_tokens=True))
         messages.append({"role": "assistant", "content": text})
 
 

@@ -145,7 +145,7 @@ def _torch() -> Check:
         return Check("torch", True, f"{torch.cuda.device_count()} × {torch.cuda.get_device_name(0)}")
     threads, cores = (
         torch.get_num_threads(),
-        len(os.sched_getaffinity(0)) if _has_affinity() else os.cpu_count(),
+        len(os.sched_getaffinity(0)) if _has_affinity() else os.cpu_count() or 1,
     )
     advice = _unless(threads * 2 >= cores, f"unset OMP_NUM_THREADS: {cores} cores are there")
     return Check("torch", True, f"CPU, {threads} threads on {cores} cores", advice)

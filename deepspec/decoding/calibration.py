@@ -178,10 +178,10 @@ def quality(blocks: Blocks, before: np.ndarray, after: np.ndarray) -> dict[str, 
     }
 
 
-def _thresholds(blocks: Blocks, products: np.ndarray) -> list[dict[str, float]]:
+def _thresholds(blocks: Blocks, products: np.ndarray) -> list[dict[str, float | None]]:
     above = np.concatenate((np.ones((len(products), 1)), products[:, :-1]), axis=1)
     own = products / np.maximum(above, _CERTAIN)  # c_j; NaN stays NaN, which is below every threshold
-    rows = []
+    rows: list[dict[str, float | None]] = []
     for threshold in np.arange(20) / 20:
         kept = np.cumprod(own >= threshold, axis=1).sum(1)  # [blocks]
         stood = int(np.minimum(blocks.accepted, kept).sum())
@@ -257,7 +257,7 @@ def collect(
 @contextmanager
 def as_trained(drafter: Drafter) -> Iterator[None]:
     """Without the temperatures of an earlier calibration."""
-    known = getattr(drafter, "temperatures", None)
+    known = drafter.temperatures
     if known is not None:
         drafter.temperatures = {}
     try:
@@ -296,7 +296,7 @@ def calibrate(
     Raises:
         DeepSpecError: fewer than two prompts that give blocks, or a drafter without a confidence head.
     """
-    if not hasattr(drafter.trained, "temperatures"):
+    if drafter.trained.temperatures is None:
         raise DeepSpecError(f"{type(drafter).__name__} has no confidence head to calibrate")
     seeds = [seed + i for i in range(len(prompts))]
     result: dict[str, Any] = {"quality": {}}

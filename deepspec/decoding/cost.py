@@ -13,6 +13,7 @@ from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import accumulate
 from pathlib import Path
 from statistics import median
@@ -204,9 +205,9 @@ def measure_passes(
             watch(done, total)
         return seconds
 
-    passes = {}
+    passes: dict[int, Points] = {}
     for requests in batches:
-        turns = _turns(lambda width, requests=requests: seconds_of(requests, width), widths)
+        turns = _turns(partial(seconds_of, requests), widths)
         one = median(seconds for turn in turns for seconds in turn.plain)
         ratios = [median(turn.ratio(width) for turn in turns) for width in widths]
         passes[requests] = [
@@ -311,10 +312,10 @@ def measure_drafts(
         session.extend(row, *_taken_in(target, drafter, context, rng))
     news = _taken_in(target, drafter, _COMMITTED, rng)
 
-    def seconds_of(requests: int, drafted: bool) -> float:
+    def seconds_of(requests: int, what: int) -> float:
         asks = [DraftRequest(row, 1, Sampling(), rng, drafter.block_size, shape) for row in range(requests)]
         began = _clock(target)
-        if drafted:
+        if what == _DRAFT:
             for row in range(requests):
                 session.extend(row, *news)
             session.propose(asks)
@@ -324,7 +325,7 @@ def measure_drafts(
 
     ratios = {}
     for requests in batches:
-        turns = _turns(lambda what, requests=requests: seconds_of(requests, what == _DRAFT), [_DRAFT])
+        turns = _turns(partial(seconds_of, requests), [_DRAFT])
         ratios[requests] = median(turn.ratio(_DRAFT) for turn in turns)
     return ratios
 

@@ -96,12 +96,14 @@ class Drafter(ABC):
         block_size: γ, the longest path it proposes.
         vocab_size: of the target it was made for; None fits any.
         digest: of its directory; None where it was not loaded from one.
+        temperatures: of its confidence at each position, by mode (`decoding.calibration`); None where it has none.
     """
 
     layers: tuple[int, ...] = ()
     block_size: int = 0
     vocab_size: int | None = None
     digest: str | None = None
+    temperatures: dict[str, list[float]] | None = None
 
     @property
     def trained(self) -> Drafter:

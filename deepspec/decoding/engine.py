@@ -8,6 +8,7 @@ target's own, and compacts the cache to that path (`Engine._round`). Plain decod
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -194,7 +195,7 @@ class Engine:
             for turn in turns
             if turn.slot.room > 1 and (turn.slot.pacer is None or turn.slot.pacer.drafts())
         ]
-        if asks:
+        if asks and self.session:
             for ask, proposal in zip(asks, self.session.propose(asks), strict=True):
                 turns[ask.row].proposal = proposal
         if self.controller:
@@ -340,7 +341,7 @@ def generate(
             the vocabulary, non-finite logits.
     """
     many = bool(prompt_ids) and isinstance(prompt_ids[0], list)
-    prompts = prompt_ids if many else [prompt_ids]
+    prompts = cast("list[list[int]]", prompt_ids if many else [prompt_ids])  # `many` told which
     sampling = Sampling(temperature, top_k, top_p, min_p)
     stops = (stop,) if isinstance(stop, str) else tuple(stop)
     requests = iter(

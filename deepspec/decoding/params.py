@@ -29,11 +29,14 @@ class ControllerChoice:
         Raises:
             DeepSpecError: no curve where the controller decides by one (`needs_curve`).
         """
-        if self.needs_curve and curve is None:
+        return self._make(curve)
+
+    def _measured(self, curve: CostCurve | None) -> CostCurve:
+        if curve is None:
             raise DeepSpecError(
                 f"the {self.type} controller needs a measured cost curve; run `deepspec profile`"
             )
-        return self._make(curve)
+        return curve
 
     def _make(self, curve: CostCurve | None) -> Controller:
         raise NotImplementedError
@@ -42,7 +45,7 @@ class ControllerChoice:
 @choice
 class FixedController(ControllerChoice):
     type: Literal["fixed"] = tag(default="fixed", kw_only=True)
-    length: int | None = Field(None, ge=1, description="Levels verified; None: all.")
+    length: int | None = Field(default=None, ge=1, description="Levels verified; None: all.")
 
     def _make(self, curve: CostCurve | None) -> Controller:
         return Fixed(self.length)
@@ -64,8 +67,8 @@ class CostController(ControllerChoice):
     type: Literal["cost"] = tag(default="cost", kw_only=True)
     needs_curve = True
 
-    def _make(self, curve: CostCurve) -> Controller:
-        return CostStop(curve)
+    def _make(self, curve: CostCurve | None) -> Controller:
+        return CostStop(self._measured(curve))
 
 
 @choice
@@ -75,8 +78,8 @@ class SchedulerController(ControllerChoice):
     type: Literal["scheduler"] = tag(default="scheduler", kw_only=True)
     needs_curve = True
 
-    def _make(self, curve: CostCurve) -> Controller:
-        return PrefixScheduler(curve)
+    def _make(self, curve: CostCurve | None) -> Controller:
+        return PrefixScheduler(self._measured(curve))
 
 
 AnyController = Annotated[

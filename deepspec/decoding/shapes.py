@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from functools import cached_property
 from itertools import accumulate
 from operator import mul
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Literal
 
 import torch
 from pydantic import AfterValidator, Field
@@ -147,7 +147,7 @@ class Sampled(Shape):
         "wide branching this is a best-first tree of drawn tokens.",
     )
 
-    draws: ClassVar[str | None] = "tree"
+    draws = "tree"
 
     @property
     def depth(self) -> int:

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from deepspec.decoding.request import Generation, Request, Stats
 from deepspec.decoding.sampling import draw
+from deepspec.decoding.scheduler import DraftPacer
 from deepspec.target.model import Target
 
 
@@ -21,7 +22,7 @@ class Slot:
         self.limit = min(request.max_new_tokens, max_length - len(self.tokens))
         self.rng = torch.Generator().manual_seed(request.seed)
         self.stats = Stats()
-        self.pacer = None  # the controller's, where there is one
+        self.pacer: DraftPacer | None = None  # the controller's, where there is one
         self.finish_reason: str | None = None
         self.error: str | None = None
 
@@ -81,7 +82,7 @@ class Slot:
         return first
 
     def result(self) -> Generation:
-        reason = "error" if self.error else self.finish_reason
+        reason = "error" if self.error else str(self.finish_reason)
         return Generation(
             self.request.id, self.request.prompt_ids, self.new_tokens, reason, self.stats, self.error
         )

@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from pydantic import Field
@@ -90,6 +90,8 @@ class Proposal:
 
     def law(self, node: int) -> Tensor:
         """Return the probabilities [vocab] that node's token was drawn from (before elder siblings were taken out)."""
+        if self.probs is None:
+            raise ValueError("a deterministic proposal was drawn from no law")
         row = self.probs[node if self.laws is None else self.laws[node]]
         if self.columns is None:
             return row
@@ -152,9 +154,17 @@ class Shape(ABC):
     `draws` says what is drawn from the draft's law at temperature > 0: a "chain", a "tree", or nothing (None).
     """
 
-    depth: int | None
-    nodes: int | None
-    draws: ClassVar[str | None] = None
+    draws: str | None = None
+
+    @property
+    @abstractmethod
+    def depth(self) -> int | None:
+        """Return the longest path; None: the drafter's block."""
+
+    @property
+    @abstractmethod
+    def nodes(self) -> int | None:
+        """Return the most nodes; None: as many as the drafter's block allows."""
 
     def levels(self, most: int) -> int:
         """Levels to grow where at most `most` may be."""
@@ -193,7 +203,7 @@ class Chain(Shape):
     type: Literal["chain"] = tag(default="chain", kw_only=True)
     depth: int | None = Field(default=None, ge=1, description="None: the drafter's block size.")
 
-    draws: ClassVar[str | None] = "chain"
+    draws = "chain"
 
     @property
     def nodes(self) -> int | None:

@@ -64,7 +64,8 @@ def block(proposal: Proposal, law: Law, uniform: Uniform, pick: Pick) -> tuple[l
     accepted, then the next token comes from norm((P_i p_{i+1} − q_{i+1})₊), or from p after a whole block.
     """
     gamma = len(proposal.tokens)
-    chance, best, rest = 1.0, 0, None
+    chance, best = 1.0, 0
+    rest: Tensor | None = None
     for i in range(gamma + 1):
         p = law(i - 1)
         if i == gamma:
@@ -73,12 +74,12 @@ def block(proposal: Proposal, law: Law, uniform: Uniform, pick: Pick) -> tuple[l
             residual = (chance * p - proposal.law(i)).clamp_(min=0)
             mass = float(residual.sum())
             h = mass / (mass + 1 - chance) if mass + 1 - chance > 0 else 1.0
-        if i == 0 or uniform() < h:
+        if rest is None or uniform() < h:
             best, rest = i, residual
         if i < gamma:
             token = proposal.tokens[i]
             chance = min(1.0, chance * float(p[token]) / float(proposal.law(i)[token]))
-    if float(rest.sum()) <= 0:  # p equals q and the block was certain to go on: only rounding comes this way
+    if rest is None or float(rest.sum()) <= 0:  # p equals q, the block was certain to go on: rounding alone
         rest = law(best - 1)
     return list(range(best)), pick(rest)
 
@@ -118,9 +119,9 @@ def traversal(proposal: Proposal, law: Law, uniform: Uniform, pick: Pick) -> tup
     below = _below(proposal)
 
     def visit(node: int, r: float) -> _Stop:
-        children = below.get(node, [])
-        q = _unit(proposal.law(children[0])) if children else None
-        return _Stop(node, r, _unit(law(node)), q, iter(children))
+        p, children = _unit(law(node)), below.get(node, [])
+        q = _unit(proposal.law(children[0])) if children else p
+        return _Stop(node, r, p, q, iter(children))
 
     path = [visit(-1, 1.0)]
     while True:
@@ -142,7 +143,7 @@ class _Stop:
     node: int
     r: float
     p: Tensor
-    q: Tensor | None  # None: a leaf
+    q: Tensor  # of a leaf it is not read
     untried: Iterator[int]
 
     def chance(self, token: int) -> float:

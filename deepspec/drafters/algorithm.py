@@ -5,21 +5,41 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, Protocol, get_args
 
 from pydantic import Field
 
 from deepspec.decoding.drafter import Drafter
 from deepspec.drafters.loss_params import LossParams
 from deepspec.drafters.network import Network
+from deepspec.errors import DeepSpecError
 from deepspec.section import Section
 from deepspec.target.model import Target
+
+if TYPE_CHECKING:
+    from deepspec.drafters.algorithms.lookup import TrainingFreeDrafter
+
+
+class DrafterSection(Protocol):
+    """What every section under `drafters` of params.yaml has, whichever algorithm's it is."""
+
+    @property
+    def type(self) -> str:
+        """Return the algorithm's name."""
 
 
 class TrainedParams(Section):
     """What every drafter that is trained may have in its section."""
 
     loss: LossParams | None = Field(None, description="In place of `train.loss`.")
+
+
+def _no_file(directory: Path, config: dict[str, Any], target: Target) -> Drafter:
+    raise DeepSpecError(f"{directory}: drafts of this algorithm are written as another's")
+
+
+def _no_section(params: DrafterSection) -> TrainingFreeDrafter:
+    raise DeepSpecError(f"a {params.type} draft is trained: its section alone does not make one")
 
 
 @dataclass(frozen=True)
@@ -37,9 +57,9 @@ class Algorithm:
 
     params: type[Section]
     architectures: tuple[str, ...]
-    load: Callable[[Path, dict[str, Any], Target], Drafter] | None = None
+    load: Callable[[Path, dict[str, Any], Target], Drafter] = _no_file
     network: Callable[[Any, Target], Network] | None = None
-    make: Callable[[Any], Drafter] | None = None
+    make: Callable[[Any], TrainingFreeDrafter] = _no_section
     standalone: bool = False
 
     @property

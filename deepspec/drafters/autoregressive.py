@@ -84,7 +84,7 @@ class AutoregressiveSession(GrowingSession):
 
     def extend(self, row: int, tokens: list[int], features: Tensor | None) -> None:
         self.rows[row].tokens += tokens
-        if self.drafter.on_features:
+        if self.drafter.on_features and features is not None:
             self.rows[row].features.append(features)
 
     def move(self, source: int, destination: int) -> None:

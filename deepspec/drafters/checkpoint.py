@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -17,6 +18,8 @@ from deepspec.drafters.network import SHARED, Network
 from deepspec.errors import DeepSpecError
 from deepspec.files import digest, file_digest, replacing
 from deepspec.target.model import Target
+
+N = TypeVar("N", bound=Network)
 
 DRAFTS = Path("data/drafts")
 RECORD = "deepspec.json"
@@ -91,7 +94,7 @@ def weight_names(directory: Path, file: str | None = None) -> set[str]:
     return set(_read_weights(directory / (file or WEIGHTS)))
 
 
-def load_network(network: Network, directory: Path, target: Target, file: str | None = None) -> Network:
+def load_network(network: N, directory: Path, target: Target, file: str | None = None) -> N:
     """Fill a fresh network with the weights of a directory's `file`, ours or a published one; float32.
 
     Raises:

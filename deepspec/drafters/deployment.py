@@ -31,11 +31,14 @@ from deepspec.target.model import Target
 LookupChoice = Annotated[LookupParams | SuffixParams, Field(discriminator="type")]
 
 
+DEFAULT_LOOKUP = SuffixParams(type="suffix", min_match=3)
+
+
 class DecodeParams(Section):
     """How a trained draft is used at decode time."""
 
     lookup: LookupChoice | None = Field(
-        SuffixParams(type="suffix", min_match=3),
+        DEFAULT_LOOKUP,
         description="Asked before the trained draft, which answers where nothing matches; null: not asked.",
     )
     tree: AnyShape = CHAIN

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import MISSING
+from dataclasses import MISSING, fields
 from typing import Any, NamedTuple
 
 import torch
@@ -255,5 +255,4 @@ def plain_rope(config: dict[str, Any]) -> float:
 
 def missing_keys(sizes: type, config: dict[str, Any]) -> list[str]:
     """Fields of the dataclass `sizes` without a default that `config` does not give."""
-    fields = sizes.__dataclass_fields__.values()
-    return [f.name for f in fields if f.default is MISSING and config.get(f.name) is None]
+    return [f.name for f in fields(sizes) if f.default is MISSING and config.get(f.name) is None]

@@ -12,11 +12,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from deepspec.drafters.network import NormalisedLinear
+from deepspec.drafters.network import Network, NormalisedLinear
 from deepspec.errors import DeepSpecError
-from deepspec.target.fused import FusedLayer
+from deepspec.target.fused import FusedLayer, Int4Linear, LlamaLayer, LlamaNorm, PackedLinear, qk_norms
 from deepspec.target.model import Target
 
 Start = Literal["auto", "target", "random"]
@@ -55,7 +55,7 @@ def _without_biases(layer: FusedLayer) -> bool:
 
 @torch.no_grad()
 def init_from_target(
-    layers: Sequence[nn.Module], norm: nn.Module, fc: NormalisedLinear, target: Target, channel_std: Tensor
+    layers: Sequence[LlamaLayer], norm: LlamaNorm, fc: NormalisedLinear, target: Target, channel_std: Tensor
 ) -> None:
     """Initialise `layers` as the target's last ones, the norm behind them as its own, `fc` as the deepest feature.
 
@@ -78,28 +78,28 @@ def init_from_target(
     fc.weight[:, -fc.out_features :] = torch.diag(fc.scale[-fc.out_features :])
 
 
-def _begin(mine: nn.Module, theirs: FusedLayer) -> None:
+def _begin(mine: LlamaLayer, theirs: FusedLayer) -> None:
     attention, mlp = mine.self_attn, mine.mlp
     before, between = (norm.keywords["weight"].float() for norm in theirs.norms)
     heads, kv_heads = theirs.heads * theirs.head_dim, theirs.kv_heads * theirs.head_dim
-    qkv = (theirs.qkv.dense.float() * before).split((heads, kv_heads, kv_heads))
+    qkv = (_dense(theirs.qkv).float() * before).split((heads, kv_heads, kv_heads))
     for into, weight in zip((attention.q_proj, attention.k_proj, attention.v_proj), qkv, strict=True):
         into.weight[:, -weight.shape[1] :].copy_(weight)
-    attention.o_proj.weight.copy_(theirs.out.dense)
-    gate, up = (theirs.gate_up.dense.float() * between).chunk(2)
+    attention.o_proj.weight.copy_(_dense(theirs.out))
+    gate, up = (_dense(theirs.gate_up).float() * between).chunk(2)
     mlp.gate_proj.weight.copy_(gate)
     mlp.up_proj.weight.copy_(up)
-    mlp.down_proj.weight.copy_(theirs.down.dense)
-    if hasattr(attention, "q_norm"):
-        norms = theirs.qk_norms or [None, None]
-        for norm, own, weight in zip((attention.q_norm, attention.k_norm), norms, qkv[:2], strict=True):
+    mlp.down_proj.weight.copy_(_dense(theirs.down))
+    if mine_norms := qk_norms(attention):
+        norms = theirs.qk_norms or (None, None)
+        for norm, own, weight in zip(mine_norms, norms, qkv[:2], strict=True):
             # Without such norms in the target: the size that its queries and keys have of an input of random signs.
             size = weight.square().sum(1).mean().sqrt()
             norm.weight.copy_(own.keywords["weight"] if own else size.expand_as(norm.weight))
 
 
 @torch.no_grad()
-def match_head(network: nn.Module, target: Target) -> None:
+def match_head(network: Network, target: Target) -> None:
     """Let a draft that shares a head with a scale (Granite, Cohere, Falcon-H1) begin with logits of the target's size.
 
     The scale goes into the norm before the head, which every format has: a bias or a soft cap has no such place, nor
@@ -108,6 +108,12 @@ def match_head(network: nn.Module, target: Target) -> None:
     norm = getattr(network, "norm", None)
     if target.head_transform.scale != 1.0 and norm is not None:
         norm.weight.mul_(target.head_transform.scale)
+
+
+def _dense(part: PackedLinear | Int4Linear) -> Tensor:
+    if not isinstance(part, PackedLinear):
+        raise DeepSpecError("a draft cannot begin as layers in 4 bits; use `start: random`")
+    return part.dense
 
 
 def draft_vocabulary(
@@ -123,7 +129,7 @@ def draft_vocabulary(
     return torch.tensor(sorted(ranked[:size]))
 
 
-def channel_std(rows: Sequence[Mapping[int, Tensor]], layers: Sequence[int]) -> Tensor:
+def channel_std(rows: Sequence[Mapping[int | str, Tensor]], layers: Sequence[int]) -> Tensor:
     """Return the standard deviation of each channel of the concatenated layers over all tokens, float32 [layers·d].
 
     Args:

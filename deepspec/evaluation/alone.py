@@ -53,7 +53,7 @@ def acceptance(by_task: Mapping[str, Blocks]) -> dict[str, record.Blocks]:
 
 def confidence(drafter: Drafter, by_mode: Mapping[str, list[Blocks]]) -> dict[str, record.Confidence] | None:
     """Quality of the confidence head on prompts it was not calibrated on; None for a drafter that has none."""
-    temperatures = getattr(drafter.trained, "temperatures", None)
+    temperatures = drafter.trained.temperatures
     if temperatures is None:
         return None
     found = {}

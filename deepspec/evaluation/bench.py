@@ -12,7 +12,7 @@ from deepspec.decoding.cost import CostCurve, load_or_measure
 from deepspec.decoding.drafter import Drafter
 from deepspec.decoding.params import ControllerChoice
 from deepspec.drafters.checkpoint import read_config
-from deepspec.drafters.deployment import Deployment
+from deepspec.drafters.deployment import DEFAULT_LOOKUP, Deployment
 from deepspec.drafters.load import load_drafter
 from deepspec.drafters.registry import algorithms, reader
 from deepspec.evaluation.contest import DecodingConfig
@@ -54,7 +54,7 @@ class Bench:
     @cached_property
     def baseline(self) -> Drafter:
         """The lookup alone: that of `decode`, or the default one."""
-        chosen = self.params.decode.lookup or type(self.params.decode)().lookup
+        chosen = self.params.decode.lookup or DEFAULT_LOOKUP
         return algorithms()[chosen.type].make(chosen)
 
     @cached_property
@@ -74,7 +74,8 @@ class Bench:
         return {name: CostCurve.from_json(curve) for name, curve in self.costs.items()}
 
     def is_trained(self, name: str) -> bool:
-        return reader(read_config(Path(self.drafts[name]))).network is not None
+        algorithm = reader(read_config(Path(self.drafts[name])))
+        return algorithm is not None and algorithm.network is not None
 
 
 def decoding_configs(bench: Bench) -> list[DecodingConfig]:

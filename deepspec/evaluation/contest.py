@@ -100,6 +100,6 @@ class Contest:
                 runs[config.name].add(generation, seconds)
                 if config.name == PLAIN:
                     answer = generation.tokens
-            content = self.target.tokenizer.decode(answer, skip_special_tokens=True)
+            content = str(self.target.tokenizer.decode(answer, skip_special_tokens=True))
             messages.append({"role": "assistant", "content": content})
         return runs

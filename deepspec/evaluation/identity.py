@@ -7,12 +7,13 @@ the two top logits in float64 on the shared context, and counted; the outputs ar
 
 from __future__ import annotations
 
-from functools import lru_cache
+from collections.abc import Iterable
+from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any
 
 import torch
 
+from deepspec.decoding.drafter import Drafter
 from deepspec.decoding.engine import generate
 from deepspec.decoding.request import Generation
 from deepspec.decoding.tree import Shape
@@ -25,7 +26,7 @@ TIE = 1e-4  # of the two top logits, in float64
 
 def check_identity(
     target: Target,
-    drafter: Any,
+    drafter: Drafter | None,
     target_dir: str | Path,
     references: list[Generation],
     max_new_tokens: int,
@@ -39,11 +40,10 @@ def check_identity(
         together: decode the prompts in one batch, not one at a time.
     """
     prompts = [reference.prompt_ids for reference in references]
-    options = {"max_new_tokens": max_new_tokens, "temperature": 0.0, "tree": tree}
-    if together:
-        outputs = generate(target, drafter, prompts, **options)
-    else:
-        outputs = (generate(target, drafter, prompt_ids, **options)[0] for prompt_ids in prompts)
+    decode = partial(generate, target, drafter, max_new_tokens=max_new_tokens, temperature=0.0, tree=tree)
+    outputs: Iterable[Generation] = (
+        decode(prompt_ids=prompts) if together else (decode(prompt_ids=ids)[0] for ids in prompts)
+    )
     ties = 0
     lossless = True
     for reference, drafted in zip(references, outputs, strict=True):
@@ -52,7 +52,7 @@ def check_identity(
             continue
         # A run that just ends early differs in no token: that is no tie.
         differs = same < min(len(reference.tokens), len(drafted.tokens))
-        tie = differs and top_two_gap(target_dir, reference.prompt_ids + reference.tokens[:same]) < TIE
+        tie = differs and top_two_gap(str(target_dir), reference.prompt_ids + reference.tokens[:same]) < TIE
         ties += tie
         lossless &= tie
     tokens = sum(len(reference.tokens) for reference in references)
@@ -69,7 +69,7 @@ def top_two_gap(target_path: str, ids: list[int]) -> float:
 
     Where it is smaller than rounding, greedy runs over different shapes may part without either being wrong.
     """
-    target = _in_float64(str(target_path))
+    target = _in_float64(target_path)
     step = ForwardPass(torch.arange(len(ids), device=target.device)[None])
     hidden = target.forward(torch.tensor([ids], device=target.device), step)
     best, second = target.logits(hidden[:, -1])[0].topk(2).values.tolist()

@@ -125,7 +125,8 @@ def _outcomes(bench: Bench) -> dict[str, Outcome]:
     for name in bench.drafts:
         own = _of(name, contest)
         checked = identities[name]
-        points = sweeps[name] and sweep.points(sweeps[name], checked["alone"], checked["tree"], bench.seed)
+        runs = sweeps[name]
+        points = sweep.points(runs, checked["alone"], checked["tree"], bench.seed) if runs else None
         section = sections[name] | {"sweeps": points}
         if not all(identity.lossless for identity in checked.get("alone", {}).values()):
             section["throughput"] = _without_speed(section["throughput"])

@@ -14,7 +14,7 @@ NEW_TOKENS = 32
 
 
 def native_tokens_per_second(
-    target_dir: str | Path, dtype: Any, device: Any, prompts: dict[str, list[int]]
+    target_dir: str | Path, dtype: torch.dtype, device: torch.device, prompts: dict[str, list[int]]
 ) -> dict[str, float]:
     """Return decoded tokens per second for each prompt, the better of two runs (see `timing.py`).
 
@@ -22,7 +22,8 @@ def native_tokens_per_second(
     """
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(target_dir, dtype=dtype).to(device).eval()
+    loaded: Any = AutoModelForCausalLM.from_pretrained(target_dir, dtype=dtype)
+    model = loaded.to(device).eval()
     answer = partial(_answer, model)
     first_token = FirstToken(lambda ids: answer(ids, 1))
     runtime = Answering(answer, 1 + NEW_TOKENS, first_token)

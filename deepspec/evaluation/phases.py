@@ -22,6 +22,7 @@ from deepspec.evaluation.bench import Bench, decoding_configs, first_turns
 from deepspec.evaluation.contest import Contest, DecodingConfig
 from deepspec.evaluation.identity import check_identity
 from deepspec.evaluation.native import native_tokens_per_second
+from deepspec.evaluation.params import ThroughputParams
 from deepspec.evaluation.record import DRAFT, LOOKUP, Identity, Throughput
 from deepspec.evaluation.runs import PromptRuns, from_json, prompt_seed, to_json
 from deepspec.evaluation.throughput import Server, Setting
@@ -71,10 +72,10 @@ def run_native(bench: Bench) -> dict[str, float]:
 
 def measure_alone(bench: Bench, name: str) -> dict[str, Any]:
     """Return the record's sections that are measured of a trained draft without lookup and controller."""
-    trained = bench.is_trained(name)
+    trained, batches = bench.is_trained(name), bench.params.throughput
     return {
         **(_blocks(bench, name) if trained else {"blocks": None, "confidence": None}),
-        "throughput": _throughput(bench, name) if trained and bench.params.throughput else None,
+        "throughput": _throughput(bench, name, batches) if trained and batches else None,
     }
 
 
@@ -165,8 +166,7 @@ def run_sweeps(bench: Bench, name: str) -> dict[str, list[PromptRuns]] | None:
     return results
 
 
-def _throughput(bench: Bench, name: str) -> list[Throughput]:
-    chosen = bench.params.throughput
+def _throughput(bench: Bench, name: str, chosen: ThroughputParams) -> list[Throughput]:
     settings = [Setting(t, batch) for t in chosen.temperatures for batch in chosen.batches]
 
     @_once

@@ -78,17 +78,22 @@ class Positions(Part):
     )
 
 
+def _as_in(part: type[Part], name: str) -> Any:
+    """Return a field of another part, with its description, to be declared again in its place."""
+    return part.model_fields[name]
+
+
 class Figures(Part):
     """What is said of every way of decoding on a task."""
 
     rounds: int = Field(description="passes of the target that verified a draft or drew a token of their own")
-    tau: float | None = _Gain.model_fields["tau"]
-    tau_ci95: Bounds | None = _Gain.model_fields["tau_ci95"]
-    accept_rate_by_position: list[float] = Positions.model_fields["accept_rate_by_position"]
-    reached_by_position: list[int] = Positions.model_fields["reached_by_position"]
+    tau: float | None = _as_in(_Gain, "tau")
+    tau_ci95: Bounds | None = _as_in(_Gain, "tau_ci95")
+    accept_rate_by_position: list[float] = _as_in(Positions, "accept_rate_by_position")
+    reached_by_position: list[int] = _as_in(Positions, "reached_by_position")
     tokens_per_second: float | None = Field(description="tokens over seconds, prefill left out")
-    speedup: float | None = _Gain.model_fields["speedup"]
-    speedup_ci95: Bounds | None = _Gain.model_fields["speedup_ci95"]
+    speedup: float | None = _as_in(_Gain, "speedup")
+    speedup_ci95: Bounds | None = _as_in(_Gain, "speedup_ci95")
     draft_ms: float | None = Field(description="time of a round in the draft: the median over prompts")
     verify_ms: float | None = Field(
         description="time of a round in the target's pass with the verdict: the median over prompts"

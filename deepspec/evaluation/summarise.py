@@ -298,16 +298,10 @@ def _summary(measured: Measured, entries: dict[str, TaskEntry], seed: int) -> Su
     }
     means = {f"{t:g}": _macro(measured.contest, t, lossless, seed) for t in temperatures}
     headline = temperatures[0]
-    rates = [
-        entries[task_key(name, headline)].tokens_per_second
-        for name in measured.native
-        if lossless[DRAFT] and headline == 0
-    ]
-    against_native = (
-        fmean(rate / measured.native[name] for rate, name in zip(rates, measured.native, strict=True))
-        if rates and all(rates)
-        else None
-    )
+    rates = {name: entries[task_key(name, headline)].tokens_per_second for name in measured.native}
+    ratios = [rate / measured.native[name] for name, rate in rates.items() if rate]
+    comparable = lossless[DRAFT] and headline == 0 and len(ratios) == len(rates)
+    against_native = fmean(ratios) if ratios and comparable else None
     own = means[f"{headline:g}"]
     return Summary(
         temperature=headline,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 
@@ -66,11 +66,17 @@ class _Notes:
 class _Traced(Shape):
     """Another shape, whose growths note the laws they are fed."""
 
-    draws: ClassVar[str | None]
-
     def __init__(self, inner: Shape, notes: _Notes):
         self.inner, self.notes = inner, notes
-        self.depth, self.nodes, self.draws = inner.depth, inner.nodes, inner.draws
+        self.draws = inner.draws
+
+    @property
+    def depth(self) -> int | None:
+        return self.inner.depth
+
+    @property
+    def nodes(self) -> int | None:
+        return self.inner.nodes
 
     def growth(self, vocabulary: Vocabulary, sampling: Sampling, depth: int, rng: torch.Generator) -> Growth:
         return _TracedGrowth(self.inner.growth(vocabulary, sampling, depth, rng), self.notes)
@@ -145,14 +151,14 @@ def _chance(proposal: Proposal, node: int | None) -> float | None:
 
 
 def _text(target: Target, token: int) -> str:
-    return target.tokenizer.decode([token])
+    return str(target.tokenizer.decode([token]))
 
 
 def _texts(target: Target, tokens: list[int]) -> list[str]:
     """Return the text that each token adds; a character of several tokens comes with its last one."""
     texts, shown = [], ""
     for end in range(1, len(tokens) + 1):
-        text = target.tokenizer.decode(tokens[:end])
+        text = str(target.tokenizer.decode(tokens[:end]))
         whole = text if end == len(tokens) else text.rstrip("�")
         texts.append(whole[len(shown) :] if whole.startswith(shown) else "")
         shown = whole if whole.startswith(shown) else shown

@@ -51,7 +51,7 @@ def advise(record: Record | None, kind: str, gamma: int) -> Advice:
     choices = _choices(record, kind, gamma)
     if kind in BLOCKS:
         return Advice(gamma, "the whole block: another length is not what it was trained on", choices)
-    if not choices:
+    if record is None or not choices:
         return Advice(gamma, "γ: no evaluation record says what a shorter draft would save", choices)
     best = max(choices, key=lambda choice: choice.tokens_per_second)
     return Advice(best.drafted, f"most tokens a second by the figures measured on {record.device}", choices)

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor
 
+from deepspec.drafters.algorithms.lm import LMModel
 from deepspec.export.draft import Draft
 from deepspec.export.layout import Layout
 from deepspec.export.readers.eagle3 import VARIANTS
@@ -95,7 +96,10 @@ def lm_of_target_size(draft: Draft) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Return configuration and weights of an independent model, embeddings and head cut or padded to the target's."""
     size = draft.target.vocab_size
     weights = load_file(draft.directory / "model.safetensors")
-    model = draft.network.model
+    network = draft.network
+    if not isinstance(network, LMModel):
+        raise TypeError(f"{draft.name} is no independent model")
+    model = network.model
     ends = (model.get_input_embeddings().weight, model.get_output_embeddings().weight)
     names = {name for name, weight in model.named_parameters() if any(weight is end for end in ends)}
     for name in names & set(weights):

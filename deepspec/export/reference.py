@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import reduce
+from operator import add
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +47,7 @@ def logits(model: Network, sample: Sample) -> Tensor:
     hidden = model(features[None], sample.tokens[None], sample.anchors[None])
     previous = sample.tokens[sample.anchors[:, None] + torch.arange(gamma)]
     factors = model.outputs(hidden, previous[None]).factors
-    return sum(x.float() @ w.float().T for x, w in factors)[0]
+    return reduce(add, (x.float() @ w.float().T for x, w in factors))[0]
 
 
 def _eagle3(directory: Path, config: dict[str, Any], target: Target) -> Network:

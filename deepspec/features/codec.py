@@ -7,12 +7,14 @@ as they are, int4 in pairs (the even value in the low half of a byte, offset by 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from deepspec.errors import DeepSpecError, nearest
 
+Form = Literal["bf16", "fp8", "int8", "int4"]  # as in params.yaml
 Encoded = dict[str, Tensor]  # part → [n, ...]; the parts of a codec are always the same
 
 
@@ -21,13 +23,12 @@ class Codec:
     """One form of storage.
 
     Args:
-        name: as in params.yaml.
         group: values that share a scale; 0: the whole row; None: no scale.
         most: the largest code.
         dtype: of the codes.
     """
 
-    name: str
+    name: Form
     group: int | None
     most: float
     dtype: torch.dtype
@@ -68,7 +69,7 @@ class Codec:
         return (grouped * scales[..., None]).flatten(-2)
 
 
-CODECS = {
+CODECS: dict[str, Codec] = {
     codec.name: codec
     for codec in (
         Codec("bf16", None, 0.0, torch.bfloat16),

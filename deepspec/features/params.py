@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from deepspec.features.codec import CODECS
+from deepspec.features.codec import Form
 from deepspec.section import Section
 
 
@@ -16,7 +16,7 @@ class FeaturesParams(Section):
     mode: Literal["cached", "online"] = Field(
         "cached", description="`online` runs the target in every step and stores nothing."
     )
-    form: Literal[tuple(CODECS)] = Field("bf16", description="Of the cache: how each hidden state is stored.")
+    form: Form = Field("bf16", description="Of the cache: how each hidden state is stored.")
     directory: str | None = Field(
         None, description="Of the cache, to share it; null: one of its own under .deepspec/features."
     )

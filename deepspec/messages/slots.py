@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-Number = tuple[int, ...] | Callable[["Slots"], int]
+Number = tuple[int, ...] | Callable[["Slots"], int | str]
 SENTENCE_START = re.compile(r"(^|[.?!]\s+|\n)([a-z])")
 SOUNDS_LIKE_CONSONANT = ("uni", "use", "eu", "one")
 SOUNDS_LIKE_VOWEL = ("hour", "honest")

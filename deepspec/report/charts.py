@@ -30,7 +30,7 @@ LIGHT = {
     },
     "legend": {"orient": "bottom"},
 }
-Chart = alt.Chart | alt.LayerChart
+Chart = alt.Chart | alt.LayerChart | alt.FacetChart
 
 
 @dataclass(frozen=True)

@@ -52,16 +52,22 @@ def render(inputs: Inputs, figures: list[Figure]) -> str:
         several=several,
         style=Markup((ASSETS / "page.css").read_text()),
         script=Markup((ASSETS / "page.js").read_text()),
-        vega=Markup(vl_convert.javascript_bundle(vl_version=".".join(alt.VEGALITE_VERSION.split(".")[:2]))),
+        vega=Markup(_vega()),
         specs=_json({figure.name: figure.spec for figure in shown}),
         generations=_json(inputs.traces),
     )
 
 
+def _vega() -> str:
+    """Return the charts' JavaScript, of the Vega-Lite version that they are written for."""
+    version = ".".join(alt.VEGALITE_VERSION.split(".")[:2])
+    return vl_convert.javascript_bundle(vl_version=version)  # type: ignore[call-arg]  # its stub lacks a default
+
+
 def leaderboard(inputs: Inputs) -> list[dict[str, Any]]:
     """Return a row for each way of decoding, the fastest first, plain decoding last; cells by temperature."""
     several = len(inputs.records) > 1
-    rows = []
+    rows: list[dict[str, Any]] = []
     for name, record in inputs.records.items():
         summary = record.summary
         for beside in [None, *next(iter(record.tasks.values())).beside]:
@@ -95,8 +101,8 @@ def _temperatures(inputs: Inputs) -> list[str]:
 def _headline(inputs: Inputs) -> dict[str, Any]:
     """Return the fastest drafter, and where it gains least."""
     name, record = max(inputs.records.items(), key=lambda item: item[1].summary.speedup or 0)
-    measured = {key: entry for key, entry in record.tasks.items() if entry.speedup is not None}
-    weakest = min(measured, key=lambda key: measured[key].speedup, default=None)
+    measured = {key: entry.speedup for key, entry in record.tasks.items() if entry.speedup is not None}
+    weakest = min(measured, key=lambda key: measured[key], default=None)
     checks = _checks(record).values()
     return {
         "drafter": name,
@@ -104,7 +110,7 @@ def _headline(inputs: Inputs) -> dict[str, Any]:
         "tokens": sum(entry.lossless_checked.tokens for entry in checks),
         "prompts": sum(entry.lossless_checked.prompts for entry in checks),
         "ties": sum(entry.ties for entry in checks),
-        "weakest": weakest and {"task": task_of(weakest), **dict(measured[weakest])},
+        "weakest": weakest and {"task": task_of(weakest), **dict(record.tasks[weakest])},
         "target": record.target,
         "device": record.device,
     }

@@ -10,7 +10,7 @@ import io
 from collections.abc import Iterable
 from typing import Any
 
-from deepspec.evaluation.record import LOOKUP, Bounds, Record
+from deepspec.evaluation.record import LOOKUP, Bounds, Positions, Record, TaskEntry
 from deepspec.report.inputs import Inputs
 
 Rows = list[dict[str, Any]]
@@ -119,6 +119,7 @@ def _speedups(name: str, record: Record, several: bool) -> Rows:
 
 def _acceptance(name: str, record: Record) -> Rows:
     """Return the acceptance of the draft alone; a drafter that was not measured alone is shown as it is deployed."""
+    entries: list[tuple[str, str, Positions | TaskEntry]]
     if record.blocks:
         entries = [
             (task, mode, entry) for mode, tasks in record.blocks.items() for task, entry in tasks.items()

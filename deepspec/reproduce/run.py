@@ -121,7 +121,7 @@ def _training(settings: Settings, stages: list[Stage]) -> list[str]:
     wanted = [draft for draft in drafts if settings.drafter in (draft, drafts[draft].name.rpartition("@")[2])]
     if not wanted:
         raise DeepSpecError(
-            f"no draft {settings.drafter!r}{nearest(settings.drafter, drafts)} (drafts: {', '.join(drafts)})"
+            f"no draft {settings.drafter!r}{nearest(str(settings.drafter), drafts)} (drafts: {', '.join(drafts)})"
         )
     found = {drafts[wanted[0]].address}
     for stage in reversed(stages):  # each stands behind those that it needs

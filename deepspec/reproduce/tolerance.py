@@ -152,14 +152,15 @@ def compare(
     }
     bounds = [_intervals(figures.records) for figures in (then, now)]
     stated = [_stated(figures.metrics) for figures in (then, now)]
-    old, new = (dict(figures.metrics) | _identities(figures.records) for figures in (then, now))
+    old, new = ({**figures.metrics, **_identities(figures.records)} for figures in (then, now))
     pace = _pace(old, new)
     rows = []
     for metric, committed in old.items():
         drafter = metric.split(".")[0]
         facts = changed.get(drafter, [fact for found in changed.values() for fact in found])
         known = stated if metric in stated[0] else bounds
-        given = _Given(facts, recomputed, pace, *(each.get(metric) for each in known), metric in stated[0])
+        before, after = (each.get(metric) for each in known)
+        given = _Given(facts, recomputed, pace, before, after, metric in stated[0])
         tolerance = next((share for name, share in (chosen or {}).items() if fnmatchcase(metric, name)), None)
         judged = (
             _judge(metric, committed, new.get(metric), given)
@@ -217,10 +218,11 @@ def _judge(metric: str, old: Number, new: Number, given: _Given) -> tuple[str, b
 
 def _pace(old: Mapping[str, Number], new: Mapping[str, Number]) -> float:
     """Return how much faster plain decoding is now; 1 where none was measured."""
+    paces = [(value, new.get(metric)) for metric, value in old.items() if metric.endswith(PACE)]
     ratios = [
-        new[metric] / value
-        for metric, value in old.items()
-        if metric.endswith(PACE) and value and isinstance(new.get(metric), float | int) and new[metric]
+        now / then
+        for then, now in paces
+        if isinstance(then, float | int) and isinstance(now, float | int) and then and now
     ]
     return median(ratios) if ratios else 1.0
 
@@ -241,14 +243,15 @@ def _overlap(first: Interval | None, second: Interval | None) -> bool:
 
 def _intervals(records: Mapping[str, Mapping[str, Any]]) -> dict[str, Interval]:
     """Return the 95 % intervals under the names that `deepspec/report/inputs.py` gives the metrics."""
-    found = {}
+    found: dict[str, Interval] = {}
     for drafter, record in records.items():
         parts = {drafter: record["summary"]}
         parts |= {f"{drafter}.{task}": entry for task, entry in record["tasks"].items()}
         for prefix, figures in parts.items():
             for name in ("tau", "speedup"):
-                if figures.get(f"{name}_ci95"):
-                    found[f"{prefix}.{name}"] = tuple(figures[f"{name}_ci95"])
+                if bounds := figures.get(f"{name}_ci95"):
+                    low, high = bounds
+                    found[f"{prefix}.{name}"] = low, high
     return found
 
 
@@ -256,9 +259,9 @@ def _stated(metrics: Mapping[str, Number]) -> dict[str, Interval]:
     """Return the intervals that metrics bring: `low` and `high` under the same prefix."""
     found = {}
     for metric in metrics:
-        ends = tuple(metrics.get(f"{metric.rpartition('.')[0]}.{end}") for end in ENDS)
-        if all(isinstance(end, float | int) for end in ends):
-            found[metric] = ends
+        low, high = (metrics.get(f"{metric.rpartition('.')[0]}.{end}") for end in ENDS)
+        if isinstance(low, float | int) and isinstance(high, float | int):
+            found[metric] = low, high
     return found
 
 

@@ -81,13 +81,13 @@ def run(settings: Settings) -> list[str]:
     environment = None if settings.base_url else find_or_set_up()
     # The models are gone when this returns: the engine gets their memory.
     own, work, about = _measure_ours(loads, params, settings, environment)
+    failed: dict[str, str] = {}
     if environment:
         version, answers, failed = local(environment, TARGET, list(own), work)
-    else:
+    elif settings.base_url:
         (draft,) = own
         client = CLIENTS[settings.engine]
         version, answers = remote(client, settings.base_url, settings.plain_url, draft, work)
-        failed = {}
     records: list[ServingRecord] = []
     for draft, decoded in own.items():
         if draft.name in failed:
@@ -220,7 +220,7 @@ def _work(target: Target, params: Params, settings: Settings) -> Work:
         for turns in load_task(name, count, params.seed, params.evaluate.tasks_dir).prompts:
             messages = [{"role": "user", "content": turns[0]}]
             text = target.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-            prompts.append(Prompt(str(name), text, target.chat_ids(messages)))
+            prompts.append(Prompt(str(name), str(text), target.chat_ids(messages)))
     longest = max(len(prompt.ids) for prompt in prompts) + limit + SLACK
     if longest > target.max_length:
         prompts = [prompt for prompt in prompts if len(prompt.ids) + limit + SLACK <= target.max_length]

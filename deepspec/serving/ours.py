@@ -9,7 +9,7 @@ which ends where the answer does, as plain decoding's.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 from deepspec.decoding.request import Generation, Request
 from deepspec.decoding.tree import Chain
@@ -17,6 +17,10 @@ from deepspec.drafters.deployment import Deployment
 from deepspec.errors import DeepSpecError
 from deepspec.evaluation.stats import Pair
 from deepspec.serving.protocols import Counts
+
+if TYPE_CHECKING:
+    from deepspec.decoding.drafter import Drafter
+    from deepspec.target.model import Target
 
 
 @dataclass(frozen=True)
@@ -29,7 +33,9 @@ class Ours:
     pair: Pair
 
 
-def decode(target: Any, drafter: Any, prompt_ids: list[int], tokens: int, speculative_tokens: int) -> Ours:
+def decode(
+    target: Target, drafter: Drafter, prompt_ids: list[int], tokens: int, speculative_tokens: int
+) -> Ours:
     """Decode one prompt without and with the draft, at most `tokens` tokens."""
     alone, drafting = Deployment(target), Deployment(target, drafter, Chain(speculative_tokens))
     plain = _run(alone, Request(prompt_ids, tokens))

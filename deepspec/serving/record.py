@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from pydantic import Field, ValidationError
@@ -194,12 +193,14 @@ def compare(measured: Measured, engine: str, gated: bool = True) -> Figures:
         new_tokens=sum(len(answer.tokens) for answer in measured.drafted),
         served=served_section,
         ours=own_section,
-        ratio_accepted_length=ratio and ratio.value,
-        ratio_ci95=ratio and ratio.bounds,
+        ratio_accepted_length=ratio.value if ratio else None,
+        ratio_ci95=ratio.bounds if ratio else None,
         tasks=_by_task(measured),
         outputs=outputs,
         warnings=measured.warnings + _warnings(served_section, outputs, engine),
-        failures=_failures(served_section, own_section, ratio and ratio.value, engine) if gated else [],
+        failures=_failures(served_section, own_section, ratio.value if ratio else None, engine)
+        if gated
+        else [],
     )
 
 
@@ -300,7 +301,7 @@ def _failures(there: Section, here: Section, ratio: float | None, engine: str) -
     ]
 
 
-def _sum(counts: Any) -> Counts:
+def _sum(counts: Iterable[Counts]) -> Counts:
     return sum(counts, Counts())
 
 

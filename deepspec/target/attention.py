@@ -61,10 +61,7 @@ class KVCache:
     def layer(self, index: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Return the keys and values of a layer; new ones [batch, kv_heads, n, width] give sizes, dtype and device."""
         if index not in self._layers:
-            self._layers[index] = tuple(
-                new.new_zeros(self.slots, new.shape[1], self.max_length, new.shape[3])
-                for new in (keys, values)
-            )
+            self._layers[index] = self._zeros(keys), self._zeros(values)
         return self._layers[index]
 
     def reserve(self, length: int) -> None:
@@ -73,12 +70,15 @@ class KVCache:
             return
         self.max_length = max(length, 2 * self.max_length)
         for index, (keys, values) in self._layers.items():
-            grown = []
-            for old in (keys, values):
-                new = old.new_zeros(*old.shape[:2], self.max_length, old.shape[3])
-                new[:, :, : old.shape[2]] = old
-                grown.append(new)
-            self._layers[index] = tuple(grown)
+            self._layers[index] = self._grown(keys), self._grown(values)
+
+    def _zeros(self, new: Tensor) -> Tensor:
+        return new.new_zeros(self.slots, new.shape[1], self.max_length, new.shape[3])
+
+    def _grown(self, old: Tensor) -> Tensor:
+        new = self._zeros(old)
+        new[:, :, : old.shape[2]] = old
+        return new
 
     def compact(self, slot: int, start: int, kept: list[int]) -> None:
         """Move the entries `start + kept[i]` to `start + i`: after a tree, only the accepted path stays."""
@@ -384,9 +384,10 @@ class _RuleMask(Tensor):
 
     rule: Rule | None = None
 
-    def __getitem__(self, index: Any) -> _RuleMask:
+    def __getitem__(self, index: Any) -> Tensor:
         part = super().__getitem__(index)
-        part.rule = self.rule
+        if isinstance(part, _RuleMask):
+            part.rule = self.rule
         return part
 
 

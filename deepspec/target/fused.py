@@ -8,8 +8,8 @@ residual additions into the products. Layers of any other shape keep their own f
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
+from typing import Any, Protocol, cast
 
 import torch
 import torch.nn.functional as F
@@ -88,7 +88,56 @@ class Int4Linear(nn.Module):
         return out if residual is None else out + residual
 
 
-Make = Callable[[Tensor, Tensor | None], nn.Module]  # (weight, bias) → a linear layer for inference
+Make = type[PackedLinear] | type[Int4Linear]
+
+
+class LlamaNorm(Protocol):
+    """RMSNorm as transformers has it."""
+
+    weight: nn.Parameter
+    variance_epsilon: float
+
+
+class LlamaAttention(Protocol):
+    """What `FusedLayer` reads of a Llama-shaped attention; norms of queries and keys (Qwen3) may be there."""
+
+    layer_idx: int
+    head_dim: int
+    scaling: float
+    q_proj: nn.Linear
+    k_proj: nn.Linear
+    v_proj: nn.Linear
+    o_proj: nn.Linear
+
+
+class LlamaMLP(Protocol):
+    """What `FusedLayer` reads of a SwiGLU."""
+
+    gate_proj: nn.Linear
+    up_proj: nn.Linear
+    down_proj: nn.Linear
+
+
+class LlamaLayer(Protocol):
+    """What `FusedLayer` reads of a Llama-shaped decoder layer."""
+
+    @property
+    def self_attn(self) -> LlamaAttention: ...
+
+    @property
+    def mlp(self) -> LlamaMLP: ...
+
+    @property
+    def input_layernorm(self) -> LlamaNorm: ...
+
+    @property
+    def post_attention_layernorm(self) -> LlamaNorm: ...
+
+
+def qk_norms(attention: LlamaAttention) -> tuple[LlamaNorm, LlamaNorm] | None:
+    """Return the norms of queries and keys, where an attention has them."""
+    queries, keys = (getattr(attention, name, None) for name in ("q_norm", "k_norm"))
+    return None if queries is None or keys is None else (queries, keys)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -104,7 +153,7 @@ def signed(sin: Tensor) -> Tensor:
 class FusedLayer(nn.Module):
     """A Llama-shaped decoder layer: norm, attention, norm, SwiGLU. x [batch, n, d] → the same."""
 
-    def __init__(self, layer: nn.Module, make: Make = PackedLinear):
+    def __init__(self, layer: LlamaLayer, make: Make = PackedLinear):
         super().__init__()
         attention, mlp = layer.self_attn, layer.mlp
         self.index = attention.layer_idx
@@ -120,11 +169,10 @@ class FusedLayer(nn.Module):
         self.gate_up = _joined(make, mlp.gate_proj, mlp.up_proj)
         self.down = _joined(make, mlp.down_proj)
         self.norms = (_norm(layer.input_layernorm), _norm(layer.post_attention_layernorm))
-        self.qk_norms = (
-            (_norm(attention.q_norm), _norm(attention.k_norm)) if hasattr(attention, "q_norm") else None
-        )
+        norms = qk_norms(attention)
+        self.qk_norms = None if norms is None else (_norm(norms[0]), _norm(norms[1]))
 
-    def forward(self, x: Tensor, position_embeddings=None, step: ForwardPass | None = None, **_) -> Tensor:
+    def forward(self, x: Tensor, position_embeddings=None, *, step: ForwardPass, **_) -> Tensor:
         return self.block(self.norms[0](x), x, position_embeddings, step)
 
     def block(self, normed: Tensor, x: Tensor, position_embeddings, step: ForwardPass) -> Tensor:
@@ -151,12 +199,12 @@ def _rope_operands(position_embeddings: tuple[Tensor, Tensor]) -> tuple[Tensor, 
     return cos[:, :, None], signed(sin)[:, :, None]
 
 
-def _joined(make: Make, *linears: nn.Linear) -> nn.Module:
+def _joined(make: Make, *linears: nn.Linear) -> PackedLinear | Int4Linear:
     bias = None if linears[0].bias is None else torch.cat([linear.bias for linear in linears])
     return make(torch.cat([linear.weight for linear in linears]), bias)
 
 
-def _norm(norm: nn.Module) -> Callable[[Tensor], Tensor]:
+def _norm(norm: LlamaNorm) -> partial[Tensor]:
     weight = norm.weight.detach()
     return partial(F.rms_norm, normalized_shape=weight.shape, weight=weight, eps=norm.variance_epsilon)
 
@@ -167,10 +215,15 @@ LLAMA_SHAPED = {"LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer",
 def fuse(layers: nn.ModuleList, make: Make = PackedLinear) -> None:
     """Replace Llama-shaped layers by fused ones, and the projections of the others by packed ones, in place."""
     for i, layer in enumerate(layers):
-        if type(layer).__name__ in LLAMA_SHAPED and layer.self_attn.config.hidden_act == "silu":
-            layers[i] = FusedLayer(layer, make)
+        if type(layer).__name__ in LLAMA_SHAPED and _activation(layer) == "silu":
+            layers[i] = FusedLayer(cast("LlamaLayer", layer), make)  # its name says so
         elif make is not PackedLinear or can_pack(next(layer.parameters())):
             pack(layer, make)
+
+
+def _activation(layer: nn.Module) -> str:
+    config: Any = layer.get_submodule("self_attn").config
+    return config.hidden_act
 
 
 def pack(module: nn.Module, make: Make = PackedLinear) -> None:

@@ -52,6 +52,9 @@ class Bucket(NamedTuple):
 class StaticPass(ForwardPass):
     """A `ForwardPass` of fixed shapes: who goes where and who sees whom is in tensors that `load` fills."""
 
+    cache: KVCache
+    _visible: Tensor
+
     def __init__(self, bucket: Bucket, cache: KVCache, device: torch.device):
         positions = torch.zeros(1, bucket.tokens, dtype=torch.int64, device=device)
         super().__init__(positions, wanted=bucket.wanted)
@@ -80,10 +83,11 @@ class StaticPass(ForwardPass):
     def store(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         self.note(layer)
         row, column, _ = self._index
-        both = self.cache.layer(layer, keys, values)
-        for kept, new in zip(both, (keys, values), strict=True):
-            kept[row, :, column] = new[0].transpose(0, 1)
-        return tuple(kept[: self.requests, :, : self.length] for kept in both)
+        kept_keys, kept_values = self.cache.layer(layer, keys, values)
+        kept_keys[row, :, column] = keys[0].transpose(0, 1)
+        kept_values[row, :, column] = values[0].transpose(0, 1)
+        read = slice(self.requests), slice(None), slice(self.length)
+        return kept_keys[read], kept_values[read]
 
     def spread(self, queries: Tensor) -> Tensor:
         padded = queries.new_zeros(self.requests * self.n, *queries.shape[2:])
@@ -137,6 +141,8 @@ class GraphedPasses:
         return hidden
 
     def _make(self, bucket: Bucket, ids: Tensor, step: ForwardPass) -> tuple[StaticPass, Tensor, Replay]:
+        if step.cache is None:
+            raise ValueError("a pass without a cache is not replayed")
         static = StaticPass(bucket, step.cache, ids.device)
         static.load(ids, step)
         hidden: Tensor | None = None
@@ -148,6 +154,8 @@ class GraphedPasses:
             hidden = fresh if hidden is None else hidden.copy_(fresh)
 
         replay = self.capture(run)
+        if hidden is None:
+            raise RuntimeError("the pass was recorded without running")
         return static, hidden, replay
 
     def cache(self, slots: int, owner: object) -> KVCache:

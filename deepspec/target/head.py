@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class HeadTransform:
 PLAIN = HeadTransform()
 
 
-def head_transform(model: nn.Module, config: Any) -> HeadTransform:
+def head_transform(model: PreTrainedModel, config: Any) -> HeadTransform:
     """Read the transform from a model and its text configuration; the self-test says whether it is the whole of it."""
     scale = 1.0
     if scaling := getattr(config, "logits_scaling", None):  # Granite, MiniCPM3

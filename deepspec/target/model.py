@@ -15,14 +15,14 @@ from typing import Any
 import torch
 from jinja2 import TemplateError
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from deepspec.errors import DeepSpecError
 from deepspec.files import replacing
 from deepspec.target import template
 from deepspec.target.attention import CACHE_LENGTH, NAME, ForwardPass, KVCache
 from deepspec.target.embedded import PREFIX, write_embedded
-from deepspec.target.fused import FusedLayer, Int4Linear, PackedLinear, fuse
+from deepspec.target.fused import FusedLayer, Int4Linear, Make, PackedLinear, fuse
 from deepspec.target.graphs import GraphedPasses
 from deepspec.target.head import head_transform
 from deepspec.target.memory import reuse_freed_memory
@@ -70,7 +70,7 @@ def resolve_target(
             write_embedded(source, torch_dtype, scratch)
         else:
             check_source(source)
-            local = source
+            local = Path(source)
             if is_hub_id(source):
                 local = hub_directory(source, revision)
                 revision = local.name
@@ -102,13 +102,13 @@ def _kept_date(directory: Path, source: str) -> str | None:
 def _examine(directory: str, source: str, digest: str, fresh: bool = False) -> Verdict:
     """Self-test of a directory; see `deepspec.target.selftest`."""
 
-    def load(attention: str | None, dtype: torch.dtype | None) -> nn.Module:
+    def load(attention: str | None, dtype: torch.dtype | None) -> PreTrainedModel:
         options = {} if attention is None else {"attn_implementation": attention}
         device = "cuda" if torch.cuda.is_available() else "cpu"
         model = from_pretrained(AutoModelForCausalLM, directory, dtype=dtype or "auto", **options)
         return model.to(device).eval()
 
-    def wrap(model: nn.Module, verdict: Verdict) -> Target:
+    def wrap(model: PreTrainedModel, verdict: Verdict) -> Target:
         return Target(model, from_pretrained(AutoTokenizer, directory), source, verdict=verdict)
 
     return examine(digest, load, wrap, fresh)
@@ -177,7 +177,7 @@ def load_target(
     return Target(model.to(device).eval(), tokenizer, source, weights, graphs, verdict, digest)
 
 
-WEIGHTS = {"dense": PackedLinear, "int4": Int4Linear}
+WEIGHTS: dict[str, Make] = {"dense": PackedLinear, "int4": Int4Linear}
 
 
 class Target:
@@ -185,8 +185,8 @@ class Target:
 
     def __init__(
         self,
-        model: nn.Module,
-        tokenizer: Any,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
         source: str,
         weights: str = "dense",
         graphs: bool = False,
@@ -205,8 +205,8 @@ class Target:
         self.vocab_size: int = self.config.vocab_size
         self.hidden_size: int = self.config.hidden_size
         self.max_length: int = getattr(self.config, "max_position_embeddings", None) or 1 << 20
-        self.embeddings: Tensor = model.get_input_embeddings().weight.detach()  # [vocab, d]
-        self.head_weight: Tensor = model.get_output_embeddings().weight.detach()  # [vocab, d]
+        self.embeddings = model.get_input_embeddings().get_parameter("weight").detach()  # [vocab, d]
+        self.head_weight = model.get_output_embeddings().get_parameter("weight").detach()  # [vocab, d]
         self.head_transform = head_transform(model, self.config)
         self._embed = model.get_input_embeddings()
         self._head = PackedLinear(self.head_weight)
@@ -254,7 +254,7 @@ class Target:
             step.features[H_LAST] = hidden
         return hidden
 
-    def cache(self, slots: int, owner: object) -> KVCache | StateCache:
+    def cache(self, slots: int, owner: object) -> KVCache:
         """Return a KV cache of so many slots, in use while `owner` lives."""
         if self._states:
             return StateCache(slots)
@@ -305,8 +305,8 @@ class Target:
         """
         if count > self.num_layers:
             raise DeepSpecError(f"{self.source} has {self.num_layers} layers, {count} were asked for")
-        layers = list(self.layers[-count:])
-        if self.weights != "dense" or not all(isinstance(layer, FusedLayer) for layer in layers):
+        layers = [layer for layer in self.layers[-count:] if isinstance(layer, FusedLayer)]
+        if self.weights != "dense" or len(layers) < count:
             raise DeepSpecError(
                 f"{self.source}: a draft cannot begin as layers of this shape; use `start: random`"
             )
@@ -315,7 +315,7 @@ class Target:
     @property
     def last_norm(self) -> Tensor:
         """Weight [d] of the norm behind the last of `last_layers`."""
-        return self._model.norm.weight.detach()
+        return self._model.get_parameter("norm.weight").detach()
 
     def check_layers(self, layer_ids: Iterable[int]) -> None:
         """Feature layers are -1 (embeddings) to num_layers − 2: engines hand out the last one normed."""
@@ -369,7 +369,7 @@ class Target:
         self._hooked.add(layer)
 
 
-def _check_int4(model: nn.Module, device: str, source: str) -> None:
+def _check_int4(model: PreTrainedModel, device: str, source: str) -> None:
     if torch.device(device).type != "cpu":
         raise DeepSpecError("int4 weights run on a CPU only; load the target with device='cpu'")
     if model.dtype != torch.bfloat16:

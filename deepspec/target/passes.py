@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from deepspec.target.attention import ForwardPass, Unsuited, tree_mask
 from deepspec.target.source import decoder_layers, text_decoder
@@ -53,6 +55,13 @@ class Reference:
     layers: list[Tensor | None]  # [n, d], or None where a layer hands out another shape
     last: Tensor  # [n, d]
     logits: Tensor  # [n, vocab]
+
+    def state(self, layer: int) -> Tensor:
+        """Return the states [n, d] behind a layer that hands out such ones."""
+        found = self.layers[layer]
+        if found is None:
+            raise ValueError(f"layer {layer} hands out another shape")
+        return found
 
 
 @dataclass(frozen=True)
@@ -109,7 +118,7 @@ def _reaches(config: Any) -> dict[str, int]:
 
 
 @torch.inference_mode()
-def reference(model: nn.Module, ids: Tensor) -> Reference:
+def reference(model: PreTrainedModel, ids: Tensor) -> Reference:
     """Run the model's own forward once over ids [n], and keep what every layer hands out."""
     config = model.config.get_text_config()
     decoder = text_decoder(model)
@@ -280,6 +289,6 @@ class _Runner:
                 torch.cat([part(reference)[span] for reference, span in spans]) if spans else torch.empty(0)
             )
 
-        found = {f"layer {i}": joined(lambda r, i=i: r.layers[i]) for i in self.layers}
+        found = {f"layer {i}": joined(partial(Reference.state, layer=i)) for i in self.layers}
         found[f"the state behind layer {self.target.num_layers - 1}"] = joined(lambda r: r.last)
         return found | {"the head's output": joined(lambda r: r.logits)}

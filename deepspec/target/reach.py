@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from deepspec.target.attention import ForwardPass
 from deepspec.target.source import decoder_layers, text_decoder
@@ -27,7 +28,7 @@ Shares = list[Tensor]  # of each layer [n], of each position: the elements that 
 
 
 @torch.inference_mode()
-def first_difference(target: Target, model: nn.Module, ids: Tensor) -> tuple[int, int, bool] | None:
+def first_difference(target: Target, model: PreTrainedModel, ids: Tensor) -> tuple[int, int, bool] | None:
     """Return the first (layer, position, whether ours sees more) where our reach is another than the model's own.
 
     Args:

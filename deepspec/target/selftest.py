@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 import transformers
-from torch import nn
+from transformers import PreTrainedModel
 
 from deepspec.errors import DeepSpecError
 from deepspec.files import digest as digest_of
@@ -72,8 +72,8 @@ class Verdict:
         return f"as transformers runs it, through {self.body}{why}, tested over {size}"
 
 
-Load = Callable[[str | None, torch.dtype | None], nn.Module]  # (attention, dtype) → the model
-Wrap = Callable[[nn.Module, "Verdict"], "Target"]  # (model, verdict so far) → a target that runs it so
+Load = Callable[[str | None, torch.dtype | None], PreTrainedModel]  # (attention, dtype) → the model
+Wrap = Callable[[PreTrainedModel, "Verdict"], "Target"]  # (model, verdict so far) → a target that runs it so
 
 
 def examine(digest: str, load: Load, wrap: Wrap, fresh: bool = False) -> Verdict:
@@ -100,27 +100,29 @@ def _examine(load: Load, wrap: Wrap) -> Verdict:
         own, dtype = own.float(), torch.float32
     config = own.config.get_text_config()
     plan, unreached = Plan.of(config)
-    tested = {"dtype": dtype_name(own.dtype), "tolerance": TOLERANCE[own.dtype], "unreached": unreached}
-    tested["tokens"] = plan.tokens
+    tested = Verdict(
+        dtype=dtype_name(own.dtype), tolerance=TOLERANCE[own.dtype], unreached=unreached, tokens=plan.tokens
+    )
     try:
         references = [[reference(own, ids) for ids in (plan.one(seed), plan.other(seed))] for seed in (0, 1)]
     except Exception as error:
-        return Verdict(**tested, refusal=f"its own forward fails: {_words(error)}")
-    tested["features"] = None not in references[0][0].layers
+        return replace(tested, refusal=f"its own forward fails: {_words(error)}")
+    tested = replace(tested, features=None not in references[0][0].layers)
     reason = keeps_states(config)
     if not reason:
         try:
-            verdict = _judged(load(NAME, dtype), wrap, plan, references, Verdict(**tested))
+            verdict = _judged(load(NAME, dtype), wrap, plan, references, tested)
             if verdict.refusal is None and verdict.features and own.dtype in ROUGH:
                 return _reaching(verdict, wrap(load(NAME, dtype), verdict), own, plan)
             return verdict
         except Exception as error:  # whatever a model's own code makes of an attention that it does not know
             reason = _words(error)
     for body in (STATES, STEPS):
+        tested = replace(tested, body=body, reason=reason)
         try:
-            verdict = _judged(own, wrap, plan, references, Verdict(body, reason, **tested))
+            verdict = _judged(own, wrap, plan, references, tested)
         except Exception as error:
-            verdict = Verdict(body, reason, **tested, refusal=f"{reason}; and with {body}: {_words(error)}")
+            verdict = replace(tested, refusal=f"{reason}; and with {body}: {_words(error)}")
         if verdict.refusal is None:
             break
     return verdict
@@ -136,7 +138,7 @@ def _words(error: Exception) -> str:
 
 
 def _judged(
-    model: nn.Module, wrap: Wrap, plan: Plan, references: list[list[Reference]], verdict: Verdict
+    model: PreTrainedModel, wrap: Wrap, plan: Plan, references: list[list[Reference]], verdict: Verdict
 ) -> Verdict:
     """Return the verdict with its refusal, if two prompts agree on it: one alone may have met a tie between experts."""
     target = wrap(model, verdict)

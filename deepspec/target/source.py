@@ -110,7 +110,7 @@ def decoder_layers(model: nn.Module, count: int) -> nn.ModuleList:
 
 def text_decoder(model: nn.Module) -> nn.Module:
     """Return the decoder of a causal language model without its head; of one that also sees or hears, the text's."""
-    inner = model.model if hasattr(model, "model") else model.base_model
+    inner: Any = model.model if hasattr(model, "model") else model.base_model
     return getattr(inner, "language_model", inner)
 
 

@@ -21,7 +21,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DummyLayer, DynamicIndexedLayer, DynamicLayer, DynamicSlidingWindowLayer
 
 from deepspec.errors import DeepSpecError
-from deepspec.target.attention import ForwardPass
+from deepspec.target.attention import ForwardPass, KVCache
 
 MOST_AGAIN = 16  # accepted tokens that a pass may have to run again
 _REPLACED = (DynamicLayer, DynamicSlidingWindowLayer, DynamicIndexedLayer)  # an update makes new tensors
@@ -38,12 +38,11 @@ class Sequence:
     latest: Any = None
 
 
-class StateCache:
+class StateCache(KVCache):
     """What `KVCache` is to our attention: a sequence a slot. Only the engine's calls that chains need do anything."""
 
     def __init__(self, slots: int):
-        self.slots = slots
-        self.max_length = 1 << 40
+        super().__init__(slots, 1 << 40)
         self.sequences = [Sequence() for _ in range(slots)]
 
     def reserve(self, length: int) -> None:
@@ -104,9 +103,12 @@ class OwnPasses:
         self, step: ForwardPass, row: int, start: int, new: list[int]
     ) -> tuple[Tensor, dict[int, Tensor]]:
         """h_last [1, new, d] and features of one sequence's new tokens, which begin at `start`."""
+        cache = step.cache
+        if not isinstance(cache, StateCache):
+            raise TypeError("these passes need a StateCache")
         if start == 0:
-            step.cache.sequences[row] = Sequence()
-        sequence = step.cache.sequences[row]
+            cache.sequences[row] = Sequence()
+        sequence = cache.sequences[row]
         if start == len(sequence.tokens) and sequence.latest is not None:
             sequence.kept, sequence.boundary = sequence.latest, start
         elif start < sequence.boundary:  # back behind the boundary: all of it again

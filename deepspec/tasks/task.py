@@ -120,9 +120,9 @@ def load_task(
         DeepSpecError: unknown task, a bad YAML, or prompts that cannot be read.
     """
     task, path, local = _find(name_or_path, tasks_dir)
-    if local:
+    if task is None or local:
         name, category = (task.name, task.category) if task else (str(name_or_path), "other")
-        version, source, prompts = file_digest(local)[:16], f"jsonl:{local.name}", _local_prompts(local)
+        version, source, prompts = file_digest(path)[:16], f"jsonl:{path.name}", _local_prompts(path)
     else:
         name, category, version, source = task.name, task.category, task.version, _source(task)
         prompts = [[_framed(task.frame, turns[0]), *turns[1:]] for turns in _prompts(task, path, tasks_dir)]
@@ -137,7 +137,10 @@ def evaluation_texts(tasks: Iterable[str | Path], tasks_dir: str | Path | None =
     texts = []
     for name in tasks:
         task, path, local = _find(name, tasks_dir)
-        prompts = _unframed(_local_prompts(local)) if local else _prompts(task, path, tasks_dir)
+        if task is None or local:
+            prompts = _unframed(_local_prompts(path))
+        else:
+            prompts = _prompts(task, path, tasks_dir)
         texts += [turn for turns in prompts for turn in turns]
     return texts
 
@@ -147,10 +150,8 @@ def task_names() -> list[str]:
     return sorted(path.stem for path in TASKS.glob("*.yaml"))
 
 
-def _find(
-    name_or_path: str | Path, tasks_dir: str | Path | None
-) -> tuple[TaskFile | None, Path | None, Path | None]:
-    """Find a task's YAML, the YAML's path, and the JSONL that takes its place: one of the two is there."""
+def _find(name_or_path: str | Path, tasks_dir: str | Path | None) -> tuple[TaskFile | None, Path, bool]:
+    """Find a task's YAML and its path; or the path of the JSONL that takes its place, and True."""
     name, path = str(name_or_path), Path(name_or_path)
     if name in task_names():
         path = TASKS / f"{name}.yaml"
@@ -161,11 +162,12 @@ def _find(
                 f"unknown evaluation task {name!r}{nearest(name, task_names())}; known: {', '.join(task_names())}; "
                 f"else name the path of a .yaml, or put {path.name}.jsonl into evaluate.tasks_dir or ${TASKS_DIR}"
             )
-        return None, None, local
+        return None, local, True
     if not path.is_file():
         raise DeepSpecError(f"{path}: no such task file")
     task = _read(path)
-    return task, path, _local_file(task.name, tasks_dir)
+    local = _local_file(task.name, tasks_dir)
+    return task, local or path, local is not None
 
 
 def _directory(tasks_dir: str | Path | None) -> Path | None:
@@ -224,7 +226,7 @@ def _read(path: Path) -> TaskFile:
 def _prompts(task: TaskFile, path: Path, tasks_dir: str | Path | None) -> list[list[str]]:
     """Return all prompts of a task without its frame."""
     kind, _, rest = task.source.partition(":")
-    if kind == "generator":
+    if task.count is not None:  # a generator's
         return GENERATORS[rest](task.count, task.seed)
     if kind in ("hub", "url"):
         prompts = _rows(task, _instead(task, tasks_dir))

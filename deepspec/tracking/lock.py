@@ -142,7 +142,7 @@ def _md5(path: Path) -> str:
     for file in _files(path):
         tree.add(file.relative_to(path).parts, None, HashInfo("md5", _file_md5(file)))
     tree.digest()
-    return tree.hash_info.value
+    return str(tree.hash_info.value)
 
 
 def _files(directory: Path) -> Iterator[Path]:

@@ -64,11 +64,12 @@ def promote(name: str, params: PromoteParams, store: Store, afresh: bool = False
     """
     client, aliases = store.client, _aliases(store.client, name)
     champion, challenger = aliases.get(CHAMPION), aliases.get(CHALLENGER)
-    if challenger is None and champion is None:
-        raise DeepSpecError(f"{name} has no challenger; run `deepspec register`")
-    if challenger is None or challenger == champion:  # the latter: cut off at its last step
-        if challenger:
-            client.delete_registered_model_alias(name, CHALLENGER)
+    if challenger is None:
+        if champion is None:
+            raise DeepSpecError(f"{name} has no challenger; run `deepspec register`")
+        return Decision(name, champion, champion, [])
+    if challenger == champion:  # cut off at its last step
+        client.delete_registered_model_alias(name, CHALLENGER)
         return Decision(name, champion, champion, [])
     with tempfile.TemporaryDirectory() as scratch:
         ours = evidence(client, name, challenger, Path(scratch) / challenger)

@@ -106,7 +106,7 @@ def register(result: Result, store: Store, parts: Parts | None = None) -> Regist
         if faults[version.version] is None:
             break
     else:
-        version = _new_version(result, store, key, run_id, parts, {one.source for one in known})
+        version = _new_version(result, store, key, run_id, parts, {one.source for one in known if one.source})
     for broken in known:
         if reason := faults.get(broken.version):
             client.delete_model_version_tag(name, broken.version, KEY)

@@ -55,7 +55,7 @@ class Batches:
         self.store, self.size, self.anchors, self.gamma, self.seed = store, size, anchors, gamma, seed
         self.members = [i for i in members if any(store.sequences[i].learnt[2:])]
         self.steps_per_epoch = max(len(self.members) // size, 1)
-        self._epoch: tuple[int, list[int]] = (-1, [])
+        self._epoch: tuple[int, list[list[int]]] = (-1, [])
         self.replayed: dict[int, list[int]] = {}  # anchors to take instead (`training.replay`)
 
     def indices(self, step: int) -> list[int]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from accelerate import Accelerator
@@ -81,7 +81,7 @@ class DistributedObjective:
 
     def weights(self) -> dict[str, Tensor]:
         """Return the trained weights, whole, on the CPU; every process takes part."""
-        return get_model_state_dict(self.objective, options=_WHOLE)
+        return cast("dict[str, Tensor]", get_model_state_dict(self.objective, options=_WHOLE))
 
     def save_checkpoint(self, work: Path, progress: dict[str, Any]) -> None:
         """Write a checkpoint, whole or not at all; it can be read by any number of processes."""

@@ -128,11 +128,11 @@ class _HeadLoss(torch.autograd.Function):
             weights[part] = weigh(chances.view(-1, gamma), here).flatten()
             dz = dz.to(inputs[0].dtype)
             by_row = weights[part, None].to(dz.dtype)  # on the small side of the products
-            for i, (x, w) in enumerate(zip(inputs, matrices, strict=True)):
-                if x_grads[i] is not None:
-                    x_grads[i][part] = (dz @ w).mul_(by_row)
-                if w_grads[i] is not None:
-                    w_grads[i] += dz.T @ (x[part] * by_row)
+            for x, w, x_grad, w_grad in zip(inputs, matrices, x_grads, w_grads, strict=True):
+                if x_grad is not None:
+                    x_grad[part] = (dz @ w).mul_(by_row)
+                if w_grad is not None:
+                    w_grad += dz.T @ (x[part] * by_row)
         grads = [grad for pair in zip(x_grads, w_grads, strict=True) for grad in pair]
         ctx.save_for_backward(*grads)
         ctx.dtypes = [factor.dtype for factor in factors]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import reduce
+from operator import add
 from typing import TYPE_CHECKING
 
 import torch
@@ -24,12 +26,14 @@ if TYPE_CHECKING:
 class BlockObjective(nn.Module):
     """The drafter with its loss as one module, so that a data-parallel wrapper sees every parameter used."""
 
+    to_draft: Tensor  # [vocab], the column of each target id; -1 where it has none
+
     def __init__(self, model: Network, params: LossParams):
         super().__init__()
         self.model = model
         self.params = params
         self._no_split_modules = sorted({type(block).__name__ for block in model.blocks()})  # FSDP2's units
-        self.budget = params.budget_mib and int(params.budget_mib * 2**20)
+        self.budget = None if params.budget_mib is None else int(params.budget_mib * 2**20)
         self.draft_ids = model.draft_ids.clone()  # its columns, whatever becomes of the model's own tensors
         to_draft = torch.full((model.config.vocab_size,), -1)
         to_draft[model.draft_ids] = torch.arange(len(model.draft_ids))
@@ -73,7 +77,9 @@ class BlockObjective(nn.Module):
         for k in range(batch.places.shape[-1]):
             hidden = model(batch.features.float(), tokens, batch.anchors)
             outputs = model.outputs(hidden, tokens.gather(1, batch.places[:, 0])[:, None])
-            logits = sum(x[:, 0, k].float() @ w.float().T for x, w in outputs.factors)  # [b, columns]
+            logits = reduce(
+                add, (x[:, 0, k].float() @ w.float().T for x, w in outputs.factors)
+            )  # [b, columns]
             chain.append(self.draft_ids.to(logits.device)[logits.argmax(-1)])
             tokens.scatter_(1, batch.anchors + k + 1, chain[-1][:, None])
         return torch.stack(chain, -1)

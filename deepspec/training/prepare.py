@@ -77,7 +77,10 @@ def make_network(params: Params, name: str, target: Target) -> Network:
     """Return the network of drafter `name`, its weights drawn from the seed."""
     torch.manual_seed(params.seed)
     drafter = params.drafters[name]
-    return algorithms()[drafter.type].network(drafter, target)
+    network = algorithms()[drafter.type].network
+    if network is None:
+        raise DeepSpecError(f"drafter {name!r} is a {drafter.type}, which is not trained")
+    return network(drafter, target)
 
 
 def prepare(

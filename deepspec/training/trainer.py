@@ -12,12 +12,14 @@ import logging
 import math
 import signal
 import time
+from functools import reduce
+from operator import add
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor, nn
+from torch import Tensor
 
 from deepspec.errors import DeepSpecError
 from deepspec.files import replacing, write_text
@@ -28,6 +30,7 @@ from deepspec.training.prefetch import Prefetcher
 from deepspec.training.replay import rejected_starts
 
 if TYPE_CHECKING:
+    from deepspec.training.objective import BlockObjective
     from deepspec.training.params import TrainParams
 
 logger = logging.getLogger(__name__)
@@ -39,15 +42,14 @@ class Trainer:
     """Trains an objective to `params.steps`, keeping the best weights by expected τ on held-out sequences.
 
     Args:
-        objective: module whose forward(batch) gives (weighted loss sum, sums to report) and whose `weight(batch)` is
-            what the loss is to be divided by.
+        objective: what is trained.
         heldout: indices of the sequences kept out of `batches`.
         work: directory of checkpoints, outside DVC outputs.
     """
 
     def __init__(
         self,
-        objective: nn.Module,
+        objective: BlockObjective,
         batches: Batches,
         heldout: list[int],
         params: TrainParams,
@@ -66,7 +68,8 @@ class Trainer:
             )
         self.raw = objective
         self.distributed = DistributedObjective(objective, params, accelerator)
-        self.step, self.best_tau, self.history = 0, 0.0, []
+        self.step, self.best_tau = 0, 0.0
+        self.history: list[dict] = []
         self.stopping = False
         self.waited, self.seconds = 0.0, 0.0  # for data, and altogether, in this process's steps
         # The first step of the second stage; no step where there is none.
@@ -121,7 +124,7 @@ class Trainer:
         tick = time.monotonic()
         parts = self.prefetcher.take(self.step)
         waited = time.monotonic() - tick
-        weight = sum(self.raw.weight(part) for part in parts)
+        weight = reduce(add, (self.raw.weight(part) for part in parts))
         # All processes stop at the same step, whichever was asked to.
         asked = weight.new_tensor(float(self.stopping))
         total_weight, asked = accelerator.reduce(torch.stack((weight, asked)), "sum")

@@ -17,7 +17,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -210,7 +210,7 @@ class ConfidenceHead(nn.Module):
 
     def forward(self, hidden: Tensor, embedded: Tensor | None) -> Tensor:
         """Logits [...] of c_k from h_k [..., d] and e = W₁[x_{k−1}] [..., r]."""
-        seen = torch.cat((hidden, embedded), -1) if self.with_markov else hidden
+        seen = torch.cat((hidden, embedded), -1) if self.with_markov and embedded is not None else hidden
         return self.proj(seen)[..., 0]
 
 
@@ -234,9 +234,13 @@ class DSparkModel(Network):
             self.markov_head.begin()
 
     def init_from_target(self, target: Target, channel_std: Tensor) -> None:
-        init_from_target(self.layers, self.norm, self.fc, target, channel_std)
+        init_from_target(self.decoder_layers(), self.norm, self.fc, target, channel_std)
         if self.markov_head is not None:
             self.markov_head.set_scale()
+
+    def decoder_layers(self) -> list[Layer]:
+        """Return its layers, lowest first."""
+        return cast("list[Layer]", list(self.layers))  # a ModuleList forgets what it holds
 
     def blocks(self) -> list[nn.Module]:
         return list(self.layers)
@@ -244,10 +248,6 @@ class DSparkModel(Network):
     def context(self, features: Tensor) -> Tensor:
         """Concatenated target features [..., n·d] → H_ctx [..., d]."""
         return self.hidden_norm(self.fc(features))
-
-    def skip(self, features: Tensor) -> Tensor:
-        """Newest features [..., n·d] → what is added to each input embedding of the block."""
-        return self.context_skip(_normed_by_layer(features, self.config))
 
     def forward(self, features: Tensor, tokens: Tensor, anchors: Tensor) -> Tensor:
         """Hidden states of the blocks that start at the anchors, as in training.
@@ -267,7 +267,7 @@ class DSparkModel(Network):
         x = self.embed_tokens(inputs)  # [batch, blocks, size, d]
         if self.context_skip is not None:
             newest = features.gather(1, (anchors - 1)[..., None].expand(-1, -1, features.shape[-1]))
-            x = x + self.skip(newest)[:, :, None]
+            x = x + self.context_skip(_normed_by_layer(newest, self.config))[:, :, None]
         x = x.flatten(1, 2)
         context = self.context(features)
         positions = (anchors[..., None] + torch.arange(size, device=device)).flatten(1)
@@ -314,6 +314,9 @@ class DSparkDrafter(Drafter):
             (`decoding.calibration`); none leaves it as trained.
     """
 
+    vocab_size: int
+    temperatures: dict[str, list[float]]
+
     def __init__(
         self, model: DSparkModel, target: Target, temperatures: dict[str, list[float]] | None = None
     ):
@@ -335,22 +338,23 @@ class DSparkDrafter(Drafter):
         self._rope = RopeTable(self.config.rope_theta, self.config.head_dim, self.device, self.dtype)
         self._embed = model.embed_tokens.weight
         self._fc, self._hidden_norm = PackedLinear(model.fc.folded_weight()), model.hidden_norm
-        self._skip = PackedLinear(model.context_skip.weight) if self.config.context_skip else None
-        attentions = [layer.self_attn for layer in model.layers]
+        self._skip = None if model.context_skip is None else PackedLinear(model.context_skip.weight)
+        attentions = [layer.self_attn for layer in model.decoder_layers()]
         self._kv = PackedLinear(torch.cat([w.weight for a in attentions for w in (a.k_proj, a.v_proj)]))
         self._k_norms = [a.k_norm for a in attentions]
-        self._blocks = [FusedLayer(layer) for layer in model.layers]
+        self._blocks = [FusedLayer(layer) for layer in model.decoder_layers()]
         self._norm, self._head = model.norm, PackedLinear(model.lm_head.weight)
         self._markov = model.markov_head
         if self._markov is not None:
             self._w1 = self._markov.markov_w1.weight
             self._w2 = PackedLinear(self._markov.markov_w2.weight)
-        self._confident = model.confidence_head is not None
-        if self._confident:
-            proj = model.confidence_head.proj
+        head = model.confidence_head
+        self._confident = head is not None
+        if head is not None:
+            proj = head.proj
             weight, bias = proj.weight[0].float(), float(proj.bias)
             self._of_hidden, of_token = weight[: self.config.hidden_size], weight[self.config.hidden_size :]
-            if model.confidence_head.with_markov:
+            if head.with_markov:
                 self._of_token = (self._w1.float() @ of_token + bias).tolist()  # [vocab]
             else:
                 self._of_token = [bias] * self.vocab_size
@@ -378,8 +382,8 @@ class DSparkDrafter(Drafter):
         x = F.embedding(torch.tensor(ids, device=self.device), self._embed)
         if self._skip is not None:
             x = x + self._skip(_normed_by_layer(torch.stack(newest), self.config))[:, None]
-        positions = [start + k for start in starts for k in range(size)]
-        positions = torch.tensor([positions], device=self.device)
+        places = [start + k for start in starts for k in range(size)]
+        positions = torch.tensor([places], device=self.device)
         step = ForwardPass(
             positions,
             cache=cache,
@@ -453,7 +457,7 @@ class DSparkSession(GrowingSession):
         self.rows[row] = _Row()
 
     def extend(self, row: int, tokens: list[int], features: Tensor | None) -> None:
-        if len(features):
+        if features is not None and len(features):
             self.rows[row].pending.append(features)
             self.rows[row].newest = features[-1]
 

@@ -99,7 +99,7 @@ class Eagle3Config:
         if missing := missing_keys(cls, found):
             raise DeepSpecError(f"config.json of an EAGLE-3 draft lacks {', '.join(missing)}")
         known = {name: found[name] for name in cls.__dataclass_fields__ if found.get(name) is not None}
-        return cls(**known | {"target_layer_ids": tuple(layers)})
+        return cls(**known | {"target_layer_ids": tuple(found["target_layer_ids"])})
 
     @classmethod
     def for_target(cls, params: Eagle3Params, target: Target) -> Eagle3Config:
@@ -260,7 +260,8 @@ class Eagle3Model(Network):
         x = self.layer.joined(fed, hidden)
         queries = attention.queries(x, rope)
         new = [attention.keys_values(x, rope)] if later else []
-        attended = _attend(queries, *shared, [*own, *new])
+        keys, values, mask = shared
+        attended = _attend(queries, keys, values, mask, [*own, *new])
         return self.layer.finish(attended, hidden), new
 
 
@@ -325,7 +326,9 @@ class Eagle3Drafter(AutoregressiveDrafter):
         """Target features [n, layers·d] → g [n, d]."""
         return self._fc(features)
 
-    def step(self, ids: Tensor, above: Tensor, step: ForwardPass) -> Tensor:
+    def step(self, ids: Tensor, above: Tensor | None, step: ForwardPass) -> Tensor:
+        if above is None:
+            raise ValueError("each token is read below a state")
         embedded = F.embedding(ids, self._embed)
         rope = self._rope(step.positions, step.length)
         step.once("rope", lambda: rope)

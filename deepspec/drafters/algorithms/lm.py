@@ -123,10 +123,10 @@ def network(params: LMParams, target: Target) -> LMModel:
     if params.source is not None:
         check_tokenizer(params.source, target)
         model = from_pretrained(AutoModelForCausalLM, params.source, dtype=torch.float32)
-    elif params.from_layers is not None:
-        model = cut_out(target, params.from_layers)
-    else:
+    elif params.hidden_size is not None:
         model = scratch(target, params.hidden_size, params.layers)
+    else:
+        model = cut_out(target, params.from_layers or [])
     cut_padding(model, target.vocab_size)
     if not params.finetune:
         model.requires_grad_(False)

@@ -34,7 +34,7 @@ class IndexSession(Session):
     def __init__(self, make: Callable[[], Index], block_size: int, slots: int):
         self.make = make
         self.block_size = block_size
-        self.rows: list[Index | None] = [None] * slots
+        self.rows = [make() for _ in range(slots)]
 
     def begin(self, row: int) -> None:
         self.rows[row] = self.make()

@@ -146,7 +146,9 @@ class MedusaDrafter(Drafter):
         with torch.no_grad():
             model = model.to(target.device, target.dtype)
             self._states = model.states
-            heads = [head.weight for head in model.own_heads] or [model.lm_head.weight]
+            heads: list[Tensor] = [head.get_parameter("weight") for head in model.own_heads] or [
+                model.lm_head.weight
+            ]
             self._heads = [PackedLinear(head) for head in heads]
             self.vocabulary = model.vocabulary()
 
@@ -164,20 +166,23 @@ class MedusaDrafter(Drafter):
 class MedusaSession(GrowingSession):
     def __init__(self, drafter: MedusaDrafter, slots: int):
         self.drafter = drafter
-        self.newest: list[Tensor | None] = [None] * slots  # h_last [d] of the token before the anchor
+        self.newest: dict[int, Tensor] = {}  # row → h_last [d] of the token before the anchor
 
     def begin(self, row: int) -> None:
-        self.newest[row] = None
+        self.newest.pop(row, None)
 
     def extend(self, row: int, tokens: list[int], features: Tensor | None) -> None:
-        if len(features):
+        if features is not None and len(features):
             self.newest[row] = features[-1]
 
     def move(self, source: int, destination: int) -> None:
-        self.newest[destination] = self.newest[source]
+        if source in self.newest:
+            self.newest[destination] = self.newest[source]
+        else:
+            self.begin(destination)
 
     def ready(self, row: int) -> bool:
-        return self.newest[row] is not None
+        return row in self.newest
 
     def laws(self, asks: list[DraftRequest], growths: list[Growth]) -> Callable[[list[Parent]], DraftLogits]:
         logits = self.drafter.logits(torch.stack([self.newest[ask.row] for ask in asks]))

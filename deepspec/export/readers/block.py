@@ -132,8 +132,9 @@ class Markov:
         self.w2 = source.take("markov_head.markov_w2.weight", columns, rank)
         name = {"gated": "gate_proj", "rnn": "joint_proj"}.get(self.kind)
         shape = {"gated": (rank, d + rank), "rnn": (3 * rank, 2 * rank + d)}.get(self.kind)
-        self.weight = source.take(f"markov_head.{name}.weight", *shape) if name else None
-        self.bias = source.take(f"markov_head.{name}.bias", shape[0]) if name else None
+        if name and shape:
+            self.weight = source.take(f"markov_head.{name}.weight", *shape)
+            self.bias = source.take(f"markov_head.{name}.bias", shape[0])
 
     def correction(self, hidden: Tensor, previous: Tensor) -> Tensor:
         """Return the Markov head's correction [γ, columns] for hidden [γ, d] and previous tokens int64 [γ]."""

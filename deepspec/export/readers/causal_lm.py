@@ -44,13 +44,14 @@ def _read(path: str, sample: Sample, **options: Any) -> Reading:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             path, dtype=torch.float32, output_loading_info=True, **options
         )
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise Unreadable(str(error).strip().splitlines()[0]) from error
     finally:
         logging.set_verbosity(verbosity)
+    model, info = loaded  # the second because it was asked for
     for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if info[what]:
             raise Unreadable(f"{what.replace('_', ' ')}: {sorted(info[what])[:3]}")

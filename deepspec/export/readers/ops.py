@@ -93,7 +93,8 @@ class Head:
 
     def __init__(self, source: Directory, vocab: int, shared: Tensor):
         reduced = (source.config.get("draft_vocab_size") or vocab) < vocab
-        self.vocab, self.ids = vocab, None
+        self.vocab = vocab
+        self.ids: Tensor | None = None
         own = source.optional("lm_head.weight")
         if reduced and own is None:
             raise Unreadable("lm_head.weight is missing: a reduced vocabulary cannot share the target's head")
@@ -111,7 +112,7 @@ class Head:
             if (known := source.optional("t2d", vocab)) is not None and not bool(known[self.ids].all()):
                 raise Unreadable("t2d does not mark the tokens that d2t leads to")
         self.weight = shared if own is None else own
-        if self.weight.shape[0] != (len(self.ids) if reduced else vocab):
+        if self.weight.shape[0] != (vocab if self.ids is None else len(self.ids)):
             raise Unreadable(f"lm_head.weight has {self.weight.shape[0]} rows for another number of columns")
 
     def logits(self, hidden: Tensor, correction: Tensor | float = 0.0) -> Tensor:
