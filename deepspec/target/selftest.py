@@ -154,7 +154,7 @@ def _judged(
     return Verdict(**asdict(verdict) | {"error": first.error, "refusal": refusal})
 
 
-def _reaching(verdict: Verdict, target: Target, own: nn.Module, plan: Plan) -> Verdict:
+def _reaching(verdict: Verdict, target: Target, own: PreTrainedModel, plan: Plan) -> Verdict:
     """Return the verdict, refused where a layer sees other tokens than transformers' own (`deepspec.target.reach`)."""
     found = first_difference(target, own, plan.one(0)[: plan.tokens])
     if found is None:
