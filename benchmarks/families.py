@@ -26,9 +26,10 @@ import torch
 import transformers
 from accelerate import Accelerator
 from torch import Tensor
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from benchmarks.family_chains import HEADER, chains
-from benchmarks.tiny_families import families, tiny_model
+from benchmarks.tiny_families import families, tiny_config, tiny_model
 from deepspec.decoding.drafter import Drafter, DraftRequest, Session
 from deepspec.decoding.engine import generate
 from deepspec.decoding.shapes import BestFirst
@@ -127,13 +128,17 @@ def examine(family: str, directory: Path, answer: int = ANSWER, trained: bool = 
         model = tiny_model(family)
         tokenizer = make_tokenizer()
         model.save_pretrained(directory / "target")
+        if (
+            model.config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+        ):  # the text part of another model's
+            tiny_config(family).save_pretrained(directory / "target")
         tokenizer.save_pretrained(directory / "target")
         ids = torch.randint(100, 500, (1, PROMPT), generator=torch.Generator().manual_seed(5))
         expected = model.generate(
             ids, attention_mask=torch.ones_like(ids), max_new_tokens=answer, do_sample=False
         )[0, PROMPT:].tolist()
     except Exception as error:
-        return Row(family, _words(error))
+        return _unmade(family, directory / "target", _words(error))
     try:
         target = load_target(directory / "target")
     except DeepSpecError as error:
@@ -155,6 +160,17 @@ def examine(family: str, directory: Path, answer: int = ANSWER, trained: bool = 
         found[kind] = _tried(lambda kind=kind: train(target, kind, directory))
     found["export"] = _tried(lambda: export(target, directory))
     return Row(family, **found)
+
+
+def _unmade(family: str, directory: Path, reason: str) -> Row:
+    """The row of a family that transformers itself does not generate with: refused, if there is what to refuse."""
+    if not (directory / "config.json").exists():
+        return Row(family, reason)
+    try:
+        load_target(directory)
+    except DeepSpecError as error:
+        return Row(family, loaded=str(error).split("refused: ")[-1])
+    return Row(family, f"transformers does not generate with it: {reason}")
 
 
 def train(target: Target, kind: str, directory: Path) -> str:

@@ -62,6 +62,7 @@ ENCODERS = frozenset(  # encoders, encoder-decoders and what hears, draws or pre
     ]
 )
 SMALL: dict[str, int] = {
+    **dict.fromkeys(("adapter_in_dim", "adapter_out_dim", "adapter_input_size"), HIDDEN),
     **dict.fromkeys(("hidden_size", "n_embd", "d_model", "dim", "word_embed_proj_dim", "lru_width"), HIDDEN),
     **dict.fromkeys(
         ("intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size", "d_ff", "dff"), 2 * HIDDEN
@@ -167,7 +168,13 @@ OWN: dict[str, dict[str, Any]] = {
     "xglm": {"decoder_start_token_id": 2},
     "cwm": {"bos_token_id": 0},
     "emu3": {"bos_token_id": 0, "text_config": {"bos_token_id": 0}},
-    "cohere_compass_text": {"layer_types": ["sliding_attention", "full_attention"] * 2},
+    "cohere_compass_text": {
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "rope_parameters": {
+            kind: {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 2, 2]}
+            for kind in ("sliding_attention", "full_attention")
+        },
+    },
     "cohere": {"logit_scale": 0.25},
     "xlstm": {"qk_dim_factor": 1.0, "v_dim_factor": 1.0},
 }
@@ -190,13 +197,14 @@ def _shrunk(config_class: type, own: dict[str, Any]) -> PreTrainedConfig:
         (values[name] for name in ("num_hidden_layers", "n_layer", "num_layers") if name in values), None
     )
     chosen: dict[str, Any] = dict(TOKENS)
+    own = dict(own)
     for name, value in values.items():
         if name in SMALL and isinstance(value, (int, list)) and not isinstance(value, bool):
             chosen[name] = SMALL[name]
         elif isinstance(value, (list, tuple)) and len(value) == layers:
             chosen[name] = _one_of_each(list(value))
         elif isinstance(value, PreTrainedConfig):
-            chosen[name] = _shrunk(type(value), own.get(name, {})).to_dict()
+            chosen[name] = _shrunk(type(value), own.pop(name, {})).to_dict()
     if "kv_lora_rank" in values or values.get("num_key_value_heads") == values.get("num_attention_heads"):
         chosen |= {"num_key_value_heads": 4} if "num_key_value_heads" in values else {}
     if "kv_lora_rank" in values and values.get("head_dim") == values.get("qk_rope_head_dim"):

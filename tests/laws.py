@@ -108,6 +108,7 @@ def p_value(
     assert sum(found.values()) == case.draws
     if not set(found) <= set(expected):
         return 0.0
+    assert 0.3 * drafted < accepted < 0.9 * drafted  # both outcomes of a draft are looked at
     statistic = sum((found[path] - case.draws * p) ** 2 / (case.draws * p) for path, p in expected.items())
     halves = torch.tensor([len(expected) - 1, statistic], dtype=torch.float64) / 2
     p = float(torch.special.gammaincc(*halves))

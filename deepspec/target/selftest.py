@@ -111,16 +111,17 @@ def _examine(load: Load, wrap: Wrap) -> Verdict:
     reason = keeps_states(config)
     if not reason:
         try:
-            verdict = _judged(load(NAME, dtype), wrap, plan, references, tested)
+            target = wrap(load(NAME, dtype), tested)
+            verdict = _judged(target, plan, references)
             if verdict.refusal is None and verdict.features and own.dtype in ROUGH:
-                return _reaching(verdict, wrap(load(NAME, dtype), verdict), own, plan)
+                verdict = _reaching(verdict, target, own, plan)
             return verdict
         except Exception as error:  # whatever a model's own code makes of an attention that it does not know
             reason = _words(error)
     for body in (STATES, STEPS):
         tested = replace(tested, body=body, reason=reason)
         try:
-            verdict = _judged(own, wrap, plan, references, tested)
+            verdict = _judged(wrap(own, tested), plan, references)
         except Exception as error:
             verdict = replace(tested, refusal=f"{reason}; and with {body}: {_words(error)}")
         if verdict.refusal is None:
@@ -137,11 +138,9 @@ def _words(error: Exception) -> str:
     )
 
 
-def _judged(
-    model: PreTrainedModel, wrap: Wrap, plan: Plan, references: list[list[Reference]], verdict: Verdict
-) -> Verdict:
-    """Return the verdict with its refusal, if two prompts agree on it: one alone may have met a tie between experts."""
-    target = wrap(model, verdict)
+def _judged(target: Target, plan: Plan, references: list[list[Reference]]) -> Verdict:
+    """Return its verdict with a refusal, if two prompts agree on it: one alone may have met a tie between experts."""
+    verdict = target.verdict
     found: list[Difference] = []
     for seed, pair in enumerate(references):
         difference, largest = compare(target, plan, seed, pair, verdict.tolerance)
@@ -156,7 +155,10 @@ def _judged(
 
 def _reaching(verdict: Verdict, target: Target, own: PreTrainedModel, plan: Plan) -> Verdict:
     """Return the verdict, refused where a layer sees other tokens than transformers' own (`deepspec.target.reach`)."""
-    found = first_difference(target, own, plan.one(0)[: plan.tokens])
+    try:
+        found = first_difference(target, own, plan.one(0)[: plan.tokens])
+    except Exception:  # layers that a state of one's own cannot be given to
+        return replace(verdict, unreached=(*verdict.unreached, "what each layer sees"))
     if found is None:
         return verdict
     layer, position, more = found
