@@ -141,6 +141,32 @@ def plots(
     _exit(lambda: print(run(tuple(revisions or ()))))
 
 
+@app.command(rich_help_panel="Tools")
+def inspect(
+    draft: Annotated[
+        str, typer.Argument(metavar="DIR", help="A draft directory, or a name under data/drafts.")
+    ],
+    target: Annotated[
+        str | None,
+        typer.Option(
+            help="Load it for this target: a directory, a hub id, or embedded:<name>.", show_default="none"
+        ),
+    ] = None,
+) -> None:
+    """Say what a draft directory is, for which target, and what it lacks; exits with 1 if it does not load.
+
+    Knows the styles of SafeAILab, SpecForge, speculators, NVIDIA, z-lab, AngelSlim, DeepSeek and FasterDecoding."""
+    from deepspec.commands.inspect import run
+
+    loads = True
+
+    def look() -> None:
+        nonlocal loads
+        loads = run(draft, target)
+
+    raise typer.Exit(guarded(look) or int(not loads))
+
+
 Drafters = Annotated[
     list[str] | None, typer.Option("--drafter", help="Repeatable.", show_default="all of the pipeline")
 ]

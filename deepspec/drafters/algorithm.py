@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, get_args
 
 from pydantic import Field
 
 from deepspec.decoding.drafter import Drafter
+from deepspec.drafters.checkpoint import Checkpoint
 from deepspec.drafters.loss_params import LossParams
 from deepspec.drafters.network import Network
 from deepspec.errors import DeepSpecError
@@ -34,8 +34,8 @@ class TrainedParams(Section):
     loss: LossParams | None = Field(None, description="In place of `train.loss`.")
 
 
-def _no_file(directory: Path, config: dict[str, Any], target: Target) -> Drafter:
-    raise DeepSpecError(f"{directory}: drafts of this algorithm are written as another's")
+def _no_file(checkpoint: Checkpoint, target: Target) -> Drafter:
+    raise DeepSpecError(f"{checkpoint.directory}: drafts of this algorithm are written as another's")
 
 
 def _no_section(params: DrafterSection) -> TrainingFreeDrafter:
@@ -49,7 +49,7 @@ class Algorithm:
     Args:
         params: its section under `drafters` in params.yaml; the literal of its `type` is the algorithm's name.
         architectures: of the `config.json` that `load` reads, as patterns; an algorithm may write another's.
-        load: (directory, its config.json, target) → the drafter.
+        load: (directory, target) → the drafter.
         network: (params, target) → the network to train; None for an algorithm that is not trained.
         standalone: its drafts are models whose sizes say nothing of the target's.
         make: params → the drafter of an algorithm that is not trained; its `config` is its config.json.
@@ -57,7 +57,7 @@ class Algorithm:
 
     params: type[Section]
     architectures: tuple[str, ...]
-    load: Callable[[Path, dict[str, Any], Target], Drafter] = _no_file
+    load: Callable[[Checkpoint, Target], Drafter] = _no_file
     network: Callable[[Any, Target], Network] | None = None
     make: Callable[[Any], TrainingFreeDrafter] = _no_section
     standalone: bool = False

@@ -6,15 +6,19 @@ Written whole or not at all, read strictly: every weight is accounted for, and a
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from deepspec.decoding.calibration import CALIBRATION
 from deepspec.drafters.network import SHARED, Network
+from deepspec.drafters.published.vocabulary import draft_ids
+from deepspec.drafters.weights import WEIGHTS, read_weights
 from deepspec.errors import DeepSpecError
 from deepspec.files import digest, file_digest, replacing
 from deepspec.target.model import Target
@@ -23,7 +27,33 @@ N = TypeVar("N", bound=Network)
 
 DRAFTS = Path("data/drafts")
 RECORD = "deepspec.json"
-WEIGHTS = "model.safetensors"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A draft directory as an algorithm loads it, whoever wrote it.
+
+    Args:
+        config: its config.json, in the keys of the drafts that are written here.
+        names: of the weights, in the files → as written here; None: they are the same.
+    """
+
+    directory: Path
+    config: dict[str, Any]
+    names: Mapping[str, str] | None = None
+
+    @classmethod
+    def own(cls, directory: Path) -> Checkpoint:
+        """Return a directory that was written here."""
+        return cls(directory, read_config(directory))
+
+    def weights(self) -> dict[str, Tensor]:
+        """Return its weights by the names of those that are written here.
+
+        Raises:
+            DeepSpecError: no weights, or files that cannot be read.
+        """
+        return read_weights(self.directory, self.names)
 
 
 def read_config(directory: Path) -> dict:
@@ -89,23 +119,20 @@ def stored_weights(network: Network, written_out: bool = False) -> dict[str, Ten
     return weights
 
 
-def weight_names(directory: Path, file: str | None = None) -> set[str]:
-    """Of a draft's file."""
-    return set(_read_weights(directory / (file or WEIGHTS)))
-
-
-def load_network(network: N, directory: Path, target: Target, file: str | None = None) -> N:
-    """Fill a fresh network with the weights of a directory's `file`, ours or a published one; float32.
+def load_network(network: N, checkpoint: Checkpoint, target: Target) -> N:
+    """Fill a fresh network with the weights of a directory, ours or a published one; float32.
 
     Raises:
         DeepSpecError: unreadable file, or an unknown, missing or misshapen weight.
     """
-    path = directory / (file or WEIGHTS)
-    weights = _read_weights(path)
-    weights.pop("t2d", None)
-    offsets = weights.pop("d2t", torch.zeros(network.config.draft_vocab_size, dtype=torch.int64))
-    network.share(target, offsets + torch.arange(network.config.draft_vocab_size))
-    _fill(network, weights, path)
+    weights, config = checkpoint.weights(), network.config
+    columns, known = weights.pop("d2t", None), weights.pop("t2d", None)
+    try:
+        ids = draft_ids(columns, known, config.draft_vocab_size, config.vocab_size)
+    except DeepSpecError as error:
+        raise DeepSpecError(f"{checkpoint.directory}: {error}") from None
+    network.share(target, ids)
+    _fill(network, weights, checkpoint.directory)
     return network
 
 
@@ -137,15 +164,6 @@ def temperatures(directory: Path) -> dict[str, list[float]]:
         return {mode: [float(t) for t in found[mode]] for mode in ("greedy", "sampled")}
     except (ValueError, KeyError, TypeError):
         raise DeepSpecError(f"{path}: not a calibration (temperatures `greedy` and `sampled`)") from None
-
-
-def _read_weights(path: Path) -> dict[str, Tensor]:
-    if not path.exists():
-        raise DeepSpecError(f"{path}: no such file; the draft has no weights")
-    try:
-        return load_file(path)
-    except Exception as error:
-        raise DeepSpecError(f"{path}: corrupt checkpoint: {error}") from error
 
 
 def _fill(model: Network, weights: dict[str, Tensor], path: Path) -> None:

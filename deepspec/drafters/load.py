@@ -5,10 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 from deepspec.decoding.drafter import Drafter
-from deepspec.drafters.checkpoint import check_target, draft_digest, read_config
-from deepspec.drafters.registry import reader
-from deepspec.errors import DeepSpecError
+from deepspec.drafters.checkpoint import Checkpoint, draft_digest, read_config
+from deepspec.drafters.published.plan import Plan
+from deepspec.drafters.published.recognise import opened, recognise
+from deepspec.drafters.registry import algorithms, reader
 from deepspec.target.model import Target
+
+_WRITTEN_BY_OTHERS = ("dspark", "dflash", "eagle3", "medusa", "lm")
 
 
 def load_drafter(path: str | Path, target: Target) -> Drafter:
@@ -18,14 +21,51 @@ def load_drafter(path: str | Path, target: Target) -> Drafter:
         path: a draft directory, ours or a published one.
 
     Raises:
-        DeepSpecError: not a draft directory, unknown architecture, corrupt weights, or another target's draft.
+        DeepSpecError: not a draft directory, a draft that is not run here, corrupt weights, or another target's draft.
     """
     directory = Path(path)
-    config = read_config(directory)
-    algorithm = reader(config)
-    if algorithm is None:
-        raise DeepSpecError(f"{directory}: unknown draft architecture {config.get('architectures')}")
-    check_target(directory, config, target, algorithm.standalone)
-    drafter = algorithm.load(directory, config, target)
+    kind, checkpoint = open_draft(directory, target)
+    drafter = algorithms()[kind].load(checkpoint, target)
     drafter.digest = draft_digest(directory)
     return drafter
+
+
+def examine(directory: Path, target_layers: int | None = None) -> Plan:
+    """
+    Return what a draft directory is: of an algorithm that only DeepSpec has, or of a published style.
+
+    Args:
+        target_layers: of the target that it is to draft for, where it is known.
+
+    Raises:
+        DeepSpecError: not a draft directory, or weights that cannot be read.
+    """
+    config = read_config(directory)
+    algorithm = reader(config)
+    if algorithm is not None and algorithm.type not in _WRITTEN_BY_OTHERS:
+        return Plan("DeepSpec", algorithm.type, algorithm.type, config)
+    return recognise(directory, target_layers)
+
+
+def open_draft(directory: Path, target: Target) -> tuple[str, Checkpoint]:
+    """
+    Return the algorithm that loads a draft directory, and the directory as that algorithm reads it.
+
+    Raises:
+        DeepSpecError: not a draft directory, one that is not run here, or another target's draft.
+    """
+    plan = examine(directory, target.num_layers)
+    kind = plan.kind or ""
+    standalone = kind in algorithms() and algorithms()[kind].standalone
+    return kind, opened(directory, plan, target, standalone)
+
+
+def is_trained(directory: Path) -> bool:
+    """
+    Return whether a draft directory holds a network, not a lookup.
+
+    Raises:
+        DeepSpecError: not a draft directory.
+    """
+    algorithm = reader(read_config(directory))
+    return algorithm is None or algorithm.network is not None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING, fields
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from deepspec.decoding.tree import Vocabulary
-from deepspec.errors import DeepSpecError
-from deepspec.target.fused import signed
+from deepspec.drafters.rope import Rope
 from deepspec.target.head import PLAIN
 from deepspec.target.model import Target
 
@@ -77,10 +76,26 @@ class Outputs(NamedTuple):
     confidence: Tensor | None = None  # [...], logits of the chance that a token drawn at k survives
 
 
+class Given(Protocol):
+    """Weights that a network begins with; `deepspec.drafters.origin` has them."""
+
+    @property
+    def ids(self) -> Tensor: ...
+    @property
+    def record(self) -> dict[str, Any]: ...
+    def give(self, network: Network) -> None: ...
+
+
 class Network(nn.Module):
     """A drafter's network with the target's embeddings and head, frozen.
 
     `lm_head` keeps only the draft vocabulary's rows, whose target ids are `draft_ids`.
+
+    Attributes:
+        own_head: a head that is not the target's, of a draft that was published with one; frozen too. `lm_head` stays
+            the target's, whose law a loss needs.
+        own_embeddings: whether `embed_tokens` are such.
+        origin: the draft that it begins as (`start: <directory>`).
     """
 
     draft_ids: Tensor  # [draft vocab]
@@ -91,10 +106,13 @@ class Network(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.lm_head = nn.Linear(config.hidden_size, config.draft_vocab_size, bias=False)
         self.register_buffer("draft_ids", torch.arange(config.draft_vocab_size))
+        self.own_head: nn.Linear | None = None
+        self.own_embeddings = False
 
     target_transform = PLAIN  # what the target makes of its head's product, for the draft's columns
     maps_columns = True  # a reduced vocabulary is written down (d2t)
-    start: str | None = None  # `target` or `random`, where `deepspec.drafters.start` has a say
+    start: str | None = None  # `target`, `random` or a directory, where `deepspec.drafters.start` has a say
+    origin: Given | None = None
     confident = False  # whether it says how sure it is (`Outputs.confidence`)
     checkpointing = False  # activations of blocks are computed again in the backward pass
 
@@ -110,7 +128,26 @@ class Network(nn.Module):
 
     def outputs(self, hidden: Tensor, previous: Tensor) -> Outputs:
         """For hidden states [..., γ, d] of blocks and the tokens before each, int64 [..., γ]."""
-        return Outputs([(hidden, self.lm_head.weight)])
+        return Outputs([(hidden, self.head)])
+
+    @property
+    def head(self) -> Tensor:
+        """Return the head [draft_vocab, d] that makes its logits."""
+        return (self.own_head or self.lm_head).weight
+
+    def take_head(self, weight: Tensor) -> None:
+        """Take a head of its own [draft_vocab, d], unless it is the target's but for rounding."""
+        if torch.equal(weight.bfloat16(), self.lm_head.weight.bfloat16().cpu()):
+            return
+        own = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device=self.lm_head.weight.device)
+        own.weight.data.copy_(weight)
+        self.own_head = own.requires_grad_(False)
+
+    def take_embeddings(self, weight: Tensor) -> None:
+        """Take embeddings of its own [vocab, d], unless they are the target's but for rounding."""
+        if not torch.equal(weight.bfloat16(), self.embed_tokens.weight.bfloat16().cpu()):
+            self.embed_tokens.weight.data.copy_(weight)
+            self.own_embeddings = True
 
     def stored_name(self, name: str) -> str:
         """Return a weight's name in a draft's file."""
@@ -126,7 +163,12 @@ class Network(nn.Module):
         if not written_out:
             reduced = self.config.draft_vocab_size < self.config.vocab_size
             left_out |= SHARED - {"lm_head.weight"} if reduced else SHARED
+        if self.own_embeddings:
+            left_out.discard("embed_tokens.weight")
         state = self.state_dict()
+        if self.own_head is not None:
+            left_out.discard("lm_head.weight")
+            state["lm_head.weight"] = state.pop("own_head.weight")
         for name, module in self.named_modules():
             if isinstance(module, NormalisedLinear):
                 state[f"{name}.weight"] = module.folded_weight()
@@ -160,10 +202,12 @@ class Network(nn.Module):
         rows = target.head_weight[draft_ids.to(target.head_weight.device)]
         self.lm_head.weight.data = rows.to(torch.float32)
         self.target_transform = target.head_transform.rows(draft_ids)
+        if self.origin is not None:
+            self.origin.give(self)
 
     def rope(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Operands of `rotate` for positions [b, n]: each [b, n, 1, head_dim]."""
-        return rope(positions, self.config.rope_theta, self.config.head_dim, dtype)
+        return Rope.of(self.config).operands(positions, dtype)
 
     def vocabulary(self) -> Vocabulary:
         """Return what the columns of the logits mean."""
@@ -171,29 +215,6 @@ class Network(nn.Module):
         if len(ids) == self.config.vocab_size:
             return Vocabulary(self.config.vocab_size)
         return Vocabulary(self.config.vocab_size, ids, ids.tolist())
-
-
-def rope(positions: Tensor, theta: float, dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Operands of `rotate` for positions [b, n]: each [b, n, 1, dim]."""
-    rates = theta ** (-torch.arange(0, dim, 2, device=positions.device).double() / dim)
-    angles = (positions[..., None] * rates).repeat(1, 1, 2)
-    return angles.cos().to(dtype)[:, :, None], signed(angles.sin()).to(dtype)[:, :, None]
-
-
-class RopeTable:
-    """`rope` for inference, from a table that grows by doubling."""
-
-    def __init__(self, theta: float, dim: int, device: torch.device, dtype: torch.dtype):
-        self.theta, self.dim, self.device, self.dtype = theta, dim, device, dtype
-        self._table: tuple[Tensor, ...] = ()
-
-    def __call__(self, positions: Tensor, largest: int) -> tuple[Tensor, Tensor]:
-        """positions [b, n], none above `largest`."""
-        if not self._table or largest >= self._table[0].shape[1]:
-            places = torch.arange(max(512, 2 * largest), device=self.device)[None]
-            self._table = rope(places, self.theta, self.dim, self.dtype)
-        cos, sin = self._table
-        return cos[0, positions], sin[0, positions]
 
 
 def like_target(target: Target, layers: Sequence[int], draft_vocab_size: int | None) -> dict[str, Any]:
@@ -238,19 +259,6 @@ def _attention_sizes(config: Any, hidden: int) -> dict[str, int]:
         "num_key_value_heads": shared if heads % shared == 0 else heads,
         "head_dim": head_dim + head_dim % 2,
     }
-
-
-def plain_rope(config: dict[str, Any]) -> float:
-    """Return the base of a `config.json`'s rotary embedding.
-
-    Raises:
-        DeepSpecError: it is scaled in a way that is not supported.
-    """
-    rope = config.get("rope_parameters") or {}
-    kind = rope.get("rope_type", "default")
-    if kind != "default" or config.get("rope_scaling"):
-        raise DeepSpecError(f"rope_type {kind!r} is not supported, only 'default'")
-    return config.get("rope_theta") or rope.get("rope_theta", 10000.0)
 
 
 def missing_keys(sizes: type, config: dict[str, Any]) -> list[str]:

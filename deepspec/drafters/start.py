@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -19,12 +19,16 @@ from deepspec.errors import DeepSpecError
 from deepspec.target.fused import FusedLayer, Int4Linear, LlamaLayer, LlamaNorm, PackedLinear, qk_norms
 from deepspec.target.model import Target
 
-Start = Literal["auto", "target", "random"]
-START = "Layers begin as the `target`'s last ones, at `random`, or (`auto`) as the target's where it can lend them."
+Way = Literal["auto", "target", "random"]
+WAYS: tuple[str, ...] = get_args(Way)
+START = (
+    "Layers begin as the `target`'s last ones, at `random`, or (`auto`) as the target's where it can lend them; "
+    "or a draft directory to go on from."
+)
 
 
 def resolve_start(
-    start: Start, target: Target, layers: int, qk_norm: bool = True
+    start: str, target: Target, layers: int, qk_norm: bool = True
 ) -> Literal["target", "random"]:
     """Return where a drafter of so many layers begins.
 

@@ -11,10 +11,9 @@ from typing import Any
 from deepspec.decoding.cost import CostCurve, load_or_measure
 from deepspec.decoding.drafter import Drafter
 from deepspec.decoding.params import ControllerChoice
-from deepspec.drafters.checkpoint import read_config
 from deepspec.drafters.deployment import DEFAULT_LOOKUP, Deployment
-from deepspec.drafters.load import load_drafter
-from deepspec.drafters.registry import algorithms, reader
+from deepspec.drafters.load import is_trained, load_drafter
+from deepspec.drafters.registry import algorithms
 from deepspec.evaluation.contest import DecodingConfig
 from deepspec.evaluation.params import EvaluateParams
 from deepspec.evaluation.record import DRAFT, LOOKUP
@@ -74,8 +73,7 @@ class Bench:
         return {name: CostCurve.from_json(curve) for name, curve in self.costs.items()}
 
     def is_trained(self, name: str) -> bool:
-        algorithm = reader(read_config(Path(self.drafts[name])))
-        return algorithm is not None and algorithm.network is not None
+        return is_trained(Path(self.drafts[name]))
 
 
 def decoding_configs(bench: Bench) -> list[DecodingConfig]:

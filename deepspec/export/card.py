@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from deepspec.evaluation.record import TaskEntry
 from deepspec.export.advice import Advice
 from deepspec.export.draft import Draft
@@ -47,6 +49,7 @@ def _making(draft: Draft) -> list[tuple[str, str]]:
         "target digest": draft.target.digest,
         "draft digest": draft.digest,
         "data digest": record.get("data_digest"),
+        "began as": "; ".join(_parent(parent) for parent in record.get("parents") or ()),
         "commit": record.get("git_commit"),
         "command": record.get("command"),
         "seed": record.get("seed"),
@@ -66,6 +69,13 @@ def _making(draft: Draft) -> list[tuple[str, str]]:
         for key, x in rows.items()
         if x not in (None, "")
     ]
+
+
+def _parent(parent: dict[str, Any]) -> str:
+    """Say what draft a draft began as, and what that one began as."""
+    data = f", data {parent['data_digest']}" if parent.get("data_digest") else ""
+    earlier = "".join(f", itself from {_parent(each)}" for each in parent.get("parents") or ())
+    return f"{parent['directory']} ({parent['digest']}{data}){earlier}"
 
 
 def _choices(advice: Advice) -> list[str]:

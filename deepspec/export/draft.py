@@ -9,29 +9,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
-from deepspec.drafters.algorithms.medusa import PUBLISHED_WEIGHTS
-from deepspec.drafters.checkpoint import (
-    RECORD,
-    WEIGHTS,
-    check_target,
-    draft_digest,
-    read_config,
-    stored_weights,
-)
+from deepspec.drafters.checkpoint import RECORD, Checkpoint, draft_digest, stored_weights
+from deepspec.drafters.load import open_draft
 from deepspec.drafters.network import Network
-from deepspec.drafters.registry import reader
+from deepspec.drafters.weights import dtype_of, stored
 from deepspec.errors import DeepSpecError
 from deepspec.evaluation.record import Record
 from deepspec.export.layout import tokenizer_files
 from deepspec.export.reference import network
-from deepspec.export.suitable import kind_of
 from deepspec.target.embedded import EMBEDDED, PREFIX
 from deepspec.target.model import Target
 
-_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 TRAINED = ("eagle3", "dspark", "dflash", "medusa", "lm")
 
 
@@ -42,7 +32,7 @@ class Draft:
     Args:
         name: under `drafters` of params.yaml.
         kind: one of `TRAINED`, "lookup" or "suffix".
-        config: its config.json.
+        checkpoint: the directory as its algorithm loads it.
         record: its deepspec.json; empty for a published draft.
         evaluation: its evaluation record, if there is one.
     """
@@ -50,31 +40,30 @@ class Draft:
     name: str
     directory: Path
     kind: str
-    config: dict[str, Any]
+    checkpoint: Checkpoint
     record: dict[str, Any]
     digest: str
     target: Target
     evaluation: Record | None = None
 
+    @property
+    def config(self) -> dict[str, Any]:
+        """Return its configuration, in the keys of the drafts that are written here."""
+        return self.checkpoint.config
+
     @cached_property
     def network(self) -> Network:
         """Load the network as it was trained, in float32."""
-        return network(self.kind, self.directory, self.config, self.target, self.dtype)
+        return network(self.kind, self.checkpoint, self.target, self.dtype)
 
     @cached_property
     def dtype(self) -> torch.dtype:
         """Return the dtype of its weights: bfloat16 for what is trained here."""
-        with safe_open(self.directory / self.weights_file, "pt") as file:
-            slices = (file.get_slice(name).get_dtype() for name in file.keys())  # noqa: SIM118
-            return next((_DTYPES[name] for name in slices if name in _DTYPES), torch.float32)
+        return dtype_of(stored(self.directory).values())
 
     @property
     def dtype_name(self) -> str:
         return str(self.dtype).removeprefix("torch.")
-
-    @property
-    def weights_file(self) -> str:
-        return PUBLISHED_WEIGHTS if (self.directory / PUBLISHED_WEIGHTS).exists() else WEIGHTS
 
     @cached_property
     def weights(self) -> dict[str, Tensor]:
@@ -128,18 +117,14 @@ def load_draft(name: str, directory: Path, target: Target, evaluation: Path | No
     Raises:
         DeepSpecError: not a draft directory, another target's draft, or a record of another draft.
     """
-    config = read_config(directory)
-    algorithm, kind = reader(config), kind_of(config)
-    if algorithm is None or kind is None:
-        raise DeepSpecError(f"{directory}: unknown draft architecture {config.get('architectures')}")
-    check_target(directory, config, target, algorithm.standalone)
+    kind, checkpoint = open_draft(directory, target)
     record = directory / RECORD
     digest = draft_digest(directory)
     return Draft(
         name=name,
         directory=directory,
-        kind=kind,
-        config=config,
+        kind="dflash" if kind == "dspark" and not checkpoint.config.get("markov_rank") else kind,
+        checkpoint=checkpoint,
         record=json.loads(record.read_text()) if record.exists() else {},
         digest=digest,
         target=target,

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+from deepspec.drafters.weights import weight_files
 from deepspec.export.draft import Draft
-from deepspec.export.formats import lm_layout
+from deepspec.export.formats import lm_layout, shared
 from deepspec.export.layout import Layout
 
 ALONG = ("deepspec.json", "calibration.json")  # what our engine reads besides
@@ -29,13 +30,16 @@ def lm(draft: Draft, where: str, tokens: int) -> Layout:
 
 
 def native(draft: Draft, where: str, tokens: int) -> Layout:
-    copies = {name: draft.directory / name for name in ("config.json", draft.weights_file, *ALONG)}
-    copies = {name: path for name, path in copies.items() if path.exists()} | draft.tokenizer_files
+    """Lay out a draft as it is; one that another trainer wrote in its own way is written in ours."""
     command = f"deepspec chat --target {draft.target_path} --drafter {where}"
-    architecture = (draft.config.get("architectures") or ["MedusaModel"])[0]
-    return Layout(
-        architecture, f"native-{draft.kind}", command, weights_file=draft.weights_file, copies=copies
-    )
+    reader, architecture = f"native-{draft.kind}", draft.config["architectures"][0]
+    if draft.record or draft.checkpoint.names is None:
+        copies = {path.name: path for path in weight_files(draft.directory)}
+        copies |= {name: draft.directory / name for name in ("config.json", *ALONG)}
+        copies = {name: path for name, path in copies.items() if path.exists()} | draft.tokenizer_files
+        return Layout(architecture, reader, command, copies=copies)
+    config = draft.network.description() | {"dtype": draft.dtype_name}
+    return Layout(architecture, reader, command, config, shared(draft), copies=draft.tokenizer_files)
 
 
 def training_free(draft: Draft, where: str, tokens: int) -> Layout:

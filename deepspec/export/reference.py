@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from functools import reduce
 from operator import add
-from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,23 +12,21 @@ from transformers import AutoModelForCausalLM
 from deepspec.drafters.algorithms.dspark import DSparkConfig, DSparkModel
 from deepspec.drafters.algorithms.eagle3 import Eagle3Config, Eagle3Model
 from deepspec.drafters.algorithms.lm import LMConfig, LMModel, cut_padding
-from deepspec.drafters.algorithms.medusa import PUBLISHED_WEIGHTS, MedusaConfig, MedusaModel
-from deepspec.drafters.checkpoint import load_network, weight_names
+from deepspec.drafters.algorithms.medusa import MedusaConfig, MedusaModel
+from deepspec.drafters.checkpoint import Checkpoint, load_network
 from deepspec.drafters.network import Network
 from deepspec.export.readers.sample import Sample
 from deepspec.target.model import H_LAST, Target
 from deepspec.target.source import from_pretrained
 
 
-def network(
-    kind: str, directory: Path, config: dict[str, Any], target: Target, dtype: torch.dtype
-) -> Network:
+def network(kind: str, checkpoint: Checkpoint, target: Target, dtype: torch.dtype) -> Network:
     """Load a draft directory's network on the CPU in float32, all weights rounded to `dtype`, the file's own.
 
     Raises:
         DeepSpecError: an unsupported configuration, or an unknown, missing or misshapen weight.
     """
-    model = _NETWORKS[kind](directory, config, target).cpu().eval()
+    model = _NETWORKS[kind](checkpoint, target).cpu().eval()
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype).float()
     return model
@@ -50,25 +46,22 @@ def logits(model: Network, sample: Sample) -> Tensor:
     return reduce(add, (x.float() @ w.float().T for x, w in factors))[0]
 
 
-def _eagle3(directory: Path, config: dict[str, Any], target: Target) -> Network:
-    return load_network(Eagle3Model(Eagle3Config.read(config)), directory, target)
+def _eagle3(checkpoint: Checkpoint, target: Target) -> Network:
+    return load_network(Eagle3Model(Eagle3Config.read(checkpoint.config)), checkpoint, target)
 
 
-def _dspark(directory: Path, config: dict[str, Any], target: Target) -> Network:
-    return load_network(DSparkModel(DSparkConfig.read(config)), directory, target)
+def _dspark(checkpoint: Checkpoint, target: Target) -> Network:
+    return load_network(DSparkModel(DSparkConfig.read(checkpoint.config)), checkpoint, target)
 
 
-def _medusa(directory: Path, config: dict[str, Any], target: Target) -> Network:
-    file = PUBLISHED_WEIGHTS if (directory / PUBLISHED_WEIGHTS).exists() else None
-    own_heads = f"0.{config.get('medusa_num_layers', 1)}.weight" in weight_names(directory, file)
-    sizes = {"hidden_size": target.hidden_size, "vocab_size": target.vocab_size}
-    return load_network(MedusaModel(MedusaConfig.read(sizes | config, own_heads)), directory, target, file)
+def _medusa(checkpoint: Checkpoint, target: Target) -> Network:
+    return load_network(MedusaModel(MedusaConfig.read(checkpoint.config)), checkpoint, target)
 
 
-def _lm(directory: Path, config: dict[str, Any], target: Target) -> Network:
-    model = from_pretrained(AutoModelForCausalLM, str(directory), dtype=torch.float32)
+def _lm(checkpoint: Checkpoint, target: Target) -> Network:
+    model = from_pretrained(AutoModelForCausalLM, str(checkpoint.directory), dtype=torch.float32)
     cut_padding(model, target.vocab_size)
-    return LMModel(LMConfig.of(target, model, config.get("block_size", 5)), model)
+    return LMModel(LMConfig.of(target, model, checkpoint.config.get("block_size", 5)), model)
 
 
 _NETWORKS = {"eagle3": _eagle3, "dspark": _dspark, "dflash": _dspark, "medusa": _medusa, "lm": _lm}

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from deepspec.drafters.algorithms.eagle3 import VARIANTS
 from deepspec.drafters.network import Network
 from deepspec.drafters.registry import reader
 from deepspec.target.model import Target
@@ -194,10 +195,33 @@ def split_name(tokenizer: dict[str, Any]) -> str:
     return SPLITS[parts]
 
 
+def one_layer(draft: Described) -> None:
+    """Refuse EAGLE-3 with norms, layers or a window that the formats written here do not carry."""
+    config = draft.network.config
+    if on := [key for key in VARIANTS if getattr(config, key)]:
+        raise Refused(f"{on[0]} is set, which no format written here carries; serve the directory as it is")
+    if config.num_hidden_layers > 1:
+        raise Refused(f"it has {config.num_hidden_layers} layers, and the formats written here carry one")
+    if config.sliding_window is not None:
+        raise Refused("its attention has a window, which no format written here carries")
+
+
+def plain_rope(draft: Described) -> None:
+    """Refuse a rotary embedding that is scaled."""
+    if draft.network.config.rope_scaling is not None:
+        raise Refused("its rotary embedding is scaled, which no format written here carries")
+
+
+def whole_context(draft: Described) -> None:
+    """Refuse a block drafter whose layers have windows or are causal."""
+    if draft.network.config.windows or draft.network.config.causal:
+        raise Refused("its layers have windows or are causal, which no format written here carries")
+
+
 Check = Callable[[Described], None]
-EAGLE3: tuple[Check, ...] = (plain_layer, layers_in_order)
-DFLASH: tuple[Check, ...] = (no_skip, masks_alone, layers_in_order)
-DSPARK: tuple[Check, ...] = (no_skip, vanilla_markov, layers_in_order)
+EAGLE3: tuple[Check, ...] = (plain_layer, one_layer, plain_rope, layers_in_order)
+DFLASH: tuple[Check, ...] = (no_skip, masks_alone, whole_context, plain_rope, layers_in_order)
+DSPARK: tuple[Check, ...] = (no_skip, vanilla_markov, whole_context, plain_rope, layers_in_order)
 CHECKS: dict[str, dict[str, tuple[Check, ...]]] = {
     "hf": dict.fromkeys(("lm", "eagle3", "dspark", "dflash", "medusa", "lookup", "suffix"), ()),
     "vllm": {

@@ -17,9 +17,8 @@ from typing import Any, TypeVar
 from deepspec.config import Params, load_params
 from deepspec.decoding.drafter import Drafter
 from deepspec.device import describe_device
-from deepspec.drafters.checkpoint import draft_digest, draft_directory, read_config
-from deepspec.drafters.load import load_drafter
-from deepspec.drafters.registry import reader
+from deepspec.drafters.checkpoint import draft_digest, draft_directory
+from deepspec.drafters.load import is_trained, load_drafter
 from deepspec.errors import DeepSpecError, nearest
 from deepspec.provenance import provenance
 from deepspec.serving import ours
@@ -162,14 +161,9 @@ def _check_settings(settings: Settings) -> None:
 def _directory(name: str, settings: Settings) -> Path:
     """Return the directory that vLLM loads: a draft's export, or a lookup's own settings."""
     directory = draft_directory(name)
-    if settings.base_url or not _trained(directory):
+    if settings.base_url or not is_trained(directory):
         return directory
     return settings.exported or _exported(name, directory)
-
-
-def _trained(directory: Path) -> bool:
-    algorithm = reader(read_config(directory))
-    return algorithm is None or algorithm.network is not None
 
 
 def _draft(
@@ -192,7 +186,7 @@ def _draft(
             raise DeepSpecError(
                 f"{name}: a block is drafted whole, {drafter.block_size} tokens; leave --speculative-tokens out"
             )
-    return Draft(name, draft_digest(directory), tokens, config, _trained(directory)), drafter
+    return Draft(name, draft_digest(directory), tokens, config, is_trained(directory)), drafter
 
 
 def _exported(name: str, directory: Path) -> Path:

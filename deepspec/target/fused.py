@@ -141,7 +141,13 @@ def qk_norms(attention: LlamaAttention) -> tuple[LlamaNorm, LlamaNorm] | None:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """RoPE on the halves of the last dimension; `sin` has its first half negated (see `signed`)."""
+    """RoPE on the halves of the last dimension; `sin` has its first half negated (see `signed`).
+
+    Operands that are narrower than a head rotate its first places and leave the others.
+    """
+    width = cos.shape[-1]
+    if width < x.shape[-1]:
+        return torch.cat((rotate(x[..., :width], cos, sin), x[..., width:]), -1)
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
 
 

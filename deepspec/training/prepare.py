@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,6 +12,7 @@ import torch
 from accelerate import Accelerator
 
 from deepspec.drafters.network import Network
+from deepspec.drafters.origin import keep_scale
 from deepspec.drafters.registry import algorithms
 from deepspec.drafters.start import channel_std, draft_vocabulary, match_head
 from deepspec.errors import DeepSpecError
@@ -100,15 +101,18 @@ def prepare(
     features = _features(params.train, target, data, config.target_layer_ids, accelerator)
     heldout, members = split(len(sequences), params.train.heldout, params.seed)
     learnt = _learnt_tokens(sequences, members)
-    network.share(
-        target, draft_vocabulary(learnt, config.draft_vocab_size, config.vocab_size, target.stop_ids)
-    )
+    network.share(target, _vocabulary(network, learnt, target))
     if network.start and accelerator.is_main_process:
-        logger.info("%s begins %s", name, _BEGINS[network.start])
-    if network.start == "target":
+        logger.info("%s begins %s", name, _BEGINS.get(network.start, f"as {network.start}"))
+    if network.start == "target" or (network.origin is not None and hasattr(network, "fc")):
         rows = [features.rows([i])[0] for i in members[:_STD_SEQUENCES]]
-        network.init_from_target(target, channel_std(rows, features.layers))
-    match_head(network, target)
+        deviation = channel_std(rows, features.layers)
+        if network.origin is None:
+            network.init_from_target(target, deviation)
+        else:
+            keep_scale(network, deviation)
+    if network.origin is None:
+        match_head(network, target)
     heldout = [i for i in heldout if any(sequences[i].answer[2:])]
     batches = Batches(
         features, members, params.train.batch_size, params.train.anchors, config.block_size, params.seed
@@ -130,6 +134,14 @@ def _learnt_tokens(sequences: list[Sequence], members: list[int]) -> Iterator[in
     for i in members:
         pairs = zip(sequences[i].ids, sequences[i].learnt, strict=True)
         yield from (token for token, learnt in pairs if learnt)
+
+
+def _vocabulary(network: Network, learnt: Iterable[int], target: Target) -> torch.Tensor:
+    """Return the draft vocabulary: the most frequent tokens, or that of the draft that it goes on from."""
+    config, origin = network.config, network.origin
+    if origin is not None and len(origin.ids) == config.draft_vocab_size:
+        return origin.ids
+    return draft_vocabulary(learnt, config.draft_vocab_size, config.vocab_size, target.stop_ids)
 
 
 def _features(

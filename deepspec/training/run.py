@@ -93,7 +93,16 @@ def make_trainer(prepared: Prepared, accelerator: Accelerator) -> Trainer:
     params, network = prepared.params, prepared.network
     code = code_digest(__name__)
     drafter = params.drafters[prepared.name]
-    settings = (params.train, drafter, prepared.target.digest, prepared.data.digest, params.seed, code)
+    settings: tuple[object, ...] = (
+        params.train,
+        drafter,
+        prepared.target.digest,
+        prepared.data.digest,
+        params.seed,
+        code,
+    )
+    if network.origin is not None:
+        settings += (network.origin.record["digest"],)
     work = WORK / "train" / f"{prepared.name}-{digest(repr(settings))}"
     network.checkpointing = params.train.gradient_checkpointing
     if params.train.compile:

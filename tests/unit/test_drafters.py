@@ -227,7 +227,7 @@ class ToySession(Session):
 
 
 ALGORITHM = Algorithm(
-    ToyParams, ("ToyDrafter",), load=lambda directory, config, target: Toy(), make=lambda params: Toy(params.block_size)
+    ToyParams, ("ToyDrafter",), load=lambda checkpoint, target: Toy(), make=lambda params: Toy(params.block_size)
 )
 '''
 

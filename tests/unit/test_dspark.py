@@ -14,9 +14,9 @@ from deepspec.decoding.shapes import BestFirst
 from deepspec.decoding.tree import Chain
 from deepspec.drafters.algorithms.dspark import DSparkConfig, DSparkDrafter, DSparkModel, spread_layers
 from deepspec.drafters.checkpoint import (
+    Checkpoint,
     draft_digest,
     load_network,
-    read_config,
     stored_weights,
     write_drafter,
 )
@@ -50,7 +50,8 @@ def model(published, checkpoint):
 
 
 def load_dspark(directory: Path, target) -> DSparkModel:
-    return load_network(DSparkModel(DSparkConfig.read(read_config(directory))), directory, target)
+    checkpoint = Checkpoint.own(directory)
+    return load_network(DSparkModel(DSparkConfig.read(checkpoint.config)), checkpoint, target)
 
 
 def propose(drafter, expected, sampling=None, seed=0, shape=None, rows=(0,)):

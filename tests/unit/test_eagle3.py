@@ -22,7 +22,7 @@ from deepspec.drafters.algorithms.eagle3 import (
     Eagle3Params,
     default_layers,
 )
-from deepspec.drafters.checkpoint import load_network, stored_weights, write_drafter
+from deepspec.drafters.checkpoint import Checkpoint, load_network, stored_weights, write_drafter
 from deepspec.drafters.load import load_drafter
 from deepspec.errors import DeepSpecError
 from deepspec.target.model import load_target
@@ -46,7 +46,7 @@ def published(tmp_path_factory):
 @pytest.fixture(scope="module")
 def network(published) -> Eagle3Model:
     config = json.loads((FIXTURE / "config.json").read_text())
-    return load_network(Eagle3Model(Eagle3Config.read(config)), FIXTURE, published)
+    return load_network(Eagle3Model(Eagle3Config.read(config)), Checkpoint(FIXTURE, config), published)
 
 
 @pytest.fixture
@@ -172,13 +172,18 @@ def test_what_is_saved_loads_back(published, tmp_path, qk_norm):
 
 def test_an_unknown_weight_or_option_is_an_error(published, tmp_path):
     config = json.loads((FIXTURE / "config.json").read_text())
-    for change, message in (({"norm_output": True}, "norm_output"), ({"hidden_size": None}, "hidden_size")):
+    weights = load_file(FIXTURE / "model.safetensors")
+    save_file(weights, tmp_path / "model.safetensors")
+    for change, message in (({"hidden_act": "gelu"}, "hidden_act"), ({"hidden_size": None}, "hidden_size")):
         (tmp_path / "config.json").write_text(json.dumps(config | change))
         with pytest.raises(DeepSpecError, match=message):
             load_drafter(tmp_path, published)
     (tmp_path / "config.json").write_text(json.dumps(config))
-    save_file({"midlayer.extra": torch.zeros(1)}, tmp_path / "model.safetensors")
+    save_file(weights | {"layers.0.extra": torch.zeros(1)}, tmp_path / "model.safetensors")
     with pytest.raises(DeepSpecError, match="unknown weights"):
+        load_drafter(tmp_path, published)
+    save_file({"midlayer.extra": torch.zeros(1)}, tmp_path / "model.safetensors")
+    with pytest.raises(DeepSpecError, match=r"fc\.weight is missing"):
         load_drafter(tmp_path, published)
 
 

@@ -63,11 +63,11 @@ def test_eagles_layer_is_the_targets_last_where_it_reads_the_state(target):
     network = begun(target, "eagle3", qk_norm=True)
     below = states(target, (2,))[:, :1]  # the first token sees itself alone
     rope = network.rope(torch.zeros(1, 1), below.dtype)
-    attention = network.layer.self_attn
-    joined = network.layer.joined(torch.zeros_like(below), below)
+    attention = network.layers[0].self_attn
+    joined = network.layers[0].joined(torch.zeros_like(below), below)
     _, values = attention.keys_values(joined, rope)
     attended = values.repeat_interleave(attention.q_proj.out_features // attention.k_proj.out_features, 1)
-    ours = network.norm(network.layer.finish(attended.transpose(1, 2), below))
+    ours = network.norm(network.layers[0].finish(attended.transpose(1, 2), below))
     step = ForwardPass(torch.zeros(1, 1, dtype=torch.int64))
     torch.testing.assert_close(ours, target.forward(IDS[:, :1], step), atol=1e-4, rtol=1e-4)
 

@@ -14,7 +14,7 @@ from pydantic import Field
 from deepspec.drafters.algorithm import Algorithm, TrainedParams
 from deepspec.drafters.algorithms import dspark
 from deepspec.drafters.algorithms.dspark import DSparkModel, DSparkParams
-from deepspec.drafters.start import START, Start
+from deepspec.drafters.start import START
 from deepspec.target.model import Target
 
 
@@ -29,7 +29,7 @@ class DFlashParams(TrainedParams):
     context_skip: bool = Field(
         False, description="Feed the newest target feature into the block's input (our engine only)."
     )
-    start: Start = Field("auto", description=START)
+    start: str = Field("auto", description=START)
     sample_from_anchor: bool = Field(
         False, description="The anchor's place predicts the first token, as in DSpark; no engine serves that."
     )
@@ -38,7 +38,7 @@ class DFlashParams(TrainedParams):
 def network(params: DFlashParams, target: Target) -> DSparkModel:
     """Make a DSpark network without sequential and confidence heads."""
     same = DSparkParams(type="dspark", markov_rank=0, confidence_head=False, **params.options())
-    return dspark.network(same, target)
+    return dspark.network(same, target, params.model_fields_set | {"markov_rank"})
 
 
 ALGORITHM = Algorithm(DFlashParams, (), network=network)

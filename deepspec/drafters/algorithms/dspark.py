@@ -14,9 +14,8 @@ they do not have, with `context_skip` or masks that alone predict, names another
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, cast
 
 import torch
@@ -27,7 +26,7 @@ from torch import Tensor, nn
 from deepspec.decoding.drafter import Drafter, DraftRequest, GrowingSession
 from deepspec.decoding.tree import DraftLogits, Growth, Parent
 from deepspec.drafters.algorithm import Algorithm, TrainedParams
-from deepspec.drafters.checkpoint import load_network, temperatures
+from deepspec.drafters.checkpoint import Checkpoint, load_network, temperatures
 from deepspec.drafters.markov import MarkovHead
 from deepspec.drafters.network import (
     MLP,
@@ -35,12 +34,12 @@ from deepspec.drafters.network import (
     NormalisedLinear,
     Outputs,
     RMSNorm,
-    RopeTable,
     like_target,
     missing_keys,
-    plain_rope,
 )
-from deepspec.drafters.start import START, Start, init_from_target, resolve_start
+from deepspec.drafters.origin import Origin, check_kept, open_origin
+from deepspec.drafters.rope import Rope, RopeTable, Scaling, read_rope, written_rope
+from deepspec.drafters.start import START, init_from_target, resolve_start
 from deepspec.errors import DeepSpecError
 from deepspec.target.attention import ForwardPass, KVCache, attend
 from deepspec.target.fused import FusedLayer, PackedLinear, rotate
@@ -64,7 +63,7 @@ class DSparkParams(TrainedParams):
     context_skip: bool = Field(
         False, description="Feed the newest target feature into the block's input (our engine only)."
     )
-    start: Start = Field("auto", description=START)
+    start: str = Field("auto", description=START)
     sample_from_anchor: bool = Field(
         True, description="The anchor's place predicts the first token; false: γ masks behind it predict."
     )
@@ -95,6 +94,11 @@ class DSparkConfig:
     context_skip: bool = False
     sample_from_anchor: bool = True
     max_position_embeddings: int = 8192
+    rope_scaling: Scaling | None = None
+    windows: tuple[int, ...] = ()  # of each layer, in places; 0, or none named: the whole context
+    causal: tuple[
+        bool, ...
+    ] = ()  # whether a layer's places see only those before them; none named: both ways
 
     @property
     def query_size(self) -> int:
@@ -104,12 +108,14 @@ class DSparkConfig:
     @classmethod
     def read(cls, config: dict) -> DSparkConfig:
         """From a `config.json`, ours or a published one."""
-        found = config | {"rope_theta": plain_rope(config)}
+        theta, scaling = read_rope(config)
+        found = config | {"rope_theta": theta, "rope_scaling": scaling}
         found.setdefault("draft_vocab_size", config.get("vocab_size"))
         if missing := missing_keys(cls, found):
             raise DeepSpecError(f"config.json of a DSpark draft lacks {', '.join(missing)}")
         known = {name: found[name] for name in cls.__dataclass_fields__ if name in found}
-        return cls(**known | {"target_layer_ids": tuple(config["target_layer_ids"])})
+        lists = ("target_layer_ids", "windows", "causal")
+        return cls(**known | {name: tuple(known[name]) for name in lists if name in known})
 
     @classmethod
     def for_target(cls, params: DSparkParams, target: Target) -> DSparkConfig:
@@ -130,19 +136,34 @@ class DSparkConfig:
 
     def to_dict(self) -> dict:
         """Return the `config.json` of DeepSeek's format, every key written out."""
-        sizes = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        last = ("rope_scaling", "windows", "causal")
+        sizes = {name: getattr(self, name) for name in self.__dataclass_fields__ if name not in last}
+        plain = self.sample_from_anchor and not (self.context_skip or self.windows or self.causal)
+        kinds = [
+            "sliding_attention" if self.window(i) else "full_attention" for i in range(self.num_hidden_layers)
+        ]
         return {
-            "architectures": [PUBLISHED if self.sample_from_anchor and not self.context_skip else OURS],
+            "architectures": [PUBLISHED if plain else OURS],
             "model_type": "qwen3",
             **sizes,
             "target_layer_ids": list(self.target_layer_ids),
-            "rope_parameters": {"rope_type": "default", "rope_theta": self.rope_theta},
-            "layer_types": ["full_attention"] * self.num_hidden_layers,
+            "rope_parameters": written_rope(self),
+            "layer_types": kinds,
             "hidden_act": "silu",
             "dtype": "bfloat16",
             "attention_bias": False,
             "tie_word_embeddings": False,
+            **({"windows": list(self.windows)} if self.windows else {}),
+            **({"causal": list(self.causal)} if self.causal else {}),
         }
+
+    def window(self, layer: int) -> int | None:
+        """Return how many places back a layer sees, each place itself among them; None: all."""
+        return self.windows[layer] or None if self.windows else None
+
+    def one_way(self, layer: int) -> bool:
+        """Return whether a layer's places see only those before them in the block."""
+        return bool(self.causal) and self.causal[layer]
 
 
 def spread_layers(count: int, wanted: int = 5) -> list[int]:
@@ -153,14 +174,25 @@ def spread_layers(count: int, wanted: int = 5) -> list[int]:
     return sorted({round(first + i * (last - first) / max(wanted - 1, 1)) for i in range(wanted)})
 
 
+@dataclass(frozen=True)
+class Within:
+    """What a causal layer's place sees: itself and what is before it, within a window where there is one."""
+
+    window: int | None
+
+    def __call__(self, request: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        seen = key <= query
+        return seen if self.window is None else seen & (query - key < self.window)
+
+
 class Attention(nn.Module):
     """Over the context and, both ways, the block; the attributes are those of transformers' own (see `FusedLayer`)."""
-
-    sliding_window = None
 
     def __init__(self, config: DSparkConfig, index: int):
         super().__init__()
         self.layer_idx = index
+        self.window, self.causal = config.window(index), config.one_way(index)
+        self.sliding_window = Within(self.window) if self.causal else self.window
         self.head_dim = config.head_dim
         self.scaling = config.head_dim**-0.5
         q, kv = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
@@ -273,13 +305,16 @@ class DSparkModel(Network):
         positions = (anchors[..., None] + torch.arange(size, device=device)).flatten(1)
         rope = self.rope(positions, x.dtype)
         context_rope = self.rope(torch.arange(features.shape[1], device=device)[None], x.dtype)
-        mask = block_mask(anchors, features.shape[1], size)
-        for layer in self.layers:
-            x = self.run(layer, x, context, rope, context_rope, mask)
+        masks: dict[tuple[int | None, bool], Tensor] = {}
+        for layer in self.decoder_layers():
+            kind = layer.self_attn.window, layer.self_attn.causal
+            if kind not in masks:
+                masks[kind] = block_mask(anchors, features.shape[1], size, *kind)
+            x = self.run(layer, x, context, rope, context_rope, masks[kind])
         return self.norm(x).unflatten(1, (blocks, size))[:, :, size - self.config.block_size :]
 
     def outputs(self, hidden: Tensor, previous: Tensor) -> Outputs:
-        factors, embedded, confidence = [(hidden, self.lm_head.weight)], None, None
+        factors, embedded, confidence = [(hidden, self.head)], None, None
         if self.markov_head is not None:
             embedded = self.markov_head.markov_w1(previous)
             factors.append((self.markov_head.unrolled(embedded, hidden), self.markov_head.markov_w2.weight))
@@ -294,13 +329,21 @@ def _normed_by_layer(features: Tensor, config: DSparkConfig) -> Tensor:
     return F.rms_norm(features.unflatten(-1, (-1, d)), (d,), eps=config.rms_norm_eps).flatten(-2)
 
 
-def block_mask(anchors: Tensor, context: int, size: int) -> Tensor:
+def block_mask(
+    anchors: Tensor, context: int, size: int, window: int | None = None, causal: bool = False
+) -> Tensor:
     """Additive float32 mask [batch, 1, m, context + m], m = blocks·size: features before the anchor, the own block."""
     batch, blocks = anchors.shape
     before = torch.arange(context, device=anchors.device) < anchors[..., None]  # [batch, blocks, context]
     own = torch.eye(blocks, dtype=torch.bool, device=anchors.device).expand(batch, -1, -1)
     own = own.repeat_interleave(size, 2)  # [batch, blocks, blocks·size]
     visible = torch.cat((before, own), -1).repeat_interleave(size, 1)[:, None]
+    if causal or window is not None:
+        queries = (anchors[..., None] + torch.arange(size, device=anchors.device)).flatten(1)  # [batch, m]
+        keys = torch.cat((torch.arange(context, device=anchors.device).expand(batch, -1), queries), 1)
+        back = queries[:, :, None] - keys[:, None]  # [batch, m, context + m]
+        near = back < (context + size if window is None else window)
+        visible = visible & (near & (back >= 0) if causal else near)[:, None]
     return torch.zeros(visible.shape, device=anchors.device).masked_fill_(
         ~visible, torch.finfo(torch.float32).min / 2
     )
@@ -335,7 +378,7 @@ class DSparkDrafter(Drafter):
 
     def _freeze(self, model: DSparkModel) -> None:
         """Weights in the form that reads fastest: joined, packed; the confidence of each token in a table."""
-        self._rope = RopeTable(self.config.rope_theta, self.config.head_dim, self.device, self.dtype)
+        self._rope = RopeTable(Rope.of(self.config), self.device, self.dtype)
         self._embed = model.embed_tokens.weight
         self._fc, self._hidden_norm = PackedLinear(model.fc.folded_weight()), model.hidden_norm
         self._skip = None if model.context_skip is None else PackedLinear(model.context_skip.weight)
@@ -343,7 +386,7 @@ class DSparkDrafter(Drafter):
         self._kv = PackedLinear(torch.cat([w.weight for a in attentions for w in (a.k_proj, a.v_proj)]))
         self._k_norms = [a.k_norm for a in attentions]
         self._blocks = [FusedLayer(layer) for layer in model.decoder_layers()]
-        self._norm, self._head = model.norm, PackedLinear(model.lm_head.weight)
+        self._norm, self._head = model.norm, PackedLinear(model.head)
         self._markov = model.markov_head
         if self._markov is not None:
             self._w1 = self._markov.markov_w1.weight
@@ -496,16 +539,59 @@ class DSparkSession(GrowingSession):
             self.rows[row].pending.clear()
 
 
-def load(directory: Path, config: dict[str, Any], target: Target) -> DSparkDrafter:
+def load(checkpoint: Checkpoint, target: Target) -> DSparkDrafter:
     """Load a draft of DeepSeek's format, ours or a published one."""
-    network = load_network(DSparkModel(DSparkConfig.read(config)), directory, target)
-    return DSparkDrafter(network, target, temperatures(directory))
+    network = load_network(DSparkModel(DSparkConfig.read(checkpoint.config)), checkpoint, target)
+    return DSparkDrafter(network, target, temperatures(checkpoint.directory))
 
 
-def network(params: DSparkParams, target: Target) -> DSparkModel:
-    """Make the network to train."""
-    start = resolve_start(params.start, target, params.layers)
-    return DSparkModel(DSparkConfig.for_target(params, target), start)
+def network(params: DSparkParams, target: Target, asked: Collection[str] | None = None) -> DSparkModel:
+    """Make the network to train.
+
+    Args:
+        asked: which keys of its section were written; None: those of `params`. A draft that goes on from another
+            keeps what is not asked for.
+    """
+    origin = open_origin(params.start, ("dspark",), target)
+    if origin is None:
+        start = resolve_start(params.start, target, params.layers)
+        return DSparkModel(DSparkConfig.for_target(params, target), start)
+    asked = params.model_fields_set if asked is None else asked
+    model = DSparkModel(grown(params, asked, origin), params.start)
+    model.origin = origin
+    if origin.config.get("markov_rank", 0) == 0 and model.markov_head is not None:
+        model.markov_head.set_scale()
+    return model
+
+
+def grown(params: DSparkParams, asked: Collection[str], origin: Origin) -> DSparkConfig:
+    """Return the sizes of a draft that begins as another, with what is asked for in its section.
+
+    Raises:
+        DeepSpecError: it asks for what the other cannot change.
+    """
+    config = DSparkConfig.read(origin.config)
+    if "layers" in asked:
+        check_kept({"num_hidden_layers": params.layers}, origin)
+    if "target_layer_ids" in asked and params.target_layer_ids:
+        check_kept({"target_layer_ids": params.target_layer_ids}, origin)
+    changed: dict[str, Any] = {
+        "markov_rank": params.markov_rank,
+        "markov_head_type": params.markov_head,
+        "enable_confidence_head": params.confidence_head,
+    }
+    if config.markov_rank:
+        check_kept({"markov_rank": params.markov_rank} if "markov_rank" in asked else {}, origin)
+        check_kept({"markov_head_type": params.markov_head} if "markov_head" in asked else {}, origin)
+        changed = {"enable_confidence_head": params.confidence_head or config.enable_confidence_head}
+    if not config.enable_confidence_head:
+        changed["confidence_head_with_markov"] = changed.get("markov_rank", config.markov_rank) > 0
+    for name in ("block_size", "sample_from_anchor", "context_skip"):
+        if name in asked:
+            changed[name] = getattr(params, name)
+    if "draft_vocab_size" in asked:
+        changed["draft_vocab_size"] = min(params.draft_vocab_size or config.vocab_size, config.vocab_size)
+    return replace(config, **changed)
 
 
 ALGORITHM = Algorithm(DSparkParams, (PUBLISHED, OURS), load, network)

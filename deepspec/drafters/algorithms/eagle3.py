@@ -9,14 +9,17 @@ with the true tokens. A query of step k at place i attends to the keys of the fi
 each later step, its own. So the steps of different places never meet, and only the places that a loss looks at
 (anchors) are computed: keys and values of all tokens, queries of the anchors.
 
+Published drafts differ in norms and depth (`Eagle3Config`): RedHat's keep the normed state in the residual, EAGLE-3.1
+norms each of the target's states and what is fed back, gpt-oss's norms the states together, and some have further
+layers, which read the state alone. All of them train here too.
+
 Directories: `LlamaForCausalLMEagle3`, which engines serve, and DeepSeek's `Qwen3Eagle3Model` (q/k norms).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal
+from dataclasses import dataclass, replace
+from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -25,18 +28,11 @@ from torch import Tensor, nn
 
 from deepspec.drafters.algorithm import Algorithm, TrainedParams
 from deepspec.drafters.autoregressive import AutoregressiveDrafter
-from deepspec.drafters.checkpoint import load_network
-from deepspec.drafters.network import (
-    MLP,
-    Network,
-    NormalisedLinear,
-    RMSNorm,
-    RopeTable,
-    like_target,
-    missing_keys,
-    plain_rope,
-)
-from deepspec.drafters.start import START, Start, init_from_target, resolve_start
+from deepspec.drafters.checkpoint import Checkpoint, load_network
+from deepspec.drafters.network import MLP, Network, NormalisedLinear, RMSNorm, like_target, missing_keys
+from deepspec.drafters.origin import check_kept, open_origin
+from deepspec.drafters.rope import Rope, RopeTable, Scaling, read_rope, written_rope
+from deepspec.drafters.start import START, init_from_target, resolve_start
 from deepspec.errors import DeepSpecError
 from deepspec.target.attention import ForwardPass, attend
 from deepspec.target.fused import FusedLayer, PackedLinear, rotate
@@ -52,13 +48,22 @@ class Eagle3Params(TrainedParams):
     block_size: int = Field(5, ge=1, description="γ: steps unrolled in training, tokens drafted at most.")
     target_layer_ids: list[int] | None = Field(None, description="None takes a low, a middle and a high one.")
     draft_vocab_size: int = Field(8192, ge=0, description="Most frequent tokens kept; 0 keeps them all.")
-    start: Start = Field("auto", description=START)
+    start: str = Field("auto", description=START)
     qk_norm: bool = Field(False, description="Qwen3-style layer, DeepSeek's format; else Llama's.")
 
 
 @dataclass(frozen=True)
 class Eagle3Config:
-    """Sizes of the network."""
+    """Sizes of the network.
+
+    Args:
+        num_hidden_layers: all but the first read the state alone.
+        norm_before_residual: the residual adds to the normed state, not to the state as it came.
+        norm_before_fc: the target's states are normed together.
+        fc_norm: each of them is normed by itself (EAGLE-3.1).
+        norm_output: what is fed back is the output behind the last norm (EAGLE-3.1).
+        sliding_window: a place sees so many, itself among them; None: all before it.
+    """
 
     hidden_size: int
     intermediate_size: int
@@ -74,10 +79,17 @@ class Eagle3Config:
     block_size: int
     qk_norm: bool = False
     max_position_embeddings: int = 8192
+    num_hidden_layers: int = 1
+    norm_before_residual: bool = False
+    norm_before_fc: bool = False
+    fc_norm: bool = False
+    norm_output: bool = False
+    rope_scaling: Scaling | None = None
+    sliding_window: int | None = None
 
     @classmethod
     def read(cls, config: dict[str, Any]) -> Eagle3Config:
-        """From a `config.json` of either kind.
+        """From a `config.json` of either kind, in our own keys.
 
         Raises:
             DeepSpecError: a missing key, or an option that is not supported.
@@ -85,11 +97,12 @@ class Eagle3Config:
         for key, supported in _FIXED.items():
             if config.get(key, supported) != supported:
                 raise DeepSpecError(f"{key} {config[key]!r} is not supported, only {supported!r}")
-        rope_theta = plain_rope(config)
+        rope_theta, rope_scaling = read_rope(config)
         heads = config.get("num_attention_heads")
         eagle = config.get("eagle_config") or {}
         layers = config.get("target_layer_ids", eagle.get("eagle_aux_hidden_state_layer_ids"))
         found = config | {"target_layer_ids": layers, "rope_theta": rope_theta}
+        found["rope_scaling"] = rope_scaling
         found.setdefault("head_dim", heads and config.get("hidden_size", 0) // heads)
         found.setdefault("num_key_value_heads", heads)
         found.setdefault("draft_vocab_size", config.get("vocab_size"))
@@ -110,33 +123,35 @@ class Eagle3Config:
 
     def to_dict(self) -> dict[str, Any]:
         """`config.json` with every key that a reader may look for."""
-        sizes = {name: getattr(self, name) for name in self.__dataclass_fields__ if name != "qk_norm"}
+        last = ("qk_norm", "num_hidden_layers", "rope_scaling", "sliding_window", *VARIANTS)
+        sizes = {name: getattr(self, name) for name in self.__dataclass_fields__ if name not in last}
         layers = list(self.target_layer_ids)
         return {
             "architectures": [DEEPSEEK if self.qk_norm else SERVED],
             "model_type": "qwen3" if self.qk_norm else "llama",
             **sizes,
+            "num_hidden_layers": self.num_hidden_layers,
+            "draft_num_hidden_layers": self.num_hidden_layers,
             **_FIXED,
+            **{name: getattr(self, name) for name in VARIANTS},
             "target_layer_ids": layers,
             "target_hidden_size": self.hidden_size,
             "eagle_config": {"eagle_aux_hidden_state_layer_ids": layers, "use_aux_hidden_state": True},
-            "rope_parameters": {"rope_type": "default", "rope_theta": self.rope_theta},
+            "rope_parameters": written_rope(self),
             "ttt_length": self.block_size,
             "dtype": "bfloat16",
+            **self._window(),
         }
 
+    def _window(self) -> dict[str, Any]:
+        if self.sliding_window is None:
+            return {}
+        kinds = ["sliding_attention"] * self.num_hidden_layers
+        return {"sliding_window": self.sliding_window, "use_sliding_window": True, "layer_types": kinds}
 
-_FIXED = {
-    "num_hidden_layers": 1,
-    "draft_num_hidden_layers": 1,
-    "hidden_act": "silu",
-    "attention_bias": False,
-    "tie_word_embeddings": False,
-    "norm_before_residual": False,
-    "norm_before_fc": False,
-    "fc_norm": False,
-    "norm_output": False,
-}
+
+VARIANTS = ("norm_before_residual", "norm_before_fc", "fc_norm", "norm_output")
+_FIXED = {"hidden_act": "silu", "attention_bias": False, "tie_word_embeddings": False}
 
 
 def default_layers(count: int) -> list[int]:
@@ -145,15 +160,17 @@ def default_layers(count: int) -> list[int]:
 
 
 class Attention(nn.Module):
-    """Reads [norm(embedding); norm(hidden)], 2d wide. The attributes are those of transformers' own (`FusedLayer`)."""
+    """The first layer's reads [norm(embedding); norm(hidden)], 2d wide.
 
-    layer_idx, sliding_window = 0, None
+    The attributes are those of transformers' own (`FusedLayer`).
+    """
 
-    def __init__(self, config: Eagle3Config):
+    def __init__(self, config: Eagle3Config, index: int):
         super().__init__()
+        self.layer_idx, self.sliding_window = index, config.sliding_window
         self.head_dim = config.head_dim
         self.scaling = config.head_dim**-0.5
-        width = 2 * config.hidden_size
+        width = (1 if index else 2) * config.hidden_size
         q, kv = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
         self.q_proj = nn.Linear(width, q, bias=False)
         self.k_proj = nn.Linear(width, kv, bias=False)
@@ -180,17 +197,26 @@ class Attention(nn.Module):
 
 
 class Layer(nn.Module):
-    def __init__(self, config: Eagle3Config):
+    def __init__(self, config: Eagle3Config, index: int):
         super().__init__()
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)  # of the embeddings
-        self.hidden_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.self_attn = Attention(config)
+        self.input_layernorm = RMSNorm(
+            config.hidden_size, config.rms_norm_eps
+        )  # in the first of the embeddings
+        self.hidden_norm = None if index else RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.normed_residual = config.norm_before_residual and not index
+        self.self_attn = Attention(config, index)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
     def joined(self, embedded: Tensor, hidden: Tensor) -> Tensor:
-        """[norm(embedding); norm(hidden)] [..., 2d]"""
+        """[norm(embedding); norm(hidden)] [..., 2d]; of a further layer norm(hidden) [..., d]."""
+        if self.hidden_norm is None:
+            return self.input_layernorm(hidden)
         return torch.cat((self.input_layernorm(embedded), self.hidden_norm(hidden)), -1)
+
+    def residual(self, hidden: Tensor) -> Tensor:
+        """Return what the attention's output is added to."""
+        return self.hidden_norm(hidden) if self.normed_residual else hidden
 
     def finish(self, attended: Tensor, hidden: Tensor) -> Tensor:
         """Output projection, MLP and their residuals; attended [b, n, heads, head_dim]."""
@@ -204,17 +230,39 @@ class Eagle3Model(Network):
     def __init__(self, config: Eagle3Config, start: str = "random"):
         super().__init__(config)
         self.start = start
-        self.fc = NormalisedLinear(len(config.target_layer_ids) * config.hidden_size, config.hidden_size)
-        self.layer = Layer(config)
+        count, d = len(config.target_layer_ids), config.hidden_size
+        self.fc = NormalisedLinear(count * d, d)
+        self.layers = nn.ModuleList(Layer(config, i) for i in range(config.num_hidden_layers))
+        self.input_norm = RMSNorm(count * d, config.rms_norm_eps) if config.norm_before_fc else None
+        norms = (RMSNorm(d, config.rms_norm_eps) for _ in range(count))
+        self.fc_norm = nn.ModuleList(norms) if config.fc_norm else None
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.initialise()
 
     def init_from_target(self, target: Target, channel_std: Tensor) -> None:
-        init_from_target([self.layer], self.norm, self.fc, target, channel_std)
+        init_from_target(self.decoder_layers(), self.norm, self.fc, target, channel_std)
+
+    def decoder_layers(self) -> list[Layer]:
+        """Return its layers, the first of which reads the embeddings too."""
+        return cast("list[Layer]", list(self.layers))  # a ModuleList forgets what it holds
 
     def stored_name(self, name: str) -> str:
-        place = "layers.0." if self.config.qk_norm else "midlayer."
-        return place + name.removeprefix("layer.") if name.startswith("layer.") else name
+        if self.config.qk_norm or self.config.num_hidden_layers > 1 or not name.startswith("layers.0."):
+            return name
+        return "midlayer." + name.removeprefix("layers.0.")
+
+    def fuse(self, features: Tensor) -> Tensor:
+        """Return g [..., d] of target features [..., layers·d]."""
+        return self.fc(self.normed(features))
+
+    def normed(self, features: Tensor) -> Tensor:
+        """Return what `fc` reads of the target's features [..., layers·d]."""
+        if self.input_norm is not None:
+            return self.input_norm(features)
+        if self.fc_norm is None:
+            return features
+        parts = features.chunk(len(self.fc_norm), -1)
+        return torch.cat([norm(part) for norm, part in zip(self.fc_norm, parts, strict=True)], -1)
 
     def forward(self, features: Tensor, tokens: Tensor, anchors: Tensor) -> Tensor:
         """Hidden states of the drafts that start at the anchors, the true tokens fed.
@@ -227,53 +275,99 @@ class Eagle3Model(Network):
         Returns:
             [batch, blocks, γ, d] after the final norm: row k predicts the token at anchor + k + 1.
         """
-        layer, attention = self.layer, self.layer.self_attn
         n = tokens.shape[1]
-        fused = self.fc(features)  # g [batch, n, d]
+        fused = self.fuse(features)  # g [batch, n, d]
         embedded = self.embed_tokens(tokens)
-        joined = layer.joined(embedded[:, 1:], fused[:, :-1])  # place i: x_{i+1} with g_i
-        places = torch.arange(n - 1, device=tokens.device)
-        keys, values = attention.keys_values(joined, self.rope(places[None], joined.dtype))
+        shared = self._first_step(embedded[:, 1:], fused[:, :-1])  # place i: x_{i+1} with g_i
         first = anchors - 1  # place of the first step
-        seen = places <= first[..., None]  # [batch, blocks, n − 1]
-        mask = torch.zeros(seen.shape, dtype=keys.dtype, device=keys.device)
-        mask = mask.masked_fill_(~seen, torch.finfo(keys.dtype).min / 2)[:, None]
         hidden = _rows(fused, first)
+        places = torch.arange(n - 1, device=tokens.device)
         steps: list[Tensor] = []
-        steps_own: list[tuple[Tensor, Tensor]] = []  # keys and values of the later steps
+        steps_own: list[list[tuple[Tensor, Tensor]]] = [[] for _ in self.layers]  # entries of the later steps
         for k in range(self.config.block_size):
+            if k == 0 or self.config.sliding_window is not None:
+                mask = self._mask(places, first, k, hidden.dtype)
             fed = _rows(embedded, (anchors + k).clamp(max=n - 1))
             rope = self.rope(first + k, hidden.dtype)
-            hidden, own = self.run(
-                self._unrolled, fed, hidden, rope, (keys, values, mask), tuple(steps_own), k > 0
-            )
-            steps_own += own
+            before = self._in_window(steps_own)
+            hidden, own = self.run(self._unrolled, fed, hidden, rope, (shared, mask), before, k > 0)
+            for entries, new in zip(steps_own, own, strict=True):
+                entries += new
             steps.append(self.norm(hidden))
+            if self.config.norm_output:
+                hidden = steps[-1]
         return torch.stack(steps, 2)
 
-    def _unrolled(self, fed, hidden, rope, shared, own, later: bool) -> tuple[Tensor, list]:
-        """Run a step of the unrolled pass: the layer's outputs, and of a later step its own keys and values.
+    def _first_step(self, embedded: Tensor, hidden: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Return each layer's keys and values of all places in the first step; inputs [batch, places, d]."""
+        places = torch.arange(hidden.shape[1], device=hidden.device)[None]
+        rope = self.rope(places, hidden.dtype)
+        shared = []
+        for layer in self.decoder_layers():
+            x = layer.joined(embedded, hidden)
+            keys, values = layer.self_attn.keys_values(x, rope)
+            shared.append((keys, values))
+            if layer is not self.layers[-1]:
+                mask = self._mask(places[0], places.expand(len(x), -1), 0, x.dtype)
+                attended = _attend(layer.self_attn.queries(x, rope), keys, values, mask, [])
+                hidden = layer.finish(attended, layer.residual(hidden))
+        return shared
+
+    def _mask(self, places: Tensor, first: Tensor, step: int, dtype: torch.dtype) -> Tensor:
+        """Return the additive mask [batch, 1, m, places] of a step; `first` [batch, m] are the places of the first."""
+        seen = places <= first[..., None]
+        if (window := self.config.sliding_window) is not None:
+            seen = seen & (places > first[..., None] + step - window)
+        mask = torch.zeros(seen.shape, dtype=dtype, device=places.device)
+        return mask.masked_fill_(~seen, torch.finfo(dtype).min / 2)[:, None]
+
+    def _in_window(
+        self, entries: list[list[tuple[Tensor, Tensor]]]
+    ) -> tuple[tuple[tuple[Tensor, Tensor], ...], ...]:
+        """Return of each layer the entries of earlier steps that the next one still sees."""
+        window = self.config.sliding_window
+        kept = len(entries[0]) if window is None else min(window - 1, len(entries[0]))
+        return tuple(tuple(own[len(own) - kept :]) for own in entries)
+
+    def _unrolled(self, fed, hidden, rope, shared_and_mask, own, later: bool) -> tuple[Tensor, list]:
+        """Run a step of the unrolled pass: the last layer's outputs, and of a later step each layer's keys and values.
 
         `fed` are the tokens' embeddings, `hidden` the states below, both [batch, blocks, d].
         """
-        attention = self.layer.self_attn
-        x = self.layer.joined(fed, hidden)
-        queries = attention.queries(x, rope)
-        new = [attention.keys_values(x, rope)] if later else []
-        keys, values, mask = shared
-        attended = _attend(queries, keys, values, mask, [*own, *new])
-        return self.layer.finish(attended, hidden), new
+        shared, mask = shared_and_mask
+        entries = []
+        for layer, (keys, values), before in zip(self.decoder_layers(), shared, own, strict=True):
+            attention = layer.self_attn
+            x = layer.joined(fed, hidden)
+            queries = attention.queries(x, rope)
+            new = [attention.keys_values(x, rope)] if later else []
+            attended = _attend(queries, keys, values, mask, [*before, *new])
+            hidden = layer.finish(attended, layer.residual(hidden))
+            entries.append(new)
+        return hidden, entries
 
 
-def load(directory: Path, config: dict[str, Any], target: Target) -> Eagle3Drafter:
+def load(checkpoint: Checkpoint, target: Target) -> Eagle3Drafter:
     """Load a draft of either format, ours or a published one."""
-    return Eagle3Drafter(load_network(Eagle3Model(Eagle3Config.read(config)), directory, target), target)
+    model = Eagle3Model(Eagle3Config.read(checkpoint.config))
+    return Eagle3Drafter(load_network(model, checkpoint, target), target)
 
 
 def network(params: Eagle3Params, target: Target) -> Eagle3Model:
     """Make the network to train."""
-    start = resolve_start(params.start, target, 1, params.qk_norm)
-    return Eagle3Model(Eagle3Config.for_target(params, target), start)
+    origin = open_origin(params.start, ("eagle3",), target)
+    if origin is None:
+        start = resolve_start(params.start, target, 1, params.qk_norm)
+        return Eagle3Model(Eagle3Config.for_target(params, target), start)
+    asked, config = params.model_fields_set, Eagle3Config.read(origin.config)
+    if "target_layer_ids" in asked and params.target_layer_ids:
+        check_kept({"target_layer_ids": params.target_layer_ids}, origin)
+    changed: dict[str, Any] = {"block_size": params.block_size} if "block_size" in asked else {}
+    if "draft_vocab_size" in asked:
+        changed["draft_vocab_size"] = min(params.draft_vocab_size or config.vocab_size, config.vocab_size)
+    model = Eagle3Model(replace(config, **changed), params.start)
+    model.origin = origin
+    return model
 
 
 ALGORITHM = Algorithm(Eagle3Params, (SERVED, DEEPSEEK), load, network)
@@ -317,14 +411,15 @@ class Eagle3Drafter(AutoregressiveDrafter):
         with torch.no_grad():
             model = model.to(self.device, self.dtype)
             self._embed, self._fc = model.embed_tokens.weight, PackedLinear(model.fc.folded_weight())
-            self._joined, self._layer = model.layer.joined, FusedLayer(model.layer)
-            self._norm, self._head = model.norm, PackedLinear(model.lm_head.weight)
+            self._normed, self._first = model.normed, model.decoder_layers()[0]
+            self._layer, *self._further = [FusedLayer(layer) for layer in model.decoder_layers()]
+            self._norm, self._head = model.norm, PackedLinear(model.head)
             self.vocabulary = model.vocabulary()
-        self._rope = RopeTable(config.rope_theta, config.head_dim, self.device, self.dtype)
+        self._rope = RopeTable(Rope.of(config), self.device, self.dtype)
 
     def fuse(self, features: Tensor) -> Tensor:
         """Target features [n, layers·d] → g [n, d]."""
-        return self._fc(features)
+        return self._fc(self._normed(features))
 
     def step(self, ids: Tensor, above: Tensor | None, step: ForwardPass) -> Tensor:
         if above is None:
@@ -332,8 +427,12 @@ class Eagle3Drafter(AutoregressiveDrafter):
         embedded = F.embedding(ids, self._embed)
         rope = self._rope(step.positions, step.length)
         step.once("rope", lambda: rope)
-        return self._layer.block(self._joined(embedded, above)[None], above[None], None, step)[0]
+        joined, residual = self._first.joined(embedded, above), self._first.residual(above)
+        x = self._layer.block(joined[None], residual[None], None, step)
+        for layer in self._further:
+            x = layer(x, step=step)
+        return self._norm(x[0]) if self.config.norm_output else x[0]
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Return the logits [n, columns] of the layer's outputs [n, d]."""
-        return self._head(self._norm(hidden))
+        """Return the logits [n, columns] of what `step` gives [n, d]."""
+        return self._head(hidden if self.config.norm_output else self._norm(hidden))

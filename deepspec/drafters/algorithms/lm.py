@@ -21,6 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from deepspec.decoding.tree import Vocabulary
 from deepspec.drafters.algorithm import Algorithm, TrainedParams
 from deepspec.drafters.autoregressive import AutoregressiveDrafter
+from deepspec.drafters.checkpoint import Checkpoint
 from deepspec.drafters.network import Network, Outputs
 from deepspec.errors import DeepSpecError
 from deepspec.target.attention import NAME, ForwardPass
@@ -225,12 +226,13 @@ class LMDrafter(AutoregressiveDrafter):
         return self.model.logits(outputs)
 
 
-def load(directory: Path, config: dict[str, Any], target: Target) -> LMDrafter:
+def load(checkpoint: Checkpoint, target: Target) -> LMDrafter:
     """Load a model directory.
 
     Raises:
         DeepSpecError: another tokenizer, or an unknown or missing weight.
     """
+    directory = checkpoint.directory
     check_tokenizer(directory, target)
     model, info = from_pretrained(
         AutoModelForCausalLM,
@@ -244,7 +246,7 @@ def load(directory: Path, config: dict[str, Any], target: Target) -> LMDrafter:
             raise DeepSpecError(f"{directory}: {what.replace('_', ' ')}: {sorted(info[what])[:3]}")
     cut_padding(model, target.vocab_size)
     runner = Target(model.to(target.device).eval(), target.tokenizer, str(directory))
-    return LMDrafter(runner, config.get("block_size", 5), target)
+    return LMDrafter(runner, checkpoint.config.get("block_size", 5), target)
 
 
 ALGORITHM = Algorithm(LMParams, ("*ForCausalLM",), load, network, standalone=True)

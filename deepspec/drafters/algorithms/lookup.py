@@ -116,7 +116,9 @@ class TrainingFreeDrafter(Drafter):
         return Algorithm(
             params,
             (cls.architecture,),
-            load=lambda directory, config, target: cls(config["block_size"], config["min_match"]),
+            load=lambda checkpoint, target: cls(
+                checkpoint.config["block_size"], checkpoint.config["min_match"]
+            ),
             make=lambda section: cls(section.block_size, section.min_match),
         )
 

@@ -10,8 +10,7 @@ Heads do not see each other's tokens: a tree takes the marginals.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -22,14 +21,14 @@ from torch import Tensor, nn
 from deepspec.decoding.drafter import Drafter, DraftRequest, GrowingSession
 from deepspec.decoding.tree import DraftLogits, Growth, Parent
 from deepspec.drafters.algorithm import Algorithm, TrainedParams
-from deepspec.drafters.checkpoint import load_network, weight_names
+from deepspec.drafters.checkpoint import Checkpoint, load_network
 from deepspec.drafters.network import Network, like_target, missing_keys
+from deepspec.drafters.origin import check_kept, open_origin
 from deepspec.errors import DeepSpecError
 from deepspec.target.fused import PackedLinear
 from deepspec.target.model import H_LAST, Target
 
 ARCHITECTURE = "MedusaModel"
-PUBLISHED_WEIGHTS = "medusa_lm_head.safetensors"
 
 
 class MedusaParams(TrainedParams):
@@ -39,6 +38,9 @@ class MedusaParams(TrainedParams):
     heads: int = Field(4, ge=1, description="K: tokens drafted.")
     layers: int = Field(1, ge=1, description="Residual layers of a head.")
     draft_vocab_size: int = Field(8192, ge=0, description="Most frequent tokens kept; 0 keeps them all.")
+    start: str | None = Field(
+        None, description="A draft directory to go on from; null: heads that change nothing."
+    )
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,7 @@ class MedusaConfig:
     medusa_num_heads: int
     medusa_num_layers: int
     own_heads: bool = False  # a vocabulary matrix for each head, as published drafts have
+    medusa_fc_bias: bool = True  # of the residual blocks
 
     target_layer_ids = (H_LAST,)
 
@@ -59,17 +62,17 @@ class MedusaConfig:
         return self.medusa_num_heads
 
     @classmethod
-    def read(cls, config: dict[str, Any], own_heads: bool) -> MedusaConfig:
-        """From a `config.json`, ours or a published one.
+    def read(cls, config: dict[str, Any]) -> MedusaConfig:
+        """From a `config.json` in our own keys.
 
         Raises:
             DeepSpecError: a missing key.
         """
-        found = config | {"own_heads": own_heads}
+        found = dict(config)
         found.setdefault("draft_vocab_size", config.get("vocab_size"))
         if missing := missing_keys(cls, found):
             raise DeepSpecError(f"config.json of a Medusa draft lacks {', '.join(missing)}")
-        return cls(**{name: found[name] for name in cls.__dataclass_fields__})
+        return cls(**{name: found[name] for name in cls.__dataclass_fields__ if name in found})
 
     @classmethod
     def for_target(cls, params: MedusaParams, target: Target) -> MedusaConfig:
@@ -81,16 +84,19 @@ class MedusaConfig:
         return {
             "architectures": [ARCHITECTURE],
             "model_type": "medusa",
-            **{name: getattr(self, name) for name in self.__dataclass_fields__ if name != "own_heads"},
-            "medusa_fc_bias": True,
+            **{name: getattr(self, name) for name in self.__dataclass_fields__ if name not in _WRITTEN_APART},
+            "medusa_fc_bias": self.medusa_fc_bias,
             "dtype": "bfloat16",
         }
 
 
+_WRITTEN_APART = ("own_heads", "medusa_fc_bias")
+
+
 class ResBlock(nn.Module):
-    def __init__(self, size: int):
+    def __init__(self, size: int, bias: bool):
         super().__init__()
-        self.linear = nn.Linear(size, size)
+        self.linear = nn.Linear(size, size, bias)
 
     def forward(self, x: Tensor) -> Tensor:
         return x + F.silu(self.linear(x))
@@ -100,7 +106,12 @@ class MedusaModel(Network):
     def __init__(self, config: MedusaConfig):
         super().__init__(config)
         self.heads = nn.ModuleList(
-            nn.Sequential(*(ResBlock(config.hidden_size) for _ in range(config.medusa_num_layers)))
+            nn.Sequential(
+                *(
+                    ResBlock(config.hidden_size, config.medusa_fc_bias)
+                    for _ in range(config.medusa_num_layers)
+                )
+            )
             for _ in range(config.medusa_num_heads)
         )
         self.own_heads = nn.ModuleList(
@@ -110,8 +121,8 @@ class MedusaModel(Network):
         self.initialise()
         for block in self.heads.modules():
             if isinstance(block, ResBlock):  # f_k starts as the identity
-                nn.init.zeros_(block.linear.weight)
-                nn.init.zeros_(block.linear.bias)
+                for parameter in block.linear.parameters():
+                    nn.init.zeros_(parameter)
 
     def stored_name(self, name: str) -> str:
         if name.startswith("own_heads."):
@@ -146,9 +157,7 @@ class MedusaDrafter(Drafter):
         with torch.no_grad():
             model = model.to(target.device, target.dtype)
             self._states = model.states
-            heads: list[Tensor] = [head.get_parameter("weight") for head in model.own_heads] or [
-                model.lm_head.weight
-            ]
+            heads: list[Tensor] = [head.get_parameter("weight") for head in model.own_heads] or [model.head]
             self._heads = [PackedLinear(head) for head in heads]
             self.vocabulary = model.vocabulary()
 
@@ -189,19 +198,37 @@ class MedusaSession(GrowingSession):
         return lambda parents: DraftLogits(logits[[parent.growth for parent in parents], parents[0].depth])
 
 
-def load(directory: Path, config: dict[str, Any], target: Target) -> MedusaDrafter:
+def load(checkpoint: Checkpoint, target: Target) -> MedusaDrafter:
     """Load a draft of ours, or a published one with a vocabulary matrix for each head."""
-    published = directory / PUBLISHED_WEIGHTS
-    file = published.name if published.exists() else None
-    own_heads = f"0.{config.get('medusa_num_layers', 1)}.weight" in weight_names(directory, file)
-    sizes = {"hidden_size": target.hidden_size, "vocab_size": target.vocab_size}  # published ones may not say
-    model = MedusaModel(MedusaConfig.read(sizes | config, own_heads))
-    return MedusaDrafter(load_network(model, directory, target, file), target)
+    model = MedusaModel(MedusaConfig.read(checkpoint.config))
+    return MedusaDrafter(load_network(model, checkpoint, target), target)
 
 
-ALGORITHM = Algorithm(
-    MedusaParams,
-    (ARCHITECTURE,),
-    load,
-    lambda params, target: MedusaModel(MedusaConfig.for_target(params, target)),
-)
+def network(params: MedusaParams, target: Target) -> MedusaModel:
+    """Make the network to train.
+
+    Raises:
+        DeepSpecError: a draft to go on from that has a vocabulary matrix for each head, or other heads.
+    """
+    if params.start is None:
+        return MedusaModel(MedusaConfig.for_target(params, target))
+    origin = open_origin(params.start, ("medusa",), target)
+    if origin is None:
+        raise DeepSpecError(f"start: {params.start!r} is no draft directory, the only start that Medusa has")
+    config = MedusaConfig.read(origin.config)
+    if config.own_heads:
+        raise DeepSpecError(
+            f"start: {params.start} has a vocabulary matrix for each head, which is not trained here"
+        )
+    names = {"heads": "medusa_num_heads", "layers": "medusa_num_layers"}
+    asked = {key: getattr(params, name) for name, key in names.items() if name in params.model_fields_set}
+    check_kept(asked, origin)
+    if "draft_vocab_size" in params.model_fields_set:
+        columns = min(params.draft_vocab_size or config.vocab_size, config.vocab_size)
+        config = replace(config, draft_vocab_size=columns)
+    model = MedusaModel(config)
+    model.start, model.origin = params.start, origin
+    return model
+
+
+ALGORITHM = Algorithm(MedusaParams, (ARCHITECTURE,), load, network)

@@ -1,0 +1,90 @@
+"""The speculators format (RedHat, vLLM): sizes in `transformer_layer_config`, which leaves out a class's defaults.
+
+Layer ids are those of inputs, one higher than ours. DFlash's `block_size` counts the anchor, DSpark's where the anchor
+does not predict (`sample_from_anchor: false`). Layers with a window are causal in the block unless
+`sliding_window_non_causal`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from deepspec.drafters.published import block, eagle3
+from deepspec.drafters.published.layers import read_layers
+from deepspec.drafters.published.plan import Found, Plan
+from deepspec.errors import DeepSpecError
+
+STYLE = "speculators (RedHat, vLLM)"
+_WHAT = {"eagle3": "EAGLE-3", "dflash": "DFlash", "dspark": "DSpark"}
+_NOT_RUN = {
+    "peagle": (
+        "P-EAGLE",
+        "P-EAGLE drafts all places of an EAGLE draft in one pass, which is not run here yet",
+    ),
+    "mtp": ("MTP", "a next-token module of the target's own (MTP), which is not run here yet"),
+    "eagle": ("EAGLE", "EAGLE-1 reads the last state alone; only EAGLE-3 is run here"),
+    "mlp": ("MLP speculator", "MLP speculators are not run here"),
+    "dflash2": ("DFlash 2", "DFlash 2's path selector and convolutions are not run here yet"),
+}
+
+
+def recognise(found: Found) -> Plan | None:
+    """Recognise the format by its `speculators_model_type`."""
+    kind = found.config.get("speculators_model_type")
+    if not kind:
+        return None
+    target = eagle3.made_for(found.config)
+    if kind in _NOT_RUN:
+        what, why = _NOT_RUN[kind]
+        return Plan(STYLE, what, made_for=target, refusal=why)
+    if kind not in _WHAT:
+        return Plan(
+            STYLE, str(kind), made_for=target, refusal=f"speculators_model_type {kind!r} is not run here"
+        )
+    try:
+        return _plan(str(kind), _flat(found.config), found)
+    except DeepSpecError as error:
+        return Plan(STYLE, _WHAT[kind], made_for=target, refusal=str(error))
+
+
+def _flat(config: Any) -> dict[str, Any]:
+    inner = config.get("transformer_layer_config")
+    if not isinstance(inner, dict):
+        raise DeepSpecError("config.json lacks transformer_layer_config, the sizes of the draft")
+    outer = {key: value for key, value in config.items() if key != "transformer_layer_config"}
+    outer.pop("model_type", None)
+    inner = {"model_type": "qwen3"} | inner
+    rope = inner.get("rope_parameters") or {}
+    if isinstance(rope.get("sliding_attention"), dict):  # one for each kind of layer; trained with this one
+        inner["rope_parameters"] = rope["sliding_attention"]
+    return inner | {key: value for key, value in outer.items() if value is not None}
+
+
+def _plan(kind: str, config: dict[str, Any], found: Found) -> Plan:
+    if kind == "eagle3":
+        return eagle3.plan(STYLE, config, found, defaults=True)
+    names, size, count, depth = block.backbone(config, found, defaults=True)
+    layers = read_layers(config, count, found.target_layers)
+    from_anchor = bool(config.get("sample_from_anchor", kind == "dspark"))
+    total = config.get("block_size") or 8
+    own = block.finish(size, config, found, names, depth, config.get("mask_token_id"))
+    standard = {"markov_rank": 256, "enable_confidence_head": True, "confidence_head_with_markov": True}
+    own |= {
+        "block_size": total - (not from_anchor),
+        "sample_from_anchor": from_anchor,
+        **block.heads(standard | config if kind == "dspark" else {}),
+        **block.attention(config, depth, {}, sliding_causal=not config.get("sliding_window_non_causal")),
+    }
+    if layers.ids is not None:
+        own["target_layer_ids"] = list(layers.ids)
+    return Plan(
+        STYLE,
+        f"{_WHAT[kind]}, {depth} layers",
+        "dspark",
+        own,
+        names.plain,
+        made_for=eagle3.made_for(config),
+        assumed=(*size["assumed"], *layers.assumed),
+        left_out=names.left_out,
+        needs_target=layers.needed,
+    )
