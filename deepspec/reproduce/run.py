@@ -48,6 +48,10 @@ def run(settings: Settings) -> bool:
             metrics, or a stage that failed.
     """
     chosen = tolerance.parse(settings.tolerances)
+    if settings.drafter and (settings.stages or not settings.recompute):
+        raise DeepSpecError(
+            "--drafter goes with --recompute, and without --stages: it trains that draft again"
+        )
     work = open_clone(settings)
     pipeline = read_pipeline(work)
     todo = _todo(work, pipeline.stages)
@@ -113,10 +117,6 @@ def _todo(work: Work, stages: list[Stage]) -> list[str]:
 
 def _training(settings: Settings, stages: list[Stage]) -> list[str]:
     """Return the stage that trains the chosen draft and all before it."""
-    if not settings.recompute or settings.stages:
-        raise DeepSpecError(
-            "--drafter goes with --recompute, and without --stages: it trains that one draft again"
-        )
     drafts = {draft: stage for stage in stages if (draft := draft_of(stage))}
     wanted = [draft for draft in drafts if settings.drafter in (draft, drafts[draft].name.rpartition("@")[2])]
     if not wanted:

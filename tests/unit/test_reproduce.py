@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import http.server
 import json
+import threading
 from pathlib import Path
 
 import pytest
@@ -224,6 +227,16 @@ def test_a_name_that_has_moved_is_not_the_old_reproduction(origin, settings):
 
 def test_a_remote_may_be_named_as_dvc_names_it(origin, settings):
     assert run(settings("good", stages=("measure",), remote="shared")) is True
+
+
+def test_a_folder_that_a_web_server_shows_is_a_remote(origin, settings):
+    """What people without a cloud have; `dvc push` writes the folder itself."""
+    show = functools.partial(http.server.SimpleHTTPRequestHandler, directory=origin.parent / "remote")
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), show) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        chosen = settings("good", stages=("measure",), remote=f"http://127.0.0.1:{server.server_port}")
+        assert run(chosen) is True
+        server.shutdown()
 
 
 def test_after_a_wrong_remote_the_right_one_is_taken(origin, settings, tmp_path):
