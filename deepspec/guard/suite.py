@@ -321,7 +321,7 @@ def _column_facts(found: Features) -> pandas.DataFrame:
 
 
 def _kind(feature: Any) -> object:
-    """Return a column's type without widths: what other programs write, as pandas its `large_string`, reads the same."""
+    """Return a column's type without widths: pandas' `large_string` reads as `string` does."""
     if isinstance(feature, Value):
         name = feature.dtype.removeprefix("large_").removesuffix("_view")
         return re.sub(r"^(u?int|float)\d+$", lambda found: found[1].lstrip("u"), name)

@@ -123,8 +123,12 @@ def _check_alive(uri: str) -> None:
     """Check that the server answers: MLflow's own client would try for minutes."""
     try:
         urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=_PATIENCE_S).close()
-    except urllib.error.HTTPError:
-        pass  # something answers; what it refuses, the first request will say
+    except urllib.error.HTTPError as error:
+        if error.code == 404:
+            raise DeepSpecError(
+                f"what answers at {_public(uri)} is no MLflow server (it has no /health); see MLFLOW_TRACKING_URI"
+            ) from None
+        # Something answers; what it refuses, the first request will say.
     except (OSError, ValueError) as error:
         raise DeepSpecError(
             f"no MLflow server answers at {_public(uri)} ({getattr(error, 'reason', error)}); "
