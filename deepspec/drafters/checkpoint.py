@@ -15,7 +15,7 @@ from torch import Tensor
 
 from deepspec.decoding.calibration import CALIBRATION
 from deepspec.drafters.network import SHARED, Network
-from deepspec.errors import DeepSpecError
+from deepspec.errors import DeepSpecError, os_reason
 from deepspec.files import digest, file_digest, replacing
 from deepspec.target.model import Target
 
@@ -140,8 +140,12 @@ def temperatures(directory: Path) -> dict[str, list[float]]:
 
 
 def _read_weights(path: Path) -> dict[str, Tensor]:
-    if not path.exists():
-        raise DeepSpecError(f"{path}: no such file; the draft has no weights")
+    try:
+        path.open("rb").close()  # what may not be read, safetensors calls missing
+    except FileNotFoundError:
+        raise DeepSpecError(f"{path}: no such file; the draft has no weights") from None
+    except OSError as error:
+        raise DeepSpecError(f"{path}: cannot be read: {os_reason(error)}") from None
     try:
         return load_file(path)
     except Exception as error:

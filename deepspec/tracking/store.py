@@ -28,6 +28,7 @@ from deepspec.errors import DeepSpecError, os_reason
 
 DEFAULT = "sqlite:///mlruns/mlflow.db"
 EXPERIMENT = "deepspec"
+ADDRESS = "DEEPSPEC_MLFLOW_URL"  # of the server in links, where a browser reaches it by another name
 KEY = "deepspec_key"  # the tag by which a second call finds what the first one wrote
 _SQLITE = "sqlite:///"
 _PATIENCE_S = 10.0
@@ -47,7 +48,8 @@ class Store:
     def link(self, *parts: str) -> str:
         """Return a page of the server's; of a SQLite store, its file."""
         if _is_server(self.uri):
-            return "/".join([f"{self.uri.rstrip('/')}/#", *parts])
+            seen = os.environ.get(ADDRESS) or self.uri
+            return "/".join([f"{seen.rstrip('/')}/#", *parts])
         return os.path.relpath(_database(self.uri))
 
 
