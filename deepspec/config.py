@@ -111,9 +111,11 @@ def load_params(path: str | Path = "params.yaml", model: type[Params] = Params) 
 
 def _explain(error: ValidationError, raw: dict, root: type) -> str:
     """Return the first problem of a validation error, in one line with the dotted key."""
-    first = error.errors()[0]
+    # A key that was renamed is both unknown and missing: the former says how it was meant.
+    kinds = ("extra_forbidden", "unexpected_keyword_argument")
+    first = min(error.errors(), key=lambda found: found["type"] not in kinds)
     key, model = _locate(first["loc"], raw, root)
-    if first["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
+    if first["type"] in kinds:
         word = str(first["loc"][-1])
         return f"unknown key {key!r}{nearest(word, _names(model))}"
     if first["type"] == "missing":

@@ -27,9 +27,10 @@ from prefect.task_runners import TaskRunner, ThreadPoolTaskRunner
 
 from flows.command import CommandFailed, UserMistake, cancel, follow
 from flows.graph import Stage, describe, read_graph
+from flows.keeping import tidy
 from flows.progress import ProgressArtifact, best_effort
 from flows.setup import GPU_TAG, ensure_limit
-from flows.workspace import Workspace, metrics_before, publish, remember, workspace
+from flows.workspace import Workspace, metrics_before, publish, remember, uncommitted, workspace
 
 RETRIES = 3
 RETRY_DELAY_S = 10.0  # doubled each time
@@ -50,6 +51,7 @@ def pipeline(
     retries: int = RETRIES,
     retry_delay_s: float = RETRY_DELAY_S,
     stage_hours: float = 24.0,
+    keep: int = 7,
 ) -> State:
     """Run what has changed at a git ref, in a clone, and push the results to `runs/<flow run id>`.
 
@@ -63,6 +65,7 @@ def pipeline(
         overrides: dotted keys of params.yaml and their values, as for `dvc exp run -S key=value`.
         track: log the finished run to MLflow, if `MLFLOW_TRACKING_URI` says where.
         retries: of a stage that failed for no fault of the user; the first after `retry_delay_s`, then twice that.
+        keep: so many clones and branches of runs, and those of as many days, stay; older ones are removed.
         stage_hours: after which a stage is stopped, and how long a run waits for another one in the same clone.
     """
     logger, overrides = get_run_logger(), overrides or {}
@@ -71,20 +74,26 @@ def pipeline(
         with workspace(repository, ref, overrides, flow_run.id, HOME, stage_hours, logger.info) as work:
             _close(work.previous)
             title = describe(work.root, work.name, work.base)
-            _rename(title)
+            rename(title)
             logger.info("%s: %s, in the clone %s", ref, work.base, work.root)
+            if ref == "HEAD" and (said := uncommitted(repository)):
+                logger.warning("%s", said)
             failed = _run_stages(work, retries, retry_delay_s, stage_hours)
             if failed:
                 return Failed(message=failed)
-            publish_run(work, title, overrides)
+            there = publish_run(work, title, overrides)
             results(work)
             if track and os.environ.get("MLFLOW_TRACKING_URI") and (work.root / "deepspec/tracking").is_dir():
                 track_run(work)
+            with best_effort("tidying up"):
+                tidy(work, HOME, keep, logger.info)
     except UserMistake as mistake:
         return Failed(message=str(mistake))
     except BaseException:
         cancel()
         raise
+    if there:
+        return Completed(message=f"nothing changed since {there}: {title}")
     return Completed(message=f"{work.branch}: {title}")
 
 
@@ -149,23 +158,26 @@ def run_stage(stage: Stage, work: Workspace, hours: float) -> State:
 
 
 def _show_notes(stage: Stage, work: Workspace) -> None:
-    """Every Markdown output of a stage, also that of a stage which failed, and links to its pages."""
+    """Every Markdown output of a stage, also that of a stage which failed. Its pages are on MLflow (`track_run`)."""
     with best_effort(f"what {stage.name} wrote"):
         for path in filter(Path.exists, (work.root / out for out in stage.outputs(".md"))):
             create_markdown_artifact(
                 path.read_text(encoding="utf-8"), key=slug(path.stem), description=stage.name
             )
-        for path in filter(Path.exists, (work.root / out for out in stage.outputs(".html"))):
-            where = f"on the worker's machine; committed on the branch {work.branch}"
-            create_link_artifact(path.as_uri(), path.name, key=slug(f"{path.stem}-page"), description=where)
 
 
 @task(task_run_name="metrics", cache_policy=NO_CACHE)
 def results(work: Workspace) -> None:
-    """The table of metrics beside those of the last run."""
-    table = metrics_before(work)
-    if table:
-        create_table_artifact(table, key="metrics", description="Metrics of this run and of the last one")
+    """The metrics that are not those of the last run, or of the commit if this is the first."""
+    found = metrics_before(work)
+    changed = [row for row in found if row["last"] != row["this"]]
+    said = (
+        f"{len(changed)} of {len(found)} metrics are others than in the run before, or in the commit at first"
+    )
+    if changed:
+        create_table_artifact(changed, key="metrics", description=said)
+    elif found:
+        create_markdown_artifact(f"None of {len(found)} metrics changed.", key="metrics", description=said)
     remember(work)
 
 
@@ -175,9 +187,11 @@ def results(work: Workspace) -> None:
     retries=RETRIES,
     retry_delay_seconds=[10, 20, 40],
 )
-def publish_run(work: Workspace, title: str, overrides: dict[str, Any]) -> None:
-    commit = publish(work, title, overrides)
-    get_run_logger().info("pushed %s to %s", commit, work.branch)
+def publish_run(work: Workspace, title: str, overrides: dict[str, Any]) -> str | None:
+    """Push the results; return where they lie already, if nothing changed."""
+    there = publish(work, title, overrides)
+    get_run_logger().info("%s", f"nothing changed since {there}" if there else f"pushed to {work.branch}")
+    return there
 
 
 @task(task_run_name="track", cache_policy=NO_CACHE, retries=2, retry_delay_seconds=[10, 20])
@@ -185,9 +199,24 @@ def track_run(work: Workspace) -> None:
     """`deepspec track`, which is idempotent, and links to the runs in MLflow that it names."""
     words = [sys.executable, "-m", "deepspec.cli", "track"]
     said = follow(words, work.root, get_run_logger().info, keep_open=[work.lock])
-    for line in said:
-        for link in re.findall(r"https?://\S+", line):
-            create_link_artifact(link, line.split(":")[0], key=slug(f"mlflow-{line.split(':')[0]}"))
+    for drafter, link in filter(None, map(tracked, said)):
+        create_link_artifact(
+            link, drafter, key=slug(f"mlflow-{drafter}"), description=f"The run of {drafter} in MLflow"
+        )
+        for page in ("report", "validation"):
+            if (work.root / f"reports/{page}.html").exists():
+                create_link_artifact(
+                    f"{link}/artifacts/reports/{page}.html",
+                    f"{page}.html",
+                    key=f"{page}-page",
+                    description=f"reports/{page}.html of this run, in MLflow; also on the branch of the run",
+                )
+
+
+def tracked(line: str) -> tuple[str, str] | None:
+    """Return drafter and link of a line by which `deepspec track` names a run, or None."""
+    found = re.match(r"([^\s:]+): tracked\b.*?(https?://\S+)$", line)
+    return (found[1], found[2]) if found else None
 
 
 def slug(text: str) -> str:
@@ -195,7 +224,8 @@ def slug(text: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
 
 
-def _rename(name: str) -> None:
+def rename(name: str) -> None:
+    """Name the present flow run."""
     with get_client(sync_client=True) as client:
         client.update_flow_run(flow_run.id, name=name)
 

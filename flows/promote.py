@@ -17,8 +17,8 @@ from prefect.runtime import flow_run
 from prefect.states import Completed, Failed
 
 from flows.command import CommandFailed, cancel, follow
-from flows.pipeline import HOME
-from flows.workspace import Workspace, workspace
+from flows.pipeline import HOME, rename
+from flows.workspace import Workspace, uncommitted, workspace
 
 
 @flow(name="promote")
@@ -37,6 +37,8 @@ def promote(
             message="MLFLOW_TRACKING_URI is not set: a registry of the clone's own would be nobody's"
         )
     chosen = ["--drafter", drafter] if drafter else []
+    what = "roll back" if rollback else "promote"
+    rename(f"{what} {drafter or 'all drafters'} of {ref}")
     try:
         with workspace(repository, ref, {}, flow_run.id, HOME, say=get_run_logger().info) as work:
             try:
@@ -49,7 +51,8 @@ def promote(
                 if ref.startswith("runs/"):  # asked for once; all of it is in the cache and on the branch
                     shutil.rmtree(work.root, ignore_errors=True)
     except CommandFailed as refused:
-        return Failed(message=str(refused))
+        first = uncommitted(repository) if ref == "HEAD" else None
+        return Failed(message="; ".join(filter(None, (str(refused), first))))
     except BaseException:
         cancel()
         raise

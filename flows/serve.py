@@ -9,6 +9,7 @@ import argparse
 from typing import TYPE_CHECKING, cast
 
 import yaml
+from httpx import HTTPError
 from prefect import serve
 from prefect.schedules import Cron
 
@@ -52,7 +53,13 @@ def main() -> None:
             Cron(flags.cron)
         except ValueError as error:
             raise DeepSpecError(f"--cron {flags.cron!r}: {' '.join(str(error).split())}") from None
-        ensure_limit()
+        try:
+            ensure_limit()
+        except (RuntimeError, OSError, HTTPError) as error:
+            raise DeepSpecError(
+                f"no Prefect server answers ({' '.join(str(error).split())[:200]}); start it with "
+                "`prefect server start`, and name it in PREFECT_API_URL"
+            ) from None
         made = (
             pipeline.to_deployment("nightly", cron=flags.cron, parameters={**where, "overrides": overrides}),
             promote.to_deployment("on-demand", parameters=where),

@@ -10,10 +10,13 @@ the loopback address. Everything they keep, their logs and process ids are under
 from __future__ import annotations
 
 import argparse
+import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.error
 import urllib.request
@@ -22,14 +25,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from deepspec.entry import TELEMETRY_OFF, guarded
-from deepspec.errors import DeepSpecError
+from deepspec.errors import DeepSpecError, os_reason
+from deepspec.files import write_json
 from flows import postgres
 from flows.command import python_path
 from flows.process import Process
 from flows.setup import POOL, ROOT
+from flows.workspace import uncommitted
 
 HOST = "127.0.0.1"
 PORTS = {"prefect": 4200, "mlflow": 5000, "postgres": 5433, "worker": 4201}
+CHOSEN = "ports.json"
+ROOM = 500 << 20  # bytes that a database, artifacts and logs want to begin with
 START_S = 180.0
 Database = Callable[[str, str, str], str]
 
@@ -43,8 +50,13 @@ class Places:
 
     @classmethod
     def of(cls, home: Path, environ: Mapping[str, str] = os.environ) -> Places:
-        """Raises DeepSpecError: a port that is no number."""
-        return cls(home.resolve(), {name: _port(environ, name) for name in PORTS})
+        """Ports are those of the environment, else those of the last `up` here.
+
+        Raises:
+            DeepSpecError: a port that is no number.
+        """
+        home = home.resolve()
+        return cls(home, {name: _port(environ, name, _remembered(home)) for name in PORTS})
 
     def url(self, name: str) -> str:
         return f"http://{HOST}:{self.ports[name]}"
@@ -55,9 +67,17 @@ class Places:
         return {"PREFECT_API_URL": f"{self.url('prefect')}/api", "MLFLOW_TRACKING_URI": self.url("mlflow")}
 
 
-def _port(environ: Mapping[str, str], name: str) -> int:
+def _remembered(home: Path) -> dict[str, int]:
+    try:
+        found = json.loads((home / CHOSEN).read_text())
+        return {name: int(found[name]) for name in PORTS}
+    except (OSError, ValueError, KeyError, TypeError):
+        return PORTS
+
+
+def _port(environ: Mapping[str, str], name: str, remembered: Mapping[str, int] = PORTS) -> int:
     key = f"DEEPSPEC_{name.upper()}_PORT"
-    chosen = environ.get(key) or str(PORTS[name])
+    chosen = environ.get(key) or str(remembered[name])
     if not (chosen.isdigit() and 0 < int(chosen) < 65536):
         raise DeepSpecError(f"{key}={chosen}: not a port")
     return int(chosen)
@@ -97,7 +117,11 @@ def servers(places: Places, database: Database) -> list[Service]:
             [sys.executable, "-m", "mlflow", "server", "--host", HOST, "--port", port["mlflow"], "--workers", "1",
              "--artifacts-destination", artifacts, "--serve-artifacts", "--allowed-hosts", names],
             answers(f"{places.url('mlflow')}/health"),
-            {"MLFLOW_BACKEND_STORE_URI": database("mlflow", "psycopg", "pysqlite")},
+            {
+                "MLFLOW_BACKEND_STORE_URI": database("mlflow", "psycopg", "pysqlite"),
+                # Seven processes that evaluate traces, 1.4 GB of memory: there are none here.
+                "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+            },
         ),
     ]  # fmt: skip
 
@@ -115,18 +139,34 @@ def worker(places: Places) -> Service:
 def up(places: Places) -> None:
     """Start what does not run yet and wait until it answers.
 
+    What this call started is stopped again if it does not come to an end.
+
     Raises:
-        DeepSpecError: a port is taken, or a service ended before it answered.
+        DeepSpecError: the folder cannot be written, a port is taken, or a service ended before it answered.
     """
-    places.home.mkdir(parents=True, exist_ok=True)
-    database, store = database_of(places)
-    print(f"store: {store}", flush=True)
-    _start(places, servers(places, database))
-    done = subprocess.run([sys.executable, "-m", "flows.setup"], cwd=ROOT, env=_environment(places))
-    if done.returncode:
-        raise DeepSpecError("the Prefect server was not set up; see the lines above")
-    _start(places, [worker(places)])
+    _make_room(places.home)
+    was_up = postgres.runs(places.home / "postgres")
+    started: list[Process] = []
+    try:
+        database, store = database_of(places)
+        print(f"store: {store}", flush=True)
+        _start(places, servers(places, database), started)
+        done = subprocess.run([sys.executable, "-m", "flows.setup"], cwd=ROOT, env=_environment(places))
+        if done.returncode:
+            raise DeepSpecError("the Prefect server was not set up; see the lines above")
+        _start(places, [worker(places)], started)
+    except BaseException:
+        for process in started:
+            process.terminate()
+        for process in started:
+            process.wait()
+        if not was_up:
+            postgres.stop(places.home / "postgres")
+        raise
+    write_json(places.home / CHOSEN, places.ports)
     print(f"Prefect  {places.url('prefect')}\nMLflow   {places.url('mlflow')}")
+    if said := uncommitted(ROOT):
+        print(f"note: {said}")
     print("For a shell:", *(f"export {key}={value}" for key, value in places.client.items()), sep="\n  ")
 
 
@@ -157,13 +197,28 @@ def status(places: Places) -> bool:
     return well
 
 
-def _start(places: Places, services: list[Service]) -> None:
-    """Start them together, then wait for each."""
+def _make_room(home: Path) -> None:
+    try:
+        home.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=home):
+            pass
+        free = shutil.disk_usage(home).free
+    except OSError as error:
+        raise DeepSpecError(f"{home}: cannot be written: {os_reason(error)}; choose another --home") from None
+    if free < ROOM:
+        raise DeepSpecError(
+            f"{home}: {free >> 20} MB are free on its disk, and the services want {ROOM >> 20} to begin with"
+        )
+
+
+def _start(places: Places, services: list[Service], started: list[Process]) -> None:
+    """Start them together, then wait for each; what was started goes into `started`."""
     for service in services:
         process = Process(places.home, service.name)
         if process.pid() is None:
             check_port(places, service.name)
             process.start(service.command, ROOT, _environment(places) | service.environment)
+            started.append(process)
     deadline = time.monotonic() + START_S
     for service in services:
         process = Process(places.home, service.name)

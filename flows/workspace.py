@@ -22,16 +22,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from deepspec.errors import DeepSpecError
+import yaml
+
+from deepspec.errors import DeepSpecError, nearest
 from deepspec.files import digest, write_text
 from deepspec.git import git as run_git
 from deepspec.git import reason
 from deepspec.reproduce.checkout import remote_of, set_remote
 from flows.command import CommandFailed, UserMistake, environment
+from flows.graph import read_graph
 
 LAST = "refs/deepspec/last"  # in the clone: the commit of the last finished run
+LAST_BRANCH = "deepspec.branch"  # in the clone's git config: the branch that it was pushed to
 BASE = "refs/deepspec/base"  # the commit that the clone was last moved to
-AUTHOR = ("-c", "user.name=DeepSpec", "-c", "user.email=deepspec@localhost")
+AUTHOR_EMAIL = "deepspec@localhost"
+AUTHOR = ("-c", "user.name=DeepSpec", "-c", f"user.email={AUTHOR_EMAIL}")
 OURS_ALONE = ("--no-verify", "--no-gpg-sign")  # hooks and signatures are for what a person commits
 POLL_S = 2.0
 
@@ -115,7 +120,8 @@ def _held(
 
 def _move(root: Path, origin: str, ref: str, cache: Path) -> str:
     """Make the clone if need be and move it to the ref; the commit."""
-    if not root.exists():
+    made = not root.exists()
+    if made:
         part = root.with_name(f"{root.name}.part")
         shutil.rmtree(part, ignore_errors=True)
         git(part.parent, "clone", "--quiet", "--no-checkout", origin, str(part))
@@ -125,9 +131,19 @@ def _move(root: Path, origin: str, ref: str, cache: Path) -> str:
         commit = git(root, "rev-parse", "FETCH_HEAD^{commit}")
     except UserMistake:  # an abbreviated commit, which a server is not asked for
         git(root, "fetch", "--quiet", "origin")
-        commit = git(
-            root, "rev-parse", "--verify", "--quiet", f"{ref}^{{commit}}", failing=f"{origin}: no ref {ref!r}"
-        )
+        try:
+            commit = git(
+                root,
+                "rev-parse",
+                "--verify",
+                "--quiet",
+                f"{ref}^{{commit}}",
+                failing=f"{origin}: no ref {ref!r}",
+            )
+        except UserMistake:
+            if made:
+                shutil.rmtree(root, ignore_errors=True)
+            raise
     _check_out(root, commit)
     write_text(root / ".dvc/config.local", f"[core]\n    autostage = true\n[cache]\n    dir = {cache}\n")
     set_remote(root, remote_of(Path(origin)))
@@ -202,8 +218,29 @@ def override(path: Path, overrides: dict[str, Any]) -> None:
         try:
             apply_overrides(str(path), [f"{key}={literal(value)}"])
         except DvcException as error:
-            cause = str(error.__cause__ or error).splitlines()[0]
-            raise UserMistake(f"override {key}={literal(value)}: {cause}") from error
+            cause = str(error.__cause__ or error).splitlines()[0].rstrip(".")
+            hint = nearest(key, _dotted(yaml.safe_load(path.read_text())))
+            raise UserMistake(f"override {key}={literal(value)}: {cause}{hint}") from error
+
+
+def _dotted(section: dict[str, Any], prefix: str = "") -> Iterator[str]:
+    for name, value in section.items():
+        yield f"{prefix}{name}"
+        if isinstance(value, dict):
+            yield from _dotted(value, f"{prefix}{name}.")
+
+
+def uncommitted(repository: str | Path) -> str | None:
+    """Return what runs of this checkout's HEAD will not see of its last `dvc repro`, or None."""
+    if not (Path(repository) / "dvc.lock").is_file():
+        return None
+    changed = git(Path(repository), "status", "--porcelain", "--", "dvc.lock", failing=None)
+    if not changed:
+        return None
+    return (
+        "dvc.lock is not committed, and runs work from the last commit: they will make everything again; "
+        'first: git commit -m "The result" dvc.lock params.yaml reports'
+    )
 
 
 def literal(value: Any) -> str:
@@ -215,17 +252,36 @@ def literal(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False)
 
 
-def publish(work: Workspace, title: str, overrides: dict[str, Any]) -> str:
-    """Commit what the run changed (dvc.lock, params.yaml, reports) and push it to its branch; the commit.
+def publish(work: Workspace, title: str, overrides: dict[str, Any]) -> str | None:
+    """Commit what the run changed (dvc.lock, params.yaml, reports) and push it to its branch.
+
+    Return where it lies already, if the run changed nothing: the branch of the last one, or the commit it began from.
 
     Data go to the DVC remote, if there is one and the origin is no repository of this machine, whose cache has them.
     """
     settings = "".join(f"-S {key}={literal(value)}\n" for key, value in overrides.items())
     _commit(work.root, f"Run: {title}\n\n{settings}")
+    if there := _there_already(work):
+        return there
     if not work.shares_cache and _has_remote(work.root):
         dvc(work.root, "push", "--quiet")
     git(work.root, "push", "--quiet", "--no-verify", "--force", "origin", f"HEAD:refs/heads/{work.branch}")
-    return git(work.root, "rev-parse", "HEAD")
+    git(work.root, "config", LAST_BRANCH, work.branch)
+    return None
+
+
+def _there_already(work: Workspace) -> str | None:
+    """Return what of the origin has the same files as HEAD: the commit of the ref, or the branch of the last run."""
+    if not git(work.root, "diff", "--name-only", work.base, "HEAD"):
+        return work.base
+    branch = git(work.root, "config", LAST_BRANCH, failing=None)
+    pushed = branch and git(work.root, "ls-remote", "origin", f"refs/heads/{branch}", failing=None)
+    if not branch or not pushed:
+        return None
+    last = pushed.split()[0]
+    if not git(work.root, "cat-file", "-t", last, failing=None):  # somebody has committed to it since
+        return None
+    return None if git(work.root, "diff", "--name-only", last, "HEAD") else branch
 
 
 def remember(work: Workspace) -> None:
@@ -237,9 +293,11 @@ def metrics_before(work: Workspace) -> list[dict[str, Any]]:
     """Every metric beside its value in the last run of this clone, or in the commit that it started from."""
     last = git(work.root, "rev-parse", "--verify", "--quiet", LAST, failing=None) or work.base
     found = json.loads(dvc(work.root, "metrics", "diff", "--all", "--json", last) or "{}")
+    own = {out for stage in read_graph(work.root) for out in stage.outs}  # not of another pipeline beside it
     return [
         {"metric": name, "last": values.get("old"), "this": values.get("new"), "change": values.get("diff")}
-        for metrics in found.get("diff", found).values()
+        for file, metrics in found.get("diff", found).items()
+        if file in own
         for name, values in metrics.items()
     ]
 

@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from deepspec.errors import DeepSpecError
+from deepspec.errors import DeepSpecError, os_reason
 
 WEIGHTS = "model.safetensors"
 FILES = (WEIGHTS, "pytorch_model.bin", "medusa_lm_head.safetensors", "medusa_lm_head.pt")
@@ -61,8 +61,7 @@ def stored(directory: Path) -> dict[str, Stored]:
 
 
 def read_weights(directory: Path, names: Mapping[str, str] | None = None) -> dict[str, Tensor]:
-    """
-    Read the weights of a directory.
+    """Read the weights of a directory.
 
     Args:
         names: name in the files → name to return it by; others are not returned. None returns all as they are.
@@ -93,6 +92,10 @@ def _shards(index: Path) -> list[Path]:
 
 
 def _guarded(path: Path, read: Callable[[Path], dict[str, T]]) -> dict[str, T]:
+    try:
+        path.open("rb").close()  # what may not be read, safetensors calls missing
+    except OSError as error:
+        raise DeepSpecError(f"{path}: cannot be read: {os_reason(error)}") from None
     try:
         return read(path)
     except pickle.UnpicklingError as error:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,7 @@ os.environ["GX_ANALYTICS_ENABLED"] = "false"  # read when the library is importe
 import great_expectations as gx
 import great_expectations.expectations as gxe
 import pandas
-from datasets import Features
+from datasets import Features, LargeList, List, Value
 from great_expectations.data_context.types.base import ProgressBarsConfig
 from pyarrow import ArrowInvalid, parquet
 
@@ -312,8 +313,23 @@ def _short(*values: Any) -> str:
 
 def _column_facts(found: Features) -> pandas.DataFrame:
     """Return one row for every required column."""
-    facts = [(name, str(kind), str(found.get(name, "missing"))) for name, kind in FEATURES.items()]
+    facts = []
+    for name, kind in FEATURES.items():
+        same = name in found and _kind(found[name]) == _kind(kind)
+        facts.append((name, str(kind), str(kind) if same else str(found.get(name, "missing"))))
     return pandas.DataFrame(facts, columns=["id", "expected", "found"])
+
+
+def _kind(feature: Any) -> object:
+    """Return a column's type without widths: pandas' `large_string` reads as `string` does."""
+    if isinstance(feature, Value):
+        name = feature.dtype.removeprefix("large_").removesuffix("_view")
+        return re.sub(r"^(u?int|float)\d+$", lambda found: found[1].lstrip("u"), name)
+    if isinstance(feature, List | LargeList):
+        return [_kind(feature.feature)]
+    if isinstance(feature, dict):
+        return {name: _kind(part) for name, part in feature.items()}
+    return str(feature)
 
 
 def _manifest_facts(manifest: dict, path: Path, rows: int, failures: int) -> pandas.DataFrame:

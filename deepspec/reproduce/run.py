@@ -48,6 +48,10 @@ def run(settings: Settings) -> bool:
             metrics, or a stage that failed.
     """
     chosen = tolerance.parse(settings.tolerances)
+    if settings.drafter and (settings.stages or not settings.recompute):
+        raise DeepSpecError(
+            "--drafter goes with --recompute, and without --stages: it trains that draft again"
+        )
     work = open_clone(settings)
     pipeline = read_pipeline(work)
     todo = _todo(work, pipeline.stages)
@@ -113,10 +117,6 @@ def _todo(work: Work, stages: list[Stage]) -> list[str]:
 
 def _training(settings: Settings, stages: list[Stage]) -> list[str]:
     """Return the stage that trains the chosen draft and all before it."""
-    if not settings.recompute or settings.stages:
-        raise DeepSpecError(
-            "--drafter goes with --recompute, and without --stages: it trains that one draft again"
-        )
     drafts = {draft: stage for stage in stages if (draft := draft_of(stage))}
     wanted = [draft for draft in drafts if settings.drafter in (draft, drafts[draft].name.rpartition("@")[2])]
     if not wanted:
@@ -190,7 +190,8 @@ def plant_costs(record: Mapping[str, Any]) -> None:
     Only where it is the same machine by name and has none of its own: the controller then decides as it did, and
     τ can be compared exactly.
 
-    The files are those of `decoding/cost.py`: passes under the identity without the drafter, drafts with it."""
+    The files are those of `decoding/cost.py`: passes under the identity without the drafter, drafts with it. Of drafts
+    they hold `measured`, the ratio to a pass over one token a request; the code of earlier commits reads `seconds`."""
     from deepspec.decoding.cost import profiles_folder
 
     costs = record.get("round_costs") or {}
@@ -198,13 +199,19 @@ def plant_costs(record: Mapping[str, Any]) -> None:
     passes = {
         key: value for key, value in identity.items() if key not in ("drafter", "drafter_code", "shape")
     }
-    parts = [(passes, costs.get("passes"))]
+    seconds, drafts = costs.get("passes") or {}, costs.get("drafts") or {}
+    parts = [(passes, seconds, seconds)]
     if identity.get("drafter"):
-        parts.append((identity, costs.get("drafts")))
-    for owner, seconds in parts:
+        ratios = {
+            requests: drafts[requests] / dict(seconds[requests])[int(requests)]
+            for requests in drafts.keys() & seconds.keys()
+            if int(requests) in dict(seconds[requests])
+        }
+        parts.append((identity, drafts, ratios))
+    for owner, told, measured in parts:
         path = profiles_folder() / f"{digest(json.dumps(owner, sort_keys=True))}.json"
-        if owner and seconds and not path.exists():
-            write_json(path, {"identity": owner, "seconds": seconds})
+        if owner and told and not path.exists():
+            write_json(path, {"identity": owner, "seconds": told, "measured": measured})
 
 
 def _committed(work: Work, pipeline: Pipeline) -> Figures:

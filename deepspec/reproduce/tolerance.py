@@ -283,9 +283,13 @@ def _asked(record: Mapping[str, Any]) -> bool:
 
 
 def _curve(record: Mapping[str, Any]) -> str | None:
-    """Digest of the cost curve's figures, as numbers: JSON has 1 and 1.0."""
+    """Digest of the cost curve's figures, as numbers: JSON has 1 and 1.0, and a ratio times its base is rounded."""
     costs = record.get("round_costs")
     if not costs:
         return None
-    passes = {key: [[float(x), s] for x, s in points] for key, points in costs.get("passes", {}).items()}
-    return digest(json.dumps([passes, costs.get("drafts")], sort_keys=True))
+    passes = {
+        key: [[f"{x:.12g}", f"{seconds:.12g}"] for x, seconds in points]
+        for key, points in costs.get("passes", {}).items()
+    }
+    drafts = {key: f"{seconds:.12g}" for key, seconds in (costs.get("drafts") or {}).items()}
+    return digest(json.dumps([passes, drafts], sort_keys=True))

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from transformers.utils import logging as transformers_logging
 
-from deepspec.errors import DeepSpecError
+from deepspec.errors import DeepSpecError, os_reason
 
 RECORD = "deepspec.json"
 WEIGHTS = ("*.safetensors", "*.bin", "*.gguf", "*.pt", "*.pth")
@@ -29,6 +29,11 @@ def check_source(source: str) -> None:
         raise DeepSpecError(f"{source}: no such target directory (and not a hub id like owner/name)")
     if not (path / "config.json").exists():
         raise DeepSpecError(f"{source}: not a target directory: config.json is missing")
+    for file in _files(path, (*_TEXT, *WEIGHTS)):
+        try:
+            file.open("rb").close()  # what may not be read, libraries call missing
+        except OSError as error:
+            raise DeepSpecError(f"{file}: cannot be read: {os_reason(error)}") from None
     if not any((path / name).exists() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
         raise DeepSpecError(
             f"{source}: the target has no tokenizer (tokenizer.json); add the one it was trained with"
@@ -75,10 +80,13 @@ def _first_line(error: Exception) -> str:
 def directory_digest(directory: Path) -> str:
     """Identity of a target: its configuration, tokenizer, template and weights (many gigabytes are sampled)."""
     recorded = directory / RECORD
-    if recorded.exists() and "digest" in (
-        record := json.loads(recorded.read_text())
-    ):  # a draft's record has none
-        return record["digest"]
+    if recorded.exists():
+        try:
+            record = json.loads(recorded.read_text())
+        except ValueError as error:
+            raise DeepSpecError(f"{recorded}: not valid JSON: {error}") from None
+        if "digest" in record:  # a draft's record has none
+            return record["digest"]
     state = hashlib.sha256()
     for path in _files(directory, _TEXT):
         state.update(path.name.encode() + path.read_bytes())

@@ -71,7 +71,7 @@ def promote(name: str, params: PromoteParams, store: Store, afresh: bool = False
     if challenger == champion:  # cut off at its last step
         client.delete_registered_model_alias(name, CHALLENGER)
         return Decision(name, champion, champion, [])
-    with tempfile.TemporaryDirectory() as scratch:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:  # threads may still download
         ours = evidence(client, name, challenger, Path(scratch) / challenger)
         theirs = _of_champion(client, name, champion, Path(scratch), afresh)
         verdicts = judge(ours, theirs, params, afresh)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from mlflow.exceptions import MlflowException
 from mlflow.models import set_model
 from mlflow.pyfunc import PythonModel
 
@@ -46,15 +47,19 @@ class SpeculativeModel(PythonModel):
         """Answer each `prompt` with `text` and `tau`: tokens committed per target pass.
 
         Raises:
-            DeepSpecError: a prompt that is no text, or parameters that cannot be.
+            MlflowException: a prompt that is no text, or parameters that cannot be. MLflow's server tells this one
+                error in its own words.
         """
         from deepspec.errors import DeepSpecError
 
         prompts = list(model_input["prompt"])
         for row, prompt in enumerate(prompts):
             if not isinstance(prompt, str) or not prompt.strip():
-                raise DeepSpecError(f"prompt {row} is {prompt!r}; expected text")
-        rows = [self._answer(prompt, **(params or {})) for prompt in prompts]
+                raise MlflowException.invalid_parameter_value(f"prompt {row} is {prompt!r}; expected text")
+        try:
+            rows = [self._answer(prompt, **(params or {})) for prompt in prompts]
+        except DeepSpecError as error:
+            raise MlflowException.invalid_parameter_value(str(error)) from None
         return pd.DataFrame(rows, columns=["text", "tau"])
 
     def _answer(

@@ -28,6 +28,7 @@ from deepspec.errors import DeepSpecError, os_reason
 
 DEFAULT = "sqlite:///mlruns/mlflow.db"
 EXPERIMENT = "deepspec"
+ADDRESS = "DEEPSPEC_MLFLOW_URL"  # of the server in links, where a browser reaches it by another name
 KEY = "deepspec_key"  # the tag by which a second call finds what the first one wrote
 _SQLITE = "sqlite:///"
 _PATIENCE_S = 10.0
@@ -47,7 +48,8 @@ class Store:
     def link(self, *parts: str) -> str:
         """Return a page of the server's; of a SQLite store, its file."""
         if _is_server(self.uri):
-            return "/".join([f"{self.uri.rstrip('/')}/#", *parts])
+            seen = os.environ.get(ADDRESS) or self.uri
+            return "/".join([f"{seen.rstrip('/')}/#", *parts])
         return os.path.relpath(_database(self.uri))
 
 
@@ -123,8 +125,12 @@ def _check_alive(uri: str) -> None:
     """Check that the server answers: MLflow's own client would try for minutes."""
     try:
         urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=_PATIENCE_S).close()
-    except urllib.error.HTTPError:
-        pass  # something answers; what it refuses, the first request will say
+    except urllib.error.HTTPError as error:
+        if error.code == 404:
+            raise DeepSpecError(
+                f"what answers at {_public(uri)} is no MLflow server (it has no /health); see MLFLOW_TRACKING_URI"
+            ) from None
+        # Something answers; what it refuses, the first request will say.
     except (OSError, ValueError) as error:
         raise DeepSpecError(
             f"no MLflow server answers at {_public(uri)} ({getattr(error, 'reason', error)}); "

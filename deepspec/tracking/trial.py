@@ -20,7 +20,7 @@ def fault(uri: str, store: Store, work: Path) -> str | None:
         work: takes a copy of the version's files meanwhile.
     """
     work.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="trial-", dir=work) as scratch:
+    with tempfile.TemporaryDirectory(prefix="trial-", dir=work, ignore_cleanup_errors=True) as scratch:
         return ask_in_fresh_process(uri, str(Path(scratch).resolve()), store.uri)
 
 

@@ -64,6 +64,13 @@ def test_an_unknown_key_names_itself_and_the_nearest_valid_one(params_file, key,
         assert f"did you mean '{near}'?" in message
 
 
+def test_a_key_that_was_renamed_is_unknown_before_its_old_name_is_missing(tmp_path):
+    text = (ROOT / "params.yaml").read_text().replace("  lr: 2.0e-3", "  lrr: 2.0e-3")
+    (tmp_path / "params.yaml").write_text(text)
+    with pytest.raises(DeepSpecError, match=r"unknown key 'train.lrr'; did you mean 'lr'\?"):
+        load_params(tmp_path / "params.yaml")
+
+
 @pytest.mark.parametrize(
     ("key", "value", "expected"),
     [

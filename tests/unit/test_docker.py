@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -57,6 +59,48 @@ def test_the_image_has_no_root_and_a_health_check():
     assert re.search(r"^USER [1-9]\d*$", final, re.M)
     assert "HEALTHCHECK" in final
     assert {"cpu", "cuda"} <= set(re.findall(r" AS (\w+)$", DOCKERFILE, re.M))
+
+
+def test_the_page_of_prefect_is_written_where_its_user_may_and_is_asked_for():
+    """A user without rights in site-packages got 404 for `/`, and the check asked for the API alone."""
+    prefect = SERVICES["prefect"]
+    assert prefect["environment"]["PREFECT_SERVER_UI_STATIC_DIRECTORY"].startswith("/data/")
+    assert '("api/ready", "")' in prefect["healthcheck"]["test"][-1]
+    assert prefect["environment"]["PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT"] == "false"
+
+
+def test_the_worker_is_who_owns_the_checkout_and_its_links_lead_to_the_host():
+    worker_ = SERVICES["worker"]
+    assert worker_["user"] == "${DEEPSPEC_UID:-10001}:${DEEPSPEC_GID:-10001}"
+    assert {"HOME": "/tmp", "LOGNAME": "deepspec"}.items() <= worker_["environment"].items()
+    assert worker_["environment"]["PREFECT_UI_URL"].startswith("http://localhost:")
+    assert worker_["environment"]["DEEPSPEC_MLFLOW_URL"].startswith("http://localhost:")
+
+
+def test_one_service_builds_the_image_and_no_registry_is_asked_for_it():
+    ours = [service for service in SERVICES.values() if service["image"].startswith("deepspec:")]
+    assert sum("build" in service for service in ours) == 1
+    assert all(service.get("pull_policy") == "never" for service in ours if "build" not in service)
+
+
+def test_mlflow_starts_no_processes_for_traces():
+    local = servers(Places.of(Path("/x")), lambda *_: "")[1].environment
+    for environment in (local, SERVICES["mlflow"]["environment"]):
+        assert environment["MLFLOW_SERVER_ENABLE_JOB_EXECUTION"] == "false"
+
+
+def test_packages_of_an_object_store_are_pinned():
+    """Without pins pip was still looking for versions after ten minutes."""
+    pins = {line.split("==")[0] for line in (ROOT / "constraints.txt").read_text().splitlines()}
+    assert {"boto3", "botocore", "aiobotocore", "s3fs", "dvc-s3", "s3transfer"} <= pins
+
+
+def test_the_check_is_a_script_that_bash_reads_and_leaves_no_address_of_a_registry():
+    script = ROOT / "docker/check.sh"
+    assert subprocess.run(["bash", "-n", script], capture_output=True).returncode == 0
+    assert os.access(script, os.X_OK)
+    hosts = set(re.findall(r"https?://([\w.-]+)", script.read_text()))
+    assert hosts <= {"127.0.0.1", "localhost", "s3"}
 
 
 def test_what_the_image_copies_is_let_through():

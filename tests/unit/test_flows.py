@@ -14,6 +14,7 @@ import pytest
 import yaml
 
 from deepspec.errors import DeepSpecError
+from deepspec.files import write_json
 from flows import postgres
 from flows.command import (
     CommandFailed,
@@ -25,11 +26,23 @@ from flows.command import (
     follow,
 )
 from flows.graph import Stage, describe, read_graph
+from flows.keeping import DAY_S, old_branches, old_clones
+from flows.pipeline import tracked
 from flows.process import Process
 from flows.progress import ProgressArtifact
 from flows.serve import parse
-from flows.services import ROOT, Places, check_port, database_of, servers
-from flows.workspace import AUTHOR, git, literal, metrics_before, override, publish, remember, workspace
+from flows.services import CHOSEN, PORTS, ROOT, Places, Service, check_port, database_of, servers, up
+from flows.workspace import (
+    AUTHOR,
+    git,
+    literal,
+    metrics_before,
+    override,
+    publish,
+    remember,
+    uncommitted,
+    workspace,
+)
 from tests.dvc_here import dvc, make_repository
 
 PIPELINE = """
@@ -112,12 +125,13 @@ import time
 from pathlib import Path
 from deepspec.entry import guarded
 from deepspec.errors import DeepSpecError
+from deepspec.files import write_json
 from deepspec.progress import Progress
 
 def main():
     with Progress("train", 4, done=1) as progress:
-        progress.advance(3)
         while not Path("counted").exists():  # nothing is printed, yet the count comes
+            progress.advance(3)
             time.sleep(0.01)
         print("told", flush=True)
     raise DeepSpecError("no such draft")
@@ -197,6 +211,8 @@ def test_overrides_are_those_of_dvc_and_keep_comments(repository: Path):
 
 
 def test_an_override_of_no_parameter_is_refused_by_name(repository: Path):
+    with pytest.raises(UserMistake, match=r"target.sorce=1: .*; did you mean 'target.source'\?"):
+        override(repository / "params.yaml", {"target.sorce": 1})
     with pytest.raises(UserMistake, match="lrr=1: "):
         override(repository / "params.yaml", {"train.lrr": 1})
 
@@ -214,6 +230,94 @@ def test_a_run_is_pushed_to_its_branch_and_the_checkout_stays(repository: Path):
     assert git(repository, "status", "--porcelain") == ""
     assert yaml.safe_load(git(repository, "show", "runs/1:params.yaml"))["n"] == 5
     assert "-S n=5" in git(repository, "log", "-1", "--format=%B", "runs/1")
+
+
+def test_a_run_that_changed_nothing_pushes_nothing_and_says_where_its_results_are(repository: Path):
+    with clone_of(repository, {"n": 5}) as work:
+        for stage in ("data", "train@a", "report"):
+            repro(work.root, stage)
+        assert publish(work, "a title", {"n": 5}) is None
+    before = git(repository, "log", "--all", "--format=%H")
+    for run in "23":
+        with clone_of(repository, {"n": 5}, run=run) as work:
+            assert publish(work, "again", {"n": 5}) == "runs/1"
+    assert git(repository, "log", "--all", "--format=%H") == before
+    git(repository, "branch", "-D", "runs/1")  # which nobody wanted to keep
+    with clone_of(repository, {"n": 5}, run="4") as work:
+        assert publish(work, "again", {"n": 5}) is None
+    assert git(repository, "show", "runs/4:dvc.lock")
+    git(repository, "checkout", "--quiet", "--detach", "runs/4")
+    with clone_of(repository, run="5") as work:
+        assert publish(work, "the committed result", {}) == work.base
+
+
+def test_clones_and_branches_of_runs_are_kept_by_count_and_age(repository: Path):
+    for run in "12345":
+        with clone_of(repository, {"n": int(run)}, run=run) as work:
+            publish(work, "a title", {"n": int(run)})
+    home, old = work.root.parent, time.time() - 30 * DAY_S
+    for lock in home.glob("*.lock"):
+        os.utime(lock, (old, old))
+    with clone_of(repository, {"n": 5}, run="6") as work:
+        assert old_branches(work, 2) == []  # five are there, all of today
+        removed = old_clones(home, 2, besides=work.root.name)
+        assert len(removed) == 3 and work.root.exists()
+    assert len(list(home.glob("*.lock"))) == 2
+
+
+def test_branches_older_than_the_days_go_but_not_what_somebody_has_committed_to(
+    repository: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("GIT_COMMITTER_DATE", "2020-01-01T00:00:00+0000")
+    for run in "1234":
+        with clone_of(repository, {"n": int(run)}, run=run) as work:
+            publish(work, "a title", {"n": int(run)})
+    git(repository, "checkout", "--quiet", "runs/2")
+    git(
+        repository,
+        "-c",
+        "user.name=u",
+        "-c",
+        "user.email=u@example.org",
+        "commit",
+        "--allow-empty",
+        "-qm",
+        "x",
+    )
+    git(repository, "checkout", "--quiet", "--detach")
+    monkeypatch.delenv("GIT_COMMITTER_DATE")
+    with clone_of(repository, {"n": 9}, run="9") as work:
+        publish(work, "new", {"n": 9})
+        gone = old_branches(work, 1)
+    assert "runs/2" not in gone and "runs/9" not in gone and len(gone) == 3
+
+
+def test_a_clone_for_a_ref_that_is_none_does_not_stay(repository: Path):
+    with pytest.raises(UserMistake, match="no ref 'nope'"), clone_of(repository, ref="nope"):
+        pass
+    assert not list(repository.parent.rglob("nope-*/.git"))
+
+
+def test_a_result_that_is_not_committed_is_told_with_what_it_means(repository: Path, tmp_path: Path):
+    """`make demo`, then `make up`: the night made everything again."""
+    assert uncommitted(tmp_path) is None and uncommitted(repository) is None
+    repro(repository, "data")
+    assert "dvc.lock is not committed" in (said := str(uncommitted(repository)))
+    assert 'git commit -m "The result" dvc.lock' in said
+
+
+@pytest.mark.parametrize(
+    ("line", "found"),
+    [
+        ("dspark: tracked: run 1f, http://h:5/#/experiments/1/runs/1f", ("dspark", "http://h:5/#/experiments/1/runs/1f")),
+        ("dspark: tracked before; nothing was changed: run 1f, http://h/1f", ("dspark", "http://h/1f")),
+        ("🏃 View run dspark 17885f3 at: http://h:5/#/experiments/1/runs/1f", None),
+        ("all runs: http://h:5/#/experiments/1/runs", None),
+        ("dspark: tracked: run 1f, mlruns/mlflow.db", None),
+    ],
+)  # fmt: skip
+def test_only_the_lines_of_track_become_links(line, found):
+    assert tracked(line) == found
 
 
 def test_results_are_kept_until_the_ref_brings_newer_ones(repository: Path):
@@ -394,6 +498,36 @@ def test_a_cluster_is_served_by_its_own_version(tmp_path: Path, monkeypatch: pyt
     assert postgres.binaries(tmp_path) == tmp_path / "debian/17/bin"
     (tmp_path / "PG_VERSION").write_text("15\n")
     assert postgres.binaries(tmp_path) == tmp_path / "debian/15/bin"
+
+
+def test_chosen_ports_are_remembered(tmp_path: Path):
+    """`make status` after `DEEPSPEC_PREFECT_PORT=4300 make up` looked at another project's server."""
+    write_json(tmp_path / CHOSEN, Places.of(tmp_path, {"DEEPSPEC_PREFECT_PORT": "4300"}).ports)
+    assert Places.of(tmp_path, {}).ports["prefect"] == 4300
+    assert Places.of(tmp_path, {"DEEPSPEC_PREFECT_PORT": "4400"}).ports["prefect"] == 4400
+    (tmp_path / CHOSEN).write_text("{")
+    assert Places.of(tmp_path, {}).ports["prefect"] == 4200
+
+
+def test_what_an_up_that_fails_has_started_is_stopped_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(postgres, "binaries", lambda folder: None)
+    sleeper = Service("prefect", [sys.executable, "-c", "import time; time.sleep(600)"], lambda: True)
+    broken = Service("mlflow", [sys.executable, "-c", "raise SystemExit('no room')"], lambda: False)
+    monkeypatch.setattr("flows.services.servers", lambda places, database: [sleeper, broken])
+    places = Places(tmp_path, dict.fromkeys(PORTS, 1))
+    with pytest.raises(DeepSpecError, match="mlflow ended: no room"):
+        up(places)
+    assert Process(tmp_path, "prefect").pid() is None
+    assert not (tmp_path / CHOSEN).exists()
+
+
+def test_a_folder_that_cannot_be_written_or_has_no_room_is_one_line(tmp_path: Path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DeepSpecError, match="services: cannot be written: Not a directory; choose another"):
+        up(Places(tmp_path / "file/services", PORTS))
+    monkeypatch.setattr("flows.services.ROOM", 1 << 60)
+    with pytest.raises(DeepSpecError, match="MB are free on its disk, and the services want"):
+        up(Places(tmp_path, PORTS))
 
 
 @pytest.mark.parametrize("port", ["abc", "0", "70000", "-1"])

@@ -37,7 +37,7 @@ def test_the_page_draws_without_a_network(repository: Path, browser):
     for revisions in ((), ("HEAD",)):
         path = run(revisions, repository)
         page.goto(path.resolve().as_uri())
-        page.locator("canvas").first.wait_for()
+        page.locator(".vega-embed canvas, .vega-embed svg.marks").first.wait_for(timeout=10_000)
         assert page.get_by_text("Something went wrong").count() == 0
     assert all(url.startswith("file://") for url in asked)
 

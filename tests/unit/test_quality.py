@@ -5,8 +5,11 @@ import json
 from pathlib import Path
 from types import SimpleNamespace
 
+import pandas
+import pyarrow
 import pytest
 from datasets import Dataset, disable_progress_bars
+from pyarrow import parquet
 
 from deepspec.answers.conversation import Conversation
 from deepspec.answers.shards import FEATURES
@@ -341,6 +344,24 @@ def conversations(*replaced, **options):
         return validate(path, rows, **options)
 
     return fault
+
+
+def test_a_parquet_file_of_another_program_is_judged_by_all_checks(tmp_path, rows):
+    """Pandas writes `large_string` and wide integers; with Arrow's large lists nothing else differs either."""
+    write(tmp_path, rows)
+    path = tmp_path / "train.parquet"
+    pandas.DataFrame(rows).to_parquet(path)
+    schema = parquet.read_schema(path)
+    wide = [field.with_type(pyarrow.large_string()) if field.name == "id" else field for field in schema]
+    wide = [
+        field.with_type(pyarrow.large_list(pyarrow.int64())) if field.name == "input_ids" else field
+        for field in wide
+    ]
+    parquet.write_table(parquet.read_table(path).cast(pyarrow.schema(wide)), path)
+    manifest = {"rows": len(rows), "failures": 0, "digest": file_digest(path)}
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    validation = validate_data(tmp_path, PROMPTS, BOUNDS, MAX_LENGTH, TARGET, lambda text: None)
+    assert len(validation.checks) == 18 and not validation.failed
 
 
 def other_columns(path, rows):

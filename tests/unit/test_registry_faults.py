@@ -12,12 +12,12 @@ import mlflow
 import pandas as pd
 import pytest
 from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
 from mlflow.pyfunc import scoring_server
 from starlette.testclient import TestClient
 from typer.testing import CliRunner
 
 from deepspec.cli import app
-from deepspec.errors import DeepSpecError
 from deepspec.tracking import fresh, trial
 from deepspec.tracking.store import connect
 from tests.tracked import MODEL, NAME, lay_out
@@ -47,7 +47,7 @@ def state() -> dict:
         "aliases": {
             model.name: {alias: str(version) for alias, version in model.aliases.items()} for model in models
         },
-        "versions": {version.version: version.tags for version in versions},
+        "versions": {str(version.version): version.tags for version in versions},
         "logged": sorted(model.model_id for model in logged),
     }
 
@@ -138,13 +138,13 @@ VERSION_FILES = {
     "artifacts/evidence/evaluation.prompts.jsonl": (missing, truncated),
     "artifacts/evidence/files.json": (missing, truncated),
     "MLmodel": (missing, truncated),
-    "python_model.py": (missing,),
+    "served.py": (missing, truncated),
 }
 
 
 def each_damage(folder: Path, then: Callable[[], None]) -> None:
     for name, damages in VERSION_FILES.items():
-        (file,) = folder.glob(name) if "*" not in name else folder.rglob(name)
+        file = folder / name
         kept = file.read_bytes()
         for damage in damages:
             damage(file)
@@ -232,7 +232,9 @@ def test_a_version_is_served_by_mlflow_and_refuses_bad_requests_in_one_line(tree
     assert isinstance(answer["text"], str) and answer["tau"] >= 1
     reply = client.post("/invocations", json=request | {"inputs": [{"prompt": " "}]})
     assert reply.status_code == 400 and "prompt 0 is ' '; expected text" in reply.json()["message"]
-    with pytest.raises(DeepSpecError, match="prompt 1 is None; expected text"):
+    reply = client.post("/invocations", json=request | {"params": {"max_new_tokens": -1}})
+    assert reply.status_code == 400 and "max_new_tokens" in reply.json()["message"]
+    with pytest.raises(MlflowException, match="prompt 1 is (None|nan); expected text"):
         model.predict(pd.DataFrame({"prompt": ["Why?", None]}))
 
 

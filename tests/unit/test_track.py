@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import http.server
 import json
 import os
 import socket
+import threading
 import time
 from pathlib import Path
 
@@ -249,6 +251,26 @@ def test_a_path_of_the_servers_own_machine_is_refused_as_a_place_for_artifacts(l
 def test_a_server_that_refuses_its_name_is_told_how_to_allow_it():
     refusal = MlflowException(f"API request failed with error code 403. Response body: {INVALID_HOST_MSG!r}")
     assert "--allowed-hosts" in storing._reason(refusal)
+
+
+def test_links_have_the_address_that_a_browser_reaches(monkeypatch):
+    """In a container the server is `http://mlflow:5000`, which no browser of the host knows."""
+    store = storing.Store("http://mlflow:5000", MlflowClient("http://mlflow:5000"), "1")
+    assert store.runs == "http://mlflow:5000/#/experiments/1/runs"
+    monkeypatch.setenv("DEEPSPEC_MLFLOW_URL", "http://localhost:5001/")
+    assert store.link("models", "m") == "http://localhost:5001/#/models/m"
+
+
+def test_what_answers_and_is_no_mlflow_server_is_named(monkeypatch):
+    with http.server.HTTPServer(("127.0.0.1", 0), http.server.BaseHTTPRequestHandler) as other:
+        monkeypatch.setattr(
+            http.server.BaseHTTPRequestHandler, "do_GET", lambda self: self.send_error(404), raising=False
+        )
+        threading.Thread(target=other.serve_forever, daemon=True).start()
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{other.server_port}")
+        with pytest.raises(DeepSpecError, match="is no MLflow server"), connect():
+            pass
+        other.shutdown()
 
 
 def test_connecting_turns_telemetry_off(tree: Path, monkeypatch):
