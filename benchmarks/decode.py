@@ -51,8 +51,7 @@ from deepspec.decoding.drafter import Drafter
 from deepspec.decoding.engine import generate
 from deepspec.decoding.params import make_controller
 from deepspec.decoding.scheduler import Controller
-from deepspec.decoding.shapes import Beam, BestFirst
-from deepspec.decoding.tree import Chain, Shape
+from deepspec.decoding.shapes import Beam, BestFirst, Chain, Shape
 from deepspec.drafters.algorithms.lookup import LookupDrafter
 from deepspec.drafters.algorithms.suffix import SuffixDrafter
 from deepspec.drafters.load import load_drafter

@@ -34,8 +34,7 @@ from benchmarks.verification import RANK_CHANCES
 from deepspec.decoding.drafter import Drafter
 from deepspec.decoding.engine import Engine
 from deepspec.decoding.request import Generation, Request
-from deepspec.decoding.shapes import Beam, BestFirst, Static
-from deepspec.decoding.tree import Chain, Shape
+from deepspec.decoding.shapes import Beam, BestFirst, Chain, Shape, Static
 from deepspec.drafters.algorithms.lookup import LookupDrafter
 from deepspec.drafters.algorithms.suffix import SuffixDrafter
 from deepspec.drafters.load import load_drafter

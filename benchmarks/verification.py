@@ -34,8 +34,8 @@ from benchmarks.common import (
 )
 from deepspec.decoding.drafter import Drafter
 from deepspec.decoding.engine import generate
-from deepspec.decoding.shapes import Beam, BestFirst, Sampled, Static
-from deepspec.decoding.tree import Chain, Proposal, Shape
+from deepspec.decoding.shapes import Beam, BestFirst, Chain, Sampled, Shape, Static
+from deepspec.decoding.tree import Proposal
 from deepspec.decoding.verify import RULES, Law, Pick, Rule, Uniform
 from deepspec.drafters.load import load_drafter
 from deepspec.errors import DeepSpecError

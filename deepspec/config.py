@@ -8,7 +8,7 @@ found before anything runs.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar, Union, get_args, overload
+from typing import Any, TypeVar, get_args, overload
 
 import yaml
 from pydantic import Field, ValidationError, model_validator
@@ -17,9 +17,8 @@ from pydantic.fields import FieldInfo
 from deepspec.answers.params import GenerateParams
 from deepspec.decoding.params import AnyController
 from deepspec.decoding.shapes import AnyShape
-from deepspec.drafters.algorithm import DrafterSection
+from deepspec.drafters.params import AnyDrafter
 from deepspec.drafters.position_weights import AnyWeights
-from deepspec.drafters.registry import algorithms
 from deepspec.errors import DeepSpecError, nearest
 from deepspec.evaluation.params import EvaluateParams
 from deepspec.guard.params import ValidateParams
@@ -35,16 +34,9 @@ def _fields(section: type) -> dict[str, FieldInfo]:
     return vars(section)["__pydantic_fields__"]
 
 
-if TYPE_CHECKING:
-    DrafterParams = DrafterSection  # what is known of it before the registry is read
-else:
-    DrafterParams = Annotated[
-        Union[tuple(algorithm.params for algorithm in algorithms().values())],  # noqa: UP007
-        Field(discriminator="type"),
-    ]
 TAGGED: dict[str, type] = {
     get_args(_fields(section)["type"].annotation)[0]: section
-    for union in (DrafterParams, AnyShape, AnyController, AnyWeights)
+    for union in (AnyDrafter, AnyShape, AnyController, AnyWeights)
     for section in get_args(get_args(union)[0])
 }
 
@@ -56,7 +48,7 @@ class Params(Section):
     generate: GenerateParams = GenerateParams()
     validate_: ValidateParams = Field(ValidateParams(), alias="validate")
     pipeline: list[str] = Field(description="Drafters that the pipeline trains and evaluates.")
-    drafters: dict[str, DrafterParams] = Field(description="Drafter name → its algorithm and sizes.")
+    drafters: dict[str, AnyDrafter] = Field(description="Drafter name → its algorithm and sizes.")
     train: TrainParams
     evaluate: EvaluateParams
     promote: PromoteParams = PromoteParams()

@@ -15,8 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from deepspec.decoding.shapes import BestFirst, Sampled
-from deepspec.decoding.tree import CHAIN, Shape
+from deepspec.decoding.shapes import CHAIN, BestFirst, Sampled, Shape
 from deepspec.device import describe_device
 from deepspec.evaluation.contest import Contest, DecodingConfig
 from deepspec.evaluation.identity import check_identity

@@ -19,7 +19,7 @@ from deepspec.decoding.drafter import Drafter
 from deepspec.decoding.engine import Engine
 from deepspec.decoding.request import Request, Sampling
 from deepspec.decoding.round import Round
-from deepspec.decoding.tree import CHAIN
+from deepspec.decoding.shapes import CHAIN
 from deepspec.stages.common import stage
 from deepspec.target.model import Target
 from paper.bench import Bench, run, trained

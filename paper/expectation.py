@@ -18,7 +18,8 @@ from torch import Tensor
 from deepspec.decoding.drafter import Drafter, DraftRequest, GrowingSession
 from deepspec.decoding.request import Sampling
 from deepspec.decoding.sampling import best, probabilities
-from deepspec.decoding.tree import DraftLogits, Growth, Proposal, Shape, Vocabulary
+from deepspec.decoding.shapes import Shape
+from deepspec.decoding.tree import DraftLogits, Growth, Proposal, Vocabulary
 from deepspec.errors import DeepSpecError
 from deepspec.target.attention import ForwardPass
 from deepspec.target.model import Target

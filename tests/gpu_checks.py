@@ -14,8 +14,7 @@ from accelerate import Accelerator
 
 from deepspec.decoding.cost import load_or_measure
 from deepspec.decoding.engine import generate
-from deepspec.decoding.shapes import BestFirst, Sampled
-from deepspec.decoding.tree import Chain
+from deepspec.decoding.shapes import BestFirst, Chain, Sampled
 from deepspec.drafters.algorithms.dspark import DSparkDrafter
 from deepspec.features.local import CachedFeatures
 from deepspec.features.sequences import Sequence

@@ -11,7 +11,8 @@ from deepspec.decoding.drafter import Drafter, Session
 from deepspec.decoding.engine import Engine
 from deepspec.decoding.request import Request, Sampling
 from deepspec.decoding.sampling import probabilities
-from deepspec.decoding.tree import DraftLogits, Shape, Vocabulary, grow
+from deepspec.decoding.shapes import Shape
+from deepspec.decoding.tree import DraftLogits, Vocabulary, grow
 from deepspec.target.attention import ForwardPass
 from deepspec.target.model import Target
 

@@ -30,8 +30,9 @@ from transformers import (
 )
 from transformers.utils.logging import disable_progress_bar
 
-from deepspec.drafters.algorithms.dspark import DSparkConfig, DSparkModel, DSparkParams
+from deepspec.drafters.algorithms.dspark import DSparkConfig, DSparkModel
 from deepspec.drafters.network import Network
+from deepspec.drafters.params import DSparkParams
 from deepspec.drafters.registry import algorithms
 from deepspec.target.model import Target
 

@@ -17,8 +17,7 @@ from deepspec.decoding.drafter import Drafter
 from deepspec.decoding.engine import Engine, generate
 from deepspec.decoding.request import Generation, Request, Sampling
 from deepspec.decoding.sampling import probabilities
-from deepspec.decoding.shapes import BestFirst, Sampled
-from deepspec.decoding.tree import Chain, Shape
+from deepspec.decoding.shapes import BestFirst, Chain, Sampled, Shape
 from deepspec.evaluation.identity import top_two_gap
 from deepspec.target.attention import ForwardPass
 from deepspec.target.model import Target, load_target

@@ -11,7 +11,8 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
 
-from deepspec.drafters.algorithms.dspark import DSparkParams, network
+from deepspec.drafters.algorithms.dspark import network
+from deepspec.drafters.params import DSparkParams
 from deepspec.features.local import OnlineFeatures
 from deepspec.features.sequences import Sequence
 from deepspec.target.model import load_target

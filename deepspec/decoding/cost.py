@@ -25,7 +25,7 @@ from torch import Tensor
 from deepspec.decoding.drafter import Drafter, DraftRequest
 from deepspec.decoding.request import Sampling
 from deepspec.decoding.sampling import best
-from deepspec.decoding.tree import CHAIN, Shape
+from deepspec.decoding.shapes import CHAIN, Shape
 from deepspec.device import describe_device
 from deepspec.errors import DeepSpecError
 from deepspec.files import digest, write_json

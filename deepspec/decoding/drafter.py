@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from deepspec.decoding.request import Sampling
-from deepspec.decoding.tree import CHAIN, DraftLogits, Growth, Parent, Proposal, Shape, grow
+from deepspec.decoding.shapes import CHAIN, Shape
+from deepspec.decoding.tree import DraftLogits, Growth, Parent, Proposal, grow
 
 __all__ = ["DraftRequest", "Drafter", "GrowingSession", "Proposal", "Session"]
 

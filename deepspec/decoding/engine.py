@@ -18,8 +18,9 @@ from deepspec.decoding.judge import judge
 from deepspec.decoding.request import Generation, Request, Sampling, Stats
 from deepspec.decoding.round import Round, RoundClock, Turn, padded_size
 from deepspec.decoding.scheduler import Controller
+from deepspec.decoding.shapes import Chain, Shape
 from deepspec.decoding.slot import Slot
-from deepspec.decoding.tree import MAX_NODES, Chain, Shape
+from deepspec.decoding.tree import MAX_NODES
 from deepspec.decoding.verify import check_rule
 from deepspec.errors import DeepSpecError
 from deepspec.target.attention import ForwardPass, tree_mask

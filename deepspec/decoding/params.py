@@ -1,4 +1,4 @@
-"""The choice of a controller in params.yaml."""
+"""The choice of a controller in params.yaml, which is read without torch: a controller is imported where it is made."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
-from deepspec.decoding.scheduler import Controller, CostStop, Fixed, PrefixScheduler, Threshold
 from deepspec.errors import DeepSpecError, nearest
 from deepspec.section import choice, tag
 
 if TYPE_CHECKING:
     from deepspec.decoding.cost import CostCurve
+    from deepspec.decoding.scheduler import Controller
 
 
 class ControllerChoice:
@@ -48,6 +48,8 @@ class FixedController(ControllerChoice):
     length: int | None = Field(default=None, ge=1, description="Levels verified; None: all.")
 
     def _make(self, curve: CostCurve | None) -> Controller:
+        from deepspec.decoding.scheduler import Fixed
+
         return Fixed(self.length)
 
 
@@ -57,6 +59,8 @@ class ThresholdController(ControllerChoice):
     least: float = Field(ge=0, le=1, description="Confidence below which a path is cut.")
 
     def _make(self, curve: CostCurve | None) -> Controller:
+        from deepspec.decoding.scheduler import Threshold
+
         return Threshold(self.least)
 
 
@@ -68,6 +72,8 @@ class CostController(ControllerChoice):
     needs_curve = True
 
     def _make(self, curve: CostCurve | None) -> Controller:
+        from deepspec.decoding.scheduler import CostStop
+
         return CostStop(self._measured(curve))
 
 
@@ -79,6 +85,8 @@ class SchedulerController(ControllerChoice):
     needs_curve = True
 
     def _make(self, curve: CostCurve | None) -> Controller:
+        from deepspec.decoding.scheduler import PrefixScheduler
+
         return PrefixScheduler(self._measured(curve))
 
 

@@ -1,4 +1,6 @@
-"""The shapes of draft trees beside the chain: static, beam, best-first, and sampled without replacement.
+"""The shapes of draft trees: the chain, static, beam, best-first, and sampled without replacement.
+
+They are choices of params.yaml, which is read without torch: `growths.py` has how each of them grows.
 
 All but `Sampled` are functions of the context alone, whatever the temperature: they rank tokens by the draft's law
 (that of the request's own sampler at temperature > 0, softmax of the logits at 0), so the walk verifies them. A
@@ -10,26 +12,22 @@ Each level of a growth costs one ranking or one drawing for all its open nodes t
 from __future__ import annotations
 
 import heapq
-from collections.abc import Sequence
+from abc import ABC, abstractmethod
 from functools import cached_property
 from itertools import accumulate
 from operator import mul
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
-import torch
 from pydantic import AfterValidator, Field
 from pydantic_core import PydanticCustomError
-from torch import Tensor
 
-from deepspec.decoding.request import Sampling
-from deepspec.decoding.sampling import draw, probabilities
-from deepspec.decoding.tree import Chain, DraftLogits, Growth, Proposal, Shape, Vocabulary
 from deepspec.section import choice, tag
 
-_PLAIN = Sampling(temperature=1.0)
-_RUN = 64
-_GUESS = 0.5  # the confidence of a law that comes without one, for choosing among nodes
+if TYPE_CHECKING:
+    import torch
 
+    from deepspec.decoding.request import Sampling
+    from deepspec.decoding.tree import Growth, Vocabulary
 
 Size = Annotated[int, Field(ge=1)]
 RankPath = Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)]
@@ -45,6 +43,55 @@ def _ordered(paths: tuple[RankPath, ...]) -> tuple[RankPath, ...]:
         if path in paths[:i]:
             raise PydanticCustomError("static_tree", "path {path} is given twice", {"path": list(path)})
     return tuple(sorted(paths, key=lambda path: (len(path), path)))
+
+
+class Shape(ABC):
+    """How a tree grows. `nodes` is the most that it can hold, `depth` its longest path (None: the drafter's).
+
+    `draws` says what is drawn from the draft's law at temperature > 0: a "chain", a "tree", or nothing (None).
+    """
+
+    draws: str | None = None
+
+    @property
+    @abstractmethod
+    def depth(self) -> int | None:
+        """Return the longest path; None: the drafter's block."""
+
+    @property
+    @abstractmethod
+    def nodes(self) -> int | None:
+        """Return the most nodes; None: as many as the drafter's block allows."""
+
+    def levels(self, most: int) -> int:
+        """Levels to grow where at most `most` may be."""
+        return most if self.depth is None else min(self.depth, most)
+
+    @abstractmethod
+    def growth(self, vocabulary: Vocabulary, sampling: Sampling, depth: int, rng: torch.Generator) -> Growth:
+        """Begin a growth of at most `depth` levels."""
+
+
+@choice
+class Chain(Shape):
+    """One path: argmax at T = 0, else sampled from the drafter's law through the request's own sampler."""
+
+    type: Literal["chain"] = tag(default="chain", kw_only=True)
+    depth: int | None = Field(default=None, ge=1, description="None: the drafter's block size.")
+
+    draws = "chain"
+
+    @property
+    def nodes(self) -> int | None:
+        return self.depth
+
+    def growth(self, vocabulary: Vocabulary, sampling: Sampling, depth: int, rng: torch.Generator) -> Growth:
+        from deepspec.decoding.growths import ChainGrowth
+
+        return ChainGrowth(vocabulary, sampling, self.levels(depth), rng)
+
+
+CHAIN = Chain()
 
 
 @choice
@@ -89,7 +136,9 @@ class Static(Shape):
         return below
 
     def growth(self, vocabulary: Vocabulary, sampling: Sampling, depth: int, rng: torch.Generator) -> Growth:
-        return _StaticGrowth(vocabulary, sampling, self.levels(depth), self.below)
+        from deepspec.decoding.growths import StaticGrowth
+
+        return StaticGrowth(vocabulary, sampling, self.levels(depth), self.below)
 
 
 @choice
@@ -106,8 +155,10 @@ class Beam(Shape):
     nodes: Size = 24
 
     def growth(self, vocabulary: Vocabulary, sampling: Sampling, depth: int, rng: torch.Generator) -> Growth:
+        from deepspec.decoding.growths import RankedGrowth
+
         depth = self.levels(depth)
-        return _RankedGrowth(vocabulary, sampling, depth, [self.width] * depth, self.nodes, self.width)
+        return RankedGrowth(vocabulary, sampling, depth, [self.width] * depth, self.nodes, self.width)
 
 
 @choice
@@ -125,8 +176,10 @@ class BestFirst(Shape):
     nodes: Size = 24
 
     def growth(self, vocabulary: Vocabulary, sampling: Sampling, depth: int, rng: torch.Generator) -> Growth:
+        from deepspec.decoding.growths import RankedGrowth
+
         depth = self.levels(depth)
-        return _RankedGrowth(vocabulary, sampling, depth, [self.width] * depth, self.nodes, self.nodes)
+        return RankedGrowth(vocabulary, sampling, depth, [self.width] * depth, self.nodes, self.nodes)
 
 
 @choice
@@ -159,192 +212,12 @@ class Sampled(Shape):
         return whole if self.budget is None else min(self.budget, whole)
 
     def growth(self, vocabulary: Vocabulary, sampling: Sampling, depth: int, rng: torch.Generator) -> Growth:
+        from deepspec.decoding.growths import RankedGrowth, SampledGrowth
+
         depth = self.levels(depth)
         if sampling.temperature == 0:
-            return _RankedGrowth(vocabulary, sampling, depth, self.branching, self.nodes, self.nodes)
-        return _SampledGrowth(vocabulary, sampling, depth, self.branching, self.nodes, rng)
-
-
-class _TreeGrowth(Growth):
-    """Nodes with their survival; the children of a level follow one another in their parents' order."""
-
-    def __init__(self, vocabulary: Vocabulary, sampling: Sampling, depth: int):
-        super().__init__(vocabulary, sampling, depth)
-        self.survival: list[float] = []
-        self.level = 0
-
-    def above(self, node: int) -> float:
-        return self.survival[node] if node >= 0 else 1.0
-
-    def add(self, parent: int, column: int, survival: float) -> None:
-        self.tokens.append(self.vocabulary.token(column))
-        self.parents.append(parent)
-        self.survival.append(survival)
-
-    def proposal(self) -> Proposal:
-        return Proposal(self.tokens, self.parents, survival=self.survival)
-
-
-class _StaticGrowth(_TreeGrowth):
-    def __init__(self, vocabulary: Vocabulary, sampling: Sampling, depth: int, below: dict):
-        super().__init__(vocabulary, sampling, depth)
-        self.below = below
-        self.paths: list[tuple[int, ...]] = []
-
-    def feed(self, laws: DraftLogits) -> None:
-        first, self.level = len(self.tokens), self.level + 1
-        places = [self.paths[node] if node >= 0 else () for node in self.frontier]
-        most = 1 + max(self.below[path][-1] for path in places)
-        rows = zip(self.frontier, places, *_likeliest(laws.logits, self.sampling, most), strict=True)
-        for parent, path, probs, columns in rows:
-            for rank in self.below[path]:
-                if rank < len(probs) and probs[rank] > 0:
-                    self.paths.append((*path, rank))
-                    self.add(parent, columns[rank], self.above(parent) * probs[rank])
-        new = range(first, len(self.tokens)) if self.level < self.depth else ()
-        self.frontier = [node for node in new if self.paths[node] in self.below]
-
-
-class _BestGrowth(_TreeGrowth):
-    """Keeps the `nodes` of highest survival seen so far.
-
-    Of equal ones the earlier stay, so a parent is always kept with its child, and a child that is dropped would only
-    have had children to drop.
-    """
-
-    def __init__(self, vocabulary: Vocabulary, sampling: Sampling, depth: int, nodes: int):
-        super().__init__(vocabulary, sampling, depth)
-        self.nodes = nodes
-        self.best: list[int] = []  # highest first
-
-    def close_level(self, first: int, beam: int) -> None:
-        """Choose anew once the level from node `first` on is there; expand the `beam` best of its nodes."""
-        pool = [*self.best, *range(first, len(self.tokens))]
-        self.best = sorted(pool, key=lambda node: (-self.survival[node], node))[: self.nodes]
-        self.level += 1
-        new = [node for node in self.best if node >= first]
-        self.frontier = sorted(new[:beam]) if self.level < self.depth else []
-
-    def proposal(self) -> Proposal:
-        return super().proposal().keep(sorted(self.best))
-
-
-class _RankedGrowth(_BestGrowth):
-    """The likeliest paths, with at most `widths[d]` children below a node at depth d."""
-
-    def __init__(
-        self,
-        vocabulary: Vocabulary,
-        sampling: Sampling,
-        depth: int,
-        widths: Sequence[int],
-        nodes: int,
-        beam: int,
-    ):
-        super().__init__(vocabulary, sampling, depth, nodes)
-        self.widths, self.beam = widths, beam
-
-    def feed(self, laws: DraftLogits) -> None:
-        first = len(self.tokens)
-        # What is no likelier than the last of a full set can never enter it.
-        floor = self.survival[self.best[-1]] if len(self.best) == self.nodes else 0.0
-        rows = zip(
-            self.frontier, *_likeliest(laws.logits, self.sampling, self.widths[self.level]), strict=True
-        )
-        for parent, probs, columns in rows:
-            above = self.above(parent)
-            for prob, column in zip(probs, columns, strict=True):
-                if not above * prob > floor:
-                    break
-                self.add(parent, column, above * prob)
-        self.close_level(first, self.beam)
-
-
-class _SampledGrowth(_BestGrowth):
-    """Gives child j, under a law of confidence c, c·(1 − c)^j of its parent's survival.
-
-    That is as if each draw stood with chance c once its elder siblings fell.
-    That knows no token of its own nor of a younger sibling, and is never below that of a younger sibling's subtree.
-    So the most surviving nodes can be chosen across a tree without a drawn token deciding on its own verification.
-    """
-
-    def __init__(
-        self,
-        vocabulary: Vocabulary,
-        sampling: Sampling,
-        depth: int,
-        branching: tuple[int, ...],
-        nodes: int,
-        rng: torch.Generator,
-    ):
-        super().__init__(vocabulary, sampling, depth, nodes)
-        self.branching, self.rng = branching, rng
-        self.probs: list[Tensor] = []  # [open nodes, columns] a level
-        self.laws: list[int] = []
-        self.known = True  # whether every law came with a confidence
-
-    def feed(self, laws: DraftLogits) -> None:
-        first, row = len(self.tokens), sum(map(len, self.probs))
-        probs = probabilities(laws.logits, self.sampling)
-        drawn = self._draw(probs, self.branching[self.level])
-        self.known &= laws.confidence is not None
-        chances = laws.confidence or [_GUESS] * len(drawn)
-        for i, (parent, columns, chance) in enumerate(zip(self.frontier, drawn, chances, strict=True)):
-            for j, column in enumerate(columns):
-                self.laws.append(row + i)
-                self.add(parent, column, self.above(parent) * chance * (1 - chance) ** j)
-        self.probs.append(probs)
-        self.close_level(first, self.nodes)
-
-    def _draw(self, probs: Tensor, count: int) -> list[list[int]]:
-        """Up to `count` distinct columns for each row of probs [m, columns], in the order of drawing."""
-        left = probs.clone()
-        drawn: list[list[int]] = [[] for _ in left]
-        for _ in range(count):
-            uniform = torch.rand(len(left), generator=self.rng, dtype=torch.float64).to(left.device)
-            columns = draw(left, uniform)
-            possible = left.gather(1, columns[:, None])[:, 0] > 0  # not where nothing is left
-            left.scatter_(1, columns[:, None], 0.0)
-            for row, column, real in zip(drawn, columns.tolist(), possible.tolist(), strict=True):
-                if real:
-                    row.append(column)
-        return drawn
-
-    def proposal(self) -> Proposal:
-        if not self.tokens:
-            return Proposal()
-        drawn = Proposal(
-            self.tokens,
-            self.parents,
-            probs=torch.cat(self.probs).cpu(),
-            laws=self.laws,
-            columns=self.vocabulary.columns,
-            vocab_size=self.vocabulary.size,
-            survival=self.survival if self.known else None,
-        )
-        return drawn.keep(sorted(self.best))
-
-
-def _likeliest(logits: Tensor, sampling: Sampling, count: int) -> tuple[list[list[float]], list[list[int]]]:
-    """Probabilities and columns of the `count` likeliest tokens of each row of logits [m, columns], descending."""
-    probs = probabilities(logits, sampling if sampling.temperature > 0 else _PLAIN)
-    values, columns = top(probs, min(count, probs.shape[-1]))
-    return values.tolist(), columns.tolist()
-
-
-def top(values: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Return `topk` of each row of values [m, columns]: only the `count` runs with the largest maxima can hold them.
-
-    24 rows of 8,192 take 0.14 ms on a CPU core, `topk` alone 0.34.
-    """
-    m, size = values.shape
-    if size % _RUN or size < 4 * _RUN * count:
-        return values.topk(count, -1)
-    runs = values.view(m, -1, _RUN)
-    run = runs.amax(-1).topk(count, -1).indices  # [m, count]
-    inside = runs.gather(1, run[..., None].expand(-1, -1, _RUN)).flatten(1)
-    best, place = inside.topk(count, -1)
-    return best, run.gather(1, place // _RUN) * _RUN + place % _RUN
+            return RankedGrowth(vocabulary, sampling, depth, self.branching, self.nodes, self.nodes)
+        return SampledGrowth(vocabulary, sampling, depth, self.branching, self.nodes, rng)
 
 
 AnyShape = Annotated[Chain | Static | Beam | BestFirst | Sampled, Field(discriminator="type")]

@@ -1,7 +1,7 @@
-"""Draft trees: what is proposed below an anchor, and the shapes in which a drafter's laws grow into one.
+"""Draft trees: what is proposed below an anchor, and how a drafter's laws grow into it.
 
-A shape grows level by level. At each level the drafter is asked for the laws of all open nodes at once (`grow`), so
-a sequential head runs once a depth, however wide the tree and however many the requests.
+A tree of any shape (`shapes.py`) grows level by level. At each level the drafter is asked for the laws of all open
+nodes at once (`grow`), so a sequential head runs once a depth, however wide the tree and however many the requests.
 """
 
 from __future__ import annotations
@@ -10,15 +10,11 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
-import torch
-from pydantic import Field
 from torch import Tensor
 
 from deepspec.decoding.request import Sampling
-from deepspec.decoding.sampling import best, draw, probabilities
-from deepspec.section import choice, tag
 
 MAX_NODES = 256  # of a tree
 
@@ -148,33 +144,6 @@ class Growth(ABC):
         """Return what has grown."""
 
 
-class Shape(ABC):
-    """How a tree grows. `nodes` is the most that it can hold, `depth` its longest path (None: the drafter's).
-
-    `draws` says what is drawn from the draft's law at temperature > 0: a "chain", a "tree", or nothing (None).
-    """
-
-    draws: str | None = None
-
-    @property
-    @abstractmethod
-    def depth(self) -> int | None:
-        """Return the longest path; None: the drafter's block."""
-
-    @property
-    @abstractmethod
-    def nodes(self) -> int | None:
-        """Return the most nodes; None: as many as the drafter's block allows."""
-
-    def levels(self, most: int) -> int:
-        """Levels to grow where at most `most` may be."""
-        return most if self.depth is None else min(self.depth, most)
-
-    @abstractmethod
-    def growth(self, vocabulary: Vocabulary, sampling: Sampling, depth: int, rng: torch.Generator) -> Growth:
-        """Begin a growth of at most `depth` levels."""
-
-
 def grow(
     growths: list[Growth], anchors: list[int], expand: Callable[[list[Parent]], DraftLogits]
 ) -> list[Proposal]:
@@ -194,62 +163,3 @@ def grow(
             start = end
         depth += 1
     return [growth.proposal() for growth in growths]
-
-
-@choice
-class Chain(Shape):
-    """One path: argmax at T = 0, else sampled from the drafter's law through the request's own sampler."""
-
-    type: Literal["chain"] = tag(default="chain", kw_only=True)
-    depth: int | None = Field(default=None, ge=1, description="None: the drafter's block size.")
-
-    draws = "chain"
-
-    @property
-    def nodes(self) -> int | None:
-        return self.depth
-
-    def growth(self, vocabulary: Vocabulary, sampling: Sampling, depth: int, rng: torch.Generator) -> Growth:
-        return _ChainGrowth(vocabulary, sampling, self.levels(depth), rng)
-
-
-CHAIN = Chain()
-
-
-class _ChainGrowth(Growth):
-    def __init__(self, vocabulary: Vocabulary, sampling: Sampling, depth: int, rng: torch.Generator):
-        super().__init__(vocabulary, sampling, depth)
-        self.rng = rng
-        self.probs: list[Tensor] = []
-        self.survival: list[float] | None = []
-
-    def feed(self, laws: DraftLogits) -> None:
-        logits = laws.logits[0]
-        chance = None if laws.confidence is None else laws.confidence[0]
-        if self.sampling.temperature == 0:
-            (column,), _ = best(logits[None])
-            if chance is None:
-                chance = float(logits[column].float().sub(logits.float().logsumexp(0)).exp())
-        else:
-            law = probabilities(logits, self.sampling)
-            uniform = torch.rand(1, generator=self.rng, dtype=torch.float64).to(law.device)
-            column = int(draw(law[None], uniform))
-            self.probs.append(law)
-        if chance is None or self.survival is None:
-            self.survival = None
-        else:
-            self.survival.append(chance * (self.survival[-1] if self.survival else 1.0))
-        self.parents.append(len(self.tokens) - 1)
-        self.tokens.append(self.vocabulary.token(column))
-        self.frontier = [len(self.tokens) - 1] if len(self.tokens) < self.depth else []
-
-    def proposal(self) -> Proposal:
-        if not self.probs:
-            return Proposal.chain(self.tokens, survival=self.survival)
-        return Proposal.chain(
-            self.tokens,
-            probs=torch.stack(self.probs).cpu(),
-            columns=self.vocabulary.columns,
-            vocab_size=self.vocabulary.size,
-            survival=self.survival,
-        )

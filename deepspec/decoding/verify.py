@@ -15,7 +15,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from deepspec.decoding.tree import Chain, Proposal, Shape
+from deepspec.decoding.shapes import Chain, Shape
+from deepspec.decoding.tree import Proposal
 from deepspec.errors import DeepSpecError, nearest
 
 Law = Callable[[int], Tensor]

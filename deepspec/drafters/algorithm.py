@@ -6,11 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, get_args
 
-from pydantic import Field
-
 from deepspec.decoding.drafter import Drafter
 from deepspec.drafters.checkpoint import Checkpoint
-from deepspec.drafters.loss_params import LossParams
 from deepspec.drafters.network import Network
 from deepspec.errors import DeepSpecError
 from deepspec.section import Section
@@ -26,12 +23,6 @@ class DrafterSection(Protocol):
     @property
     def type(self) -> str:
         """Return the algorithm's name."""
-
-
-class TrainedParams(Section):
-    """What every drafter that is trained may have in its section."""
-
-    loss: LossParams | None = Field(None, description="In place of `train.loss`.")
 
 
 def _no_file(checkpoint: Checkpoint, target: Target) -> Drafter:

@@ -8,44 +8,20 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
-
-from pydantic import Field
+from typing import Any
 
 from deepspec.decoding.cost import CostCurve, Watch, load_or_measure
 from deepspec.decoding.drafter import Drafter
 from deepspec.decoding.engine import Engine, generate
-from deepspec.decoding.params import AnyController, CostController
 from deepspec.decoding.request import Generation
 from deepspec.decoding.scheduler import Controller
-from deepspec.decoding.shapes import AnyShape
-from deepspec.decoding.tree import CHAIN, Shape
-from deepspec.drafters.algorithms.lookup import LookupParams, TrainingFreeDrafter
-from deepspec.drafters.algorithms.suffix import SuffixParams
+from deepspec.decoding.shapes import CHAIN, Shape
+from deepspec.drafters.algorithms.lookup import TrainingFreeDrafter
 from deepspec.drafters.load import load_drafter
 from deepspec.drafters.lookup_first import LookupFirst
+from deepspec.drafters.params import DecodeParams, LookupChoice
 from deepspec.drafters.registry import algorithms
-from deepspec.section import Section
 from deepspec.target.model import Target
-
-LookupChoice = Annotated[LookupParams | SuffixParams, Field(discriminator="type")]
-
-
-DEFAULT_LOOKUP = SuffixParams(type="suffix", min_match=3)
-
-
-class DecodeParams(Section):
-    """How a trained draft is used at decode time."""
-
-    lookup: LookupChoice | None = Field(
-        DEFAULT_LOOKUP,
-        description="Asked before the trained draft, which answers where nothing matches; null: not asked.",
-    )
-    tree: AnyShape = CHAIN
-    verify: Literal["standard", "block", "recursive", "traversal"] | None = Field(
-        None, description="Rule for sampled drafts; None: the best that fits."
-    )
-    controller: AnyController = CostController()
 
 
 @dataclass(frozen=True)

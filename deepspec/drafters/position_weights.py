@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
-import torch
 from pydantic import Field
-from torch import Tensor
 
 from deepspec.section import choice, tag
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @choice
@@ -20,6 +21,8 @@ class Geometric:
 
     def __call__(self, chances: Tensor, valid: Tensor) -> Tensor:
         """Return weights [blocks, γ]; see `Weighing`."""
+        import torch  # params.yaml is read without it
+
         return valid * torch.exp(-torch.arange(valid.shape[-1], device=valid.device) / self.decay)
 
     def total(self, valid: Tensor) -> Tensor:

@@ -21,10 +21,6 @@ from deepspec.target.model import Target
 
 Way = Literal["auto", "target", "random"]
 WAYS: tuple[str, ...] = get_args(Way)
-START = (
-    "Layers begin as the `target`'s last ones, at `random`, or (`auto`) as the target's where it can lend them; "
-    "or a draft directory to go on from."
-)
 
 
 def resolve_start(

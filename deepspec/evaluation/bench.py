@@ -11,8 +11,9 @@ from typing import Any
 from deepspec.decoding.cost import CostCurve, load_or_measure
 from deepspec.decoding.drafter import Drafter
 from deepspec.decoding.params import ControllerChoice
-from deepspec.drafters.deployment import DEFAULT_LOOKUP, Deployment
+from deepspec.drafters.deployment import Deployment
 from deepspec.drafters.load import is_trained, load_drafter
+from deepspec.drafters.params import DEFAULT_LOOKUP
 from deepspec.drafters.registry import algorithms
 from deepspec.evaluation.contest import DecodingConfig
 from deepspec.evaluation.params import EvaluateParams

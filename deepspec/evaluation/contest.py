@@ -13,7 +13,7 @@ from deepspec.decoding.drafter import Drafter
 from deepspec.decoding.engine import generate
 from deepspec.decoding.request import Generation
 from deepspec.decoding.scheduler import Controller
-from deepspec.decoding.tree import CHAIN, Shape
+from deepspec.decoding.shapes import CHAIN, Shape
 from deepspec.evaluation.runs import PLAIN, PromptRuns, Run, prompt_seed
 from deepspec.evaluation.timing import WARM_UP_TOKENS, rotated, timed, warm_up
 from deepspec.target.model import Target

@@ -16,7 +16,7 @@ import torch
 from deepspec.decoding.drafter import Drafter
 from deepspec.decoding.engine import generate
 from deepspec.decoding.request import Generation
-from deepspec.decoding.tree import Shape
+from deepspec.decoding.shapes import Shape
 from deepspec.evaluation.record import Identity
 from deepspec.target.attention import ForwardPass
 from deepspec.target.model import Target, load_target

@@ -7,7 +7,7 @@ from typing import Annotated
 from pydantic import Field
 
 from deepspec.decoding.params import AnyController, FixedController
-from deepspec.drafters.deployment import DecodeParams
+from deepspec.drafters.params import DecodeParams
 from deepspec.section import Section
 
 

@@ -14,7 +14,7 @@ from deepspec.decoding.calibration import TEMPERATURES
 from deepspec.decoding.drafter import Drafter
 from deepspec.decoding.engine import generate
 from deepspec.decoding.request import Generation
-from deepspec.decoding.tree import CHAIN
+from deepspec.decoding.shapes import CHAIN
 from deepspec.drafters.deployment import with_lookup
 from deepspec.drafters.load import load_drafter
 from deepspec.evaluation import alone, sweep, throughput

@@ -10,8 +10,7 @@ from collections.abc import Mapping
 from statistics import fmean
 
 from deepspec.decoding.drafter import Drafter
-from deepspec.decoding.shapes import BestFirst
-from deepspec.decoding.tree import Chain, Shape
+from deepspec.decoding.shapes import BestFirst, Chain, Shape
 from deepspec.evaluation.contest import DecodingConfig
 from deepspec.evaluation.params import SweepParams
 from deepspec.evaluation.record import Identity, SweepPoint, Sweeps

@@ -11,7 +11,8 @@ from deepspec.decoding.engine import Engine
 from deepspec.decoding.request import Request, Sampling
 from deepspec.decoding.round import Round
 from deepspec.decoding.sampling import probabilities
-from deepspec.decoding.tree import DraftLogits, Growth, Proposal, Shape, Vocabulary
+from deepspec.decoding.shapes import Shape
+from deepspec.decoding.tree import DraftLogits, Growth, Proposal, Vocabulary
 from deepspec.evaluation.contest import DecodingConfig
 from deepspec.target.model import Target
 

@@ -7,14 +7,13 @@ as they are, int4 in pairs (the even value in the low half of a byte, offset by 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from deepspec.errors import DeepSpecError, nearest
+from deepspec.features.params import Form
 
-Form = Literal["bf16", "fp8", "int8", "int4"]  # as in params.yaml
 Encoded = dict[str, Tensor]  # part → [n, ...]; the parts of a codec are always the same
 
 

@@ -6,8 +6,9 @@ from typing import Literal
 
 from pydantic import Field
 
-from deepspec.features.codec import Form
 from deepspec.section import Section
+
+Form = Literal["bf16", "fp8", "int8", "int4"]  # `codec.py` has what each of them is
 
 
 class FeaturesParams(Section):

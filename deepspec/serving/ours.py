@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from deepspec.decoding.request import Generation, Request
-from deepspec.decoding.tree import Chain
+from deepspec.decoding.shapes import Chain
 from deepspec.drafters.deployment import Deployment
 from deepspec.errors import DeepSpecError
 from deepspec.evaluation.stats import Pair

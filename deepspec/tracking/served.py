@@ -33,7 +33,8 @@ class SpeculativeModel(PythonModel):
             DeepSpecError: a file of the version is missing, cannot be read or is another one.
         """
         from deepspec import load_target
-        from deepspec.drafters.deployment import DecodeParams, Deployment
+        from deepspec.drafters.deployment import Deployment
+        from deepspec.drafters.params import DecodeParams
 
         config = context.model_config or {}
         check_files(context.artifacts, {"target"} if config.get("target") else set())

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from accelerate import Accelerator
 
-from deepspec.drafters.network import Network
+from deepspec.drafters.network import Network, NormalisedLinear
 from deepspec.drafters.origin import keep_scale
 from deepspec.drafters.registry import algorithms
 from deepspec.drafters.start import channel_std, draft_vocabulary, match_head
@@ -104,13 +104,14 @@ def prepare(
     network.share(target, _vocabulary(network, learnt, target))
     if network.start and accelerator.is_main_process:
         logger.info("%s begins %s", name, _BEGINS.get(network.start, f"as {network.start}"))
-    if network.start == "target" or (network.origin is not None and hasattr(network, "fc")):
+    fc = getattr(network, "fc", None)
+    if network.start == "target" or (network.origin is not None and isinstance(fc, NormalisedLinear)):
         rows = [features.rows([i])[0] for i in members[:_STD_SEQUENCES]]
         deviation = channel_std(rows, features.layers)
         if network.origin is None:
             network.init_from_target(target, deviation)
         else:
-            keep_scale(network, deviation)
+            keep_scale(fc, deviation)
     if network.origin is None:
         match_head(network, target)
     heldout = [i for i in heldout if any(sequences[i].answer[2:])]

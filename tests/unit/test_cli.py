@@ -37,9 +37,17 @@ def test_every_stage_has_a_module_of_its_name_that_the_cli_runs_with_the_paramet
     assert result.stderr.startswith("error: nowhere.yaml: no such file")
 
 
-def test_help_imports_nothing_heavy():
-    heavy = {"torch", "transformers", "datasets", "numpy"}
-    code = f"import sys, deepspec.cli; print({heavy} & set(sys.modules))"
+LIGHT = ["deepspec.cli", "deepspec.config", *(f"deepspec.stages.{name}" for name in STAGES)]
+REPORTS = ["deepspec.report.page", "deepspec.report.compare", "deepspec.reproduce.run"]
+
+
+@pytest.mark.parametrize(
+    ("modules", "heavy"),
+    [(LIGHT, {"torch", "transformers", "datasets", "numpy"}), (REPORTS, {"torch", "transformers"})],
+    ids=["flags and parameters", "reports"],
+)
+def test_nothing_heavy_is_imported_where_it_is_not_needed(modules, heavy):
+    code = f"import sys, {', '.join(modules)}; print({heavy} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
 

@@ -170,7 +170,7 @@ def test_a_bare_no_means_no_mixed_precision(params_file):
 def test_every_tree_of_the_parameters_can_be_grown(tree):
     from deepspec.decoding.request import Sampling
     from deepspec.decoding.tree import Vocabulary
-    from deepspec.drafters.deployment import DecodeParams
+    from deepspec.drafters.params import DecodeParams
 
     shape = DecodeParams.model_validate({"tree": tree}).tree
     assert shape.type == tree["type"]
@@ -191,7 +191,7 @@ def test_every_tree_of_the_parameters_can_be_grown(tree):
 def test_every_controller_of_the_parameters_can_be_made(controller):
     from deepspec.decoding.cost import CostCurve
     from deepspec.decoding.scheduler import CostStop, Fixed, PrefixScheduler, Threshold
-    from deepspec.drafters.deployment import DecodeParams
+    from deepspec.drafters.params import DecodeParams
 
     made = DecodeParams.model_validate({"controller": controller}).controller.make(CostCurve({1: [(1, 1.0)]}))
     kinds = {"fixed": Fixed, "threshold": Threshold, "cost": CostStop, "scheduler": PrefixScheduler}

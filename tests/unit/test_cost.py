@@ -8,7 +8,7 @@ import pytest
 
 from deepspec.decoding import cost
 from deepspec.decoding.cost import CostCurve, load_or_measure
-from deepspec.decoding.tree import Chain
+from deepspec.decoding.shapes import Chain
 from deepspec.drafters.algorithms.lookup import LookupDrafter
 from deepspec.errors import DeepSpecError
 from deepspec.target.model import load_target

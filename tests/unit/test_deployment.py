@@ -7,13 +7,13 @@ import pytest
 from deepspec.decoding import cost
 from deepspec.decoding.cost import CostCurve
 from deepspec.decoding.scheduler import CostStop, Fixed
-from deepspec.decoding.shapes import BestFirst
-from deepspec.decoding.tree import CHAIN
+from deepspec.decoding.shapes import CHAIN, BestFirst
 from deepspec.drafters.algorithms.lookup import LookupDrafter
 from deepspec.drafters.algorithms.suffix import SuffixDrafter
 from deepspec.drafters.checkpoint import stored_weights, write_drafter
-from deepspec.drafters.deployment import DecodeParams, Deployment
+from deepspec.drafters.deployment import Deployment
 from deepspec.drafters.load import load_drafter
+from deepspec.drafters.params import DecodeParams
 from deepspec.errors import DeepSpecError
 from deepspec.target.model import load_target
 from tests.tiny import make_network

@@ -6,6 +6,7 @@ A toy algorithm shows what adding one takes (docs/drafters.md).
 from __future__ import annotations
 
 import json
+from typing import get_args
 
 import pytest
 import torch
@@ -14,13 +15,13 @@ from transformers import AutoModelForCausalLM
 
 from benchmarks.tiny_families import tiny_model
 from deepspec.decoding.engine import generate
-from deepspec.decoding.shapes import BestFirst, Sampled
-from deepspec.decoding.tree import Chain
+from deepspec.decoding.shapes import BestFirst, Chain, Sampled
 from deepspec.drafters import registry
-from deepspec.drafters.algorithms.lm import LMParams, network
+from deepspec.drafters.algorithms.lm import network
 from deepspec.drafters.checkpoint import write_drafter
 from deepspec.drafters.load import load_drafter
 from deepspec.drafters.network import Network
+from deepspec.drafters.params import AnyDrafter, LMParams
 from deepspec.errors import DeepSpecError
 from deepspec.features.local import OnlineFeatures
 from deepspec.features.sequences import Sequence
@@ -244,6 +245,11 @@ def toy(tmp_path, monkeypatch):
     registry.algorithms.cache_clear()
     yield registry.algorithms()["toy"]
     registry.algorithms.cache_clear()
+
+
+def test_every_algorithm_has_its_section_in_the_parameters():
+    sections = get_args(get_args(AnyDrafter)[0])
+    assert set(sections) == {algorithm.params for algorithm in registry.algorithms().values()}
 
 
 def test_a_file_in_drafters_is_all_that_a_new_algorithm_takes(toy, target, tmp_path):

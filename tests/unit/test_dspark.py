@@ -10,8 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from deepspec.decoding.drafter import DraftRequest
 from deepspec.decoding.request import Sampling
-from deepspec.decoding.shapes import BestFirst
-from deepspec.decoding.tree import Chain
+from deepspec.decoding.shapes import BestFirst, Chain
 from deepspec.drafters.algorithms.dspark import DSparkConfig, DSparkDrafter, DSparkModel, spread_layers
 from deepspec.drafters.checkpoint import (
     Checkpoint,

@@ -12,18 +12,18 @@ from safetensors.torch import load_file, save_file
 from deepspec.decoding.drafter import DraftRequest
 from deepspec.decoding.engine import generate
 from deepspec.decoding.request import Sampling
-from deepspec.decoding.shapes import Beam, BestFirst
-from deepspec.decoding.tree import Chain, Proposal
+from deepspec.decoding.shapes import Beam, BestFirst, Chain
+from deepspec.decoding.tree import Proposal
 from deepspec.drafters.algorithms.eagle3 import (
     ALGORITHM,
     Eagle3Config,
     Eagle3Drafter,
     Eagle3Model,
-    Eagle3Params,
     default_layers,
 )
 from deepspec.drafters.checkpoint import Checkpoint, load_network, stored_weights, write_drafter
 from deepspec.drafters.load import load_drafter
+from deepspec.drafters.params import Eagle3Params
 from deepspec.errors import DeepSpecError
 from deepspec.target.model import load_target
 from tests.tiny import make_target

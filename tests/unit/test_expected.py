@@ -12,7 +12,7 @@ from deepspec.decoding.drafter import Drafter
 from deepspec.decoding.engine import Engine, generate
 from deepspec.decoding.request import Generation, Request, Sampling
 from deepspec.decoding.sampling import probabilities
-from deepspec.decoding.tree import Chain
+from deepspec.decoding.shapes import Chain
 from deepspec.drafters.algorithms.lookup import LookupDrafter
 from deepspec.drafters.checkpoint import stored_weights, write_drafter
 from deepspec.drafters.load import load_drafter

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 import pytest
 import torch
 
 from deepspec.errors import DeepSpecError
 from deepspec.features.codec import CODECS, codec
 from deepspec.features.local import CachedFeatures, OnlineFeatures
+from deepspec.features.params import Form
 from deepspec.features.sequences import Sequence
 from deepspec.target.model import H_LAST, load_target
 from tests.tiny import cached_target
@@ -71,6 +74,10 @@ def test_compressed_features_are_close_and_small(make, target, sequences, form, 
         target.logits(last[0]).float().logsumexp(-1)
     )  # of the state that will be read, not of the true one
     assert torch.allclose(log_norm[0], expected, atol=0.02) and last.shape == (1, 40, d)
+
+
+def test_the_parameters_name_every_codec():
+    assert get_args(Form) == tuple(CODECS)
 
 
 @pytest.mark.parametrize("form", CODECS)

@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 
 from deepspec.decoding.engine import Engine, generate
-from deepspec.decoding.shapes import BestFirst
-from deepspec.decoding.tree import Chain
+from deepspec.decoding.shapes import BestFirst, Chain
 from deepspec.drafters.algorithms.dspark import DSparkDrafter
 from deepspec.drafters.algorithms.lookup import LookupDrafter
 from deepspec.errors import DeepSpecError

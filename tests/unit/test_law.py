@@ -9,8 +9,7 @@ import pytest
 
 from deepspec.decoding import verify
 from deepspec.decoding.request import Sampling
-from deepspec.decoding.shapes import BestFirst, Sampled
-from deepspec.decoding.tree import Chain
+from deepspec.decoding.shapes import BestFirst, Chain, Sampled
 from deepspec.decoding.verify import standard
 from deepspec.target.model import load_target
 from tests.laws import Case, MarkovDrafter, exact_law, p_value

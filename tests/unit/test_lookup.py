@@ -11,7 +11,8 @@ import torch
 from deepspec.decoding.drafter import Drafter, DraftRequest, Session
 from deepspec.decoding.engine import generate
 from deepspec.decoding.request import Sampling
-from deepspec.decoding.tree import Chain, Proposal
+from deepspec.decoding.shapes import Chain
+from deepspec.decoding.tree import Proposal
 from deepspec.drafters.algorithms.lookup import LookupDrafter
 from deepspec.drafters.algorithms.suffix import Odds, SuffixAutomaton, SuffixDrafter, SuffixIndex
 from deepspec.drafters.lookup_first import LookupFirst

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from deepspec.decoding.drafter import DraftRequest
 from deepspec.decoding.request import Sampling
-from deepspec.decoding.tree import Chain
+from deepspec.decoding.shapes import Chain
 from deepspec.drafters.checkpoint import stored_weights
 from deepspec.drafters.load import load_drafter
 from deepspec.drafters.loss_params import LossParams

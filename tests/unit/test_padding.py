@@ -9,9 +9,10 @@ from transformers import AutoModelForCausalLM
 from deepspec.decoding.engine import generate
 from deepspec.decoding.request import Sampling
 from deepspec.decoding.sampling import probabilities
-from deepspec.drafters.algorithms.lm import LMParams, network
+from deepspec.drafters.algorithms.lm import network
 from deepspec.drafters.checkpoint import stored_weights, write_drafter
 from deepspec.drafters.load import load_drafter
+from deepspec.drafters.params import LMParams
 from deepspec.export.draft import load_draft
 from deepspec.export.parity import check
 from deepspec.target.attention import ForwardPass

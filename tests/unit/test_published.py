@@ -14,7 +14,7 @@ from deepspec.cli import app
 from deepspec.decoding.drafter import DraftRequest
 from deepspec.decoding.engine import generate
 from deepspec.decoding.request import Sampling
-from deepspec.decoding.tree import Chain
+from deepspec.decoding.shapes import Chain
 from deepspec.drafters.load import examine, load_drafter, open_draft
 from deepspec.drafters.published.vocabulary import draft_ids
 from deepspec.errors import DeepSpecError

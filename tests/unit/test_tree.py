@@ -9,10 +9,11 @@ import random
 import pytest
 import torch
 
+from deepspec.decoding.growths import top
 from deepspec.decoding.request import Sampling
 from deepspec.decoding.sampling import probabilities
-from deepspec.decoding.shapes import Beam, BestFirst, Sampled, Static, top
-from deepspec.decoding.tree import Chain, DraftLogits, Proposal, Vocabulary, grow
+from deepspec.decoding.shapes import Beam, BestFirst, Chain, Sampled, Static
+from deepspec.decoding.tree import DraftLogits, Proposal, Vocabulary, grow
 from deepspec.errors import DeepSpecError
 from tests.enumeration import path_of
 

@@ -7,10 +7,10 @@ import itertools
 import pytest
 import torch
 
-from deepspec.decoding import shapes, verify
+from deepspec.decoding import growths, verify
 from deepspec.decoding.request import Sampling
-from deepspec.decoding.shapes import Beam, BestFirst, Sampled, Static
-from deepspec.decoding.tree import Chain, DraftLogits, Proposal, Vocabulary, grow
+from deepspec.decoding.shapes import Beam, BestFirst, Chain, Sampled, Static
+from deepspec.decoding.tree import DraftLogits, Proposal, Vocabulary, grow
 from deepspec.decoding.verify import block, check_rule, drawn_walk, recursive, rule_for, standard, traversal
 from deepspec.errors import DeepSpecError
 from tests.enumeration import VOCAB, Branching, Tables, enumerate_runs, path_of
@@ -35,7 +35,7 @@ def drawn_trees(branching: tuple[int, ...], tables: Tables, monkeypatch) -> list
         def draw(probs, uniform):
             return torch.tensor([decisions.pick(row) if row.sum() > 0 else 0 for row in probs])
 
-        monkeypatch.setattr(shapes, "draw", draw)
+        monkeypatch.setattr(growths, "draw", draw)
         return proposed(Sampled(branching), tables, temperature=1.0)
 
     return enumerate_runs(run)
@@ -284,7 +284,7 @@ class TestNonAnticipation:
 
         def run(decisions: Branching) -> Proposal:
             monkeypatch.setattr(
-                shapes, "draw", lambda probs, _: torch.tensor([decisions.pick(row) for row in probs])
+                growths, "draw", lambda probs, _: torch.tensor([decisions.pick(row) for row in probs])
             )
             growth = shape.growth(Vocabulary(VOCAB), Sampling(1.0), 3, torch.Generator())
 

@@ -7,32 +7,11 @@ run DFlash in. With `sample_from_anchor` directories have the format of DeepSeek
 
 from __future__ import annotations
 
-from typing import Literal
-
-from pydantic import Field
-
-from deepspec.drafters.algorithm import Algorithm, TrainedParams
+from deepspec.drafters.algorithm import Algorithm
 from deepspec.drafters.algorithms import dspark
-from deepspec.drafters.algorithms.dspark import DSparkModel, DSparkParams
-from deepspec.drafters.start import START
+from deepspec.drafters.algorithms.dspark import DSparkModel
+from deepspec.drafters.params import DFlashParams, DSparkParams
 from deepspec.target.model import Target
-
-
-class DFlashParams(TrainedParams):
-    """DFlash: a parallel block drafter; every position is predicted on its own."""
-
-    type: Literal["dflash"]
-    layers: int = Field(2, ge=1)
-    block_size: int = Field(7, ge=1, description="γ: tokens drafted per block.")
-    target_layer_ids: list[int] | None = Field(None, description="None spreads five over the depth.")
-    draft_vocab_size: int = Field(8192, ge=0, description="Most frequent tokens kept; 0 keeps them all.")
-    context_skip: bool = Field(
-        False, description="Feed the newest target feature into the block's input (our engine only)."
-    )
-    start: str = Field("auto", description=START)
-    sample_from_anchor: bool = Field(
-        False, description="The anchor's place predicts the first token, as in DSpark; no engine serves that."
-    )
 
 
 def network(params: DFlashParams, target: Target) -> DSparkModel:

@@ -16,16 +16,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
 from torch import Tensor, nn
 
 from deepspec.decoding.drafter import Drafter, DraftRequest, GrowingSession
 from deepspec.decoding.tree import DraftLogits, Growth, Parent
-from deepspec.drafters.algorithm import Algorithm, TrainedParams
+from deepspec.drafters.algorithm import Algorithm
 from deepspec.drafters.checkpoint import Checkpoint, load_network, temperatures
 from deepspec.drafters.markov import MarkovHead
 from deepspec.drafters.network import (
@@ -38,8 +37,9 @@ from deepspec.drafters.network import (
     missing_keys,
 )
 from deepspec.drafters.origin import Origin, check_kept, open_origin
+from deepspec.drafters.params import DSparkParams
 from deepspec.drafters.rope import Rope, RopeTable, Scaling, read_rope, written_rope
-from deepspec.drafters.start import START, init_from_target, resolve_start
+from deepspec.drafters.start import init_from_target, resolve_start
 from deepspec.errors import DeepSpecError
 from deepspec.target.attention import ForwardPass, KVCache, attend
 from deepspec.target.fused import FusedLayer, PackedLinear, rotate
@@ -47,26 +47,6 @@ from deepspec.target.model import Target
 
 PUBLISHED = "Qwen3DSparkModel"
 OURS = "DeepSpecDSparkModel"  # no other engine may take it for a published one
-
-
-class DSparkParams(TrainedParams):
-    """DSpark: a parallel block drafter with a sequential head and a confidence head."""
-
-    type: Literal["dspark"]
-    layers: int = Field(2, ge=1)
-    block_size: int = Field(7, ge=1, description="γ: tokens drafted per block.")
-    target_layer_ids: list[int] | None = Field(None, description="None spreads five over the depth.")
-    markov_head: Literal["vanilla", "gated", "rnn"] = "vanilla"
-    markov_rank: int = Field(128, ge=0, description="Of the sequential head; 0 leaves it out (DFlash).")
-    confidence_head: bool = True
-    draft_vocab_size: int = Field(8192, ge=0, description="Most frequent tokens kept; 0 keeps them all.")
-    context_skip: bool = Field(
-        False, description="Feed the newest target feature into the block's input (our engine only)."
-    )
-    start: str = Field("auto", description=START)
-    sample_from_anchor: bool = Field(
-        True, description="The anchor's place predicts the first token; false: γ masks behind it predict."
-    )
 
 
 @dataclass(frozen=True)

@@ -19,37 +19,26 @@ Directories: `LlamaForCausalLMEagle3`, which engines serve, and DeepSeek's `Qwen
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
 from torch import Tensor, nn
 
-from deepspec.drafters.algorithm import Algorithm, TrainedParams
+from deepspec.drafters.algorithm import Algorithm
 from deepspec.drafters.autoregressive import AutoregressiveDrafter
 from deepspec.drafters.checkpoint import Checkpoint, load_network
 from deepspec.drafters.network import MLP, Network, NormalisedLinear, RMSNorm, like_target, missing_keys
 from deepspec.drafters.origin import check_kept, open_origin
+from deepspec.drafters.params import Eagle3Params
 from deepspec.drafters.rope import Rope, RopeTable, Scaling, read_rope, written_rope
-from deepspec.drafters.start import START, init_from_target, resolve_start
+from deepspec.drafters.start import init_from_target, resolve_start
 from deepspec.errors import DeepSpecError
 from deepspec.target.attention import ForwardPass, attend
 from deepspec.target.fused import FusedLayer, PackedLinear, rotate
 from deepspec.target.model import Target
 
 SERVED, DEEPSEEK = "LlamaForCausalLMEagle3", "Qwen3Eagle3Model"
-
-
-class Eagle3Params(TrainedParams):
-    """EAGLE-3: one layer that drafts token by token from the target's features and its own outputs."""
-
-    type: Literal["eagle3"]
-    block_size: int = Field(5, ge=1, description="γ: steps unrolled in training, tokens drafted at most.")
-    target_layer_ids: list[int] | None = Field(None, description="None takes a low, a middle and a high one.")
-    draft_vocab_size: int = Field(8192, ge=0, description="Most frequent tokens kept; 0 keeps them all.")
-    start: str = Field("auto", description=START)
-    qk_norm: bool = Field(False, description="Qwen3-style layer, DeepSeek's format; else Llama's.")
 
 
 @dataclass(frozen=True)
@@ -216,7 +205,7 @@ class Layer(nn.Module):
 
     def residual(self, hidden: Tensor) -> Tensor:
         """Return what the attention's output is added to."""
-        return self.hidden_norm(hidden) if self.normed_residual else hidden
+        return self.hidden_norm(hidden) if self.normed_residual and self.hidden_norm is not None else hidden
 
     def finish(self, attended: Tensor, hidden: Tensor) -> Tensor:
         """Output projection, MLP and their residuals; attended [b, n, heads, head_dim]."""

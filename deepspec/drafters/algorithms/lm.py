@@ -11,45 +11,23 @@ from __future__ import annotations
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from pydantic import Field, model_validator
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from deepspec.decoding.tree import Vocabulary
-from deepspec.drafters.algorithm import Algorithm, TrainedParams
+from deepspec.drafters.algorithm import Algorithm
 from deepspec.drafters.autoregressive import AutoregressiveDrafter
 from deepspec.drafters.checkpoint import Checkpoint
 from deepspec.drafters.network import Network, Outputs
+from deepspec.drafters.params import LMParams
 from deepspec.errors import DeepSpecError
 from deepspec.target.attention import NAME, ForwardPass
 from deepspec.target.head import head_transform
 from deepspec.target.model import Target
 from deepspec.target.source import decoder_layers, from_pretrained
-
-
-class LMParams(TrainedParams):
-    """An independent draft language model of the target's tokenizer."""
-
-    type: Literal["lm"]
-    block_size: int = Field(5, ge=1, description="γ: tokens drafted at most.")
-    source: str | None = Field(None, description="A model of the same tokenizer: a directory or a hub id.")
-    from_layers: list[int] | None = Field(None, description="Or: the target's own layers to start from.")
-    hidden_size: int | None = Field(None, ge=8, description="Or: from scratch, of this width.")
-    layers: int = Field(2, ge=1, description="From scratch: decoder layers.")
-    finetune: bool = Field(True, description="false: used as it is.")
-
-    @model_validator(mode="after")
-    def _one_origin(self) -> LMParams:
-        given = [name for name in ("source", "from_layers", "hidden_size") if getattr(self, name) is not None]
-        if len(given) != 1:
-            found = " and ".join(given) or "none"
-            raise ValueError(
-                f"a draft of type lm wants one of source, from_layers, hidden_size; found {found}"
-            )
-        return self
 
 
 @dataclass(frozen=True)

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Protocol
 
-from pydantic import Field
 from torch import Tensor
 
 from deepspec.decoding.drafter import Drafter, DraftRequest, Proposal, Session
 from deepspec.drafters.algorithm import Algorithm
+from deepspec.drafters.params import LookupParams
 from deepspec.section import Section
 
 
@@ -82,14 +82,6 @@ def continued(tokens: list[int], start: int, anchor: int, count: int) -> list[in
     if len(rest) < count:
         rest.append(anchor)
     return [rest[i % len(rest)] for i in range(count)]
-
-
-class LookupParams(Section):
-    """Training-free: the continuation of the longest earlier match of the context's end."""
-
-    type: Literal["lookup"]
-    block_size: int = Field(7, ge=1)
-    min_match: int = Field(2, ge=1, description="Shortest suffix, in tokens, that counts as a match.")
 
 
 class TrainingFreeDrafter(Drafter):

@@ -11,36 +11,24 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
 from torch import Tensor, nn
 
 from deepspec.decoding.drafter import Drafter, DraftRequest, GrowingSession
 from deepspec.decoding.tree import DraftLogits, Growth, Parent
-from deepspec.drafters.algorithm import Algorithm, TrainedParams
+from deepspec.drafters.algorithm import Algorithm
 from deepspec.drafters.checkpoint import Checkpoint, load_network
 from deepspec.drafters.network import Network, like_target, missing_keys
 from deepspec.drafters.origin import check_kept, open_origin
+from deepspec.drafters.params import MedusaParams
 from deepspec.errors import DeepSpecError
 from deepspec.target.fused import PackedLinear
 from deepspec.target.model import H_LAST, Target
 
 ARCHITECTURE = "MedusaModel"
-
-
-class MedusaParams(TrainedParams):
-    """Medusa: residual heads on the target's last hidden state; the cheapest draft to train and to run."""
-
-    type: Literal["medusa"]
-    heads: int = Field(4, ge=1, description="K: tokens drafted.")
-    layers: int = Field(1, ge=1, description="Residual layers of a head.")
-    draft_vocab_size: int = Field(8192, ge=0, description="Most frequent tokens kept; 0 keeps them all.")
-    start: str | None = Field(
-        None, description="A draft directory to go on from; null: heads that change nothing."
-    )
 
 
 @dataclass(frozen=True)

@@ -9,13 +9,11 @@ before gives the `survival` that controllers weigh. Texts given at construction 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Literal, NamedTuple
-
-from pydantic import Field
+from typing import NamedTuple
 
 from deepspec.decoding.drafter import Proposal
 from deepspec.drafters.algorithms.lookup import IndexSession, TrainingFreeDrafter, continued
-from deepspec.section import Section
+from deepspec.drafters.params import SuffixParams
 
 _SEPARATOR = -1  # between the texts of a corpus; no token
 _REFRESHED = 32  # states whose latest place is kept exactly, from the longest match down
@@ -198,14 +196,6 @@ class SuffixIndex:
             self.odds.note(self.matched + k, right)
             if not right:
                 self.guess = []
-
-
-class SuffixParams(Section):
-    """Training-free: the longest earlier match of any length, found by a suffix automaton."""
-
-    type: Literal["suffix"]
-    block_size: int = Field(16, ge=1)
-    min_match: int = Field(2, ge=1)
 
 
 class SuffixDrafter(TrainingFreeDrafter):

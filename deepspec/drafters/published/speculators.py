@@ -53,11 +53,11 @@ def _flat(config: Any) -> dict[str, Any]:
         raise DeepSpecError("config.json lacks transformer_layer_config, the sizes of the draft")
     outer = {key: value for key, value in config.items() if key != "transformer_layer_config"}
     outer.pop("model_type", None)
-    inner = {"model_type": "qwen3"} | inner
-    rope = inner.get("rope_parameters") or {}
+    sizes: dict[str, Any] = {"model_type": "qwen3"} | inner
+    rope: Any = sizes.get("rope_parameters") or {}
     if isinstance(rope.get("sliding_attention"), dict):  # one for each kind of layer; trained with this one
-        inner["rope_parameters"] = rope["sliding_attention"]
-    return inner | {key: value for key, value in outer.items() if value is not None}
+        sizes["rope_parameters"] = rope["sliding_attention"]
+    return sizes | {key: value for key, value in outer.items() if value is not None}
 
 
 def _plan(kind: str, config: dict[str, Any], found: Found) -> Plan:
