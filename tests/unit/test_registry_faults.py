@@ -234,7 +234,7 @@ def test_a_version_is_served_by_mlflow_and_refuses_bad_requests_in_one_line(tree
     assert reply.status_code == 400 and "prompt 0 is ' '; expected text" in reply.json()["message"]
     reply = client.post("/invocations", json=request | {"params": {"max_new_tokens": -1}})
     assert reply.status_code == 400 and "max_new_tokens" in reply.json()["message"]
-    with pytest.raises(MlflowException, match="prompt 1 is (None|nan); expected text"):
+    with pytest.raises(MlflowException, match=r"prompt 1 is (None|nan); expected text"):
         model.predict(pd.DataFrame({"prompt": ["Why?", None]}))
 
 
