@@ -85,7 +85,7 @@ def same_eval_version(champion: Evidence, challenger: Evidence) -> tuple[bool, s
 def same_target(champion: Evidence, challenger: Evidence) -> tuple[bool, str]:
     keys = ("target_digest", "dtype", "seed", "max_new_tokens")
     return _same(
-        *(", ".join(str(getattr(one.record, key)) for key in keys) for one in (champion, challenger))
+        *(", ".join(f"{key} {getattr(one.record, key)}" for key in keys) for one in (champion, challenger))
     )
 
 

@@ -104,14 +104,14 @@ def prepare(
     network.share(target, _vocabulary(network, learnt, target))
     if network.start and accelerator.is_main_process:
         logger.info("%s begins %s", name, _BEGINS.get(network.start, f"as {network.start}"))
-    fc = getattr(network, "fc", None)
-    if network.start == "target" or (network.origin is not None and isinstance(fc, NormalisedLinear)):
+    joins: object = getattr(network, "fc", None)
+    if network.start == "target" or (network.origin is not None and isinstance(joins, NormalisedLinear)):
         rows = [features.rows([i])[0] for i in members[:_STD_SEQUENCES]]
         deviation = channel_std(rows, features.layers)
-        if network.origin is None:
-            network.init_from_target(target, deviation)
+        if isinstance(joins, NormalisedLinear) and network.origin is not None:
+            keep_scale(joins, deviation)
         else:
-            keep_scale(fc, deviation)
+            network.init_from_target(target, deviation)
     if network.origin is None:
         match_head(network, target)
     heldout = [i for i in heldout if any(sequences[i].answer[2:])]

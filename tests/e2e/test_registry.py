@@ -20,7 +20,8 @@ from typer.testing import CliRunner
 
 from deepspec import generate, load_target
 from deepspec.cli import app
-from tests.tracked import MODEL, ROOT, lay_out
+from deepspec.tracking import trial
+from tests.tracked import MODEL, ROOT, ask_here, lay_out
 
 pytestmark = pytest.mark.e2e
 PROMPTS = ["What is the sum of 2 and 3?", "Write a story about a cat.", "Why?"]
@@ -99,6 +100,7 @@ def test_a_draft_becomes_the_champion_and_another_process_gets_the_targets_own_t
     assert run("register")[0] == 0
     assert run("promote")[0] == 0
 
+    monkeypatch.setattr(trial, "ask_in_fresh_process", ask_here)  # once was enough
     lay_out(tmp_path, tiny_target, variant="worse", accepted=1)
     assert run("register")[0] == 0
     code, text = run("promote")

@@ -446,7 +446,8 @@ def test_a_process_is_started_once_and_stopped_with_its_children(tmp_path: Path,
     assert Process(tmp_path, "one").pid() == process.pid() is not None
     while process.last_line() != "hello":  # the test's own time limit ends this
         time.sleep(0.01)
-    family = psutil.Process(process.pid()).children(recursive=True)
+    while not (family := psutil.Process(process.pid()).children(recursive=True)):  # `sleep` comes after
+        time.sleep(0.01)
     process.terminate()
     process.wait()
     assert process.pid() is None
