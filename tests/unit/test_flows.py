@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -304,6 +305,27 @@ def test_a_result_that_is_not_committed_is_told_with_what_it_means(repository: P
     repro(repository, "data")
     assert "dvc.lock is not committed" in (said := str(uncommitted(repository)))
     assert 'git commit -m "The result" dvc.lock' in said
+
+
+@pytest.mark.parametrize("document", ["README.md", "docs/operations.md"])
+def test_after_the_commit_that_the_documents_name_a_run_finds_everything_done(
+    repository: Path, document: str, monkeypatch: pytest.MonkeyPatch
+):
+    line = re.search(r"^    (git commit -m \"[^\n]*?reports)\b", (ROOT / document).read_text(), re.M)
+    assert line
+    (repository / "reports").mkdir()
+    (repository / "reports/table.md").write_text("")
+    commit(repository)
+    (repository / "reports/table.md").write_text("of the run")
+    repro(repository, "data")
+    for who in ("AUTHOR", "COMMITTER"):
+        monkeypatch.setenv(f"GIT_{who}_NAME", "u")
+        monkeypatch.setenv(f"GIT_{who}_EMAIL", "u@example.org")
+    git(repository, "add", "dvc.lock")  # in the project it is there since the first run
+    subprocess.run(["sh", "-c", line[1]], cwd=repository, check=True, capture_output=True)
+    assert uncommitted(repository) is None
+    with clone_of(repository) as work:
+        assert "didn't change" in repro(work.root, "data")
 
 
 @pytest.mark.parametrize(
