@@ -14,10 +14,10 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from deepspec.drafters.checkpoint import RECORD, Checkpoint, draft_digest, draft_directory
-from deepspec.drafters.network import SHARED, Network
+from deepspec.drafters.network import SHARED, Network, NormalisedLinear
 from deepspec.drafters.published.recognise import opened, recognise
 from deepspec.drafters.published.vocabulary import draft_ids
 from deepspec.drafters.start import WAYS
@@ -149,9 +149,11 @@ def check_kept(asked: dict[str, object], origin: Origin) -> None:
             )
 
 
-def keep_scale(network: nn.Module, channel_std: Tensor) -> None:
+def keep_scale(network: Network, channel_std: Tensor) -> None:
     """Divide `fc`'s inputs by their deviation from now on, and multiply its weight by it: what it says stays."""
-    fc = network.fc
+    fc = network.get_submodule("fc")
+    if not isinstance(fc, NormalisedLinear):
+        return
     before = fc.scale.clone()
     fc.set_scale(channel_std)
     with torch.no_grad():
