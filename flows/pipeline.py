@@ -206,7 +206,7 @@ def track_run(work: Workspace) -> None:
         for page in ("report", "validation"):
             if (work.root / f"reports/{page}.html").exists():
                 create_link_artifact(
-                    f"{link}/artifacts/reports/{page}.html",
+                    f"{link}/artifactPath/reports/{page}.html",
                     f"{page}.html",
                     key=f"{page}-page",
                     description=f"reports/{page}.html of this run, in MLflow; also on the branch of the run",

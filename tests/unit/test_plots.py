@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from dvc.repo import Repo
 
 from deepspec.commands.plots import run
 from deepspec.errors import DeepSpecError
@@ -40,6 +41,16 @@ def test_the_page_draws_without_a_network(repository: Path, browser):
         page.locator(".vega-embed canvas, .vega-embed svg.marks").first.wait_for(timeout=10_000)
         assert page.get_by_text("Something went wrong").count() == 0
     assert all(url.startswith("file://") for url in asked)
+
+
+def test_the_pipeline_that_is_named_is_not_drowned_by_another_one(repository: Path, monkeypatch):
+    """`dvc status dvc.yaml` of the documents: without a name, DVC tells of paper/dvc.yaml too."""
+    (repository / "paper").mkdir()
+    (repository / "paper/dvc.yaml").write_text(DVC_YAML.split("plots:")[0])
+    monkeypatch.chdir(repository)
+    with Repo(repository) as repo:
+        assert set(repo.status()) == {"measure", "paper/dvc.yaml:measure"}
+        assert set(repo.status(targets=["dvc.yaml"])) == {"measure"}
 
 
 def test_an_unknown_revision_is_one_line(repository: Path):
