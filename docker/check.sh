@@ -51,9 +51,12 @@ trap down EXIT
 
 # --- an engine ---------------------------------------------------------------------------------------------------------
 
-debian_packages() {
+debian_packages() { # the engine is unpacked and not installed: installed, it would be started, with rules of its own
   apt-get update
-  apt-get install -y --no-install-recommends docker.io mmdebstrap iptables iproute2
+  apt-get install -y --no-install-recommends mmdebstrap iptables iproute2 libdevmapper1.02.1 libseccomp2
+  mkdir -p "$WORK/engine-debs"
+  (cd "$WORK/engine-debs" && apt-get -o APT::Sandbox::User=root download docker.io containerd runc tini)
+  for deb in "$WORK"/engine-debs/*.deb; do dpkg -x "$deb" "$WORK/engine-tree"; done
 }
 
 mirror() { apt-get indextargets --format '$(SITE)' 'Created-By: Packages' | grep -v security | head -n 1; }
@@ -247,6 +250,7 @@ if [ $STAND_INS = no ] && docker info >/dev/null 2>&1; then
 else
   STAND_INS=yes
   step packages debian_packages
+  export PATH=$WORK/engine-tree/usr/bin:$WORK/engine-tree/usr/sbin:$PATH
   docker compose version >/dev/null 2>&1 || step plugins plugins
   docker info >/dev/null 2>&1 || start_engine
 fi

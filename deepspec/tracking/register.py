@@ -37,7 +37,7 @@ from deepspec.errors import DeepSpecError
 from deepspec.files import digest, file_digest, write_json
 from deepspec.provenance import CORE
 from deepspec.target.embedded import PREFIX
-from deepspec.target.source import is_hub_id
+from deepspec.target.source import RECORD, is_hub_id
 from deepspec.tracking import figures, served, trial
 from deepspec.tracking.card import card, describe_model
 from deepspec.tracking.result import EXPORTS, TARGET, Result, read_json, target_digest
@@ -214,9 +214,7 @@ def _discard(store: Store, model_id: str) -> None:
 
 def save(result: Result, folder: Path, model: Model, parts: Parts) -> None:
     """Write the version's directory, with work files beside it; nothing is inferred and nothing fetched."""
-    reference = None
-    if not parts.target:
-        reference = result.params.target.model_dump() | {"digest": result.record.target_digest}
+    reference = None if parts.target else _reference(result)
     places = {"target": result.target} if parts.target else {}
     places |= {"draft": result.draft} | ({"exports": result.exports} if parts.exports else {})
     artifacts = {name: folder.parent / name for name in (*places, "evidence")}
@@ -236,6 +234,15 @@ def save(result: Result, folder: Path, model: Model, parts: Parts) -> None:
         mlflow_model=model,
     )
     _forget_places(model, folder)
+
+
+def _reference(result: Result) -> dict[str, str | None]:
+    """Return what fetches the target again: hub commit and pinned day as they were, where its directory says so."""
+    named = result.params.target.model_dump() | {"digest": result.record.target_digest}
+    if not (result.target / RECORD).is_file():
+        return named
+    made = read_json(result.target / RECORD)
+    return named | {key: made[key] for key in ("revision", "template_date") if made.get(key)}
 
 
 def _forget_places(model: Model, folder: Path) -> None:

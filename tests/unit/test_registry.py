@@ -128,6 +128,7 @@ def test_a_target_by_reference_is_named_not_copied(tree: Path, tiny_target: Path
     assert config["reference"] == {
         "source": str(tiny_target),
         "revision": None,
+        "template_date": None,
         "dtype": "float32",
         "digest": record["target_digest"],
     }
