@@ -113,6 +113,7 @@ class Network(nn.Module):
     maps_columns = True  # a reduced vocabulary is written down (d2t)
     start: str | None = None  # `target`, `random` or a directory, where `deepspec.drafters.start` has a say
     origin: Given | None = None
+    norms_features = False  # whether it norms the target's features before it joins them
     confident = False  # whether it says how sure it is (`Outputs.confidence`)
     checkpointing = False  # activations of blocks are computed again in the backward pass
 

@@ -105,10 +105,11 @@ def prepare(
     if network.start and accelerator.is_main_process:
         logger.info("%s begins %s", name, _BEGINS.get(network.start, f"as {network.start}"))
     joins: object = getattr(network, "fc", None)
-    if network.start == "target" or (network.origin is not None and isinstance(joins, NormalisedLinear)):
+    scaled = isinstance(joins, NormalisedLinear) and network.origin is not None and not network.norms_features
+    if network.start == "target" or scaled:
         rows = [features.rows([i])[0] for i in members[:_STD_SEQUENCES]]
         deviation = channel_std(rows, features.layers)
-        if isinstance(joins, NormalisedLinear) and network.origin is not None:
+        if isinstance(joins, NormalisedLinear) and scaled:
             keep_scale(joins, deviation)
         else:
             network.init_from_target(target, deviation)

@@ -92,7 +92,7 @@ def test_features_are_divided_by_their_deviation_and_nothing_else_changes(target
     network = begun(target, "eagle3", eagle3([2, 4, 5], **NAMED).write(tmp_path))
     features = torch.randn(5, 3 * D)
     before = network.fuse(features)
-    keep_scale(network, torch.rand(3 * D) + 0.1)
+    keep_scale(network.fc, torch.rand(3 * D) + 0.1)
     assert float(network.fc.scale.std()) > 0
     torch.testing.assert_close(network.fuse(features), before, atol=1e-5, rtol=1e-4)
 

@@ -220,6 +220,7 @@ class Eagle3Model(Network):
         super().__init__(config)
         self.start = start
         count, d = len(config.target_layer_ids), config.hidden_size
+        self.norms_features = config.norm_before_fc or config.fc_norm
         self.fc = NormalisedLinear(count * d, d)
         self.layers = nn.ModuleList(Layer(config, i) for i in range(config.num_hidden_layers))
         self.input_norm = RMSNorm(count * d, config.rms_norm_eps) if config.norm_before_fc else None
