@@ -8,6 +8,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from deepspec.decoding.request import Generation, Request, Stats
+from deepspec.target.chat import render
 
 SPECIAL = ["<bos>", "<eos>", "<|start|>", "<|end|>"]
 CHATML = (
@@ -42,16 +43,19 @@ class FakeTarget:
     digest = "0123456789abcdef"
     max_length = 4096
 
-    def __init__(self, template: str = CHATML) -> None:
+    def __init__(self, template: str = CHATML, **chat_template_kwargs: object) -> None:
+        self.chat_template_kwargs = chat_template_kwargs
         self.tokenizer = _tokenizer(template)
         self.vocab_size = len(self.tokenizer)
         self.end, self.eos = self.tokenizer.convert_tokens_to_ids(["<|end|>", "<eos>"])
         self.stop_ids = frozenset({self.end, self.eos})
 
-    def chat_ids(self, messages: list[dict], add_generation_prompt: bool = True) -> list[int]:
-        return self.tokenizer.apply_chat_template(
-            messages, add_generation_prompt=add_generation_prompt, tokenize=True, return_dict=False
-        )
+    def chat_text(self, messages, add_generation_prompt=True, tools=(), chat_template_kwargs=None) -> str:
+        options = {**self.chat_template_kwargs, **(chat_template_kwargs or {})}
+        return render(self.tokenizer, "fake", messages, add_generation_prompt, tools, options)
+
+    def chat_ids(self, messages, add_generation_prompt=True, tools=(), chat_template_kwargs=None) -> list[int]:
+        return self.ids(self.chat_text(messages, add_generation_prompt, tools, chat_template_kwargs))
 
     def ids(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]

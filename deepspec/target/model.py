@@ -8,12 +8,11 @@ drafters need: hidden features of chosen decoder layers, the post-norm hidden st
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from jinja2 import TemplateError
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -21,6 +20,7 @@ from deepspec.errors import DeepSpecError
 from deepspec.files import replacing
 from deepspec.target import template
 from deepspec.target.attention import CACHE_LENGTH, NAME, ForwardPass, KVCache
+from deepspec.target.chat import render
 from deepspec.target.embedded import PREFIX, write_embedded
 from deepspec.target.fused import FusedLayer, Int4Linear, Make, PackedLinear, fuse
 from deepspec.target.graphs import GraphedPasses
@@ -192,7 +192,9 @@ class Target:
         graphs: bool = False,
         verdict: Verdict | None = None,
         digest: str = "",
+        chat_template_kwargs: Mapping[str, Any] | None = None,
     ):
+        self.chat_template_kwargs = dict(chat_template_kwargs or {})
         self.tokenizer = tokenizer
         self.source = source
         self.weights = weights
@@ -331,24 +333,42 @@ class Target:
                     f"target layer {layer} cannot be a feature: this target has layers -1 to {self.num_layers - 2}"
                 )
 
-    def chat_ids(self, messages: list[dict], add_generation_prompt: bool = True) -> list[int]:
-        """Token ids of a conversation under the target's own template."""
-        return self._templated(messages, add_generation_prompt=add_generation_prompt, tokenize=True)
+    def chat_text(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        add_generation_prompt: bool = True,
+        tools: Sequence[Mapping[str, Any]] = (),
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+    ) -> str:
+        """Text of a conversation under the target's own template.
+
+        Args:
+            messages: as OpenAI's API has them; the arguments of tool calls are objects.
+            chat_template_kwargs: beside the target's own (`target.chat_template_kwargs` of params.yaml), which they
+                go before.
+
+        Raises:
+            DeepSpecError: the template refuses the conversation.
+        """
+        options = {**self.chat_template_kwargs, **(chat_template_kwargs or {})}
+        return render(self.tokenizer, self.source, messages, add_generation_prompt, tools, options)
+
+    def chat_ids(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        add_generation_prompt: bool = True,
+        tools: Sequence[Mapping[str, Any]] = (),
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+    ) -> list[int]:
+        """Token ids of `chat_text`."""
+        text = self.chat_text(messages, add_generation_prompt, tools, chat_template_kwargs)
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
     def user_prefix_ids(self) -> list[int]:
-        """Return the template up to where the user's words begin: from here the target writes a user turn (Magpie)."""
+        """The template up to where the user's words begin: from here the target writes a user turn (Magpie)."""
         marker = "\u2063deepspec\u2063"
-        text = self._templated([{"role": "user", "content": marker}], tokenize=False)
+        text = self.chat_text([{"role": "user", "content": marker}], add_generation_prompt=False)
         return self.tokenizer(text[: text.index(marker)], add_special_tokens=False)["input_ids"]
-
-    def _templated(self, messages: list[dict], **options: Any) -> Any:
-        try:
-            return self.tokenizer.apply_chat_template(messages, return_dict=False, **options)
-        except TemplateError as error:
-            words = " ".join(str(error).split())
-            raise DeepSpecError(
-                f"{self.source}: the chat template refuses this conversation: {words}"
-            ) from error
 
     def _hook(self, layer: int) -> None:
         """Keep the raw output of decoder layer `layer` in the ForwardPass that asks for it."""
