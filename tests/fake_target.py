@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -43,18 +43,27 @@ class FakeTarget:
     digest = "0123456789abcdef"
     max_length = 4096
 
-    def __init__(self, template: str = CHATML, **chat_template_kwargs: object) -> None:
+    def __init__(
+        self,
+        template: str = CHATML,
+        special: Sequence[str] = SPECIAL,
+        stops: Sequence[str] = ("<|end|>", "<eos>"),
+        **chat_template_kwargs: object,
+    ) -> None:
         self.chat_template_kwargs = chat_template_kwargs
-        self.tokenizer = _tokenizer(template)
+        self.tokenizer = _tokenizer(template, special, stops[0])
         self.vocab_size = len(self.tokenizer)
-        self.end, self.eos = self.tokenizer.convert_tokens_to_ids(["<|end|>", "<eos>"])
-        self.stop_ids = frozenset({self.end, self.eos})
+        self.end, *others = self.tokenizer.convert_tokens_to_ids(list(stops))
+        self.eos = others[0] if others else self.end
+        self.stop_ids = frozenset({self.end, *others})
 
     def chat_text(self, messages, add_generation_prompt=True, tools=(), chat_template_kwargs=None) -> str:
         options = {**self.chat_template_kwargs, **(chat_template_kwargs or {})}
         return render(self.tokenizer, "fake", messages, add_generation_prompt, tools, options)
 
-    def chat_ids(self, messages, add_generation_prompt=True, tools=(), chat_template_kwargs=None) -> list[int]:
+    def chat_ids(
+        self, messages, add_generation_prompt=True, tools=(), chat_template_kwargs=None
+    ) -> list[int]:
         return self.ids(self.chat_text(messages, add_generation_prompt, tools, chat_template_kwargs))
 
     def ids(self, text: str) -> list[int]:
@@ -64,15 +73,15 @@ class FakeTarget:
         return self.tokenizer.decode(ids)
 
 
-def _tokenizer(template: str) -> PreTrainedTokenizerFast:
+def _tokenizer(template: str, special: Sequence[str], eos: str) -> PreTrainedTokenizerFast:
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {token: i for i, token in enumerate([*SPECIAL, *alphabet])}
+    vocabulary = {token: i for i, token in enumerate([*special, *alphabet])}
     core = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()
-    core.add_special_tokens(SPECIAL)
+    core.add_special_tokens(list(special))
     return PreTrainedTokenizerFast(
-        tokenizer_object=core, bos_token="<bos>", eos_token="<|end|>", chat_template=template
+        tokenizer_object=core, bos_token=special[0], eos_token=eos, chat_template=template
     )
 
 

@@ -10,10 +10,13 @@ template writes the history anew, it begins another row.
 from __future__ import annotations
 
 import json
+from dataclasses import replace
+from itertools import dropwhile
 from typing import Any
 
 from deepspec.answers.history import Histories, keeps
 from deepspec.answers.turns import answer_text, between_turns
+from deepspec.errors import DeepSpecError
 from deepspec.messages.message import Message
 from deepspec.messages.prompt import Prompt, Slot
 
@@ -177,18 +180,35 @@ class Conversation:
                 self.endings.append("a tool was called with other arguments than in the source")
         elif results:
             self.endings.append("a tool call of the source was not made, its results are left out")
-            while place < len(self._slots) and self._slots[place].before[0]["role"] == "tool":
+            while place < len(self._slots) and not self._without_results(place):
                 place += 1
         return place if place < len(self._slots) else None
+
+    def _without_results(self, place: int) -> bool:
+        """Take leading tool results out of a slot; return whether anything is left to be answered there."""
+        slot = self._slots[place]
+        left = tuple(dropwhile(lambda message: message["role"] == "tool", slot.before))
+        self._slots[place] = replace(slot, before=left)
+        return bool(left)
 
     def _next_prompt(self, earlier: list[Message] | None = None, text: str = "") -> list[int] | None:
         """Return the ids that the next answer continues, or None where the conversation is over.
 
         Args:
             earlier: the messages of the prompt before, which `text` answered.
+
+        Raises:
+            UnusableError: the template refuses the conversation.
         """
         if self._place is None:
             return None
+        try:
+            ids = self._prompt_ids(earlier, text)
+        except DeepSpecError as error:
+            raise UnusableError(str(error)) from None
+        return ids if len(ids) < self.max_length else None
+
+    def _prompt_ids(self, earlier: list[Message] | None, text: str) -> list[int]:
         chat, asked = self.prompt.chat, self.asked
         if earlier is not None and not self._rendered and self._appends(earlier, text):
             between = between_turns(
@@ -199,10 +219,8 @@ class Conversation:
                 tools=chat.tools,
                 options=chat.chat_template_kwargs,
             )
-            ids = [*self.input_ids, *between]
-        else:
-            ids = self.target.chat_ids(asked, True, chat.tools, chat.chat_template_kwargs)
-        return ids if len(ids) < self.max_length else None
+            return [*self.input_ids, *between]
+        return self.target.chat_ids(asked, True, chat.tools, chat.chat_template_kwargs)
 
     def _appends(self, earlier: list[Message], text: str) -> bool:
         chat = self.prompt.chat

@@ -77,7 +77,9 @@ class CallForm:
         body, _, _ = text.partition(self.closing.strip() or "\0")
         pairs = [pair.partition(self.value.strip()) for pair in body.split(self.next.strip() or "\0")]
         opening = self.arguments.strip()
-        found = {key.strip().removeprefix(opening).strip(): value.strip() for key, middle, value in pairs if middle}
+        found = {
+            key.strip().removeprefix(opening).strip(): value.strip() for key, middle, value in pairs if middle
+        }
         return found or ({} if not body.strip() else None)
 
 
@@ -88,12 +90,14 @@ class AnswerForm:
     Attributes:
         answer: text before an answer without a thought; often empty.
         thought: text before a thought, and between thought and answer; None: the template shows no thoughts.
+        thought_call: text before a thought, and between it and the name of a tool.
         call: of tool calls; None: the template shows none, or no tools are offered.
     """
 
     answer: str
     thought: tuple[str, str] | None
     call: CallForm | None
+    thought_call: tuple[str, str] | None = None
 
     def parse(self, text: str) -> Message | None:
         """Return what the target wrote as a message of the template; None: a tool call that cannot be read."""
@@ -117,13 +121,14 @@ class AnswerForm:
 
     def _split(self, text: str) -> tuple[str | None, str]:
         """Return the thought, None where there is none, and what follows it."""
-        if self.thought is None:
-            return None, text
-        opening, middle = (part.strip() for part in self.thought)
-        start, found, rest = text.partition(middle)
-        if not middle or not found or not start.lstrip().startswith(opening):
-            return None, text
-        return start.lstrip().removeprefix(opening).strip("\n"), rest.lstrip("\n")
+        for form in (self.thought, self.thought_call):
+            opening, middle = (part.strip() for part in form or ("", ""))
+            start, found, rest = text.partition(middle) if middle else ("", "", "")
+            if found and start.lstrip().startswith(opening):
+                if form is self.thought_call and self.call:
+                    rest = self.call.opening.strip() + rest
+                return start.lstrip().removeprefix(opening).strip("\n"), rest.lstrip("\n")
+        return None, text
 
 
 def learn_form(target: Any, tools: bool, options: Mapping[str, Any]) -> AnswerForm:
@@ -141,7 +146,7 @@ def learn_form(target: Any, tools: bool, options: Mapping[str, Any]) -> AnswerFo
             whole = target.chat_text([USER, message], False, offered, options)
         except DeepSpecError:
             return None
-        return whole[len(commonprefix([before, whole])) :]
+        return whole[_divergence(before, whole) :]
 
     answer = (turn({"role": "assistant", "content": ANSWER}) or "").partition(ANSWER)[0]
     thought = None
@@ -149,17 +154,35 @@ def learn_form(target: Any, tools: bool, options: Mapping[str, Any]) -> AnswerFo
     if THOUGHT in shown and ANSWER in shown and shown.index(THOUGHT) < shown.index(ANSWER):
         opening, _, rest = shown.partition(THOUGHT)
         thought = (opening, rest.partition(ANSWER)[0])
-    return AnswerForm(answer, thought, _learn_call(turn, answer) if tools else None)
+    if not tools:
+        return AnswerForm(answer, thought, None)
+    pieces = _between(turn(_calling([(NAME, 0)]) | {"reasoning_content": THOUGHT}) or "", (THOUGHT, NAME))
+    return AnswerForm(answer, thought, _learn_call(turn, answer), (pieces[0], pieces[1]) if pieces else None)
+
+
+def _divergence(first: str, second: str) -> int:
+    """Return where two texts part, not within a tag."""
+    shared = commonprefix([first, second])
+    tag = shared.rfind("<")
+    return (
+        tag
+        if tag >= 0 and len(shared) < len(first) and not re.search(r"[>\s]", shared[tag:])
+        else len(shared)
+    )
+
+
+def _calling(calls: list[tuple[str, int]]) -> Message:
+    arguments = dict(zip(KEYS, VALUES, strict=True))
+    made: list[ToolCall] = [
+        {"id": f"call{number:05d}", "type": "function", "function": {"name": name, "arguments": arguments}}
+        for name, number in calls
+    ]
+    return {"role": "assistant", "content": "", "tool_calls": made}
 
 
 def _learn_call(turn: Any, answer: str) -> CallForm | None:
-    arguments = dict(zip(KEYS, VALUES, strict=True))
-    first, second = (
-        {"id": f"call{number:05d}", "type": "function", "function": {"name": name, "arguments": arguments}}
-        for number, name in enumerate((NAME, NAME2))
-    )
-    one = turn({"role": "assistant", "content": "", "tool_calls": [first]}) or ""
-    two = turn({"role": "assistant", "content": "", "tool_calls": [first, second]}) or ""
+    one = turn(_calling([(NAME, 0)])) or ""
+    two = turn(_calling([(NAME, 0), (NAME2, 1)])) or ""
     pieces = _between(one, (NAME, KEYS[0], VALUES[0], KEYS[1], VALUES[1]))
     if pieces is None:
         return None

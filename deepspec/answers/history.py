@@ -32,6 +32,18 @@ class Histories:
             self._found[key] = History(self.target, bool(chat.tools), options)
         return self._found[key]
 
+    def describe(self) -> list[dict[str, Any]]:
+        """Return what was found, for the data set's manifest."""
+        return [
+            {
+                "chat_template_kwargs": history.options,
+                "tools": history.tools,
+                "history": "kept" if history.appends else "rewritten",
+                "shows_thoughts": history.form.thought is not None,
+            }
+            for _, history in sorted(self._found.items())
+        ]
+
 
 class History:
     """One template with one set of arguments.
@@ -42,6 +54,7 @@ class History:
     """
 
     def __init__(self, target: Any, tools: bool, options: Mapping[str, Any]) -> None:
+        self.tools, self.options = tools, {**target.chat_template_kwargs, **options}
         self._target, self._tools, self._options = target, TOOLS if tools else [], options
         self.form: AnswerForm = learn_form(target, tools, options)
         self.appends: bool = all(self._kept(text) for text in self._probes())

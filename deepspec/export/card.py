@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+import json
 
 from deepspec.evaluation.record import TaskEntry
 from deepspec.export.advice import Advice
@@ -49,7 +49,9 @@ def _making(draft: Draft) -> list[tuple[str, str]]:
         "target digest": draft.target.digest,
         "draft digest": draft.digest,
         "data digest": record.get("data_digest"),
-        "began as": "; ".join(_parent(parent) for parent in record.get("parents") or ()),
+        "template arguments": json.dumps(draft.target.chat_template_kwargs)
+        if draft.target.chat_template_kwargs
+        else None,
         "commit": record.get("git_commit"),
         "command": record.get("command"),
         "seed": record.get("seed"),

@@ -32,7 +32,10 @@ from deepspec.guard.verdict import Check, Validation
 from deepspec.messages.prompt import Prompt
 
 EXAMPLES = 5
-ALTERNATING = r"^user assistant(?: user assistant)*$"
+# The system first, then whoever asks and the assistant in turn; a tool speaks behind the assistant that called it.
+_ASKING = r"(?: (?:system|developer|user))"
+_NEXT = rf"(?:(?: tool)+ assistant|(?: tool)*{_ASKING}+ assistant)"
+ALTERNATING = rf"^(?:(?:system|developer) )*user{_ASKING}* assistant{_NEXT}*$"
 
 
 @dataclass(frozen=True)
@@ -155,8 +158,8 @@ def _form_rules() -> list[Rule]:
         ),
         Rule(
             "alternating_roles",
-            "user and assistant take turns, the user first",
-            "user, assistant, ...",
+            "who asks and the assistant take turns, the user first; tools follow the assistant that called them",
+            "(system,) user, assistant, ...",
             gxe.ExpectColumnValuesToMatchRegex(column="roles", regex=ALTERNATING),
         ),
     ]
@@ -204,6 +207,18 @@ def _token_rules(bounds: ValidateParams, max_length: int) -> list[Rule]:
             "the loss mask covers exactly the answers' tokens, stop tokens included",
             "exactly",
             gxe.ExpectColumnValuesToBeNull(column="mask_problem"),
+        ),
+        Rule(
+            "template",
+            "the ids before every answer are those that the template makes of the messages",
+            "equal",
+            gxe.ExpectColumnValuesToBeNull(column="template_problem"),
+        ),
+        Rule(
+            "tool_results",
+            "tool results follow their calls, and calls have their results",
+            "paired",
+            gxe.ExpectColumnValuesToBeNull(column="tool_problem"),
         ),
     ]
 
@@ -340,7 +355,7 @@ def _manifest_facts(manifest: dict, path: Path, rows: int, failures: int) -> pan
 
 def _outcomes(prompts: list[Prompt], table: pandas.DataFrame, failures: list[dict]) -> pandas.DataFrame:
     """Return one row for every prompt: answered, failed or lost."""
-    outcome = dict.fromkeys(table.get("id", []), "row")
+    outcome = dict.fromkeys(table.get("asked", []), "row")
     reasons = {failure["id"]: failure["reason"] for failure in failures}
     outcome |= dict.fromkeys(reasons, "failure")
     return pandas.DataFrame(

@@ -255,7 +255,9 @@ def in_order(messages: Sequence[Message]) -> tuple[list[Message], list[str]]:
     if not any(message["role"] == "user" for message in kept):
         raise BadRowError("no user turn")
     if calls and kept[-1]["role"] == "tool":
-        raise RefusedRowError("a tool call without its result", f"no result of {calls[0]['function']['name']!r}")
+        raise RefusedRowError(
+            "a tool call without its result", f"no result of {calls[0]['function']['name']!r}"
+        )
     return kept, left_out
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -200,10 +201,8 @@ def mapping(row: Mapping[str, Any], name: str) -> dict[str, Any]:
     if value is None:
         return {}
     if isinstance(value, str) and value.strip():
-        try:
+        with suppress(ValueError):
             value = json.loads(value)
-        except ValueError:
-            pass
     if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
         raise BadRowError(f"malformed {name}", f"{name!r} must be an object")
     return dict(value)

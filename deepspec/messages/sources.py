@@ -195,7 +195,7 @@ def _plain(path: Path) -> IO[bytes]:
     try:
         if path.suffix != ".gz":
             return path.open("rb")
-        copy = tempfile.TemporaryFile()
+        copy = tempfile.TemporaryFile()  # noqa: SIM115
         with gzip.open(path) as packed:
             shutil.copyfileobj(packed, copy)
         copy.seek(0)

@@ -94,7 +94,8 @@ def build_prompts(
     for name, faults in unread.items():
         if faults.counts:
             found[name] |= {"rows": faults.rows, "unusable": faults.to_dict()}
-            notes.append(f"{name}: {sum(faults.counts.values())} of {faults.rows} rows cannot be used ({_listed(faults.counts)})")
+            lost = sum(faults.counts.values())
+            notes.append(f"{name}: {lost} of {faults.rows} rows cannot be used ({_listed(faults.counts)})")
     manifest = {
         "count": len(rows),
         "requested": params.count,

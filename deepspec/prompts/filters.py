@@ -65,7 +65,7 @@ class Sieve:
 
 
 def chat_key(chat: Chat) -> str:
-    """Return a key that is equal for conversations that ask the same under the same system prompt, with the same tools."""
+    """Return a key that is equal for conversations that ask the same, under one system prompt, with the same tools."""
     if chat.input_ids:
         return chat.id()
     said = [

@@ -25,7 +25,9 @@ class PromptsParams(Section):
     magpie: MagpieParams = MagpieParams()
     min_chars: int = Field(12, ge=1)
     max_chars: int = Field(1500, ge=1)
-    max_malformed_share: float = Field(0.05, ge=0, le=1, description="Of a JSONL file's lines; all are counted.")
+    max_malformed_share: float = Field(
+        0.05, ge=0, le=1, description="Of a JSONL file's lines; all are counted."
+    )
     overlap_ngram: int = Field(8, ge=2, description="Words in the n-gram that marks an evaluation prompt.")
 
     @model_validator(mode="after")

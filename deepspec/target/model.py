@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from deepspec.errors import DeepSpecError
+from deepspec.files import digest as digest_of
 from deepspec.files import replacing
 from deepspec.target import template
 from deepspec.target.attention import CACHE_LENGTH, NAME, ForwardPass, KVCache
@@ -37,6 +38,7 @@ from deepspec.target.source import (
     from_pretrained,
     hub_directory,
     is_hub_id,
+    target_record,
     text_decoder,
 )
 from deepspec.target.states import OwnPasses, StateCache
@@ -48,7 +50,12 @@ _FOUR_DIMENSIONAL = torch.zeros(
 
 
 def resolve_target(
-    source: str, revision: str | None, dtype: str, directory: str | Path, template_date: str | None = None
+    source: str,
+    revision: str | None,
+    dtype: str,
+    directory: str | Path,
+    template_date: str | None = None,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> Verdict:
     """Write the target named by `source` as a Hugging Face directory, whole or not at all, if it passes its self-test.
 
@@ -58,6 +65,8 @@ def resolve_target(
         dtype: of the written weights.
         template_date: for a chat template that asks for the date: the day it is pinned to. None keeps that of the
             target which the directory holds, if it has the same source, and else takes today.
+        chat_template_kwargs: kept beside it; every conversation is rendered with them, and they are a part of what the
+            target is.
 
     Raises:
         DeepSpecError: unknown embedded name, no such directory or hub model, no tokenizer in it, or a target whose
@@ -83,9 +92,15 @@ def resolve_target(
             template.pin(written, day)
             written.save_pretrained(scratch)
         digest = directory_digest(scratch)
+        options = dict(chat_template_kwargs or {})
         verdict = _examine(str(scratch), source, digest)
         refuse(source, verdict)
-        record = {"source": source, "revision": revision, "dtype": dtype, "digest": digest}
+        record: dict[str, Any] = {"source": source, "revision": revision, "dtype": dtype, "digest": digest}
+        if options:
+            record |= {
+                "digest": digest_of(digest + json.dumps(options, sort_keys=True)),
+                "chat_template_kwargs": options,
+            }
         if (pinned := template.pinned(written)) is not None:
             record["template_date"] = pinned
         (scratch / RECORD).write_text(json.dumps(record, indent=2) + "\n")
@@ -174,7 +189,8 @@ def load_target(
         raise DeepSpecError(
             f"{source}: neither CUDA graphs nor {weights} weights go with {verdict.body}: {verdict.reason}"
         )
-    return Target(model.to(device).eval(), tokenizer, source, weights, graphs, verdict, digest)
+    options = target_record(directory).get("chat_template_kwargs")
+    return Target(model.to(device).eval(), tokenizer, source, weights, graphs, verdict, digest, options)
 
 
 WEIGHTS: dict[str, Make] = {"dense": PackedLinear, "int4": Int4Linear}

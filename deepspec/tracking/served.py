@@ -119,7 +119,10 @@ def _resolved(reference: dict[str, Any]) -> Path:
 
     place = Path.home() / ".cache/deepspec" / f"target-{reference['digest']}"
     if not (place / RECORD).exists():
-        resolve_target(reference["source"], reference["revision"], reference["dtype"], place)
+        options = reference.get("chat_template_kwargs")
+        resolve_target(
+            reference["source"], reference["revision"], reference["dtype"], place, chat_template_kwargs=options
+        )
     if (found := directory_digest(place)) != reference["digest"]:
         raise DeepSpecError(
             f"{reference['source']}: is target {found} now, but the version is of {reference['digest']}; name a "

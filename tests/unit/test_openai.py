@@ -20,7 +20,7 @@ from deepspec.messages.prompt import Prompt
 from deepspec.progress import Progress
 from tests.fake_target import FakeTarget
 
-PROMPTS = [Prompt(f"p{i}", "seed", (f"question {i}", "and then?")[: 1 + i % 2]) for i in range(8)]
+PROMPTS = [Prompt.of_turns(f"p{i}", "seed", (f"question {i}", "and then?")[: 1 + i % 2]) for i in range(8)]
 
 
 class FakeServer(ThreadingHTTPServer):
@@ -126,7 +126,7 @@ def test_answers_become_rows_with_the_stop_token_appended(tmp_path, serve):
     target = FakeTarget()
     work = run(tmp_path, params(serve().url), target=target)
     assert set(work.rows) == {prompt.id for prompt in PROMPTS} and not work.failures
-    row = work.row("p1")
+    (row,) = work.rows_of("p1")
     assert target.text(row["input_ids"]) == (
         "<|start|>user\nquestion 1<|end|>\n<|start|>assistant\nto question 1<|end|>\n"
         "<|start|>user\nand then?<|end|>\n<|start|>assistant\nto and then?<|end|>"
@@ -226,7 +226,6 @@ def test_a_request_that_keeps_failing_fails_its_row_alone(tmp_path, serve):
     [
         (completion(None), "returned no text"),
         (completion("a", "content_filter"), "the answer ended with 'content_filter'"),
-        (completion("a", reasoning_content="hm"), "took the reasoning out"),
         (completion("a<|end|>b"), "a stop token stands inside the answer"),
         (completion("x" * 5000, "length"), "more than 512"),
         (completion("", "length"), "no such last token"),
@@ -273,7 +272,7 @@ def test_no_more_requests_are_in_flight_than_allowed_and_all_servers_share(tmp_p
         return polite(body, number)
 
     servers = [serve(slow), serve(slow)]
-    prompts = [Prompt(f"q{i}", "seed", ("hello",)) for i in range(24)]
+    prompts = [Prompt.of_turns(f"q{i}", "seed", ("hello",)) for i in range(24)]
     run(tmp_path, params(*(server.url for server in servers), concurrency=3), prompts)
     assert [server.most for server in servers] == [3, 3]
     assert sum(len(server.requests) for server in servers) == 24

@@ -35,9 +35,7 @@ class Preset(BaseModel):
             raise DeepSpecError(
                 f"unknown preset {name!r}{nearest(name, preset_names())}; known: {', '.join(preset_names())}"
             )
-        return cls.model_validate(
-            yaml.safe_load((PRESETS / f"{name}.yaml").read_text(encoding="utf-8"))
-        )
+        return cls.model_validate(yaml.safe_load((PRESETS / f"{name}.yaml").read_text(encoding="utf-8")))
 
 
 def preset_names() -> list[str]:
