@@ -17,6 +17,7 @@ from pyarrow import parquet
 
 from deepspec.answers.turns import answer_text, generation_prompt
 from deepspec.errors import DeepSpecError
+from deepspec.guard.facts import script
 from deepspec.messages.prompt import Prompt
 from deepspec.prompts.filters import chat_key, duplicate_key
 
@@ -81,7 +82,14 @@ class Flattener:
             if mask_problem or tokens_only
             else self.template_problem(row, chat, answers),
             "tool_problem": tool_problem(chat["messages"]),
+            "logprob": row.get("logprob"),
             "surprise": row.get("surprise"),
+            "source": row["source"] or "",
+            "script": script(" ".join(turns)),
+            "system": bool({"system", "developer"} & set(roles)),
+            "thinks": _thinks(chat["messages"]),
+            "tools": bool(chat.get("tools")),
+            "calls": any(message.get("tool_calls") for message in chat["messages"]),
             "overlap": next(filter(None, map(self.overlap, texts)), None),
         }
 
@@ -176,6 +184,14 @@ def tool_problem(messages: list[dict[str, Any]]) -> str | None:
             return f"the call {open_[0]!r} has no result"
         open_ += [call["id"] for call in message.get("tool_calls") or []]
     return None
+
+
+def _thinks(messages: list[dict[str, Any]]) -> bool:
+    """Return whether an answer has a thought, as a part of its own or in its text."""
+    answers = [message for message in messages if message["role"] == "assistant"]
+    return any(
+        message.get("reasoning_content") or "</think>" in (message["content"] or "") for message in answers
+    )
 
 
 def _chat(row: dict[str, Any]) -> dict[str, Any]:

@@ -26,6 +26,7 @@ from pyarrow import ArrowInvalid, parquet
 from deepspec.answers.shards import FEATURES
 from deepspec.errors import DeepSpecError
 from deepspec.files import file_digest
+from deepspec.guard.facts import facts, warnings
 from deepspec.guard.flatten import Flattener
 from deepspec.guard.params import ValidateParams
 from deepspec.guard.verdict import Check, Validation
@@ -87,13 +88,16 @@ def validate_data(
         raise DeepSpecError(f"{path}: not a readable parquet file: {' '.join(str(error).split())}") from None
     checks = apply_rules(_column_facts(found), [COLUMNS])
     checks += apply_rules(_manifest_facts(manifest, path, rows, len(failures)), [MANIFEST])
+    found_facts: dict[str, str] = {}
+    doubts: list[str] = []
     if checks[0].passed:
         asked = {prompt.id: prompt for prompt in prompts}
         table = Flattener(target, asked, bounds.repetition_ngram, overlap).table(path)
         rules = row_rules(bounds, max_length, target.digest) if rows else [_row_count(bounds)]
         checks += apply_rules(table, rules)
         checks += apply_rules(_outcomes(prompts, table, failures), _outcome_rules(bounds))
-    return Validation(target.digest, rows, len(failures), checks)
+        found_facts, doubts = facts(table, manifest), warnings(table, manifest)
+    return Validation(target.digest, rows, len(failures), checks, found_facts, doubts)
 
 
 def row_rules(bounds: ValidateParams, max_length: int, target_digest: str) -> list[Rule]:

@@ -17,6 +17,7 @@ from deepspec.answers.params import GenerateParams
 from deepspec.answers.shards import Shard, Sink, read_work
 from deepspec.errors import DeepSpecError
 from deepspec.messages.prompt import Prompt
+from deepspec.messages.rows import read_row
 from deepspec.progress import Progress
 from tests.fake_target import FakeTarget
 
@@ -243,6 +244,43 @@ def test_an_answer_that_cannot_be_used_is_a_failure_with_its_reason(tmp_path, se
     assert list(work.rows) == ["p1"]
     with pytest.raises(ValueError, match=reason):
         raise ValueError(work.failures["p0"])
+
+
+def test_a_parser_that_takes_out_what_the_template_does_not_show_stops_the_run_at_the_first_answer(
+    tmp_path, serve
+):
+    server = serve(lambda body, number: completion("a", reasoning_content="hm"))
+    with pytest.raises(DeepSpecError, match=r"took the reasoning out .* run the server without that parser"):
+        run(tmp_path, params(server.url, concurrency=1))
+    assert len(server.requests) == 1
+
+
+def test_token_ids_are_asked_for_until_a_server_does_not_know_of_them(tmp_path, serve):
+    def reply(body, number):
+        if "return_token_ids" in body:
+            return (400, {}, "unknown field: return_token_ids")
+        return polite(body, number)
+
+    server = serve(reply)
+    work = run(tmp_path, params(server.url, concurrency=1))
+    assert len(work.rows) == len(PROMPTS) and not work.failures
+    assert ["return_token_ids" in body for body in server.requests[:3]] == [True, False, False]
+
+
+def test_messages_tools_and_template_arguments_are_sent(tmp_path, serve):
+    tool = {"type": "function", "function": {"name": "look", "description": "d", "parameters": {}}}
+    row = {
+        "system": "Be a pirate.",
+        "prompt": "How is it?",
+        "tools": [tool],
+        "chat_template_kwargs": {"enable_thinking": False},
+    }
+    server = serve(lambda body, number: completion("Fine."))
+    run(tmp_path, params(server.url), [Prompt("p", "file", read_row(row).chat)], FakeTarget(language="en"))
+    (body,) = server.requests
+    assert [message["role"] for message in body["messages"]] == ["system", "user"]
+    assert body["tools"] == [tool]
+    assert body["chat_template_kwargs"] == {"enable_thinking": False, "language": "en"}
 
 
 def test_text_that_the_tokenizer_does_not_give_back_is_a_failure(tmp_path, serve):

@@ -490,6 +490,25 @@ def test_the_docs_list_every_expectation_with_its_bounds(tmp_path, rows):
     assert [[name, bounds] for name, _, bounds in table] == expected
 
 
+def test_the_page_says_what_the_data_is_made_of(tmp_path, rows):
+    rows[0]["messages"][1]["content"] = "</think>"
+    found = validate(tmp_path, rows).facts
+    assert found["sources"] == "seed 100.0%" and found["scripts of the user's turns"] == "Latin 100.0%"
+    assert found["with a thought"] == "16.7%" and found["with tools"] == "0.0%"
+
+
+@pytest.mark.parametrize(
+    ("surprise", "author", "warned"), [(-0.9, "target", 1), (-0.9, "another", 0), (0.1, "target", 0)]
+)
+def test_given_answers_that_the_target_would_not_give_are_a_warning(tmp_path, rows, surprise, author, warned):
+    write(tmp_path, [{**row, "logprob": -2.0, "surprise": surprise} for row in rows])
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest | {"settings": {"answered_by": author}}))
+    validation = validate_data(tmp_path, PROMPTS, BOUNDS, MAX_LENGTH, TARGET, lambda text: None)
+    assert len(validation.warnings) == warned and not validation.failed
+    assert "surprise of a given answer's token" in validation.to_markdown()
+
+
 def test_how_an_expectation_is_written_stays_out_of_what_training_depends_on(tmp_path, rows):
     validation = validate(tmp_path, rows)
     assert all(check.expectation["type"].startswith("expect_") for check in validation.checks)
