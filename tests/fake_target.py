@@ -8,7 +8,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from deepspec.decoding.request import Generation, Request, Stats
-from deepspec.target.chat import render
+from deepspec.target.chat import Templated
 
 SPECIAL = ["<bos>", "<eos>", "<|start|>", "<|end|>"]
 CHATML = (
@@ -37,10 +37,11 @@ DEAF = "{% for m in messages if m.role == 'user' %}{{ m.content }}<|end|>{% endf
 TEMPLATES = {"chatml": CHATML, "llama": LLAMA, "gemma": GEMMA, "plain": PLAIN, "inst": INST}
 
 
-class FakeTarget:
+class FakeTarget(Templated):
     """What the data path needs of a target. A token is a byte; "<|end|>" or "<eos>" ends an answer."""
 
     digest = "0123456789abcdef"
+    source = "fake"
     max_length = 4096
 
     def __init__(
@@ -56,15 +57,6 @@ class FakeTarget:
         self.end, *others = self.tokenizer.convert_tokens_to_ids(list(stops))
         self.eos = others[0] if others else self.end
         self.stop_ids = frozenset({self.end, *others})
-
-    def chat_text(self, messages, add_generation_prompt=True, tools=(), chat_template_kwargs=None) -> str:
-        options = {**self.chat_template_kwargs, **(chat_template_kwargs or {})}
-        return render(self.tokenizer, "fake", messages, add_generation_prompt, tools, options)
-
-    def chat_ids(
-        self, messages, add_generation_prompt=True, tools=(), chat_template_kwargs=None
-    ) -> list[int]:
-        return self.ids(self.chat_text(messages, add_generation_prompt, tools, chat_template_kwargs))
 
     def ids(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]

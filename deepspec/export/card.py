@@ -57,6 +57,7 @@ def _making(draft: Draft) -> list[tuple[str, str]]:
         "seed": record.get("seed"),
         "steps": train.get("steps"),
         "sequences a step": train.get("batch_size"),
+        "tokens of a row, at most": train.get("max_length"),
         "learning rate": train.get("lr"),
         "loss": ", ".join(
             f"{k} {v:g}" for k, v in (train.get("loss") or {}).items() if isinstance(v, float) and v

@@ -55,9 +55,10 @@ def warnings(table: pandas.DataFrame, manifest: Mapping[str, Any]) -> list[str]:
     if said == "target" and mean < STRANGE:
         worst = known.nsmallest(3, "surprise")["id"]
         return [
-            f"the given answers are said to be the target's, and it finds them strange (mean surprise "
-            f"{mean:.2f} nats a token, its own words have 0 or more; e.g. {', '.join(worst)}): another model's, another template's or "
-            "another temperature's; say generate.given.answered_by: another, or let the target answer"
+            "the given answers are said to be the target's, and it finds them strange: mean surprise "
+            f"{mean:.2f} nats a token, where its own words have 0 or more (e.g. {', '.join(worst)}). They are another "
+            "model's, another template's or another temperature's: say generate.given.answered_by: another, or let the "
+            "target answer"
         ]
     return []
 

@@ -63,7 +63,7 @@ class Chat:
 
     @property
     def plain(self) -> bool:
-        """Whether it is user turns and nothing else."""
+        """Return whether it is user turns and nothing else."""
         return not self.input_ids and self == Chat.of_turns(self.turns)
 
     def slots(self) -> list[Slot]:

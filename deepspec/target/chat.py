@@ -11,6 +11,51 @@ from jinja2 import TemplateError
 from deepspec.errors import DeepSpecError
 
 
+class Templated:
+    """What has a tokenizer with a chat template, and arguments of it that hold for every conversation."""
+
+    tokenizer: Any
+    source: str
+    chat_template_kwargs: dict[str, Any]
+
+    def chat_text(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        add_generation_prompt: bool = True,
+        tools: Sequence[Mapping[str, Any]] = (),
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+    ) -> str:
+        """Return the text of a conversation under the target's own template.
+
+        Args:
+            messages: as OpenAI's API has them; the arguments of tool calls are objects.
+            chat_template_kwargs: beside the target's own (`target.chat_template_kwargs` of params.yaml), which they
+                go before.
+
+        Raises:
+            DeepSpecError: the template refuses the conversation.
+        """
+        options = {**self.chat_template_kwargs, **(chat_template_kwargs or {})}
+        return render(self.tokenizer, self.source, messages, add_generation_prompt, tools, options)
+
+    def chat_ids(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        add_generation_prompt: bool = True,
+        tools: Sequence[Mapping[str, Any]] = (),
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+    ) -> list[int]:
+        """Return the token ids of `chat_text`."""
+        text = self.chat_text(messages, add_generation_prompt, tools, chat_template_kwargs)
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def user_prefix_ids(self) -> list[int]:
+        """Return the template up to where the user's words begin: from here the target writes a user turn (Magpie)."""
+        marker = "\u2063deepspec\u2063"
+        text = self.chat_text([{"role": "user", "content": marker}], add_generation_prompt=False)
+        return self.tokenizer(text[: text.index(marker)], add_special_tokens=False)["input_ids"]
+
+
 def render(
     tokenizer: Any,
     source: str,

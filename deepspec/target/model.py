@@ -8,7 +8,7 @@ drafters need: hidden features of chosen decoder layers, the post-norm hidden st
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from deepspec.files import digest as digest_of
 from deepspec.files import replacing
 from deepspec.target import template
 from deepspec.target.attention import CACHE_LENGTH, NAME, ForwardPass, KVCache
-from deepspec.target.chat import render
+from deepspec.target.chat import Templated
 from deepspec.target.embedded import PREFIX, write_embedded
 from deepspec.target.fused import FusedLayer, Int4Linear, Make, PackedLinear, fuse
 from deepspec.target.graphs import GraphedPasses
@@ -196,7 +196,7 @@ def load_target(
 WEIGHTS: dict[str, Make] = {"dense": PackedLinear, "int4": Int4Linear}
 
 
-class Target:
+class Target(Templated):
     """A loaded verifier. Not trainable: its layers are fused and packed for inference where that pays."""
 
     def __init__(
@@ -348,43 +348,6 @@ class Target:
                 raise DeepSpecError(
                     f"target layer {layer} cannot be a feature: this target has layers -1 to {self.num_layers - 2}"
                 )
-
-    def chat_text(
-        self,
-        messages: Sequence[Mapping[str, Any]],
-        add_generation_prompt: bool = True,
-        tools: Sequence[Mapping[str, Any]] = (),
-        chat_template_kwargs: Mapping[str, Any] | None = None,
-    ) -> str:
-        """Text of a conversation under the target's own template.
-
-        Args:
-            messages: as OpenAI's API has them; the arguments of tool calls are objects.
-            chat_template_kwargs: beside the target's own (`target.chat_template_kwargs` of params.yaml), which they
-                go before.
-
-        Raises:
-            DeepSpecError: the template refuses the conversation.
-        """
-        options = {**self.chat_template_kwargs, **(chat_template_kwargs or {})}
-        return render(self.tokenizer, self.source, messages, add_generation_prompt, tools, options)
-
-    def chat_ids(
-        self,
-        messages: Sequence[Mapping[str, Any]],
-        add_generation_prompt: bool = True,
-        tools: Sequence[Mapping[str, Any]] = (),
-        chat_template_kwargs: Mapping[str, Any] | None = None,
-    ) -> list[int]:
-        """Token ids of `chat_text`."""
-        text = self.chat_text(messages, add_generation_prompt, tools, chat_template_kwargs)
-        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
-
-    def user_prefix_ids(self) -> list[int]:
-        """The template up to where the user's words begin: from here the target writes a user turn (Magpie)."""
-        marker = "\u2063deepspec\u2063"
-        text = self.chat_text([{"role": "user", "content": marker}], add_generation_prompt=False)
-        return self.tokenizer(text[: text.index(marker)], add_special_tokens=False)["input_ids"]
 
     def _hook(self, layer: int) -> None:
         """Keep the raw output of decoder layer `layer` in the ForwardPass that asks for it."""

@@ -121,7 +121,11 @@ def _resolved(reference: dict[str, Any]) -> Path:
     if not (place / RECORD).exists():
         options = reference.get("chat_template_kwargs")
         resolve_target(
-            reference["source"], reference["revision"], reference["dtype"], place, chat_template_kwargs=options
+            reference["source"],
+            reference["revision"],
+            reference["dtype"],
+            place,
+            chat_template_kwargs=options,
         )
     if (found := directory_digest(place)) != reference["digest"]:
         raise DeepSpecError(

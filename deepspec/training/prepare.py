@@ -116,7 +116,13 @@ def prepare(
         match_head(network, target)
     heldout = [i for i in heldout if any(sequences[i].answer[2:])]
     batches = Batches(
-        features, members, params.train.batch_size, params.train.anchors, config.block_size, params.seed
+        features,
+        members,
+        params.train.batch_size,
+        params.train.anchors,
+        config.block_size,
+        params.seed,
+        params.train.pass_tokens,
     )
     if not batches.members or not heldout:
         raise DeepSpecError(f"{len(sequences)} conversations are too few to train on and hold some out")

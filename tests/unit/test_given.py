@@ -108,4 +108,4 @@ def test_the_target_s_own_words_surprise_it_less_than_others():
         "input_ids"
     ]
     strange = likelihood.of([*prompt, *other], [0] * len(prompt) + [1] * len(other))[1]
-    assert abs(mean) < 0.6 and strange < -1
+    assert abs(mean) < 0.15 and strange < -0.3
