@@ -114,7 +114,11 @@ class Conversation:
         self.finish_reasons.append(finish_reason)
         self.answered += 1
         self._place = self._next_place(slot, message) if finish_reason == "stop" else None
-        self.prompt_ids = self._next_prompt(asked, text)
+        try:
+            self.prompt_ids = self._next_prompt(asked, text)
+        except UnusableError as error:
+            self._place = self.prompt_ids = None
+            self.endings.append(f"the next turn: {error}")
         if self.prompt_ids is None and self._place is not None:
             self.endings.append("the next turn would not fit")
 

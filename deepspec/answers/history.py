@@ -40,6 +40,7 @@ class Histories:
                 "tools": history.tools,
                 "history": "kept" if history.appends else "rewritten",
                 "shows_thoughts": history.form.thought is not None,
+                "shows_calls": history.form.call is not None,
             }
             for _, history in sorted(self._found.items())
         ]

@@ -55,7 +55,7 @@ class Reader:
         return self._closed(self._ids(text, reason), reason), reason, None
 
     def _check_prompt(self, given: list[int] | None, conversation: Conversation) -> None:
-        ours = conversation.prompt_ids
+        ours = conversation.prompt_ids or []
         if given and given != ours:
             at = next((i for i, (a, b) in enumerate(zip(given, ours, strict=False)) if a != b), None)
             at = min(len(given), len(ours)) if at is None else at

@@ -56,7 +56,8 @@ class Flattener:
         ]
         row = {**row, **{name: row[name] or [] for name in LISTS}}
         asked = row.get("prompt") or row["id"]
-        again, _ = asked in self._seen and row.get("prompt"), self._seen.add(asked)
+        again = bool(row.get("prompt")) and asked in self._seen
+        self._seen.add(asked)
         roles = [message["role"] for message in row["messages"]]
         turns = _said(row, "user")
         answers = answer_runs(row["input_ids"], row["loss_mask"])

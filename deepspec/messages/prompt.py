@@ -159,7 +159,8 @@ def chat_of(row: Mapping[str, Any]) -> Chat:
         BadRowError: they are not a conversation.
     """
     if "input_ids" in row:
-        return Chat(**_tokens(row), metadata=mapping(row, "metadata"))
+        ids, mask = _tokens(row)
+        return Chat(input_ids=ids, loss_mask=mask, metadata=mapping(row, "metadata"))
     messages = in_order(read_messages(row.get("messages"), "messages"))[0]
     return Chat(
         tuple(messages),
@@ -169,7 +170,7 @@ def chat_of(row: Mapping[str, Any]) -> Chat:
     )
 
 
-def _tokens(row: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+def _tokens(row: Mapping[str, Any]) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Return `input_ids` and `loss_mask` of a row that was tokenised elsewhere."""
     found = {}
     for name in ("input_ids", "loss_mask"):
@@ -188,7 +189,7 @@ def _tokens(row: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
         raise BadRowError(
             "malformed token ids", "'loss_mask' must mark an answer, and not from the first token on"
         )
-    return found
+    return ids, mask
 
 
 def mapping(row: Mapping[str, Any], name: str) -> dict[str, Any]:

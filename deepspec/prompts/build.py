@@ -12,6 +12,7 @@ import random
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -24,7 +25,9 @@ from deepspec.prompts.magpie import Magpie
 from deepspec.prompts.overlap import Overlap
 from deepspec.prompts.params import PromptsParams
 from deepspec.prompts.seeds.seeds import iter_seeds
+from deepspec.prompts.seeds.tools import iter_tools
 
+TRIES_PER_PROMPT = 20
 WORK_DIR = Path(".deepspec/prompts")  # outside the stage's outputs, which `dvc repro` deletes first
 
 
@@ -135,6 +138,9 @@ def _source(
         return Magpie(target, params.magpie, seed, batch_size, work_dir)
     if name == "seed":
         return Listed(Candidate(Chat.of_turns(turns)) for turns in iter_seeds(seed))
+    if name == "tools":
+        tries = params.count * TRIES_PER_PROMPT  # they never end
+        return Listed(Candidate(chat) for chat in islice(iter_tools(seed), tries))
     kind, _, place = name.partition(":")
     if kind == "hub":
         return Listed(hub_candidates(place, seed))

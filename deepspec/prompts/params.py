@@ -20,7 +20,7 @@ class PromptsParams(Section):
 
     count: int = Field(ge=1)
     mix: dict[str, float] = Field(
-        description="`magpie`, `seed`, `jsonl:<path>`, `hub:<dataset>[:split]` or `preset:<name>[@place]` → weight."
+        description="`magpie`, `seed`, `tools`, `jsonl:<path>`, `hub:<dataset>[:split]`, `preset:<name>` → weight."
     )
     magpie: MagpieParams = MagpieParams()
     min_chars: int = Field(12, ge=1)
@@ -33,9 +33,11 @@ class PromptsParams(Section):
     @model_validator(mode="after")
     def _weights(self) -> PromptsParams:
         for source, weight in self.mix.items():
-            if source not in ("magpie", "seed") and not source.startswith(("jsonl:", "hub:", "preset:")):
+            if source not in ("magpie", "seed", "tools") and not source.startswith(
+                ("jsonl:", "hub:", "preset:")
+            ):
                 raise ValueError(
-                    f"unknown prompt source {source!r}: use magpie, seed, jsonl:<path>, hub:<dataset>[:split] "
+                    f"unknown prompt source {source!r}: use magpie, seed, tools, jsonl:<path>, hub:<dataset>[:split] "
                     "or preset:<name>"
                 )
             if weight < 0:

@@ -4,8 +4,9 @@ import json
 
 import pytest
 
-from deepspec.answers.conversation import Conversation
+from deepspec.answers.conversation import Conversation, UnusableError
 from deepspec.answers.history import Histories
+from deepspec.errors import DeepSpecError
 from deepspec.guard.flatten import Flattener
 from deepspec.messages.prompt import Chat, Prompt
 from deepspec.messages.rows import read_row
@@ -215,8 +216,25 @@ def test_a_row_keeps_what_the_template_was_given():
     assert row["messages"][-1]["content"] == FAMILIES["hermes"].call, "as the target wrote it"
 
 
-def test_a_template_that_refuses_the_system_prompt_fails_the_row_in_its_own_words():
-    from deepspec.answers.conversation import UnusableError
+def test_what_was_answered_is_kept_where_the_template_refuses_the_next_turn():
+    single = (
+        "{% if messages | length > 1 %}{{ raise_exception('one turn only') }}{% endif %}"
+        "{{ messages[0].content }}<|end|>"
+    )
+    target = FakeTarget(single)
+    conversation = Conversation(target, Prompt.of_turns("p", "file", ("a", "b")), 9, 99)
+    conversation.add_answer([*target.ids("x"), target.end], "stop")
+    assert conversation.prompt_ids is None and len(conversation.rows()) == 1
+    assert conversation.endings == [
+        "the next turn: fake: the chat template refuses this conversation: one turn only"
+    ]
 
+
+def test_half_a_character_in_a_message_is_one_line():
+    with pytest.raises(DeepSpecError, match="half a character"):
+        FakeTarget().chat_ids([{"role": "user", "content": "a \ud800 b"}])
+
+
+def test_a_template_that_refuses_the_system_prompt_fails_the_row_in_its_own_words():
     with pytest.raises(UnusableError, match="System role not supported"):
         Conversation(FAMILIES["gemma"].target(), Prompt("p", "file", chat(system=True)), 9, 99)

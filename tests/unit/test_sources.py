@@ -360,6 +360,14 @@ def test_a_packed_file_gives_the_same_prompts(tmp_path):
     assert [row["turns"] for row in plain] == [row["turns"] for row in packed]
 
 
+def test_the_project_s_own_tool_conversations_are_many_and_pass_the_filters():
+    built = build_prompts(PromptsParams(count=200, mix={"tools": 1.0}), 3, [])
+    assert len(built.rows) == 200 and built == build_prompts(
+        PromptsParams(count=200, mix={"tools": 1.0}), 3, []
+    )
+    assert {len(row["tools"]) for row in built.rows} == {4}
+
+
 # Presets
 
 
