@@ -25,7 +25,8 @@ def answer(target: Any, prompts: list[Prompt], params: GenerateParams, sink: Sin
     for prompt in prompts:
         try:
             if prompt.chat.input_ids:
-                rows, endings = [_tokens(target, prompt, params.max_length)], []
+                rows = [_tokens(target, prompt, params.max_length)]
+                endings: list[str] = []
             else:
                 rows, endings = _rows(target, prompt, params, histories)
         except UnusableError as error:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -84,7 +86,7 @@ def read_row(row: Any, columns: Columns = USUAL) -> Read:
         if row.get("input_ids") is not None:
             return Read(chat_of(row))
         raise BadRowError("no prompt", f"none of the fields {', '.join(columns.messages)}")
-    messages = read_messages(row[column], column)
+    messages = read_messages(_unpacked(row[column]), column)
     _check_turns(messages, column)
     if isinstance(row[column], str) and column == "instruction" and isinstance(row.get("input"), str):
         messages[0]["content"] += f"\n\n{row['input']}" if row["input"] else ""
@@ -101,6 +103,16 @@ def read_row(row: Any, columns: Columns = USUAL) -> Read:
         metadata | {name: row[name] for name in columns.metadata if name in row},
     )
     return Read(chat, tuple(left_out))
+
+
+def _unpacked(value: Any) -> Any:
+    """Return the messages of a column that holds them as JSON text; other text is a prompt."""
+    if isinstance(value, str) and value.lstrip().startswith("[{"):
+        with suppress(ValueError, RecursionError):
+            found = json.loads(value)
+            if all(isinstance(item, Mapping) and ("role" in item or "from" in item) for item in found):
+                return found
+    return value
 
 
 def user_turns(row: Any, columns: Sequence[str] = ()) -> list[str]:

@@ -144,8 +144,9 @@ def _source(
     kind, _, place = name.partition(":")
     if kind == "hub":
         return Listed(hub_candidates(place, seed))
-    read = {"jsonl": JsonlSource, "preset": preset_candidates}[kind]
-    return Listed(read(place, seed, params.max_malformed_share))
+    if kind == "preset":
+        return Listed(preset_candidates(place, seed, params.max_malformed_share))
+    return Listed(JsonlSource(place, seed, params.max_malformed_share))
 
 
 def _mix(

@@ -179,6 +179,12 @@ def test_thoughts_are_read_from_fields_and_parts():
         assert (chat.messages[1]["reasoning_content"], chat.messages[1]["content"]) == ("2+2", "4")
 
 
+def test_messages_may_be_json_text_and_other_text_is_a_prompt():
+    assert roles(read_row({"messages": json.dumps([ASK, SAY])}).chat) == ["user", "assistant"]
+    assert read_row({"prompt": '[{"a": 1}]: what is this?'}).chat.turns == ('[{"a": 1}]: what is this?',)
+    assert read_row({"prompt": '[{"a": 1}]'}).chat.turns == ('[{"a": 1}]',)
+
+
 # Slots
 
 
