@@ -102,15 +102,16 @@ class Conversation:
             UnusableError: the answer is not what its finish reason says, or does not fit.
         """
         self._check(tokens, finish_reason)
-        if self.prompt_ids[: len(self.input_ids)] != self.input_ids:
+        prompt_ids = self.prompt_ids or []
+        if prompt_ids[: len(self.input_ids)] != self.input_ids:
             self._begin_row()
         asked, slot, text = self.asked, self.slot, self._text(tokens)
         message = message or self._read(text)
         shown = [{"role": one["role"], "content": one["content"]} for one in slot.before]
         self.messages = [*self.messages, *shown, {"role": "assistant", "content": text}]
         self._said = [*asked, message or {"role": "assistant", "content": text}]
-        self.loss_mask += [0] * (len(self.prompt_ids) - len(self.input_ids)) + [1] * len(tokens)
-        self.input_ids = [*self.prompt_ids, *tokens]
+        self.loss_mask += [0] * (len(prompt_ids) - len(self.input_ids)) + [1] * len(tokens)
+        self.input_ids = [*prompt_ids, *tokens]
         self.finish_reasons.append(finish_reason)
         self.answered += 1
         self._place = self._next_place(slot, message) if finish_reason == "stop" else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 from deepspec.evaluation.record import TaskEntry
 from deepspec.export.advice import Advice
@@ -52,6 +53,7 @@ def _making(draft: Draft) -> list[tuple[str, str]]:
         "template arguments": json.dumps(draft.target.chat_template_kwargs)
         if draft.target.chat_template_kwargs
         else None,
+        "began as": "; ".join(_parent(parent) for parent in record.get("parents") or ()),
         "commit": record.get("git_commit"),
         "command": record.get("command"),
         "seed": record.get("seed"),

@@ -214,7 +214,7 @@ def _work(target: Target, params: Params, settings: Settings) -> Work:
         for turns in load_task(name, count, params.seed, params.evaluate.tasks_dir).prompts:
             messages = [{"role": "user", "content": turns[0]}]
             text = target.chat_text(messages)
-            prompts.append(Prompt(str(name), text, target.chat_ids(messages)))
+            prompts.append(Prompt(str(name), str(text), target.chat_ids(messages)))
     longest = max(len(prompt.ids) for prompt in prompts) + limit + SLACK
     if longest > target.max_length:
         prompts = [prompt for prompt in prompts if len(prompt.ids) + limit + SLACK <= target.max_length]

@@ -9,6 +9,7 @@ import pandas
 import pyarrow
 import pytest
 from datasets import Dataset, Features, disable_progress_bars
+from pyarrow import parquet
 
 from deepspec.answers.conversation import Conversation
 from deepspec.answers.shards import FEATURES, OPTIONAL
