@@ -47,8 +47,21 @@ def facts(table: pandas.DataFrame, manifest: Mapping[str, Any]) -> dict[str, str
 
 def warnings(table: pandas.DataFrame, manifest: Mapping[str, Any]) -> list[str]:
     """Return what is allowed and yet worth a second look."""
+    if table.empty:
+        return []
+    found = []
+    templates = manifest.get("template") or []
+    if any(entry["tools"] and not entry["shows_calls"] for entry in templates):
+        found.append(
+            f"{int(table['tools'].sum())} rows offer tools, and the target's chat template shows no tool calls: it "
+            "never saw the tools; give it the template that it was trained with, or leave these rows out"
+        )
+    return found + _strangers(table, manifest)
+
+
+def _strangers(table: pandas.DataFrame, manifest: Mapping[str, Any]) -> list[str]:
     said = (manifest.get("settings") or {}).get("answered_by")
-    known = table[table["surprise"].notna()] if "surprise" in table else table[:0]
+    known = table[table["surprise"].notna()]
     if known.empty:
         return []
     mean = float((known["surprise"] * known["answer_tokens"]).sum() / known["answer_tokens"].sum())

@@ -510,6 +510,17 @@ def test_given_answers_that_the_target_would_not_give_are_a_warning(tmp_path, ro
     assert "surprise of a given answer's token" in validation.to_markdown()
 
 
+def test_tools_that_the_template_does_not_show_are_a_warning(tmp_path, rows):
+    rows[0]["chat"] = json.dumps({"messages": rows[0]["messages"], "tools": [{"function": {"name": "look"}}]})
+    write(tmp_path, rows)
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    seen = {"chat_template_kwargs": {}, "tools": True, "history": "kept", "shows_calls": False}
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest | {"template": [seen]}))
+    validation = validate_data(tmp_path, PROMPTS, BOUNDS, MAX_LENGTH, TARGET, lambda text: None)
+    assert [warning[:18] for warning in validation.warnings] == ["1 rows offer tools"]
+    assert validation.facts["history under the template (no arguments, tools)"] == "kept"
+
+
 def test_how_an_expectation_is_written_stays_out_of_what_training_depends_on(tmp_path, rows):
     validation = validate(tmp_path, rows)
     assert all(check.expectation["type"].startswith("expect_") for check in validation.checks)
