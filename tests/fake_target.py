@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from deepspec.decoding.request import Generation, Request, Stats
+from deepspec.target.chat import Templated
 
 SPECIAL = ["<bos>", "<eos>", "<|start|>", "<|end|>"]
 CHATML = (
@@ -36,22 +37,26 @@ DEAF = "{% for m in messages if m.role == 'user' %}{{ m.content }}<|end|>{% endf
 TEMPLATES = {"chatml": CHATML, "llama": LLAMA, "gemma": GEMMA, "plain": PLAIN, "inst": INST}
 
 
-class FakeTarget:
+class FakeTarget(Templated):
     """What the data path needs of a target. A token is a byte; "<|end|>" or "<eos>" ends an answer."""
 
     digest = "0123456789abcdef"
+    source = "fake"
     max_length = 4096
 
-    def __init__(self, template: str = CHATML) -> None:
-        self.tokenizer = _tokenizer(template)
+    def __init__(
+        self,
+        template: str = CHATML,
+        special: Sequence[str] = SPECIAL,
+        stops: Sequence[str] = ("<|end|>", "<eos>"),
+        **chat_template_kwargs: object,
+    ) -> None:
+        self.chat_template_kwargs = chat_template_kwargs
+        self.tokenizer = _tokenizer(template, special, stops[0])
         self.vocab_size = len(self.tokenizer)
-        self.end, self.eos = self.tokenizer.convert_tokens_to_ids(["<|end|>", "<eos>"])
-        self.stop_ids = frozenset({self.end, self.eos})
-
-    def chat_ids(self, messages: list[dict], add_generation_prompt: bool = True) -> list[int]:
-        return self.tokenizer.apply_chat_template(
-            messages, add_generation_prompt=add_generation_prompt, tokenize=True, return_dict=False
-        )
+        self.end, *others = self.tokenizer.convert_tokens_to_ids(list(stops))
+        self.eos = others[0] if others else self.end
+        self.stop_ids = frozenset({self.end, *others})
 
     def ids(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -60,15 +65,15 @@ class FakeTarget:
         return self.tokenizer.decode(ids)
 
 
-def _tokenizer(template: str) -> PreTrainedTokenizerFast:
+def _tokenizer(template: str, special: Sequence[str], eos: str) -> PreTrainedTokenizerFast:
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {token: i for i, token in enumerate([*SPECIAL, *alphabet])}
+    vocabulary = {token: i for i, token in enumerate([*special, *alphabet])}
     core = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()
-    core.add_special_tokens(SPECIAL)
+    core.add_special_tokens(list(special))
     return PreTrainedTokenizerFast(
-        tokenizer_object=core, bos_token="<bos>", eos_token="<|end|>", chat_template=template
+        tokenizer_object=core, bos_token=special[0], eos_token=eos, chat_template=template
     )
 
 

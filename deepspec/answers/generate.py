@@ -16,12 +16,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from accelerate import PartialState
 
-from deepspec.answers import openai
+from deepspec.answers import given, openai
 from deepspec.answers.conversation import Conversation, UnusableError
+from deepspec.answers.history import Histories
 from deepspec.answers.params import GenerateParams
 from deepspec.answers.shards import Shard, Sink, Work, assemble, read_work
 from deepspec.decoding.engine import stream
 from deepspec.decoding.request import Generation, Request, Sampling
+from deepspec.errors import DeepSpecError
 from deepspec.files import digest, file_digest
 from deepspec.lineage import code_digest
 from deepspec.messages.prompt import Prompt, read_prompts
@@ -48,6 +50,7 @@ def generate_data(
     """
     state = process_state()
     rows = read_prompts(prompts)
+    _check_kinds(rows, params.generate)
     settings = generation_settings(params)
     key = {
         "settings": settings,
@@ -61,7 +64,21 @@ def generate_data(
     state.wait_for_everyone()
     if not state.is_main_process:
         return None
-    return assemble(read_work(directory), [row.id for row in rows], Path(out), settings, target.digest)
+    histories = Histories(target)
+    for row in rows:
+        if row.chat.tools or len(row.chat.slots()) > 1:
+            histories.of(row.chat)
+    ids = [row.id for row in rows]
+    return assemble(read_work(directory), ids, Path(out), settings, target.digest, histories.describe())
+
+
+def _check_kinds(prompts: list[Prompt], params: GenerateParams) -> None:
+    """Refuse prompts that the engine cannot do anything with, before time is spent."""
+    if params.engine != "given" and (tokens := sum(bool(prompt.chat.input_ids) for prompt in prompts)):
+        raise DeepSpecError(
+            f"{tokens} of {len(prompts)} prompts are token ids with their answers, which engine {params.engine!r} "
+            "cannot answer; set generate.engine to given"
+        )
 
 
 def process_state() -> PartialState:
@@ -78,12 +95,23 @@ def generation_settings(params: Params) -> dict[str, Any]:
     generate = params.generate
     keys = ("engine", "max_new_tokens", "max_length", "temperature", "top_p", "top_k")
     settings = {"seed": params.seed, **{key: getattr(generate, key) for key in keys}}
+    if generate.engine == "given":
+        settings = {"seed": params.seed, "engine": "given", "max_length": generate.max_length} | {
+            "temperature": generate.temperature,
+            "top_p": generate.top_p,
+            "answered_by": generate.given.answered_by,
+        }
     return settings | ({"model": generate.openai.model} if generate.engine == "openai" else {})
 
 
 def longest_first(prompts: list[Prompt]) -> list[Prompt]:
     """Sort prompts by length, longest first: a batch pads little, and what needs most memory comes first."""
-    return sorted(prompts, key=lambda prompt: (-len(prompt.turns[0]), prompt.id))
+
+    def length(prompt: Prompt) -> int:
+        slots = prompt.chat.slots()
+        return sum(len(message["content"]) for message in slots[0].before) if slots else 0
+
+    return sorted(prompts, key=lambda prompt: (-length(prompt), prompt.id))
 
 
 def _answer_share(
@@ -98,7 +126,7 @@ def _answer_share(
         done=len(share) - len(todo),
         shown=state.is_main_process,
     )
-    answer = openai.answer if params.generate.engine == "openai" else answer_locally
+    answer = {"local": answer_locally, "openai": openai.answer, "given": given.answer}[params.generate.engine]
     with Shard(directory, state.process_index, state.num_processes) as shard, progress:
         answer(target, todo, params.generate, Sink(shard, progress, params.seed))
 
@@ -109,12 +137,15 @@ def answer_locally(target: Any, prompts: list[Prompt], params: GenerateParams, s
     The next turn of a conversation goes before a new conversation, so that what a kill can lose stays small.
     """
     waiting = deque(prompts)
+    histories = Histories(target)
     asked: dict[str, Conversation] = {}
     follow_ups: deque[Conversation] = deque()
     sampling = Sampling(params.temperature, params.top_k, params.top_p)
 
     def next_request() -> Request | None:
-        conversation = follow_ups.popleft() if follow_ups else _open_next(target, waiting, params, sink)
+        conversation = (
+            follow_ups.popleft() if follow_ups else _open_next(target, waiting, params, sink, histories)
+        )
         if conversation is None:
             return None
         asked[conversation.prompt.id] = conversation
@@ -135,13 +166,13 @@ def answer_locally(target: Any, prompts: list[Prompt], params: GenerateParams, s
 
 
 def _open_next(
-    target: Any, waiting: deque[Prompt], params: GenerateParams, sink: Sink
+    target: Any, waiting: deque[Prompt], params: GenerateParams, sink: Sink, histories: Histories
 ) -> Conversation | None:
     """Open the next prompt that fits; those that do not are recorded as failures."""
     while waiting:
         prompt = waiting.popleft()
         try:
-            return Conversation(target, prompt, params.max_new_tokens, params.max_length)
+            return Conversation(target, prompt, params.max_new_tokens, params.max_length, histories)
         except UnusableError as error:
             sink.failed(prompt.id, str(error))
     return None

@@ -1,10 +1,12 @@
 """Answers from servers that speak the OpenAI chat API (vLLM, SGLang, TGI, llama.cpp, ...).
 
-The API returns text, so an answer's ids are those of its text under the target's own tokenizer, and the stop
-token is appended where the server says that the answer ended by itself. These can differ from the ids that
+A server that returns token ids (`return_token_ids`, vLLM) is believed to the token, if its ids of the prompt are those
+of our rendering. From others comes text: an answer's ids are those of its text under the target's own tokenizer,
+and the stop token is appended where the server says that the answer ended by itself. These can differ from the ids that
 were sampled (a model can spell a word in several ways); an answer whose ids do not decode to the same text is
-recorded as a failure. What the request does not say, a server may take from the model's generation_config
-(vLLM does, unless started with `--generation-config vllm`). The local engine has none of these flaws.
+recorded as a failure. Thoughts and tool calls that a parser took out of the text are put back as the template writes
+them. What the request does not say, a server may take from the model's generation_config (vLLM does, unless started
+with `--generation-config vllm`). The local engine has none of these flaws.
 """
 
 from __future__ import annotations
@@ -21,11 +23,14 @@ from typing import Any
 
 import httpx
 
-from deepspec.answers.conversation import Conversation, UnusableError, answer_text, end_of_answer
+from deepspec.answers.conversation import Conversation, UnusableError
+from deepspec.answers.history import Histories
 from deepspec.answers.params import GenerateParams
+from deepspec.answers.reply import Reader
 from deepspec.answers.shards import Sink
 from deepspec.errors import DeepSpecError
 from deepspec.messages.prompt import Prompt
+from deepspec.target.chat import with_text_arguments
 
 KEY_VARIABLE = "DEEPSPEC_OPENAI_KEY"
 FIRST_WAIT_S, LONGEST_WAIT_S = 0.5, 30.0
@@ -67,7 +72,9 @@ class _Run:
 
     def __init__(self, target: Any, params: GenerateParams, sink: Sink) -> None:
         self.target, self.params, self.sink = target, params, sink
-        self.stop_id = end_of_answer(target)
+        self.histories = Histories(target)
+        self.reader = Reader(target, self.histories)
+        self.textual: set[str] = set()  # addresses that refuse to be asked for token ids
         self.waiting: deque[_Job] = deque()
         self.dead: dict[str, str] = {}  # address → why
 
@@ -100,24 +107,51 @@ class _Run:
     async def _converse(self, client: httpx.AsyncClient, endpoint: str, job: _Job) -> None:
         if job.conversation is None:
             params = self.params
-            job.conversation = Conversation(self.target, job.prompt, params.max_new_tokens, params.max_length)
+            job.conversation = Conversation(
+                self.target,
+                job.prompt,
+                params.max_new_tokens,
+                params.max_length,
+                self.histories,
+                rendered=True,
+            )
         while job.conversation.prompt_ids is not None:
-            reply = await self._post(client, endpoint, self._body(job.conversation))
-            tokens, finish_reason = self._read(reply)
-            job.conversation.add_answer(tokens, finish_reason)
+            reply = await self._ask(client, endpoint, job.conversation)
+            tokens, finish_reason, message = self.reader.read(reply, job.conversation)
+            job.conversation.add_answer(tokens, finish_reason, message)
             self.sink.progress.tokens(len(tokens))
         self.sink.finished(job.conversation)
 
+    async def _ask(
+        self, client: httpx.AsyncClient, endpoint: str, conversation: Conversation
+    ) -> dict[str, Any]:
+        """Post the conversation; once more without asking for token ids where a server does not know of them."""
+        body = self._body(conversation)
+        if endpoint not in self.textual:
+            try:
+                return await self._post(client, endpoint, body | {"return_token_ids": True})
+            except UnusableError as error:
+                if "return_token_ids" not in str(error):
+                    raise
+            self.textual.add(endpoint)
+        return await self._post(client, endpoint, body)
+
     def _body(self, conversation: Conversation) -> dict[str, Any]:
+        chat = conversation.prompt.chat
+        options = {**self.target.chat_template_kwargs, **chat.chat_template_kwargs}
         body = {
             "model": self.params.openai.model,
-            "messages": conversation.asked,
+            "messages": with_text_arguments(conversation.asked),
             "max_tokens": conversation.room,
             "temperature": self.params.temperature,
             "top_p": self.params.top_p,
             "seed": self.sink.seed(conversation),
         }
-        # Not part of OpenAI's own API, which refuses it; the engines above take it.
+        if chat.tools:
+            body["tools"] = list(chat.tools)
+        # Not part of OpenAI's own API, which refuses them; the engines above take them.
+        if options:
+            body["chat_template_kwargs"] = options
         return body | ({"top_k": self.params.top_k} if self.params.top_k else {})
 
     async def _post(self, client: httpx.AsyncClient, endpoint: str, body: dict) -> dict:
@@ -137,23 +171,6 @@ class _Run:
             raise _UnreachableError(_explain(error))
         what = f"status {response.status_code}" if response is not None else _explain(error)
         raise UnusableError(f"{endpoint} gave no answer in {retries + 1} tries: {what}")
-
-    def _read(self, reply: dict) -> tuple[list[int], str]:
-        """Read the answer's token ids and finish reason."""
-        try:
-            choice = reply["choices"][0]
-            message, finish_reason = dict(choice["message"]), choice["finish_reason"]
-        except (KeyError, IndexError, TypeError):
-            raise UnusableError("the server's reply is not a chat completion") from None
-        text = message.get("content")
-        if message.get("reasoning_content") or message.get("reasoning"):
-            raise UnusableError("the server took the reasoning out of the answer; run it without that parser")
-        if not isinstance(text, str):
-            raise UnusableError(f"the server returned no text (finish reason {finish_reason!r})")
-        tokens = self.target.tokenizer(text, add_special_tokens=False)["input_ids"]
-        if answer_text(self.target, tokens) != text:
-            raise UnusableError("the target's tokenizer does not give this answer's text back")
-        return ([*tokens, self.stop_id] if finish_reason == "stop" else tokens), finish_reason
 
     def _no_server(self) -> str:
         tried = "; ".join(f"{endpoint} ({why})" for endpoint, why in self.dead.items())

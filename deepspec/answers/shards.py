@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import tempfile
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -39,6 +41,20 @@ FEATURES = Features(
         "engine": Value("string"),
     }
 )
+# Columns that are there where a row needs them, and null in the others.
+OPTIONAL = Features(
+    {
+        "prompt": Value("string"),  # id of the prompt, of which this is one of several generations
+        "chat": Value(
+            "string"
+        ),  # JSON of messages, tools, chat_template_kwargs as the template was given them
+        "metadata": Value("string"),  # JSON
+        "logprob": Value("float32"),  # mean log-probability of the answer's tokens, given answers only
+        "surprise": Value(
+            "float32"
+        ),  # mean of log-probability plus entropy: about 0 for the target's own words
+    }
+)
 
 
 class Shard:
@@ -54,8 +70,9 @@ class Shard:
     def __exit__(self, *exception: object) -> None:
         self._journal.close()
 
-    def add_row(self, conversation: Conversation, seed: int) -> None:
-        self._journal.append({"id": conversation.prompt.id, "row": {**conversation.row(), "seed": seed}})
+    def add_rows(self, id: str, rows: list[dict[str, Any]], endings: list[str]) -> None:
+        """Keep the rows of one prompt."""
+        self._journal.append({"id": id, "rows": rows, "endings": endings})
 
     def add_failure(self, id: str, reason: str) -> None:
         self._journal.append({"id": id, "reason": reason})
@@ -70,12 +87,16 @@ class Sink:
 
     def seed(self, conversation: Conversation) -> int:
         """Return the sampler's seed for the conversation's next answer."""
-        return (
-            conversation_seed(self._seed, conversation.prompt.id) + len(conversation.finish_reasons)
-        ) % 2**31
+        return (conversation_seed(self._seed, conversation.prompt.id) + conversation.answered) % 2**31
 
     def finished(self, conversation: Conversation) -> None:
-        self._shard.add_row(conversation, conversation_seed(self._seed, conversation.prompt.id))
+        """Keep the rows of a conversation that is over."""
+        self.add_rows(conversation.prompt.id, conversation.rows(), conversation.endings)
+
+    def add_rows(self, id: str, rows: list[dict[str, Any]], endings: list[str]) -> None:
+        """Keep the rows of one prompt; `endings` is what happened other than in its source."""
+        seed = conversation_seed(self._seed, id)
+        self._shard.add_rows(id, [{**row, "seed": seed} for row in rows], endings)
         self.progress.advance()
 
     def failed(self, id: str, reason: str) -> None:
@@ -92,14 +113,19 @@ def conversation_seed(seed: int, id: str) -> int:
 class Work:
     """What the shards of a directory hold. A prompt that failed is tried again by the next run."""
 
-    rows: dict[str, tuple[Path, int]] = field(default_factory=dict)  # id → file and offset of its line
-    failures: dict[str, str] = field(default_factory=dict)  # id → the latest reason; never an id in `rows`
+    rows: dict[str, tuple[Path, int]] = field(default_factory=dict)  # prompt → file and offset of its line
+    failures: dict[str, str] = field(default_factory=dict)  # prompt → the latest reason; never one in `rows`
+    endings: dict[str, list[str]] = field(
+        default_factory=dict
+    )  # prompt → what happened other than in its source
+    columns: set[str] = field(default_factory=set)  # of the rows
 
-    def row(self, id: str) -> dict[str, Any]:
+    def rows_of(self, id: str) -> list[dict[str, Any]]:
+        """Return the rows of a prompt."""
         path, offset = self.rows[id]
         with path.open("rb") as file:
             file.seek(offset)
-            return {"id": id, **json.loads(file.readline())["row"]}
+            return json.loads(file.readline())["rows"]
 
 
 def read_work(directory: Path) -> Work:
@@ -107,8 +133,10 @@ def read_work(directory: Path) -> Work:
     work = Work()
     for path in sorted(directory.glob("shard-*.jsonl")):
         for offset, entry in read_journal(path):
-            if "row" in entry:
+            if "rows" in entry:
                 work.rows.setdefault(entry["id"], (path, offset))
+                work.endings.setdefault(entry["id"], entry["endings"])
+                work.columns.update(*entry["rows"])
             else:
                 work.failures[entry["id"]] = entry["reason"]
     for id in work.rows:
@@ -116,13 +144,21 @@ def read_work(directory: Path) -> Work:
     return work
 
 
-def assemble(work: Work, ids: list[str], out: Path, settings: dict[str, Any], target_digest: str) -> dict:
+def assemble(
+    work: Work,
+    ids: list[str],
+    out: Path,
+    settings: dict[str, Any],
+    target_digest: str,
+    histories: list[dict[str, Any]] | None = None,
+) -> dict:
     """Write `train.parquet`, `failures.jsonl` and `manifest.json` to `out`, in the order of `ids`.
 
     The directory takes its place whole, by a rename.
 
     Args:
         settings: what was asked of the target (`generation_settings`).
+        histories: what was found of the target's template (`Histories.describe`).
 
     Returns:
         The manifest.
@@ -146,9 +182,12 @@ def assemble(work: Work, ids: list[str], out: Path, settings: dict[str, Any], ta
         with (directory / "failures.jsonl").open("w", encoding="utf-8") as file:
             file.writelines(json.dumps({"id": id, "reason": work.failures[id]}) + "\n" for id in failed)
         manifest = {
-            "rows": len(kept),
-            "failures": len(failed),
             **counts,
+            "conversations": len(kept),
+            "failures": len(failed),
+            "failure_reasons": _counted(work.failures[id] for id in failed),
+            "endings": _counted(ending for id in kept for ending in work.endings[id]),
+            "template": histories or [],
             "target": target_digest,
             "settings": settings,
             "digest": file_digest(directory / "train.parquet"),
@@ -160,22 +199,31 @@ def assemble(work: Work, ids: list[str], out: Path, settings: dict[str, Any], ta
 def _write_parquet(work: Work, ids: list[str], path: Path, settings: dict, target: str) -> dict[str, int]:
     """Write the data set's rows and return the numbers of tokens."""
     constants = {key: settings[key] for key in ("temperature", "top_p", "engine")} | {"target": target}
-    counts = {"answer_tokens": 0, "total_tokens": 0}
+    counts = {"rows": 0, "answer_tokens": 0, "total_tokens": 0}
+    features = Features(
+        {**FEATURES, **{name: kind for name, kind in OPTIONAL.items() if name in work.columns}}
+    )
 
     def rows() -> Iterator[dict[str, Any]]:
         for id in ids:
-            row = work.row(id)
-            counts["answer_tokens"] += sum(row["loss_mask"])
-            counts["total_tokens"] += len(row["input_ids"])
-            yield {**row, **constants}
+            for row in work.rows_of(id):
+                counts["rows"] += 1
+                counts["answer_tokens"] += sum(row["loss_mask"])
+                counts["total_tokens"] += len(row["input_ids"])
+                yield {**dict.fromkeys(features), **row, **constants}
 
     disable_progress_bars()
     with tempfile.TemporaryDirectory(dir=path.parent) as cache:
         try:
             data = Dataset.from_generator(
-                rows, features=FEATURES, cache_dir=cache, fingerprint=digest(path.name)
+                rows, features=features, cache_dir=cache, fingerprint=digest(path.name)
             )
         except DatasetGenerationError as error:
             raise error.__cause__ or error from None  # so that a full disk is seen as one
         data.to_parquet(path)
     return counts
+
+
+def _counted(words: Iterable[str]) -> dict[str, int]:
+    """Count equal reasons; numbers in them do not tell them apart."""
+    return dict(sorted(Counter(re.sub(r"\d+", "…", word) for word in words).items()))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 from deepspec.evaluation.record import TaskEntry
@@ -49,12 +50,16 @@ def _making(draft: Draft) -> list[tuple[str, str]]:
         "target digest": draft.target.digest,
         "draft digest": draft.digest,
         "data digest": record.get("data_digest"),
+        "template arguments": json.dumps(draft.target.chat_template_kwargs)
+        if draft.target.chat_template_kwargs
+        else None,
         "began as": "; ".join(_parent(parent) for parent in record.get("parents") or ()),
         "commit": record.get("git_commit"),
         "command": record.get("command"),
         "seed": record.get("seed"),
         "steps": train.get("steps"),
         "sequences a step": train.get("batch_size"),
+        "tokens of a row, at most": train.get("max_length"),
         "learning rate": train.get("lr"),
         "loss": ", ".join(
             f"{k} {v:g}" for k, v in (train.get("loss") or {}).items() if isinstance(v, float) and v

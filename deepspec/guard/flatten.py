@@ -6,6 +6,7 @@ code that put the row together.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from itertools import groupby
 from pathlib import Path
@@ -14,11 +15,14 @@ from typing import Any
 import pandas
 from pyarrow import parquet
 
-from deepspec.answers.conversation import answer_text, generation_prompt
+from deepspec.answers.turns import answer_text, generation_prompt
+from deepspec.errors import DeepSpecError
+from deepspec.guard.facts import script
 from deepspec.messages.prompt import Prompt
-from deepspec.prompts.filters import duplicate_key
+from deepspec.prompts.filters import chat_key, duplicate_key
 
 BATCH_ROWS = 1024
+OPTIONAL = ("prompt", "chat", "metadata", "logprob", "surprise")  # columns that may be null
 LISTS = ("messages", "input_ids", "loss_mask", "finish_reasons")
 
 
@@ -38,38 +42,85 @@ class Flattener:
         self.target, self.prompts, self.ngram, self.overlap = target, prompts, ngram, overlap
         self.stop_ids = target.stop_ids
         self.opening = generation_prompt(target)
+        self._seen: set[str] = set()  # prompts of which there was a row
 
     def table(self, path: Path) -> pandas.DataFrame:
         batches = parquet.ParquetFile(path).iter_batches(batch_size=BATCH_ROWS)
         return pandas.DataFrame([self.flat(row) for batch in batches for row in batch.to_pylist()])
 
     def flat(self, row: dict[str, Any]) -> dict[str, Any]:
-        missing = [name for name, value in row.items() if value is None or value in ("", [])]
+        tokens_only = row["engine"] == "given" and row["messages"] == []
+        exempt = (*OPTIONAL, "messages") if tokens_only else OPTIONAL
+        missing = [
+            name for name, value in row.items() if name not in exempt and (value is None or value in ("", []))
+        ]
         row = {**row, **{name: row[name] or [] for name in LISTS}}
+        asked = row.get("prompt") or row["id"]
+        again = bool(row.get("prompt")) and asked in self._seen
+        self._seen.add(asked)
         roles = [message["role"] for message in row["messages"]]
         turns = _said(row, "user")
         answers = answer_runs(row["input_ids"], row["loss_mask"])
-        prompt = self.prompts.get(row["id"])
+        prompt = self.prompts.get(asked)
+        texts = [self.target.tokenizer.decode(row["input_ids"])] if tokens_only else turns
+        mask_problem = self.mask_problem(row, answers, tokens_only)
+        chat = _chat(row)
         return {
             "id": row["id"],
+            "asked": asked,
             "target": row["target"],
             "missing": ", ".join(missing) or None,
-            "roles": " ".join(map(str, roles)),
-            "last_role": roles[-1] if roles else "",
-            "prompt": duplicate_key(prompt.turns if prompt else turns),
-            "prompt_problem": _prompt_problem(prompt, turns),
+            "roles": None if tokens_only else " ".join(map(str, roles)),
+            "last_role": None if tokens_only else roles[-1] if roles else "",
+            "prompt": None if again else chat_key(prompt.chat) if prompt else duplicate_key(turns),
+            "prompt_problem": _prompt_problem(prompt, turns, row["input_ids"] if tokens_only else None),
             "tokens": len(row["input_ids"]),
             "answer_tokens": sum(row["loss_mask"]),
             "truncated": float("length" in row["finish_reasons"]),
             "repetition": max((repetition(answer, self.ngram) for _, answer in answers), default=0.0),
-            "mask_problem": self.mask_problem(row, answers),
-            "overlap": next(filter(None, map(self.overlap, turns)), None),
+            "mask_problem": mask_problem,
+            "template_problem": None
+            if mask_problem or tokens_only
+            else self.template_problem(row, chat, answers),
+            "tool_problem": tool_problem(chat["messages"]),
+            "logprob": row.get("logprob"),
+            "surprise": row.get("surprise"),
+            "source": row["source"] or "",
+            "script": script(" ".join(turns)),
+            "system": bool({"system", "developer"} & set(roles)),
+            "thinks": _thinks(chat["messages"]),
+            "tools": bool(chat.get("tools")),
+            "calls": any(message.get("tool_calls") for message in chat["messages"]),
+            "overlap": next(filter(None, map(self.overlap, texts)), None),
         }
 
-    def mask_problem(self, row: dict[str, Any], answers: list[tuple[int, list[int]]]) -> str | None:
+    def template_problem(
+        self, row: dict[str, Any], chat: dict[str, Any], answers: list[tuple[int, list[int]]]
+    ) -> str | None:
+        """Return where the ids before an answer are not those that the template makes of the messages, or None."""
+        messages = chat["messages"]
+        places = [i for i, message in enumerate(messages) if message["role"] == "assistant"][-len(answers) :]
+        end = 0
+        for place, (start, answer) in zip(places, answers, strict=True):
+            try:
+                asked = self.target.chat_ids(
+                    messages[:place], True, chat.get("tools") or (), chat.get("chat_template_kwargs")
+                )
+            except DeepSpecError as error:
+                return str(error)
+            had = row["input_ids"][end:start]
+            if had != (asked[-len(had) :] if end and had else asked):
+                return f"the {start - end} tokens before the answer at {start} are not those of the template"
+            end = start + len(answer)
+        return None
+
+    def mask_problem(
+        self, row: dict[str, Any], answers: list[tuple[int, list[int]]], tokens_only: bool = False
+    ) -> str | None:
         """Return why the loss mask does not cover exactly the answers' tokens, or None."""
         ids, mask, reasons = row["input_ids"], row["loss_mask"], row["finish_reasons"]
-        texts = _said(row, "assistant")
+        texts: list[str | None] = list(_said(row, "assistant")[-len(reasons) :])
+        texts = [None] * len(reasons) if tokens_only else texts
         if len(ids) != len(mask):
             return f"{len(ids)} tokens but {len(mask)} mask values"
         if not set(mask) <= {0, 1}:
@@ -79,11 +130,15 @@ class Flattener:
         if not len(answers) == len(texts) == len(reasons):
             return f"{len(answers)} masked runs, {len(texts)} answers, {len(reasons)} finish reasons"
         for (start, answer), text, reason in zip(answers, texts, reasons, strict=True):
-            if problem := self._answer_problem(ids[:start], answer, text, reason):
+            opened = tokens_only or row.get("chat") or self._opened(ids[:start])
+            if problem := self._answer_problem(bool(opened), answer, text, reason):
                 return problem
         return None
 
-    def _answer_problem(self, before: list[int], answer: list[int], text: str, reason: str) -> str | None:
+    def _opened(self, before: list[int]) -> bool:
+        return not self.opening or before[-len(self.opening) :] == self.opening
+
+    def _answer_problem(self, opened: bool, answer: list[int], text: str | None, reason: str) -> str | None:
         stops = [i for i, token in enumerate(answer) if token in self.stop_ids]
         if reason not in ("stop", "length"):
             return f"finish reason {reason!r}"
@@ -91,9 +146,9 @@ class Flattener:
             return "an answer that stopped has its stop token elsewhere than at its end, or none"
         if reason == "length" and stops:
             return "an answer that was cut short has a stop token"
-        if self.opening and before[-len(self.opening) :] != self.opening:
+        if not opened:
             return "a masked run does not start where the template opens an answer"
-        if answer_text(self.target, answer[:-1] if stops else answer) != text:
+        if text is not None and answer_text(self.target, answer[:-1] if stops else answer) != text:
             return "the masked tokens do not spell the answer"
         return None
 
@@ -118,9 +173,38 @@ def _said(row: dict[str, Any], role: str) -> list[str]:
     return [message["content"] or "" for message in row["messages"] if message["role"] == role]
 
 
-def _prompt_problem(prompt: Prompt | None, turns: list[str]) -> str | None:
+def tool_problem(messages: list[dict[str, Any]]) -> str | None:
+    """Return which tool result does not follow its call, or which call in the middle has none; None: all is paired."""
+    open_: list[str] = []
+    for message in messages:
+        if message["role"] == "tool":
+            if message.get("tool_call_id") not in open_:
+                return f"a result of {message.get('tool_call_id')!r} without its call"
+            open_.remove(message["tool_call_id"])
+        elif open_:
+            return f"the call {open_[0]!r} has no result"
+        open_ += [call["id"] for call in message.get("tool_calls") or []]
+    return None
+
+
+def _thinks(messages: list[dict[str, Any]]) -> bool:
+    """Return whether an answer has a thought, as a part of its own or in its text."""
+    answers = [message for message in messages if message["role"] == "assistant"]
+    return any(
+        message.get("reasoning_content") or "</think>" in (message["content"] or "") for message in answers
+    )
+
+
+def _chat(row: dict[str, Any]) -> dict[str, Any]:
+    """Return what the template was given."""
+    return json.loads(row["chat"]) if row.get("chat") else {"messages": row["messages"]}
+
+
+def _prompt_problem(prompt: Prompt | None, turns: list[str], ids: list[int] | None) -> str | None:
     if prompt is None:
         return "no prompt has this id"
+    if ids is not None:
+        return None if tuple(ids) == prompt.chat.input_ids else "the tokens are not those of the prompt"
     if not turns or tuple(turns) != tuple(prompt.turns[: len(turns)]):
         return "the user's turns are not those of the prompt"
     return None

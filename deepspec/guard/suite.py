@@ -26,13 +26,17 @@ from pyarrow import ArrowInvalid, parquet
 from deepspec.answers.shards import FEATURES
 from deepspec.errors import DeepSpecError
 from deepspec.files import file_digest
+from deepspec.guard.facts import facts, warnings
 from deepspec.guard.flatten import Flattener
 from deepspec.guard.params import ValidateParams
 from deepspec.guard.verdict import Check, Validation
 from deepspec.messages.prompt import Prompt
 
 EXAMPLES = 5
-ALTERNATING = r"^user assistant(?: user assistant)*$"
+# The system first, then whoever asks and the assistant in turn; a tool speaks behind the assistant that called it.
+_ASKING = r"(?: (?:system|developer|user))"
+_NEXT = rf"(?:(?: tool)+ assistant|(?: tool)*{_ASKING}+ assistant)"
+ALTERNATING = rf"^(?:(?:system|developer) )*user{_ASKING}* assistant{_NEXT}*$"
 
 
 @dataclass(frozen=True)
@@ -84,13 +88,16 @@ def validate_data(
         raise DeepSpecError(f"{path}: not a readable parquet file: {' '.join(str(error).split())}") from None
     checks = apply_rules(_column_facts(found), [COLUMNS])
     checks += apply_rules(_manifest_facts(manifest, path, rows, len(failures)), [MANIFEST])
+    found_facts: dict[str, str] = {}
+    doubts: list[str] = []
     if checks[0].passed:
         asked = {prompt.id: prompt for prompt in prompts}
         table = Flattener(target, asked, bounds.repetition_ngram, overlap).table(path)
         rules = row_rules(bounds, max_length, target.digest) if rows else [_row_count(bounds)]
         checks += apply_rules(table, rules)
         checks += apply_rules(_outcomes(prompts, table, failures), _outcome_rules(bounds))
-    return Validation(target.digest, rows, len(failures), checks)
+        found_facts, doubts = facts(table, manifest), warnings(table, manifest)
+    return Validation(target.digest, rows, len(failures), checks, found_facts, doubts)
 
 
 def row_rules(bounds: ValidateParams, max_length: int, target_digest: str) -> list[Rule]:
@@ -155,8 +162,8 @@ def _form_rules() -> list[Rule]:
         ),
         Rule(
             "alternating_roles",
-            "user and assistant take turns, the user first",
-            "user, assistant, ...",
+            "who asks and the assistant take turns, the user first; tools follow the assistant that called them",
+            "(system,) user, assistant, ...",
             gxe.ExpectColumnValuesToMatchRegex(column="roles", regex=ALTERNATING),
         ),
     ]
@@ -204,6 +211,18 @@ def _token_rules(bounds: ValidateParams, max_length: int) -> list[Rule]:
             "the loss mask covers exactly the answers' tokens, stop tokens included",
             "exactly",
             gxe.ExpectColumnValuesToBeNull(column="mask_problem"),
+        ),
+        Rule(
+            "template",
+            "the ids before every answer are those that the template makes of the messages",
+            "equal",
+            gxe.ExpectColumnValuesToBeNull(column="template_problem"),
+        ),
+        Rule(
+            "tool_results",
+            "tool results follow their calls, and calls have their results",
+            "paired",
+            gxe.ExpectColumnValuesToBeNull(column="tool_problem"),
         ),
     ]
 
@@ -340,7 +359,7 @@ def _manifest_facts(manifest: dict, path: Path, rows: int, failures: int) -> pan
 
 def _outcomes(prompts: list[Prompt], table: pandas.DataFrame, failures: list[dict]) -> pandas.DataFrame:
     """Return one row for every prompt: answered, failed or lost."""
-    outcome = dict.fromkeys(table.get("id", []), "row")
+    outcome = dict.fromkeys(table.get("asked", []), "row")
     reasons = {failure["id"]: failure["reason"] for failure in failures}
     outcome |= dict.fromkeys(reasons, "failure")
     return pandas.DataFrame(

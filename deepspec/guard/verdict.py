@@ -38,6 +38,8 @@ class Validation:
     rows: int
     failures: int
     checks: list[Check]
+    facts: dict[str, str] = field(default_factory=dict)  # what the data is made of
+    warnings: list[str] = field(default_factory=list)  # allowed, and worth a second look
 
     @property
     def failed(self) -> list[Check]:
@@ -49,7 +51,13 @@ class Validation:
 
     def to_dict(self) -> dict[str, Any]:
         facts = {"target": self.target, "rows": self.rows, "failures": self.failures}
-        return {"passed": not self.failed, **facts, "checks": [check.finding() for check in self.checks]}
+        said = {"facts": self.facts, "warnings": self.warnings}
+        return {
+            "passed": not self.failed,
+            **facts,
+            **said,
+            "checks": [check.finding() for check in self.checks],
+        }
 
     def to_markdown(self) -> str:
         count = len(self.checks)
@@ -59,12 +67,20 @@ class Validation:
         lines = [
             "# Validation of the distillation data",
             "",
-            f"{self.rows} conversations, {self.failures} failures, target `{self.target}`: {verdict}.",
+            f"{self.rows} rows, {self.failures} failures, target `{self.target}`: {verdict}.",
             "",
+            *(f"**Warning**: {warning}\n" for warning in self.warnings),
             markdown_table(
                 ("", "check", "what it means", "bound", "observed", "examples"), map(_cells, self.checks)
             ),
         ]
+        if self.facts:
+            lines += [
+                "",
+                "## What it is made of",
+                "",
+                *(f"- {name}: {value}" for name, value in self.facts.items()),
+            ]
         return "\n".join(lines) + "\n"
 
 

@@ -1,22 +1,131 @@
-"""The prompts that come in: one JSON object a line, `{"id", "source", "turns": [user turn, ...]}`."""
+"""Prompts: conversations that the target is to take part in, one JSON object a line.
+
+User turns alone are `{"id", "source", "turns": [...]}`. Whatever has more is `{"id", "source", "messages": [...]}` with
+`tools`, `chat_template_kwargs` and `metadata` where there are any, or `{"id", "source", "input_ids", "loss_mask"}`.
+"""
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from deepspec.errors import DeepSpecError
+from deepspec.files import digest
+from deepspec.messages.message import BadRowError, Message, in_order, read_messages, read_tools
+
+
+@dataclass(frozen=True)
+class Slot:
+    """A place where the assistant speaks.
+
+    Attributes:
+        before: messages since the assistant spoke last.
+        recorded: what the source has there; None: nothing.
+    """
+
+    before: tuple[Message, ...]
+    recorded: Message | None
+
+
+@dataclass(frozen=True)
+class Chat:
+    """A conversation as its source has it.
+
+    Attributes:
+        messages: in order (`deepspec.messages.message.in_order`); empty where the source has token ids.
+        tools: as OpenAI's API has them.
+        chat_template_kwargs: of this conversation, beside the target's own.
+        metadata: whatever the source says of it; handed on.
+        input_ids: of a conversation that was tokenised elsewhere.
+        loss_mask: 1 where a token of `input_ids` is the assistant's.
+    """
+
+    messages: tuple[Message, ...] = ()
+    tools: tuple[dict[str, Any], ...] = ()
+    chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+    input_ids: tuple[int, ...] = ()
+    loss_mask: tuple[int, ...] = ()
+
+    @classmethod
+    def of_turns(cls, turns: tuple[str, ...] | list[str]) -> Chat:
+        """Return a conversation of user turns alone."""
+        return cls(tuple({"role": "user", "content": turn} for turn in turns))
+
+    @property
+    def turns(self) -> tuple[str, ...]:
+        """Return the texts of the user's messages."""
+        return tuple(message["content"] for message in self.messages if message["role"] == "user")
+
+    @property
+    def plain(self) -> bool:
+        """Return whether it is user turns and nothing else."""
+        return not self.input_ids and self == Chat.of_turns(self.turns)
+
+    def slots(self) -> list[Slot]:
+        """Return the places where the assistant speaks.
+
+        They are where the source has assistant messages, and after the last message; where it has none at all, after
+        every user message.
+        """
+        recorded = any(message["role"] == "assistant" for message in self.messages)
+        slots: list[Slot] = []
+        before: list[Message] = []
+        for message in self.messages:
+            if message["role"] == "assistant":
+                slots.append(Slot(tuple(before), message))
+                before = []
+                continue
+            before.append(message)
+            if not recorded and message["role"] == "user":
+                slots.append(Slot(tuple(before), None))
+                before = []
+        if before and not recorded and slots:  # a system message behind the last turn
+            before = [*slots.pop().before, *before]
+        return [*slots, Slot(tuple(before), None)] if before else slots
+
+    def fields(self) -> dict[str, Any]:
+        """Return the JSON fields that `chat_of` reads back."""
+        if self.plain:
+            return {"turns": list(self.turns)}
+        if self.input_ids:
+            found: dict[str, Any] = {"input_ids": list(self.input_ids), "loss_mask": list(self.loss_mask)}
+        else:
+            found = {"messages": list(self.messages)}
+        for name in ("tools", "chat_template_kwargs", "metadata"):
+            if value := getattr(self, name):
+                found[name] = list(value) if name == "tools" else dict(value)
+        return found
+
+    def id(self) -> str:
+        """Return 16 hexadecimal digits that identify the conversation, wherever it came from."""
+        if self.plain:
+            return digest(json.dumps(list(self.turns), ensure_ascii=False))
+        said = {name: value for name, value in self.fields().items() if name != "metadata"}
+        return digest(json.dumps(said, ensure_ascii=False, sort_keys=True))
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """The user's side of one conversation."""
+    """A conversation with its name."""
 
     id: str
     source: str
-    turns: tuple[str, ...]
+    chat: Chat
+
+    @classmethod
+    def of_turns(cls, id: str, source: str, turns: tuple[str, ...] | list[str]) -> Prompt:
+        """Return a prompt of user turns alone."""
+        return cls(id, source, Chat.of_turns(turns))
+
+    @property
+    def turns(self) -> tuple[str, ...]:
+        """Return the texts of the user's messages."""
+        return self.chat.turns
 
 
 def read_prompts(path: str | Path) -> list[Prompt]:
@@ -43,6 +152,63 @@ def read_prompts(path: str | Path) -> list[Prompt]:
     return list(prompts.values())
 
 
+def chat_of(row: Mapping[str, Any]) -> Chat:
+    """Read the fields that `Chat.fields` writes.
+
+    Raises:
+        BadRowError: they are not a conversation.
+    """
+    if "input_ids" in row:
+        ids, mask = _tokens(row)
+        return Chat(input_ids=ids, loss_mask=mask, metadata=mapping(row, "metadata"))
+    messages = in_order(read_messages(row.get("messages"), "messages"))[0]
+    return Chat(
+        tuple(messages),
+        tuple(read_tools(row.get("tools"))),
+        mapping(row, "chat_template_kwargs"),
+        mapping(row, "metadata"),
+    )
+
+
+def _tokens(row: Mapping[str, Any]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return `input_ids` and `loss_mask` of a row that was tokenised elsewhere."""
+    found = {}
+    for name in ("input_ids", "loss_mask"):
+        values = row.get(name)
+        if not isinstance(values, list) or not all(
+            isinstance(x, int) and not isinstance(x, bool) and x >= 0 for x in values
+        ):
+            raise BadRowError("malformed token ids", f"{name!r} must be a list of numbers from 0 on")
+        found[name] = tuple(values)
+    ids, mask = found["input_ids"], found["loss_mask"]
+    if len(ids) != len(mask) or not set(mask) <= {0, 1}:
+        raise BadRowError(
+            "malformed token ids", f"{len(ids)} 'input_ids' need as many 'loss_mask' of 0 and 1"
+        )
+    if not any(mask) or mask[0]:
+        raise BadRowError(
+            "malformed token ids", "'loss_mask' must mark an answer, and not from the first token on"
+        )
+    return ids, mask
+
+
+def mapping(row: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """Return a field that holds an object, or JSON text of one; a missing one is empty.
+
+    Raises:
+        BadRowError: it holds something else.
+    """
+    value = row.get(name)
+    if value is None:
+        return {}
+    if isinstance(value, str) and value.strip():
+        with suppress(ValueError):
+            value = json.loads(value)
+    if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
+        raise BadRowError(f"malformed {name}", f"{name!r} must be an object")
+    return dict(value)
+
+
 def _parse(line: bytes, where: str) -> Prompt:
     try:
         value = json.loads(line)
@@ -53,10 +219,15 @@ def _parse(line: bytes, where: str) -> Prompt:
     for key in ("id", "source"):
         if not _is_text(value.get(key)):
             raise DeepSpecError(f"{where}: {key!r} must be a non-empty string, found {value.get(key)!r}")
+    if "messages" in value or "input_ids" in value:
+        try:
+            return Prompt(value["id"], value["source"], chat_of(value))
+        except BadRowError as error:
+            raise DeepSpecError(f"{where}: {error} (prompt {value['id']!r})") from None
     turns = value.get("turns")
     if not isinstance(turns, list) or not turns or not all(_is_text(turn) for turn in turns):
         raise DeepSpecError(f"{where}: 'turns' must be a list of non-empty strings (prompt {value['id']!r})")
-    return Prompt(value["id"], value["source"], tuple(turns))
+    return Prompt.of_turns(value["id"], value["source"], turns)
 
 
 def _is_text(value: Any) -> bool:

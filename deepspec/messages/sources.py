@@ -1,36 +1,116 @@
-"""Prompts that others wrote: JSONL files and Hugging Face datasets, both read into lists of user turns."""
+"""Prompts that others wrote: JSONL files and Hugging Face datasets, both read into conversations.
+
+A file is read twice and never held: once to check every line and note where the good ones begin, then line by line in
+an order drawn from the seed.
+"""
 
 from __future__ import annotations
 
 import gzip
 import json
 import random
+import shutil
+import tempfile
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from array import array
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from deepspec.errors import DeepSpecError
+from deepspec.messages.hub import load_split
+from deepspec.messages.message import BadRowError, RefusedRowError
+from deepspec.messages.presets import Preset
+from deepspec.messages.prompt import Chat
+from deepspec.messages.rows import USUAL, Columns, Read, read_row, user_turns
 
-COLUMNS = ("turns", "messages", "conversations", "conversation", "prompt", "question", "instruction")
-USER_ROLES = ("user", "human")
-FILE_TYPES = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
+LONGEST_LINE = 1 << 26  # bytes; a longer one is not read into memory
 
 
 @dataclass(frozen=True)
 class Candidate:
     """A prompt that may become part of the training set, unless its source already found a `fault`."""
 
-    turns: list[str]
+    chat: Chat
     fault: str | None = None
+    left_out: tuple[str, ...] = ()
+
+    @property
+    def turns(self) -> list[str]:
+        """Return the texts of the user's messages."""
+        return list(self.chat.turns)
 
 
-def jsonl_candidates(path: str, seed: int) -> Iterator[Candidate]:
-    """Yield the prompts of a JSONL file in an order drawn from `seed`; the whole file is checked first."""
-    prompts = read_jsonl(path)
-    random.Random(seed).shuffle(prompts)
-    return (Candidate(turns) for turns in prompts)
+@dataclass
+class Faults:
+    """Rows of a source that cannot be used: how many of each kind, and where the first is."""
+
+    rows: int = 0  # good ones too
+    malformed: int = 0
+    counts: Counter[str] = field(default_factory=Counter)
+    first: dict[str, int] = field(default_factory=dict)  # kind → line
+    example: tuple[int, str] | None = None  # the first malformed line, and what was found
+
+    def add(self, line: int, error: BadRowError) -> None:
+        """Count a row."""
+        self.counts[error.kind] += 1
+        self.first.setdefault(error.kind, line)
+        if not isinstance(error, RefusedRowError):
+            self.malformed += 1
+            self.example = self.example or (line, str(error))
+
+    def to_dict(self) -> dict[str, dict[str, int]]:
+        """Return kind → rows and the number of its first line."""
+        return {kind: {"rows": n, "first_line": self.first[kind]} for kind, n in sorted(self.counts.items())}
+
+
+class JsonlSource:
+    """The conversations of a JSONL file (`.gz` too), in an order drawn from a seed.
+
+    The whole file is checked at once; blank lines are skipped.
+
+    Args:
+        max_malformed_share: lines that may be malformed.
+
+    Raises:
+        DeepSpecError: no such file, or too many malformed lines; the first is named.
+    """
+
+    def __init__(self, path: str, seed: int, max_malformed_share: float = 0.0, columns: Columns = USUAL):
+        self.path, self._columns = Path(path), columns
+        self.faults = Faults()
+        self._file = _plain(self.path)
+        self._offsets = array("Q")
+        for number, (offset, line) in enumerate(_lines(self._file, self.path), start=1):
+            if line is not None and not line.strip():
+                continue
+            self.faults.rows += 1
+            try:
+                read_row(_parsed(line), columns)
+                self._offsets.append(offset)
+            except BadRowError as error:
+                self.faults.add(number, error)
+        self._check(max_malformed_share)
+        random.Random(seed).shuffle(self._offsets)  # type: ignore[arg-type]
+
+    def __iter__(self) -> Iterator[Candidate]:
+        for offset in self._offsets:
+            self._file.seek(offset)
+            found = read_row(_parsed(self._file.readline()), self._columns)
+            yield Candidate(found.chat, left_out=found.left_out)
+
+    def _check(self, allowed: float) -> None:
+        faults = self.faults
+        if faults.example is None or faults.malformed <= allowed * faults.rows:
+            return
+        line, found = faults.example
+        kinds = ", ".join(f"{kind} {count}" for kind, count in sorted(faults.counts.items()))
+        raise DeepSpecError(
+            f"{self.path}:{line}: malformed line: {found}; {faults.malformed} of {faults.rows} lines are malformed "
+            f"({kinds}), more than prompts.max_malformed_share allows ({allowed:.1%})"
+        )
 
 
 def read_jsonl(path: str | Path) -> list[list[str]]:
@@ -41,16 +121,18 @@ def read_jsonl(path: str | Path) -> list[list[str]]:
     """
     path = Path(path)
     prompts = []
-    for number, line in enumerate(_lines(path), start=1):
-        if line.strip():
+    with _plain(path) as file:
+        for number, (_, line) in enumerate(_lines(file, path), start=1):
+            if line is not None and not line.strip():
+                continue
             try:
-                prompts.append(user_turns(json.loads(line.decode("utf-8-sig"))))
-            except (ValueError, RecursionError) as error:
-                raise DeepSpecError(f"{path}:{number}: malformed line: {_reason(error)}") from None
+                prompts.append(user_turns(_parsed(line)))
+            except BadRowError as error:
+                raise DeepSpecError(f"{path}:{number}: malformed line: {error}") from None
     return prompts
 
 
-def hub_candidates(spec: str, seed: int) -> Iterator[Candidate]:
+def hub_candidates(spec: str, seed: int, columns: Columns = USUAL) -> Iterator[Candidate]:
     """Yield prompts of `<dataset>[:split]` or `<dataset>:<config>/<split>` in an order drawn from `seed`.
 
     The dataset may be a local directory.
@@ -61,140 +143,83 @@ def hub_candidates(spec: str, seed: int) -> Iterator[Candidate]:
     name, _, part = spec.partition(":")
     config, _, split = part.rpartition("/")
     dataset = load_split(name, config or None, split or "train").shuffle(seed=seed)
-    column = next((name for name in COLUMNS if name in dataset.column_names), None)
-    if column is None:
+    column = next((name for name in columns.messages if name in dataset.column_names), None)
+    if column is None and "input_ids" not in dataset.column_names:
         raise DeepSpecError(
             f"hub:{spec}: no column of prompts; found {', '.join(dataset.column_names)}; "
-            f"looked for {', '.join(COLUMNS)}"
+            f"looked for {', '.join(columns.messages)}"
         )
-    return _row_candidates(dataset)
+    return _row_candidates(dataset, columns)
 
 
-def user_turns(row: Any, columns: Sequence[str] = ()) -> list[str]:
-    """Return the user turns of one row: those of its named columns, or of the first of `COLUMNS` that it has.
-
-    A column holds a string, a list of strings or a list of messages; several columns follow one another.
+def preset_candidates(spec: str, seed: int, max_malformed_share: float) -> Iterable[Candidate]:
+    """Return the prompts of a preset: `<name>`, or `<name>@<place>` with a copy of its dataset, JSONL or a directory.
 
     Raises:
-        ValueError: the row has none of the fields, or a field holds something else.
+        DeepSpecError: no such preset, or a dataset that cannot be read.
     """
-    if not isinstance(row, Mapping):
-        raise ValueError(f"expected an object, found {type(row).__name__}")
-    if columns:
-        return [turn for column in columns for turn in _turns(row.get(column), column)]
-    column = next((name for name in COLUMNS if row.get(name) is not None), None)
-    if column is None:
-        raise ValueError(f"none of the fields {', '.join(COLUMNS)}")
-    value = row[column]
-    if isinstance(value, str) and column == "instruction" and row.get("input"):
-        value = f"{value}\n\n{row['input']}"
-    return _turns(value, column)
+    name, _, place = spec.partition("@")
+    preset = Preset.named(name)
+    if place.removesuffix(".gz").endswith((".jsonl", ".json")):
+        return JsonlSource(place, seed, max_malformed_share, preset.columns)
+    part = f"{preset.config}/{preset.split}" if preset.config else preset.split
+    return hub_candidates(f"{place or preset.dataset}:{part}", seed, preset.columns)
 
 
-def _turns(value: Any, column: str) -> list[str]:
-    if isinstance(value, str):
-        value = [value]
-    if not isinstance(value, list):
-        raise ValueError(f"{column!r} must be a string or a list, found {type(value).__name__}")
-    turns = [turn for turn in (_user_text(item, column) for item in value) if turn is not None]
-    if not turns or not all(turn.strip() for turn in turns):
-        raise ValueError(f"{column!r} has no user turn, or an empty one")
-    return turns
-
-
-def _user_text(item: Any, column: str) -> str | None:
-    """Return the text of a turn or of a user's message; None for a message of another role."""
-    if isinstance(item, str):
-        return item
-    if not isinstance(item, Mapping):
-        raise ValueError(f"{column!r} must hold strings or messages, found {type(item).__name__}")
-    if item.get("role", item.get("from")) not in USER_ROLES:
-        return None
-    content = item.get("content", item.get("value"))
-    if isinstance(content, list):
-        content = "".join(part.get("text") or "" for part in content if isinstance(part, Mapping))
-    if not isinstance(content, str):
-        raise ValueError(f"a message in {column!r} has no text")
-    return content
-
-
-def _row_candidates(dataset: Iterable[Mapping]) -> Iterator[Candidate]:
-    """Yield the rows that have a user turn; others are skipped, since a user cannot mend a public dataset."""
+def _row_candidates(dataset: Iterable[Mapping], columns: Columns) -> Iterator[Candidate]:
+    """Yield every row; one that cannot be read is a fault, since a user cannot mend a public dataset."""
     for row in dataset:
         try:
-            yield Candidate(user_turns(row))
-        except ValueError:
-            yield Candidate([], fault="no user turn")
+            found: Read = read_row(row, columns)
+        except BadRowError as error:
+            yield Candidate(Chat(), fault=error.kind)
+        else:
+            yield Candidate(found.chat, left_out=found.left_out)
 
 
-def _lines(path: Path) -> Iterator[bytes]:
+def _parsed(line: bytes | None) -> Any:
+    if line is None:
+        raise BadRowError("a line that is too long", f"longer than {LONGEST_LINE >> 20} MiB")
     try:
-        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
-            yield from file
+        return json.loads(line.decode("utf-8-sig"))
+    except UnicodeDecodeError:
+        raise BadRowError("not UTF-8") from None
+    except RecursionError:
+        raise BadRowError("nested too deeply") from None
+    except ValueError as error:
+        raise BadRowError("not JSON", " ".join(str(error).split())) from None
+
+
+def _plain(path: Path) -> IO[bytes]:
+    """Open a file, or an unpacked copy of a `.gz` that is gone when it is closed."""
+    try:
+        if path.suffix != ".gz":
+            return path.open("rb")
+        copy = tempfile.TemporaryFile()  # noqa: SIM115
+        with gzip.open(path) as packed:
+            shutil.copyfileobj(packed, copy)
+        copy.seek(0)
+        return copy
     except FileNotFoundError:
         raise DeepSpecError(f"{path}: no such prompt file") from None
     except (IsADirectoryError, PermissionError, EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise DeepSpecError(f"{path}: cannot be read: {_reason(error)}") from None
-
-
-def load_split(
-    name: str,
-    config: str | None = None,
-    split: str = "train",
-    revision: str | None = None,
-    files: Sequence[str] = (),
-) -> Any:
-    """Load one split of a dataset, by hub name or directory. `datasets` is imported here: the core runs without it.
-
-    Args:
-        files: data files inside the dataset, or addresses; they alone are read, and make up the split.
-
-    Raises:
-        DeepSpecError: it cannot be loaded.
-    """
-    try:
-        import datasets
-    except ImportError:
-        raise DeepSpecError(f"hub:{name} needs the package `datasets`: install deepspec[pipeline]") from None
-    try:
-        if files:
-            places = [_place(name, revision, file) for file in files]
-            return datasets.load_dataset(_file_type(files[0]), data_files={split: places}, split=split)
-        if (Path(name) / "state.json").exists():
-            return datasets.load_from_disk(name)
-        if (Path(name) / "dataset_dict.json").exists():
-            return datasets.load_from_disk(name)[split]
-        return datasets.load_dataset(name, config, split=split, revision=revision)
-    except Exception as error:  # datasets raises dozens of types, all of which mean: check the name
-        part = f"{config}/{split}" if config else split
-        if "://" in name:
-            where, check = f"url:{name}", "its address"
-        else:
-            where, check = f"hub:{name}:{part}", "its name, its split (hub:<dataset>:<config>/<split>)"
         raise DeepSpecError(
-            f"{where}: the dataset could not be loaded ({_reason(error)}); check {check} and the network"
+            f"{path}: cannot be read: {' '.join(str(error).split()) or type(error).__name__}"
         ) from None
 
 
-def _place(name: str, revision: str | None, file: str) -> str:
-    """Return where a data file is: an address, a path in a directory, or a place on the hub."""
-    if "://" in file:
-        return file
-    if Path(name).is_dir():
-        return str(Path(name) / file)
-    return f"hf://datasets/{name}{f'@{revision}' if revision else ''}/{file}"
-
-
-def _file_type(file: str) -> str:
-    suffix = Path(file.removesuffix(".gz")).suffix
-    if suffix not in FILE_TYPES:
-        raise ValueError(f"{file}: not one of {', '.join(FILE_TYPES)}")
-    return FILE_TYPES[suffix]
-
-
-def _reason(error: Exception) -> str:
-    if isinstance(error, UnicodeDecodeError):
-        return "not UTF-8"
-    if isinstance(error, RecursionError):
-        return "nested too deeply"
-    return " ".join(str(error).split()) or type(error).__name__
+def _lines(file: IO[bytes], path: Path) -> Iterator[tuple[int, bytes | None]]:
+    """Yield every line with its offset; None for one that is too long to be read."""
+    try:
+        while True:
+            offset = file.tell()
+            line: bytes | None = file.readline(LONGEST_LINE)
+            if not line:
+                return
+            if len(line) == LONGEST_LINE and not line.endswith(b"\n"):
+                line = None
+                while (rest := file.readline(LONGEST_LINE)) and not rest.endswith(b"\n"):
+                    pass
+            yield offset, line
+    except OSError as error:
+        raise DeepSpecError(f"{path}: cannot be read: {' '.join(str(error).split())}") from None

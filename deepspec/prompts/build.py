@@ -12,18 +12,22 @@ import random
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
 from deepspec.errors import DeepSpecError
 from deepspec.files import digest, write_json, write_text
-from deepspec.messages.sources import Candidate, hub_candidates, jsonl_candidates
+from deepspec.messages.prompt import Chat
+from deepspec.messages.sources import Candidate, Faults, JsonlSource, hub_candidates, preset_candidates
 from deepspec.prompts.filters import Sieve
 from deepspec.prompts.magpie import Magpie
 from deepspec.prompts.overlap import Overlap
 from deepspec.prompts.params import PromptsParams
 from deepspec.prompts.seeds.seeds import iter_seeds
+from deepspec.prompts.seeds.tools import iter_tools
 
+TRIES_PER_PROMPT = 20
 WORK_DIR = Path(".deepspec/prompts")  # outside the stage's outputs, which `dvc repro` deletes first
 
 
@@ -35,7 +39,7 @@ class Source(Protocol):
 
 @dataclass(frozen=True)
 class PromptSet:
-    """The rows `{"id", "source", "turns"}` and the manifest beside them."""
+    """The rows (`deepspec.messages.prompt`) and the manifest beside them."""
 
     rows: list[dict[str, Any]]
     manifest: dict[str, Any]
@@ -45,6 +49,7 @@ class Listed:
     """A source whose prompts are there already."""
 
     def __init__(self, candidates: Iterable[Candidate]) -> None:
+        self.faults = candidates.faults if isinstance(candidates, JsonlSource) else Faults()
         self._candidates = iter(candidates)
 
     def candidates(self, need: int, sieve: Sieve) -> Iterator[Candidate]:
@@ -75,39 +80,44 @@ def build_prompts(
     sources = {name: _source(name, params, seed, target, batch_size, work_dir) for name in weights}
     sieve = Sieve(params, Overlap(eval_texts, params.overlap_ngram))
     rows, notes = _mix(sources, weights, params.count, sieve)
+    unread = {name: source.faults for name, source in sources.items() if isinstance(source, Listed)}
     if not rows:
+        why = sieve.rejected + sum((faults.counts for faults in unread.values()), Counter())
         raise DeepSpecError(
             f"no training prompt passed the filters of {', '.join(weights)} "
-            f"(rejected: {_listed(sieve.rejected) or 'none, the sources are empty'}); "
+            f"(rejected: {_listed(why) or 'none, the sources are empty'}); "
             "change prompts.mix or its bounds"
         )
     random.Random(seed).shuffle(rows)
     requested = split_by_weight(params.count, weights)
     accepted = Counter(row["source"] for row in rows)
-    return PromptSet(
-        rows,
-        {
-            "count": len(rows),
-            "requested": params.count,
-            "seed": seed,
-            "overlap_ngram": params.overlap_ngram,
-            "sources": {name: {"requested": requested[name], "accepted": accepted[name]} for name in weights},
-            "rejected": dict(sorted(sieve.rejected.items())),
-            "notes": notes,
-            "digest": digest(_jsonl(rows)),
-        },
-    )
+    found: dict[str, dict[str, Any]] = {
+        name: {"requested": requested[name], "accepted": accepted[name]} for name in weights
+    }
+    for name, faults in unread.items():
+        if faults.counts:
+            found[name] |= {"rows": faults.rows, "unusable": faults.to_dict()}
+            lost = sum(faults.counts.values())
+            notes.append(f"{name}: {lost} of {faults.rows} rows cannot be used ({_listed(faults.counts)})")
+    manifest = {
+        "count": len(rows),
+        "requested": params.count,
+        "seed": seed,
+        "overlap_ngram": params.overlap_ngram,
+        "sources": found,
+        "rejected": dict(sorted(sieve.rejected.items())),
+        "notes": notes,
+        "digest": digest(_jsonl(rows)),
+    }
+    if sieve.left_out:
+        manifest["left_out"] = dict(sorted(sieve.left_out.items()))
+    return PromptSet(rows, manifest)
 
 
 def write_prompts(prompts: PromptSet, directory: str | Path) -> None:
     """Write `train.jsonl` and `manifest.json`."""
     write_text(Path(directory) / "train.jsonl", _jsonl(prompts.rows))
     write_json(Path(directory) / "manifest.json", prompts.manifest)
-
-
-def prompt_id(turns: list[str]) -> str:
-    """Return the 16 hexadecimal digits that identify these turns, wherever they came from."""
-    return digest(json.dumps(turns, ensure_ascii=False))
 
 
 def split_by_weight(count: int, weights: Mapping[str, float]) -> dict[str, int]:
@@ -127,9 +137,16 @@ def _source(
     if name == "magpie":
         return Magpie(target, params.magpie, seed, batch_size, work_dir)
     if name == "seed":
-        return Listed(Candidate(turns) for turns in iter_seeds(seed))
+        return Listed(Candidate(Chat.of_turns(turns)) for turns in iter_seeds(seed))
+    if name == "tools":
+        tries = params.count * TRIES_PER_PROMPT  # they never end
+        return Listed(Candidate(chat) for chat in islice(iter_tools(seed), tries))
     kind, _, place = name.partition(":")
-    return Listed({"jsonl": jsonl_candidates, "hub": hub_candidates}[kind](place, seed))
+    if kind == "hub":
+        return Listed(hub_candidates(place, seed))
+    if kind == "preset":
+        return Listed(preset_candidates(place, seed, params.max_malformed_share))
+    return Listed(JsonlSource(place, seed, params.max_malformed_share))
 
 
 def _mix(
@@ -164,7 +181,7 @@ def _take(source: Source, share: int, sieve: Sieve) -> Iterator[Candidate]:
 
 
 def _row(source: str, candidate: Candidate) -> dict[str, Any]:
-    return {"id": prompt_id(candidate.turns), "source": source, "turns": candidate.turns}
+    return {"id": candidate.chat.id(), "source": source, **candidate.chat.fields()}
 
 
 def _jsonl(rows: list[dict]) -> str:

@@ -6,6 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 
+from deepspec.messages.prompt import Chat
 from deepspec.messages.sources import Candidate
 from deepspec.prompts.overlap import Overlap, words
 from deepspec.prompts.params import PromptsParams
@@ -30,11 +31,14 @@ class Sieve:
         self._overlap = overlap
         self._seen: set[str] = set()
         self.rejected: Counter[str] = Counter()
+        self.left_out: Counter[str] = Counter()  # of those let through
 
     def fault(self, candidate: Candidate) -> str | None:
         """Return why the candidate cannot be used, or None; changes nothing."""
         if candidate.fault:
             return candidate.fault
+        if candidate.chat.input_ids:  # no text to judge
+            return "duplicate" if chat_key(candidate.chat) in self._seen else None
         turns = candidate.turns
         if not turns or len(turns[0]) < self._params.min_chars:
             return "too short"
@@ -45,15 +49,32 @@ class Sieve:
                 return reason
         if any(self._overlap.hits(turn) for turn in turns):
             return "in evaluation"
-        return "duplicate" if duplicate_key(turns) in self._seen else None
+        for message in candidate.chat.messages:
+            if message["role"] != "user" and TEMPLATE_MARKER.search(message["content"]):
+                return "template marker"
+        return "duplicate" if chat_key(candidate.chat) in self._seen else None
 
     def admit(self, candidate: Candidate) -> bool:
         """Let the candidate through, or count the reason against it."""
         if reason := self.fault(candidate):
             self.rejected[reason] += 1
             return False
-        self._seen.add(duplicate_key(candidate.turns))
+        self._seen.add(chat_key(candidate.chat))
+        self.left_out.update(candidate.left_out)
         return True
+
+
+def chat_key(chat: Chat) -> str:
+    """Return a key that is equal for conversations that ask the same, under one system prompt, with the same tools."""
+    if chat.input_ids:
+        return chat.id()
+    said = [
+        message["content"] if message["role"] != "user" else duplicate_key([message["content"]])
+        for message in chat.messages
+        if message["role"] in ("user", "system", "developer")
+    ]
+    names = sorted(str(tool["function"]["name"]) for tool in chat.tools)
+    return "\n".join([*said, *names])
 
 
 def duplicate_key(turns: Sequence[str]) -> str:

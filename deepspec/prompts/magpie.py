@@ -16,9 +16,10 @@ from typing import Any
 from deepspec.decoding.request import Generation, Request, Sampling
 from deepspec.files import digest
 from deepspec.journal import Journal, read_journal
+from deepspec.messages.prompt import Chat
 from deepspec.messages.sources import Candidate
 from deepspec.progress import Progress
-from deepspec.prompts.filters import Sieve, duplicate_key
+from deepspec.prompts.filters import Sieve, chat_key
 from deepspec.prompts.params import MagpieParams
 
 ATTEMPTS_PER_PROMPT = 4  # A target that fails more often than this cannot write its own prompts.
@@ -65,7 +66,7 @@ class Magpie:
 
         def count(candidate: Candidate) -> None:
             if sieve.fault(candidate) is None:
-                passed.add(duplicate_key(candidate.turns))
+                passed.add(chat_key(candidate.chat))
 
         for index in range(self._next, end):
             if index in self._done:
@@ -108,4 +109,4 @@ class Magpie:
 
 def _candidate(row: dict) -> Candidate:
     faults = {"stop": None, "length": "unfinished"}
-    return Candidate([row["text"]], fault=faults.get(row["finish_reason"], "failed"))
+    return Candidate(Chat.of_turns([row["text"]]), fault=faults.get(row["finish_reason"], "failed"))

@@ -20,19 +20,25 @@ class PromptsParams(Section):
 
     count: int = Field(ge=1)
     mix: dict[str, float] = Field(
-        description="`magpie`, `seed`, `jsonl:<path>` or `hub:<dataset>[:split]` → weight."
+        description="`magpie`, `seed`, `tools`, `jsonl:<path>`, `hub:<dataset>[:split]`, `preset:<name>` → weight."
     )
     magpie: MagpieParams = MagpieParams()
     min_chars: int = Field(12, ge=1)
     max_chars: int = Field(1500, ge=1)
+    max_malformed_share: float = Field(
+        0.05, ge=0, le=1, description="Of a JSONL file's lines; all are counted."
+    )
     overlap_ngram: int = Field(8, ge=2, description="Words in the n-gram that marks an evaluation prompt.")
 
     @model_validator(mode="after")
     def _weights(self) -> PromptsParams:
         for source, weight in self.mix.items():
-            if source not in ("magpie", "seed") and not source.startswith(("jsonl:", "hub:")):
+            if source not in ("magpie", "seed", "tools") and not source.startswith(
+                ("jsonl:", "hub:", "preset:")
+            ):
                 raise ValueError(
-                    f"unknown prompt source {source!r}: use magpie, seed, jsonl:<path> or hub:<dataset>[:split]"
+                    f"unknown prompt source {source!r}: use magpie, seed, tools, jsonl:<path>, hub:<dataset>[:split] "
+                    "or preset:<name>"
                 )
             if weight < 0:
                 raise ValueError(f"the weight of prompt source {source!r} is negative ({weight})")

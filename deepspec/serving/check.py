@@ -213,7 +213,7 @@ def _work(target: Target, params: Params, settings: Settings) -> Work:
     for name in settings.tasks or params.evaluate.tasks:
         for turns in load_task(name, count, params.seed, params.evaluate.tasks_dir).prompts:
             messages = [{"role": "user", "content": turns[0]}]
-            text = target.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+            text = target.chat_text(messages)
             prompts.append(Prompt(str(name), str(text), target.chat_ids(messages)))
     longest = max(len(prompt.ids) for prompt in prompts) + limit + SLACK
     if longest > target.max_length:

@@ -20,7 +20,12 @@ def main(params: Params, flags: argparse.Namespace) -> None:
 
     target = params.target
     verdict = resolve_target(
-        target.source, target.revision, target.dtype, "data/target", target.template_date
+        target.source,
+        target.revision,
+        target.dtype,
+        "data/target",
+        target.template_date,
+        target.chat_template_kwargs,
     )
     print(f"data/target: {target.source}, {target.dtype}; {verdict.summary}")
     drafters = {name: params.drafters[name] for name in params.pipeline}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
 from deepspec.config import Params
@@ -35,6 +36,8 @@ def main(params: Params, flags: argparse.Namespace) -> None:
     write_json(REPORT, validation.to_dict())
     write_text(REPORT.with_suffix(".md"), validation.to_markdown())
     write_text(REPORT.with_suffix(".html"), render(validation))
+    for warning in validation.warnings:
+        print(f"warning: {warning}", file=sys.stderr)
     if validation.failed:
         raise DeepSpecError(
             f"the distillation data is not fit to train on: {validation.summary()}; see {REPORT.with_suffix('.md')}"

@@ -8,19 +8,20 @@ drafters need: hidden features of chosen decoder layers, the post-norm hidden st
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from jinja2 import TemplateError
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from deepspec.errors import DeepSpecError
+from deepspec.files import digest as digest_of
 from deepspec.files import replacing
 from deepspec.target import template
 from deepspec.target.attention import CACHE_LENGTH, NAME, ForwardPass, KVCache
+from deepspec.target.chat import Templated
 from deepspec.target.embedded import PREFIX, write_embedded
 from deepspec.target.fused import FusedLayer, Int4Linear, Make, PackedLinear, fuse
 from deepspec.target.graphs import GraphedPasses
@@ -37,6 +38,7 @@ from deepspec.target.source import (
     from_pretrained,
     hub_directory,
     is_hub_id,
+    target_record,
     text_decoder,
 )
 from deepspec.target.states import OwnPasses, StateCache
@@ -48,7 +50,12 @@ _FOUR_DIMENSIONAL = torch.zeros(
 
 
 def resolve_target(
-    source: str, revision: str | None, dtype: str, directory: str | Path, template_date: str | None = None
+    source: str,
+    revision: str | None,
+    dtype: str,
+    directory: str | Path,
+    template_date: str | None = None,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> Verdict:
     """Write the target named by `source` as a Hugging Face directory, whole or not at all, if it passes its self-test.
 
@@ -58,6 +65,8 @@ def resolve_target(
         dtype: of the written weights.
         template_date: for a chat template that asks for the date: the day it is pinned to. None keeps that of the
             target which the directory holds, if it has the same source, and else takes today.
+        chat_template_kwargs: kept beside it; every conversation is rendered with them, and they are a part of what the
+            target is.
 
     Raises:
         DeepSpecError: unknown embedded name, no such directory or hub model, no tokenizer in it, or a target whose
@@ -83,9 +92,15 @@ def resolve_target(
             template.pin(written, day)
             written.save_pretrained(scratch)
         digest = directory_digest(scratch)
+        options = dict(chat_template_kwargs or {})
         verdict = _examine(str(scratch), source, digest)
         refuse(source, verdict)
-        record = {"source": source, "revision": revision, "dtype": dtype, "digest": digest}
+        record: dict[str, Any] = {"source": source, "revision": revision, "dtype": dtype, "digest": digest}
+        if options:
+            record |= {
+                "digest": digest_of(digest + json.dumps(options, sort_keys=True)),
+                "chat_template_kwargs": options,
+            }
         if (pinned := template.pinned(written)) is not None:
             record["template_date"] = pinned
         (scratch / RECORD).write_text(json.dumps(record, indent=2) + "\n")
@@ -174,13 +189,14 @@ def load_target(
         raise DeepSpecError(
             f"{source}: neither CUDA graphs nor {weights} weights go with {verdict.body}: {verdict.reason}"
         )
-    return Target(model.to(device).eval(), tokenizer, source, weights, graphs, verdict, digest)
+    options = target_record(directory).get("chat_template_kwargs")
+    return Target(model.to(device).eval(), tokenizer, source, weights, graphs, verdict, digest, options)
 
 
 WEIGHTS: dict[str, Make] = {"dense": PackedLinear, "int4": Int4Linear}
 
 
-class Target:
+class Target(Templated):
     """A loaded verifier. Not trainable: its layers are fused and packed for inference where that pays."""
 
     def __init__(
@@ -192,7 +208,9 @@ class Target:
         graphs: bool = False,
         verdict: Verdict | None = None,
         digest: str = "",
+        chat_template_kwargs: Mapping[str, Any] | None = None,
     ):
+        self.chat_template_kwargs = dict(chat_template_kwargs or {})
         self.tokenizer = tokenizer
         self.source = source
         self.weights = weights
@@ -330,25 +348,6 @@ class Target:
                 raise DeepSpecError(
                     f"target layer {layer} cannot be a feature: this target has layers -1 to {self.num_layers - 2}"
                 )
-
-    def chat_ids(self, messages: list[dict], add_generation_prompt: bool = True) -> list[int]:
-        """Token ids of a conversation under the target's own template."""
-        return self._templated(messages, add_generation_prompt=add_generation_prompt, tokenize=True)
-
-    def user_prefix_ids(self) -> list[int]:
-        """Return the template up to where the user's words begin: from here the target writes a user turn (Magpie)."""
-        marker = "\u2063deepspec\u2063"
-        text = self._templated([{"role": "user", "content": marker}], tokenize=False)
-        return self.tokenizer(text[: text.index(marker)], add_special_tokens=False)["input_ids"]
-
-    def _templated(self, messages: list[dict], **options: Any) -> Any:
-        try:
-            return self.tokenizer.apply_chat_template(messages, return_dict=False, **options)
-        except TemplateError as error:
-            words = " ".join(str(error).split())
-            raise DeepSpecError(
-                f"{self.source}: the chat template refuses this conversation: {words}"
-            ) from error
 
     def _hook(self, layer: int) -> None:
         """Keep the raw output of decoder layer `layer` in the ForwardPass that asks for it."""

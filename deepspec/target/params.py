@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field
 
@@ -20,3 +20,6 @@ class TargetParams(Section):
         "the target is first resolved.",
     )
     dtype: Literal["bfloat16", "float32", "float16"] = "bfloat16"
+    chat_template_kwargs: dict[str, Any] = Field(
+        {}, description="Of the target's template, wherever it is rendered: `{enable_thinking: false}`."
+    )

@@ -102,6 +102,13 @@ def directory_digest(directory: Path) -> str:
     return state.hexdigest()[:16]
 
 
+def target_record(directory: Path) -> dict[str, Any]:
+    """Return what was written beside a target when it was resolved; empty for another directory."""
+    path = directory / RECORD
+    found = json.loads(path.read_text()) if path.exists() else {}
+    return found if "digest" in found else {}
+
+
 def _files(directory: Path, patterns: tuple[str, ...]) -> Iterator[Path]:
     yield from sorted(path for pattern in patterns for path in directory.glob(pattern))
 

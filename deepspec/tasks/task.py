@@ -27,7 +27,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from deepspec.errors import DeepSpecError, nearest
 from deepspec.files import digest, file_digest
-from deepspec.messages.sources import load_split, read_jsonl, user_turns
+from deepspec.messages.hub import load_split
+from deepspec.messages.rows import user_turns
+from deepspec.messages.sources import read_jsonl
 from deepspec.tasks.word_problems import word_problems
 
 TASKS = Path(__file__).parent

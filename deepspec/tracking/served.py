@@ -125,6 +125,7 @@ def _resolved(reference: dict[str, Any]) -> Path:
             reference["dtype"],
             place,
             reference.get("template_date"),
+            reference.get("chat_template_kwargs"),
         )
     if (found := directory_digest(place)) != reference["digest"]:
         raise DeepSpecError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, fields
 
 import torch
@@ -9,6 +10,8 @@ from torch import Tensor
 
 from deepspec.errors import DeepSpecError
 from deepspec.features.local import Features
+
+PASS_TOKENS = 1 << 16  # of one pass, padding included
 
 
 @dataclass(frozen=True)
@@ -49,9 +52,20 @@ class Batches:
         size: sequences a step, over all processes.
         anchors: blocks a sequence.
         gamma: block size.
+        pass_tokens: tokens of one pass, padding included; a longer batch is made in more parts.
     """
 
-    def __init__(self, store: Features, members: list[int], size: int, anchors: int, gamma: int, seed: int):
+    def __init__(
+        self,
+        store: Features,
+        members: list[int],
+        size: int,
+        anchors: int,
+        gamma: int,
+        seed: int,
+        pass_tokens: int = PASS_TOKENS,
+    ):
+        self.pass_tokens = pass_tokens
         self.store, self.size, self.anchors, self.gamma, self.seed = store, size, anchors, gamma, seed
         self.members = [i for i in members if any(store.sequences[i].learnt[2:])]
         self.steps_per_epoch = max(len(self.members) // size, 1)
@@ -66,10 +80,25 @@ class Batches:
         return self._epoch[1][place]
 
     def make(self, step: int, rank: int = 0, world: int = 1, parts: int = 1) -> list[Batch]:
-        """Return the blocks that process `rank` of `world` trains on in a step, in at most `parts` parts."""
+        """Return the blocks that process `rank` of `world` trains on in a step.
+
+        They come in `parts` parts, or in more where a part has more tokens than one pass takes.
+        """
         mine = self.indices(step)[rank::world]
         size = -(-len(mine) // parts)
-        return [self.blocks(mine[start : start + size], step) for start in range(0, len(mine), size)]
+        whole = [mine[start : start + size] for start in range(0, len(mine), size)]
+        return [self.blocks(part, step) for each in whole for part in self._passes(each)]
+
+    def _passes(self, indices: list[int]) -> Iterator[list[int]]:
+        """Divide sequences of like length, shortest first, so that none is padded beyond `pass_tokens`."""
+        part: list[int] = []
+        for i in indices:
+            if part and len(self.store.sequences[i].ids) * (len(part) + 1) > self.pass_tokens:
+                yield part
+                part = []
+            part.append(i)
+        if part:
+            yield part
 
     def blocks(self, indices: list[int], step: int, answers_only: bool = False) -> Batch:
         """Draw random blocks of given sequences; a sequence's anchors depend on (seed, step, sequence) alone."""

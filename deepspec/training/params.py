@@ -35,6 +35,11 @@ class TrainParams(Section):
         "bf16", description="YAML reads a bare `no` as false, and `dvc exp run -S` takes its quotes away."
     )
     features: FeaturesParams = FeaturesParams()
+    pass_tokens: int = Field(
+        1 << 16,
+        ge=8,
+        description="Most tokens of one pass, padding included; long rows get passes of their own.",
+    )
     accumulate: int = Field(1, ge=1, description="Parts of a step's batch, each with a pass of its own.")
     replay: float = Field(
         0.0, ge=0, lt=1, description="Share of the steps, the last ones, whose blocks start after rejections."

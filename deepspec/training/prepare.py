@@ -99,7 +99,7 @@ def prepare(
     """
     config, sequences = network.config, data.sequences
     features = _features(params.train, target, data, config.target_layer_ids, accelerator)
-    heldout, members = split(len(sequences), params.train.heldout, params.seed)
+    heldout, members = split(sequences, params.train.heldout, params.seed)
     learnt = _learnt_tokens(sequences, members)
     network.share(target, _vocabulary(network, learnt, target))
     if network.start and accelerator.is_main_process:
@@ -117,7 +117,13 @@ def prepare(
         match_head(network, target)
     heldout = [i for i in heldout if any(sequences[i].answer[2:])]
     batches = Batches(
-        features, members, params.train.batch_size, params.train.anchors, config.block_size, params.seed
+        features,
+        members,
+        params.train.batch_size,
+        params.train.anchors,
+        config.block_size,
+        params.seed,
+        params.train.pass_tokens,
     )
     if not batches.members or not heldout:
         raise DeepSpecError(f"{len(sequences)} conversations are too few to train on and hold some out")
@@ -125,11 +131,21 @@ def prepare(
     return Prepared(params, name, target, network, data, batches, heldout)
 
 
-def split(count: int, heldout: int, seed: int) -> tuple[list[int], list[int]]:
-    """Return the indices of the held-out sequences, at most a tenth of all, and those of the others."""
-    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()
-    kept_out = min(heldout, max(count // 10, 1))
-    return order[:kept_out], order[kept_out:]
+def split(sequences: list[Sequence], heldout: int, seed: int) -> tuple[list[int], list[int]]:
+    """Return the indices of the held-out sequences, at most a tenth of all, and those of the others.
+
+    Rows of one conversation are on one side: they share their history.
+    """
+    groups: dict[str | int, list[int]] = {}
+    for i, sequence in enumerate(sequences):
+        groups.setdefault(sequence.conversation or i, []).append(i)
+    members = list(groups.values())
+    order = torch.randperm(len(members), generator=torch.Generator().manual_seed(seed)).tolist()
+    kept_out = min(heldout, max(len(members) // 10, 1))
+    chosen = [members[group] for group in order]
+    return [i for group in chosen[:kept_out] for i in group], [
+        i for group in chosen[kept_out:] for i in group
+    ]
 
 
 def _learnt_tokens(sequences: list[Sequence], members: list[int]) -> Iterator[int]:

@@ -35,7 +35,7 @@ def params_file(tmp_path):
     return write
 
 
-@pytest.mark.parametrize("profile", ["params.yaml", "params.smoke.yaml"])
+@pytest.mark.parametrize("profile", ["params.yaml", "params.smoke.yaml", "params.tools.yaml"])
 def test_profiles_of_the_repository_are_valid(profile):
     params = load_params(ROOT / profile)
     assert set(params.pipeline) <= set(params.drafters)

@@ -238,7 +238,9 @@ def test_shards_that_another_machine_kept_to_itself_are_missed(monkeypatch, tmp_
         run(monkeypatch, tmp_path, target, prompts)
 
 
-@pytest.mark.parametrize(("owner", "name"), [(os, "fsync"), (shards.Work, "row")], ids=["shard", "data set"])
+@pytest.mark.parametrize(
+    ("owner", "name"), [(os, "fsync"), (shards.Work, "rows_of")], ids=["shard", "data set"]
+)
 def test_a_full_disk_is_one_line_and_keeps_what_is_there(
     monkeypatch, tmp_path, target, prompts, capsys, owner, name
 ):
@@ -261,7 +263,7 @@ def test_a_full_disk_is_one_line_and_keeps_what_is_there(
 
 
 def test_prompts_of_like_length_are_neighbours():
-    prompts = [Prompt(str(n), "seed", ("x" * n,)) for n in (3, 9, 1, 5)]
+    prompts = [Prompt.of_turns(str(n), "seed", ("x" * n,)) for n in (3, 9, 1, 5)]
     assert [prompt.id for prompt in longest_first(prompts)] == ["9", "5", "3", "1"]
 
 
@@ -294,7 +296,7 @@ def test_missing_and_empty_prompt_files_are_one_clear_line(tmp_path):
 
 
 def test_a_line_is_in_the_file_before_the_next_is_asked_for(tmp_path, target):
-    conversation = Conversation(target, Prompt("a", "seed", ("x",)), 8, 64)
+    conversation = Conversation(target, Prompt.of_turns("a", "seed", ("x",)), 8, 64)
     conversation.add_answer([target.end], "stop")
     with Shard(tmp_path) as shard:
         sink = Sink(shard, Progress("test", 2, shown=False), seed=0)

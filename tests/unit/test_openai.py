@@ -17,10 +17,11 @@ from deepspec.answers.params import GenerateParams
 from deepspec.answers.shards import Shard, Sink, read_work
 from deepspec.errors import DeepSpecError
 from deepspec.messages.prompt import Prompt
+from deepspec.messages.rows import read_row
 from deepspec.progress import Progress
 from tests.fake_target import FakeTarget
 
-PROMPTS = [Prompt(f"p{i}", "seed", (f"question {i}", "and then?")[: 1 + i % 2]) for i in range(8)]
+PROMPTS = [Prompt.of_turns(f"p{i}", "seed", (f"question {i}", "and then?")[: 1 + i % 2]) for i in range(8)]
 
 
 class FakeServer(ThreadingHTTPServer):
@@ -126,7 +127,7 @@ def test_answers_become_rows_with_the_stop_token_appended(tmp_path, serve):
     target = FakeTarget()
     work = run(tmp_path, params(serve().url), target=target)
     assert set(work.rows) == {prompt.id for prompt in PROMPTS} and not work.failures
-    row = work.row("p1")
+    (row,) = work.rows_of("p1")
     assert target.text(row["input_ids"]) == (
         "<|start|>user\nquestion 1<|end|>\n<|start|>assistant\nto question 1<|end|>\n"
         "<|start|>user\nand then?<|end|>\n<|start|>assistant\nto and then?<|end|>"
@@ -226,7 +227,6 @@ def test_a_request_that_keeps_failing_fails_its_row_alone(tmp_path, serve):
     [
         (completion(None), "returned no text"),
         (completion("a", "content_filter"), "the answer ended with 'content_filter'"),
-        (completion("a", reasoning_content="hm"), "took the reasoning out"),
         (completion("a<|end|>b"), "a stop token stands inside the answer"),
         (completion("x" * 5000, "length"), "more than 512"),
         (completion("", "length"), "no such last token"),
@@ -244,6 +244,43 @@ def test_an_answer_that_cannot_be_used_is_a_failure_with_its_reason(tmp_path, se
     assert list(work.rows) == ["p1"]
     with pytest.raises(ValueError, match=reason):
         raise ValueError(work.failures["p0"])
+
+
+def test_a_parser_that_takes_out_what_the_template_does_not_show_stops_the_run_at_the_first_answer(
+    tmp_path, serve
+):
+    server = serve(lambda body, number: completion("a", reasoning_content="hm"))
+    with pytest.raises(DeepSpecError, match=r"took the reasoning out .* run the server without that parser"):
+        run(tmp_path, params(server.url, concurrency=1))
+    assert len(server.requests) == 1
+
+
+def test_token_ids_are_asked_for_until_a_server_does_not_know_of_them(tmp_path, serve):
+    def reply(body, number):
+        if "return_token_ids" in body:
+            return (400, {}, "unknown field: return_token_ids")
+        return polite(body, number)
+
+    server = serve(reply)
+    work = run(tmp_path, params(server.url, concurrency=1))
+    assert len(work.rows) == len(PROMPTS) and not work.failures
+    assert ["return_token_ids" in body for body in server.requests[:3]] == [True, False, False]
+
+
+def test_messages_tools_and_template_arguments_are_sent(tmp_path, serve):
+    tool = {"type": "function", "function": {"name": "look", "description": "d", "parameters": {}}}
+    row = {
+        "system": "Be a pirate.",
+        "prompt": "How is it?",
+        "tools": [tool],
+        "chat_template_kwargs": {"enable_thinking": False},
+    }
+    server = serve(lambda body, number: completion("Fine."))
+    run(tmp_path, params(server.url), [Prompt("p", "file", read_row(row).chat)], FakeTarget(language="en"))
+    (body,) = server.requests
+    assert [message["role"] for message in body["messages"]] == ["system", "user"]
+    assert body["tools"] == [tool]
+    assert body["chat_template_kwargs"] == {"enable_thinking": False, "language": "en"}
 
 
 def test_text_that_the_tokenizer_does_not_give_back_is_a_failure(tmp_path, serve):
@@ -273,7 +310,7 @@ def test_no_more_requests_are_in_flight_than_allowed_and_all_servers_share(tmp_p
         return polite(body, number)
 
     servers = [serve(slow), serve(slow)]
-    prompts = [Prompt(f"q{i}", "seed", ("hello",)) for i in range(24)]
+    prompts = [Prompt.of_turns(f"q{i}", "seed", ("hello",)) for i in range(24)]
     run(tmp_path, params(*(server.url for server in servers), concurrency=3), prompts)
     assert [server.most for server in servers] == [3, 3]
     assert sum(len(server.requests) for server in servers) == 24

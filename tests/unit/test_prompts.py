@@ -10,6 +10,7 @@ from datasets import Dataset, DatasetDict
 
 from deepspec.errors import DeepSpecError
 from deepspec.files import digest
+from deepspec.messages.prompt import Chat
 from deepspec.messages.sources import Candidate, hub_candidates, read_jsonl
 from deepspec.prompts.build import build_prompts, split_by_weight, write_prompts
 from deepspec.prompts.filters import Sieve, noise
@@ -176,7 +177,7 @@ def test_the_sieve_counts_each_rejection_by_its_reason():
         ["what is a good name   for a cat"],
         ["What is a good name for a cat?", "Why?"],
     ]
-    admitted = [sieve.admit(Candidate(one)) for one in turns]
+    admitted = [sieve.admit(Candidate(Chat.of_turns(one))) for one in turns]
     assert admitted == [False, False, False, False, True, False, True]
     assert sieve.rejected == {"too short": 1, "too long": 1, "in evaluation": 2, "duplicate": 1}
 

@@ -8,11 +8,11 @@ from types import SimpleNamespace
 import pandas
 import pyarrow
 import pytest
-from datasets import Dataset, disable_progress_bars
+from datasets import Dataset, Features, disable_progress_bars
 from pyarrow import parquet
 
 from deepspec.answers.conversation import Conversation
-from deepspec.answers.shards import FEATURES
+from deepspec.answers.shards import FEATURES, OPTIONAL
 from deepspec.entry import guarded
 from deepspec.errors import DeepSpecError
 from deepspec.files import file_digest
@@ -27,7 +27,8 @@ from tests.fake_target import FakeTarget
 
 TARGET = FakeTarget()
 PROMPTS = [
-    Prompt(f"p{i}", "seed", (f"What is {i} plus {i + 1}?", f"And twice {i}?")[: 1 + i % 2]) for i in range(6)
+    Prompt.of_turns(f"p{i}", "seed", (f"What is {i} plus {i + 1}?", f"And twice {i}?")[: 1 + i % 2])
+    for i in range(6)
 ]
 CONSTANTS = {
     "target": TARGET.digest,
@@ -53,7 +54,7 @@ def conversation(prompt, text="The answer is {}.", cut=False):
     while talk.prompt_ids is not None:
         tokens = TARGET.ids(text.format(prompt.id))
         talk.add_answer(tokens if cut else [*tokens, TARGET.end], "length" if cut else "stop")
-    return {"id": prompt.id, **talk.row(), **CONSTANTS}
+    return {"id": prompt.id, **talk.rows()[0], **CONSTANTS}
 
 
 @pytest.fixture
@@ -65,7 +66,8 @@ def write(directory, rows, failures=(), features=FEATURES):
     disable_progress_bars()
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / "train.parquet"
-    columns = {name: [row[name] for row in rows] for name in features}
+    features = Features({**features, **{k: v for k, v in OPTIONAL.items() if any(k in row for row in rows)}})
+    columns = {name: [row.get(name) if name in OPTIONAL else row[name] for row in rows] for name in features}
     Dataset.from_dict(columns, features=features).to_parquet(path)
     (directory / "failures.jsonl").write_text("".join(json.dumps(failure) + "\n" for failure in failures))
     manifest = {"rows": len(rows), "failures": len(failures), "digest": file_digest(path)}
@@ -87,7 +89,7 @@ def failed(validation):
 def test_good_data_passes_every_check(tmp_path, rows):
     validation = validate(tmp_path, rows)
     assert validation.failed == []
-    assert len(validation.checks) == 18
+    assert len(validation.checks) == 20
     assert validation.to_dict()["passed"] is True
     assert f"all {len(validation.checks)} checks passed" in validation.to_markdown()
 
@@ -143,14 +145,17 @@ def test_a_conversation_that_is_there_twice(tmp_path, rows):
 
 
 def test_two_prompts_that_ask_the_same(tmp_path, rows):
-    same = Prompt("p6", "seed", ("what is  2 plus 3",))
+    same = Prompt.of_turns("p6", "seed", ("what is  2 plus 3",))
     validation = validate(tmp_path, [*rows, conversation(same)], prompts=[*PROMPTS, same])
     assert failed(validation) == {"unique_prompts": ["p2", "p6"]}
 
 
 def test_prompts_that_differ_in_a_later_turn_are_not_the_same(tmp_path, rows):
     """Even if both answers were cut short before that turn was asked."""
-    pair = [Prompt(id, "seed", ("Can you help me?", then)) for id, then in (("a", "Sing."), ("b", "Dance."))]
+    pair = [
+        Prompt.of_turns(id, "seed", ("Can you help me?", then))
+        for id, then in (("a", "Sing."), ("b", "Dance."))
+    ]
     more = [conversation(prompt, cut=True) for prompt in pair]
     bounds = BOUNDS.model_copy(update={"max_truncated_share": 0.3})
     assert not validate(tmp_path, [*rows, *more], prompts=[*PROMPTS, *pair], bounds=bounds).failed
@@ -238,7 +243,7 @@ def test_answers_to_other_prompts(tmp_path, rows):
     rows[0]["id"] = "unknown"
     rows[2]["messages"][0]["content"] = "Something else?"
     validation = validate(tmp_path, rows)
-    assert failed(validation) == {"prompts": ["unknown", "p2"], "no_lost_prompts": ["p0"]}
+    assert failed(validation) == {"prompts": ["unknown", "p2"], "template": ["p2"], "no_lost_prompts": ["p0"]}
 
 
 def test_a_prompt_of_the_evaluation(tmp_path, rows):
@@ -386,7 +391,13 @@ def no_last_answer(path, rows):
     return validate(path, rows)
 
 
-SAME = Prompt("p6", "seed", ("what is  2 plus 3",))
+def a_call_without_result(row):
+    first, answer, *others = row["messages"]
+    call = {"id": "c1", "type": "function", "function": {"name": "look", "arguments": {}}}
+    return json.dumps({"messages": [first, answer | {"tool_calls": [call]}, *others]})
+
+
+SAME = Prompt.of_turns("p6", "seed", ("what is  2 plus 3",))
 # Check → the fault that breaks it, and what else cannot hold then.
 FAULTS = {
     "columns": (other_columns, set()),
@@ -401,10 +412,10 @@ FAULTS = {
     "last_role": (no_last_answer, {"alternating_roles"}),
     "alternating_roles": (
         lambda path, rows: (
-            rows[0]["messages"].insert(0, {"role": "system", "content": "Be brief."}),
+            rows[0]["messages"].insert(1, {"role": "tool", "content": "18 C"}),
             validate(path, rows),
         )[1],
-        set(),
+        {"template", "tool_results"},
     ),
     "length": (conversations((3, conversation(PROMPTS[3], "".join(map(str, range(200)))))), set()),
     "answer_length": (conversations((2, conversation(PROMPTS[2], "a"))), set()),
@@ -417,12 +428,23 @@ FAULTS = {
         lambda path, rows: (rows[3]["loss_mask"].__setitem__(-1, 2), validate(path, rows))[1],
         set(),
     ),
+    "template": (
+        lambda path, rows: (
+            rows[0]["messages"].insert(0, {"role": "system", "content": "Be brief."}),
+            validate(path, rows),
+        )[1],
+        set(),
+    ),
+    "tool_results": (
+        lambda path, rows: (rows[1].update(chat=a_call_without_result(rows[1])), validate(path, rows))[1],
+        set(),
+    ),
     "target": (change(5, target="fedcba9876543210"), set()),
     "prompts": (
         lambda path, rows: (rows[2]["messages"][0].update(content="Something else?"), validate(path, rows))[
             1
         ],
-        set(),
+        {"template"},
     ),
     "no_evaluation_prompts": (
         lambda path, rows: validate(path, rows, eval_texts=("Dear friend, what is 4 plus 5, please",)),
@@ -440,8 +462,8 @@ FAULTS = {
 
 @pytest.mark.parametrize("name", FAULTS)
 def test_each_expectation_is_broken_by_data_that_break_no_other(tmp_path, rows, name):
-    """But for two that imply others: a conversation that is there twice asks the same twice, and one without its last
-    answer does not alternate."""
+    """But for those that imply others: a conversation that is there twice asks the same twice, one without its last
+    answer does not alternate, and other messages are not what the ids say."""
     fault, implied = FAULTS[name]
     assert set(failed(fault(tmp_path, rows))) == {name} | implied
 
@@ -467,6 +489,36 @@ def test_the_docs_list_every_expectation_with_its_bounds(tmp_path, rows):
         for check in validate(tmp_path, rows).checks
     ]
     assert [[name, bounds] for name, _, bounds in table] == expected
+
+
+def test_the_page_says_what_the_data_is_made_of(tmp_path, rows):
+    rows[0]["messages"][1]["content"] = "</think>"
+    found = validate(tmp_path, rows).facts
+    assert found["sources"] == "seed 100.0%" and found["scripts of the user's turns"] == "Latin 100.0%"
+    assert found["with a thought"] == "16.7%" and found["with tools"] == "0.0%"
+
+
+@pytest.mark.parametrize(
+    ("surprise", "author", "warned"), [(-0.9, "target", 1), (-0.9, "another", 0), (0.1, "target", 0)]
+)
+def test_given_answers_that_the_target_would_not_give_are_a_warning(tmp_path, rows, surprise, author, warned):
+    write(tmp_path, [{**row, "logprob": -2.0, "surprise": surprise} for row in rows])
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest | {"settings": {"answered_by": author}}))
+    validation = validate_data(tmp_path, PROMPTS, BOUNDS, MAX_LENGTH, TARGET, lambda text: None)
+    assert len(validation.warnings) == warned and not validation.failed
+    assert "surprise of a given answer's token" in validation.to_markdown()
+
+
+def test_tools_that_the_template_does_not_show_are_a_warning(tmp_path, rows):
+    rows[0]["chat"] = json.dumps({"messages": rows[0]["messages"], "tools": [{"function": {"name": "look"}}]})
+    write(tmp_path, rows)
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    seen = {"chat_template_kwargs": {}, "tools": True, "history": "kept", "shows_calls": False}
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest | {"template": [seen]}))
+    validation = validate_data(tmp_path, PROMPTS, BOUNDS, MAX_LENGTH, TARGET, lambda text: None)
+    assert [warning[:18] for warning in validation.warnings] == ["1 rows offer tools"]
+    assert validation.facts["history under the template (no arguments, tools)"] == "kept"
 
 
 def test_how_an_expectation_is_written_stays_out_of_what_training_depends_on(tmp_path, rows):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from deepspec.commands import doctor
 from deepspec.errors import DeepSpecError
@@ -38,6 +38,21 @@ def test_a_directory_resolves_to_a_copy_with_the_same_digest(tmp_path):
     assert load_target(tmp_path / "copy").vocab_size == load_target(source).vocab_size
     resolve_target(str(source), None, "float32", tmp_path / "again")
     assert load_target(tmp_path / "copy").digest == load_target(tmp_path / "again").digest
+
+
+def test_template_arguments_are_a_part_of_what_a_target_is(tmp_path):
+    source = make_target(tmp_path / "source")
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    tokenizer.chat_template = "{{ mood | default('plain') }}: " + tokenizer.chat_template
+    tokenizer.save_pretrained(source)
+    resolve_target(str(source), None, "float32", tmp_path / "plain")
+    resolve_target(str(source), None, "float32", tmp_path / "merry", chat_template_kwargs={"mood": "merry"})
+    plain, merry = (load_target(tmp_path / name) for name in ("plain", "merry"))
+    asked = [{"role": "user", "content": "Why?"}]
+    assert plain.chat_text(asked).startswith("plain: ") and merry.chat_text(asked).startswith("merry: ")
+    assert merry.chat_text(asked, chat_template_kwargs={"mood": "sad"}).startswith("sad: ")
+    assert merry.tokenizer.decode(merry.user_prefix_ids()).startswith("merry: ")
+    assert plain.digest != merry.digest
 
 
 def test_another_target_has_another_digest(tmp_path):

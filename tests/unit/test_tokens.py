@@ -2,14 +2,8 @@
 
 import pytest
 
-from deepspec.answers.conversation import (
-    Conversation,
-    UnusableError,
-    answer_text,
-    between_turns,
-    end_of_answer,
-    generation_prompt,
-)
+from deepspec.answers.conversation import Conversation, UnusableError
+from deepspec.answers.turns import answer_text, between_turns, end_of_answer, generation_prompt
 from deepspec.errors import DeepSpecError
 from deepspec.messages.prompt import Prompt
 from tests.fake_target import CHATML, DEAF, INST, PLAIN, TEMPLATES, FakeTarget
@@ -25,7 +19,7 @@ def each_target(request):
 
 def converse(target, answers, turns=TURNS, max_new_tokens=64, max_length=4096):
     """Answers are (text, stop token or None)."""
-    conversation = Conversation(target, Prompt("p", "seed", turns), max_new_tokens, max_length)
+    conversation = Conversation(target, Prompt.of_turns("p", "seed", turns), max_new_tokens, max_length)
     for text, stop in answers:
         tokens = target.ids(text) + ([] if stop is None else [stop])
         conversation.add_answer(tokens, "length" if stop is None else "stop")
@@ -70,7 +64,7 @@ def test_every_answer_follows_the_generation_prompt(target):
 def test_ids_are_kept_as_generated_even_if_text_would_tokenise_otherwise():
     target = FakeTarget()
     broken = target.ids("é")[:1]  # half of a character: decoding and encoding again gives other ids
-    conversation = Conversation(target, Prompt("p", "seed", TURNS), 64, 4096)
+    conversation = Conversation(target, Prompt.of_turns("p", "seed", TURNS), 64, 4096)
     first = conversation.prompt_ids
     conversation.add_answer([*broken, target.end], "stop")
     assert target.ids(conversation.messages[-1]["content"]) != broken
@@ -101,12 +95,12 @@ def test_an_answer_that_was_cut_short_ends_the_conversation():
     target = FakeTarget()
     conversation = converse(target, [("Fine", None)])
     assert conversation.prompt_ids is None
-    assert conversation.row()["finish_reasons"] == ["length"]
+    assert conversation.rows()[0]["finish_reasons"] == ["length"]
 
 
 def test_a_turn_that_does_not_fit_is_not_asked():
     target = FakeTarget()
-    first = len(Conversation(target, Prompt("p", "seed", TURNS), 64, 4096).prompt_ids)
+    first = len(Conversation(target, Prompt.of_turns("p", "seed", TURNS), 64, 4096).prompt_ids)
     conversation = converse(target, [("Fine.", target.end)], max_length=first + 20)
     assert conversation.prompt_ids is None
     assert conversation.messages[-1] == {"role": "assistant", "content": "Fine."}
@@ -114,7 +108,7 @@ def test_a_turn_that_does_not_fit_is_not_asked():
 
 def test_room_is_bounded_by_answer_and_conversation():
     target = FakeTarget()
-    prompt = Prompt("p", "seed", TURNS)
+    prompt = Prompt.of_turns("p", "seed", TURNS)
     length = len(Conversation(target, prompt, 64, 4096).prompt_ids)
     assert Conversation(target, prompt, 64, 4096).room == 64
     assert Conversation(target, prompt, 64, length + 5).room == 5
@@ -123,10 +117,10 @@ def test_room_is_bounded_by_answer_and_conversation():
 def test_a_prompt_longer_than_the_conversation_may_be_is_unusable():
     target = FakeTarget()
     with pytest.raises(UnusableError, match="no room for an answer within 16 tokens"):
-        Conversation(target, Prompt("p", "seed", TURNS), 64, 16)
+        Conversation(target, Prompt.of_turns("p", "seed", TURNS), 64, 16)
     target.max_length = 20
     with pytest.raises(UnusableError, match="within 20 tokens"):
-        Conversation(target, Prompt("p", "seed", TURNS), 64, 4096)
+        Conversation(target, Prompt.of_turns("p", "seed", TURNS), 64, 4096)
 
 
 @pytest.mark.parametrize(
@@ -141,7 +135,7 @@ def test_a_prompt_longer_than_the_conversation_may_be_is_unusable():
     ],
 )
 def test_an_answer_that_is_not_what_it_says_is_unusable(tokens, reason, message):
-    conversation = Conversation(FakeTarget(), Prompt("p", "seed", TURNS), 64, 4096)
+    conversation = Conversation(FakeTarget(), Prompt.of_turns("p", "seed", TURNS), 64, 4096)
     with pytest.raises(UnusableError, match=message):
         conversation.add_answer(tokens, reason)
 

@@ -7,6 +7,8 @@ import os
 import signal
 from pathlib import Path
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 import torch
 from accelerate import Accelerator
@@ -15,10 +17,11 @@ from accelerate.tracking import GeneralTracker
 from deepspec.config import load_params
 from deepspec.drafters.start import channel_std, draft_vocabulary
 from deepspec.errors import DeepSpecError
-from deepspec.features.sequences import read_sequences
+from deepspec.features.sequences import Sequence, read_sequences
 from deepspec.target.model import H_LAST
 from deepspec.training.batches import Batches
 from deepspec.training.distribute import CHECKPOINT
+from deepspec.training.prepare import split
 from deepspec.training.run import own_loss
 from deepspec.training.trainer import Trainer, schedule
 from tests.trainers import STEPS, make_trainer, weights_of
@@ -126,6 +129,34 @@ def test_two_processes_see_the_blocks_of_one(store):
     halves = [batches.make(2, rank, 2)[0] for rank in range(2)]
     assert torch.equal(whole.anchors[0::2], halves[0].anchors)
     assert torch.equal(whole.anchors[1::2], halves[1].anchors)
+
+
+def test_a_row_that_would_pad_its_batch_is_passed_on_its_own(store, sequences):
+    whole = Batches(store, list(range(20)), 4, 5, 3, seed=1)
+    longest = max(len(sequence.ids) for sequence in sequences)
+    parted = Batches(store, list(range(20)), 4, 5, 3, seed=1, pass_tokens=longest)
+    (batch,) = whole.make(2)
+    parts = parted.make(2)
+    assert len(parts) > 1 and all(part.tokens.numel() <= longest for part in parts)
+    assert torch.equal(batch.anchors, torch.cat([part.anchors for part in parts]))
+
+
+def test_rows_of_one_conversation_are_held_out_together():
+    rows = [Sequence([1, 2, 3], [0, 0, 1], [0, 0, 1], f"c{i // 3}") for i in range(60)]
+    heldout, members = split(rows, 2, seed=0)
+    assert len(heldout) == 6 and sorted(heldout + members) == list(range(60))
+    assert not {rows[i].conversation for i in heldout} & {rows[i].conversation for i in members}
+
+
+def test_what_an_earlier_row_of_the_conversation_has_is_not_learnt_again(tmp_path):
+    ids = [[1, 2, 3, 4, 5], [1, 2, 3, 9, 9, 9], [1, 7, 8]]
+    masks = [[0, 0, 0, 1, 1], [0, 0, 0, 0, 1, 1], [0, 1, 1]]
+    table = pyarrow.table({"input_ids": ids, "loss_mask": masks, "prompt": ["p", "p", None]})
+    pyarrow.parquet.write_table(table, tmp_path / "train.parquet")
+    (tmp_path / "manifest.json").write_text('{"digest": "d"}')
+    rows, _ = read_sequences(tmp_path, 64, "all")
+    assert [row.learnt for row in rows] == [[0, 1, 1, 1, 1], [0, 0, 0, 1, 1, 1], [0, 1, 1]]
+    assert [row.answer for row in rows] == masks
 
 
 def test_blocks_predict_what_follows_the_anchor(store, sequences, target):

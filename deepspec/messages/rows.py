@@ -1,0 +1,170 @@
+"""Rows that others wrote, read into conversations: which columns hold what, for every common layout."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+from deepspec.messages.message import (
+    MEDIA,
+    BadRowError,
+    Message,
+    RefusedRowError,
+    in_order,
+    read_messages,
+    read_tools,
+)
+from deepspec.messages.prompt import Chat, chat_of, mapping
+
+COLUMNS = (
+    "turns",
+    "messages",
+    "conversations",
+    "conversation",
+    "prompt",
+    "question",
+    "instruction",
+    "problem",
+    "query",
+    "input",
+)
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Names to look for in a row; of each list, the first that the row has is taken.
+
+    Attributes:
+        messages: a string, a list of strings or a list of messages.
+        system: the system prompt, of rows whose messages have none.
+        answers: what was answered to a row of one prompt: a string or a list of messages.
+        thoughts: what was thought before that answer.
+        tools: as a list, or as JSON text.
+        metadata: handed on as they are.
+        leave_out: roles whose messages are left out, because the preset has their content from another column.
+    """
+
+    messages: tuple[str, ...] = COLUMNS
+    system: tuple[str, ...] = ("system", "system_prompt")
+    answers: tuple[str, ...] = ("completion", "response", "answer", "output")
+    thoughts: tuple[str, ...] = ("reasoning_content", "thinking")
+    tools: tuple[str, ...] = ("tools", "functions")
+    metadata: tuple[str, ...] = ()
+    leave_out: tuple[str, ...] = ()
+
+    def first(self, row: Mapping[str, Any], kind: str) -> str | None:
+        """Return the first of the names of a kind that the row has a value for."""
+        return next((name for name in getattr(self, kind) if row.get(name) not in (None, "", [])), None)
+
+
+USUAL = Columns()
+
+
+@dataclass(frozen=True)
+class Read:
+    """A conversation, and what of its row was left out, in words."""
+
+    chat: Chat
+    left_out: tuple[str, ...] = ()
+
+
+def read_row(row: Any, columns: Columns = USUAL) -> Read:
+    """Read one row of a file or a dataset.
+
+    Raises:
+        BadRowError: it is no conversation, or one that cannot be used (`RefusedRowError`).
+    """
+    if not isinstance(row, Mapping):
+        raise BadRowError("not an object", f"expected an object, found {type(row).__name__}")
+    if any(row.get(name) not in (None, "", [], {}) for name in MEDIA):
+        raise RefusedRowError("an image or another medium", "the row comes with an image, a video or a sound")
+    column = next((name for name in columns.messages if row.get(name) is not None), None)
+    if column is None:
+        if row.get("input_ids") is not None:
+            return Read(chat_of(row))
+        raise BadRowError("no prompt", f"none of the fields {', '.join(columns.messages)}")
+    messages = read_messages(_unpacked(row[column]), column)
+    _check_turns(messages, column)
+    if isinstance(row[column], str) and column == "instruction" and isinstance(row.get("input"), str):
+        messages[0]["content"] += f"\n\n{row['input']}" if row["input"] else ""
+    if columns.leave_out:
+        messages = [message for message in messages if message["role"] not in columns.leave_out]
+    messages = [*_system(row, columns, messages), *messages, *_answer(row, columns, messages)]
+    ordered, left_out = in_order(messages)
+    tools = columns.first(row, "tools")
+    metadata = mapping(row, "metadata") if isinstance(row.get("metadata"), Mapping) else {}
+    chat = Chat(
+        tuple(ordered),
+        tuple(read_tools(row[tools])) if tools else (),
+        mapping(row, "chat_template_kwargs"),
+        metadata | {name: row[name] for name in columns.metadata if name in row},
+    )
+    return Read(chat, tuple(left_out))
+
+
+def _unpacked(value: Any) -> Any:
+    """Return the messages of a column that holds them as JSON text; other text is a prompt."""
+    if isinstance(value, str) and value.lstrip().startswith("[{"):
+        with suppress(ValueError, RecursionError):
+            found = json.loads(value)
+            if all(isinstance(item, Mapping) and ("role" in item or "from" in item) for item in found):
+                return found
+    return value
+
+
+def user_turns(row: Any, columns: Sequence[str] = ()) -> list[str]:
+    """Return the user turns of one row: those of its named columns, or of the first of `COLUMNS` that it has.
+
+    A column holds a string, a list of strings or a list of messages; several columns follow one another.
+
+    Raises:
+        ValueError: the row has none of the fields, or a field holds something else.
+    """
+    if not isinstance(row, Mapping):
+        raise BadRowError("not an object", f"expected an object, found {type(row).__name__}")
+    if not columns:
+        return list(read_row(row).chat.turns)
+    turns: list[str] = []
+    for column in columns:
+        messages = read_messages(row.get(column), column)
+        _check_turns(messages, column)
+        turns += [message["content"] for message in messages if message["role"] == "user"]
+    return turns
+
+
+def _check_turns(messages: list[Message], column: str) -> None:
+    turns = [message["content"] for message in messages if message["role"] == "user"]
+    if not turns or not all(turn.strip() for turn in turns):
+        raise BadRowError(
+            "an empty user turn" if turns else "no user turn", f"{column!r} has no user turn, or an empty one"
+        )
+
+
+def _system(row: Mapping[str, Any], columns: Columns, messages: list[Message]) -> list[Message]:
+    """Return the system message that a column of its own gives."""
+    name = columns.first(row, "system")
+    if name is None or any(message["role"] in ("system", "developer") for message in messages):
+        return []
+    if not isinstance(row[name], str):
+        raise BadRowError("a field of another type", f"{name!r} must be a string")
+    return [{"role": "system", "content": row[name]}]
+
+
+def _answer(row: Mapping[str, Any], columns: Columns, messages: list[Message]) -> list[Message]:
+    """Return the answer that a column of its own gives to a row of one prompt."""
+    name = columns.first(row, "answers")
+    if name is None or messages[-1]["role"] != "user" or sum(m["role"] == "user" for m in messages) > 1:
+        return []
+    value = row[name]
+    if isinstance(value, str):
+        value = [{"role": "assistant", "content": value}]
+    if not isinstance(value, list) or not all(isinstance(one, Mapping) for one in value):
+        return []  # a list of reference solutions, a number: no answer in words
+    answer = read_messages(value, name)
+    thought = columns.first(row, "thoughts")
+    if thought and isinstance(row[thought], str) and answer and answer[0]["role"] == "assistant":
+        answer[0] = {**answer[0], "reasoning_content": row[thought]}
+    return answer

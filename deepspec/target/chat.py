@@ -1,0 +1,123 @@
+"""Conversations under a chat template: the one place where a template is rendered."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from jinja2 import TemplateError
+
+from deepspec.errors import DeepSpecError
+
+
+class Templated:
+    """What has a tokenizer with a chat template, and arguments of it that hold for every conversation."""
+
+    tokenizer: Any
+    source: str
+    chat_template_kwargs: dict[str, Any]
+
+    def chat_text(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        add_generation_prompt: bool = True,
+        tools: Sequence[Mapping[str, Any]] = (),
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+    ) -> str:
+        """Return the text of a conversation under the target's own template.
+
+        Args:
+            messages: as OpenAI's API has them; the arguments of tool calls are objects.
+            chat_template_kwargs: beside the target's own (`target.chat_template_kwargs` of params.yaml), which they
+                go before.
+
+        Raises:
+            DeepSpecError: the template refuses the conversation.
+        """
+        options = {**self.chat_template_kwargs, **(chat_template_kwargs or {})}
+        return render(self.tokenizer, self.source, messages, add_generation_prompt, tools, options)
+
+    def chat_ids(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        add_generation_prompt: bool = True,
+        tools: Sequence[Mapping[str, Any]] = (),
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+    ) -> list[int]:
+        """Return the token ids of `chat_text`."""
+        text = self.chat_text(messages, add_generation_prompt, tools, chat_template_kwargs)
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def user_prefix_ids(self) -> list[int]:
+        """Return the template up to where the user's words begin: from here the target writes a user turn (Magpie)."""
+        marker = "\u2063deepspec\u2063"
+        text = self.chat_text([{"role": "user", "content": marker}], add_generation_prompt=False)
+        return self.tokenizer(text[: text.index(marker)], add_special_tokens=False)["input_ids"]
+
+
+def render(
+    tokenizer: Any,
+    source: str,
+    messages: Sequence[Mapping[str, Any]],
+    add_generation_prompt: bool,
+    tools: Sequence[Mapping[str, Any]] = (),
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+) -> str:
+    """Render messages as text by the tokenizer's template.
+
+    The arguments of tool calls are objects to the template, as transformers asks; a template that joins them to its own
+    text gets them as JSON.
+
+    Args:
+        source: the target's name, for errors.
+
+    Raises:
+        DeepSpecError: the template refuses the conversation, in its own words, or a text is no Unicode.
+    """
+    options = dict(chat_template_kwargs or {})
+    forms = [messages]
+    if any(message.get("tool_calls") for message in messages):
+        forms.append(with_text_arguments(messages))
+    error: Exception | None = None
+    for form in forms:
+        try:
+            text = tokenizer.apply_chat_template(
+                [dict(message) for message in form],
+                tools=[dict(tool) for tool in tools] or None,
+                add_generation_prompt=add_generation_prompt,
+                tokenize=False,
+                **options,
+            )
+            text.encode()
+        except UnicodeEncodeError:
+            raise DeepSpecError(
+                f"{source}: a message holds half a character (a lone surrogate); remove it"
+            ) from None
+        except (TemplateError, TypeError, ValueError, KeyError, AttributeError) as raised:
+            error = error or raised
+        else:
+            return text
+    words = " ".join(str(error).split())
+    raise DeepSpecError(f"{source}: the chat template refuses this conversation: {words}") from error
+
+
+def with_text_arguments(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return the messages with the arguments of their tool calls as JSON text, as OpenAI's API has them."""
+    return [
+        {
+            **message,
+            "tool_calls": [_with_text_arguments(call) for call in message["tool_calls"]],
+        }
+        if message.get("tool_calls")
+        else dict(message)
+        for message in messages
+    ]
+
+
+def _with_text_arguments(call: Mapping[str, Any]) -> dict[str, Any]:
+    function = call["function"]
+    arguments = function["arguments"]
+    if not isinstance(arguments, str):
+        arguments = json.dumps(arguments, ensure_ascii=False)
+    return {**call, "function": {**function, "arguments": arguments}}
