@@ -236,7 +236,7 @@ def promote(
 
 @app.command("serve-check", rich_help_panel="Tools")
 def serve_check(
-    engine: Annotated[str, typer.Option(help="vllm, sglang or tgi.")] = "vllm",
+    engine: Annotated[str, typer.Option(help="vllm, llamacpp, sglang or tgi.")] = "vllm",
     drafter: Annotated[
         list[str] | None, typer.Option(help="Repeatable.", show_default="those of the pipeline")
     ] = None,
@@ -247,27 +247,38 @@ def serve_check(
         int | None, typer.Option(help="K, tokens drafted at once.", show_default="the draft's block size")
     ] = None,
     exported: Annotated[
-        Path | None, typer.Option(help="Directory that vLLM loads.", show_default="that of `deepspec export`")
+        Path | None,
+        typer.Option(help="Directory that the engine loads.", show_default="that of `deepspec export`"),
     ] = None,
     base_url: Annotated[
-        str | None, typer.Option(help="A server of the draft that is running.", show_default="start vLLM")
+        str | None, typer.Option(help="A server of the draft that is running.", show_default="start one")
     ] = None,
     plain_url: Annotated[str | None, typer.Option(help="One without the draft, for the speed-up.")] = None,
     dtype: Annotated[
-        str | None, typer.Option(help="float32 compares token for token.", show_default="the target's")
+        str | None,
+        typer.Option(
+            help="float32 compares token for token; llama.cpp also takes f16, q8_0, q4_0, q4_1.",
+            show_default="the target's; f16 for llama.cpp",
+        ),
+    ] = None,
+    draws: Annotated[
+        int | None,
+        typer.Option(
+            help="Sampled answers a prompt for llama.cpp's law at T = 1; 0: none.", show_default="25"
+        ),
     ] = None,
     params: Annotated[Path, typer.Option(help="Says which tasks and prompts.")] = Path("params.yaml"),
     output: Annotated[Path, typer.Option(help="Folder of the records.")] = Path("reports/serve"),
 ) -> None:
     """Serve drafts in another engine and see that it accepts as many tokens as ours; exits with 1 if it does not.
 
-    vLLM is started here, from $DEEPSPEC_VLLM_PYTHON or an environment that is set up once; SGLang and TGI are asked at
-    --base-url. The server at --base-url must serve nobody else meanwhile."""
+    vLLM is started here, from $DEEPSPEC_VLLM_PYTHON or an environment that is set up once, and so is llama.cpp, from
+    $DEEPSPEC_LLAMA_SERVER or a wheel; SGLang and TGI are asked at --base-url, where nobody else must be served."""
     from deepspec.serving import check
 
     settings = check.Settings(
         engine, tuple(drafter or ()), prompts, max_new_tokens, tuple(tasks.split(",")) if tasks else (),
-        speculative_tokens, exported, base_url, plain_url, dtype, params, output,
+        speculative_tokens, exported, base_url, plain_url, dtype, params, output, draws,
     )  # fmt: skip
     failures: list[str] = []
     status = guarded(lambda: failures.extend(check.run(settings)))

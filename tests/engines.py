@@ -1,4 +1,4 @@
-"""A serving engine played on the loopback interface: vLLM, SGLang or TGI, in replies whose shapes follow their docs.
+"""A serving engine played on the loopback interface: vLLM, SGLang, TGI or llama.cpp, in replies of their shapes.
 
 Its draft is always right: each verification commits `accepted` draft tokens and one more, whatever is asked.
 """
@@ -116,6 +116,33 @@ class FakeEngine(ThreadingHTTPServer):
             "tokens": [{"id": i, "text": "", "logprob": -0.1, "special": False} for i in tokens],
         }
         return {"generated_text": "...", "details": details}
+
+    def _llamacpp_get(self, path: str) -> dict | None:
+        return {"build_info": "b11549"} if path == "/props" else None
+
+    def _llamacpp_post(self, path: str, body: dict) -> str | dict | None:
+        if path != "/completion":
+            return None
+        tokens, _ = self.decode(body["prompt"], body["n_predict"])
+        if not body["stream"]:
+            return {"tokens": tokens, "content": "..."}
+        return llamacpp_stream(self, tokens)
+
+
+def llamacpp_stream(engine: FakeEngine, tokens: list[int]) -> str:
+    """Events of a streamed answer: each token with the time, drafted and accepted tokens so far; 10 ms a round."""
+    events = []
+    rounds = left = 0
+    for i, token in enumerate(tokens):
+        if i and not left:
+            rounds, left = rounds + 1, (engine.accepted or 0) + 1
+        left -= bool(i)
+        timings = {"predicted_n": i + 1, "predicted_ms": 10.0 * rounds}
+        if engine.accepted is not None:
+            timings |= {"draft_n": rounds * engine.drafted, "draft_n_accepted": rounds * engine.accepted}
+        events.append({"content": "...", "tokens": [token], "stop": False, "timings": timings})
+    events.append({"content": "", "tokens": [], "stop": True, "timings": events[-1]["timings"]})
+    return "".join(f"data: {json.dumps(event)}\n\n" for event in events)
 
 
 def vllm_metrics(engine: FakeEngine) -> str:

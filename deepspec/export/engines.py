@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from deepspec.errors import DeepSpecError, nearest
-from deepspec.export import gguf, hf, sglang, suitable, tgi, vllm
+from deepspec.export import hf, llamacpp, sglang, suitable, tgi, vllm
 from deepspec.export.advice import Advice, advise
 from deepspec.export.card import card
 from deepspec.export.draft import TRAINED, Draft
@@ -30,7 +30,7 @@ ENGINES: dict[str, Mapping[str, Plan]] = {
     "speculators": vllm.SPECULATORS,
     "sglang": sglang.PLANS,
     "tgi": tgi.PLANS,
-    "gguf": gguf.PLANS,
+    "llamacpp": llamacpp.PLANS,
 }
 
 
@@ -49,8 +49,13 @@ def chosen(names: list[str] | None) -> list[str]:
     return list(dict.fromkeys(names))
 
 
-def export(draft: Draft, names: list[str], directory: Path) -> dict[str, Any]:
+def export(
+    draft: Draft, names: list[str], directory: Path, options: llamacpp.Options | None = None
+) -> dict[str, Any]:
     """Write the draft for each engine below `directory` and check what was written.
+
+    Args:
+        options: of llama.cpp's files.
 
     Returns:
         the export record: `passed` where at least one directory was written and every written one passed parity.
@@ -60,7 +65,7 @@ def export(draft: Draft, names: list[str], directory: Path) -> dict[str, Any]:
     engines = {}
     for name in names:
         try:
-            engines[name] = _export(draft, name, directory / name, advice, found)
+            engines[name] = _export(draft, name, directory / name, advice, found, options)
         except Refused as refusal:
             engines[name] = {"refused": str(refusal)}
             shutil.rmtree(directory / name, ignore_errors=True)  # of an earlier draft, which was not refused
@@ -94,8 +99,16 @@ def _passed(engines: dict[str, Any]) -> bool:
     return bool(written) and all(entry["parity"]["passed"] for entry in written)
 
 
-def _export(draft: Draft, engine: str, directory: Path, advice: Advice, found: list) -> dict[str, Any]:
-    layout = with_template(plan(draft, engine, str(directory), advice.tokens), engine, str(directory))
+def _export(
+    draft: Draft,
+    engine: str,
+    directory: Path,
+    advice: Advice,
+    found: list,
+    options: llamacpp.Options | None,
+) -> dict[str, Any]:
+    layout = plan(draft, engine, str(directory), advice.tokens, options)
+    layout = with_template(layout, engine, str(directory))
     files = write(layout, directory, card(draft, layout, advice))
     parity: Parity = check(draft, layout, directory, found)
     return {
@@ -111,18 +124,21 @@ TEMPLATE_FLAGS = {
     "vllm": "--chat-template",
     "speculators": "--chat-template",
     "sglang": "--chat-template",
-    "gguf": "--jinja --chat-template-file",
+    "llamacpp": "--jinja --chat-template-file",
 }
 
 
-def plan(draft: Draft, engine: str, where: str, tokens: int) -> Layout:
+def plan(
+    draft: Draft, engine: str, where: str, tokens: int, options: llamacpp.Options | None = None
+) -> Layout:
     """Return what an engine is to be given of a draft that drafts `tokens` tokens.
 
     Raises:
         Refused: the engine cannot serve it.
     """
     suitable.check(engine, draft)
-    return ENGINES[engine][draft.kind](draft, where, tokens)
+    plans = llamacpp.plans(options) if options and engine == "llamacpp" else ENGINES[engine]
+    return plans[draft.kind](draft, where, tokens)
 
 
 def with_template(layout: Layout, engine: str, where: str) -> Layout:

@@ -12,6 +12,7 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor
 
+from deepspec.drafters.network import Network
 from deepspec.files import file_digest, replacing
 
 SUMS = "SHA256SUMS"
@@ -45,6 +46,7 @@ class Layout:
         texts: further JSON files.
         make: writes further files into the directory (GGUF).
         notes: what a reader of the card should know.
+        network: the draft as this engine runs it, where the files round its weights; None: as it was trained.
     """
 
     format: str
@@ -58,6 +60,7 @@ class Layout:
     texts: dict[str, dict[str, Any]] = field(default_factory=dict)
     make: Callable[[Path], None] | None = None
     notes: tuple[str, ...] = ()
+    network: Callable[[], Network] | None = None
 
 
 def write(layout: Layout, directory: Path, card: str) -> dict[str, str]:

@@ -16,10 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deepspec.export import reference
+from deepspec.drafters.network import Network
+from deepspec.export import gguf_checks, reference
+from deepspec.export.checks import Check
 from deepspec.export.draft import TRAINED, Draft
 from deepspec.export.layout import TOKENIZER_FILES, Layout
-from deepspec.export.readers import block, causal_lm, eagle3, medusa
+from deepspec.export.readers import block, causal_lm, eagle3, gguf, medusa
 from deepspec.export.readers.directory import Directory, Facts, Reading, Unreadable
 from deepspec.export.readers.sample import Sample
 
@@ -39,18 +41,19 @@ READERS: dict[str, Read] = {
     "vllm-medusa": medusa.vllm,
     "tgi-medusa": medusa.tgi,
     "native-medusa": medusa.native,
+    "gguf-dflash": gguf.dflash,
+    "gguf-eagle3": gguf.draft_eagle3,
 }
-MODELS = {
+# Where the engine's files are not a config.json and safetensors: what opens the directory.
+OPENERS: dict[str, Callable[[Path], Directory]] = {
+    "gguf-dflash": gguf.open_dflash,
+    "gguf-eagle3": gguf.open_eagle3,
+}
+# Read by transformers, which accounts for weights.
+MODELS: dict[str, Callable[[Path, Sample], Reading]] = {
     "causal-lm": causal_lm.directory,
-    "gguf": causal_lm.gguf,
-}  # read by transformers, which accounts for weights
-
-
-@dataclass(frozen=True)
-class Check:
-    name: str
-    passed: bool
-    message: str
+    "gguf": lambda path, sample: causal_lm.gguf(gguf.draft_file(path), sample),
+}
 
 
 @dataclass(frozen=True)
@@ -97,18 +100,21 @@ def check(draft: Draft, layout: Layout, path: Path, samples: list[Sample]) -> Pa
 
 
 def _compare(draft: Draft, layout: Layout, path: Path, samples: list[Sample]) -> tuple[float, list[Check]]:
-    wanted = [reference.logits(draft.network, sample) for sample in samples]
+    network = layout.network() if layout.network else draft.network
+    wanted = [reference.logits(network, sample) for sample in samples]
+    checks = _gguf(draft, path, samples[0]) if layout.reader.startswith("gguf") else []
     if layout.reader in MODELS:
-        own = _gguf_tokenizer(draft, path) if layout.reader == "gguf" else []
         readings = [MODELS[layout.reader](path, sample) for sample in samples]
-        checks = [*own, Check("weights", True, "transformers found every weight, and no other")]
+        checks.append(Check("weights", True, "transformers found every weight, and no other"))
         explain = None
     else:
-        source = Directory.open(path, layout.weights_file)
+        source = OPENERS.get(layout.reader, lambda path: Directory.open(path, layout.weights_file))(path)
         read = READERS[layout.reader]
         readings = [read(source, sample) for sample in samples]
-        checks = [_weights(source), *_facts(draft, readings[0].facts)]
-        explain = lambda: _explain(draft, source, read, samples[0], wanted[0])  # noqa: E731
+        checks += [_weights(source), *_facts(draft, readings[0].facts)]
+        if layout.reader in OPENERS:
+            checks += gguf_checks.confidence(draft, source)
+        explain = lambda: _explain(draft, network, source, read, samples[0], wanted[0])  # noqa: E731
     checks.append(_length(draft, readings[0].facts))
     errors = [_error(draft, r, w) for r, w in zip(readings, wanted, strict=True)]
     error = max(errors)
@@ -121,6 +127,10 @@ def _compare(draft: Draft, layout: Layout, path: Path, samples: list[Sample]) ->
     return error, [*checks, Check("logits", False, named or f"{said}; no known fault explains it")]
 
 
+def _gguf(draft: Draft, path: Path, sample: Sample) -> list[Check]:
+    return gguf_checks.tokenizer(draft, gguf.draft_file(path)) + gguf_checks.target(path, sample)
+
+
 def _error(draft: Draft, reading: Reading, wanted: Tensor) -> float:
     """Return the largest difference of logits at the draft's own tokens."""
     found = reading.logits[..., draft.network.draft_ids]
@@ -128,7 +138,7 @@ def _error(draft: Draft, reading: Reading, wanted: Tensor) -> float:
         raise Unreadable(
             f"the engine drafts {list(found.shape)} logits, the trained draft {list(wanted.shape)}"
         )
-    return float((found - wanted).abs().nan_to_num(torch.inf, torch.inf).max())
+    return float((found - wanted).detach().abs().nan_to_num(torch.inf, torch.inf).max())
 
 
 def _weights(source: Directory) -> Check:
@@ -158,6 +168,9 @@ def _facts(draft: Draft, facts: Facts) -> list[Check]:
     if facts.mask_token_id is not None:
         said = "mask token: the engine would feed {}, the draft was trained with {}"
         checks.append(_same("mask_token", facts.mask_token_id, trained.mask_token_id, said))
+    if facts.sample_from_anchor is not None:
+        said = "anchor layout: the engine would take sample_from_anchor as {}, the draft was trained with {}"
+        checks.append(_same("anchor", facts.sample_from_anchor, trained.sample_from_anchor, said))
     if facts.draft_ids is not None:
         known = ids is not None and torch.equal(facts.draft_ids, ids)
         said = "d2t: the engine would take the draft's columns for other tokens" + _as_ids(
@@ -214,18 +227,6 @@ def _tokenizer(draft: Draft, path: Path) -> list[Check]:
     ]
 
 
-def _gguf_tokenizer(draft: Draft, path: Path) -> list[Check]:
-    tokens, template = causal_lm.gguf_tokens(path)
-    tokenizer = draft.target.tokenizer
-    wrong = [token for token, i in tokenizer.get_vocab().items() if i >= len(tokens) or tokens[i] != token]
-    said = f"the GGUF's tokens are not the target's, from {min(wrong)!r} on" if wrong else "the target's own"
-    same = template == tokenizer.chat_template
-    return [
-        Check("gguf_tokens", not wrong, said),
-        Check("gguf_template", same, "the target's own" if same else "the GGUF has another chat template"),
-    ]
-
-
 def _identical(one: Path | None, other: Path | None) -> bool:
     return one is not None and other is not None and one.read_bytes() == other.read_bytes()
 
@@ -255,9 +256,11 @@ def _same(name: str, found: Any, wanted: Any, said: str) -> Check:
     return Check(name, found == wanted, f"{wanted}" if found == wanted else said.format(found, wanted))
 
 
-def _explain(draft: Draft, source: Directory, read: Read, sample: Sample, wanted: Tensor) -> str:
+def _explain(
+    draft: Draft, network: Network, source: Directory, read: Read, sample: Sample, wanted: Tensor
+) -> str:
     """Name the known fault that, mended, makes the logits right; empty where none does."""
-    for said, directory, seen in _hypotheses(draft, source, sample):
+    for said, directory, seen in _hypotheses(draft, network, source, sample):
         try:
             if _error(draft, read(directory, seen), wanted) <= TOLERANCE:
                 return said
@@ -266,8 +269,11 @@ def _explain(draft: Draft, source: Directory, read: Read, sample: Sample, wanted
     return ""
 
 
-def _hypotheses(draft: Draft, source: Directory, sample: Sample) -> list[tuple[str, Directory, Sample]]:
-    trained, weights = draft.network.config, draft.weights
+def _hypotheses(
+    draft: Draft, network: Network, source: Directory, sample: Sample
+) -> list[tuple[str, Directory, Sample]]:
+    trained = draft.network.config
+    weights = draft.weights if network is draft.network else network.stored(written_out=True)
     found: list[tuple[str, Directory, Sample]] = []
 
     def suppose(said: str, seen: Sample = sample, **changes: dict) -> None:
@@ -285,6 +291,13 @@ def _hypotheses(draft: Draft, source: Directory, sample: Sample) -> list[tuple[s
         inner = source.config.get("dflash_config")
         own = {"mask_token_id": mask}
         suppose("wrong mask token", config={"dflash_config": inner | own} if inner else own)
+    for order, said in gguf.ORDERS.items() if "arch" in source.config else ():
+        rows = {
+            n: order(x, source.config["head_dim"])
+            for n, x in source.weights.items()
+            if n.endswith(gguf.ROTATED)
+        }
+        suppose(said, weights=rows)
     for name in ("norm.weight", "hidden_norm.weight"):
         if name in weights and source.has(name):
             what = "final norm" if name == "norm.weight" else "norm of the target's states"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Collection
+from copy import deepcopy
 from functools import reduce
 from operator import add
 
@@ -30,6 +32,17 @@ def network(kind: str, checkpoint: Checkpoint, target: Target, dtype: torch.dtyp
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype).float()
     return model
+
+
+@torch.no_grad()
+def rounded(model: Network, names: Collection[str], rounding: Callable[[Tensor], Tensor]) -> Network:
+    """Return a copy of the network whose weights of these names, those of the draft's file, are rounded."""
+    copy = deepcopy(model)
+    for name, parameter in copy.named_parameters():
+        stored = name.removeprefix("model.") if isinstance(copy, LMModel) else copy.stored_name(name)
+        if stored in names:
+            parameter.data = rounding(parameter.data)
+    return copy
 
 
 @torch.no_grad()

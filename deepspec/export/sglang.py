@@ -1,7 +1,8 @@
 """SGLang (2026-08): EAGLE-3, DFlash and DSpark directories, draft models and n-grams.
 
-Layer ids are ours: i is the output of layer i. DFlash takes embeddings and head from the target, so a reduced
-vocabulary is widened to the target's whole one; DSpark is given whole too, in DeepSeek's published format.
+Layer ids are ours, i is the output of layer i, but for EAGLE-3: since 0.5.13 (pull request 25454, May 2026) ids whose
+first is 1 are outputs, and others are inputs of layers, one higher. DFlash takes embeddings and head from the target,
+so a reduced vocabulary is widened to the target's whole one; DSpark is given whole too, in DeepSeek's format.
 """
 
 from __future__ import annotations
@@ -24,6 +25,11 @@ WIDENED = (
     "law among its own tokens is unchanged."
 )
 
+INPUTS = (
+    "Its first target layer is not 1, so its layer ids are inputs of layers, as SGLang reads them since 0.5.13; an "
+    "earlier version takes every state one layer late. A draft whose first layer is 1 is read the same by all."
+)
+
 
 def serve(draft: Draft, algorithm: str, where: str | None, *flags: str) -> str:
     path = ["--speculative-draft-model-path", where] if where else []
@@ -33,10 +39,14 @@ def serve(draft: Draft, algorithm: str, where: str | None, *flags: str) -> str:
 
 def eagle3(draft: Draft, where: str, tokens: int) -> Layout:
     layers = list(draft.network.config.target_layer_ids)
+    inputs = layers[0] != 1
     config = {
         "architectures": ["LlamaForCausalLMEagle3"],
         **eagle3_config(draft),
-        "eagle_config": {"eagle_aux_hidden_state_layer_ids": layers, "use_aux_hidden_state": True},
+        "eagle_config": {
+            "eagle_aux_hidden_state_layer_ids": [i + inputs for i in layers],
+            "use_aux_hidden_state": True,
+        },
     }
     chain = ("--speculative-num-steps", str(tokens), "--speculative-eagle-topk 1")
     command = serve(draft, "EAGLE3", where, *chain, "--speculative-num-draft-tokens", str(tokens + 1))
@@ -47,6 +57,7 @@ def eagle3(draft: Draft, where: str, tokens: int) -> Layout:
         config,
         shared(draft),
         copies=draft.tokenizer_files,
+        notes=(INPUTS,) if inputs else (),
     )
 
 

@@ -18,17 +18,25 @@ from deepspec.drafters.network import Network
 from deepspec.drafters.registry import reader
 from deepspec.target.model import Target
 
-SPLITS = {  # pre-tokenizer of tokenizer.json → llama.cpp's name for it
+_LLAMA3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+SPLITS = {  # pre-tokenizer of tokenizer.json, with its pattern → llama.cpp's name for it
     ("ByteLevel",): "gpt-2",
     ("Digits", "ByteLevel"): "smollm",
+    ("Split", "ByteLevel", _LLAMA3): "llama-bpe",
+    ("Split", "ByteLevel", _LLAMA3.replace("{1,3}", "")): "qwen2",
 }
+GGUF_ARCHITECTURES = ("llama", "qwen3")  # which of llama.cpp's carry the same name
+CONVERT = "convert it with llama.cpp's convert_hf_to_gguf.py"
 NO_METHOD = {
     "hf": "transformers has no use for a draft of type {kind}; train an lm",
     "vllm": "vLLM has no method for a draft of type {kind}; train eagle3, dflash, dspark, medusa or lm",
     "speculators": "the speculators format has no {kind}; train eagle3, dflash or dspark, or export --to vllm",
     "sglang": "SGLang has no method for a draft of type {kind}; train eagle3, dflash, dspark or lm",
     "tgi": "TGI knows Medusa and n-gram drafts, not {kind}; train medusa",
-    "gguf": "llama.cpp drafts with a model of its own, not with {kind}; train an lm",
+    "llamacpp": "llama.cpp has no method for a draft of type {kind}; train dspark, dflash, eagle3 or lm",
 }
 
 
@@ -114,10 +122,12 @@ def plain_layer(draft: Described) -> None:
 
 
 def three_layers(draft: Described) -> None:
-    """Refuse EAGLE-3 of another number of features than SGLang's three."""
+    """Refuse EAGLE-3 of another number of features than the three of SGLang and llama.cpp."""
     layers = draft.network.config.target_layer_ids
     if len(layers) != 3:
-        raise Refused(f"SGLang sizes EAGLE-3 for three target layers, not {len(layers)}; train with three")
+        raise Refused(
+            f"SGLang and llama.cpp size EAGLE-3 for three target layers, not {len(layers)}; train with three"
+        )
 
 
 def masks_alone(draft: Described) -> None:
@@ -161,38 +171,64 @@ def layers_in_order(draft: Described) -> None:
         raise Refused("engines hand out no embedding output; train without target layer -1")
 
 
-def llama_file(draft: Described) -> None:
-    """Refuse what is not Llama's architecture, or has a tokenizer that llama.cpp has no name for."""
-    config = draft.config
-    if config.get("model_type") != "llama":
-        raise Refused(
-            f"GGUF is written for Llama's architecture, and this draft is a {config.get('model_type')!r}; convert the "
-            "hf export with llama.cpp's convert_hf_to_gguf.py"
-        )
-    if config.get("attention_bias") or config.get("mlp_bias"):
-        raise Refused("llama.cpp's Llama has no biases, and this draft has some; train an lm without")
+def above_layer_0(draft: Described) -> None:
+    """Refuse EAGLE-3 that reads the output of layer 0, for which SGLang has no id: 1 means the output of layer 1."""
+    if draft.network.config.target_layer_ids[0] == 0:
+        raise Refused("SGLang has no id for the output of layer 0; train with target_layer_ids from 1 on")
+
+
+def gguf_tokenizer(draft: Described) -> None:
+    """Refuse a tokenizer that llama.cpp has no name for, and a missing package gguf."""
     if importlib.util.find_spec("gguf") is None:
         raise Refused("GGUF needs the package gguf; pip install 'deepspec[pipeline]'")
     split_name(json.loads((Path(draft.target.source) / "tokenizer.json").read_text()))
 
 
-def split_name(tokenizer: dict[str, Any]) -> str:
-    """Return llama.cpp's name of a tokenizer's pre-tokenization.
+def gguf_draft(draft: Described) -> None:
+    """Refuse a draft LM that cannot be written as GGUF."""
+    gguf_model(draft.config, "this draft")
+
+
+def gguf_model(config: dict[str, Any], what: str) -> None:
+    """Refuse a model that cannot be written as GGUF: of another architecture, with biases, or a scaled rotation.
+
+    Args:
+        what: it is called in the message.
+    """
+    kind = config.get("model_type")
+    if kind not in GGUF_ARCHITECTURES:
+        known = " and ".join(GGUF_ARCHITECTURES)
+        raise Refused(f"GGUF is written for {known}, and {what} is a {kind!r}; {CONVERT}")
+    if config.get("attention_bias") or config.get("mlp_bias"):
+        raise Refused(f"{what} has biases, which are not written here; {CONVERT}")
+    scaled = (config.get("rope_parameters") or {}).get("rope_type", "default") != "default"
+    if scaled or config.get("rope_scaling"):
+        raise Refused(f"{what} scales its rotary embedding, which is not written here; {CONVERT}")
+
+
+def split_name(tokenizer: dict) -> str:
+    """Return llama.cpp's name of a tokenizer.json's pre-tokenization.
 
     Raises:
-        Refused: it has none that is known here.
+        Refused: it is not known here.
     """
-    if tokenizer["model"]["type"] != "BPE":
-        raise Refused(f"GGUF is written with byte-level BPE; this tokenizer is {tokenizer['model']['type']}")
-    pre = tokenizer.get("pre_tokenizer") or {}
-    parts = tuple(part["type"] for part in pre.get("pretokenizers", [pre] if pre else []))
-    if parts not in SPLITS:
-        known = ", ".join(" + ".join(names) for names in SPLITS)
+    kind = tokenizer["model"]["type"]
+    if kind != "BPE":
         raise Refused(
-            f"llama.cpp's name for the pre-tokenizer {' + '.join(parts) or 'none'} is not known here ({known}); "
-            "convert the hf export with llama.cpp's convert_hf_to_gguf.py"
+            f"GGUF is written with byte-level BPE, and this tokenizer is {kind}; convert with llama.cpp's "
+            "convert_hf_to_gguf.py"
         )
-    return SPLITS[parts]
+    pre = tokenizer.get("pre_tokenizer") or {}
+    parts = pre.get("pretokenizers", [pre] if pre else [])
+    types = tuple(part["type"] for part in parts)
+    patterns = tuple(part["pattern"].get("Regex", "") for part in parts if part["type"] == "Split")
+    if (*types, *patterns) not in SPLITS:
+        readable = ", ".join(dict.fromkeys(" + ".join(names[:2]) for names in SPLITS))
+        raise Refused(
+            f"llama.cpp's name for the pre-tokenizer {' + '.join(types) or 'none'} is not known here ({readable}); "
+            "convert with llama.cpp's convert_hf_to_gguf.py"
+        )
+    return SPLITS[(*types, *patterns)]
 
 
 def one_layer(draft: Described) -> None:
@@ -232,11 +268,16 @@ CHECKS: dict[str, dict[str, tuple[Check, ...]]] = {
     },
     "speculators": {"eagle3": EAGLE3, "dflash": DFLASH, "dspark": DSPARK},
     "sglang": {
-        "eagle3": (*EAGLE3, three_layers),
+        "eagle3": (*EAGLE3, three_layers, above_layer_0),
         "dflash": DFLASH,
         "dspark": (*DSPARK, from_anchor),
         **dict.fromkeys(("lm", "lookup", "suffix"), ()),
     },
     "tgi": dict.fromkeys(("medusa", "lookup", "suffix"), ()),
-    "gguf": {"lm": (llama_file,)},
+    "llamacpp": {
+        "eagle3": (*EAGLE3, three_layers, gguf_tokenizer),
+        "dflash": (*DFLASH, gguf_tokenizer),
+        "dspark": (*DSPARK, gguf_tokenizer),
+        "lm": (gguf_draft, gguf_tokenizer),
+    },
 }

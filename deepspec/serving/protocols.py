@@ -1,4 +1,4 @@
-"""How engines are asked and what they tell of their drafts, over HTTP: vLLM, SGLang, TGI.
+"""How engines are asked and what they tell of their drafts, over HTTP: vLLM, SGLang, TGI (and `llamacpp/client.py`).
 
 Each client decodes one prompt greedily and returns an `Answer` with the engine's own counts of that request: of the
 counters that only grow (vLLM, TGI) the difference before and after, so the server must serve nobody else meanwhile.
@@ -73,13 +73,23 @@ class Prompt:
 
 
 @dataclass(frozen=True)
+class Turn:
+    """A verification, or a pass without a draft: `accepted` of `drafted` tokens in `seconds`."""
+
+    drafted: int
+    accepted: int
+    seconds: float
+
+
+@dataclass(frozen=True)
 class Answer:
-    """A greedy continuation. `seconds` were spent on `timed_tokens` of it."""
+    """A continuation. `seconds` were spent on `timed_tokens` of it; `turns` where the engine tells them."""
 
     tokens: list[int]
     seconds: float
     timed_tokens: int
     counts: Counts = Counts()
+    turns: tuple[Turn, ...] = ()
 
 
 class Client(ABC):
@@ -91,7 +101,9 @@ class Client(ABC):
     def __init__(self, url: str, stop_ids: Sequence[int] = ()):
         self.url = url.rstrip("/").removesuffix("/v1")
         self.stop_ids = sorted(stop_ids)
-        self.http = httpx.Client(timeout=TIMEOUT_S, trust_env=False)
+        # No connection is used twice: a server may close an idle one at the moment it is taken again.
+        once = httpx.Limits(max_keepalive_connections=0)
+        self.http = httpx.Client(timeout=TIMEOUT_S, trust_env=False, limits=once)
 
     @abstractmethod
     def version(self) -> str | None:
@@ -270,9 +282,6 @@ class TGI(Client):
                 f"{self.url}: TGI's metrics have no {self._GAINED}; start it with --speculate"
             )
         return Counts(int(passes) - 1, 0, int(gained))
-
-
-CLIENTS: dict[str, type[Client]] = {client.engine: client for client in (VLLM, SGLang, TGI)}
 
 
 def samples(text: str, name: str) -> list[tuple[dict[str, str], float]]:

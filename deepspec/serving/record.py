@@ -259,13 +259,14 @@ def _outputs(measured: Measured) -> Outputs:
     drafted, own = [a.tokens for a in measured.drafted], [o.plain for o in measured.ours]
     plain = [a.tokens for a in measured.plain[0]] if measured.plain else None
     return Outputs(
-        drafted_vs_plain=_agreement(plain, drafted) if plain else None,
-        plain_vs_ours=_agreement(own, plain) if plain else None,
-        drafted_vs_ours=_agreement(own, drafted),
+        drafted_vs_plain=agreement(plain, drafted) if plain else None,
+        plain_vs_ours=agreement(own, plain) if plain else None,
+        drafted_vs_ours=agreement(own, drafted),
     )
 
 
-def _agreement(references: list[list[int]], others: list[list[int]]) -> Agreement:
+def agreement(references: list[list[int]], others: list[list[int]]) -> Agreement:
+    """Compare answers one by one."""
     places = [first_difference(a, b) for a, b in zip(references, others, strict=True)]
     differ = [place for place in places if place is not None]
     return Agreement(identical=len(places) - len(differ), prompts=len(places), first_differences=differ)

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from deepspec.evaluation.record import Bounds
 from deepspec.serving.record import ServingRecord
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 COLUMNS = (
     "draft",
@@ -18,14 +23,19 @@ COLUMNS = (
 )
 
 
+def console() -> Console:
+    """Return where tables are printed: as wide as the terminal, or 120 columns."""
+    from rich.console import Console
+
+    found = Console()
+    return found if found.is_terminal else Console(width=120)
+
+
 def show(records: list[ServingRecord]) -> None:
     """Engine beside ours, a line a draft; then warnings."""
-    from rich.console import Console
     from rich.table import Table
 
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=120)
+    printer = console()
     first = records[0]
     grid = Table(title=f"{first.engine} {first.engine_version or ''}, {first.dtype}, T = 0, batch 1")
     for i, column in enumerate(COLUMNS):
@@ -43,10 +53,10 @@ def show(records: list[ServingRecord]) -> None:
             _interval(served.speedup, served.speedup_ci95, "×"),
             _number(own.speedup, 2, "×"),
         )
-    console.print(grid)
+    printer.print(grid)
     for record in records:
         for warning in record.warnings:
-            console.print(f"warning: {record.drafter}: {warning}", highlight=False, soft_wrap=True)
+            printer.print(f"warning: {record.drafter}: {warning}", highlight=False, soft_wrap=True)
 
 
 def _number(value: float | None, digits: int = 2, unit: str = "") -> str:

@@ -17,7 +17,15 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         "--to",
         action="append",
         metavar="ENGINE",
-        help="hf, vllm, speculators, sglang, tgi, gguf or all; repeat it for several (default: all)",
+        help="hf, vllm, speculators, sglang, tgi, llamacpp or all; repeat it for several (default: all)",
+    )
+    parser.add_argument(
+        "--precision",
+        default="f16",
+        help="of llama.cpp's files: f32, f16, bf16, q8_0, q4_0 or q4_1 (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--with-target", action="store_true", help="write the target's own GGUF beside the draft's"
     )
     parser.add_argument(
         "--output",
@@ -32,6 +40,7 @@ def main(params: Params, flags: argparse.Namespace) -> None:
     from deepspec.drafters.checkpoint import draft_directory
     from deepspec.export.draft import load_draft
     from deepspec.export.engines import chosen, export, with_others
+    from deepspec.export.llamacpp import Options
     from deepspec.target.model import load_target
 
     name = flags.drafter
@@ -39,7 +48,7 @@ def main(params: Params, flags: argparse.Namespace) -> None:
     target = load_target("data/target")
     evaluation = Path("reports/eval") / f"{name}.json"
     draft = load_draft(name, draft_directory(name), target, evaluation)
-    record = export(draft, engines, flags.output / name)
+    record = export(draft, engines, flags.output / name, Options(flags.precision, flags.with_target))
     path = Path("reports/export") / f"{name}.json"
     write_json(path, with_others(record, path))
     failed = []

@@ -72,11 +72,11 @@ def test_every_draft_is_lossless_and_in_the_reports(clone: Clone):
 
 SERVED = {  # by the smoke profile's drafts
     "lookup": {"hf", "vllm", "sglang", "tgi"},
-    "dspark": {"hf", "vllm", "speculators", "sglang"},
-    "dflash": {"hf", "vllm", "speculators", "sglang"},
+    "dspark": {"hf", "vllm", "speculators", "sglang", "llamacpp"},
+    "dflash": {"hf", "vllm", "speculators", "sglang", "llamacpp"},
     "eagle3": {"hf", "vllm", "speculators"},  # two target layers: too few for SGLang
     "medusa": {"hf", "vllm", "tgi"},
-    "lm": {"hf", "vllm", "sglang", "gguf"},
+    "lm": {"hf", "vllm", "sglang", "llamacpp"},
 }
 
 

@@ -12,9 +12,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from gguf import GGUFReader
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
 from deepspec.decoding.drafter import Drafter
 from deepspec.decoding.engine import Engine
@@ -38,12 +37,13 @@ from tests.tiny import make_target
 
 ROOT = Path(__file__).parents[2]
 FIXTURES = ROOT / "tests" / "fixtures"
+LLAMACPP = {"precision": "f16", "with_target": False}
 SERVED = {
-    "eagle3": {"hf", "vllm", "speculators", "sglang"},
-    "dspark": {"hf", "vllm", "speculators", "sglang"},
-    "dflash": {"hf", "vllm", "speculators", "sglang"},
+    "eagle3": {"hf", "vllm", "speculators", "sglang", "llamacpp"},
+    "dspark": {"hf", "vllm", "speculators", "sglang", "llamacpp"},
+    "dflash": {"hf", "vllm", "speculators", "sglang", "llamacpp"},
     "medusa": {"hf", "vllm", "tgi"},
-    "lm": {"hf", "vllm", "sglang", "gguf"},
+    "lm": {"hf", "vllm", "sglang", "llamacpp"},
     "lookup": {"hf", "vllm", "sglang", "tgi"},
     "suffix": {"hf", "vllm", "sglang", "tgi"},
 }
@@ -105,8 +105,8 @@ def test_two_exports_of_a_draft_have_the_same_bytes(kind, target, tmp_path):
         ("dflash", "vllm", {"target_layer_ids": [-1, 1]}, "without target layer -1"),
         ("eagle3", "vllm", {"qk_norm": True}, "qk_norm: false"),
         ("eagle3", "sglang", {"target_layer_ids": [1, 2]}, "three target layers"),
+        ("eagle3", "sglang", {"target_layer_ids": [0, 2, 4]}, "from 1 on"),
         ("eagle3", "tgi", {}, "train medusa"),
-        ("medusa", "gguf", {}, "train an lm"),
     ],
 )
 def test_what_an_engine_cannot_serve_is_refused_with_what_to_train(
@@ -186,16 +186,6 @@ def test_an_assistant_model_helps_transformers_and_changes_no_token(target, tmp_
         for options in ({}, {"assistant_model": assistant})
     )
     assert torch.equal(plain, helped)
-
-
-def test_a_gguf_has_the_targets_tokens(target, tmp_path):
-    draft = make_draft(tmp_path, target, "lm")
-    path = written(draft, "gguf", tmp_path)[1]
-    tokenizer = AutoTokenizer.from_pretrained(path, gguf_file="draft-bf16.gguf")
-    text = "Tom has 12 apples.<|im_end|>\n  def best(): ..."
-    assert tokenizer(text)["input_ids"] == target.tokenizer(text)["input_ids"]
-    field = GGUFReader(path / "draft-bf16.gguf").fields["tokenizer.chat_template"]
-    assert field.contents() == target.tokenizer.chat_template
 
 
 @pytest.mark.parametrize("name", ["dspark-vanilla-tiny", "dspark-gated-tiny", "eagle3-tiny"])
@@ -298,7 +288,9 @@ def test_the_stage_fails_in_words_where_an_export_is_not_the_draft(target, tmp_p
     config = json.loads((draft.directory / "config.json").read_text())
     (draft.directory / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 2048}))
     (tmp_path / "data/target").symlink_to(target.source)
-    flags = argparse.Namespace(drafter="eagle3", to=["hf", "vllm"], output=Path("data/exports"))
+    flags = argparse.Namespace(
+        drafter="eagle3", to=["hf", "vllm"], output=Path("data/exports"), precision="f16", with_target=False
+    )
     with pytest.raises(DeepSpecError, match="hf: max_position_embeddings is 2048, the target's 4096"):
         stage.main(None, flags)
     record = json.loads(Path("reports/export/eagle3.json").read_text())
@@ -311,7 +303,9 @@ def test_asking_for_an_engine_that_refuses_is_an_error(target, tmp_path, monkeyp
     monkeypatch.chdir(tmp_path)
     make_draft(tmp_path / "data/drafts", target, "eagle3")
     (tmp_path / "data/target").symlink_to(target.source)
-    flags = argparse.Namespace(drafter="eagle3", to=["tgi"], output=Path("data/exports"))
+    flags = argparse.Namespace(
+        drafter="eagle3", to=["tgi"], output=Path("data/exports"), precision="f16", with_target=False
+    )
     with pytest.raises(DeepSpecError, match="eagle3: nothing was written"):
         stage.main(None, flags)
     assert not json.loads(Path("reports/export/eagle3.json").read_text())["passed"]

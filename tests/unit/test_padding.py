@@ -83,7 +83,7 @@ def test_a_padded_token_of_the_target_is_drafted_behind(directories, targets, tm
 
 
 @pytest.mark.parametrize(("draft", "target"), [(TOKENS, PADDED), (PADDED, TOKENS)])
-@pytest.mark.parametrize("engine", ["hf", "vllm", "gguf"])
+@pytest.mark.parametrize("engine", ["hf", "vllm", "llamacpp"])
 def test_an_export_has_the_size_of_the_target(engine, draft, target, directories, targets, tmp_path):
     model = network(LMParams(type="lm", block_size=4, source=str(directories[draft])), targets[target])
     write_drafter(tmp_path / "lm", model.description(), stored_weights(model), targets[target], {})
@@ -91,7 +91,7 @@ def test_an_export_has_the_size_of_the_target(engine, draft, target, directories
     layout, path = written(made, engine, tmp_path)
     parity = check(made, layout, path, samples(made))
     assert parity.passed, parity.failures
-    if engine != "gguf":
+    if engine != "llamacpp":
         read = AutoModelForCausalLM.from_pretrained(path)
         assert read.get_output_embeddings().weight.shape[0] == read.config.vocab_size == target
 

@@ -9,8 +9,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from deepspec.export import gguf
 from deepspec.export.parity import Parity, check
+from deepspec.export.readers import eagle3
+from deepspec.export.readers.directory import Directory
 from deepspec.target.model import load_target
 from tests.exporting import LAYERS, make_draft, samples, written
 from tests.tiny import cached_target
@@ -80,7 +81,7 @@ ENGINES = {
     "dspark": ("hf", "vllm", "speculators", "sglang"),
     "dflash": ("hf", "vllm", "speculators", "sglang"),
     "medusa": ("hf", "vllm", "tgi"),
-    "lm": ("hf", "vllm", "sglang", "gguf"),
+    "lm": ("hf", "vllm", "sglang"),
 }
 
 
@@ -97,7 +98,6 @@ def test_a_sound_export_passes_every_check(name, engine, parity):
     ("name", "engine", "keys"),
     [
         ("eagle3", "vllm", (AUX, f"eagle_config.{AUX}")),
-        ("eagle3", "sglang", (f"eagle_config.{AUX}",)),
         ("eagle3", "speculators", (AUX,)),
         ("dflash", "vllm", ("dflash_config.target_layer_ids",)),
         ("dflash", "speculators", ("aux_hidden_state_layer_ids",)),
@@ -119,6 +119,35 @@ def test_layer_ids_that_the_target_does_not_hand_out(parity):
         "layer ids: the engine would read target layer 7"
         in failed(parity("dflash", "vllm", change))["readable"]
     )
+
+
+def sglang_parity(draft, root, change=None) -> dict[str, str]:
+    layout, path = written(draft, "sglang", root)
+    if change:
+        edit_config(path, change)
+    return failed(check(draft, layout, path, samples(draft)))
+
+
+@pytest.mark.parametrize(("layers", "ids"), [([1, 3, 5], [1, 3, 5]), ([2, 4, 6], [3, 5, 7])])
+def test_sglang_s_ids_are_outputs_from_1_on_and_else_inputs(layers, ids, target, tmp_path):
+    draft = make_draft(tmp_path, target, "eagle3", target_layer_ids=layers)
+    config = written(draft, "sglang", tmp_path)[0].config
+    assert config["eagle_config"][AUX] == ids
+    assert sglang_parity(draft, tmp_path) == {}
+
+
+def test_outputs_where_sglang_reads_inputs(target, tmp_path):
+    draft = make_draft(tmp_path, target, "eagle3", target_layer_ids=[2, 3, 5])
+
+    def before_the_rule(config):
+        config["eagle_config"][AUX] = [2, 3, 5]
+
+    found = sglang_parity(draft, tmp_path, before_the_rule)
+    assert found["layer_ids"].endswith("they are off by -1")
+    _, path = written(draft, "sglang", tmp_path / "again")
+    sample = samples(draft)[0]
+    old = eagle3.sglang_before(Directory.open(path), sample).facts.layer_ids
+    assert old == (3, 4, 6)  # a version before the rule takes every state one layer late
 
 
 def test_layer_ids_that_only_another_engine_reads(parity):
@@ -285,11 +314,6 @@ def test_a_medusa_directory_that_tgi_would_take_for_a_model(parity):
         parity("medusa", "tgi", config=lambda config: config.update(architectures=["MedusaModel"]))
     )
     assert "TGI would take the directory for a model" in found["readable"]
-
-
-def test_a_gguf_without_llama_cpps_order_of_rows(parity, monkeypatch):
-    monkeypatch.setattr(gguf, "_interleaved", lambda weight, heads: weight)
-    assert "logits" in failed(parity("lm", "gguf"))
 
 
 def test_another_models_weights_in_a_draft_lm(parity):

