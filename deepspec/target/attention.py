@@ -136,9 +136,8 @@ class ForwardPass:
         self.wanted = frozenset(wanted)
         self.features: dict[int, Tensor] = {}
         self.stored: set[int] = set()  # layers that came through
-        # Of targets that keep a state, by cache row: committed tokens that were run again, and runs of the model.
-        self.fed: dict[int, int] = {}
-        self.runs: dict[int, int] = {}
+        self.fed: dict[int, int] = {}  # of targets that keep a state: cache row → committed tokens run again
+        self.runs: dict[int, int] = {}  # likewise: cache row → runs of the model
         self._visible = visible
         self.given_mask = visible is not None
         self._once: dict = {}

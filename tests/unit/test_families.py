@@ -15,7 +15,8 @@ TENTH = families()[7::10]
 
 def listed() -> dict[str, list[str]]:
     """Family → its cells in the page, from the verdict on."""
-    rows = [line.strip("| ").split(" | ") for line in PAGE.read_text().splitlines() if line.startswith("| ")]
+    table = PAGE.read_text().partition("\n## ")[0]
+    rows = [line.strip("| ").split(" | ") for line in table.splitlines() if line.startswith("| ")]
     return {row[0]: row[1:] for row in rows if len(row) > 4}
 
 
