@@ -119,13 +119,13 @@ def _resolved(reference: dict[str, Any]) -> Path:
 
     place = Path.home() / ".cache/deepspec" / f"target-{reference['digest']}"
     if not (place / RECORD).exists():
-        options = reference.get("chat_template_kwargs")
         resolve_target(
             reference["source"],
             reference["revision"],
             reference["dtype"],
             place,
-            chat_template_kwargs=options,
+            reference.get("template_date"),
+            reference.get("chat_template_kwargs"),
         )
     if (found := directory_digest(place)) != reference["digest"]:
         raise DeepSpecError(
