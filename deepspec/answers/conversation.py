@@ -251,4 +251,4 @@ class Conversation:
 
 
 def _called(message: Message | None) -> list[str]:
-    return [call["function"]["name"] for call in (message or {}).get("tool_calls", [])]
+    return [call["function"]["name"] for call in message.get("tool_calls", [])] if message else []

@@ -366,7 +366,7 @@ def test_a_parquet_file_of_another_program_is_judged_by_all_checks(tmp_path, row
     manifest = {"rows": len(rows), "failures": 0, "digest": file_digest(path)}
     (tmp_path / "manifest.json").write_text(json.dumps(manifest))
     validation = validate_data(tmp_path, PROMPTS, BOUNDS, MAX_LENGTH, TARGET, lambda text: None)
-    assert len(validation.checks) == 18 and not validation.failed
+    assert len(validation.checks) == 20 and not validation.failed
 
 
 def other_columns(path, rows):
