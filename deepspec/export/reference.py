@@ -9,7 +9,6 @@ from operator import add
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM
 
 from deepspec.drafters.algorithms.dspark import DSparkConfig, DSparkModel
 from deepspec.drafters.algorithms.eagle3 import Eagle3Config, Eagle3Model
@@ -19,7 +18,7 @@ from deepspec.drafters.checkpoint import Checkpoint, load_network
 from deepspec.drafters.network import Network
 from deepspec.export.readers.sample import Sample
 from deepspec.target.model import H_LAST, Target
-from deepspec.target.source import from_pretrained
+from deepspec.target.source import load_model
 
 
 def network(kind: str, checkpoint: Checkpoint, target: Target, dtype: torch.dtype) -> Network:
@@ -72,7 +71,7 @@ def _medusa(checkpoint: Checkpoint, target: Target) -> Network:
 
 
 def _lm(checkpoint: Checkpoint, target: Target) -> Network:
-    model = from_pretrained(AutoModelForCausalLM, str(checkpoint.directory), dtype=torch.float32)
+    model = load_model(str(checkpoint.directory), dtype=torch.float32)
     cut_padding(model, target.vocab_size)
     return LMModel(LMConfig.of(target, model, checkpoint.config.get("block_size", 5)), model)
 

@@ -6,8 +6,6 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from jinja2 import TemplateError
-
 from deepspec.errors import DeepSpecError
 
 
@@ -53,6 +51,11 @@ class Templated:
         """Return the template up to where the user's words begin: from here the target writes a user turn (Magpie)."""
         marker = "\u2063deepspec\u2063"
         text = self.chat_text([{"role": "user", "content": marker}], add_generation_prompt=False)
+        if marker not in text:
+            raise DeepSpecError(
+                f"{self.source}: the chat template does not show a user's words as they are, so none can be written in "
+                "their place; take magpie out of prompts.mix"
+            )
         return self.tokenizer(text[: text.index(marker)], add_special_tokens=False)["input_ids"]
 
 
@@ -94,7 +97,7 @@ def render(
             raise DeepSpecError(
                 f"{source}: a message holds half a character (a lone surrogate); remove it"
             ) from None
-        except (TemplateError, TypeError, ValueError, KeyError, AttributeError) as raised:
+        except Exception as raised:  # whatever a template does
             error = error or raised
         else:
             return text

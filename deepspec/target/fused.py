@@ -8,6 +8,7 @@ residual additions into the products. Layers of any other shape keep their own f
 
 from __future__ import annotations
 
+import inspect
 from functools import partial
 from typing import Any, Protocol, cast
 
@@ -156,6 +157,18 @@ def signed(sin: Tensor) -> Tensor:
     return torch.cat((-sin[..., :half], sin[..., half:]), -1)
 
 
+def _window(attention: LlamaAttention) -> int | None:
+    """Return the sliding window of an attention: Qwen's keeps its own, Mistral's asks the configuration at call time.
+
+    One that never speaks of a window has none, whatever its configuration says (Llama's).
+    """
+    module = cast(nn.Module, attention)
+    code = inspect.unwrap(type(module).forward).__code__
+    asks = "sliding_window" in (*code.co_names, *code.co_consts)
+    config = getattr(attention, "config", None) if asks else None
+    return getattr(attention, "sliding_window", getattr(config, "sliding_window", None))
+
+
 class FusedLayer(nn.Module):
     """A Llama-shaped decoder layer: norm, attention, norm, SwiGLU. x [batch, n, d] → the same."""
 
@@ -165,9 +178,7 @@ class FusedLayer(nn.Module):
         self.index = attention.layer_idx
         self.head_dim = attention.head_dim
         self.scale = attention.scaling
-        # Mistral's attention asks the configuration at call time, Qwen's keeps its own (some layers have none).
-        config = getattr(attention, "config", None)
-        self.window = getattr(attention, "sliding_window", getattr(config, "sliding_window", None))
+        self.window = _window(attention)
         self.heads = attention.q_proj.out_features // self.head_dim
         self.kv_heads = attention.k_proj.out_features // self.head_dim
         self.qkv = _joined(make, attention.q_proj, attention.k_proj, attention.v_proj)

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from deepspec.errors import DeepSpecError
 from deepspec.files import digest as digest_of
@@ -31,6 +31,7 @@ from deepspec.target.selftest import STEPS, Verdict, examine, refuse
 from deepspec.target.source import (
     RECORD,
     check_source,
+    check_vocabulary,
     decoder_layers,
     directory_digest,
     dtype_name,
@@ -38,6 +39,9 @@ from deepspec.target.source import (
     from_pretrained,
     hub_directory,
     is_hub_id,
+    length_limit,
+    load_model,
+    moved,
     target_record,
     text_decoder,
 )
@@ -84,10 +88,12 @@ def resolve_target(
                 local = hub_directory(source, revision)
                 revision = local.name
             tokenizer = from_pretrained(AutoTokenizer, str(local))
-            model = from_pretrained(AutoModelForCausalLM, str(local), dtype=torch_dtype)
+            model = load_model(str(local), dtype=torch_dtype)
+            check_vocabulary(source, tokenizer, model)
             model.save_pretrained(scratch)
             tokenizer.save_pretrained(scratch)
         written = from_pretrained(AutoTokenizer, str(scratch))
+        template.check_there(source, written)
         if template.asks_for_date(written):
             template.pin(written, day)
             written.save_pretrained(scratch)
@@ -120,8 +126,8 @@ def _examine(directory: str, source: str, digest: str, fresh: bool = False) -> V
     def load(attention: str | None, dtype: torch.dtype | None) -> PreTrainedModel:
         options = {} if attention is None else {"attn_implementation": attention}
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        model = from_pretrained(AutoModelForCausalLM, directory, dtype=dtype or "auto", **options)
-        return model.to(device).eval()
+        model = load_model(directory, dtype=dtype or "auto", **options)
+        return moved(model, device, directory)
 
     def wrap(model: PreTrainedModel, verdict: Verdict) -> Target:
         return Target(model, from_pretrained(AutoTokenizer, directory), source, verdict=verdict)
@@ -174,11 +180,9 @@ def load_target(
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     tokenizer = from_pretrained(AutoTokenizer, str(directory))
     attention = {"attn_implementation": NAME} if verdict.trees else {}
-    model = from_pretrained(AutoModelForCausalLM, str(directory), dtype=wanted or "auto", **attention)
-    if not tokenizer.chat_template:
-        raise DeepSpecError(
-            f"{source}: the tokenizer has no chat template; add the one the target was trained with"
-        )
+    model = load_model(str(directory), dtype=wanted or "auto", **attention)
+    template.check_there(source, tokenizer)
+    check_vocabulary(source, tokenizer, model)
     if weights not in WEIGHTS:
         raise DeepSpecError(f"unknown weights {weights!r}; known: {', '.join(WEIGHTS)}")
     if weights == "int4":
@@ -190,7 +194,7 @@ def load_target(
             f"{source}: neither CUDA graphs nor {weights} weights go with {verdict.body}: {verdict.reason}"
         )
     options = target_record(directory).get("chat_template_kwargs")
-    return Target(model.to(device).eval(), tokenizer, source, weights, graphs, verdict, digest, options)
+    return Target(moved(model, device, source), tokenizer, source, weights, graphs, verdict, digest, options)
 
 
 WEIGHTS: dict[str, Make] = {"dense": PackedLinear, "int4": Int4Linear}
@@ -222,7 +226,7 @@ class Target(Templated):
         self.device: torch.device = model.device
         self.vocab_size: int = self.config.vocab_size
         self.hidden_size: int = self.config.hidden_size
-        self.max_length: int = getattr(self.config, "max_position_embeddings", None) or 1 << 20
+        self.max_length: int = length_limit(self.config)
         self.embeddings = model.get_input_embeddings().get_parameter("weight").detach()  # [vocab, d]
         self.head_weight = model.get_output_embeddings().get_parameter("weight").detach()  # [vocab, d]
         self.head_transform = head_transform(model, self.config)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from deepspec.target.attention import ForwardPass, Unsuited, tree_mask
-from deepspec.target.source import decoder_layers, text_decoder
+from deepspec.target.source import decoder_layers, length_limit, text_decoder
 
 if TYPE_CHECKING:
     from deepspec.target.model import Target
@@ -76,7 +76,7 @@ class Plan:
         """Long enough for all that the configuration says a token may not see beyond, and what was out of reach."""
         reaches = _reaches(config)
         within = [n for n in reaches.values() if n + MARGIN <= LONGEST]
-        limit = min(LONGEST, getattr(config, "max_position_embeddings", None) or LONGEST) - MARGIN
+        limit = min(LONGEST, length_limit(config)) - MARGIN
         tokens = max(min(max([SHORTEST, *(n + MARGIN for n in within)]), limit), 48)
         unreached = tuple(f"{name} {n}" for name, n in reaches.items() if n >= tokens)
         return cls(tokens, config.vocab_size), unreached

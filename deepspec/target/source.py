@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from deepspec.errors import DeepSpecError, os_reason
@@ -71,6 +72,65 @@ def from_pretrained(cls: Any, source: str, **options: Any) -> Any:
         raise DeepSpecError(f"{source}: cannot be loaded as a target: {_first_line(error)}") from error
     finally:
         transformers_logging.set_verbosity(verbosity)
+
+
+def load_model(source: str, **options: Any) -> PreTrainedModel:
+    """Load a causal language model, all of whose weights must be there: transformers draws what is missing.
+
+    Raises:
+        DeepSpecError: nothing loadable there, or it lacks weights.
+    """
+    model, found = from_pretrained(AutoModelForCausalLM, source, output_loading_info=True, **options)
+    lacking = sorted(set(found["missing_keys"]) & {name for name, _ in model.named_parameters()})
+    if lacking:
+        more = f" and {len(lacking) - 1} more" if len(lacking) > 1 else ""
+        raise DeepSpecError(f"{source}: its weights lack {lacking[0]}{more}; fetch all of its files again")
+    return model
+
+
+def moved(model: PreTrainedModel, device: str, source: str) -> PreTrainedModel:
+    """Return a model on a device, for inference.
+
+    Raises:
+        DeepSpecError: no such device, or one with too little memory.
+    """
+    try:
+        module: torch.nn.Module = model
+        module.to(torch.device(device))
+    except (AssertionError, RuntimeError) as error:
+        raise DeepSpecError(f"{source}: cannot be moved to {device}: {str(error).splitlines()[0]}") from None
+    return model.eval()
+
+
+def check_vocabulary(source: str, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:
+    """Refuse a tokenizer with tokens that the model has no embedding of, and stop tokens beyond its vocabulary."""
+    size = model.config.get_text_config().vocab_size
+    if len(tokenizer) > size:
+        raise DeepSpecError(
+            f"{source}: the tokenizer has {len(tokenizer)} tokens, the model {size}; use the one it was trained with"
+        )
+    stops = model.generation_config.eos_token_id if model.generation_config else None
+    for stop in stops if isinstance(stops, list) else [stops]:
+        if stop is not None and not 0 <= stop < size:
+            raise DeepSpecError(
+                f"{source}: eos_token_id {stop} is no token of a vocabulary of {size}; mend generation_config.json"
+            )
+
+
+def length_limit(config: Any) -> int:
+    """Return the tokens of the longest text that a model is run on, 1 << 20 where it names none.
+
+    Longrope takes other factors for all positions of a pass that goes beyond its original length, those of earlier
+    tokens and of other requests included, so what is cached no longer fits: such a model is run up to that length.
+    """
+    limit = getattr(config, "max_position_embeddings", None) or 1 << 20
+    rope = getattr(config, "rope_parameters", None) or {}
+    if "longrope" in (rope.get("rope_type"), rope.get("type")):
+        original = rope.get("original_max_position_embeddings") or getattr(
+            config, "original_max_position_embeddings", None
+        )
+        limit = min(limit, original or limit)
+    return limit
 
 
 def _first_line(error: Exception) -> str:

@@ -23,6 +23,14 @@ def today() -> str:
     return date.today().isoformat()
 
 
+def check_there(source: str, tokenizer: Any) -> None:
+    """Refuse a tokenizer without a chat template."""
+    if not tokenizer.chat_template:
+        raise DeepSpecError(
+            f"{source}: the tokenizer has no chat template; add the one the target was trained with"
+        )
+
+
 def asks_for_date(tokenizer: Any) -> bool:
     """Return whether a tokenizer's chat template reads the clock."""
     return any(CLOCK in text for text in _templates(tokenizer).values())

@@ -130,7 +130,6 @@ def test_a_target_by_reference_is_named_not_copied(tree: Path, tiny_target: Path
         "revision": None,
         "template_date": None,
         "dtype": "float32",
-        "template_date": None,
         "chat_template_kwargs": {},
         "digest": record["target_digest"],
     }

