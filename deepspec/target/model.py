@@ -31,7 +31,7 @@ from deepspec.target.selftest import STEPS, Verdict, examine, refuse
 from deepspec.target.source import (
     RECORD,
     check_source,
-    check_vocabulary,
+    check_stops,
     decoder_layers,
     directory_digest,
     dtype_name,
@@ -89,7 +89,7 @@ def resolve_target(
                 revision = local.name
             tokenizer = from_pretrained(AutoTokenizer, str(local))
             model = load_model(str(local), dtype=torch_dtype)
-            check_vocabulary(source, tokenizer, model)
+            check_stops(source, model)
             model.save_pretrained(scratch)
             tokenizer.save_pretrained(scratch)
         written = from_pretrained(AutoTokenizer, str(scratch))
@@ -182,7 +182,7 @@ def load_target(
     attention = {"attn_implementation": NAME} if verdict.trees else {}
     model = load_model(str(directory), dtype=wanted or "auto", **attention)
     template.check_there(source, tokenizer)
-    check_vocabulary(source, tokenizer, model)
+    check_stops(source, model)
     if weights not in WEIGHTS:
         raise DeepSpecError(f"unknown weights {weights!r}; known: {', '.join(WEIGHTS)}")
     if weights == "int4":

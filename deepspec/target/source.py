@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from deepspec.errors import DeepSpecError, os_reason
@@ -102,13 +102,9 @@ def moved(model: PreTrainedModel, device: str, source: str) -> PreTrainedModel:
     return model.eval()
 
 
-def check_vocabulary(source: str, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:
-    """Refuse a tokenizer with tokens that the model has no embedding of, and stop tokens beyond its vocabulary."""
+def check_stops(source: str, model: PreTrainedModel) -> None:
+    """Refuse stop tokens beyond the vocabulary."""
     size = model.config.get_text_config().vocab_size
-    if len(tokenizer) > size:
-        raise DeepSpecError(
-            f"{source}: the tokenizer has {len(tokenizer)} tokens, the model {size}; use the one it was trained with"
-        )
     stops = model.generation_config.eos_token_id if model.generation_config else None
     for stop in stops if isinstance(stops, list) else [stops]:
         if stop is not None and not 0 <= stop < size:
