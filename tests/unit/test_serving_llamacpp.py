@@ -15,6 +15,9 @@ from typer.testing import CliRunner
 from deepspec.cli import app
 from deepspec.decoding.engine import generate
 from deepspec.errors import DeepSpecError
+from deepspec.export.engines import export
+from deepspec.export.llamacpp import Options
+from deepspec.export.readers.gguf import draft_kind
 from deepspec.files import write_json
 from deepspec.serving.llamacpp import costs, environment, law
 from deepspec.serving.llamacpp.client import LlamaCpp
@@ -24,7 +27,8 @@ from deepspec.serving.llamacpp.record import LlamaCppRecord
 from deepspec.serving.protocols import Answer, Counts, Prompt, Turn
 from deepspec.target.model import load_target
 from tests.engines import FakeEngine
-from tests.exporting import make_draft
+from tests.exporting import LAYERS, make_draft
+from tests.tiny import cached_target
 
 ROOT = Path(__file__).parents[2]
 K = 3
@@ -298,11 +302,39 @@ def test_nothing_is_set_up_for_a_draft_without_an_export(project, monkeypatch):
     assert done.exit_code == 2 and "deepspec export --drafter dspark --to llamacpp" in done.output
 
 
+@pytest.fixture(scope="module")
+def llama_cpp():
+    found = environment.find()
+    return found or pytest.skip("llama.cpp is not set up; deepspec serve-check --engine llamacpp does it")
+
+
 @pytest.mark.engine
-def test_llama_cpp_accepts_what_our_engine_accepts(project):
-    """A random draft of a random target, all in float32: the same texts, round for round the same counts."""
-    if environment.find() is None:
-        pytest.skip("llama.cpp is not set up; deepspec serve-check --engine llamacpp does")
+@pytest.mark.parametrize("kind", ["dspark", "dflash", "eagle3", "lm"])
+def test_the_pinned_wheel_loads_every_kind_of_draft_and_drafts_with_it(
+    llama_cpp, kind, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    target = load_target(cached_target(layers=LAYERS), dtype="float32")
+    draft = make_draft(tmp_path, target, kind)
+    record = export(draft, ["llamacpp"], tmp_path / "exports", Options("f32", with_target=True))
+    assert record["passed"], record["engines"]["llamacpp"]
+    place = tmp_path / "exports" / "llamacpp"
+    plain = Server(place / "target-f32.gguf", 256, 1, cache="f32")
+    file = place / "draft-f32.gguf"
+    drafting = replace(plain, kind=draft_kind(file), draft=file, tokens=draft.block_size)
+    prompt = Prompt("task", "", target.chat_ids([{"role": "user", "content": "Count to ten."}]))
+    (ours,) = generate(target, None, prompt.ids, max_new_tokens=24)
+    for server, drafted in ((plain, False), (drafting, True)):
+        with serving(llama_cpp, server, kind) as address:
+            answer = LlamaCpp(address, target.stop_ids).answer(prompt, 24, drafted)
+        assert answer.tokens == ours.tokens
+        assert (answer.counts.drafts > 0) == drafted
+
+
+@pytest.mark.engine
+def test_llama_cpp_accepts_what_our_engine_accepts(llama_cpp, project):
+    """A random draft of a random target, in float32: the same texts, and as many tokens accepted."""
+    assert CliRunner().invoke(app, ["export", "--drafter", "dspark", "--to", "llamacpp"]).exit_code == 0
     done = check("--dtype", "float32")
     record = LlamaCppRecord.read("reports/serve/dspark-llamacpp.json")
     assert record.outputs.plain_vs_ours.identical == 2, done.output

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 from deepspec.errors import DeepSpecError
@@ -103,8 +104,10 @@ def _turns(events: Sequence[dict[str, Any]]) -> list[Turn]:
     found: list[Turn] = []
     drafted = accepted = end = 0  # `end`: tokens written when the last turn with a draft was done
     clock = events[0]["predicted_ms"] if events else 0.0
-    for event in events[1:]:
+    for before, event in pairwise(events):
         now, seen, n = event["predicted_ms"], event.get("draft_n") or 0, event["predicted_n"]
+        if n == before["predicted_n"]:  # the last event repeats the last token's
+            continue
         if seen > drafted:
             stood = event["draft_n_accepted"] - accepted
             found.append(Turn(seen - drafted, stood, (now - clock) / 1000))

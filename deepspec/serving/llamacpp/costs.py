@@ -14,10 +14,11 @@ from itertools import accumulate
 
 from deepspec.errors import DeepSpecError
 from deepspec.serving.llamacpp.launch import Server
-from deepspec.serving.protocols import Answer, Counts
+from deepspec.serving.protocols import Answer, Counts, Turn
 
 MATCH = 1  # tokens that the lookup looks for: so few that it nearly always drafts
 LEAST = 3  # rounds of a length
+REPEATS = 2
 
 
 @dataclass(frozen=True)
@@ -52,16 +53,18 @@ def measure(answer: Callable[[Server, str], Answer], plain: Server, drafting: Se
     Raises:
         DeepSpecError: the lookup drafted nothing.
     """
-    passes = {1: _median(answer(plain, "plain").turns, 0)}
-    rounds = {}
-    for k in lengths(drafting.tokens):
-        lookup = replace(plain, kind="ngram-simple", tokens=k, match=MATCH)
-        passes[k + 1] = _median(answer(lookup, f"pass-{k}").turns, k)
-        rounds[k] = _median(answer(replace(drafting, tokens=k), f"round-{k}").turns, k)
-    found = {k: seconds for k, seconds in passes.items() if seconds is not None}
+    passes: dict[int, list[Turn]] = {}
+    rounds: dict[int, list[Turn]] = {}
+    for _ in range(REPEATS):  # a load of the machine that comes and goes is spread over all lengths
+        passes.setdefault(1, []).extend(answer(plain, "plain").turns)
+        for k in lengths(drafting.tokens):
+            lookup = replace(plain, kind="ngram-simple", tokens=k, match=MATCH)
+            passes.setdefault(k + 1, []).extend(answer(lookup, f"pass-{k}").turns)
+            rounds.setdefault(k, []).extend(answer(replace(drafting, tokens=k), f"round-{k}").turns)
+    found = _medians({n: _drafted(turns, n - 1) for n, turns in passes.items()})
     if 1 not in found:
         raise DeepSpecError("llama.cpp answered in too few tokens to time a pass; ask another task (--tasks)")
-    return Costs(found, {k: seconds for k, seconds in rounds.items() if seconds is not None})
+    return Costs(found, _medians({k: _drafted(turns, k) for k, turns in rounds.items()}))
 
 
 def choices(costs: Costs, counts: Counts) -> list[Choice]:
@@ -88,6 +91,10 @@ def advice(found: Sequence[Choice], costs: Costs) -> str:
     return f"draft {best.drafted}: {said}"
 
 
-def _median(turns: Sequence, drafted: int) -> float | None:  # type: ignore[type-arg]
-    seconds = [turn.seconds for turn in turns if turn.drafted == drafted]
-    return statistics.median(seconds) if len(seconds) >= LEAST else None
+def _drafted(turns: Sequence[Turn], tokens: int) -> list[float]:
+    return [turn.seconds for turn in turns if turn.drafted == tokens]
+
+
+def _medians(seconds: dict[int, list[float]]) -> dict[int, float]:
+    """Return medians by length, without lengths of which there were too few."""
+    return {n: statistics.median(found) for n, found in seconds.items() if len(found) >= LEAST}

@@ -13,7 +13,8 @@ def show(record: LlamaCppRecord) -> None:
 
     printer = console()
     where = f"{record.engine_version}, target in {record.precision}, {record.threads} threads"
-    grid = Table(title=f"{record.drafter}: {where}")
+    printer.print(f"{record.drafter}: {where}", highlight=False, soft_wrap=True)
+    grid = Table(title="costs")
     for i, column in enumerate(("n", "pass over n", "round that drafts n", "expected")):
         grid.add_column(column, justify="right" if i else "left")
     passes, rounds = (
@@ -35,6 +36,9 @@ def show(record: LlamaCppRecord) -> None:
             way.name, _number(way.tokens_per_second, 1), _times(way.speedup, way.speedup_ci95), *rates, same
         )
     printer.print(ways)
+    there, here = record.served.mean_accepted_length, record.ours.mean_accepted_length
+    ratio = _times(record.ratio_accepted_length, record.ratio_ci95).replace("×", "")
+    printer.print(f"accepted: {_number(there, 2)} there, {_number(here, 2)} here: {ratio}", highlight=False)
     if record.law:
         law = record.law
         said = f"T = 1: second tokens p = {law.p_second_token:.3f}, lengths p = {law.p_length:.3f}"
