@@ -22,12 +22,10 @@ class LlamaCpp(Client):
 
     def answer(self, prompt: Prompt, tokens: int, drafting: bool) -> Answer:
         body = {**_GREEDY, "prompt": prompt.ids, "n_predict": tokens + self.beyond}
-        told = [event for event in self._stream(body) if self._field(event, "tokens")]
+        told = self._stream(body)
         events = [self._field(event, "timings") for event in told]
-        made = [token for event in told for token in event["tokens"]]
-        if (
-            events and len(made) < events[-1]["predicted_n"]
-        ):  # part of a character: such tokens are not told one by one
+        made = [token for event in told for token in self._field(event, "tokens")]
+        if len(made) < events[-1]["predicted_n"]:  # part of a character: such tokens are not told one by one
             made = self._field(self._post("/completion", body | {"stream": False}), "tokens")
         made = self._until_stop(made)
         if drafting and len(made) > self.beyond and "draft_n" not in events[-1]:
