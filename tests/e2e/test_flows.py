@@ -59,6 +59,8 @@ def times(root: Path, stage: str) -> int:
 DATA = {"cmd": "seq ${rows} > data.txt", "params": ["rows"], "outs": ["data.txt"]}
 
 REGISTRY = """
+import sys
+
 print({
     "track": "a: tracked: run 1, http://127.0.0.1:1/run",
     "register": "a: version 1 registered",
