@@ -224,6 +224,7 @@ def test_an_interrupted_stage_shows_no_traceback(main, tmp_path, monkeypatch):
         [sys.executable, "-m", "deepspec.cli", *words],
         cwd=ROOT, env=os.environ | {"SLOW": "1"}, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
         start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a job in the background ignores it
     )  # fmt: skip
     deadline = time.monotonic() + 60
     while not (tmp_path / "clone/started").exists() and time.monotonic() < deadline:
