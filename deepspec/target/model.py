@@ -115,8 +115,7 @@ def resolve_target(
 
 def _kept_date(directory: Path, source: str) -> str | None:
     """Return the day that the target of this source in the directory is pinned to."""
-    record = directory / RECORD
-    kept = json.loads(record.read_text()) if record.exists() else {}
+    kept = target_record(directory)
     return kept.get("template_date") if kept.get("source") == source else None
 
 

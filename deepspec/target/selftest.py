@@ -145,12 +145,12 @@ def _judged(target: Target, plan: Plan, references: list[list[Reference]]) -> Ve
     for seed, pair in enumerate(references):
         difference, largest = compare(target, plan, seed, pair, verdict.tolerance)
         if difference is None:
-            return Verdict(**asdict(verdict) | {"error": largest})
+            return replace(verdict, error=largest)
         found.append(difference)
     first = found[0]
     how = "" if verdict.body == ATTENTION else f" ({STATES}, because {verdict.reason})"
     refusal = f"{first}{how}; its output would not be the model's own"
-    return Verdict(**asdict(verdict) | {"error": first.error, "refusal": refusal})
+    return replace(verdict, error=first.error, refusal=refusal)
 
 
 def _reaching(verdict: Verdict, target: Target, own: PreTrainedModel, plan: Plan) -> Verdict:
@@ -164,7 +164,7 @@ def _reaching(verdict: Verdict, target: Target, own: PreTrainedModel, plan: Plan
     layer, position, more = found
     seen = "more tokens" if more else "fewer tokens"
     refusal = f"layer {layer} sees {seen} than transformers' own at position {position}; its output would not be the "
-    return Verdict(**asdict(verdict) | {"refusal": refusal + "model's own"})
+    return replace(verdict, refusal=refusal + "model's own")
 
 
 def refuse(source: str, verdict: Verdict) -> None:
