@@ -46,10 +46,10 @@ from benchmarks.rivals import (
     llama_cpp_python,
 )
 from deepspec.commands.profile import read_bandwidth, weight_bytes
-from deepspec.decoding.cost import load_or_measure
 from deepspec.decoding.drafter import Drafter
 from deepspec.decoding.engine import generate
 from deepspec.decoding.params import make_controller
+from deepspec.decoding.profiles import load_or_measure
 from deepspec.decoding.scheduler import Controller
 from deepspec.decoding.shapes import Beam, BestFirst, Chain, Shape
 from deepspec.drafters.algorithms.lookup import LookupDrafter

@@ -28,7 +28,7 @@ from benchmarks.common import (
     write_report,
 )
 from deepspec.commands.profile import parse_batches
-from deepspec.decoding.cost import load_or_measure
+from deepspec.decoding.profiles import load_or_measure
 from deepspec.drafters.load import load_drafter
 from deepspec.errors import DeepSpecError
 from deepspec.evaluation.contest import DecodingConfig

@@ -12,8 +12,8 @@ from pathlib import Path
 
 from accelerate import Accelerator
 
-from deepspec.decoding.cost import load_or_measure
 from deepspec.decoding.engine import generate
+from deepspec.decoding.profiles import load_or_measure
 from deepspec.decoding.shapes import BestFirst, Chain, Sampled
 from deepspec.drafters.algorithms.dspark import DSparkDrafter
 from deepspec.features.local import CachedFeatures

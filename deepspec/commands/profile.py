@@ -13,8 +13,10 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from deepspec.decoding.cost import WIDTHS, CostCurve, load_or_measure, profile_path
+from deepspec.decoding.cost import CostCurve
 from deepspec.decoding.drafter import Drafter
+from deepspec.decoding.pass_times import WIDTHS
+from deepspec.decoding.profiles import load_or_measure, profile_path
 from deepspec.drafters.checkpoint import draft_directory
 from deepspec.drafters.load import load_drafter
 from deepspec.errors import DeepSpecError

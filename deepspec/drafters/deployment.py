@@ -10,9 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from deepspec.decoding.cost import CostCurve, Watch, load_or_measure
+from deepspec.decoding.cost import CostCurve
 from deepspec.decoding.drafter import Drafter
 from deepspec.decoding.engine import Engine, generate
+from deepspec.decoding.pass_times import Watch
+from deepspec.decoding.profiles import load_or_measure
 from deepspec.decoding.request import Generation
 from deepspec.decoding.scheduler import Controller
 from deepspec.decoding.shapes import CHAIN, Shape

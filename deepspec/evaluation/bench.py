@@ -8,9 +8,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from deepspec.decoding.cost import CostCurve, load_or_measure
+from deepspec.decoding.cost import CostCurve
 from deepspec.decoding.drafter import Drafter
 from deepspec.decoding.params import ControllerChoice
+from deepspec.decoding.profiles import load_or_measure
 from deepspec.drafters.deployment import Deployment
 from deepspec.drafters.load import is_trained, load_drafter
 from deepspec.drafters.params import DEFAULT_LOOKUP

@@ -17,7 +17,7 @@ from typing import Any
 import yaml
 
 from deepspec.errors import DeepSpecError, nearest
-from deepspec.files import digest, write_json
+from deepspec.files import write_json
 from deepspec.git import git
 from deepspec.reproduce import tolerance
 from deepspec.reproduce.checkout import (
@@ -190,9 +190,10 @@ def plant_costs(record: Mapping[str, Any]) -> None:
     Only where it is the same machine by name and has none of its own: the controller then decides as it did, and
     τ can be compared exactly.
 
-    The files are those of `decoding/cost.py`: passes under the identity without the drafter, drafts with it. Of drafts
-    they hold `measured`, the ratio to a pass over one token a request; the code of earlier commits reads `seconds`."""
-    from deepspec.decoding.cost import profiles_folder
+    The files are those of `decoding/profiles.py`: passes under the identity without the drafter, drafts with it. Of
+    drafts they hold `measured`, the ratio to a pass over one token a request; the code of earlier commits reads
+    `seconds`."""
+    from deepspec.decoding.profiles import file_name, profiles_folder
 
     costs = record.get("round_costs") or {}
     identity = costs.get("identity") or {}
@@ -209,7 +210,7 @@ def plant_costs(record: Mapping[str, Any]) -> None:
         }
         parts.append((identity, drafts, ratios))
     for owner, told, measured in parts:
-        path = profiles_folder() / f"{digest(json.dumps(owner, sort_keys=True))}.json"
+        path = profiles_folder() / file_name(owner)
         if owner and told and not path.exists():
             write_json(path, {"identity": owner, "seconds": told, "measured": measured})
 

@@ -6,8 +6,9 @@ import json
 
 import pytest
 
-from deepspec.decoding import cost
-from deepspec.decoding.cost import CostCurve, load_or_measure
+from deepspec.decoding import pass_times, profiles
+from deepspec.decoding.cost import CostCurve
+from deepspec.decoding.profiles import load_or_measure
 from deepspec.decoding.shapes import Chain
 from deepspec.drafters.algorithms.lookup import LookupDrafter
 from deepspec.errors import DeepSpecError
@@ -73,7 +74,7 @@ class Trained(LookupDrafter):
 def measured(monkeypatch):
     """Few and small passes, and a count of how often something was measured."""
     counts = {"passes": [], "drafts": []}
-    passes, drafts = cost.measure_passes, cost.measure_drafts
+    passes, drafts = pass_times.measure_passes, pass_times.measure_drafts
 
     def count_passes(target, batches, **options):
         counts["passes"].append(tuple(batches))
@@ -83,14 +84,16 @@ def measured(monkeypatch):
         counts["drafts"].append(tuple(batches))
         return drafts(target, drafter, batches, 8, **options)
 
-    monkeypatch.setattr(cost, "measure_passes", count_passes)
-    monkeypatch.setattr(cost, "measure_drafts", count_drafts)
+    monkeypatch.setattr(profiles, "measure_passes", count_passes)
+    monkeypatch.setattr(profiles, "measure_drafts", count_drafts)
     return counts
 
 
 def test_real_passes_are_measured(target):
     seen = []
-    passes = cost.measure_passes(target, (1, 3), (2, 1), 16, watch=lambda *progress: seen.append(progress))
+    passes = pass_times.measure_passes(
+        target, (1, 3), (2, 1), 16, watch=lambda *progress: seen.append(progress)
+    )
     assert {requests: [x for x, _ in points] for requests, points in passes.items()} == {1: [1, 2], 3: [3, 6]}
     assert all(0 < seconds < 1 for points in passes.values() for _, seconds in points)
     assert seen[-1][0] == seen[-1][1] and [done for done, _ in seen] == sorted(done for done, _ in seen)
@@ -101,8 +104,8 @@ class Machine:
 
     def __init__(self, monkeypatch, costs, draft=0.0):
         self.now, self.passes, self.costs, self.draft = 0.0, 0, costs, draft
-        monkeypatch.setattr(cost.time, "perf_counter", lambda: self.now)
-        monkeypatch.setattr(cost, "_pass", lambda *shape: self.spend(self.costs[shape[-1]]))
+        monkeypatch.setattr(pass_times.time, "perf_counter", lambda: self.now)
+        monkeypatch.setattr(pass_times, "_pass", lambda *shape: self.spend(self.costs[shape[-1]]))
 
     def spend(self, seconds):
         """Between the 200th and the 400th piece of work the machine is at a third of its speed."""
@@ -113,7 +116,7 @@ class Machine:
 def test_a_slow_minute_does_not_bend_the_curve(target, monkeypatch):
     costs = {1: 0.010, 2: 0.0104, 4: 0.0106, 8: 0.011, 16: 0.0117}
     Machine(monkeypatch, costs)
-    points = cost.measure_passes(target, (1,), (1, 2, 4, 8, 16), 16)[1]
+    points = pass_times.measure_passes(target, (1,), (1, 2, 4, 8, 16), 16)[1]
     assert {x: seconds / points[0][1] for x, seconds in points} == pytest.approx(
         {width: seconds / costs[1] for width, seconds in costs.items()}, rel=1e-6
     )
@@ -121,7 +124,7 @@ def test_a_slow_minute_does_not_bend_the_curve(target, monkeypatch):
 
 def test_more_tokens_never_cost_less(target, monkeypatch):
     Machine(monkeypatch, {1: 0.010, 2: 0.012, 4: 0.011, 8: 0.020})
-    points = cost.measure_passes(target, (1,), (1, 2, 4, 8), 16)[1]
+    points = pass_times.measure_passes(target, (1,), (1, 2, 4, 8), 16)[1]
     assert [round(seconds, 6) for _, seconds in points] == [0.010, 0.0115, 0.0115, 0.020]
 
 
@@ -138,7 +141,7 @@ def test_a_draft_is_timed_in_passes_of_the_same_moments(target, monkeypatch):
             return session
 
     machine.passes = 150  # the slow minute comes after the first turns
-    ratios = cost.measure_drafts(target, Drafting(4, 1), (1,), 16)
+    ratios = pass_times.measure_drafts(target, Drafting(4, 1), (1,), 16)
     assert ratios[1] == pytest.approx(0.17, rel=1e-6)
 
 
@@ -196,12 +199,12 @@ def test_a_folder_that_cannot_be_written_is_no_error(target, measured, tmp_path)
 
 def test_curves_live_in_the_users_cache(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert cost.profiles_folder() == tmp_path / "deepspec" / "profiles"
+    assert profiles.profiles_folder() == tmp_path / "deepspec" / "profiles"
     monkeypatch.delenv("XDG_CACHE_HOME")
-    assert cost.profiles_folder().parts[-3:] == (".cache", "deepspec", "profiles")
+    assert profiles.profiles_folder().parts[-3:] == (".cache", "deepspec", "profiles")
 
 
 def test_a_target_with_no_room_for_a_pass_is_refused(target, monkeypatch):
     monkeypatch.setattr(target, "max_length", 8)
     with pytest.raises(DeepSpecError, match="8 positions are too few"):
-        cost.measure_passes(target, (1,), (8,), 16)
+        pass_times.measure_passes(target, (1,), (8,), 16)

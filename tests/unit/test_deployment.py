@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from deepspec.decoding import cost
+from deepspec.decoding import profiles
 from deepspec.decoding.cost import CostCurve
 from deepspec.decoding.scheduler import CostStop, Fixed
 from deepspec.decoding.shapes import CHAIN, BestFirst
@@ -44,7 +44,7 @@ def measured(tmp_path, monkeypatch):
         batches.append(tuple(wanted))
         return {batch: [(1.0, 1.0), (8.0, 1.5)] for batch in wanted}
 
-    monkeypatch.setattr(cost, "measure_passes", measure)
+    monkeypatch.setattr(profiles, "measure_passes", measure)
     return batches
 
 

@@ -7,7 +7,7 @@ import torch
 
 from deepspec.commands import profile
 from deepspec.commands.profile import Settings, curve_table, parse_batches, read_bandwidth, run, weight_bytes
-from deepspec.decoding import cost
+from deepspec.decoding import pass_times
 from deepspec.decoding.cost import CostCurve
 from deepspec.errors import DeepSpecError
 from deepspec.target.model import load_target
@@ -17,7 +17,7 @@ from deepspec.target.model import load_target
 def small(monkeypatch, tmp_path):
     """Few passes, kept in a folder of the test's own."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(cost, "_TURNS", 1)
+    monkeypatch.setattr(pass_times, "_TURNS", 1)
     monkeypatch.setattr(profile, "read_bandwidth", lambda device: 1e9)
 
 
@@ -32,8 +32,8 @@ def test_it_prints_the_curve_and_where_it_is_kept(tiny_target, capsys, tmp_path)
 
 def test_the_table_has_a_row_for_each_width_and_one_for_the_draft():
     points = {n: [(n, 0.02 * n), (32 * n, 0.04 * n)] for n in (1, 4)}
-    assert len(curve_table(CostCurve(points), [1, 4]).rows) == len(cost.WIDTHS)
-    assert len(curve_table(CostCurve(points, {1: 0.01}), [1, 4]).rows) == len(cost.WIDTHS) + 1
+    assert len(curve_table(CostCurve(points), [1, 4]).rows) == len(pass_times.WIDTHS)
+    assert len(curve_table(CostCurve(points, {1: 0.01}), [1, 4]).rows) == len(pass_times.WIDTHS) + 1
 
 
 def test_batches_are_numbers_in_order():

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from deepspec.decoding import cost
+from deepspec.decoding import profiles
+from deepspec.decoding.cost import read_points
 from deepspec.errors import DeepSpecError
 from deepspec.reproduce.checkout import STATE, Settings, Work
 from deepspec.reproduce.run import RESULT, plant_costs, run
@@ -246,7 +247,7 @@ def test_after_a_wrong_remote_the_right_one_is_taken(origin, settings, tmp_path)
 
 
 def test_a_cost_curve_of_this_machine_is_planted_where_there_is_none(tmp_path, monkeypatch):
-    """Under the names by which `decoding/cost.py` finds it; what the machine measured itself stays."""
+    """Under the names by which `decoding/profiles.py` finds it; what the machine measured itself stays."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     shared = {"device": "A CPU", "precision": "bfloat16", "target": "t"}
     identity = shared | {"drafter": "d", "drafter_code": "c", "shape": "Chain()"}
@@ -254,14 +255,16 @@ def test_a_cost_curve_of_this_machine_is_planted_where_there_is_none(tmp_path, m
     plant_costs({"round_costs": {"identity": identity, "passes": passes, "drafts": drafts}})
 
     def kept(owner, parse):
-        return cost._kept(cost.profiles_folder(), owner, [1], False, lambda missing: {1: "measured"}, parse)
+        return profiles.kept(
+            profiles.profiles_folder(), owner, [1], False, lambda missing: {1: "measured"}, parse
+        )
 
-    assert kept(shared, cost._points) == {1: [(1.0, 0.02), (2.0, 0.021)]}
+    assert kept(shared, read_points) == {1: [(1.0, 0.02), (2.0, 0.021)]}
     assert kept(identity, float) == {1: pytest.approx(0.003 / 0.02)}  # of a pass over one token
     plant_costs({"round_costs": {"identity": identity, "passes": passes, "drafts": {"1": 9.0}}})
     assert kept(identity, float) == {1: pytest.approx(0.003 / 0.02)}  # of a pass over one token
     plant_costs({"round_costs": {}})
-    assert len(list(cost.profiles_folder().iterdir())) == 2
+    assert len(list(profiles.profiles_folder().iterdir())) == 2
 
 
 def test_the_result_says_what_was_asked_and_what_was_not_as_it_was(settings, monkeypatch):

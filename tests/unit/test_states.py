@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from benchmarks.tiny_families import tiny_model
-from deepspec.decoding import cost
+from deepspec.decoding import pass_times
 from deepspec.decoding.engine import generate
 from deepspec.decoding.request import Sampling
 from deepspec.decoding.shapes import BestFirst
@@ -113,6 +113,6 @@ def test_a_cost_curve_has_the_tokens_that_run_again(delta_net, monkeypatch):
         return hidden
 
     monkeypatch.setattr(target, "forward", watched)
-    passes = cost.measure_passes(target, (1,), (1, 4), context=9)
+    passes = pass_times.measure_passes(target, (1,), (1, 4), context=9)
     assert [tokens for tokens, _ in passes[1]] == [1, 4]
-    assert set(seen[1:]) == {(1, 0), (cost.FED + 2, 0), (4, cost.FED)}
+    assert set(seen[1:]) == {(1, 0), (pass_times.FED + 2, 0), (4, pass_times.FED)}

@@ -1,0 +1,135 @@
+"""Cost curves kept in the user's cache: measured once a machine, so that every later run decides with the same numbers.
+
+A file stands under everything its figures depend on (device, precision, target, versions, threads, code, drafter);
+what is corrupt or belongs to something else is measured again. So a seed reproduces its tokens.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from deepspec.decoding.cost import CostCurve, interpolate, keyed, read_points
+from deepspec.decoding.drafter import Drafter
+from deepspec.decoding.pass_times import BATCHES, Watch, measure_drafts, measure_passes
+from deepspec.decoding.shapes import CHAIN, Shape
+from deepspec.device import describe_device
+from deepspec.files import digest, write_json
+from deepspec.lineage import code_digest
+from deepspec.target.model import Target
+
+
+def load_or_measure(
+    target: Target,
+    drafter: Drafter | None = None,
+    path: str | Path | None = None,
+    batches: Sequence[int] = BATCHES,
+    shape: Shape = CHAIN,
+    force: bool = False,
+    watch: Watch | None = None,
+) -> CostCurve:
+    """Return the stored curve of this target and drafter on this device; measure and store what is missing of it.
+
+    A file that is corrupt, or belongs to something else, is measured again. A drafter without a `digest` cannot be
+    told from another: its time is measured each time.
+
+    Args:
+        path: a folder for the files; None: `profiles` in the user's cache.
+        batches: requests in flight that must have been measured; others are interpolated.
+        shape: of the trees that are drafted.
+        force: measure all anew.
+        watch: called with (passes done, passes in all) during a measurement.
+    """
+    folder = profiles_folder() if path is None else Path(path)
+    identity = _identity(target)
+    passes = kept(
+        folder,
+        identity,
+        batches,
+        force,
+        lambda missing: measure_passes(target, missing, watch=watch),
+        read_points,
+    )
+    ratios: dict[int, float] = {}
+    if drafter is not None:
+        identity = _identity(target, drafter, shape)
+        ratios = kept(
+            folder if identity["drafter"] else None,
+            identity,
+            batches,
+            force,
+            lambda missing: measure_drafts(target, drafter, missing, shape=shape),
+            float,
+        )
+    drafts = {requests: ratio * interpolate(passes[requests], requests) for requests, ratio in ratios.items()}
+    return CostCurve(passes, drafts, identity)
+
+
+def profiles_folder() -> Path:
+    """Where curves are kept: `$XDG_CACHE_HOME/deepspec/profiles`, by default in ~/.cache."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "deepspec" / "profiles"
+
+
+def profile_path(target: Target, drafter: Drafter | None = None, shape: Shape = CHAIN) -> Path:
+    """Where the passes of this target are kept, or, with a drafter, its drafting times."""
+    return profiles_folder() / file_name(_identity(target, drafter, shape))
+
+
+def _identity(target: Target, drafter: Drafter | None = None, shape: Shape | None = None) -> dict[str, Any]:
+    """Everything the figures depend on; the code itself is part of it."""
+    identity = {
+        "device": describe_device(target.device),  # with the threads and torch's version
+        "precision": target.precision,
+        "graphs": target.graphs,
+        "target": target.digest,
+        "code": code_digest(__name__),
+    }
+    if drafter is None:
+        return identity
+    drafter = drafter.trained
+    return identity | {
+        "drafter": drafter.digest,
+        "drafter_code": code_digest("deepspec.drafters.registry"),
+        "shape": repr(shape),
+    }
+
+
+def kept(
+    folder: Path | None,
+    identity: dict[str, Any],
+    batches: Sequence[int],
+    force: bool,
+    measure: Callable[[list[int]], dict[int, Any]],
+    parse: Callable[[Any], Any],
+) -> dict[int, Any]:
+    """Return the table stored under `identity`; measure and add the batches that it lacks. No folder: keep nothing."""
+    path = folder and folder / file_name(identity)
+    table = _read(path, identity, parse) if path and not force else {}
+    if missing := [requests for requests in batches if requests not in table]:
+        table |= measure(missing)
+        if path:
+            _write(path, {"identity": identity, "measured": keyed(table)})
+    return table
+
+
+def _read(path: Path, identity: dict[str, Any], parse: Callable[[Any], Any]) -> dict[int, Any]:
+    """Return what the file holds of this identity; nothing if it is absent, corrupt or foreign."""
+    with suppress(OSError, AttributeError, KeyError, TypeError, ValueError):
+        stored = json.loads(path.read_text())
+        if stored["identity"] == identity:
+            return {int(requests): parse(value) for requests, value in stored["measured"].items()}
+    return {}
+
+
+def _write(path: Path, value: dict[str, Any]) -> None:
+    with suppress(OSError):  # a read-only home costs a measurement in each run, no more
+        write_json(path, value)
+
+
+def file_name(identity: Mapping[str, Any]) -> str:
+    """Return the name of the file that figures of this identity stand in."""
+    return f"{digest(json.dumps(identity, sort_keys=True))}.json"
