@@ -55,6 +55,14 @@ for _name, _summary in STAGES.items():
 
 
 @app.command(rich_help_panel="Tools")
+def demo() -> None:
+    """Run `dvc repro` with its stages in view, the time each will take, and a first figure after the prompts."""
+    from deepspec.commands.demo import run
+
+    _exit(run)
+
+
+@app.command(rich_help_panel="Tools")
 def chat(
     target: Annotated[
         str, typer.Option(help="A target directory, a hub id, or embedded:<name>.")

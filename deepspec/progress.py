@@ -1,14 +1,16 @@
 """How far a long job is: a live bar in a terminal, a plain line now and then elsewhere.
 
 Programs follow a job without reading its text: where `DEEPSPEC_PROGRESS` names a file (`/dev/fd/3` for a descriptor),
-JSON lines are appended to it, one a second at most. Two kinds:
+JSON lines are appended to it, one a second at most. Three kinds:
 
     {"label": "generate", "done": 412, "total": 900, "tokens_per_second": 145.0, "seconds_left": 750.0,
      "state": "running", "time": 1767225600.0}
+    {"stage": "train@dspark", "time": 1767225600.0}
     {"error": "params.yaml: unknown key 'lrr'", "time": 1767225600.0}
 
 `state` is `running`, `finished` or, where an exception ended the job, `stopped`; what is not known is null. An error is
-the user's mistake that ended the process: running it again changes nothing.
+the user's mistake that ended the process: running it again changes nothing. Who follows may switch the plain lines off
+with `DEEPSPEC_PROGRESS_TEXT=off`.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ from rich.progress import Progress as RichProgress
 
 logger = logging.getLogger(__name__)
 
-CHANNEL = "DEEPSPEC_PROGRESS"
+CHANNEL, TEXT = "DEEPSPEC_PROGRESS", "DEEPSPEC_PROGRESS_TEXT"
 PLAIN_INTERVAL_S = 15.0
 CHANNEL_INTERVAL_S = 1.0
 
@@ -45,6 +47,7 @@ class Progress:
         self._started = self._said = self._sent = time.monotonic()
         self._console = Console(stderr=True, highlight=False, markup=False, emoji=False)
         self._shown = shown
+        self._lines = shown and os.environ.get(TEXT) != "off"
         self._bar: RichProgress | None = None
         if shown and self._console.is_terminal:
             columns = [TextColumn("{task.description}", markup=False), BarColumn()]
@@ -56,7 +59,7 @@ class Progress:
         self._send("running")
         if self._bar:
             self._bar.start()
-        elif self._shown:
+        elif self._lines:
             self._say()
         return self
 
@@ -64,7 +67,7 @@ class Progress:
         self._send("stopped" if kind else "finished")
         if self._bar:
             self._bar.stop()
-        elif self._shown and self._said != self._started:
+        elif self._lines and self._said != self._started:
             self._say()
 
     def advance(self, items: int = 1) -> None:
@@ -105,7 +108,7 @@ class Progress:
             self._send("running")
         if self._bar:
             self._bar.update(TaskID(0), completed=self.done, state=self.state())
-        elif self._shown and time.monotonic() - self._said >= PLAIN_INTERVAL_S:
+        elif self._lines and time.monotonic() - self._said >= PLAIN_INTERVAL_S:
             self._say()
 
     def _say(self, note: str = "") -> None:

@@ -7,7 +7,6 @@ the text.
 from __future__ import annotations
 
 import io
-import json
 import os
 import queue
 import re
@@ -19,16 +18,13 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from deepspec.entry import TELEMETRY_OFF
+from deepspec.following import POLL_S, Channel, Count
 from deepspec.progress import CHANNEL
 
 BAR_INTERVAL_S = 30.0
-POLL_S = 0.5  # of the channel
 SQLITE = "sqlite:///"
 STOP_S = 20.0  # a trainer told to stop saves its state first
 KEPT = 200  # last lines, among which the reason of a failure is looked for
@@ -53,17 +49,6 @@ class Cancelled(UserMistake):
     """Somebody stopped the run."""
 
 
-@dataclass(frozen=True)
-class Progress:
-    label: str
-    done: int
-    total: int
-
-    @property
-    def percent(self) -> float:
-        return 100.0 * self.done / self.total
-
-
 class Thinned:
     """Lets every line through but those that a bar draws over (they end in a carriage return): one every 30 s."""
 
@@ -78,41 +63,6 @@ class Thinned:
             return False
         self._kept = now
         return True
-
-
-class Channel:
-    """The file in which a command says how far it is and which mistake ended it."""
-
-    def __init__(self, path: Path, progress: Callable[[Progress], None]) -> None:
-        self.path, self.mistake = path, ""
-        self._progress = progress
-        self._read, self._due = 0, 0.0
-
-    def poll(self, now: bool = False) -> None:
-        """Hand over what came since the last time: of each job its newest count. At most twice a second, or `now`."""
-        if not now and time.monotonic() < self._due:
-            return
-        self._due = time.monotonic() + POLL_S
-        newest: dict[str, Progress] = {}
-        for entry in self._entries():
-            if "error" in entry:
-                self.mistake = entry["error"]
-            elif entry.get("total"):
-                newest[entry["label"]] = Progress(entry["label"], entry["done"], entry["total"])
-        for found in newest.values():
-            self._progress(found)
-
-    def _entries(self) -> list[dict[str, Any]]:
-        with self.path.open("rb") as file:
-            file.seek(self._read)
-            data = file.read()
-        whole = data.rfind(b"\n") + 1
-        self._read += whole
-        found = []
-        for line in data[:whole].splitlines():
-            with suppress(ValueError):  # not ours: it stops no stage
-                found.append(json.loads(line))
-        return [entry for entry in found if isinstance(entry, dict)]
 
 
 def python_path(first: Path) -> str:
@@ -140,7 +90,7 @@ def follow(
     words: Sequence[str],
     root: Path,
     say: Callable[[str], None],
-    progress: Callable[[Progress], None] = lambda _: None,
+    progress: Callable[[Count], None] = lambda _: None,
     hours: float = 24.0,
     keep_open: Sequence[int] = (),
 ) -> list[str]:

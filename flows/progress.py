@@ -12,7 +12,7 @@ from uuid import UUID
 
 from prefect.artifacts import create_progress_artifact, update_progress_artifact
 
-from flows.command import Progress
+from deepspec.following import Count
 
 INTERVAL_S = 5.0
 
@@ -26,7 +26,7 @@ class ProgressArtifact:
         self._said = 0.0
         self._label = ""
 
-    def __call__(self, progress: Progress) -> None:
+    def __call__(self, progress: Count) -> None:
         now = time.monotonic()
         if now - self._said < INTERVAL_S and progress.label == self._label and progress.done < progress.total:
             return

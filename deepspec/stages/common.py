@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from deepspec.entry import guarded, quiet_environment
+from deepspec.progress import send
 
 if TYPE_CHECKING:
     from deepspec.config import Params
@@ -35,6 +36,14 @@ def stage(
     if add_flags:
         add_flags(parser)
     flags = parser.parse_args(argv)
+    spec = module.__spec__  # has the name by which `python -m` was called
+    send({"stage": _name(spec.name if spec else module.__name__, getattr(flags, "drafter", None) or [])})
     from deepspec.config import Params, load_params  # after --help: it imports torch
 
     sys.exit(guarded(lambda: main(load_params(flags.params, params or Params), flags)))
+
+
+def _name(module: str, drafters: str | list[str]) -> str:
+    """Return a stage's name as DVC has it, `train@dspark`."""
+    named = [drafters] if isinstance(drafters, str) else drafters
+    return "@".join([module.rpartition(".")[2], *named])

@@ -16,10 +16,10 @@ import yaml
 
 from deepspec.errors import DeepSpecError
 from deepspec.files import write_json
+from deepspec.following import Count
 from flows import postgres
 from flows.command import (
     CommandFailed,
-    Progress,
     Thinned,
     UserMistake,
     environment,
@@ -145,18 +145,18 @@ raise SystemExit(min(guarded(main), 1))
 def test_counts_and_the_mistake_come_through_the_channel_and_not_from_the_text(tmp_path: Path):
     (tmp_path / "stage.py").write_text(CHANNEL_STAGE)
     (tmp_path / "deepspec").symlink_to(ROOT / "deepspec")
-    seen: list[Progress | str] = []
+    seen: list[Count | str] = []
 
-    def count(progress: Progress) -> None:
+    def count(progress: Count) -> None:
         seen.append(progress)
         (tmp_path / "counted").touch()
 
     words = ["sh", "-c", f"echo 'other: 7/9, 1s left'; {sys.executable} -m stage 2>/dev/null"]
     with pytest.raises(UserMistake, match=r"^no such draft$"):
         follow(words, tmp_path, seen.append, count)
-    counts = [entry for entry in seen if isinstance(entry, Progress)]
-    assert counts[-1] == Progress("train", 4, 4) and {found.label for found in counts} == {"train"}
-    assert (tmp_path / "counted").exists() and seen.index("told") > seen.index(Progress("train", 1, 4))
+    counts = [entry for entry in seen if isinstance(entry, Count)]
+    assert counts[-1] == Count("train", 4, 4) and {found.label for found in counts} == {"train"}
+    assert (tmp_path / "counted").exists() and seen.index("told") > seen.index(Count("train", 1, 4))
 
 
 def test_a_line_in_the_channel_that_is_not_ours_stops_nothing(tmp_path: Path):
@@ -586,5 +586,5 @@ def test_a_server_that_is_away_stops_no_stage(monkeypatch: pytest.MonkeyPatch, c
         raise ConnectionError("no route to the server")
 
     monkeypatch.setattr("flows.progress.create_progress_artifact", away)
-    ProgressArtifact("train")(Progress("step", 80, 640))
+    ProgressArtifact("train")(Count("step", 80, 640))
     assert "not shown: progress of train (no route to the server)" in caplog.text
