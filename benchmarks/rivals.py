@@ -19,8 +19,8 @@ from benchmarks.common import Answer
 from deepspec.errors import DeepSpecError
 from deepspec.files import file_digest
 from deepspec.target.embedded import EMBEDDED, PREFIX, fetch
+from deepspec.target.identity import RECORD
 from deepspec.target.model import Target
-from deepspec.target.source import RECORD
 
 LLAMA_CPP = "llama-cpp-python==0.3.36"
 LOOKUP_TOKENS = 10  # proposed by the prompt lookup of either engine

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from deepspec.decoding.calibration import CALIBRATION
 from deepspec.drafters.network import SHARED, Network
+from deepspec.drafters.padding import Padding
 from deepspec.drafters.published.vocabulary import draft_ids
 from deepspec.drafters.weights import WEIGHTS, read_weights
 from deepspec.errors import DeepSpecError
@@ -36,11 +37,13 @@ class Checkpoint:
     Args:
         config: its config.json, in the keys of the drafts that are written here.
         names: of the weights, in the files → as written here; None: they are the same.
+        padding: how its vocabulary is made to fit the target's, where the two are padded differently.
     """
 
     directory: Path
     config: dict[str, Any]
     names: Mapping[str, str] | None = None
+    padding: Padding | None = None
 
     @classmethod
     def own(cls, directory: Path) -> Checkpoint:
@@ -53,7 +56,8 @@ class Checkpoint:
         Raises:
             DeepSpecError: no weights, or files that cannot be read.
         """
-        return read_weights(self.directory, self.names)
+        found = read_weights(self.directory, self.names)
+        return found if self.padding is None else self.padding.fit(found, self.directory)
 
 
 def read_config(directory: Path) -> dict:
@@ -80,11 +84,7 @@ def check_target(directory: Path, config: dict, target: Target, standalone: bool
             )
     if standalone:
         return
-    expected = {
-        "vocab_size": target.vocab_size,
-        "hidden_size": target.hidden_size,
-        "num_target_layers": target.num_layers,
-    }
+    expected = {"hidden_size": target.hidden_size, "num_target_layers": target.num_layers}
     for key, found in expected.items():
         if key in config and config[key] != found:
             raise DeepSpecError(

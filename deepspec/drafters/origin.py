@@ -18,13 +18,13 @@ from torch import Tensor
 
 from deepspec.drafters.checkpoint import RECORD, Checkpoint, draft_digest, draft_directory
 from deepspec.drafters.network import SHARED, Network, NormalisedLinear
+from deepspec.drafters.padding import BY_COLUMN
 from deepspec.drafters.published.recognise import opened, recognise
 from deepspec.drafters.published.vocabulary import draft_ids
 from deepspec.drafters.start import WAYS
 from deepspec.errors import DeepSpecError
 from deepspec.target.model import Target
 
-BY_COLUMN = ("lm_head.weight", "markov_head.markov_w2.weight")  # a row for each token of the draft vocabulary
 NEW = ("markov_head.", "confidence_head.", "context_skip.")  # what a draft may gain
 
 

@@ -42,8 +42,8 @@ from deepspec.evaluation.work import Work, process_state
 from deepspec.files import digest
 from deepspec.lineage import code_digest
 from deepspec.provenance import provenance
+from deepspec.target.identity import RECORD
 from deepspec.target.model import load_target
-from deepspec.target.source import RECORD
 from deepspec.tasks.task import load_task
 
 WORK_DIR = Path(".deepspec/evaluate")

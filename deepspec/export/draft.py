@@ -20,6 +20,7 @@ from deepspec.evaluation.record import Record
 from deepspec.export.layout import tokenizer_files
 from deepspec.export.reference import network
 from deepspec.target.embedded import EMBEDDED, PREFIX
+from deepspec.target.identity import target_record
 from deepspec.target.model import Target
 
 TRAINED = ("eagle3", "dspark", "dflash", "medusa", "lm")
@@ -91,7 +92,7 @@ class Draft:
     @property
     def target_path(self) -> str:
         """Return what a command line calls the target: its hub id, or its directory."""
-        source = target_record(self.target).get("source", "")
+        source = target_record(Path(self.target.source)).get("source", "")
         is_id = (
             source.count("/") == 1 and not source.startswith((".", "/", PREFIX)) and not Path(source).exists()
         )
@@ -105,7 +106,7 @@ class Draft:
     @property
     def licence(self) -> str:
         """Return the target's licence, as far as it is known here."""
-        source = target_record(self.target).get("source", "")
+        source = target_record(Path(self.target.source)).get("source", "")
         known = EMBEDDED.get(source.removeprefix(PREFIX))
         return known.licence if known else "the target's own (see its model card)"
 
@@ -130,12 +131,6 @@ def load_draft(name: str, directory: Path, target: Target, evaluation: Path | No
         target=target,
         evaluation=_evaluation(evaluation, digest) if evaluation else None,
     )
-
-
-def target_record(target: Target) -> dict[str, Any]:
-    """Read the record that was written beside the target when it was resolved."""
-    path = Path(target.source) / RECORD
-    return json.loads(path.read_text()) if path.exists() else {}
 
 
 def _evaluation(path: Path, digest: str) -> Record | None:

@@ -30,10 +30,11 @@ def lm(draft: Draft, where: str, tokens: int) -> Layout:
 
 
 def native(draft: Draft, where: str, tokens: int) -> Layout:
-    """Lay out a draft as it is; one that another trainer wrote in its own way is written in ours."""
+    """Lay out a draft as it is; one that another trainer wrote in its own way, or with other padding, is written in ours."""
     command = f"deepspec chat --target {draft.target_path} --drafter {where}"
     reader, architecture = f"native-{draft.kind}", draft.config["architectures"][0]
-    if draft.record or draft.checkpoint.names is None:
+    as_it_is = draft.checkpoint.padding is None and (draft.record or draft.checkpoint.names is None)
+    if as_it_is:
         copies = {path.name: path for path in weight_files(draft.directory)}
         copies |= {name: draft.directory / name for name in ("config.json", *ALONG)}
         copies = {name: path for name, path in copies.items() if path.exists()} | draft.tokenizer_files

@@ -14,26 +14,30 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from deepspec.errors import DeepSpecError
-from deepspec.files import digest as digest_of
 from deepspec.files import replacing
 from deepspec.target import template
 from deepspec.target.attention import CACHE_LENGTH, NAME, ForwardPass, KVCache
 from deepspec.target.chat import Templated
+from deepspec.target.checks import check_files, check_source, check_vocabulary, stop_tokens
 from deepspec.target.embedded import PREFIX, write_embedded
 from deepspec.target.fused import FusedLayer, Int4Linear, Make, PackedLinear, fuse
 from deepspec.target.graphs import GraphedPasses
 from deepspec.target.head import head_transform
+from deepspec.target.identity import (
+    RECORD,
+    check_readable,
+    directory_digest,
+    target_record,
+    with_arguments,
+)
 from deepspec.target.memory import reuse_freed_memory
+from deepspec.target.reaches import resized
 from deepspec.target.selftest import STEPS, Verdict, examine, refuse
 from deepspec.target.source import (
-    RECORD,
-    check_source,
-    check_stops,
     decoder_layers,
-    directory_digest,
     dtype_name,
     dtype_named,
     from_pretrained,
@@ -42,7 +46,6 @@ from deepspec.target.source import (
     length_limit,
     load_model,
     moved,
-    target_record,
     text_decoder,
 )
 from deepspec.target.states import OwnPasses, StateCache
@@ -87,9 +90,12 @@ def resolve_target(
             if is_hub_id(source):
                 local = hub_directory(source, revision)
                 revision = local.name
+                check_source(str(local))
+            check_readable(local)
+            check_files(local)
             tokenizer = from_pretrained(AutoTokenizer, str(local))
             model = load_model(str(local), dtype=torch_dtype)
-            check_stops(source, model)
+            check_vocabulary(source, model, tokenizer)
             model.save_pretrained(scratch)
             tokenizer.save_pretrained(scratch)
         written = from_pretrained(AutoTokenizer, str(scratch))
@@ -101,12 +107,10 @@ def resolve_target(
         options = dict(chat_template_kwargs or {})
         verdict = _examine(str(scratch), source, digest)
         refuse(source, verdict)
-        record: dict[str, Any] = {"source": source, "revision": revision, "dtype": dtype, "digest": digest}
+        record: dict[str, Any] = {"source": source, "revision": revision, "dtype": dtype}
+        record["digest"] = with_arguments(digest, options)
         if options:
-            record |= {
-                "digest": digest_of(digest + json.dumps(options, sort_keys=True)),
-                "chat_template_kwargs": options,
-            }
+            record["chat_template_kwargs"] = options
         if (pinned := template.pinned(written)) is not None:
             record["template_date"] = pinned
         (scratch / RECORD).write_text(json.dumps(record, indent=2) + "\n")
@@ -122,8 +126,10 @@ def _kept_date(directory: Path, source: str) -> str | None:
 def _examine(directory: str, source: str, digest: str, fresh: bool = False) -> Verdict:
     """Self-test of a directory; see `deepspec.target.selftest`."""
 
-    def load(attention: str | None, dtype: torch.dtype | None) -> PreTrainedModel:
-        options = {} if attention is None else {"attn_implementation": attention}
+    def load(attention: str | None, dtype: torch.dtype | None, sizes: Mapping[str, int]) -> PreTrainedModel:
+        options: dict[str, Any] = {} if attention is None else {"attn_implementation": attention}
+        if sizes:
+            options["config"] = resized(from_pretrained(AutoConfig, directory), sizes)
         device = "cuda" if torch.cuda.is_available() else "cpu"
         model = load_model(directory, dtype=dtype or "auto", **options)
         return moved(model, device, directory)
@@ -136,9 +142,18 @@ def _examine(directory: str, source: str, digest: str, fresh: bool = False) -> V
 
 def examine_target(source: str | Path, fresh: bool = False) -> Verdict:
     """Return what the self-test says of a directory or hub id; a refusal is in the verdict, not raised."""
-    check_source(str(source))
-    directory = hub_directory(str(source)) if is_hub_id(str(source)) else Path(source)
-    return _examine(str(directory), str(source), directory_digest(directory), fresh)
+    directory = _directory(str(source))
+    return _examine(str(directory), str(source), directory_digest(directory, check_files), fresh)
+
+
+def _directory(source: str) -> Path:
+    """Return the directory of a source that is one, or of a hub id."""
+    check_source(source)
+    if not is_hub_id(source):
+        return Path(source)
+    directory = hub_directory(source)
+    check_source(str(directory))
+    return directory
 
 
 def load_target(
@@ -170,9 +185,8 @@ def load_target(
         if not (cached / RECORD).exists():
             resolve_target(source, None, "bfloat16", cached)
         source = str(cached)
-    check_source(source)
-    directory = hub_directory(source) if is_hub_id(source) else Path(source)
-    digest = directory_digest(directory)
+    directory = _directory(source)
+    digest = directory_digest(directory, check_files)
     wanted = None if dtype is None else dtype_named(dtype)
     verdict = _examine(str(directory), source, digest)
     refuse(source, verdict)
@@ -181,7 +195,7 @@ def load_target(
     attention = {"attn_implementation": NAME} if verdict.trees else {}
     model = load_model(str(directory), dtype=wanted or "auto", **attention)
     template.check_there(source, tokenizer)
-    check_stops(source, model)
+    check_vocabulary(source, model, tokenizer)
     if weights not in WEIGHTS:
         raise DeepSpecError(f"unknown weights {weights!r}; known: {', '.join(WEIGHTS)}")
     if weights == "int4":
@@ -249,9 +263,8 @@ class Target(Templated):
     @property
     def stop_ids(self) -> frozenset[int]:
         """Every token that ends an answer: the generation config's and the tokenizer's own."""
-        stops = self.generation_config.eos_token_id
-        stops = stops if isinstance(stops, list) else [stops]
-        return frozenset(i for i in (*stops, self.tokenizer.eos_token_id) if i is not None)
+        own = self.tokenizer.eos_token_id
+        return frozenset((*stop_tokens(self.generation_config), *(() if own is None else (own,))))
 
     @torch.inference_mode()
     def forward(self, ids: Tensor, step: ForwardPass) -> Tensor:

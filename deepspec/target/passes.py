@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from deepspec.target.attention import ForwardPass, Unsuited, tree_mask
+from deepspec.target.reaches import reaches
 from deepspec.target.source import decoder_layers, length_limit, text_decoder
 
 if TYPE_CHECKING:
@@ -19,20 +20,6 @@ if TYPE_CHECKING:
 
 SHORTEST, LONGEST = 160, 1280  # prompt tokens
 MARGIN = 40  # tokens beyond the largest window
-REACHES = [
-    "sliding_window",
-    "attention_chunk_size",
-    "index_topk",
-    "local_window_size",
-    "window_size",
-    "attention_window_size",
-    "indexer_budget",
-    "sliding_window_size",
-    "keep_window_size",
-    "original_max_position_embeddings",
-    "mamba_chunk_size",
-    "chunk_size",
-]
 
 
 @dataclass(frozen=True)
@@ -72,14 +59,13 @@ class Plan:
     vocab: int
 
     @classmethod
-    def of(cls, config: Any) -> tuple[Plan, tuple[str, ...]]:
-        """Long enough for all that the configuration says a token may not see beyond, and what was out of reach."""
-        reaches = _reaches(config)
-        within = [n for n in reaches.values() if n + MARGIN <= LONGEST]
+    def of(cls, config: Any) -> tuple[Plan, dict[str, int]]:
+        """Long enough for all that the configuration says a token may not see beyond; with what was out of reach."""
+        found = reaches(config)
+        within = [n for n in found.values() if n + MARGIN <= LONGEST]
         limit = min(LONGEST, length_limit(config)) - MARGIN
         tokens = max(min(max([SHORTEST, *(n + MARGIN for n in within)]), limit), 48)
-        unreached = tuple(f"{name} {n}" for name, n in reaches.items() if n >= tokens)
-        return cls(tokens, config.vocab_size), unreached
+        return cls(tokens, config.vocab_size), {name: n for name, n in found.items() if n >= tokens}
 
     @property
     def fork(self) -> int:
@@ -99,22 +85,6 @@ class Plan:
         one = self.one(seed)
         tail[0] = low if int(one[self.fork]) != low else low + 1
         return torch.cat((one[: self.fork], tail))
-
-
-def _reaches(config: Any) -> dict[str, int]:
-    kinds = " ".join(map(str, getattr(config, "layer_types", None) or ["any"]))
-    found = {}
-    for name in REACHES:
-        value = getattr(config, name, None)
-        if not isinstance(value, int) or value < 2:
-            continue
-        windowed = "window" in name or "chunk" in name
-        if windowed and not any(
-            word in kinds for word in ("sliding", "chunk", "local", "linear", "mamba", "any", "hybrid")
-        ):
-            continue
-        found[name] = value
-    return found
 
 
 @torch.inference_mode()

@@ -3,16 +3,17 @@
 Plain and drafted output come from one engine and agree even where both are wrong. So before a directory is used for
 the first time, every kind of pass is compared with one uncached forward of the model's own code: prefill in two parts,
 single steps, several tokens, a tree of which a side branch is kept, a chain rolled back, two requests of different
-lengths. The states behind every layer must agree at every position, and the logits.
+lengths. The states behind every layer must agree at every position, and the logits. Where a window is longer than the
+longest prompt, the same weights are tested once more with a short one.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
@@ -25,6 +26,7 @@ from deepspec.lineage import code_digest
 from deepspec.target.attention import NAME, Unsuited
 from deepspec.target.passes import Difference, Plan, Reference, compare, reference
 from deepspec.target.reach import first_difference
+from deepspec.target.reaches import reduced
 from deepspec.target.source import dtype_name
 from deepspec.target.states import keeps_states
 
@@ -36,6 +38,8 @@ ATTENTION, STATES, STEPS = (
     "transformers' own cache",
     "transformers' own cache, a token at a time",
 )
+BODIES = (ATTENTION, STATES, STEPS)  # what each can do, the one before it can too
+FAILS = "its own forward fails"
 SMALL = 400_000_000  # parameters up to which the test runs in float32, whatever the target's dtype
 ROUGH = (torch.bfloat16, torch.float16)
 # Of a state's difference over its size, the largest at any position; in 16 bits, where an expert more or less is chosen
@@ -54,6 +58,7 @@ class Verdict:
     dtype: str = "float32"
     tolerance: float = 0.0
     error: float = 0.0  # the largest found
+    shortened: tuple[str, ...] = ()  # windows and the like that a copy with shorter ones was tested for
     unreached: tuple[str, ...] = ()
     refusal: str | None = None
 
@@ -66,13 +71,15 @@ class Verdict:
         """What was found, in words."""
         why = f" ({self.reason})" if self.reason else ""
         far = f"; not reached: {', '.join(self.unreached)}" if self.unreached else ""
-        size = f"{self.tokens} tokens in {self.dtype} within {self.tolerance:g}{far}"
+        small = f"; {', '.join(self.shortened)} by a copy of the same weights" if self.shortened else ""
+        size = f"{self.tokens} tokens in {self.dtype} within {self.tolerance:g}{small}{far}"
         if self.refusal:
             return f"refused: {self.refusal} (tested over {size})"
         return f"as transformers runs it, through {self.body}{why}, tested over {size}"
 
 
-Load = Callable[[str | None, torch.dtype | None], PreTrainedModel]  # (attention, dtype) → the model
+# (attention, dtype, sizes that are not the model's own) → the model
+Load = Callable[[str | None, torch.dtype | None, Mapping[str, int]], PreTrainedModel]
 Wrap = Callable[[PreTrainedModel, "Verdict"], "Target"]  # (model, verdict so far) → a target that runs it so
 
 
@@ -81,7 +88,7 @@ def examine(digest: str, load: Load, wrap: Wrap, fresh: bool = False) -> Verdict
     kept = _record(digest)
     if kept.exists() and not fresh:
         found = json.loads(kept.read_text())
-        return Verdict(**found | {"unreached": tuple(found["unreached"])})
+        return Verdict(**found | {name: tuple(found[name]) for name in ("shortened", "unreached")})
     verdict = _examine(load, wrap)
     kept.parent.mkdir(parents=True, exist_ok=True)
     write_json(kept, asdict(verdict))
@@ -95,27 +102,52 @@ def _record(digest: str) -> Path:
 
 
 def _examine(load: Load, wrap: Wrap) -> Verdict:
-    own, dtype = load(None, None), None
+    verdict, config = _tested(load, wrap, {})
+    _, far = Plan.of(config)
+    if verdict.refusal or not far:
+        return verdict
+    small = reduced(config, far)
+    shortened = tuple(f"{name} {n} as {small[name]}" for name, n in far.items())
+    try:
+        copy, _ = _tested(load, wrap, small)
+    except Exception as error:  # whatever a model's own code makes of such sizes
+        copy = replace(verdict, refusal=f"{FAILS}: {_words(error)}")
+    if copy.refusal and copy.refusal.startswith(FAILS):
+        return replace(verdict, unreached=(*verdict.unreached, f"{', '.join(shortened)}: {copy.refusal}"))
+    if copy.refusal:
+        return replace(copy, shortened=shortened, refusal=f"with {', '.join(shortened)}, {copy.refusal}")
+    weaker = max(verdict, copy, key=lambda found: BODIES.index(found.body))
+    return replace(
+        weaker,
+        tokens=verdict.tokens,
+        features=verdict.features and copy.features,
+        error=max(verdict.error, copy.error),
+        shortened=shortened,
+        unreached=tuple(dict.fromkeys((*verdict.unreached, *copy.unreached))),
+    )
+
+
+def _tested(load: Load, wrap: Wrap, sizes: Mapping[str, int]) -> tuple[Verdict, Any]:
+    """Return the verdict on the model with these sizes, and its text configuration."""
+    own, dtype = load(None, None, sizes), None
     if sum(p.numel() for p in own.parameters()) <= SMALL:
         own, dtype = own.float(), torch.float32
     config = own.config.get_text_config()
-    plan, unreached = Plan.of(config)
-    tested = Verdict(
-        dtype=dtype_name(own.dtype), tolerance=TOLERANCE[own.dtype], unreached=unreached, tokens=plan.tokens
-    )
+    plan, _ = Plan.of(config)
+    tested = Verdict(dtype=dtype_name(own.dtype), tolerance=TOLERANCE[own.dtype], tokens=plan.tokens)
     try:
         references = [[reference(own, ids) for ids in (plan.one(seed), plan.other(seed))] for seed in (0, 1)]
     except Exception as error:
-        return replace(tested, refusal=f"its own forward fails: {_words(error)}")
+        return replace(tested, refusal=f"{FAILS}: {_words(error)}"), config
     tested = replace(tested, features=None not in references[0][0].layers)
     reason = keeps_states(config)
     if not reason:
         try:
-            target = wrap(load(NAME, dtype), tested)
+            target = wrap(load(NAME, dtype, sizes), tested)
             verdict = _judged(target, plan, references)
             if verdict.refusal is None and verdict.features and own.dtype in ROUGH:
                 verdict = _reaching(verdict, target, own, plan)
-            return verdict
+            return verdict, config
         except Exception as error:  # whatever a model's own code makes of an attention that it does not know
             reason = _words(error)
     for body in (STATES, STEPS):
@@ -126,7 +158,7 @@ def _examine(load: Load, wrap: Wrap) -> Verdict:
             verdict = replace(tested, refusal=f"{reason}; and with {body}: {_words(error)}")
         if verdict.refusal is None:
             break
-    return verdict
+    return verdict, config
 
 
 def _words(error: Exception) -> str:

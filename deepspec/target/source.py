@@ -1,10 +1,7 @@
-"""Where a target comes from: its directory or hub id, what is read there, and its identity."""
+"""Where a target comes from: its directory or hub id, and what is read there."""
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,32 +10,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from deepspec.errors import DeepSpecError, os_reason
-
-RECORD = "deepspec.json"
-WEIGHTS = ("*.safetensors", "*.bin", "*.gguf", "*.pt", "*.pth")
-_TEXT = ("*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "*.py")
-_SAMPLES, _SAMPLE = 4096, 1 << 20  # of a weight file: places read, bytes at each
-
-
-def check_source(source: str) -> None:
-    """Refuse a path that is no complete target directory; a hub id looks like `owner/name` and is not a path."""
-    path = Path(source)
-    if not path.is_dir():
-        if is_hub_id(source):
-            return
-        raise DeepSpecError(f"{source}: no such target directory (and not a hub id like owner/name)")
-    if not (path / "config.json").exists():
-        raise DeepSpecError(f"{source}: not a target directory: config.json is missing")
-    for file in _files(path, (*_TEXT, *WEIGHTS)):
-        try:
-            file.open("rb").close()  # what may not be read, libraries call missing
-        except OSError as error:
-            raise DeepSpecError(f"{file}: cannot be read: {os_reason(error)}") from None
-    if not any((path / name).exists() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
-        raise DeepSpecError(
-            f"{source}: the target has no tokenizer (tokenizer.json); add the one it was trained with"
-        )
+from deepspec.errors import DeepSpecError
+from deepspec.target.identity import TEXT, WEIGHTS
 
 
 def is_hub_id(source: str) -> bool:
@@ -55,7 +28,7 @@ def hub_directory(source: str, revision: str | None = None) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        kinds = [*_TEXT, *WEIGHTS[:3]]
+        kinds = [f"*{ending}" for ending in (*TEXT, *WEIGHTS[:3])]
         return Path(snapshot_download(source, revision=revision, allow_patterns=kinds))
     except Exception as error:
         raise DeepSpecError(f"{source}: cannot be fetched from the hub: {_first_line(error)}") from error
@@ -78,9 +51,14 @@ def load_model(source: str, **options: Any) -> PreTrainedModel:
     """Load a causal language model, all of whose weights must be there: transformers draws what is missing.
 
     Raises:
-        DeepSpecError: nothing loadable there, or it lacks weights.
+        DeepSpecError: nothing loadable there, a model without layers, or one that lacks weights.
     """
     model, found = from_pretrained(AutoModelForCausalLM, source, output_loading_info=True, **options)
+    layers = getattr(model.config.get_text_config(), "num_hidden_layers", None)
+    if layers is not None and layers < 1:
+        raise DeepSpecError(
+            f"{source}: config.json says num_hidden_layers {layers}; a target has one at least"
+        )
     lacking = sorted(set(found["missing_keys"]) & {name for name, _ in model.named_parameters()})
     if lacking:
         more = f" and {len(lacking) - 1} more" if len(lacking) > 1 else ""
@@ -102,17 +80,6 @@ def moved(model: PreTrainedModel, device: str, source: str) -> PreTrainedModel:
     return model.eval()
 
 
-def check_stops(source: str, model: PreTrainedModel) -> None:
-    """Refuse stop tokens beyond the vocabulary."""
-    size = model.config.get_text_config().vocab_size
-    stops = model.generation_config.eos_token_id if model.generation_config else None
-    for stop in stops if isinstance(stops, list) else [stops]:
-        if stop is not None and not 0 <= stop < size:
-            raise DeepSpecError(
-                f"{source}: eos_token_id {stop} is no token of a vocabulary of {size}; mend generation_config.json"
-            )
-
-
 def length_limit(config: Any) -> int:
     """Return the tokens of the longest text that a model is run on, 1 << 20 where it names none.
 
@@ -131,42 +98,6 @@ def length_limit(config: Any) -> int:
 
 def _first_line(error: Exception) -> str:
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-
-
-def directory_digest(directory: Path) -> str:
-    """Identity of a target: its configuration, tokenizer, template and weights (many gigabytes are sampled)."""
-    recorded = directory / RECORD
-    if recorded.exists():
-        try:
-            record = json.loads(recorded.read_text())
-        except ValueError as error:
-            raise DeepSpecError(f"{recorded}: not valid JSON: {error}") from None
-        if "digest" in record:  # a draft's record has none
-            return record["digest"]
-    state = hashlib.sha256()
-    for path in _files(directory, _TEXT):
-        state.update(path.name.encode() + path.read_bytes())
-    for path in _files(directory, WEIGHTS):
-        size = path.stat().st_size
-        step = max(size // _SAMPLES, _SAMPLE)
-        if path.suffix != ".safetensors":
-            state.update(path.name.encode())
-        with path.open("rb") as file:
-            for start in range(0, size, step):
-                file.seek(start)
-                state.update(file.read(_SAMPLE))
-    return state.hexdigest()[:16]
-
-
-def target_record(directory: Path) -> dict[str, Any]:
-    """Return what was written beside a target when it was resolved; empty for another directory."""
-    path = directory / RECORD
-    found = json.loads(path.read_text()) if path.exists() else {}
-    return found if "digest" in found else {}
-
-
-def _files(directory: Path, patterns: tuple[str, ...]) -> Iterator[Path]:
-    yield from sorted(path for pattern in patterns for path in directory.glob(pattern))
 
 
 def decoder_layers(model: nn.Module, count: int) -> nn.ModuleList:

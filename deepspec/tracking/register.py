@@ -37,7 +37,8 @@ from deepspec.errors import DeepSpecError
 from deepspec.files import digest, file_digest, write_json
 from deepspec.provenance import CORE
 from deepspec.target.embedded import PREFIX
-from deepspec.target.source import RECORD, is_hub_id
+from deepspec.target.identity import RECORD
+from deepspec.target.source import is_hub_id
 from deepspec.tracking import figures, served, trial
 from deepspec.tracking.card import card, describe_model
 from deepspec.tracking.result import EXPORTS, TARGET, Result, read_json, target_digest

@@ -19,7 +19,7 @@ from deepspec.drafters.checkpoint import draft_digest
 from deepspec.errors import DeepSpecError, os_reason
 from deepspec.evaluation.record import Record
 from deepspec.files import digest
-from deepspec.target.source import RECORD
+from deepspec.target.identity import RECORD
 from deepspec.tracking import lock
 from deepspec.tracking.lock import LOCK, Stages
 

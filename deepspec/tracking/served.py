@@ -114,8 +114,8 @@ def _resolved(reference: dict[str, Any]) -> Path:
         DeepSpecError: it cannot be fetched, or is another one by now.
     """
     from deepspec.errors import DeepSpecError
+    from deepspec.target.identity import RECORD, directory_digest
     from deepspec.target.model import resolve_target
-    from deepspec.target.source import RECORD, directory_digest
 
     place = Path.home() / ".cache/deepspec" / f"target-{reference['digest']}"
     if not (place / RECORD).exists():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -13,13 +15,16 @@ from deepspec.drafters.algorithms.lm import network
 from deepspec.drafters.checkpoint import stored_weights, write_drafter
 from deepspec.drafters.load import load_drafter
 from deepspec.drafters.params import LMParams
+from deepspec.drafters.registry import algorithms
+from deepspec.errors import DeepSpecError
 from deepspec.export.draft import load_draft
 from deepspec.export.parity import check
+from deepspec.export.reference import logits
 from deepspec.target.attention import ForwardPass
 from deepspec.target.model import load_target
 from tests.drafting import make, write
 from tests.exporting import samples, written
-from tests.tiny import make_target
+from tests.tiny import make_network, make_target
 
 TOKENS, PADDED = 512, 576
 PROMPT = [5, 9, 17, 300, 41]
@@ -103,3 +108,91 @@ def test_a_reduced_vocabulary_of_a_padded_target_is_that_of_its_tokens(name, tar
     )
     plain = generate(targets[PADDED], None, PROMPT, max_new_tokens=12)
     assert generate(targets[PADDED], drafter, PROMPT, max_new_tokens=12)[0].tokens == plain[0].tokens
+
+
+SIZES = {
+    "eagle3": {"block_size": 3},
+    "dspark": {"layers": 1, "block_size": 3, "markov_rank": 4, "target_layer_ids": [0, 1]},
+    "medusa": {"heads": 3, "layers": 1},
+}
+BOTH_WAYS = [(TOKENS, PADDED), (PADDED, TOKENS)]
+MASK = 500  # the last token of a target is padding, which another does not have
+
+
+def published(path, kind: str, target, columns: int, written_out: bool = False):
+    """A draft of a target as others publish one: nothing says which target it is of."""
+    write(make_network(target, kind, draft_vocab_size=columns, **SIZES[kind]), target, path, written_out)
+    (path / "deepspec.json").unlink()
+    config = json.loads((path / "config.json").read_text())
+    config |= {"mask_token_id": MASK} if "mask_token_id" in config else {}
+    (path / "config.json").write_text(json.dumps(config))
+    return path
+
+
+def law(made, target) -> torch.Tensor:
+    """Logits [anchors, γ, TOKENS] on a text of the tokens that both targets have; -inf where there is no column."""
+    (sample,) = samples(made)
+    found = logits(made.network, sample)
+    full = torch.full((*found.shape[:-1], target.vocab_size), -torch.inf)
+    return full.index_copy(-1, made.network.draft_ids, found)[..., :TOKENS]
+
+
+@pytest.mark.parametrize(("draft", "target"), BOTH_WAYS)
+@pytest.mark.parametrize("columns", [0, 128])
+@pytest.mark.parametrize("written_out", [False, True])
+@pytest.mark.parametrize("kind", SIZES)
+def test_a_trained_draft_with_other_padding_says_of_each_token_what_it_said(
+    kind, written_out, columns, draft, target, targets, tmp_path
+):
+    path = published(tmp_path / kind, kind, targets[draft], columns, written_out)
+    before = law(load_draft(kind, path, targets[draft]), targets[draft])
+    after = law(load_draft(kind, path, targets[target]), targets[target])
+    known = columns or TOKENS
+    assert int(torch.isfinite(before[0, 0]).sum()) in (known, known - (PADDED - TOKENS if columns else 0))
+    torch.testing.assert_close(after, before, atol=1e-5, rtol=1e-5)
+    plain = generate(targets[target], None, PROMPT, max_new_tokens=12)
+    drafter = load_drafter(path, targets[target])
+    assert generate(targets[target], drafter, PROMPT, max_new_tokens=12)[0].tokens == plain[0].tokens
+
+
+@pytest.mark.parametrize(("draft", "target"), BOTH_WAYS)
+@pytest.mark.parametrize(("kind", "engine"), [("eagle3", "vllm"), ("eagle3", "hf"), ("dspark", "sglang")])
+def test_a_draft_with_other_padding_is_exported_in_the_size_of_the_target(
+    kind, engine, draft, target, targets, tmp_path
+):
+    path = published(tmp_path / kind, kind, targets[draft], 0)
+    made = load_draft(kind, path, targets[target])
+    layout, directory = written(made, engine, tmp_path / "exports")
+    parity = check(made, layout, directory, samples(made))
+    assert parity.passed, parity.failures
+
+
+@pytest.mark.parametrize(("draft", "target"), BOTH_WAYS)
+def test_training_goes_on_from_a_draft_with_other_padding(draft, target, targets, tmp_path):
+    path = published(tmp_path / "eagle3", "eagle3", targets[draft], 0)
+    algorithm = algorithms()["eagle3"]
+    network = algorithm.network(algorithm.params(type="eagle3", start=str(path)), targets[target])
+    network.share(targets[target], network.origin.ids)
+    assert network.origin.ids.tolist() == list(range(TOKENS))
+    assert len(network.embed_tokens.weight) == target
+
+
+def test_a_draft_of_another_vocabulary_is_refused(targets, tmp_path):
+    path = published(tmp_path / "eagle3", "eagle3", targets[TOKENS], 128)
+    config = json.loads((path / "config.json").read_text())
+    for rows, words in (
+        (400, "400, but the target .* has 576, 512 of them tokens"),
+        (530, "530, but t2d has"),
+    ):
+        (path / "config.json").write_text(json.dumps(config | {"vocab_size": rows}))
+        with pytest.raises(DeepSpecError, match=f"vocab_size is {words}") as caught:
+            load_drafter(path, targets[PADDED])
+        assert "\n" not in str(caught.value)
+
+
+def test_a_mask_that_the_target_has_no_row_for_is_refused(targets, tmp_path):
+    path = published(tmp_path / "dspark", "dspark", targets[PADDED], 0)
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(config | {"mask_token_id": PADDED - 1}))
+    with pytest.raises(DeepSpecError, match=f"its mask is token {PADDED - 1} of {PADDED}, and the target"):
+        load_drafter(path, targets[TOKENS])

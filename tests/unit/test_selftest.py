@@ -13,6 +13,7 @@ from deepspec.errors import DeepSpecError
 from deepspec.target import selftest
 from deepspec.target.attention import NAME
 from deepspec.target.model import Target, examine_target, load_target, resolve_target
+from deepspec.target.reaches import reaches, reduced, resized
 from deepspec.target.selftest import ATTENTION, STATES, STEPS, Verdict, examine
 from tests.tiny import make_target, make_tokenizer
 
@@ -30,9 +31,9 @@ def verdict_on(family: str, fault=None, dtype=torch.float32, sizes: dict | None 
     config = tiny_config(family, **sizes or {})
     weights = tiny_model(family, dtype=dtype, config=config).state_dict()
 
-    def load(attention, wanted):
+    def load(attention, wanted, resizing):
         options = {} if attention is None else {"attn_implementation": attention}
-        config = tiny_config(family, **sizes or {})
+        config = resized(tiny_config(family, **sizes or {}), resizing)
         model = AutoModelForCausalLM.from_config(config, dtype=wanted or dtype, **options).eval()
         model.load_state_dict(weights)
         if fault and attention == NAME:
@@ -175,11 +176,71 @@ def test_a_verdict_is_kept_under_the_digest(tmp_path):
     assert len(list((tmp_path / "home").rglob("selftests/*.json"))) == 2
 
 
-def test_what_is_beyond_the_longest_prompt_is_said(tmp_path):
+FAR = {"sliding_window": 4096, "max_position_embeddings": 8192}  # no prompt of the test is so long
+
+
+def test_a_window_beyond_the_longest_prompt_is_tested_by_a_copy_with_a_short_one(tmp_path):
     path = make_target(tmp_path / "target", "mistral")
     config = (path / "config.json").read_text()
     (path / "config.json").write_text(config.replace('"sliding_window": 48', '"sliding_window": 4000'))
-    assert examine_target(path).unreached == ("sliding_window 4000",)
+    verdict = examine_target(path)
+    assert (verdict.refusal, verdict.body, verdict.unreached) == (None, ATTENTION, ())
+    assert verdict.shortened == ("sliding_window 4000 as 32",) and verdict.shortened[0] in verdict.summary
+    assert examine_target(path) == verdict  # as it was kept
+
+
+@pytest.mark.parametrize(("family", "fault"), [("mistral", wider_window), ("gemma3_text", wider_window)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_far_window_off_by_one_is_caught(family, fault, dtype, monkeypatch):
+    if dtype != torch.float32:
+        monkeypatch.setattr(selftest, "SMALL", 0)
+    sizes = FAR | ({} if dtype == torch.float32 else {"hidden_size": 256, "head_dim": 64})
+    assert verdict_on(family, None, dtype, sizes).refusal is None
+    refusal = verdict_on(family, fault, dtype, sizes).refusal
+    assert re.match(r"with sliding_window 4096 as 32, layer 0 (differs from|sees more)", refusal)
+    assert "\n" not in refusal
+
+
+@pytest.mark.parametrize(
+    ("family", "sizes", "shortened"),
+    [
+        (
+            "llama4_text",
+            {"attention_chunk_size": 8192, "floor_scale": 8192},
+            "attention_chunk_size 8192 as 32",
+        ),
+        ("deepseek_v32", {"index_topk": 2048}, "index_topk 2048 as 32"),
+        ("gpt_oss", {"sliding_window": 2000}, "sliding_window 2000 as 32"),
+    ],
+)
+def test_chunks_and_indices_beyond_the_longest_prompt_are_tested_too(family, sizes, shortened):
+    verdict = verdict_on(family, sizes=sizes | {"max_position_embeddings": 1 << 15})
+    assert (verdict.refusal, verdict.unreached) == (None, ()) and shortened in verdict.shortened
+
+
+def test_what_a_copy_cannot_show_is_said(monkeypatch):
+    def fail(config, sizes):
+        raise RuntimeError("no such size")
+
+    monkeypatch.setattr(f"{__name__}.resized", lambda config, sizes: fail(config, sizes) if sizes else config)
+    verdict = verdict_on("mistral", sizes=FAR)
+    assert verdict.refusal is None and verdict.shortened == ()
+    (said,) = verdict.unreached
+    assert said.startswith("sliding_window 4096 as 32: ") and said.endswith("no such size")
+    assert said in verdict.summary
+
+
+def test_small_sizes_keep_their_order_above_those_that_are_reached():
+    config = tiny_config("mistral", max_position_embeddings=1 << 17)
+    config.sliding_window, config.index_topk, config.attention_chunk_size = 128, 2048, 8192
+    far = {name: n for name, n in reaches(config).items() if n > 1280}
+    assert reduced(config, far) == {"index_topk": 160, "attention_chunk_size": 192}
+
+
+def test_a_window_as_long_as_the_longest_text_hides_nothing():
+    config = tiny_config("mistral", max_position_embeddings=4096)
+    config.sliding_window = 4096
+    assert reaches(config) == {}
 
 
 def test_a_dtype_may_be_a_name_or_itself(tmp_path):

@@ -17,8 +17,9 @@ from deepspec.errors import DeepSpecError
 from deepspec.evaluation.identity import top_two_gap
 from deepspec.target import embedded
 from deepspec.target.attention import ForwardPass
+from deepspec.target.identity import directory_digest
 from deepspec.target.model import load_target, resolve_target
-from deepspec.target.source import directory_digest, length_limit
+from deepspec.target.source import length_limit
 from tests.tiny import FAMILIES, make_target
 
 

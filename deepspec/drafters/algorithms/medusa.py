@@ -103,7 +103,7 @@ class MedusaModel(Network):
             for _ in range(config.medusa_num_heads)
         )
         self.own_heads = nn.ModuleList(
-            nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+            nn.Linear(config.hidden_size, config.draft_vocab_size, bias=False)
             for _ in range(config.medusa_num_heads if config.own_heads else 0)
         )
         self.initialise()

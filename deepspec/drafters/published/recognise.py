@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from deepspec.drafters.checkpoint import Checkpoint, check_target, read_config
+from deepspec.drafters.padding import fitted
 from deepspec.drafters.published import block, deepseek, eagle3, medusa, models, speculators
 from deepspec.drafters.published.plan import Found, Plan, Recognise
 from deepspec.drafters.weights import stored
@@ -53,6 +54,9 @@ def opened(directory: Path, plan: Plan, target: Target, standalone: bool = False
         raise DeepSpecError(f"{directory}: {plan.refusal}")
     config = dict(plan.config)
     check_target(directory, config, target, standalone)
+    padding = None
+    if not standalone:
+        config, padding = fitted(directory, config, target)
     if plan.kind == "medusa":
         config = {"hidden_size": target.hidden_size, "vocab_size": target.vocab_size} | config
     elif config.get("target_layer_ids"):
@@ -60,4 +64,4 @@ def opened(directory: Path, plan: Plan, target: Target, standalone: bool = False
             target.check_layers(config["target_layer_ids"])
         except DeepSpecError as error:
             raise DeepSpecError(f"{directory}: {error}") from None
-    return Checkpoint(directory, config, plan.names)
+    return Checkpoint(directory, config, plan.names, padding)

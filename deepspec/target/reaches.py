@@ -1,0 +1,71 @@
+"""Sizes of a configuration that a text may grow beyond: windows, chunks, what an index keeps, steps of a temperature.
+
+No weight depends on them. Where one is larger than a test can be long, the model is tested again with a small one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from copy import deepcopy
+from typing import Any
+
+from deepspec.target.source import length_limit
+
+REACHES = [
+    "sliding_window",
+    "attention_chunk_size",
+    "index_topk",
+    "local_window_size",
+    "window_size",
+    "attention_window_size",
+    "indexer_budget",
+    "sliding_window_size",
+    "keep_window_size",
+    "original_max_position_embeddings",
+    "mamba_chunk_size",
+    "chunk_size",
+    "floor_scale",
+]
+_ROPE, _TEMPERED = "rope_parameters", "llama_4_scaling_beta"
+STEP = 32  # between small sizes, so that what is counted in blocks stays whole
+
+
+def reaches(config: Any) -> dict[str, int]:
+    """Return these sizes of a text configuration by name, but for those that the longest text is not beyond."""
+    kinds = " ".join(map(str, getattr(config, "layer_types", None) or ["any"]))
+    found = {}
+    for name in REACHES:
+        value = getattr(config, name, None)
+        if not isinstance(value, int) or value < 2:
+            continue
+        windowed = "window" in name or "chunk" in name
+        if windowed and not any(
+            word in kinds for word in ("sliding", "chunk", "local", "linear", "mamba", "any", "hybrid")
+        ):
+            continue
+        found[name] = value
+    rope = getattr(config, _ROPE, None) or {}
+    if rope.get(_TEMPERED) and isinstance(length := rope.get("original_max_position_embeddings"), int):
+        found[f"{_ROPE}.original_max_position_embeddings"] = length
+    limit = length_limit(config)
+    return {name: value for name, value in found.items() if value < limit}
+
+
+def reduced(config: Any, far: Mapping[str, int]) -> dict[str, int]:
+    """Return small sizes in the place of those that are too far, in the same order and above all others."""
+    near = [value for name, value in reaches(config).items() if name not in far]
+    ranks = {value: rank for rank, value in enumerate(sorted(set(far.values())), 1)}
+    lowest = max(near, default=0) // STEP
+    return {name: (lowest + ranks[value]) * STEP for name, value in far.items()}
+
+
+def resized(config: Any, sizes: Mapping[str, int]) -> Any:
+    """Return a copy of a configuration with other such sizes."""
+    copy = deepcopy(config)
+    text = copy.get_text_config()
+    for name, value in sizes.items():
+        if name.startswith(f"{_ROPE}."):
+            setattr(text, _ROPE, getattr(text, _ROPE) | {name.removeprefix(f"{_ROPE}."): value})
+        else:
+            setattr(text, name, value)
+    return copy
