@@ -279,7 +279,9 @@ def page(rows: list[Row]) -> str:
         "for vLLM and read back.",
         "",
         "Whatever the family, a target is tested when it enters (`deepspec/target/selftest.py`): one that differs from",
-        "transformers' own forward is refused in one line. `deepspec doctor --target X` says what was found.",
+        "transformers' own forward is refused in one line. A window, chunk or index beyond the longest prompt of that "
+        "test is tested",
+        "by a copy of the same weights with a short one. `deepspec doctor --target X` says what was found.",
         "",
         "*Our attention* drafts chains and trees. With *transformers' own cache* (recurrent, indexed or compressed",
         "states, attention that transformers does not let us replace) chains are verified by running accepted tokens",

@@ -30,7 +30,7 @@ def lm(draft: Draft, where: str, tokens: int) -> Layout:
 
 
 def native(draft: Draft, where: str, tokens: int) -> Layout:
-    """Lay out a draft as it is; one that another trainer wrote in its own way, or with other padding, is written in ours."""
+    """Lay out a draft as it is; one that another trainer wrote in its own way or with other padding is written anew."""
     command = f"deepspec chat --target {draft.target_path} --drafter {where}"
     reader, architecture = f"native-{draft.kind}", draft.config["architectures"][0]
     as_it_is = draft.checkpoint.padding is None and (draft.record or draft.checkpoint.names is None)
