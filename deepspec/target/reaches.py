@@ -15,6 +15,7 @@ REACHES = [
     "sliding_window",
     "attention_chunk_size",
     "index_topk",
+    "index_topk_blocks",
     "local_window_size",
     "window_size",
     "attention_window_size",
@@ -31,7 +32,7 @@ STEP = 32  # between small sizes, so that what is counted in blocks stays whole
 
 
 def reaches(config: Any) -> dict[str, int]:
-    """Return these sizes of a text configuration by name, but for those that the longest text is not beyond."""
+    """Return these sizes of a text configuration, in tokens by name; not those that the longest text is not beyond."""
     kinds = " ".join(map(str, getattr(config, "layer_types", None) or ["any"]))
     found = {}
     for name in REACHES:
@@ -43,7 +44,7 @@ def reaches(config: Any) -> dict[str, int]:
             word in kinds for word in ("sliding", "chunk", "local", "linear", "mamba", "any", "hybrid")
         ):
             continue
-        found[name] = value
+        found[name] = value * _unit(config, name)
     rope = getattr(config, _ROPE, None) or {}
     if rope.get(_TEMPERED) and isinstance(length := rope.get("original_max_position_embeddings"), int):
         found[f"{_ROPE}.original_max_position_embeddings"] = length
@@ -52,20 +53,26 @@ def reaches(config: Any) -> dict[str, int]:
 
 
 def reduced(config: Any, far: Mapping[str, int]) -> dict[str, int]:
-    """Return small sizes in the place of those that are too far, in the same order and above all others."""
-    near = [value for name, value in reaches(config).items() if name not in far]
+    """Return small sizes, in tokens, in the place of those that are too far; their order stays."""
     ranks = {value: rank for rank, value in enumerate(sorted(set(far.values())), 1)}
-    lowest = max(near, default=0) // STEP
-    return {name: (lowest + ranks[value]) * STEP for name, value in far.items()}
+    return {name: max(ranks[value] * STEP, 2 * _unit(config, name)) for name, value in far.items()}
 
 
 def resized(config: Any, sizes: Mapping[str, int]) -> Any:
-    """Return a copy of a configuration with other such sizes."""
+    """Return a copy of a configuration with other such sizes, given in tokens."""
     copy = deepcopy(config)
     text = copy.get_text_config()
     for name, value in sizes.items():
         if name.startswith(f"{_ROPE}."):
             setattr(text, _ROPE, getattr(text, _ROPE) | {name.removeprefix(f"{_ROPE}."): value})
         else:
-            setattr(text, name, value)
+            setattr(text, name, value // _unit(text, name))
     return copy
+
+
+def _unit(config: Any, name: str) -> int:
+    """Return how many tokens one of a size is: an index may choose among blocks or compressed states."""
+    if name == "index_topk_blocks":
+        return getattr(config, "index_block_size", None) or 1
+    rates = getattr(config, "compress_rates", None)
+    return min(rates.values()) if name == "index_topk" and rates else 1

@@ -211,6 +211,7 @@ def test_a_far_window_off_by_one_is_caught(family, fault, dtype, monkeypatch):
         ),
         ("deepseek_v32", {"index_topk": 2048}, "index_topk 2048 as 32"),
         ("gpt_oss", {"sliding_window": 2000}, "sliding_window 2000 as 32"),
+        ("minimax_m3_vl_text", {"index_topk_blocks": 200}, "index_topk_blocks 1600 as 32"),
     ],
 )
 def test_chunks_and_indices_beyond_the_longest_prompt_are_tested_too(family, sizes, shortened):
@@ -230,11 +231,23 @@ def test_what_a_copy_cannot_show_is_said(monkeypatch):
     assert said in verdict.summary
 
 
-def test_small_sizes_keep_their_order_above_those_that_are_reached():
+def test_small_sizes_keep_their_order():
     config = tiny_config("mistral", max_position_embeddings=1 << 17)
     config.sliding_window, config.index_topk, config.attention_chunk_size = 128, 2048, 8192
     far = {name: n for name, n in reaches(config).items() if n > 1280}
-    assert reduced(config, far) == {"index_topk": 160, "attention_chunk_size": 192}
+    assert reduced(config, far) == {"index_topk": 32, "attention_chunk_size": 64}
+
+
+def test_an_index_over_blocks_or_compressed_states_reaches_as_many_tokens():
+    config = tiny_config("mistral", max_position_embeddings=1 << 17)
+    config.index_topk, config.compress_rates = 1024, {"csa": 4, "hca": 128}
+    config.index_topk_blocks, config.index_block_size = 16, 128
+    found = reaches(config)
+    assert (found["index_topk"], found["index_topk_blocks"]) == (4096, 2048)
+    small = resized(
+        config, reduced(config, {name: found[name] for name in ("index_topk", "index_topk_blocks")})
+    )
+    assert (small.index_topk, small.index_topk_blocks, config.index_topk) == (16, 2, 1024)
 
 
 def test_a_window_as_long_as_the_longest_text_hides_nothing():
