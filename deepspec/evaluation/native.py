@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from deepspec.evaluation.timing import Answering, FirstToken, timed, warm_up
+from deepspec.target.source import load_model, moved
 
 NEW_TOKENS = 32
 
@@ -20,10 +21,7 @@ def native_tokens_per_second(
 
     The decode time is that of 1 + NEW_TOKENS tokens less that of the first alone.
     """
-    from transformers import AutoModelForCausalLM
-
-    loaded: Any = AutoModelForCausalLM.from_pretrained(target_dir, dtype=dtype)
-    model = loaded.to(device).eval()
+    model = moved(load_model(str(target_dir), dtype=dtype), str(device), str(target_dir))
     answer = partial(_answer, model)
     first_token = FirstToken(lambda ids: answer(ids, 1))
     runtime = Answering(answer, 1 + NEW_TOKENS, first_token)

@@ -7,7 +7,15 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.utils import logging as transformers_logging
 
 from deepspec.errors import DeepSpecError
@@ -48,12 +56,13 @@ def from_pretrained(cls: Any, source: str, **options: Any) -> Any:
 
 
 def load_model(source: str, **options: Any) -> PreTrainedModel:
-    """Load a causal language model, all of whose weights must be there: transformers draws what is missing.
+    """Load a model that writes text, all of whose weights must be there: transformers draws what is missing.
 
     Raises:
         DeepSpecError: nothing loadable there, a model without layers, or one that lacks weights.
     """
-    model, found = from_pretrained(AutoModelForCausalLM, source, output_loading_info=True, **options)
+    config = options.get("config") or from_pretrained(AutoConfig, source)
+    model, found = from_pretrained(model_class(config), source, output_loading_info=True, **options)
     layers = getattr(model.config.get_text_config(), "num_hidden_layers", None)
     if layers is not None and layers < 1:
         raise DeepSpecError(
@@ -64,6 +73,13 @@ def load_model(source: str, **options: Any) -> PreTrainedModel:
         more = f" and {len(lacking) - 1} more" if len(lacking) > 1 else ""
         raise DeepSpecError(f"{source}: its weights lack {lacking[0]}{more}; fetch all of its files again")
     return model
+
+
+def model_class(config: PreTrainedConfig) -> Any:
+    """Return transformers' class that loads a configuration; for one that also sees, and then whole."""
+    sees = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    alone = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
+    return AutoModelForImageTextToText if sees and not alone else AutoModelForCausalLM
 
 
 def moved(model: PreTrainedModel, device: str, source: str) -> PreTrainedModel:

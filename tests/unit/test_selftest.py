@@ -197,7 +197,7 @@ def test_a_far_window_off_by_one_is_caught(family, fault, dtype, monkeypatch):
     sizes = FAR | ({} if dtype == torch.float32 else {"hidden_size": 256, "head_dim": 64})
     assert verdict_on(family, None, dtype, sizes).refusal is None
     refusal = verdict_on(family, fault, dtype, sizes).refusal
-    assert re.match(r"with sliding_window 4096 as 32, layer 0 (differs from|sees more)", refusal)
+    assert re.match(r"with sliding_window 4096 as 32, .*layer \d (differs from|sees more)", refusal)
     assert "\n" not in refusal
 
 

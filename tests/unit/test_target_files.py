@@ -66,7 +66,7 @@ def flipped(path: Path) -> None:
         file.seek(-1, 2)
         last = file.read(1)[0]
         file.seek(-1, 2)
-        file.write(bytes([last ^ 64]))
+        file.write(bytes([last ^ 128]))
     os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
 
 

@@ -56,7 +56,7 @@ def opened(directory: Path, plan: Plan, target: Target, standalone: bool = False
     check_target(directory, config, target, standalone)
     padding = None
     if not standalone:
-        config, padding = fitted(directory, config, target)
+        config, padding = fitted(directory, config, plan.names, target)
     if plan.kind == "medusa":
         config = {"hidden_size": target.hidden_size, "vocab_size": target.vocab_size} | config
     elif config.get("target_layer_ids"):
