@@ -11,9 +11,11 @@ import math
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from deepspec.target.source import model_class
 
 LAYERS, HIDDEN = 4, 64
 VOCABULARY = 512
@@ -228,7 +230,8 @@ def tiny_model(
 ) -> PreTrainedModel:
     """Return a random model whose logits vary by about 1 and depend on what was read."""
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(config or tiny_config(model_type)).to(dtype).eval()
+    config = config or tiny_config(model_type)
+    model = model_class(config).from_config(config).to(dtype).eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, weight in model.named_parameters():

@@ -6,18 +6,20 @@ import re
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
 
 from benchmarks.tiny_families import tiny_config, tiny_model
+from deepspec.decoding.engine import generate
 from deepspec.errors import DeepSpecError
 from deepspec.target import selftest
 from deepspec.target.attention import NAME
 from deepspec.target.model import Target, examine_target, load_target, resolve_target
 from deepspec.target.reaches import reaches, reduced, resized
 from deepspec.target.selftest import ATTENTION, STATES, STEPS, Verdict, examine
+from deepspec.target.source import model_class
 from tests.tiny import make_target, make_tokenizer
 
 WINDOW = 24  # of the tiny families
+SEEING = ("mistral3", "qwen3_vl", "llava")  # models that also see
 
 
 @pytest.fixture(autouse=True)
@@ -34,7 +36,7 @@ def verdict_on(family: str, fault=None, dtype=torch.float32, sizes: dict | None 
     def load(attention, wanted, resizing):
         options = {} if attention is None else {"attn_implementation": attention}
         config = resized(tiny_config(family, **sizes or {}), resizing)
-        model = AutoModelForCausalLM.from_config(config, dtype=wanted or dtype, **options).eval()
+        model = model_class(config).from_config(config, dtype=wanted or dtype, **options).eval()
         model.load_state_dict(weights)
         if fault and attention == NAME:
             fault(model)
@@ -65,7 +67,8 @@ def no_head_scale(model) -> None:
 
 
 @pytest.mark.parametrize(
-    "family", ["mistral", "gemma2", "gpt_oss", "llama4_text", "deepseek_v3", "gemma4_text", "granite"]
+    "family",
+    ["mistral", "gemma2", "gpt_oss", "llama4_text", "deepseek_v3", "gemma4_text", "granite", *SEEING],
 )
 def test_a_family_that_our_attention_runs_is_right_under_it(family):
     verdict = verdict_on(family)
@@ -165,6 +168,20 @@ def test_a_refused_target_is_neither_resolved_nor_loaded(tmp_path):
     assert "\n" not in str(caught.value) and not (tmp_path / "out").exists()
     with pytest.raises(DeepSpecError, match="refused"):
         load_target(source)
+
+
+@pytest.mark.parametrize("family", ["mistral3", "qwen3_vl"])
+def test_a_model_that_also_sees_is_a_target_for_text(family, tmp_path):
+    source = written(family, tmp_path / "source")
+    resolve_target(str(source), None, "float32", tmp_path / "copy")
+    target = load_target(tmp_path / "copy", dtype="float32")
+    ids = torch.arange(100, 160)
+    theirs = tiny_model(family)
+    expected = theirs.generate(
+        ids[None], attention_mask=torch.ones_like(ids[None]), max_new_tokens=24, do_sample=False
+    )
+    (found,) = generate(target, None, ids.tolist(), max_new_tokens=24)
+    assert found.tokens == expected[0, 60:].tolist()[: len(found.tokens)] and len(found.tokens) > 2
 
 
 def test_a_verdict_is_kept_under_the_digest(tmp_path):

@@ -116,6 +116,7 @@ def test_files_that_have_not_changed_are_not_opened_again(directory, monkeypatch
 
 
 def test_files_that_were_written_just_now_are_hashed_again(directory):
+    (directory / "config.json").touch()
     directory_digest(directory)
     assert not (Path.home() / ".cache/deepspec/digests").exists()
 
