@@ -35,7 +35,7 @@ class Settings:
         into: the directory to clone into; None: `deepspec-<tag>`.
         recompute: make data and drafts again instead of pulling them.
         stages: what to run, by name, in place of all (`--recompute`) or of all whose outputs are in git.
-        drafter: with `recompute`, the one draft that is trained again and judged by its weights.
+        drafter: the one draft that is trained again and judged by its weights.
         pipeline: the dvc.yaml whose metrics are compared; None: the milestone's, or dvc.yaml.
         remote: where to pull from, in place of the remote that the repository names.
         setup: run in an environment made by `make setup` in the clone, not in the present one.
