@@ -25,6 +25,7 @@ from deepspec.reproduce.checkout import (
     Settings,
     Stage,
     Work,
+    not_as_locked,
     open_clone,
     read_pipeline,
     take_over_remote,
@@ -167,6 +168,9 @@ def _bring(work: Work, pipeline: Pipeline, todo: list[str]) -> None:
         said = [line for line in done.stderr.splitlines() if line.strip()]
         error = next((line for line in said if line.startswith("ERROR")), said[-1] if said else "no message")
         raise _no_data(work, pipeline, f"dvc pull: {error.removeprefix('ERROR: ')}")
+    for path in rest:
+        if others := not_as_locked(work.root, path, wanted[path]):
+            raise _no_data(work, pipeline, f"{', '.join(others)}: not the files that dvc.lock names")
 
 
 def _no_data(work: Work, pipeline: Pipeline, why: str) -> DeepSpecError:
@@ -256,8 +260,12 @@ def _metrics(work: Work, paths: list[str], revision: str | None) -> dict[str, An
     found: dict[str, Any] = {}
     fs = DVCFileSystem(str(work.root), rev=revision)
     for path in filter(fs.exists, paths):
-        text = fs.read_text(path)
-        values = json.loads(text) if path.endswith(".json") else yaml.safe_load(text)
+        try:
+            text = fs.read_text(path)
+            values = json.loads(text) if path.endswith(".json") else yaml.safe_load(text)
+        except (OSError, ValueError, yaml.YAMLError) as error:
+            where = f"of {work.settings.tag}" if revision else f"in {work.root}"
+            raise DeepSpecError(f"{path} {where} cannot be read: {' '.join(str(error).split())}") from None
         for name, value in tolerance.flatten(values).items():
             found[f"{path}:{name}" if name in found else name] = value
     return found

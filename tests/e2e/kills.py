@@ -286,7 +286,11 @@ def moment(
 
 def table(moments: list[dict[str, Any]]) -> str:
     """Return the moments as a table in Markdown."""
-    head = "| | killed | after | that run | the next | the same rows, steps, digests | branches |\n" + 7 * "|---" + "|"
+    head = (
+        "| | killed | after | that run | the next | the same rows, steps, digests | branches |\n"
+        + 7 * "|---"
+        + "|"
+    )
     rows = [
         f"| {one['number']} | {one['victim']}: {one['killed']} | {one['after_s']} s | {one['first']} | {one['next']} | "
         f"{', '.join(one['others']) or 'yes'} | {one['branches']}, {'; '.join(one['broken']) or 'whole'} |"

@@ -17,13 +17,13 @@ from typer.testing import CliRunner
 from deepspec.cli import app
 from deepspec.errors import DeepSpecError
 from deepspec.reproduce import draft as drafts
-from deepspec.reproduce.checkout import Settings, Work
+from deepspec.reproduce.checkout import Settings
 from deepspec.reproduce.milestones import read_milestones, take_files
 from deepspec.reproduce.run import RESULT, run
-from tests import repositories
 from tests.dvc_here import make_repository
 from tests.repositories import commit, sh, succeed
 
+pytestmark = pytest.mark.usefixtures("dvc_here")
 ROOT = Path(__file__).parents[2]
 DVC_YAML = """
 stages:
@@ -108,13 +108,6 @@ def main(tmp_path_factory) -> Path:
     bare = root.parent / "main.git"
     sh(root.parent, "git", "clone", "--quiet", "--bare", "--no-tags", "--single-branch", str(root), str(bare))
     return bare
-
-
-@pytest.fixture(autouse=True)
-def dvc_in_this_process(monkeypatch):
-    """A test of what is interrupted starts it as a process."""
-    monkeypatch.setattr(Work, "dvc", repositories.dvc_in_process)
-    monkeypatch.setattr(Work, "stage", repositories.stage_in_process)
 
 
 @pytest.fixture
@@ -229,7 +222,10 @@ def test_a_draft_is_trained_from_the_data_in_git_without_making_them_again(setti
     ("damage", "taken"),
     [
         (lambda folder: None, ["folder"]),
-        (lambda folder: (folder / "a").unlink(), []),  # a part of it, as the manifest of a data set may be alone
+        (
+            lambda folder: (folder / "a").unlink(),
+            [],
+        ),  # a part of it, as the manifest of a data set may be alone
         (lambda folder: (folder / "a").write_text("other"), []),
         (lambda folder: (folder / "more").write_text("more"), []),
     ],
