@@ -17,7 +17,7 @@ from typing import Any
 from deepspec.errors import DeepSpecError, nearest
 from deepspec.files import replacing, write_json
 from deepspec.git import git, git_or_none
-from deepspec.reproduce.milestones import FOLDER_MD5, Milestone, read_milestones
+from deepspec.reproduce.milestones import Milestone, read_milestones
 
 logger = logging.getLogger(__name__)
 
@@ -355,41 +355,6 @@ def _read_pipeline(work: Work) -> Pipeline:
         raise DeepSpecError(f"{chosen} at {work.settings.tag} declares no metrics: nothing to compare with")
     altered = {name: (md5, in_git[name]) for name, md5 in found.items() if in_git[name] not in (None, md5)}
     return Pipeline(stages, metrics, [*in_git], altered)
-
-
-def not_as_locked(root: Path, path: str, md5: str) -> list[str]:
-    """Return the files of an output, pulled into the clone, that are not those of dvc.lock; the clone forgets them.
-
-    DVC believes what a remote of its own sends. A folder whose list of files is another one is returned by its name.
-    """
-    from dvc.repo import Repo
-
-    with Repo(root) as repo:
-        cache = Path(repo.cache.local.path)
-
-        def kept(digest: str) -> Path:
-            return cache / digest[:2] / digest[2:]
-
-        files = {path: md5}
-        if md5.endswith(FOLDER_MD5):
-            listing = kept(md5).read_bytes()
-            if hashlib.md5(listing, usedforsecurity=False).hexdigest() + FOLDER_MD5 != md5:
-                kept(md5).unlink()
-                return [path]
-            files = {f"{path}/{file['relpath']}": file["md5"] for file in json.loads(listing)}
-        wrong = [name for name, digest in files.items() if _md5_of(root / name) != digest]
-        for name in wrong:
-            kept(files[name]).unlink(missing_ok=True)
-            (root / name).unlink(missing_ok=True)
-    return wrong
-
-
-def _md5_of(path: Path) -> str | None:
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
-    except OSError:
-        return None
 
 
 def within(path: str, folder: str) -> bool:

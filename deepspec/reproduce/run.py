@@ -25,7 +25,6 @@ from deepspec.reproduce.checkout import (
     Settings,
     Stage,
     Work,
-    not_as_locked,
     open_clone,
     read_pipeline,
     take_over_remote,
@@ -34,6 +33,7 @@ from deepspec.reproduce.checkout import (
 from deepspec.reproduce.draft import draft_of, judge_draft
 from deepspec.reproduce.milestones import command, small_data, take_files
 from deepspec.reproduce.outcome import Outcome, show
+from deepspec.reproduce.pulled import not_as_locked
 from deepspec.reproduce.tolerance import Figures, Row
 
 logger = logging.getLogger(__name__)
