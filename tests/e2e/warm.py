@@ -1,8 +1,8 @@
 """Python processes that need not import torch, DVC and Prefect first: each is forked from a server that has done so.
 
-    python -m tests.e2e.warm FOLDER            # the server; FOLDER gets `python` and `accelerate` of this kind
+    with warm(folder, environment) as programs: ...
 
-The programs of FOLDER stand for the process that they ask for: they have its arguments, environment, directory and open
+The programs of the folder, `python` and `accelerate`, stand for the process that they ask for: they have its arguments, environment, directory and open
 files, its exit status is theirs, and whoever kills them, `kill -9` too, kills it. Of this project's own code the server
 imports nothing, so that a fork runs what its PYTHONPATH has.
 """
@@ -184,8 +184,8 @@ PATHS = {os.getcwd(), "", *os.environ.get("PYTHONPATH", "").split(os.pathsep)}  
 
 
 @contextmanager
-def warm(folder: Path, environment: dict[str, str]) -> Iterator[Path]:
-    """A server and the programs that ask it; the folder of these, to be the first on the PATH."""
+def warm(folder: Path, environment: dict[str, str], modules: tuple[str, ...] = SLOW) -> Iterator[Path]:
+    """A server with these modules and the programs that ask it; the folder of these, to be the first on the PATH."""
     folder.mkdir(parents=True, exist_ok=True)
     for name in ("python", "accelerate"):
         program = folder / name
@@ -196,7 +196,7 @@ def warm(folder: Path, environment: dict[str, str]) -> Iterator[Path]:
     (folder / SOCKET).unlink(missing_ok=True)
     with (folder / "warm.log").open("ab") as log:
         server = subprocess.Popen(
-            [sys.executable, "-m", __name__, str(folder)], env=environment, stdout=log, stderr=log
+            [sys.executable, "-m", __name__, str(folder), *modules], env=environment, stdout=log, stderr=log
         )
     try:
         while not (folder / SOCKET).exists():
@@ -211,7 +211,6 @@ def warm(folder: Path, environment: dict[str, str]) -> Iterator[Path]:
 
 
 if __name__ == "__main__":
-    for module in SLOW:
-        with suppress(ImportError):
-            importlib.import_module(module)
+    for module in sys.argv[2:]:
+        importlib.import_module(module)
     become(serve(Path(sys.argv[1])))
