@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import subprocess
+import time
 from pathlib import Path
 
 import pyarrow.parquet
@@ -100,4 +101,5 @@ def test_a_warm_process_is_the_program_that_asked_for_it(tmp_path: Path):
             asleep.send_signal(number)
             assert asleep.wait() == -number
             assert asleep.stdout.read() == ""  # whose other end the process held
-            assert not Path(f"/proc/{pid}").exists() or "State:\tZ" in Path(f"/proc/{pid}/status").read_text()
+            while Path(f"/proc/{pid}").exists():  # the test's own time limit ends this
+                time.sleep(0.01)

@@ -2,9 +2,9 @@
 
     with warm(folder, environment) as programs: ...
 
-The programs of the folder, `python` and `accelerate`, stand for the process that they ask for: they have its arguments, environment, directory and open
-files, its exit status is theirs, and whoever kills them, `kill -9` too, kills it. Of this project's own code the server
-imports nothing, so that a fork runs what its PYTHONPATH has.
+The programs of the folder, `python` and `accelerate`, stand for the process that they ask for: they have its arguments,
+environment, directory and open files, its exit status is theirs, and whoever kills them, `kill -9` too, kills it. Of
+this project's own code the server imports nothing, so that a fork runs what its PYTHONPATH has.
 """
 
 from __future__ import annotations
