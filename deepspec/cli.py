@@ -328,7 +328,7 @@ def reproduce(
         str | None, typer.Option(help="Comma-separated, in place of all that are to run.", show_default="all")
     ] = None,
     drafter: Annotated[
-        str | None, typer.Option(help="With --recompute: train this one draft and compare its weights.")
+        str | None, typer.Option(help="Train this one draft again and compare its weights.")
     ] = None,
     pipeline: Annotated[
         str | None,

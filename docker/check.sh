@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
-# Build the image, bring compose up, run the smoke pipeline and a promotion in the worker, push to a bucket, look at the
-# pages, and take all down. About 20 minutes and 12 GB on two cores.
+# Build the image, bring compose up, run the smoke pipeline and a promotion in the worker, push to a bucket, run the pipeline in
+# a container of its own, look at the pages, and take all down. About 25 minutes and 12 GB on two cores.
 #
 #   docker/check.sh              # with the Docker that runs here, or one of its own where none does (as root, on Debian)
-#   docker/check.sh --stand-ins  # never ask a registry of images: bases are made of Debian's packages
+#   docker/check.sh --stand-ins  # an engine of its own that asks no registry of images: bases are made of Debian's packages
 #   WORK=/big/disk docker/check.sh
 #
-# An engine of its own leaves the host's netfilter alone and is gone afterwards. The log of every step is in $WORK/log.
+# An engine of its own leaves the host's netfilter alone and is gone afterwards; what it downloaded and built stays in $WORK.
+# The log of every step is in $WORK/log.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 ROOT=$PWD
@@ -14,8 +15,9 @@ WORK=${WORK:-/var/tmp/deepspec-containers}
 export DOCKER_CONFIG=$WORK/config COMPOSE_PROJECT_NAME=deepspec-check
 STAND_INS=no
 [ "${1:-}" = --stand-ins ] && STAND_INS=yes
-PREFECT_PORT=${DEEPSPEC_PREFECT_PORT:-4270} MLFLOW_PORT=${DEEPSPEC_MLFLOW_PORT:-5070}
-ENGINE_PID="" WHEELS_PID=""
+PREFECT_PORT=${DEEPSPEC_PREFECT_PORT:-4270} MLFLOW_PORT=${DEEPSPEC_MLFLOW_PORT:-5070} S3_PORT=${DEEPSPEC_S3_PORT:-9070}
+NAME=deepspec-check # of the network and, with -runs, of the volume: a deployment beside it keeps its own
+ENGINE_PID="" WHEELS_PID="" STEP_PID=""
 mkdir -p "$WORK/log" "$DOCKER_CONFIG/cli-plugins"
 SECONDS=0
 
@@ -24,7 +26,9 @@ step() { # NAME COMMAND...: run it with its output in the log; say how it ended
   local name=$1 from=$SECONDS
   shift
   ("$@") >"$WORK/log/$name" 2>&1 &  # in the background: as a condition it would not end at a command that fails
-  if wait $!; then
+  STEP_PID=$!
+  if wait $STEP_PID; then
+    STEP_PID=""
     say "$name: $((SECONDS - from)) s"
   else
     say "$name: FAILED; the end of $WORK/log/$name:"
@@ -36,9 +40,11 @@ compose() { docker compose -f docker/compose.yaml -f "$WORK/override.yaml" --env
 
 down() {
   local status=$?
+  [ -z "$STEP_PID" ] || kill "$STEP_PID" 2>/dev/null || true
   if [ -f "$WORK/override.yaml" ] && docker info >/dev/null 2>&1; then
     compose logs --no-color >"$WORK/log/services" 2>&1 || true
     compose down --volumes --timeout 20 >"$WORK/log/down" 2>&1 || true
+    docker volume rm --force "$NAME-pool" >>"$WORK/log/down" 2>&1 || true
   fi
   [ -z "$WHEELS_PID" ] || kill "$WHEELS_PID" 2>/dev/null || true
   if [ -n "$ENGINE_PID" ]; then
@@ -135,9 +141,9 @@ if [ ! -s $data/PG_VERSION ]; then
   printf %s "$POSTGRES_PASSWORD" >/tmp/secret && chown postgres /tmp/secret
   as "$bin/initdb" -D $data -U "$POSTGRES_USER" --auth scram-sha-256 --pwfile /tmp/secret -E UTF8
   echo 'host all all all scram-sha-256' >>$data/pg_hba.conf
-  as "$bin/pg_ctl" -D $data -w -o '-c listen_addresses=127.0.0.1 -c unix_socket_directories=/tmp' start
+  as "$bin/pg_ctl" -D $data -w -o '-c listen_addresses= -c unix_socket_directories=/tmp' start
   export PGPASSWORD="$POSTGRES_PASSWORD"
-  ask() { "$bin/psql" -h 127.0.0.1 -U "$POSTGRES_USER" "$@"; }
+  ask() { "$bin/psql" -h /tmp -U "$POSTGRES_USER" "$@"; }
   ask -d postgres -c "CREATE DATABASE \"$POSTGRES_DB\""
   for file in /docker-entrypoint-initdb.d/*.sql; do ask -d "$POSTGRES_DB" -f "$file"; done
   as "$bin/pg_ctl" -D $data -w stop
@@ -170,7 +176,7 @@ image_of() { sed -n "s/^ *image: \($1[^ ]*\)$/\1/p" docker/compose.yaml | head -
 
 # --- what is checked -------------------------------------------------------------------------------------------------------
 
-smoke_checkout() { # a clone whose branch `smoke` has the smoke profile and a tiny target in it
+smoke_checkout() { # a clone whose branch `smoke` has the smoke profile, a tiny target and the bucket as its remote
   rm -rf "$WORK/checkout" "$WORK/cache"
   git clone --quiet --no-hardlinks "$ROOT" "$WORK/checkout"
   compose run --rm --no-deps --user "$(id -u):$(id -g)" --env PYTHONPATH=/app:/repository --volume "$ROOT:/source:ro" \
@@ -178,8 +184,16 @@ smoke_checkout() { # a clone whose branch `smoke` has the smoke profile and a ti
   cd "$WORK/checkout" # of this step alone
   git checkout --quiet -B smoke
   sed 's/^pipeline:.*/pipeline: [lookup, dspark]/' params.smoke.yaml >params.yaml
-  git add --force params.yaml data/smoke-target
+  sed -i 's/remote = local/remote = team/' .dvc/config
+  printf "%s\n" "['remote \"team\"']" '    url = s3://deepspec/dvc' '    endpointurl = http://s3:9000' >>.dvc/config
+  git add --force .dvc/config params.yaml data/smoke-target
   git -c user.name=check -c user.email=check@localhost commit --quiet --message "The smoke profile"
+}
+
+all_up() { # `--wait` for all would take the end of the service that makes the bucket for a failure
+  compose up --detach
+  compose up --detach --wait postgres prefect mlflow s3 worker
+  [ "$(docker wait "$(compose ps --all --quiet s3-bucket)")" = 0 ]
 }
 
 in_worker() { compose exec -T worker "$@"; }
@@ -196,25 +210,46 @@ bucket() { # data of the run to the store and back, in a clone without a cache
   in_worker sh -ec "
     rm -rf /tmp/there /tmp/back && git clone --quiet --branch $(branch_of_run) /repository /tmp/there && cd /tmp/there
     dvc cache dir --local /repository/.dvc/cache
-    dvc remote add --local --default team s3://deepspec/dvc && dvc remote modify --local team endpointurl http://s3:9000
     dvc push data/drafts/dspark
     git clone --quiet --branch $(branch_of_run) /repository /tmp/back && cd /tmp/back
-    dvc remote add --local --default team s3://deepspec/dvc && dvc remote modify --local team endpointurl http://s3:9000
     dvc pull data/drafts/dspark && test -s data/drafts/dspark/model.safetensors"
+}
+
+pool() { # the pipeline in a container of its own, whose repository is a URL and whose data go to the bucket
+  trap 'kill $(jobs -p) 2>/dev/null || true' EXIT # of this step
+  local gateway url keys bare=$WORK/origin.git prefect=$WORK/pool/bin/prefect
+  rm -rf "$bare" && git clone --quiet --bare "$WORK/checkout" "$bare"
+  git -C "$bare" for-each-ref --format='delete %(refname)' 'refs/heads/runs/*' | git -C "$bare" update-ref --stdin
+  gateway=$(docker network inspect "$NAME" --format '{{(index .IPAM.Config 0).Gateway}}')
+  url=git://$gateway/origin.git
+  git daemon --reuseaddr --listen="$gateway" --base-path="$WORK" --export-all --enable=receive-pack "$bare" &
+  python3 -m venv "$WORK/pool"
+  "$WORK/pool/bin/pip" install --quiet -c constraints.txt prefect-docker
+  in_worker prefect work-pool create docker --type docker --overwrite
+  compose exec -T --env DEEPSPEC_ROOT=/app --env DEEPSPEC_REPOSITORY="$url" worker \
+    prefect --no-prompt deploy --prefect-file prefect.yaml --name pipeline/nightly-docker
+  export PREFECT_API_URL=http://localhost:$PREFECT_PORT/api PREFECT_HOME=$WORK/pool/home
+  "$prefect" worker start --pool docker >"$WORK/log/pool-worker" 2>&1 &
+  keys='{"DEEPSPEC_RUNS": "/runs", "PREFECT_API_URL": "http://prefect:4200/api", "MLFLOW_TRACKING_URI": "http://mlflow:5000",
+    "AWS_ACCESS_KEY_ID": "check", "AWS_SECRET_ACCESS_KEY": "check-check"}'
+  "$prefect" deployment run pipeline/nightly-docker --param ref=smoke --param 'overrides={"pipeline": ["lookup"]}' \
+    --job-variable "networks=[\"$NAME\"]" --job-variable "volumes=[\"$NAME-pool:/runs\"]" \
+    --job-variable auto_remove=true --job-variable "env=$keys" --watch
+  [ "$(git -C "$bare" for-each-ref 'refs/heads/runs/*' | wc -l)" = 1 ] || { echo "no branch was pushed"; return 1; }
 }
 
 pages() { # the first pages, and a champion under the address that links have
   local python=$ROOT/.venv/bin/python
-  [ -x "$python" ] || python=python3
+  [ -x "$python" ] || python=python3 # the one of an activated environment
   "$python" - "http://localhost:$PREFECT_PORT" "http://localhost:$MLFLOW_PORT" <<'PY'
-import sys, urllib.request
+import sys, urllib.error, urllib.request
 
 prefect, mlflow = sys.argv[1:]
 for url in (f"{prefect}/", f"{prefect}/api/ready", f"{mlflow}/", f"{mlflow}/health"):
     with urllib.request.urlopen(url, timeout=20) as reply:
         assert reply.status == 200, url
         print(url, reply.status)
-request = urllib.request.Request(f"{mlflow}/health", headers={"Host": "elsewhere.example"})
+request = urllib.request.Request(f"{mlflow}/", headers={"Host": "elsewhere.example"})
 try:
     urllib.request.urlopen(request, timeout=20)
     raise SystemExit("MLflow answers to any name")
@@ -252,19 +287,20 @@ else
   step packages debian_packages
   export PATH=$WORK/engine-tree/usr/bin:$WORK/engine-tree/usr/sbin:$PATH
   docker compose version >/dev/null 2>&1 || step plugins plugins
-  docker info >/dev/null 2>&1 || start_engine
+  start_engine
 fi
 {
   echo "POSTGRES_PASSWORD=$(head -c 12 /dev/urandom | od -An -tx1 | tr -d ' \n')"
   printf 'DEEPSPEC_UID=%s\nDEEPSPEC_GID=%s\n' "$(id -u)" "$(id -g)"
-  printf 'DEEPSPEC_CHECKOUT=%s\nDEEPSPEC_PREFECT_PORT=%s\nDEEPSPEC_MLFLOW_PORT=%s\n' \
-    "$WORK/checkout" "$PREFECT_PORT" "$MLFLOW_PORT"
+  printf 'DEEPSPEC_CHECKOUT=%s\nDEEPSPEC_PREFECT_PORT=%s\nDEEPSPEC_MLFLOW_PORT=%s\nDEEPSPEC_S3_PORT=%s\n' \
+    "$WORK/checkout" "$PREFECT_PORT" "$MLFLOW_PORT" "$S3_PORT"
   printf 'DEEPSPEC_PACKAGES=boto3 dvc-s3\nS3_USER=check\nS3_PASSWORD=check-check\nMLFLOW_S3_ENDPOINT_URL=http://s3:9000\n'
   echo 'MLFLOW_ARTIFACTS=s3://deepspec/mlflow'
 } >"$WORK/env"
 {
-  echo 'services:'
-  if [ $STAND_INS = yes ]; then printf '  prefect: {build: {network: host}}\n'; else printf '  prefect: {}\n'; fi
+  printf 'networks: {deepspec: {name: %s}}\nvolumes: {runs: {name: %s}}\n' "$NAME" "$NAME-runs"
+  printf 'services:\n  worker: {environment: {OMP_NUM_THREADS: "%s"}}\n' "${OMP_NUM_THREADS:-$(nproc)}"
+  [ $STAND_INS = no ] || echo '  prefect: {build: {network: host}}' # an engine without netfilter has no other
 } >"$WORK/override.yaml"
 mkdir -p "$WORK/checkout"
 if [ $STAND_INS = yes ]; then
@@ -279,11 +315,12 @@ if [ $STAND_INS = yes ]; then
 fi
 step image compose build prefect
 step checkout smoke_checkout
-step up compose up --detach --wait
+step up all_up
 step pipeline pipeline_run
 [ -n "$(branch_of_run)" ] || { say "no branch was pushed"; exit 1; }
 step promotion promotion
 step bucket bucket
+step pool pool
 step pages pages
 step memory memory
 cat "$WORK/log/memory"

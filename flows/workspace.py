@@ -194,13 +194,13 @@ def _restore(root: Path, say: Callable[[str], None]) -> None:
     for words in ([["fetch", "--run-cache"]] if _has_remote(root) else []) + [
         ["checkout", "--force", "--allow-missing"]
     ]:
-        done = _run([sys.executable, "-m", "dvc", *words], root)
+        done = ask_dvc(root, *words)
         if done.returncode:
             say(f"dvc {words[0]}: {(done.stderr.strip() or 'failed').splitlines()[-1]}")
 
 
 def _has_remote(root: Path) -> bool:
-    return bool(_run([sys.executable, "-m", "dvc", "config", "core.remote"], root).stdout.strip())
+    return bool(ask_dvc(root, "config", "core.remote").stdout.strip())
 
 
 def override(path: Path, overrides: dict[str, Any]) -> None:
@@ -314,11 +314,13 @@ def git(root: Path, *words: str, failing: str | None = "") -> str:
 
 def dvc(root: Path, *words: str) -> str:
     """Return what `dvc <words>` prints."""
-    done = _run([sys.executable, "-m", "dvc", *words], root)
+    done = ask_dvc(root, *words)
     if done.returncode:
         raise UserMistake(reason(done) or f"dvc {' '.join(words)} failed")
     return done.stdout.strip()
 
 
-def _run(words: list[str], root: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(words, cwd=root, env=environment(root), capture_output=True, text=True)
+def ask_dvc(root: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    """Run `dvc <words>` in a directory, whatever comes of it."""
+    command = [sys.executable, "-m", "dvc", *words]
+    return subprocess.run(command, cwd=root, env=environment(root), capture_output=True, text=True)

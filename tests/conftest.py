@@ -70,6 +70,14 @@ def tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_target: Path, emp
     return tmp_path
 
 
+@pytest.fixture
+def dvc_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ask DVC in this process, where it is imported already; the e2e tests start it."""
+    from tests.dvc_here import keep_here
+
+    keep_here(monkeypatch)
+
+
 @pytest.fixture(autouse=True)
 def no_network(monkeypatch: pytest.MonkeyPatch):
     """Fail a test that reaches for another machine, even if the library that did so swallowed the refusal."""

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import subprocess
 from pathlib import Path
-from typing import Any
 
-from deepspec.reproduce.checkout import Work
 from tests.dvc_here import dvc
 
 WHO = ("-c", "user.name=tests", "-c", "user.email=tests@example.org")
@@ -27,13 +25,3 @@ def succeed(root: Path, *words: str) -> None:
     """`dvc WORD ...`, which must succeed."""
     done = dvc(root, *words)
     assert done.returncode == 0, done.stderr
-
-
-def dvc_in_process(work: Work, *words: str, **_: Any) -> subprocess.CompletedProcess:
-    """In place of `Work.dvc`, which starts a process."""
-    return dvc(work.root, *words)
-
-
-def stage_in_process(work: Work, address: str) -> subprocess.CompletedProcess:
-    """In place of `Work.stage`, likewise."""
-    return dvc(work.root, "repro", "--force", "--single-item", address)

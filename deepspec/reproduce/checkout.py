@@ -35,7 +35,7 @@ class Settings:
         into: the directory to clone into; None: `deepspec-<tag>`.
         recompute: make data and drafts again instead of pulling them.
         stages: what to run, by name, in place of all (`--recompute`) or of all whose outputs are in git.
-        drafter: with `recompute`, the one draft that is trained again and judged by its weights.
+        drafter: the one draft that is trained again and judged by its weights.
         pipeline: the dvc.yaml whose metrics are compared; None: the milestone's, or dvc.yaml.
         remote: where to pull from, in place of the remote that the repository names.
         setup: run in an environment made by `make setup` in the clone, not in the present one.
@@ -294,8 +294,18 @@ def read_pipeline(work: Work) -> Pipeline:
     """Read the pipeline as it is at the tag, whatever has run since.
 
     Raises:
-        DeepSpecError: it declares no metrics.
+        DeepSpecError: it or its dvc.lock cannot be read, or it declares no metrics.
     """
+    from dvc.exceptions import DvcException
+
+    try:
+        return _read_pipeline(work)
+    except (DvcException, OSError) as error:
+        said = " ".join(str(error).split())
+        raise DeepSpecError(f"{work.pipeline} of {work.settings.tag} cannot be read: {said}") from None
+
+
+def _read_pipeline(work: Work) -> Pipeline:
     import networkx
     from dvc.repo import Repo
 

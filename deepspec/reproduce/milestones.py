@@ -7,6 +7,8 @@ repository. They are taken from the newest commit, and are what the milestone's 
 from __future__ import annotations
 
 import hashlib
+import json
+import logging
 import tempfile
 from pathlib import Path
 
@@ -16,8 +18,11 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from deepspec.errors import DeepSpecError
 from deepspec.git import git, git_bytes, git_or_none
 
+logger = logging.getLogger(__name__)
+
 FILE = "milestones.yaml"
 FOLDER = "milestones"
+FOLDER_MD5 = ".dir"  # ends the MD5 of a folder in dvc.lock
 NEWEST = ("refs/remotes/origin/HEAD", "HEAD")  # where the file is looked for, in a clone
 
 
@@ -86,24 +91,52 @@ def take_files(clone: Path, name: str, wanted: dict[str, str]) -> list[str]:
     """Write the milestone's small data that are wanted into the clone; return their paths.
 
     Args:
-        wanted: path → MD5 that dvc.lock has.
+        wanted: path of a file or a folder → MD5 that dvc.lock has.
 
     Raises:
         DeepSpecError: a file is not the one that dvc.lock names.
     """
     taken = []
     for path, md5 in wanted.items():
-        for ref in NEWEST:
+        files = small_data(clone, name, path, md5)
+        for file, data in files.items():
+            (clone / file).parent.mkdir(parents=True, exist_ok=True)
+            (clone / file).write_bytes(data)
+        taken += [path] if files else []
+    return taken
+
+
+def small_data(clone: Path, name: str, path: str, md5: str) -> dict[str, bytes]:
+    """Return the files of a milestone that lie in git, path → bytes: one file, or all of a folder; none without them.
+
+    A folder of which there is only a part, or another one, counts as not there: what it lacks may be had elsewhere.
+
+    Raises:
+        DeepSpecError: a file is not the one that dvc.lock names.
+    """
+    for ref in NEWEST:
+        if not md5.endswith(FOLDER_MD5):
             data = git_bytes(clone, f"{ref}:{FOLDER}/{name}/{path}")
             if data is None:
                 continue
-            if hashlib.md5(data, usedforsecurity=False).hexdigest() != md5:
+            if _md5(data) != md5:
                 raise DeepSpecError(f"{FOLDER}/{name}/{path}: not the file that dvc.lock of {name} names")
-            (clone / path).parent.mkdir(parents=True, exist_ok=True)
-            (clone / path).write_bytes(data)
-            taken.append(path)
-            break
-    return taken
+            return {path: data}
+        place = f"{FOLDER}/{name}/{path}/"
+        there = git_or_none(clone, "ls-tree", "-r", "-z", "--name-only", ref, place) or ""
+        found = {file: git_bytes(clone, f"{ref}:{file}") or b"" for file in filter(None, there.split("\0"))}
+        listed = [
+            {"md5": _md5(data), "relpath": file.removeprefix(place)} for file, data in sorted(found.items())
+        ]
+        if found and f"{_md5(json.dumps(listed).encode())}{FOLDER_MD5}" == md5:  # as DVC makes it
+            return {file.removeprefix(f"{FOLDER}/{name}/"): data for file, data in found.items()}
+        if found:
+            logger.info("%s: not all of it, or not what dvc.lock of %s names: left alone", place, name)
+    return {}
+
+
+def _md5(data: bytes) -> str:
+    return hashlib.md5(data, usedforsecurity=False).hexdigest()
 
 
 def listed(milestones: Milestones) -> list[str]:

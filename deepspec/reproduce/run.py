@@ -1,9 +1,9 @@
 """`deepspec reproduce TAG`: a published result brought back in an empty directory, and each figure beside the old one.
 
 The repository is cloned at the tag, or at the commit of a milestone (`milestones.py`). What DVC keeps (data, drafts) is
-pulled, or with `--recompute` made again from nothing (`--drafter`: one draft alone); what git keeps (evaluation
-records, metrics, the report) is always measured again, by the stages of the tag's own dvc.yaml. `tolerance.py` then
-judges every metric that DVC knows. A run that was interrupted goes on where it stopped.
+pulled, or with `--recompute` made again from nothing; what git keeps (evaluation records, metrics, the report) is
+always measured again, by the stages of the tag's own dvc.yaml. `tolerance.py` then judges every metric that DVC knows.
+`--drafter` trains one draft again and judges that alone. A run that was interrupted goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -31,8 +31,9 @@ from deepspec.reproduce.checkout import (
     within,
 )
 from deepspec.reproduce.draft import draft_of, judge_draft
-from deepspec.reproduce.milestones import command, take_files
+from deepspec.reproduce.milestones import command, small_data, take_files
 from deepspec.reproduce.outcome import Outcome, show
+from deepspec.reproduce.pulled import not_as_locked
 from deepspec.reproduce.tolerance import Figures, Row
 
 logger = logging.getLogger(__name__)
@@ -48,10 +49,8 @@ def run(settings: Settings) -> bool:
             metrics, or a stage that failed.
     """
     chosen = tolerance.parse(settings.tolerances)
-    if settings.drafter and (settings.stages or not settings.recompute):
-        raise DeepSpecError(
-            "--drafter goes with --recompute, and without --stages: it trains that draft again"
-        )
+    if settings.drafter and settings.stages:
+        raise DeepSpecError("--drafter goes without --stages: it trains that draft again")
     work = open_clone(settings)
     pipeline = read_pipeline(work)
     todo = _todo(work, pipeline.stages)
@@ -100,7 +99,7 @@ def _todo(work: Work, stages: list[Stage]) -> list[str]:
     """Return the stages to run. Without data to make: those whose outputs are all in git, which are the claim."""
     settings = work.settings
     if settings.drafter:
-        return _training(settings, stages)
+        return _training(work, stages)
     if not settings.stages:
         found = [stage.address for stage in stages if settings.recompute or not stage.kept]
         if not found:
@@ -115,8 +114,9 @@ def _todo(work: Work, stages: list[Stage]) -> list[str]:
     ]
 
 
-def _training(settings: Settings, stages: list[Stage]) -> list[str]:
-    """Return the stage that trains the chosen draft and all before it."""
+def _training(work: Work, stages: list[Stage]) -> list[str]:
+    """Return the stage that trains the chosen draft and all before it, but (without `--recompute`) what git has."""
+    settings = work.settings
     drafts = {draft: stage for stage in stages if (draft := draft_of(stage))}
     wanted = [draft for draft in drafts if settings.drafter in (draft, drafts[draft].name.rpartition("@")[2])]
     if not wanted:
@@ -125,9 +125,18 @@ def _training(settings: Settings, stages: list[Stage]) -> list[str]:
         )
     found = {drafts[wanted[0]].address}
     for stage in reversed(stages):  # each stands behind those that it needs
-        if stage.address in found:
+        if stage.address in found and (draft_of(stage) == wanted[0] or not _is_given(work, stage)):
             found |= set(stage.needs)
+        else:
+            found.discard(stage.address)
     return [stage.address for stage in stages if stage.address in found]
+
+
+def _is_given(work: Work, stage: Stage) -> bool:
+    """Check whether git has all that a stage writes: in the commit, or among the small data of the milestone."""
+    if work.settings.recompute:
+        return False
+    return all(small_data(work.root, work.settings.tag, path, md5) for path, md5 in stage.kept.items())
 
 
 def _bring(work: Work, pipeline: Pipeline, todo: list[str]) -> None:
@@ -159,6 +168,9 @@ def _bring(work: Work, pipeline: Pipeline, todo: list[str]) -> None:
         said = [line for line in done.stderr.splitlines() if line.strip()]
         error = next((line for line in said if line.startswith("ERROR")), said[-1] if said else "no message")
         raise _no_data(work, pipeline, f"dvc pull: {error.removeprefix('ERROR: ')}")
+    for path in rest:
+        if others := not_as_locked(work.root, path, wanted[path]):
+            raise _no_data(work, pipeline, f"{', '.join(others)}: not the files that dvc.lock names")
 
 
 def _no_data(work: Work, pipeline: Pipeline, why: str) -> DeepSpecError:
@@ -248,8 +260,12 @@ def _metrics(work: Work, paths: list[str], revision: str | None) -> dict[str, An
     found: dict[str, Any] = {}
     fs = DVCFileSystem(str(work.root), rev=revision)
     for path in filter(fs.exists, paths):
-        text = fs.read_text(path)
-        values = json.loads(text) if path.endswith(".json") else yaml.safe_load(text)
+        try:
+            text = fs.read_text(path)
+            values = json.loads(text) if path.endswith(".json") else yaml.safe_load(text)
+        except (OSError, ValueError, yaml.YAMLError) as error:
+            where = f"of {work.settings.tag}" if revision else f"in {work.root}"
+            raise DeepSpecError(f"{path} {where} cannot be read: {' '.join(str(error).split())}") from None
         for name, value in tolerance.flatten(values).items():
             found[f"{path}:{name}" if name in found else name] = value
     return found

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
+import time
 from pathlib import Path
 
 import pyarrow.parquet
 import pytest
 
-from tests.e2e.clone import Clone, make_clone
+from tests.e2e.clone import ROOT, Clone, make_clone
+from tests.e2e.warm import warm
 
 pytestmark = pytest.mark.e2e
 TRAIN = "train@dspark"
@@ -64,3 +69,37 @@ def test_killed_stages_resume_and_end_as_an_unbroken_run(tmp_path: Path):
     assert not draft.exists()
     assert killed.run("dvc", "checkout", "data/drafts/dspark").returncode == 0
     assert (draft / "model.safetensors").read_bytes() == old
+
+
+TELLS = """
+import os, sys
+os.write(int(sys.argv[1]), b"held")
+print(os.getcwd(), os.environ["WHO"], sys.argv[1:], sys.stdin.read(), sys.executable)
+raise SystemExit(7)
+"""
+
+
+def test_a_warm_process_is_the_program_that_asked_for_it(tmp_path: Path):
+    """Its words, environment, directory, open files and status; whoever kills the one kills the other."""
+    there = tmp_path / "there"
+    there.mkdir()
+    (there / "tells.py").write_text(TELLS)
+    with warm(tmp_path / "bin", {**os.environ, "PYTHONPATH": str(ROOT)}, ("json",)) as programs:
+        python, (read, write) = str(programs / "python"), os.pipe()
+        done = subprocess.run(
+            [python, "-m", "tells", str(write), "a b"], cwd=there, env={"WHO": "me", "PATH": os.environ["PATH"]},
+            input="asked", capture_output=True, text=True, pass_fds=[write],
+        )  # fmt: skip
+        assert (done.returncode, done.stderr) == (7, "")
+        assert done.stdout.strip() == f"{there} me {[str(write), 'a b']} asked {python}"
+        assert os.read(read, 9) == b"held"
+
+        for number in (signal.SIGKILL, signal.SIGTERM):
+            words = [python, "-c", "import os, time; print(os.getpid(), flush=True); time.sleep(600)"]
+            asleep = subprocess.Popen(words, stdout=subprocess.PIPE, text=True)
+            pid = int(asleep.stdout.readline())
+            asleep.send_signal(number)
+            assert asleep.wait() == -number
+            assert asleep.stdout.read() == ""  # whose other end the process held
+            while Path(f"/proc/{pid}").exists():  # the test's own time limit ends this
+                time.sleep(0.01)

@@ -46,6 +46,7 @@ from flows.workspace import (
 )
 from tests.dvc_here import dvc, make_repository
 
+pytestmark = pytest.mark.usefixtures("dvc_here")
 PIPELINE = """
 stages:
   data: {cmd: "seq ${n} > data.txt", params: [n], outs: [data.txt]}
@@ -89,8 +90,9 @@ def clone_of(repository: Path, overrides: dict | None = None, run: str = "1", re
 
 
 def repro(root: Path, stage: str) -> str:
-    words = [sys.executable, "-m", "dvc", "repro", "--single-item", stage]
-    return "\n".join(follow(words, root, lambda _: None))
+    done = dvc(root, "repro", "--single-item", stage)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 def test_the_graph_is_that_of_dvc_matrix_and_all(repository: Path):
@@ -402,10 +404,8 @@ def test_git_s_reason_is_told_and_not_its_advice(tmp_path: Path):
 def test_a_remote_that_git_does_not_keep_is_the_clone_s_too(repository: Path):
     assert dvc(repository, "remote", "add", "--local", "--default", "team", "../remote").returncode == 0
     with clone_of(repository) as work:
-        done = subprocess.run(
-            [sys.executable, "-m", "dvc", "remote", "list"], cwd=work.root, capture_output=True, text=True
-        )
-    assert str(repository.parent / "remote") in done.stdout
+        listed = dvc(work.root, "remote", "list").stdout
+    assert str(repository.parent / "remote") in listed
 
 
 def test_a_ref_that_is_not_there_is_a_mistake(repository: Path):

@@ -17,13 +17,13 @@ from typer.testing import CliRunner
 from deepspec.cli import app
 from deepspec.errors import DeepSpecError
 from deepspec.reproduce import draft as drafts
-from deepspec.reproduce.checkout import Settings, Work
-from deepspec.reproduce.milestones import read_milestones
+from deepspec.reproduce.checkout import Settings
+from deepspec.reproduce.milestones import read_milestones, take_files
 from deepspec.reproduce.run import RESULT, run
-from tests import repositories
 from tests.dvc_here import make_repository
 from tests.repositories import commit, sh, succeed
 
+pytestmark = pytest.mark.usefixtures("dvc_here")
 ROOT = Path(__file__).parents[2]
 DVC_YAML = """
 stages:
@@ -108,13 +108,6 @@ def main(tmp_path_factory) -> Path:
     bare = root.parent / "main.git"
     sh(root.parent, "git", "clone", "--quiet", "--bare", "--no-tags", "--single-branch", str(root), str(bare))
     return bare
-
-
-@pytest.fixture(autouse=True)
-def dvc_in_this_process(monkeypatch):
-    """A test of what is interrupted starts it as a process."""
-    monkeypatch.setattr(Work, "dvc", repositories.dvc_in_process)
-    monkeypatch.setattr(Work, "stage", repositories.stage_in_process)
 
 
 @pytest.fixture
@@ -214,7 +207,42 @@ def test_other_weights_fail_on_the_same_machine_alone(
 
 def test_an_unknown_draft_and_one_that_is_only_pulled_are_refused(settings):
     assert "no draft 'c' (drafts: a, b)" in refused(settings("first", recompute=True, drafter="c"))
-    assert "--drafter goes with --recompute" in refused(settings("first", drafter="a"))
+    assert "--drafter goes without --stages" in refused(settings("first", drafter="a", stages=("table",)))
+
+
+def test_a_draft_is_trained_from_the_data_in_git_without_making_them_again(settings, caplog):
+    caplog.set_level("INFO", "deepspec")
+    chosen = settings("first", drafter="a")
+    assert run(chosen) is True
+    assert ran(chosen) == ["train a"] and "from git: data/prompts.txt" in caplog.text
+    assert rows(chosen)["a.weights"]["verdict"] == "same"
+
+
+@pytest.mark.parametrize(
+    ("damage", "taken"),
+    [
+        (lambda folder: None, ["folder"]),
+        (
+            lambda folder: (folder / "a").unlink(),
+            [],
+        ),  # a part of it, as the manifest of a data set may be alone
+        (lambda folder: (folder / "a").write_text("other"), []),
+        (lambda folder: (folder / "more").write_text("more"), []),
+    ],
+)
+def test_a_folder_in_git_is_taken_if_it_is_all_that_dvc_lock_names(tmp_path, damage, taken):
+    make_repository(tmp_path)
+    small = tmp_path / "milestones/it/folder"
+    (small / "deep").mkdir(parents=True)
+    for name in ("b", "a", "deep/c"):
+        (small / name).write_text(name)
+    succeed(tmp_path, "add", str(small))
+    md5 = yaml.safe_load((tmp_path / "milestones/it/folder.dvc").read_text())["outs"][0]["md5"]
+    (tmp_path / "milestones/it/.gitignore").unlink()
+    damage(small)
+    commit(tmp_path, "small data")
+    assert take_files(tmp_path, "it", {"folder": md5}) == taken
+    assert (tmp_path / "folder/deep/c").exists() == bool(taken)
 
 
 def test_an_interrupted_stage_shows_no_traceback(main, tmp_path, monkeypatch):

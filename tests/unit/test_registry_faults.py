@@ -18,6 +18,7 @@ from starlette.testclient import TestClient
 from typer.testing import CliRunner
 
 from deepspec.cli import app
+from deepspec.errors import DeepSpecError
 from deepspec.tracking import fresh, trial
 from deepspec.tracking.store import connect
 from tests.tracked import MODEL, NAME, lay_out
@@ -240,6 +241,22 @@ def test_a_version_is_served_by_mlflow_and_refuses_bad_requests_in_one_line(tree
     assert reply.status_code == 400 and "max_new_tokens" in reply.json()["message"]
     with pytest.raises(MlflowException, match=r"prompt 1 is (None|nan); expected text"):
         model.predict(pd.DataFrame({"prompt": ["Why?", None]}))
+
+
+def test_a_version_whose_files_were_damaged_is_not_served(tree: Path):
+    assert run("register")[0] == 0
+    (folder,) = Path("mlruns/artifacts/models").glob("*/artifacts")
+    before = state()
+
+    def check() -> None:
+        with connect(), pytest.raises((DeepSpecError, MlflowException, OSError)) as caught:
+            mlflow.pyfunc.load_model(f"models:/{MODEL}@challenger")
+        assert "\n" not in str(caught.value)
+        assert state() == before
+
+    each_damage(folder, check)
+    with connect():
+        mlflow.pyfunc.load_model(f"models:/{MODEL}@challenger")
 
 
 def test_other_precisions_and_targets_are_taken_at_loading(tree: Path, tiny_target: Path):

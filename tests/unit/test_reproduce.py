@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import http.server
 import json
+import shutil
 import threading
 from pathlib import Path
 
@@ -13,12 +14,13 @@ import pytest
 from deepspec.decoding import profiles
 from deepspec.decoding.cost import read_points
 from deepspec.errors import DeepSpecError
-from deepspec.reproduce.checkout import STATE, Settings, Work
+from deepspec.reproduce.checkout import STATE, Settings
 from deepspec.reproduce.run import RESULT, plant_costs, run
 from tests import repositories
 from tests.dvc_here import make_repository
 from tests.repositories import sh, succeed
 
+pytestmark = pytest.mark.usefixtures("dvc_here")
 DVC_YAML = """
 stages:
   data:
@@ -75,13 +77,6 @@ def origin(tmp_path_factory) -> Path:
     succeed(root, "repro", "paper/dvc.yaml")
     commit(root, "unpushed")
     return root
-
-
-@pytest.fixture(autouse=True)
-def dvc_in_this_process(monkeypatch):
-    """`tests/e2e/test_reproduce.py` has it as a process."""
-    monkeypatch.setattr(Work, "dvc", repositories.dvc_in_process)
-    monkeypatch.setattr(Work, "stage", repositories.stage_in_process)
 
 
 @pytest.fixture
@@ -244,6 +239,72 @@ def test_after_a_wrong_remote_the_right_one_is_taken(origin, settings, tmp_path)
     with pytest.raises(DeepSpecError, match="the remote lacks data of good"):
         run(settings("good", remote=str(tmp_path / "empty")))
     assert run(settings("good", remote=str(origin.parent / "remote"))) is True
+
+
+def missing(path: Path) -> None:
+    path.unlink()
+
+
+def truncated(path: Path) -> None:
+    path.chmod(0o644)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def swapped(path: Path) -> None:
+    path.chmod(0o644)
+    path.write_bytes(path.read_bytes()[::-1])
+
+
+def unreadable(path: Path) -> None:
+    """A link to itself, which root cannot read either."""
+    path.unlink()
+    path.symlink_to(path.name)
+
+
+DAMAGES = (missing, truncated, swapped, unreadable)
+
+
+def refused(chosen: Settings) -> str:
+    with pytest.raises(DeepSpecError) as caught:
+        run(chosen)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_what_the_remote_has_damaged_is_one_line_and_does_not_stay(origin, settings, tmp_path, damage):
+    remote, whole = tmp_path / "remote", origin.parent / "remote"
+    shutil.copytree(whole, remote)
+    for file in (file for file in remote.rglob("*") if file.is_file() and file.read_text() == "1.5"):
+        damage(file)
+    assert "the remote lacks data of good" in refused(settings("good", remote=str(remote)))
+    assert run(settings("good", remote=str(whole))) is True
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("name", ["dvc.yaml", "dvc.lock", "metrics.json", "reports/eval/a.json"])
+def test_what_is_committed_damaged_is_one_line_or_measured_again(origin, tmp_path, name, damage):
+    forged = tmp_path / "forged"
+    sh(tmp_path, "git", "clone", "--quiet", "--branch", "good", str(origin), str(forged))
+    damage(forged / name)
+    commit(forged, "damaged")
+    chosen = Settings("damaged", str(forged), tmp_path / "clone", remote=str(origin.parent / "remote"))
+    if name.startswith("reports/"):
+        assert run(chosen) is (damage is missing) and metric(chosen)["now"] == 1.5
+    elif name == "dvc.lock" and damage is truncated:  # what is cut off is what was never run
+        assert run(chosen) is True
+    else:
+        assert name in refused(chosen)
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_clone_whose_state_is_damaged_is_left_alone(settings, damage):
+    chosen = settings("good", stages=("report",))
+    run(chosen)
+    damage(chosen.directory / STATE)
+    before = sorted(chosen.directory.rglob("*"))
+    assert "not empty; choose another directory with --into" in refused(chosen)
+    assert sorted(chosen.directory.rglob("*")) == before
 
 
 def test_a_cost_curve_of_this_machine_is_planted_where_there_is_none(tmp_path, monkeypatch):
