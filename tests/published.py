@@ -59,6 +59,19 @@ class Weights:
         self.matrix(f"{prefix}mlp.up_proj", FFN, D)
         self.matrix(f"{prefix}mlp.down_proj", D, FFN)
 
+    def selector(self, layers: int, rank: int = 8, taps: int = 2, group: int = 16) -> None:
+        """DFlash 2's parts."""
+        for i in range(layers):
+            for name in ("attention_conv", "mlp_conv"):
+                base = torch.randn(2, taps, D, generator=self.rng) / 4
+                base[:, 0] += 1
+                self.named[f"layers.{i}.{name}.base_kernel"] = base
+                self.matrix(f"layers.{i}.{name}.kernel_projection", 2 * taps * D // group, D, 0.3)
+        self.matrix("candidate_selector.hidden_projection", rank, D)
+        for name in ("predecessor", "successor"):
+            codes = torch.randn(VOCAB, rank, generator=self.rng)
+            self.named[f"candidate_selector.{name}_codebook"] = codes
+
 
 @dataclass
 class Draft:
@@ -154,9 +167,10 @@ def block(
     head: str = "vanilla",
     confidence: bool = False,
     from_anchor: bool = False,
+    selector: bool = False,
     **config: Any,
 ) -> Draft:
-    """A DFlash or DSpark draft with blocks of `size` places, `config` in the style's own keys."""
+    """A DFlash, DFlash 2 (`selector`) or DSpark draft with blocks of `size` places, `config` in the style's own keys."""
     made = Weights(1)
     made.matrix("fc", D, len(reads) * D)
     made.norm("hidden_norm", D)
@@ -164,6 +178,8 @@ def block(
     for i in range(layers):
         made.layer(f"layers.{i}.", D, qk_norm=True)
     rows = columns or VOCAB
+    if selector:
+        made.selector(layers)
     if rank:
         made.matrix("markov_head.markov_w1", VOCAB, rank)
         made.matrix("markov_head.markov_w2", rows, rank)
@@ -314,10 +330,15 @@ class Reference:
         at, places = torch.arange(anchor, anchor + size), torch.arange(anchor + size)
         for i in range(self.config["num_hidden_layers"]):
             normed = rms(x, self.w[f"layers.{i}.input_layernorm.weight"])
+            if f"layers.{i}.attention_conv.base_kernel" in self.w:
+                x = self.convolved_layer(f"layers.{i}.", x, context, at, places)
+                continue
             keys_of = torch.cat((context, normed))
             x = self.mlp(f"layers.{i}.", x + self.attended(f"layers.{i}.", normed, keys_of, at, places))
         hidden = rms(x, self.w["norm.weight"])[size - gamma :]
         logits = hidden @ self.head.T
+        if "candidate_selector.successor_codebook" in self.w:
+            return self.selected(logits, hidden, tokens[anchor : anchor + gamma])
         if "markov_head.markov_w1.weight" in self.w:
             latent = self.w["markov_head.markov_w1.weight"][torch.tensor(tokens[anchor : anchor + gamma])]
             if "markov_head.gate_proj.weight" in self.w:
@@ -325,3 +346,38 @@ class Reference:
                 latent = (gate + self.w["markov_head.gate_proj.bias"]).sigmoid() * latent
             logits = logits + latent @ self.w["markov_head.markov_w2.weight"].T
         return logits
+
+    def convolved(self, name: str, side: int, x: Tensor, source: Tensor) -> Tensor:
+        """Each place [size, d] and the one before it, weighed by what `source` says at the place."""
+        base = self.w[f"{name}.base_kernel"]
+        said = (source @ self.w[f"{name}.kernel_projection.weight"].T).view(len(x), 2, base.shape[1], -1)
+        out = torch.zeros_like(x)
+        for t in range(len(x)):
+            for back in range(base.shape[1]):
+                kernel = base[side, back] + said[t, side, back].repeat_interleave(D // said.shape[-1])
+                out[t] += kernel * x[t - back] if t >= back else 0
+        return out
+
+    def convolved_layer(self, prefix: str, x: Tensor, context: Tensor, at: Tensor, places: Tensor) -> Tensor:
+        """A layer of DFlash 2."""
+        w, name = self.w, f"{prefix}attention_conv"
+        normed = rms(x, w[f"{prefix}input_layernorm.weight"])
+        read = self.convolved(name, 0, normed, normed)
+        attended = self.attended(prefix, read, torch.cat((context, read)), at, places)
+        x, name = x + self.convolved(name, 1, attended, normed), f"{prefix}mlp_conv"
+        normed = rms(x, w[f"{prefix}post_attention_layernorm.weight"])
+        read = self.convolved(name, 0, normed, normed)
+        gate, up = (read @ w[f"{prefix}mlp.{part}_proj.weight"].T for part in ("gate", "up"))
+        made = (gate * gate.sigmoid() * up) @ w[f"{prefix}mlp.down_proj.weight"].T
+        return x + self.convolved(name, 1, made, normed)
+
+    def selected(self, logits: Tensor, hidden: Tensor, before: list[int]) -> Tensor:
+        """Scores among the candidates of each place, −inf elsewhere."""
+        part = lambda name: self.w[f"candidate_selector.{name}"]  # noqa: E731
+        top = self.config["dflash_config"] if "dflash_config" in self.config else self.config
+        out = torch.full_like(logits, -torch.inf)
+        for t, a in enumerate(before):
+            latent = part("predecessor_codebook")[a] * (part("hidden_projection.weight") @ hidden[t])
+            for b in logits[t].argsort(descending=True)[: top["selector_top_k"]].tolist():
+                out[t, b] = logits[t, b] + latent @ part("successor_codebook")[b]
+        return out

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING, fields
+from functools import reduce
+from operator import add
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -70,10 +72,28 @@ class NormalisedLinear(nn.Linear):
 
 
 class Outputs(NamedTuple):
-    """What a loss reads: the draft's logits are Σ x Wᵀ over `factors`, which are never multiplied out at once."""
+    """What a loss reads: the draft's logits are Σ x Wᵀ over `factors`, which are never multiplied out at once.
+
+    With `candidates` a draft is made of so many tokens at each place, those of the largest first product.
+    """
 
     factors: list[tuple[Tensor, Tensor]]  # x [..., m], W [draft_vocab, m]
     confidence: Tensor | None = None  # [...], logits of the chance that a token drawn at k survives
+    candidates: int | None = None
+
+    def logits(self) -> Tensor:
+        """Return the logits [..., draft_vocab], float32, −inf for what is no candidate."""
+        products = [x.float() @ w.float().T for x, w in self.factors]
+        total = reduce(add, products)
+        if self.candidates is None:
+            return total
+        return total.masked_fill(~largest(products[0], self.candidates), -torch.inf)
+
+
+def largest(logits: Tensor, count: int) -> Tensor:
+    """Return a mask of the `count` largest logits of each row, bool like logits [..., columns]."""
+    places = logits.topk(min(count, logits.shape[-1]), -1).indices
+    return torch.zeros_like(logits, dtype=torch.bool).scatter_(-1, places, True)
 
 
 class Given(Protocol):

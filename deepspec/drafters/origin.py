@@ -18,14 +18,25 @@ from torch import Tensor
 
 from deepspec.drafters.checkpoint import RECORD, Checkpoint, draft_digest, draft_directory
 from deepspec.drafters.network import SHARED, Network, NormalisedLinear
-from deepspec.drafters.published.recognise import opened, recognise
+from deepspec.drafters.published.recognise import examine, opened
 from deepspec.drafters.published.vocabulary import draft_ids
 from deepspec.drafters.start import WAYS
 from deepspec.errors import DeepSpecError
 from deepspec.target.model import Target
 
-BY_COLUMN = ("lm_head.weight", "markov_head.markov_w2.weight")  # a row for each token of the draft vocabulary
-NEW = ("markov_head.", "confidence_head.", "context_skip.")  # what a draft may gain
+# A row for each token of the draft vocabulary.
+BY_COLUMN = ("lm_head.weight", "markov_head.markov_w2.weight", "candidate_selector.successor_codebook")
+# What a draft may gain.
+NEW = (
+    "markov_head.",
+    "confidence_head.",
+    "context_skip.",
+    "candidate_selector.",
+    "attention_conv.",
+    "mlp_conv.",
+    "fc_norm.",
+    "mask_hidden",
+)
 
 
 @dataclass(frozen=True)
@@ -80,7 +91,7 @@ class Origin:
         if strange := sorted(set(self.weights) - set(names)):
             raise DeepSpecError(f"start: {where} has {strange[0]}, which this drafter has no place for")
         lacking = sorted(set(names) - set(self.weights) - SHARED)
-        if lacking := [name for name in lacking if not name.startswith(NEW)]:
+        if lacking := [name for name in lacking if not any(part in name for part in NEW)]:
             raise DeepSpecError(f"start: {where} lacks {lacking[0]}")
         for stored, weight in self.weights.items():
             own = state[names[stored]]
@@ -122,7 +133,7 @@ def open_origin(start: str, kinds: tuple[str, ...], target: Target) -> Origin | 
         directory = draft_directory(start)
     except DeepSpecError as error:
         raise DeepSpecError(f"start: {start!r} is none of {', '.join(WAYS)}, and {error}") from None
-    plan = recognise(directory, target.num_layers)
+    plan = examine(directory, target.num_layers)
     checkpoint = opened(directory, plan, target)
     if plan.kind not in kinds:
         wanted = " or ".join(kinds)

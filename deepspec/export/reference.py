@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection
 from copy import deepcopy
-from functools import reduce
-from operator import add
 
 import torch
 from torch import Tensor
@@ -54,8 +52,7 @@ def logits(model: Network, sample: Sample) -> Tensor:
     features = torch.cat(layers, -1) if layers else sample.last[:, :0]
     hidden = model(features[None], sample.tokens[None], sample.anchors[None])
     previous = sample.tokens[sample.anchors[:, None] + torch.arange(gamma)]
-    factors = model.outputs(hidden, previous[None]).factors
-    return reduce(add, (x.float() @ w.float().T for x, w in factors))[0]
+    return model.outputs(hidden, previous[None]).logits()[0]
 
 
 def _eagle3(checkpoint: Checkpoint, target: Target) -> Network:

@@ -57,7 +57,16 @@ def batch(target):
 
 
 def test_the_registry_has_every_algorithm():
-    assert set(registry.algorithms()) >= {"dspark", "dflash", "eagle3", "medusa", "lm", "lookup", "suffix"}
+    assert set(registry.algorithms()) >= {
+        "dspark",
+        "dflash",
+        "dflash2",
+        "eagle3",
+        "medusa",
+        "lm",
+        "lookup",
+        "suffix",
+    }
 
 
 @pytest.mark.parametrize("name", DRAFTS)
@@ -100,7 +109,7 @@ def test_a_written_draft_proposes_what_the_network_in_training_says(
     with torch.no_grad():
         hidden = model(features, tokens, torch.tensor([[anchor]]))
         outputs = model.outputs(hidden, tokens[:, anchor : anchor + hidden.shape[2]][:, None])
-        laws = sum(x @ w.T for x, w in outputs.factors)[0, 0].softmax(-1)
+        laws = outputs.logits()[0, 0].softmax(-1)
     assert len(proposal.tokens) == model.config.block_size
     for k, law in enumerate(laws):
         found = proposal.law(k)[model.draft_ids]
@@ -117,7 +126,7 @@ def test_drafting_changes_no_token(name, shape, target, tmp_path):
     assert [g.tokens for g in drafted] == [g.tokens for g in plain]
 
 
-@pytest.mark.parametrize("name", ["eagle3", "medusa", "lm"])
+@pytest.mark.parametrize("name", ["eagle3", "eagle3-3.1", "medusa", "lm", "dflash2", "dspark-causal"])
 def test_sampled_trees_are_drafted_too(name, target, tmp_path):
     drafter = load_drafter(write(make(name, target), target, tmp_path / "draft"), target)
     (out,) = generate(
@@ -267,6 +276,6 @@ def test_a_draft_of_all_layers_of_a_scaled_target_is_distilled_to_its_law(tmp_pa
     target = load_target(tmp_path)
     model = network(LMParams(type="lm", block_size=2, from_layers=[0, 1, 2, 3]), target)
     tokens, anchors = torch.tensor([[5, 9, 17, 300, 41, 7]]), torch.tensor([[2]])
-    ((x, w),) = model.outputs(model(torch.zeros(1, 6, 0), tokens, anchors), tokens).factors
+    logits = model.outputs(model(torch.zeros(1, 6, 0), tokens, anchors), tokens).logits()
     hidden = target.forward(tokens, ForwardPass(torch.arange(6)[None]))
-    assert torch.allclose((x @ w.T)[0, 0], target.logits(hidden)[0, 2:4], atol=1e-4)
+    assert torch.allclose(logits[0, 0], target.logits(hidden)[0, 2:4], atol=1e-4)

@@ -115,6 +115,7 @@ RED_HAT = ("norm_before_residual", "fc_norm", "norm_output")
 DFLASH = {"mask_token_id": VOCAB - 2, "target_layer_ids": [1, 3, 4]}
 DSPARK = DFLASH | {"projector_type": "dspark", "markov_rank": 8, "markov_head_type": "vanilla"}
 CONFIDENT = {"enable_confidence_head": True, "confidence_head_with_markov": True}
+SELECTS = {"conv_kernel_size": 2, "conv_group_size": 16, "selector_rank": 8, "selector_top_k": 5}
 HALF = {"partial_rotary_factor": 0.5}
 SLIDES = {"layer_types": ["sliding_attention"] * 2, "sliding_window": 6, "use_sliding_window": True}
 
@@ -218,6 +219,31 @@ STYLES = {
         rope_theta=10000.0,
         **HALF,
     ),
+    "z-lab's DFlash 2, windows both ways": lambda: windowed(
+        scaled(
+            block(
+                [2, 4, 5],
+                4,
+                selector=True,
+                architectures=["DFlash2DraftModel"],
+                is_causal=False,
+                dflash_config=DFLASH | SELECTS | {"block_size": 4},
+                **SLIDES,
+            ),
+            {"rope_theta": 1e6},
+            rope_parameters={"rope_theta": 1e6},
+        ),
+        6,
+        False,
+    ),
+    "speculators' DFlash 2": lambda: speculators(
+        scaled(block([2, 4, 5], 4, selector=True), {}, rope_theta=10000.0),
+        "dflash2",
+        block_size=4,
+        aux_hidden_state_layer_ids=[2, 4, 5],
+        mask_token_id=VOCAB - 2,
+        **SELECTS,
+    ),
     "SpecForge's DSpark": lambda: scaled(
         block(
             [2, 4, 5],
@@ -309,7 +335,10 @@ def test_a_draft_of_another_trainer_drafts_as_its_style_says(style, target, mode
     assert plain.tokens == fast.tokens
 
 
-@pytest.mark.parametrize("style", [name for name in STYLES if "RedHat's EAGLE" in name or "window" in name])
+@pytest.mark.parametrize(
+    "style",
+    [name for name in STYLES if any(part in name for part in ("RedHat's EAGLE", "window", "DFlash 2"))],
+)
 @torch.no_grad()
 def test_the_network_in_training_says_the_same(style, target, states, tmp_path):
     """So a draft can be trained on from where it is."""
@@ -321,8 +350,8 @@ def test_the_network_in_training_says_the_same(style, target, states, tmp_path):
     features = torch.zeros(1, text.shape[1], len(trained.config.target_layer_ids) * D)
     features[0, :ANCHOR] = torch.cat([states[i + 1] for i in trained.config.target_layer_ids], -1)
     hidden = trained(features, text, torch.tensor([[ANCHOR]]))
-    factors = trained.outputs(hidden, text[:, ANCHOR : ANCHOR + len(tokens)][:, None]).factors
-    expected = sum(x @ w.T for x, w in factors)[0, 0].softmax(-1)
+    outputs = trained.outputs(hidden, text[:, ANCHOR : ANCHOR + len(tokens)][:, None])
+    expected = outputs.logits()[0, 0].softmax(-1)
     torch.testing.assert_close(laws[:, trained.draft_ids], expected, atol=1e-5, rtol=1e-4)
 
 
@@ -410,8 +439,12 @@ REFUSED = {
     "missing weights": lambda: without(eagle3(DEFAULT), "norm.weight"),
     "config.json lacks hidden_size": lambda: flat(eagle3(DEFAULT), hidden_size=GONE),
     "Domino corrects its logits with a GRU": lambda: dflash(architectures=["DominoDraftModel"]),
-    "DFlash 2's path selector and convolutions": lambda: with_weight(
-        dflash(), "layers.0.attn_conv.weight", 64, 2
+    "config.json lacks conv_kernel_size, conv_group_size, selector_rank, selector_top_k of DFlash 2": lambda: (
+        dflash(architectures=["DFlash2DraftModel"])
+    ),
+    "final_logit_softcapping is set: logits of the draft's own scale": lambda: dflash(
+        architectures=["DFlash2DraftModel"],
+        dflash_config=DFLASH | SELECTS | {"final_logit_softcapping": 30.0},
     ),
     "its attention has sinks": lambda: with_weight(dflash(), "layers.0.self_attn.attention_sink_bias", 4),
     "an embedding of its own for the mask": lambda: with_weight(dflash(), "mask_embedding", 64),

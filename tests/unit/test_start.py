@@ -169,6 +169,8 @@ def test_a_draft_begins_with_logits_of_the_size_of_its_targets(kind, family, sca
     match_head(network, target)
     assert torch.equal(network.norm.weight, before * scale)
     product = before.new_ones(1, target.hidden_size)
-    (draft, *_), _ = network.outputs(product * network.norm.weight, torch.zeros(1, dtype=torch.int64))
-    mine = draft[0] @ draft[1].T
+    states, head = network.outputs(product * network.norm.weight, torch.zeros(1, dtype=torch.int64)).factors[
+        0
+    ]
+    mine = states @ head.T
     assert torch.allclose(mine, target.logits(product * before), rtol=1e-4, atol=1e-4)
