@@ -170,7 +170,7 @@ def block(
     selector: bool = False,
     **config: Any,
 ) -> Draft:
-    """A DFlash, DFlash 2 (`selector`) or DSpark draft with blocks of `size` places, `config` in the style's own keys."""
+    """A DFlash, DFlash 2 (`selector`) or DSpark draft, blocks of `size` places, `config` in the style's own keys."""
     made = Weights(1)
     made.matrix("fc", D, len(reads) * D)
     made.norm("hidden_norm", D)
@@ -374,7 +374,7 @@ class Reference:
     def selected(self, logits: Tensor, hidden: Tensor, before: list[int]) -> Tensor:
         """Scores among the candidates of each place, −inf elsewhere."""
         part = lambda name: self.w[f"candidate_selector.{name}"]  # noqa: E731
-        top = self.config["dflash_config"] if "dflash_config" in self.config else self.config
+        top = self.config.get("dflash_config", self.config)
         out = torch.full_like(logits, -torch.inf)
         for t, a in enumerate(before):
             latent = part("predecessor_codebook")[a] * (part("hidden_projection.weight") @ hidden[t])
