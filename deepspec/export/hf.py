@@ -57,6 +57,7 @@ PLANS = {
     "eagle3": native,
     "dspark": native,
     "dflash": native,
+    "dflash2": native,
     "medusa": native,
     "lookup": training_free,
     "suffix": training_free,

@@ -38,6 +38,7 @@ READERS: dict[str, Read] = {
     "speculators-block": block.speculators,
     "native-dspark": block.native,
     "native-dflash": block.native,
+    "native-dflash2": block.native,
     "vllm-medusa": medusa.vllm,
     "tgi-medusa": medusa.tgi,
     "native-medusa": medusa.native,
@@ -171,6 +172,16 @@ def _facts(draft: Draft, facts: Facts) -> list[Check]:
     if facts.sample_from_anchor is not None:
         said = "anchor layout: the engine would take sample_from_anchor as {}, the draft was trained with {}"
         checks.append(_same("anchor", facts.sample_from_anchor, trained.sample_from_anchor, said))
+    if facts.norms is not None:
+        wanted_norms = tuple(sorted(name for name in eagle3.VARIANTS if getattr(trained, name)))
+        said = "norms: the engine would take {}, the draft was trained with {}"
+        checks.append(_same("eagle_norms", facts.norms, wanted_norms, said))
+    if facts.causal is not None:
+        wanted = (trained.one_way(0), trained.window(0), getattr(trained, "selector_top_k", None))
+        said = (
+            "block: the engine would take (causal, window, candidates) as {}, the draft was trained with {}"
+        )
+        checks.append(_same("block", (facts.causal, facts.window, facts.candidates), wanted, said))
     if facts.draft_ids is not None:
         known = ids is not None and torch.equal(facts.draft_ids, ids)
         said = "d2t: the engine would take the draft's columns for other tokens" + _as_ids(

@@ -8,6 +8,7 @@ from copy import deepcopy
 import torch
 from torch import Tensor
 
+from deepspec.drafters.algorithms.dflash2 import DFlash2Config, DFlash2Model
 from deepspec.drafters.algorithms.dspark import DSparkConfig, DSparkModel
 from deepspec.drafters.algorithms.eagle3 import Eagle3Config, Eagle3Model
 from deepspec.drafters.algorithms.lm import LMConfig, LMModel, cut_padding
@@ -52,7 +53,10 @@ def logits(model: Network, sample: Sample) -> Tensor:
     features = torch.cat(layers, -1) if layers else sample.last[:, :0]
     hidden = model(features[None], sample.tokens[None], sample.anchors[None])
     previous = sample.tokens[sample.anchors[:, None] + torch.arange(gamma)]
-    return model.outputs(hidden, previous[None]).logits()[0]
+    whole = model.outputs(hidden, previous[None])._replace(
+        candidates=None
+    )  # the scores that candidates are cut of
+    return whole.logits()[0]
 
 
 def _eagle3(checkpoint: Checkpoint, target: Target) -> Network:
@@ -61,6 +65,10 @@ def _eagle3(checkpoint: Checkpoint, target: Target) -> Network:
 
 def _dspark(checkpoint: Checkpoint, target: Target) -> Network:
     return load_network(DSparkModel(DSparkConfig.read(checkpoint.config)), checkpoint, target)
+
+
+def _dflash2(checkpoint: Checkpoint, target: Target) -> Network:
+    return load_network(DFlash2Model(DFlash2Config.read(checkpoint.config)), checkpoint, target)
 
 
 def _medusa(checkpoint: Checkpoint, target: Target) -> Network:
@@ -73,4 +81,11 @@ def _lm(checkpoint: Checkpoint, target: Target) -> Network:
     return LMModel(LMConfig.of(target, model, checkpoint.config.get("block_size", 5)), model)
 
 
-_NETWORKS = {"eagle3": _eagle3, "dspark": _dspark, "dflash": _dspark, "medusa": _medusa, "lm": _lm}
+_NETWORKS = {
+    "eagle3": _eagle3,
+    "dspark": _dspark,
+    "dflash": _dspark,
+    "dflash2": _dflash2,
+    "medusa": _medusa,
+    "lm": _lm,
+}

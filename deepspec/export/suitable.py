@@ -36,7 +36,7 @@ NO_METHOD = {
     "speculators": "the speculators format has no {kind}; train eagle3, dflash or dspark, or export --to vllm",
     "sglang": "SGLang has no method for a draft of type {kind}; train eagle3, dflash, dspark or lm",
     "tgi": "TGI knows Medusa and n-gram drafts, not {kind}; train medusa",
-    "llamacpp": "llama.cpp has no method for a draft of type {kind}; train dspark, dflash, eagle3 or lm",
+    "llamacpp": "llama.cpp has no method for a draft of type {kind}; train dspark, dflash, dflash2, eagle3 or lm",
 }
 
 
@@ -231,11 +231,17 @@ def split_name(tokenizer: dict) -> str:
     return SPLITS[(*types, *patterns)]
 
 
+def plain_norms(draft: Described) -> None:
+    """Refuse EAGLE-3 with norms that only some drafts have, EAGLE-3.1's among them."""
+    if on := [key for key in VARIANTS if getattr(draft.network.config, key)]:
+        raise Refused(
+            f'{on[0]} is set, which this format does not carry; train with version: "3", or export to vllm'
+        )
+
+
 def one_layer(draft: Described) -> None:
-    """Refuse EAGLE-3 with norms, layers or a window that the formats written here do not carry."""
+    """Refuse EAGLE-3 with layers or a window that the formats written here do not carry."""
     config = draft.network.config
-    if on := [key for key in VARIANTS if getattr(config, key)]:
-        raise Refused(f"{on[0]} is set, which no format written here carries; serve the directory as it is")
     if config.num_hidden_layers > 1:
         raise Refused(f"it has {config.num_hidden_layers} layers, and the formats written here carry one")
     if config.sliding_window is not None:
@@ -251,33 +257,62 @@ def plain_rope(draft: Described) -> None:
 def whole_context(draft: Described) -> None:
     """Refuse a block drafter whose layers have windows or are causal."""
     if draft.network.config.windows or draft.network.config.causal:
-        raise Refused("its layers have windows or are causal, which no format written here carries")
+        raise Refused(
+            "its layers have windows or are causal, which this format does not carry; train with causal: false and no "
+            "sliding_window, or a dflash"
+        )
+
+
+def layers_alike(draft: Described) -> None:
+    """Refuse a block drafter whose layers see different parts of the context."""
+    config = draft.network.config
+    if len(set(config.windows)) > 1 or len(set(config.causal)) > 1:
+        raise Refused("its layers have several windows, or only some are causal, which is not written here")
+
+
+def whole_vocabulary(draft: Described) -> None:
+    """Refuse DFlash 2 with a reduced vocabulary, and more candidates than llama.cpp has room for."""
+    config = draft.network.config
+    if config.draft_vocab_size < config.vocab_size:
+        raise Refused("engines run DFlash 2 over the whole vocabulary; train with draft_vocab_size: 0")
+    most = config.selector_top_k
+    if config.hidden_size < most * (most + 1):
+        raise Refused(
+            f"llama.cpp wants a width of {most * (most + 1)} for selector_top_k {most}, and the draft is "
+            f"{config.hidden_size} wide; train with a smaller selector_top_k"
+        )
 
 
 Check = Callable[[Described], None]
 EAGLE3: tuple[Check, ...] = (plain_layer, one_layer, plain_rope, layers_in_order)
-DFLASH: tuple[Check, ...] = (no_skip, masks_alone, whole_context, plain_rope, layers_in_order)
-DSPARK: tuple[Check, ...] = (no_skip, vanilla_markov, whole_context, plain_rope, layers_in_order)
+BLOCK: tuple[Check, ...] = (no_skip, plain_rope, layers_in_order)
+DFLASH: tuple[Check, ...] = (*BLOCK, masks_alone)
+DSPARK: tuple[Check, ...] = (*BLOCK, vanilla_markov)
 CHECKS: dict[str, dict[str, tuple[Check, ...]]] = {
-    "hf": dict.fromkeys(("lm", "eagle3", "dspark", "dflash", "medusa", "lookup", "suffix"), ()),
+    "hf": dict.fromkeys(("lm", "eagle3", "dspark", "dflash", "dflash2", "medusa", "lookup", "suffix"), ()),
     "vllm": {
         "eagle3": EAGLE3,
-        "dflash": DFLASH,
-        "dspark": DSPARK,
+        "dflash": (*DFLASH, layers_alike),
+        "dspark": (*DSPARK, whole_context),
         **dict.fromkeys(("medusa", "lm", "lookup", "suffix"), ()),
     },
-    "speculators": {"eagle3": EAGLE3, "dflash": DFLASH, "dspark": DSPARK},
+    "speculators": {
+        "eagle3": EAGLE3,
+        "dflash": (*DFLASH, whole_context),
+        "dspark": (*DSPARK, whole_context),
+    },
     "sglang": {
-        "eagle3": (*EAGLE3, three_layers, above_layer_0),
-        "dflash": DFLASH,
-        "dspark": (*DSPARK, from_anchor),
+        "eagle3": (*EAGLE3, plain_norms, three_layers, above_layer_0),
+        "dflash": (*DFLASH, whole_context),
+        "dspark": (*DSPARK, whole_context, from_anchor),
         **dict.fromkeys(("lm", "lookup", "suffix"), ()),
     },
     "tgi": dict.fromkeys(("medusa", "lookup", "suffix"), ()),
     "llamacpp": {
-        "eagle3": (*EAGLE3, three_layers, gguf_tokenizer),
-        "dflash": (*DFLASH, gguf_tokenizer),
-        "dspark": (*DSPARK, gguf_tokenizer),
+        "eagle3": (*EAGLE3, plain_norms, three_layers, gguf_tokenizer),
+        "dflash": (*DFLASH, layers_alike, gguf_tokenizer),
+        "dflash2": (*DFLASH, layers_alike, whole_vocabulary, gguf_tokenizer),
+        "dspark": (*DSPARK, layers_alike, gguf_tokenizer),
         "lm": (gguf_draft, gguf_tokenizer),
     },
 }

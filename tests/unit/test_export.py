@@ -42,6 +42,7 @@ SERVED = {
     "eagle3": {"hf", "vllm", "speculators", "sglang", "llamacpp"},
     "dspark": {"hf", "vllm", "speculators", "sglang", "llamacpp"},
     "dflash": {"hf", "vllm", "speculators", "sglang", "llamacpp"},
+    "dflash2": {"hf", "llamacpp"},
     "medusa": {"hf", "vllm", "tgi"},
     "lm": {"hf", "vllm", "sglang", "llamacpp"},
     "lookup": {"hf", "vllm", "sglang", "tgi"},
@@ -107,6 +108,10 @@ def test_two_exports_of_a_draft_have_the_same_bytes(kind, target, tmp_path):
         ("eagle3", "sglang", {"target_layer_ids": [1, 2]}, "three target layers"),
         ("eagle3", "sglang", {"target_layer_ids": [0, 2, 4]}, "from 1 on"),
         ("eagle3", "tgi", {}, "train medusa"),
+        ("eagle3", "sglang", {"version": "3.1"}, 'version: "3"'),
+        ("eagle3", "vllm", {"sliding_window": 9}, "its attention has a window"),
+        ("dflash", "sglang", {"causal": True}, "causal: false"),
+        ("dspark", "vllm", {"sliding_window": 9}, "no sliding_window"),
     ],
 )
 def test_what_an_engine_cannot_serve_is_refused_with_what_to_train(

@@ -620,10 +620,23 @@ def test_our_other_exports_load_back(kind, engine, target, tmp_path):
     check_round_trip(kind, engine, target, tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("kind", "engine", "sizes"),
+    [
+        ("eagle3", "vllm", {"version": "3.1"}),
+        ("eagle3", "speculators", {"version": "3.1"}),
+        ("dflash", "vllm", {"causal": True, "sliding_window": 6}),
+        ("dflash2", "hf", {"causal": True, "draft_vocab_size": 100}),
+    ],
+)
+def test_our_variants_load_back(kind, engine, sizes, target, tmp_path):
+    check_round_trip(kind, engine, target, tmp_path, **sizes)
+
+
 @torch.no_grad()
-def check_round_trip(kind, engine, target, tmp_path) -> None:
+def check_round_trip(kind, engine, target, tmp_path, **sizes) -> None:
     """An export is a draft directory like any other: it drafts what the draft does that it was made from."""
-    draft = make_draft(tmp_path, target, kind)
+    draft = make_draft(tmp_path, target, kind, **sizes)
     _, path = written(draft, engine, tmp_path / "exports")
     laws = []
     for drafter in (load_drafter(draft.directory, target), load_drafter(path, target)):

@@ -70,8 +70,7 @@ def read(source: Directory, sample: Sample, layer_ids: list[int]) -> Reading:
         layer_ids: i means the output of decoder layer i.
     """
     config = source.config
-    if on := [key for key in VARIANTS if config.get(key)]:
-        raise Unreadable(f"{on[0]} is set, and the draft was not trained so")
+    on = {key for key in VARIANTS if config.get(key)}
     d = source.want("hidden_size")
     vocab = source.want("vocab_size")
     fc = source.take("fc.weight", d, len(layer_ids) * d)
@@ -82,7 +81,14 @@ def read(source: Directory, sample: Sample, layer_ids: list[int]) -> Reading:
     embed = source.optional("embed_tokens.weight", vocab, d)
     embed = sample.embeddings if embed is None else embed
     head = Head(source, vocab, sample.head)
-    states = sample.features(layer_ids) @ fc.T  # [n, d]
+    parts = sample.features(layer_ids).split(d, -1)
+    if "fc_norm" in on:
+        norms = [source.take(f"fc_norm.{i}.weight", d) for i in range(len(parts))]
+        parts = tuple(rms(part, norm, layer.eps) for part, norm in zip(parts, norms, strict=True))
+    features = torch.cat(parts, -1)
+    if "norm_before_fc" in on:
+        features = rms(features, source.take("input_norm.weight", features.shape[-1]), layer.eps)
+    states = features @ fc.T  # [n, d]
 
     def joined(tokens: Tensor, below: Tensor) -> Tensor:
         normed = rms(embed[tokens], layer.input_norm, layer.eps)
@@ -97,9 +103,10 @@ def read(source: Directory, sample: Sample, layer_ids: list[int]) -> Reading:
             x = joined(sample.tokens[1 : anchor + 1 + k], below)
             query = layer.queries(x[-1:], places[-1:])
             attended = attention(query, layer.keys(x, places), layer.values(x))
-            hidden = layer.finish(attended, below[-1:])
+            state = rms(below[-1:], state_norm, layer.eps) if "norm_before_residual" in on else below[-1:]
+            hidden = layer.finish(attended, state)
             out.append(rms(hidden, final_norm, layer.eps))
-            below = torch.cat((below, hidden))
+            below = torch.cat((below, out[-1] if "norm_output" in on else hidden))
         return head.logits(torch.cat(out))
 
     gamma = sample.gamma
@@ -108,6 +115,7 @@ def read(source: Directory, sample: Sample, layer_ids: list[int]) -> Reading:
         layer_ids=tuple(layer_ids),
         rope_theta=rope_theta(config),
         rms_norm_eps=layer.eps,
+        norms=tuple(sorted(on)),
         max_position_embeddings=config.get("max_position_embeddings"),
         draft_ids=head.ids,
     )

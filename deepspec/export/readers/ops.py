@@ -25,11 +25,17 @@ def rotary(x: Tensor, positions: Tensor, theta: float) -> Tensor:
     return torch.cat((first * cos - second * sin, second * cos + first * sin), -1)
 
 
-def attention(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-    """Attend with queries [m, heads, hd] to all keys, values [n, kv_heads, hd]; return [m, heads·hd]."""
+def attention(queries: Tensor, keys: Tensor, values: Tensor, seen: Tensor | None = None) -> Tensor:
+    """Attend with queries [m, heads, hd] to keys, values [n, kv_heads, hd] that are `seen`; return [m, heads·hd].
+
+    Args:
+        seen: bool [m, n]; None: all.
+    """
     groups = queries.shape[1] // keys.shape[1]
     keys, values = (x.repeat_interleave(groups, 1) for x in (keys, values))
     scores = torch.einsum("mhd,nhd->hmn", queries, keys) * queries.shape[-1] ** -0.5
+    if seen is not None:
+        scores = scores.masked_fill(~seen, -torch.inf)
     return torch.einsum("hmn,nhd->mhd", scores.softmax(-1), values).flatten(1)
 
 
@@ -44,6 +50,17 @@ def rope_theta(config: dict[str, Any]) -> float:
     if len(stated) > 1:
         raise Unreadable(f"RoPE base: rope_theta and rope_parameters disagree ({sorted(stated)})")
     return stated.pop()
+
+
+def seen_by(at: Tensor, places: Tensor, causal: bool, window: int | None) -> Tensor | None:
+    """Return what rows at positions `at` [m] see of those at `places` [n], bool [m, n]; None: everything."""
+    back = at[:, None] - places
+    seen = torch.ones_like(back, dtype=torch.bool)
+    if causal:
+        seen &= back >= 0
+    if window:
+        seen &= back < window
+    return None if bool(seen.all()) else seen
 
 
 class Layer:
