@@ -232,7 +232,7 @@ def _config(known: dict[str, Any], arch: str) -> dict[str, Any]:
         "sample_from_anchor": optional("sample_from_anchor", True),
         "enable_confidence_head": optional("has_confidence_head", True),
         "confidence_head_with_markov": True,
-        "causal": optional("attention.causal", False),
+        "causal": bool(optional("attention.causal", False)),
         **_windows(optional("attention.sliding_window", 0), optional("attention.sliding_window_pattern", [])),
         **{name: optional(name, 0) for name in SELECTOR},
         "mask_token_id": known.get("tokenizer.ggml.mask_token_id"),
