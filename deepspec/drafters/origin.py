@@ -16,7 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deepspec.drafters.checkpoint import RECORD, Checkpoint, draft_digest, draft_directory
+from deepspec.drafters.checkpoint import (
+    RECORD,
+    Checkpoint,
+    draft_digest,
+    draft_directory,
+    without_ones,
+)
 from deepspec.drafters.network import SHARED, Network, NormalisedLinear
 from deepspec.drafters.published.recognise import examine, opened
 from deepspec.drafters.published.vocabulary import draft_ids
@@ -97,6 +103,7 @@ class Origin:
             own = state[names[stored]]
             if stored in BY_COLUMN:
                 weight = self._columns(weight, own.clone(), network.draft_ids.cpu())
+            weight = without_ones(weight, own.shape)
             if weight.shape != own.shape:
                 raise DeepSpecError(
                     f"start: {stored} of {where} is {list(weight.shape)}, and this drafter's {list(own.shape)}"

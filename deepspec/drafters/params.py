@@ -75,19 +75,32 @@ class DFlash2Params(BlockParams):
     selector_top_k: int = Field(16, ge=1, description="K: candidates of a place, among which paths go.")
 
 
-class Eagle3Params(TrainedParams):
-    """EAGLE-3: one layer that drafts token by token from the target's features and its own outputs."""
+class EagleParams(TrainedParams):
+    """What EAGLE's drafters share: a layer that reads a token's embedding beside a state."""
 
-    type: Literal["eagle3"]
     block_size: int = Field(5, ge=1, description="γ: steps unrolled in training, tokens drafted at most.")
     target_layer_ids: list[int] | None = Field(None, description="None takes a low, a middle and a high one.")
     draft_vocab_size: int = Field(8192, ge=0, description="Most frequent tokens kept; 0 keeps them all.")
     start: str = Field("auto", description=START)
     qk_norm: bool = Field(False, description="Qwen3-style layer, DeepSeek's format; else Llama's.")
+    sliding_window: int | None = Field(None, ge=1, description=WINDOW)
+
+
+class Eagle3Params(EagleParams):
+    """EAGLE-3: one layer that drafts token by token from the target's features and its own outputs."""
+
+    type: Literal["eagle3"]
     version: Literal["3", "3.1"] = Field(
         "3", description="3.1 norms each of the target's states and what is fed back."
     )
-    sliding_window: int | None = Field(None, ge=1, description=WINDOW)
+
+
+class PEagleParams(EagleParams):
+    """P-EAGLE: EAGLE-3's network, run once for all places of a draft."""
+
+    type: Literal["peagle"]
+    block_size: int = Field(7, ge=1, description="γ: tokens drafted in one pass.")
+    layers: int = Field(2, ge=1, description="The first reads the embeddings too.")
 
 
 class MedusaParams(TrainedParams):

@@ -134,9 +134,7 @@ def test_what_the_layers_of_a_block_see_is_written(kind, target, tmp_path):
 
 
 def test_another_view_of_a_block(parity):
-    found = failed(
-        parity("dflash", keys=lambda keys: keys.update({"dflash.attention.causal": 1}))
-    )
+    found = failed(parity("dflash", keys=lambda keys: keys.update({"dflash.attention.causal": 1})))
     assert "(causal, window, candidates) as [True, None, None]" in found["block"] and "logits" in found
 
 

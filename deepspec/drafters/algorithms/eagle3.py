@@ -18,8 +18,8 @@ Directories: `LlamaForCausalLMEagle3`, which engines serve, and DeepSeek's `Qwen
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import Any, cast
+from dataclasses import dataclass, fields, replace
+from typing import Any, Self, cast
 
 import torch
 import torch.nn.functional as F
@@ -30,8 +30,8 @@ from deepspec.drafters.autoregressive import AutoregressiveDrafter
 from deepspec.drafters.checkpoint import Checkpoint, load_network
 from deepspec.drafters.eagle_network import Layer, attend_with_own, rows
 from deepspec.drafters.network import Network, NormalisedLinear, RMSNorm, like_target, missing_keys
-from deepspec.drafters.origin import check_kept, open_origin
-from deepspec.drafters.params import Eagle3Params
+from deepspec.drafters.origin import Origin, check_kept, open_origin
+from deepspec.drafters.params import Eagle3Params, EagleParams
 from deepspec.drafters.rope import Rope, RopeTable, Scaling, read_rope, written_rope
 from deepspec.drafters.start import init_from_target, resolve_start
 from deepspec.errors import DeepSpecError
@@ -78,7 +78,7 @@ class Eagle3Config:
     sliding_window: int | None = None
 
     @classmethod
-    def read(cls, config: dict[str, Any]) -> Eagle3Config:
+    def read(cls, config: dict[str, Any]) -> Self:
         """From a `config.json` of either kind, in our own keys.
 
         Raises:
@@ -98,30 +98,33 @@ class Eagle3Config:
         found.setdefault("draft_vocab_size", config.get("vocab_size"))
         found.setdefault("num_target_layers", config.get("target_num_hidden_layers"))
         found.setdefault("block_size", config.get("ttt_length", 5))
-        found["qk_norm"] = config["architectures"][0] == DEEPSEEK
+        found["qk_norm"] = config.get("qk_norm", config["architectures"][0] == DEEPSEEK)
         if missing := missing_keys(cls, found):
             raise DeepSpecError(f"config.json of an EAGLE-3 draft lacks {', '.join(missing)}")
-        known = {name: found[name] for name in cls.__dataclass_fields__ if found.get(name) is not None}
+        known = {f.name: found[f.name] for f in fields(cls) if found.get(f.name) is not None}
         return cls(**known | {"target_layer_ids": tuple(found["target_layer_ids"])})
 
     @classmethod
     def for_target(cls, params: Eagle3Params, target: Target) -> Eagle3Config:
         """Sizes that follow the target's own."""
+        new = params.version == "3.1"
+        return cls(**cls.sizes_of(params, target), fc_norm=new, norm_output=new)
+
+    @staticmethod
+    def sizes_of(params: EagleParams, target: Target) -> dict[str, Any]:
+        """Return the sizes that EAGLE's drafts share."""
         layers = params.target_layer_ids or default_layers(target.num_layers)
-        sizes = like_target(target, layers, params.draft_vocab_size)
-        return cls(
-            **sizes,
-            block_size=params.block_size,
-            qk_norm=params.qk_norm,
-            fc_norm=params.version == "3.1",
-            norm_output=params.version == "3.1",
-            sliding_window=params.sliding_window,
-        )
+        return {
+            **like_target(target, layers, params.draft_vocab_size),
+            "block_size": params.block_size,
+            "qk_norm": params.qk_norm,
+            "sliding_window": params.sliding_window,
+        }
 
     def to_dict(self) -> dict[str, Any]:
         """`config.json` with every key that a reader may look for."""
         last = ("qk_norm", "num_hidden_layers", "rope_scaling", "sliding_window", *VARIANTS)
-        sizes = {name: getattr(self, name) for name in self.__dataclass_fields__ if name not in last}
+        sizes = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in last}
         layers = list(self.target_layer_ids)
         return {
             "architectures": [DEEPSEEK if self.qk_norm else SERVED],
@@ -337,15 +340,29 @@ def network(params: Eagle3Params, target: Target) -> Eagle3Model:
     if origin is None:
         start = resolve_start(params.start, target, 1, params.qk_norm)
         return Eagle3Model(Eagle3Config.for_target(params, target), start)
-    asked, config = params.model_fields_set, Eagle3Config.read(origin.config)
-    if "target_layer_ids" in asked and params.target_layer_ids:
-        check_kept({"target_layer_ids": params.target_layer_ids}, origin)
-    changed: dict[str, Any] = {"block_size": params.block_size} if "block_size" in asked else {}
-    if "draft_vocab_size" in asked:
-        changed["draft_vocab_size"] = min(params.draft_vocab_size or config.vocab_size, config.vocab_size)
+    config = Eagle3Config.read(origin.config)
+    changed = go_on(params, origin, config)
+    if "version" in params.model_fields_set:
+        new = params.version == "3.1"
+        check_kept({"fc_norm": new, "norm_output": new}, origin)
     model = Eagle3Model(replace(config, **changed), params.start)
     model.origin = origin
     return model
+
+
+def go_on(params: EagleParams, origin: Origin, config: Eagle3Config) -> dict[str, Any]:
+    """Return what of the `config` of the draft that it begins as changes, where its section asks for it.
+
+    Raises:
+        DeepSpecError: it asks for what the draft cannot change.
+    """
+    asked = params.model_fields_set
+    if "target_layer_ids" in asked and params.target_layer_ids:
+        check_kept({"target_layer_ids": params.target_layer_ids}, origin)
+    changed = {name: getattr(params, name) for name in ("block_size", "sliding_window") if name in asked}
+    if "draft_vocab_size" in asked:
+        changed["draft_vocab_size"] = min(params.draft_vocab_size or config.vocab_size, config.vocab_size)
+    return changed
 
 
 ALGORITHM = Algorithm(Eagle3Params, (SERVED, DEEPSEEK), load, network)

@@ -15,12 +15,14 @@ from deepspec.drafters.published.plan import Found, Plan
 from deepspec.errors import DeepSpecError
 
 STYLE = "speculators (RedHat, vLLM)"
-_WHAT = {"eagle3": "EAGLE-3", "dflash": "DFlash", "dflash2": "DFlash 2", "dspark": "DSpark"}
+_WHAT = {
+    "eagle3": "EAGLE-3",
+    "peagle": "P-EAGLE",
+    "dflash": "DFlash",
+    "dflash2": "DFlash 2",
+    "dspark": "DSpark",
+}
 _NOT_RUN = {
-    "peagle": (
-        "P-EAGLE",
-        "P-EAGLE drafts all places of an EAGLE draft in one pass, which is not run here yet",
-    ),
     "mtp": ("MTP", "a next-token module of the target's own (MTP), which is not run here yet"),
     "eagle": ("EAGLE", "EAGLE-1 reads the last state alone; only EAGLE-3 is run here"),
     "mlp": ("MLP speculator", "MLP speculators are not run here"),
@@ -60,7 +62,7 @@ def _flat(config: Any) -> dict[str, Any]:
 
 
 def _plan(kind: str, config: dict[str, Any], found: Found) -> Plan:
-    if kind == "eagle3":
+    if kind in ("eagle3", "peagle"):
         return eagle3.plan(STYLE, config, found, defaults=True)
     base = block.backbone(config, found, defaults=True)
     layers = read_layers(config, base.count, found.target_layers)
