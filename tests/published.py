@@ -129,9 +129,13 @@ def eagle3(
     prefix: str = "",
     norms: tuple[str, ...] = (),
     own_embeddings: bool = False,
+    parallel: bool = False,
     **config: Any,
 ) -> Draft:
-    """An EAGLE-3 draft. `norms`: which of norm_before_residual, norm_before_fc, fc_norm and norm_output are on."""
+    """An EAGLE-3 draft, or a P-EAGLE of four tokens (`parallel`).
+
+    `norms`: which of norm_before_residual, norm_before_fc, fc_norm and norm_output are on.
+    """
     made = Weights()
     made.matrix("fc", D, len(reads) * D)
     made.layer(first, 2 * D, qk_norm)
@@ -144,6 +148,8 @@ def eagle3(
     if "fc_norm" in norms:
         for i in range(len(reads)):
             made.norm(f"fc_norm.{i}", D)
+    if parallel:
+        made.named["mask_hidden"] = torch.randn(1, 1, len(reads) * D, generator=made.rng)
     if own_embeddings:
         made.named["embed_tokens.weight"] = torch.randn(VOCAB, D, generator=made.rng)
     ids = None
@@ -155,7 +161,7 @@ def eagle3(
     named = {prefix + name: weight for name, weight in made.named.items()}
     described = {"architectures": ["LlamaForCausalLMEagle3"], "model_type": "llama", **SIZES, **config}
     described |= {"num_hidden_layers": layers} | ({"draft_vocab_size": columns} if columns else {})
-    return Draft(described, named, reads, 5, ids, first=first)
+    return Draft(described, named, reads, 4 if parallel else 5, ids, first=first, mask=VOCAB - 2)
 
 
 def block(
@@ -289,8 +295,7 @@ class Reference:
     def eagle(self) -> bool:
         return f"{self.draft.first}hidden_norm.weight" in self.w
 
-    def fused(self) -> Tensor:
-        parts = self.read
+    def fused(self, parts: list[Tensor]) -> Tensor:
         if self.on("fc_norm"):
             parts = [rms(part, self.w[f"fc_norm.{i}.weight"]) for i, part in enumerate(parts)]
         joined = torch.cat(parts, -1)
@@ -301,25 +306,40 @@ class Reference:
     def chain(self, tokens: list[int], anchor: int) -> Tensor:
         """EAGLE-3, every step over all places anew, causally."""
         self.draft.causal = True
-        below, out = self.fused()[:anchor], []
+        below, out = self.fused(self.read)[:anchor], []
+        if "mask_hidden" in self.w:
+            return self.parallel(tokens, anchor, below)
         for k in range(self.draft.gamma):
             n = anchor + k
             places = torch.arange(n)
             embedded = self.embed[torch.tensor(tokens[1 : n + 1])]
             hidden = below
-            for i in range(self.config["num_hidden_layers"]):
-                prefix = self.draft.first if i == 0 else f"layers.{i}."
-                x = rms(hidden, self.w[f"{prefix}input_layernorm.weight"]) if i else None
-                if i == 0:
-                    normed = rms(hidden, self.w[f"{prefix}hidden_norm.weight"])
-                    x = torch.cat((rms(embedded, self.w[f"{prefix}input_layernorm.weight"]), normed), -1)
-                    hidden = normed if self.on("norm_before_residual") else hidden
-                hidden = self.mlp(prefix, hidden + self.attended(prefix, x, x, places, places))
-            last = hidden[-1:]
+            last = self.eagle_layers(embedded, hidden, places)[-1:]
             normed = rms(last, self.w["norm.weight"])
             out.append(normed @ self.head.T)
             below = torch.cat((below, normed if self.on("norm_output") else last))
         return torch.cat(out)
+
+    def eagle_layers(self, embedded: Tensor, hidden: Tensor, places: Tensor) -> Tensor:
+        for i in range(self.config["num_hidden_layers"]):
+            prefix = self.draft.first if i == 0 else f"layers.{i}."
+            x = rms(hidden, self.w[f"{prefix}input_layernorm.weight"]) if i else None
+            if i == 0:
+                normed = rms(hidden, self.w[f"{prefix}hidden_norm.weight"])
+                x = torch.cat((rms(embedded, self.w[f"{prefix}input_layernorm.weight"]), normed), -1)
+                hidden = normed if self.on("norm_before_residual") else hidden
+            hidden = self.mlp(prefix, hidden + self.attended(prefix, x, x, places, places))
+        return hidden
+
+    def parallel(self, tokens: list[int], anchor: int, below: Tensor) -> Tensor:
+        """P-EAGLE: one causal pass, with mask tokens and one vector for the states behind the anchor's place."""
+        gamma = self.draft.gamma
+        later = self.fused(list(self.w["mask_hidden"].view(1, -1).split(D, -1))).expand(gamma - 1, -1)
+        ids = [*tokens[1 : anchor + 1], *[self.draft.mask] * (gamma - 1)]
+        hidden = self.eagle_layers(
+            self.embed[torch.tensor(ids)], torch.cat((below, later)), torch.arange(len(ids))
+        )
+        return rms(hidden, self.w["norm.weight"])[-gamma:] @ self.head.T
 
     def block(self, tokens: list[int], anchor: int) -> Tensor:
         """DFlash and DSpark: one pass over the anchor and the masks, beside the context's states."""

@@ -61,6 +61,7 @@ def test_the_registry_has_every_algorithm():
         "dspark",
         "dflash",
         "dflash2",
+        "peagle",
         "eagle3",
         "medusa",
         "lm",
@@ -126,7 +127,9 @@ def test_drafting_changes_no_token(name, shape, target, tmp_path):
     assert [g.tokens for g in drafted] == [g.tokens for g in plain]
 
 
-@pytest.mark.parametrize("name", ["eagle3", "eagle3-3.1", "medusa", "lm", "dflash2", "dspark-causal"])
+@pytest.mark.parametrize(
+    "name", ["eagle3", "eagle3-3.1", "peagle", "medusa", "lm", "dflash2", "dspark-causal"]
+)
 def test_sampled_trees_are_drafted_too(name, target, tmp_path):
     drafter = load_drafter(write(make(name, target), target, tmp_path / "draft"), target)
     (out,) = generate(

@@ -192,6 +192,16 @@ STYLES = {
         rope_scaling={"type": "linear", "factor": 2.0},
         **HALF,
     ),
+    "P-EAGLE as vLLM reads it": lambda: flat(
+        eagle3(DEFAULT, parallel=True), pard_token=VOCAB - 2, num_depths=4, parallel_drafting=True
+    ),
+    "speculators' P-EAGLE, two layers": lambda: speculators(
+        eagle3([2, 4, 5], layers=2, first="layers.0.", parallel=True),
+        "peagle",
+        eagle_aux_hidden_state_layer_ids=[2, 4, 5],
+        mask_token_id=VOCAB - 2,
+        num_depths=4,
+    ),
     "z-lab's DFlash": lambda: scaled(
         block([2, 4, 5], 4, architectures=["DFlashDraftModel"], block_size=4, dflash_config=DFLASH),
         {"rope_theta": 1e6},
@@ -337,7 +347,11 @@ def test_a_draft_of_another_trainer_drafts_as_its_style_says(style, target, mode
 
 @pytest.mark.parametrize(
     "style",
-    [name for name in STYLES if any(part in name for part in ("RedHat's EAGLE", "window", "DFlash 2"))],
+    [
+        name
+        for name in STYLES
+        if any(part in name for part in ("RedHat's EAGLE", "window", "DFlash 2", "P-EAGLE"))
+    ],
 )
 @torch.no_grad()
 def test_the_network_in_training_says_the_same(style, target, states, tmp_path):
@@ -383,12 +397,6 @@ def test_a_medusa_of_fasterdecoding_in_pytorchs_own_file_loads(target, tmp_path)
         )
 
 
-def peagle() -> Draft:
-    draft = flat(eagle3(DEFAULT), architectures=["PEagleDraftModel"])
-    draft.weights["mask_hidden"] = torch.zeros(D)
-    return draft
-
-
 def with_weight(draft: Draft, name: str, *shape: int) -> Draft:
     draft.weights[name] = torch.zeros(*shape)
     return draft
@@ -405,8 +413,9 @@ def dflash(**changes) -> Draft:
 
 
 REFUSED = {
-    "P-EAGLE drafts all places of an EAGLE draft in one pass": peagle,
-    "P-EAGLE drafts all places": lambda: speculators(eagle3(DEFAULT), "peagle"),
+    r"names no mask token \(mask_token_id, pard_token, ptd_token_id\)": lambda: eagle3(
+        DEFAULT, parallel=True
+    ),
     "a next-token module of the target's own": lambda: speculators(eagle3(DEFAULT), "mtp"),
     "speculators_model_type 'novel' is not run here": lambda: speculators(eagle3(DEFAULT), "novel"),
     "rope_type 'dynamic' is not run here; known: default, linear": lambda: flat(
@@ -593,8 +602,8 @@ def test_inspect_with_a_target_reads_every_weight(inspected, tmp_path):
 
 
 def test_inspect_gives_the_reason_of_a_draft_that_is_not_run(inspected, tmp_path):
-    code, output = inspected(peagle().write(tmp_path))
-    assert code == 1 and "P-EAGLE" in output and "not run here yet" in output
+    code, output = inspected(eagle3(DEFAULT, parallel=True).write(tmp_path))
+    assert code == 1 and "names no mask token" in output
     assert inspected(tmp_path / "nothing")[0] != 0
 
 

@@ -2,7 +2,7 @@
 
 They differ in what they leave out (layer ids, RoPE, the embeddings) and in names; what is computed is told by keys
 and weights that engines agree on: `norm_before_residual`, EAGLE-3.1's `fc_norm` and `norm_output`, gpt-oss's
-`norm_before_fc`, further layers behind the first, norms of queries and keys. A draft with a `mask_hidden` is P-EAGLE's, run once for all places.
+`norm_before_fc`, further layers behind the first, norms of queries and keys. A draft with a `mask_hidden` is P-EAGLE's.
 """
 
 from __future__ import annotations
