@@ -16,6 +16,7 @@ from tests.tiny import make_network
 LAYERS = 8  # of the target: room for layer ids that are off by one
 SIZES = {
     "eagle3": {"block_size": 3, "draft_vocab_size": 64, "target_layer_ids": [1, 3, 5]},
+    "peagle": {"block_size": 3, "layers": 2, "draft_vocab_size": 64, "target_layer_ids": [1, 3, 5]},
     "dspark": {
         "layers": 2,
         "block_size": 3,

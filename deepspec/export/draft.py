@@ -22,7 +22,7 @@ from deepspec.export.reference import network
 from deepspec.target.embedded import EMBEDDED, PREFIX
 from deepspec.target.model import Target
 
-TRAINED = ("eagle3", "dspark", "dflash", "dflash2", "medusa", "lm")
+TRAINED = ("eagle3", "peagle", "dspark", "dflash", "dflash2", "medusa", "lm")
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,7 @@ def eagle3_config(draft: Draft) -> dict[str, Any]:
         "model_type": "llama",
         **{name: getattr(config, name) for name in SIZES},
         "max_position_embeddings": draft.target.max_length,
-        "num_hidden_layers": 1,
+        "num_hidden_layers": config.num_hidden_layers,
         "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
         "hidden_act": "silu",
         "attention_bias": False,

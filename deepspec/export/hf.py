@@ -55,6 +55,7 @@ def training_free(draft: Draft, where: str, tokens: int) -> Layout:
 PLANS = {
     "lm": lm,
     "eagle3": native,
+    "peagle": native,
     "dspark": native,
     "dflash": native,
     "dflash2": native,

@@ -32,6 +32,7 @@ READERS: dict[str, Read] = {
     "sglang-eagle3": eagle3.sglang,
     "speculators-eagle3": eagle3.speculators,
     "native-eagle3": eagle3.native,
+    "native-peagle": eagle3.native,
     "vllm-dflash": block.dflash,
     "dflash": block.dflash,
     "dspark": block.dspark,

@@ -13,6 +13,7 @@ from deepspec.drafters.algorithms.dspark import DSparkConfig, DSparkModel
 from deepspec.drafters.algorithms.eagle3 import Eagle3Config, Eagle3Model
 from deepspec.drafters.algorithms.lm import LMConfig, LMModel, cut_padding
 from deepspec.drafters.algorithms.medusa import MedusaConfig, MedusaModel
+from deepspec.drafters.algorithms.peagle import PEagleConfig, PEagleModel
 from deepspec.drafters.checkpoint import Checkpoint, load_network
 from deepspec.drafters.network import Network
 from deepspec.export.readers.sample import Sample
@@ -67,6 +68,10 @@ def _dspark(checkpoint: Checkpoint, target: Target) -> Network:
     return load_network(DSparkModel(DSparkConfig.read(checkpoint.config)), checkpoint, target)
 
 
+def _peagle(checkpoint: Checkpoint, target: Target) -> Network:
+    return load_network(PEagleModel(PEagleConfig.read(checkpoint.config)), checkpoint, target)
+
+
 def _dflash2(checkpoint: Checkpoint, target: Target) -> Network:
     return load_network(DFlash2Model(DFlash2Config.read(checkpoint.config)), checkpoint, target)
 
@@ -86,6 +91,7 @@ _NETWORKS = {
     "dspark": _dspark,
     "dflash": _dspark,
     "dflash2": _dflash2,
+    "peagle": _peagle,
     "medusa": _medusa,
     "lm": _lm,
 }

@@ -240,12 +240,18 @@ def plain_norms(draft: Described) -> None:
 
 
 def one_layer(draft: Described) -> None:
-    """Refuse EAGLE-3 with layers or a window that the formats written here do not carry."""
+    """Refuse EAGLE-3 with more layers than the formats written here carry."""
     config = draft.network.config
     if config.num_hidden_layers > 1:
         raise Refused(f"it has {config.num_hidden_layers} layers, and the formats written here carry one")
-    if config.sliding_window is not None:
-        raise Refused("its attention has a window, which no format written here carries")
+
+
+def no_window(draft: Described) -> None:
+    """Refuse EAGLE-3 within a window."""
+    if draft.network.config.sliding_window is not None:
+        raise Refused(
+            "its attention has a window, which no format written here carries; train with sliding_window: null"
+        )
 
 
 def plain_rope(draft: Described) -> None:
@@ -284,14 +290,18 @@ def whole_vocabulary(draft: Described) -> None:
 
 
 Check = Callable[[Described], None]
-EAGLE3: tuple[Check, ...] = (plain_layer, one_layer, plain_rope, layers_in_order)
+PEAGLE: tuple[Check, ...] = (plain_layer, no_window, plain_rope, layers_in_order)
+EAGLE3: tuple[Check, ...] = (*PEAGLE, one_layer)
 BLOCK: tuple[Check, ...] = (no_skip, plain_rope, layers_in_order)
 DFLASH: tuple[Check, ...] = (*BLOCK, masks_alone)
 DSPARK: tuple[Check, ...] = (*BLOCK, vanilla_markov)
 CHECKS: dict[str, dict[str, tuple[Check, ...]]] = {
-    "hf": dict.fromkeys(("lm", "eagle3", "dspark", "dflash", "dflash2", "medusa", "lookup", "suffix"), ()),
+    "hf": dict.fromkeys(
+        ("lm", "eagle3", "peagle", "dspark", "dflash", "dflash2", "medusa", "lookup", "suffix"), ()
+    ),
     "vllm": {
         "eagle3": EAGLE3,
+        "peagle": PEAGLE,
         "dflash": (*DFLASH, layers_alike),
         "dspark": (*DSPARK, whole_context),
         **dict.fromkeys(("medusa", "lm", "lookup", "suffix"), ()),

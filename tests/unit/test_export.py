@@ -43,6 +43,7 @@ SERVED = {
     "dspark": {"hf", "vllm", "speculators", "sglang", "llamacpp"},
     "dflash": {"hf", "vllm", "speculators", "sglang", "llamacpp"},
     "dflash2": {"hf", "llamacpp"},
+    "peagle": {"hf", "vllm"},
     "medusa": {"hf", "vllm", "tgi"},
     "lm": {"hf", "vllm", "sglang", "llamacpp"},
     "lookup": {"hf", "vllm", "sglang", "tgi"},

@@ -15,7 +15,8 @@ from deepspec.decoding.drafter import DraftRequest
 from deepspec.decoding.engine import generate
 from deepspec.decoding.request import Sampling
 from deepspec.decoding.shapes import Chain
-from deepspec.drafters.load import examine, load_drafter, open_draft
+from deepspec.drafters.load import load_drafter, open_draft
+from deepspec.drafters.published.recognise import examine
 from deepspec.drafters.published.vocabulary import draft_ids
 from deepspec.errors import DeepSpecError
 from deepspec.export.reference import network
@@ -634,6 +635,8 @@ def test_our_other_exports_load_back(kind, engine, target, tmp_path):
     [
         ("eagle3", "vllm", {"version": "3.1"}),
         ("eagle3", "speculators", {"version": "3.1"}),
+        ("peagle", "vllm", {}),
+        ("peagle", "hf", {"sliding_window": 6}),
         ("dflash", "vllm", {"causal": True, "sliding_window": 6}),
         ("dflash2", "hf", {"causal": True, "draft_vocab_size": 100}),
     ],

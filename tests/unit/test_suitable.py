@@ -31,6 +31,8 @@ VARIANTS = {
     "dspark within a window": {"sliding_window": 9},
     "dflash2": {},
     "dflash2 of a few tokens": {"draft_vocab_size": 64},
+    "peagle": {},
+    "peagle within a window": {"sliding_window": 9},
     "eagle3 3.1": {"version": "3.1"},
     "medusa": {},
     "lm": {},

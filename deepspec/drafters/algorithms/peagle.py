@@ -35,12 +35,6 @@ class PEagleConfig(Eagle3Config):
 
     mask_token_id: int = 0
 
-    @classmethod
-    def for_target(cls, params: PEagleParams, target: Target) -> PEagleConfig:
-        """Sizes that follow the target's own."""
-        sizes = cls.sizes_of(params, target)
-        return cls(**sizes, num_hidden_layers=params.layers, mask_token_id=target.vocab_size - 1)
-
     def to_dict(self) -> dict[str, Any]:
         """`config.json`."""
         return super().to_dict() | {"architectures": [ARCHITECTURE], "qk_norm": self.qk_norm}
@@ -159,7 +153,9 @@ def network(params: PEagleParams, target: Target) -> PEagleModel:
     origin = open_origin(params.start, ("eagle3", "peagle"), target)
     if origin is None:
         start = resolve_start(params.start, target, params.layers, params.qk_norm)
-        return PEagleModel(PEagleConfig.for_target(params, target), start)
+        sizes = PEagleConfig.sizes_of(params, target)
+        own = {"num_hidden_layers": params.layers, "mask_token_id": target.vocab_size - 1}
+        return PEagleModel(PEagleConfig(**sizes | own), start)
     config = PEagleConfig.read(origin.config)
     if "mask_token_id" not in origin.config:
         config = replace(config, mask_token_id=target.vocab_size - 1)
