@@ -82,7 +82,7 @@ class BlockConfig:
         """Sizes that follow the target's own."""
         layers = params.target_layer_ids or spread_layers(target.num_layers)
         return cls(
-            **like_target(target, layers, params.draft_vocab_size),
+            **like_target(target, layers, params.draft_vocab_size, params.rope == "target"),
             num_hidden_layers=params.layers,
             block_size=params.block_size,
             mask_token_id=target.vocab_size - 1,

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from deepspec.decoding.tree import Vocabulary
-from deepspec.drafters.rope import Rope
+from deepspec.drafters.rope import Rope, followed_rope
 from deepspec.target.head import PLAIN
 from deepspec.target.model import Target
 
@@ -238,8 +238,13 @@ class Network(nn.Module):
         return Vocabulary(self.config.vocab_size, ids, ids.tolist())
 
 
-def like_target(target: Target, layers: Sequence[int], draft_vocab_size: int | None) -> dict[str, Any]:
+def like_target(
+    target: Target, layers: Sequence[int], draft_vocab_size: int | None, follow_rope: bool = True
+) -> dict[str, Any]:
     """Sizes of a draft that follow its target's.
+
+    Args:
+        follow_rope: whether the rotary embedding is scaled as the target's.
 
     Raises:
         DeepSpecError: a target that cannot be distilled, or a layer that it lacks.
@@ -250,6 +255,7 @@ def like_target(target: Target, layers: Sequence[int], draft_vocab_size: int | N
         **_attention_sizes(target.config, target.hidden_size),
         "rms_norm_eps": 1e-6,
         "rope_theta": target.rope_theta,
+        "rope_scaling": followed_rope(target.config) if follow_rope else None,
         "vocab_size": target.vocab_size,
         "draft_vocab_size": min(draft_vocab_size or target.vocab_size, target.vocab_size),
         "target_layer_ids": tuple(layers),

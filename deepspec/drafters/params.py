@@ -17,6 +17,7 @@ START = (
 )
 
 WINDOW = "The draft's layers see so many tokens back, each itself among them; null: the whole context."
+ROPE = "Scaled as the target's rotary embedding where that is linear, llama3 or yarn; or `plain`."
 
 
 class TrainedParams(Section):
@@ -43,6 +44,7 @@ class BlockParams(TrainedParams):
         False, description="Each place of a block sees only those before it (JetSpec's); false: all see all."
     )
     sliding_window: int | None = Field(None, ge=1, description=WINDOW)
+    rope: Literal["target", "plain"] = Field("target", description=ROPE)
 
 
 class DSparkParams(BlockParams):
@@ -84,6 +86,7 @@ class EagleParams(TrainedParams):
     start: str = Field("auto", description=START)
     qk_norm: bool = Field(False, description="Qwen3-style layer, DeepSeek's format; else Llama's.")
     sliding_window: int | None = Field(None, ge=1, description=WINDOW)
+    rope: Literal["target", "plain"] = Field("target", description=ROPE)
 
 
 class Eagle3Params(EagleParams):

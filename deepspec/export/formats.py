@@ -10,6 +10,7 @@ from torch import Tensor
 
 from deepspec.drafters.algorithms.lm import LMModel
 from deepspec.drafters.block_network import BlockConfig
+from deepspec.drafters.rope import Rotated, written_rope
 from deepspec.export.draft import Draft
 from deepspec.export.layout import Layout
 from deepspec.export.readers.eagle3 import VARIANTS
@@ -34,7 +35,7 @@ def eagle3_config(draft: Draft) -> dict[str, Any]:
         **{name: getattr(config, name) for name in SIZES},
         "max_position_embeddings": draft.target.max_length,
         "num_hidden_layers": config.num_hidden_layers,
-        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
+        **_rope(config),
         "hidden_act": "silu",
         "attention_bias": False,
         "mlp_bias": False,
@@ -61,6 +62,12 @@ def dflash_config(draft: Draft) -> dict[str, Any]:
             "use_aux_hidden_state": True,
         },
     }
+
+
+def _rope(config: Rotated) -> dict[str, Any]:
+    """Return the rotary embedding as transformers 5 has it, and a scaling as earlier servers read it."""
+    scaled = config.rope_scaling
+    return {"rope_parameters": written_rope(config), **({"rope_scaling": dict(scaled)} if scaled else {})}
 
 
 def _windows(config: BlockConfig) -> dict[str, Any]:
@@ -142,7 +149,7 @@ def backbone(draft: Draft) -> dict[str, Any]:
         "max_position_embeddings": draft.target.max_length,
         "num_hidden_layers": config.num_hidden_layers,
         **_windows(config),
-        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
+        **_rope(config),
         "hidden_act": "silu",
         "attention_bias": False,
         "tie_word_embeddings": False,

@@ -254,10 +254,18 @@ def no_window(draft: Described) -> None:
         )
 
 
+def whole_rope(draft: Described) -> None:
+    """Refuse a rotary embedding of a part of a head."""
+    if "partial_rotary_factor" in (draft.network.config.rope_scaling or {}):
+        raise Refused("its rotary embedding is of a part of a head, which no format written here carries")
+
+
 def plain_rope(draft: Described) -> None:
     """Refuse a rotary embedding that is scaled."""
     if draft.network.config.rope_scaling is not None:
-        raise Refused("its rotary embedding is scaled, which no format written here carries")
+        raise Refused(
+            "its rotary embedding is scaled, which is not written for llama.cpp here; train with rope: plain"
+        )
 
 
 def whole_context(draft: Described) -> None:
@@ -290,9 +298,9 @@ def whole_vocabulary(draft: Described) -> None:
 
 
 Check = Callable[[Described], None]
-PEAGLE: tuple[Check, ...] = (plain_layer, no_window, plain_rope, layers_in_order)
+PEAGLE: tuple[Check, ...] = (plain_layer, no_window, whole_rope, layers_in_order)
 EAGLE3: tuple[Check, ...] = (*PEAGLE, one_layer)
-BLOCK: tuple[Check, ...] = (no_skip, plain_rope, layers_in_order)
+BLOCK: tuple[Check, ...] = (no_skip, whole_rope, layers_in_order)
 DFLASH: tuple[Check, ...] = (*BLOCK, masks_alone)
 DSPARK: tuple[Check, ...] = (*BLOCK, vanilla_markov)
 CHECKS: dict[str, dict[str, tuple[Check, ...]]] = {
@@ -319,10 +327,10 @@ CHECKS: dict[str, dict[str, tuple[Check, ...]]] = {
     },
     "tgi": dict.fromkeys(("medusa", "lookup", "suffix"), ()),
     "llamacpp": {
-        "eagle3": (*EAGLE3, plain_norms, three_layers, gguf_tokenizer),
-        "dflash": (*DFLASH, layers_alike, gguf_tokenizer),
-        "dflash2": (*DFLASH, layers_alike, whole_vocabulary, gguf_tokenizer),
-        "dspark": (*DSPARK, layers_alike, gguf_tokenizer),
+        "eagle3": (*EAGLE3, plain_norms, three_layers, plain_rope, gguf_tokenizer),
+        "dflash": (*DFLASH, layers_alike, plain_rope, gguf_tokenizer),
+        "dflash2": (*DFLASH, layers_alike, whole_vocabulary, plain_rope, gguf_tokenizer),
+        "dspark": (*DSPARK, layers_alike, plain_rope, gguf_tokenizer),
         "lm": (gguf_draft, gguf_tokenizer),
     },
 }

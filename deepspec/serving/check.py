@@ -36,7 +36,7 @@ from deepspec.serving.table import show
 from deepspec.target.model import Target, load_target
 
 GPU_ONLY = ("dspark",)
-BLOCKS = ("peagle", "dflash", "dflash2", "dspark", "medusa")
+BLOCKS = ("dflash", "dspark", "medusa")
 STARTED = ("vllm", "llamacpp")  # what is set up and started here
 
 

@@ -115,7 +115,7 @@ class Eagle3Config:
         """Return the sizes that EAGLE's drafts share."""
         layers = params.target_layer_ids or default_layers(target.num_layers)
         return {
-            **like_target(target, layers, params.draft_vocab_size),
+            **like_target(target, layers, params.draft_vocab_size, params.rope == "target"),
             "block_size": params.block_size,
             "qk_norm": params.qk_norm,
             "sliding_window": params.sliding_window,

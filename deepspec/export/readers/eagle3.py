@@ -79,9 +79,8 @@ def read(source: Directory, sample: Sample, layer_ids: list[int]) -> Reading:
     embed = source.optional("embed_tokens.weight", vocab, d)
     embed = sample.embeddings if embed is None else embed
     head = Head(source, vocab, sample.head)
-    count = source.config.get("num_hidden_layers", 1)
     first = "midlayer." if source.has("midlayer.hidden_norm.weight") else "layers.0."
-    prefixes = [first, *(f"layers.{i}." for i in range(1, count))]
+    prefixes = [first, *_further(source)]
     normed = source.has(f"{first}self_attn.q_norm.weight")
     layers = [Layer(source, prefix, d if i else 2 * d, normed) for i, prefix in enumerate(prefixes)]
     state_norm = source.take(f"{first}hidden_norm.weight", d)
@@ -122,17 +121,17 @@ def read(source: Directory, sample: Sample, layer_ids: list[int]) -> Reading:
             below = torch.cat((below, out[-1] if "norm_output" in on else hidden))
         return head.logits(torch.cat(out))
 
-    later = source.optional("mask_hidden")
-    mask = _mask(source) if later is not None else None
+    parallel = source.has("mask_hidden")
+    later = fused(source.take("mask_hidden").reshape(1, -1)) if parallel else states[:0]
+    mask = _mask(source) if parallel else 0
 
     def block(anchor: int, steps: int) -> Tensor:
         """Return the logits of P-EAGLE: one pass, mask tokens and one vector behind the anchor."""
-        masks = torch.full((steps - 1,), mask)
-        below = torch.cat((states[:anchor], fused(later.reshape(1, -1)).expand(steps - 1, -1)))
-        hidden = through(torch.cat((sample.tokens[1 : anchor + 1], masks)), below)[-steps:]
+        tokens = torch.cat((sample.tokens[1 : anchor + 1], torch.full((steps - 1,), mask)))
+        hidden = through(tokens, torch.cat((states[:anchor], later.expand(steps - 1, -1))))[-steps:]
         return head.logits(rms(hidden, final_norm, eps))
 
-    draft = chain if later is None else block
+    draft = block if parallel else chain
     gamma = sample.gamma
     logits = torch.stack([draft(anchor, gamma) for anchor in sample.anchors.tolist()])
     facts = Facts(
@@ -140,11 +139,17 @@ def read(source: Directory, sample: Sample, layer_ids: list[int]) -> Reading:
         rope_theta=rope_theta(config),
         rms_norm_eps=eps,
         norms=tuple(sorted(on)),
-        mask_token_id=mask,
+        mask_token_id=mask if parallel else None,
         max_position_embeddings=config.get("max_position_embeddings"),
         draft_ids=head.ids,
     )
     return Reading(logits, facts)
+
+
+def _further(source: Directory) -> list[str]:
+    """Return the prefixes of the layers behind the first, which read the state alone."""
+    indices = {name.split(".")[1] for name in source.weights if name.startswith("layers.")} - {"0"}
+    return [f"layers.{i}." for i in sorted(map(int, indices))]
 
 
 def _mask(source: Directory) -> int:
