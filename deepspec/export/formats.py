@@ -85,6 +85,7 @@ def dspark_config(draft: Draft) -> dict[str, Any]:
     known.pop("context_skip")
     return known | {
         "architectures": ["Qwen3DSparkModel"],
+        **_rope(draft.network.config),
         "max_position_embeddings": draft.target.max_length,
         "use_aux_hidden_state": True,
         "dtype": draft.dtype_name,
