@@ -142,7 +142,7 @@ class BlockConfig:
         return bool(self.causal) and self.causal[layer]
 
 
-def seen(params: BlockParams, layers: int) -> dict[str, tuple[int, ...] | tuple[bool, ...]]:
+def seen(params: BlockParams, layers: int) -> dict[str, Any]:
     """Return `windows` and `causal` of a configuration whose layers all see what a section says."""
     windows = (params.sliding_window,) * layers if params.sliding_window else ()
     return {"windows": windows, "causal": (True,) * layers if params.causal else ()}

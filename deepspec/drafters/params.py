@@ -161,6 +161,7 @@ AnyDrafter = Annotated[
     | DFlashParams
     | DFlash2Params
     | Eagle3Params
+    | PEagleParams
     | MedusaParams
     | LMParams
     | LookupParams
