@@ -105,9 +105,7 @@ class BlockObjective(nn.Module):
         with torch.autocast(device, enabled=False):
             mixture = self.params, self.params.positions, batch.valid.flatten(0, 1), self.budget
             found = head_loss(factors, law, *mixture, outputs.candidates)
-            if (
-                outputs.candidates is not None
-            ):  # which are the right ones where the first product alone is right
+            if outputs.candidates is not None:  # whose choice the first product alone decides
                 found = found._replace(loss=found.loss + head_loss(factors[:1], law, *mixture).loss)
         return found, outputs.confidence
 
