@@ -21,7 +21,7 @@ from deepspec.drafters.algorithms.eagle3 import Eagle3Config, Eagle3Drafter, Eag
 from deepspec.drafters.autoregressive import AutoregressiveSession
 from deepspec.drafters.checkpoint import Checkpoint, load_network
 from deepspec.drafters.eagle_network import Layer, attend_with_own, rows
-from deepspec.drafters.origin import open_origin
+from deepspec.drafters.origin import check_kept, open_origin
 from deepspec.drafters.params import PEagleParams
 from deepspec.drafters.start import resolve_start
 from deepspec.target.model import Target
@@ -159,6 +159,8 @@ def network(params: PEagleParams, target: Target) -> PEagleModel:
     config = PEagleConfig.read(origin.config)
     if "mask_token_id" not in origin.config:
         config = replace(config, mask_token_id=target.vocab_size - 1)
+    if "layers" in params.model_fields_set:
+        check_kept({"num_hidden_layers": params.layers}, origin)
     model = PEagleModel(replace(config, **go_on(params, origin, config)), params.start)
     model.origin = origin
     return model

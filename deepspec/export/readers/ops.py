@@ -47,7 +47,9 @@ class Rope:
     def __init__(self, config: dict[str, Any]):
         self.theta = rope_theta(config)
         parameters, older = config.get("rope_parameters") or {}, config.get("rope_scaling") or {}
-        kinds = {found.get("rope_type", "default") for found in (parameters, older) if found}
+        kinds = {
+            found.get("rope_type") or found.get("type") or "default" for found in (parameters, older) if found
+        }
         if len(kinds) > 1:
             raise Unreadable(
                 f"the scaling of RoPE: rope_parameters and rope_scaling disagree ({sorted(kinds)})"
