@@ -23,7 +23,7 @@ from deepspec.export.reference import network
 from deepspec.target.model import load_target
 from tests.exporting import make_draft, written
 from tests.published import LAYERS, SIZES, VOCAB, D, Draft, Reference, Weights, block, eagle3
-from tests.tiny import make_target
+from tests.tiny import SCALINGS, make_target
 
 TEXT = torch.randint(2, VOCAB, (19,), generator=torch.Generator().manual_seed(3)).tolist()
 ANCHOR = 18  # the last token of the text
@@ -32,14 +32,7 @@ DEFAULT = [
     LAYERS // 2,
     LAYERS - 3,
 ]  # of transformers' hidden_states: what engines read where nothing is said
-LLAMA3 = {
-    "rope_type": "llama3",
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 64,
-}
-YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+LLAMA3, YARN = SCALINGS["llama3"], SCALINGS["yarn"]
 GONE = object()
 
 
