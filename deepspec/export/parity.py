@@ -19,7 +19,7 @@ from torch import Tensor
 from deepspec.drafters.network import Network
 from deepspec.export import gguf_checks, reference
 from deepspec.export.checks import Check
-from deepspec.export.draft import TRAINED, Draft
+from deepspec.export.draft import Draft
 from deepspec.export.layout import TOKENIZER_FILES, Layout
 from deepspec.export.readers import block, causal_lm, eagle3, gguf, medusa
 from deepspec.export.readers.directory import Directory, Facts, Reading, Unreadable
@@ -91,8 +91,8 @@ def check(draft: Draft, layout: Layout, path: Path, samples: list[Sample]) -> Pa
     Args:
         samples: none for a draft without weights.
     """
-    checks = _tokenizer(draft, path) if draft.kind in TRAINED else [_settings(draft, path)]
-    if draft.kind not in TRAINED:
+    checks = _tokenizer(draft, path) if draft.trained else [_settings(draft, path)]
+    if not draft.trained:
         return Parity(None, tuple(checks))
     try:
         error, found = _compare(draft, layout, path, samples)

@@ -8,17 +8,13 @@ from copy import deepcopy
 import torch
 from torch import Tensor
 
-from deepspec.drafters.algorithms.dflash2 import DFlash2Config, DFlash2Model
-from deepspec.drafters.algorithms.dspark import DSparkConfig, DSparkModel
-from deepspec.drafters.algorithms.eagle3 import Eagle3Config, Eagle3Model
-from deepspec.drafters.algorithms.lm import LMConfig, LMModel, cut_padding
-from deepspec.drafters.algorithms.medusa import MedusaConfig, MedusaModel
-from deepspec.drafters.algorithms.peagle import PEagleConfig, PEagleModel
-from deepspec.drafters.checkpoint import Checkpoint, load_network
+from deepspec.drafters.algorithms.lm import LMModel
+from deepspec.drafters.checkpoint import Checkpoint
 from deepspec.drafters.network import Network
+from deepspec.drafters.registry import algorithms
+from deepspec.errors import DeepSpecError
 from deepspec.export.readers.sample import Sample
 from deepspec.target.model import H_LAST, Target
-from deepspec.target.source import load_model
 
 
 def network(kind: str, checkpoint: Checkpoint, target: Target, dtype: torch.dtype) -> Network:
@@ -27,7 +23,10 @@ def network(kind: str, checkpoint: Checkpoint, target: Target, dtype: torch.dtyp
     Raises:
         DeepSpecError: an unsupported configuration, or an unknown, missing or misshapen weight.
     """
-    model = _NETWORKS[kind](checkpoint, target).cpu().eval()
+    read = algorithms()[kind].read
+    if read is None:
+        raise DeepSpecError(f"{checkpoint.directory}: a draft of type {kind} has no network")
+    model = read(checkpoint, target).cpu().eval()
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype).float()
     return model
@@ -58,40 +57,3 @@ def logits(model: Network, sample: Sample) -> Tensor:
         candidates=None
     )  # the scores that candidates are cut of
     return whole.logits()[0]
-
-
-def _eagle3(checkpoint: Checkpoint, target: Target) -> Network:
-    return load_network(Eagle3Model(Eagle3Config.read(checkpoint.config)), checkpoint, target)
-
-
-def _dspark(checkpoint: Checkpoint, target: Target) -> Network:
-    return load_network(DSparkModel(DSparkConfig.read(checkpoint.config)), checkpoint, target)
-
-
-def _peagle(checkpoint: Checkpoint, target: Target) -> Network:
-    return load_network(PEagleModel(PEagleConfig.read(checkpoint.config)), checkpoint, target)
-
-
-def _dflash2(checkpoint: Checkpoint, target: Target) -> Network:
-    return load_network(DFlash2Model(DFlash2Config.read(checkpoint.config)), checkpoint, target)
-
-
-def _medusa(checkpoint: Checkpoint, target: Target) -> Network:
-    return load_network(MedusaModel(MedusaConfig.read(checkpoint.config)), checkpoint, target)
-
-
-def _lm(checkpoint: Checkpoint, target: Target) -> Network:
-    model = load_model(str(checkpoint.directory), dtype=torch.float32)
-    cut_padding(model, target.vocab_size)
-    return LMModel(LMConfig.of(target, model, checkpoint.config.get("block_size", 5)), model)
-
-
-_NETWORKS = {
-    "eagle3": _eagle3,
-    "dspark": _dspark,
-    "dflash": _dspark,
-    "dflash2": _dflash2,
-    "peagle": _peagle,
-    "medusa": _medusa,
-    "lm": _lm,
-}

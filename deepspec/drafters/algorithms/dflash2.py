@@ -237,10 +237,18 @@ class DFlash2Drafter(BlockDrafter[DFlash2Model]):
         return expand
 
 
+def read(checkpoint: Checkpoint, target: Target) -> DFlash2Model:
+    """Return the network of a directory, in float32.
+
+    Raises:
+        DeepSpecError: an unsupported configuration, or an unknown, missing or misshapen weight.
+    """
+    return load_network(DFlash2Model(DFlash2Config.read(checkpoint.config)), checkpoint, target)
+
+
 def load(checkpoint: Checkpoint, target: Target) -> DFlash2Drafter:
     """Load a draft, ours or a published one."""
-    model = DFlash2Model(DFlash2Config.read(checkpoint.config))
-    return DFlash2Drafter(load_network(model, checkpoint, target), target)
+    return DFlash2Drafter(read(checkpoint, target), target)
 
 
 def network(params: DFlash2Params, target: Target) -> DFlash2Model:
@@ -268,4 +276,4 @@ def _grown(params: DFlash2Params, origin: Origin) -> DFlash2Config:
     return replace(config, **parts, **backbone)
 
 
-ALGORITHM = Algorithm(DFlash2Params, (ARCHITECTURE,), load, network)
+ALGORITHM = Algorithm(DFlash2Params, (ARCHITECTURE,), load, network, read=read)

@@ -171,10 +171,18 @@ class DSparkDrafter(BlockDrafter[DSparkModel]):
         return 1 / (1 + math.exp(-min(max(logit, -60.0), 60.0)))
 
 
+def read(checkpoint: Checkpoint, target: Target) -> DSparkModel:
+    """Return the network of a directory, in float32.
+
+    Raises:
+        DeepSpecError: an unsupported configuration, or an unknown, missing or misshapen weight.
+    """
+    return load_network(DSparkModel(DSparkConfig.read(checkpoint.config)), checkpoint, target)
+
+
 def load(checkpoint: Checkpoint, target: Target) -> DSparkDrafter:
     """Load a draft of DeepSeek's format, ours or a published one."""
-    network = load_network(DSparkModel(DSparkConfig.read(checkpoint.config)), checkpoint, target)
-    return DSparkDrafter(network, target, temperatures(checkpoint.directory))
+    return DSparkDrafter(read(checkpoint, target), target, temperatures(checkpoint.directory))
 
 
 def network(params: DSparkParams, target: Target, asked: Collection[str] | None = None) -> DSparkModel:
@@ -218,4 +226,4 @@ def grown(params: DSparkParams, asked: Collection[str], origin: Origin) -> DSpar
     return replace(config, **changed, **backbone)
 
 
-ALGORITHM = Algorithm(DSparkParams, (DEEPSEEK, OURS), load, network)
+ALGORITHM = Algorithm(DSparkParams, (DEEPSEEK, OURS), load, network, read=read)

@@ -328,10 +328,18 @@ class Eagle3Drafter(AutoregressiveDrafter):
         return self._head(hidden if self.config.norm_output else self._norm(hidden))
 
 
+def read(checkpoint: Checkpoint, target: Target) -> Eagle3Model:
+    """Return the network of a directory, in float32.
+
+    Raises:
+        DeepSpecError: an unsupported configuration, or an unknown, missing or misshapen weight.
+    """
+    return load_network(Eagle3Model(Eagle3Config.read(checkpoint.config)), checkpoint, target)
+
+
 def load(checkpoint: Checkpoint, target: Target) -> Eagle3Drafter:
     """Load a draft of either format, ours or a published one."""
-    model = Eagle3Model(Eagle3Config.read(checkpoint.config))
-    return Eagle3Drafter(load_network(model, checkpoint, target), target)
+    return Eagle3Drafter(read(checkpoint, target), target)
 
 
 def network(params: Eagle3Params, target: Target) -> Eagle3Model:
@@ -365,4 +373,4 @@ def go_on(params: EagleParams, origin: Origin, config: Eagle3Config) -> dict[str
     return changed
 
 
-ALGORITHM = Algorithm(Eagle3Params, (SERVED, DEEPSEEK), load, network)
+ALGORITHM = Algorithm(Eagle3Params, (SERVED, DEEPSEEK), load, network, read=read)

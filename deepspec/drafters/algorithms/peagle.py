@@ -142,10 +142,18 @@ class PEagleSession(AutoregressiveSession):
         return expand
 
 
+def read(checkpoint: Checkpoint, target: Target) -> PEagleModel:
+    """Return the network of a directory, in float32.
+
+    Raises:
+        DeepSpecError: an unsupported configuration, or an unknown, missing or misshapen weight.
+    """
+    return load_network(PEagleModel(PEagleConfig.read(checkpoint.config)), checkpoint, target)
+
+
 def load(checkpoint: Checkpoint, target: Target) -> PEagleDrafter:
     """Load a draft, ours or a published one."""
-    model = PEagleModel(PEagleConfig.read(checkpoint.config))
-    return PEagleDrafter(load_network(model, checkpoint, target), target)
+    return PEagleDrafter(read(checkpoint, target), target)
 
 
 def network(params: PEagleParams, target: Target) -> PEagleModel:
@@ -166,4 +174,4 @@ def network(params: PEagleParams, target: Target) -> PEagleModel:
     return model
 
 
-ALGORITHM = Algorithm(PEagleParams, (ARCHITECTURE,), load, network)
+ALGORITHM = Algorithm(PEagleParams, (ARCHITECTURE,), load, network, read=read)
