@@ -16,6 +16,7 @@ from tests.tiny import make_network
 LAYERS = 8  # of the target: room for layer ids that are off by one
 SIZES = {
     "eagle3": {"block_size": 3, "draft_vocab_size": 64, "target_layer_ids": [1, 3, 5]},
+    "peagle": {"block_size": 3, "layers": 2, "draft_vocab_size": 64, "target_layer_ids": [1, 3, 5]},
     "dspark": {
         "layers": 2,
         "block_size": 3,
@@ -24,6 +25,14 @@ SIZES = {
         "target_layer_ids": [1, 2, 4, 5],
     },
     "dflash": {"layers": 2, "block_size": 3, "draft_vocab_size": 64, "target_layer_ids": [1, 3, 5]},
+    "dflash2": {
+        "layers": 2,
+        "block_size": 3,
+        "draft_vocab_size": 0,
+        "target_layer_ids": [1, 3, 5],
+        "selector_rank": 8,
+        "selector_top_k": 6,
+    },
     "medusa": {"heads": 3, "layers": 2, "draft_vocab_size": 64},
     "lm": {"block_size": 3, "from_layers": [0, 3]},
     "lookup": {"block_size": 4, "min_match": 2},

@@ -59,6 +59,19 @@ class Weights:
         self.matrix(f"{prefix}mlp.up_proj", FFN, D)
         self.matrix(f"{prefix}mlp.down_proj", D, FFN)
 
+    def selector(self, layers: int, rank: int = 8, taps: int = 2, group: int = 16) -> None:
+        """DFlash 2's parts."""
+        for i in range(layers):
+            for name in ("attention_conv", "mlp_conv"):
+                base = torch.randn(2, taps, D, generator=self.rng) / 4
+                base[:, 0] += 1
+                self.named[f"layers.{i}.{name}.base_kernel"] = base
+                self.matrix(f"layers.{i}.{name}.kernel_projection", 2 * taps * D // group, D, 0.3)
+        self.matrix("candidate_selector.hidden_projection", rank, D)
+        for name in ("predecessor", "successor"):
+            codes = torch.randn(VOCAB, rank, generator=self.rng)
+            self.named[f"candidate_selector.{name}_codebook"] = codes
+
 
 @dataclass
 class Draft:
@@ -116,9 +129,13 @@ def eagle3(
     prefix: str = "",
     norms: tuple[str, ...] = (),
     own_embeddings: bool = False,
+    parallel: bool = False,
     **config: Any,
 ) -> Draft:
-    """An EAGLE-3 draft. `norms`: which of norm_before_residual, norm_before_fc, fc_norm and norm_output are on."""
+    """An EAGLE-3 draft, or a P-EAGLE of four tokens (`parallel`).
+
+    `norms`: which of norm_before_residual, norm_before_fc, fc_norm and norm_output are on.
+    """
     made = Weights()
     made.matrix("fc", D, len(reads) * D)
     made.layer(first, 2 * D, qk_norm)
@@ -131,6 +148,8 @@ def eagle3(
     if "fc_norm" in norms:
         for i in range(len(reads)):
             made.norm(f"fc_norm.{i}", D)
+    if parallel:
+        made.named["mask_hidden"] = torch.randn(1, 1, len(reads) * D, generator=made.rng)
     if own_embeddings:
         made.named["embed_tokens.weight"] = torch.randn(VOCAB, D, generator=made.rng)
     ids = None
@@ -142,7 +161,7 @@ def eagle3(
     named = {prefix + name: weight for name, weight in made.named.items()}
     described = {"architectures": ["LlamaForCausalLMEagle3"], "model_type": "llama", **SIZES, **config}
     described |= {"num_hidden_layers": layers} | ({"draft_vocab_size": columns} if columns else {})
-    return Draft(described, named, reads, 5, ids, first=first)
+    return Draft(described, named, reads, 4 if parallel else 5, ids, first=first, mask=VOCAB - 2)
 
 
 def block(
@@ -154,9 +173,10 @@ def block(
     head: str = "vanilla",
     confidence: bool = False,
     from_anchor: bool = False,
+    selector: bool = False,
     **config: Any,
 ) -> Draft:
-    """A DFlash or DSpark draft with blocks of `size` places, `config` in the style's own keys."""
+    """A DFlash, DFlash 2 (`selector`) or DSpark draft, blocks of `size` places, `config` in the style's own keys."""
     made = Weights(1)
     made.matrix("fc", D, len(reads) * D)
     made.norm("hidden_norm", D)
@@ -164,6 +184,8 @@ def block(
     for i in range(layers):
         made.layer(f"layers.{i}.", D, qk_norm=True)
     rows = columns or VOCAB
+    if selector:
+        made.selector(layers)
     if rank:
         made.matrix("markov_head.markov_w1", VOCAB, rank)
         made.matrix("markov_head.markov_w2", rows, rank)
@@ -273,8 +295,7 @@ class Reference:
     def eagle(self) -> bool:
         return f"{self.draft.first}hidden_norm.weight" in self.w
 
-    def fused(self) -> Tensor:
-        parts = self.read
+    def fused(self, parts: list[Tensor]) -> Tensor:
         if self.on("fc_norm"):
             parts = [rms(part, self.w[f"fc_norm.{i}.weight"]) for i, part in enumerate(parts)]
         joined = torch.cat(parts, -1)
@@ -285,25 +306,40 @@ class Reference:
     def chain(self, tokens: list[int], anchor: int) -> Tensor:
         """EAGLE-3, every step over all places anew, causally."""
         self.draft.causal = True
-        below, out = self.fused()[:anchor], []
+        below, out = self.fused(self.read)[:anchor], []
+        if "mask_hidden" in self.w:
+            return self.parallel(tokens, anchor, below)
         for k in range(self.draft.gamma):
             n = anchor + k
             places = torch.arange(n)
             embedded = self.embed[torch.tensor(tokens[1 : n + 1])]
             hidden = below
-            for i in range(self.config["num_hidden_layers"]):
-                prefix = self.draft.first if i == 0 else f"layers.{i}."
-                x = rms(hidden, self.w[f"{prefix}input_layernorm.weight"]) if i else None
-                if i == 0:
-                    normed = rms(hidden, self.w[f"{prefix}hidden_norm.weight"])
-                    x = torch.cat((rms(embedded, self.w[f"{prefix}input_layernorm.weight"]), normed), -1)
-                    hidden = normed if self.on("norm_before_residual") else hidden
-                hidden = self.mlp(prefix, hidden + self.attended(prefix, x, x, places, places))
-            last = hidden[-1:]
+            last = self.eagle_layers(embedded, hidden, places)[-1:]
             normed = rms(last, self.w["norm.weight"])
             out.append(normed @ self.head.T)
             below = torch.cat((below, normed if self.on("norm_output") else last))
         return torch.cat(out)
+
+    def eagle_layers(self, embedded: Tensor, hidden: Tensor, places: Tensor) -> Tensor:
+        for i in range(self.config["num_hidden_layers"]):
+            prefix = self.draft.first if i == 0 else f"layers.{i}."
+            x = rms(hidden, self.w[f"{prefix}input_layernorm.weight"]) if i else None
+            if i == 0:
+                normed = rms(hidden, self.w[f"{prefix}hidden_norm.weight"])
+                x = torch.cat((rms(embedded, self.w[f"{prefix}input_layernorm.weight"]), normed), -1)
+                hidden = normed if self.on("norm_before_residual") else hidden
+            hidden = self.mlp(prefix, hidden + self.attended(prefix, x, x, places, places))
+        return hidden
+
+    def parallel(self, tokens: list[int], anchor: int, below: Tensor) -> Tensor:
+        """P-EAGLE: one causal pass, with mask tokens and one vector for the states behind the anchor's place."""
+        gamma = self.draft.gamma
+        later = self.fused(list(self.w["mask_hidden"].view(1, -1).split(D, -1))).expand(gamma - 1, -1)
+        ids = [*tokens[1 : anchor + 1], *[self.draft.mask] * (gamma - 1)]
+        hidden = self.eagle_layers(
+            self.embed[torch.tensor(ids)], torch.cat((below, later)), torch.arange(len(ids))
+        )
+        return rms(hidden, self.w["norm.weight"])[-gamma:] @ self.head.T
 
     def block(self, tokens: list[int], anchor: int) -> Tensor:
         """DFlash and DSpark: one pass over the anchor and the masks, beside the context's states."""
@@ -314,10 +350,15 @@ class Reference:
         at, places = torch.arange(anchor, anchor + size), torch.arange(anchor + size)
         for i in range(self.config["num_hidden_layers"]):
             normed = rms(x, self.w[f"layers.{i}.input_layernorm.weight"])
+            if f"layers.{i}.attention_conv.base_kernel" in self.w:
+                x = self.convolved_layer(f"layers.{i}.", x, context, at, places)
+                continue
             keys_of = torch.cat((context, normed))
             x = self.mlp(f"layers.{i}.", x + self.attended(f"layers.{i}.", normed, keys_of, at, places))
         hidden = rms(x, self.w["norm.weight"])[size - gamma :]
         logits = hidden @ self.head.T
+        if "candidate_selector.successor_codebook" in self.w:
+            return self.selected(logits, hidden, tokens[anchor : anchor + gamma])
         if "markov_head.markov_w1.weight" in self.w:
             latent = self.w["markov_head.markov_w1.weight"][torch.tensor(tokens[anchor : anchor + gamma])]
             if "markov_head.gate_proj.weight" in self.w:
@@ -325,3 +366,38 @@ class Reference:
                 latent = (gate + self.w["markov_head.gate_proj.bias"]).sigmoid() * latent
             logits = logits + latent @ self.w["markov_head.markov_w2.weight"].T
         return logits
+
+    def convolved(self, name: str, side: int, x: Tensor, source: Tensor) -> Tensor:
+        """Each place [size, d] and the one before it, weighed by what `source` says at the place."""
+        base = self.w[f"{name}.base_kernel"]
+        said = (source @ self.w[f"{name}.kernel_projection.weight"].T).view(len(x), 2, base.shape[1], -1)
+        out = torch.zeros_like(x)
+        for t in range(len(x)):
+            for back in range(base.shape[1]):
+                kernel = base[side, back] + said[t, side, back].repeat_interleave(D // said.shape[-1])
+                out[t] += kernel * x[t - back] if t >= back else 0
+        return out
+
+    def convolved_layer(self, prefix: str, x: Tensor, context: Tensor, at: Tensor, places: Tensor) -> Tensor:
+        """A layer of DFlash 2."""
+        w, name = self.w, f"{prefix}attention_conv"
+        normed = rms(x, w[f"{prefix}input_layernorm.weight"])
+        read = self.convolved(name, 0, normed, normed)
+        attended = self.attended(prefix, read, torch.cat((context, read)), at, places)
+        x, name = x + self.convolved(name, 1, attended, normed), f"{prefix}mlp_conv"
+        normed = rms(x, w[f"{prefix}post_attention_layernorm.weight"])
+        read = self.convolved(name, 0, normed, normed)
+        gate, up = (read @ w[f"{prefix}mlp.{part}_proj.weight"].T for part in ("gate", "up"))
+        made = (gate * gate.sigmoid() * up) @ w[f"{prefix}mlp.down_proj.weight"].T
+        return x + self.convolved(name, 1, made, normed)
+
+    def selected(self, logits: Tensor, hidden: Tensor, before: list[int]) -> Tensor:
+        """Scores among the candidates of each place, −inf elsewhere."""
+        part = lambda name: self.w[f"candidate_selector.{name}"]  # noqa: E731
+        top = self.config.get("dflash_config", self.config)
+        out = torch.full_like(logits, -torch.inf)
+        for t, a in enumerate(before):
+            latent = part("predecessor_codebook")[a] * (part("hidden_projection.weight") @ hidden[t])
+            for b in logits[t].argsort(descending=True)[: top["selector_top_k"]].tolist():
+                out[t, b] = logits[t, b] + latent @ part("successor_codebook")[b]
+        return out

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import argparse
 import atexit
+import json
 import shutil
 import tempfile
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -148,6 +150,27 @@ def make_target(
     model.save_pretrained(path)
     tokenizer.save_pretrained(path)
     return Path(path)
+
+
+SCALINGS: dict[str, dict[str, Any]] = {
+    "llama3": {
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 64,
+    },
+    "yarn": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64},
+}
+
+
+def scaled_target(path: Path, scaling: dict[str, Any], **sizes) -> Path:
+    """Write a Qwen3 whose rotary embedding is scaled."""
+    directory = make_target(path, "qwen3", **sizes)
+    config = json.loads((directory / "config.json").read_text())
+    config["rope_parameters"] = {"rope_theta": 10000.0, **scaling}
+    (directory / "config.json").write_text(json.dumps(config))
+    return directory
 
 
 @cache

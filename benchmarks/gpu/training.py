@@ -22,8 +22,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.gpu.clock import forget_peak, matrix_rate, median_seconds, peak_bytes
 from benchmarks.gpu.findings import Findings, Setting
-from deepspec.drafters.algorithms.dspark import DSparkConfig, DSparkModel, block_mask
+from deepspec.drafters.algorithms.dspark import DSparkConfig, DSparkModel
 from deepspec.drafters.algorithms.eagle3 import Eagle3Config, Eagle3Model
+from deepspec.drafters.block_network import block_mask
 from deepspec.drafters.network import Network
 from deepspec.features.local import Features
 from deepspec.features.sequences import Sequence

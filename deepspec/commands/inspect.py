@@ -6,8 +6,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from deepspec.drafters.checkpoint import draft_directory
-from deepspec.drafters.load import examine, load_drafter
+from deepspec.drafters.load import load_drafter
 from deepspec.drafters.published.plan import Plan
+from deepspec.drafters.published.recognise import examine
 from deepspec.drafters.weights import stored, weight_files
 from deepspec.errors import DeepSpecError
 
@@ -101,7 +102,7 @@ def _weights(directory: Path, plan: Plan) -> Iterator[tuple[str, str]]:
         f"{len(weights)} ({numbers / 1e6:.4g} M numbers) in {', '.join(path.name for path in files)}",
     )
     names = set(plan.names.values()) if plan.names else set(weights)
-    if plan.kind in ("eagle3", "dspark"):
+    if plan.kind in ("eagle3", "peagle", "dspark", "dflash2"):
         lacking = [name for name in ("embed_tokens.weight", "lm_head.weight") if name not in names]
         if lacking:
             yield "from the target", ", ".join(lacking)

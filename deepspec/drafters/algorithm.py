@@ -42,6 +42,7 @@ class Algorithm:
         architectures: of the `config.json` that `load` reads, as patterns; an algorithm may write another's.
         load: (directory, target) → the drafter.
         network: (params, target) → the network to train; None for an algorithm that is not trained.
+        read: (directory, target) → the network that was trained, in float32; None likewise.
         standalone: its drafts are models whose sizes say nothing of the target's.
         make: params → the drafter of an algorithm that is not trained; its `config` is its config.json.
     """
@@ -52,6 +53,7 @@ class Algorithm:
     network: Callable[[Any, Target], Network] | None = None
     make: Callable[[Any], TrainingFreeDrafter] = _no_section
     standalone: bool = False
+    read: Callable[[Checkpoint, Target], Network] | None = None
 
     @property
     def type(self) -> str:

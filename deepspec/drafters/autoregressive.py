@@ -8,7 +8,7 @@ next proposal.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -102,20 +102,37 @@ class AutoregressiveSession(GrowingSession):
 
     def _absorb(self, asks: list[DraftRequest]) -> Tensor:
         """Take in what was committed since the last proposal, the anchor included; outputs at the anchors [m, d]."""
+        return torch.stack([outputs[-1] for outputs in self.take_in(asks)])
+
+    def take_in(
+        self, asks: list[DraftRequest], behind: Sequence[int] = (), below: Tensor | None = None
+    ) -> list[Tensor]:
+        """Take in what was committed since the last proposal, the anchor included.
+
+        Args:
+            behind: tokens that follow each anchor in the same pass, and are not kept.
+            below: the states [len(behind), d] that they are read with.
+
+        Returns:
+            The outputs [places, d] of each request.
+        """
         rows = [ask.row for ask in asks]
         states = [self.rows[row] for row in rows]
         fresh = [self._fresh(state, ask.anchor) for state, ask in zip(states, asks, strict=True)]
-        counts, starts = [len(ids) for ids in fresh], [state.length for state in states]
+        kept, starts = [len(ids) for ids in fresh], [state.length for state in states]
+        counts = [count + len(behind) for count in kept]
         positions = [s + i for s, count in zip(starts, counts, strict=True) for i in range(count)]
         features = [part for state in states for part in state.features]
         above = self.drafter.fuse(torch.cat(features)) if features else None
+        if above is not None and below is not None:
+            above = torch.cat([part for own in above.split(kept) for part in (own, below)])
         self.cache.reserve(max(starts) + 2 * max(counts) + MAX_NODES)
-        ids = [token for part in fresh for token in part]
+        ids = [token for part in fresh for token in (*part, *behind)]
         outputs = self.drafter.run(self.cache, rows, starts, counts, ids, above, positions)
-        for state, count in zip(states, counts, strict=True):
+        for state, count in zip(states, kept, strict=True):
             state.length += count
             state.tokens, state.features = [], []
-        return outputs[torch.tensor(counts).cumsum(0) - 1]
+        return list(outputs.split(counts))
 
     def _fresh(self, state: _Row, anchor: int) -> list[int]:
         """Return the tokens to take in: the first committed one was the last proposal's anchor, and is in."""

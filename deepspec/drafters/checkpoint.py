@@ -136,6 +136,14 @@ def load_network(network: N, checkpoint: Checkpoint, target: Target) -> N:
     return network
 
 
+def without_ones(weight: Tensor, shape: torch.Size) -> Tensor:
+    """Return a weight in a shape that differs from its own in leading ones alone; any other as it is."""
+    same = weight.numel() == shape.numel() and [n for n in weight.shape if n > 1] == [
+        n for n in shape if n > 1
+    ]
+    return weight.view(shape) if same else weight
+
+
 def draft_directory(name: str) -> Path:
     """Where the draft called `name` is: below data/drafts, or a path."""
     for path in (DRAFTS / name, Path(name)):
@@ -175,6 +183,7 @@ def _fill(model: Network, weights: dict[str, Tensor], path: Path) -> None:
     if unknown or missing:
         what = f"unknown weights {unknown[:3]}" if unknown else f"missing weights {missing[:3]}"
         raise DeepSpecError(f"{path}: {what}")
+    weights = {name: without_ones(tensor, expected[name].shape) for name, tensor in weights.items()}
     for name, tensor in weights.items():
         if tensor.shape != expected[name].shape:
             raise DeepSpecError(

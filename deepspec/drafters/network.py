@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING, fields
+from functools import reduce
+from operator import add
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -12,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from deepspec.decoding.tree import Vocabulary
-from deepspec.drafters.rope import Rope
+from deepspec.drafters.rope import Rope, followed_rope
 from deepspec.target.head import PLAIN
 from deepspec.target.model import Target
 
@@ -70,10 +72,28 @@ class NormalisedLinear(nn.Linear):
 
 
 class Outputs(NamedTuple):
-    """What a loss reads: the draft's logits are Σ x Wᵀ over `factors`, which are never multiplied out at once."""
+    """What a loss reads: the draft's logits are Σ x Wᵀ over `factors`, which are never multiplied out at once.
+
+    With `candidates` a draft is made of so many tokens at each place, those of the largest first product.
+    """
 
     factors: list[tuple[Tensor, Tensor]]  # x [..., m], W [draft_vocab, m]
     confidence: Tensor | None = None  # [...], logits of the chance that a token drawn at k survives
+    candidates: int | None = None
+
+    def logits(self) -> Tensor:
+        """Return the logits [..., draft_vocab], float32, −inf for what is no candidate."""
+        products = [x.float() @ w.float().T for x, w in self.factors]
+        total = reduce(add, products)
+        if self.candidates is None:
+            return total
+        return total.masked_fill(~largest(products[0], self.candidates), -torch.inf)
+
+
+def largest(logits: Tensor, count: int) -> Tensor:
+    """Return a mask of the `count` largest logits of each row, bool like logits [..., columns]."""
+    places = logits.topk(min(count, logits.shape[-1]), -1).indices
+    return torch.zeros_like(logits, dtype=torch.bool).scatter_(-1, places, True)
 
 
 class Given(Protocol):
@@ -218,8 +238,13 @@ class Network(nn.Module):
         return Vocabulary(self.config.vocab_size, ids, ids.tolist())
 
 
-def like_target(target: Target, layers: Sequence[int], draft_vocab_size: int | None) -> dict[str, Any]:
+def like_target(
+    target: Target, layers: Sequence[int], draft_vocab_size: int | None, follow_rope: bool = True
+) -> dict[str, Any]:
     """Sizes of a draft that follow its target's.
+
+    Args:
+        follow_rope: whether the rotary embedding is scaled as the target's.
 
     Raises:
         DeepSpecError: a target that cannot be distilled, or a layer that it lacks.
@@ -230,6 +255,7 @@ def like_target(target: Target, layers: Sequence[int], draft_vocab_size: int | N
         **_attention_sizes(target.config, target.hidden_size),
         "rms_norm_eps": 1e-6,
         "rope_theta": target.rope_theta,
+        "rope_scaling": followed_rope(target.config) if follow_rope else None,
         "vocab_size": target.vocab_size,
         "draft_vocab_size": min(draft_vocab_size or target.vocab_size, target.vocab_size),
         "target_layer_ids": tuple(layers),

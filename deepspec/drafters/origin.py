@@ -16,16 +16,32 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deepspec.drafters.checkpoint import RECORD, Checkpoint, draft_digest, draft_directory
+from deepspec.drafters.checkpoint import (
+    RECORD,
+    Checkpoint,
+    draft_digest,
+    draft_directory,
+    without_ones,
+)
 from deepspec.drafters.network import SHARED, Network, NormalisedLinear
 from deepspec.drafters.padding import BY_COLUMN
-from deepspec.drafters.published.recognise import opened, recognise
+from deepspec.drafters.published.recognise import examine, opened
 from deepspec.drafters.published.vocabulary import draft_ids
 from deepspec.drafters.start import WAYS
 from deepspec.errors import DeepSpecError
 from deepspec.target.model import Target
 
-NEW = ("markov_head.", "confidence_head.", "context_skip.")  # what a draft may gain
+# What a draft may gain.
+NEW = (
+    "markov_head.",
+    "confidence_head.",
+    "context_skip.",
+    "candidate_selector.",
+    "attention_conv.",
+    "mlp_conv.",
+    "fc_norm.",
+    "mask_hidden",
+)
 
 
 @dataclass(frozen=True)
@@ -80,12 +96,13 @@ class Origin:
         if strange := sorted(set(self.weights) - set(names)):
             raise DeepSpecError(f"start: {where} has {strange[0]}, which this drafter has no place for")
         lacking = sorted(set(names) - set(self.weights) - SHARED)
-        if lacking := [name for name in lacking if not name.startswith(NEW)]:
+        if lacking := [name for name in lacking if not any(part in name for part in NEW)]:
             raise DeepSpecError(f"start: {where} lacks {lacking[0]}")
         for stored, weight in self.weights.items():
             own = state[names[stored]]
             if stored in BY_COLUMN:
                 weight = self._columns(weight, own.clone(), network.draft_ids.cpu())
+            weight = without_ones(weight, own.shape)
             if weight.shape != own.shape:
                 raise DeepSpecError(
                     f"start: {stored} of {where} is {list(weight.shape)}, and this drafter's {list(own.shape)}"
@@ -122,7 +139,7 @@ def open_origin(start: str, kinds: tuple[str, ...], target: Target) -> Origin | 
         directory = draft_directory(start)
     except DeepSpecError as error:
         raise DeepSpecError(f"start: {start!r} is none of {', '.join(WAYS)}, and {error}") from None
-    plan = recognise(directory, target.num_layers)
+    plan = examine(directory, target.num_layers)
     checkpoint = opened(directory, plan, target)
     if plan.kind not in kinds:
         wanted = " or ".join(kinds)

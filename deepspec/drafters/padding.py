@@ -21,8 +21,14 @@ from deepspec.drafters.weights import read_weights
 from deepspec.errors import DeepSpecError
 from deepspec.target.model import Target
 
-BY_COLUMN = ("lm_head.weight", "markov_head.markov_w2.weight")  # a row for each token of the draft vocabulary
-_BY_TOKEN = ("embed_tokens.weight", "markov_head.markov_w1.weight", "t2d")  # a row for each of the target's
+# A row for each token of the draft vocabulary, and a row for each of the target's.
+BY_COLUMN = ("lm_head.weight", "markov_head.markov_w2.weight", "candidate_selector.successor_codebook")
+_BY_TOKEN = (
+    "embed_tokens.weight",
+    "markov_head.markov_w1.weight",
+    "candidate_selector.predecessor_codebook",
+    "t2d",
+)
 _OWN_HEAD = re.compile(r"\d+\.\d+\.weight")  # Medusa's, of a column each
 
 

@@ -16,6 +16,9 @@ START = (
     "or a draft directory to go on from."
 )
 
+WINDOW = "The draft's layers see so many tokens back, each itself among them; null: the whole context."
+ROPE = "Scaled as the target's rotary embedding where that is linear, llama3 or yarn; or `plain`."
+
 
 class TrainedParams(Section):
     """What every drafter that is trained may have in its section."""
@@ -23,16 +26,12 @@ class TrainedParams(Section):
     loss: LossParams | None = Field(None, description="In place of `train.loss`.")
 
 
-class DSparkParams(TrainedParams):
-    """DSpark: a parallel block drafter with a sequential head and a confidence head."""
+class BlockParams(TrainedParams):
+    """What block drafters share: layers that make a whole block in one pass."""
 
-    type: Literal["dspark"]
     layers: int = Field(2, ge=1)
     block_size: int = Field(7, ge=1, description="γ: tokens drafted per block.")
     target_layer_ids: list[int] | None = Field(None, description="None spreads five over the depth.")
-    markov_head: Literal["vanilla", "gated", "rnn"] = "vanilla"
-    markov_rank: int = Field(128, ge=0, description="Of the sequential head; 0 leaves it out (DFlash).")
-    confidence_head: bool = True
     draft_vocab_size: int = Field(8192, ge=0, description="Most frequent tokens kept; 0 keeps them all.")
     context_skip: bool = Field(
         False, description="Feed the newest target feature into the block's input (our engine only)."
@@ -41,34 +40,70 @@ class DSparkParams(TrainedParams):
     sample_from_anchor: bool = Field(
         True, description="The anchor's place predicts the first token; false: γ masks behind it predict."
     )
+    causal: bool = Field(
+        False, description="Each place of a block sees only those before it (JetSpec's); false: all see all."
+    )
+    sliding_window: int | None = Field(None, ge=1, description=WINDOW)
+    rope: Literal["target", "plain"] = Field("target", description=ROPE)
 
 
-class DFlashParams(TrainedParams):
+class DSparkParams(BlockParams):
+    """DSpark: a parallel block drafter with a sequential head and a confidence head."""
+
+    type: Literal["dspark"]
+    markov_head: Literal["vanilla", "gated", "rnn"] = "vanilla"
+    markov_rank: int = Field(128, ge=0, description="Of the sequential head; 0 leaves it out (DFlash).")
+    confidence_head: bool = True
+
+
+class DFlashParams(BlockParams):
     """DFlash: a parallel block drafter; every position is predicted on its own."""
 
     type: Literal["dflash"]
-    layers: int = Field(2, ge=1)
-    block_size: int = Field(7, ge=1, description="γ: tokens drafted per block.")
-    target_layer_ids: list[int] | None = Field(None, description="None spreads five over the depth.")
-    draft_vocab_size: int = Field(8192, ge=0, description="Most frequent tokens kept; 0 keeps them all.")
-    context_skip: bool = Field(
-        False, description="Feed the newest target feature into the block's input (our engine only)."
-    )
-    start: str = Field("auto", description=START)
     sample_from_anchor: bool = Field(
         False, description="The anchor's place predicts the first token, as in DSpark; no engine serves that."
     )
 
 
-class Eagle3Params(TrainedParams):
-    """EAGLE-3: one layer that drafts token by token from the target's features and its own outputs."""
+class DFlash2Params(BlockParams):
+    """DFlash 2: DFlash with convolutions along the block and a selector of paths through its candidates."""
 
-    type: Literal["eagle3"]
+    type: Literal["dflash2"]
+    sample_from_anchor: bool = Field(
+        False, description="The anchor's place predicts the first token, as in DSpark; no engine serves that."
+    )
+    conv_group_size: int = Field(16, ge=1, description="Channels that share a correction of the kernel.")
+    selector_rank: int = Field(256, ge=1, description="Of the scores of pairs of tokens.")
+    selector_top_k: int = Field(16, ge=1, description="K: candidates of a place, among which paths go.")
+
+
+class EagleParams(TrainedParams):
+    """What EAGLE's drafters share: a layer that reads a token's embedding beside a state."""
+
     block_size: int = Field(5, ge=1, description="γ: steps unrolled in training, tokens drafted at most.")
     target_layer_ids: list[int] | None = Field(None, description="None takes a low, a middle and a high one.")
     draft_vocab_size: int = Field(8192, ge=0, description="Most frequent tokens kept; 0 keeps them all.")
     start: str = Field("auto", description=START)
     qk_norm: bool = Field(False, description="Qwen3-style layer, DeepSeek's format; else Llama's.")
+    sliding_window: int | None = Field(None, ge=1, description=WINDOW)
+    rope: Literal["target", "plain"] = Field("target", description=ROPE)
+
+
+class Eagle3Params(EagleParams):
+    """EAGLE-3: one layer that drafts token by token from the target's features and its own outputs."""
+
+    type: Literal["eagle3"]
+    version: Literal["3", "3.1"] = Field(
+        "3", description="3.1 norms each of the target's states and what is fed back."
+    )
+
+
+class PEagleParams(EagleParams):
+    """P-EAGLE: EAGLE-3's network, run once for all places of a draft."""
+
+    type: Literal["peagle"]
+    block_size: int = Field(7, ge=1, description="γ: tokens drafted in one pass.")
+    layers: int = Field(2, ge=1, description="The first reads the embeddings too.")
 
 
 class MedusaParams(TrainedParams):
@@ -122,7 +157,15 @@ class SuffixParams(Section):
 
 
 AnyDrafter = Annotated[
-    DSparkParams | DFlashParams | Eagle3Params | MedusaParams | LMParams | LookupParams | SuffixParams,
+    DSparkParams
+    | DFlashParams
+    | DFlash2Params
+    | Eagle3Params
+    | PEagleParams
+    | MedusaParams
+    | LMParams
+    | LookupParams
+    | SuffixParams,
     Field(discriminator="type"),
 ]
 LookupChoice = Annotated[LookupParams | SuffixParams, Field(discriminator="type")]

@@ -138,6 +138,26 @@ def read_rope(config: Mapping[str, object], theta: float = 10000.0) -> tuple[flo
     return base, None if scaling == {"rope_type": "default"} else scaling
 
 
+def followed_rope(config: object) -> Scaling | None:
+    """
+    Return the scaling of a target's rotary embedding that its draft follows; None where it has none that is run here.
+
+    A draft rotates whole heads, and as full attention does where kinds of layers differ.
+
+    Args:
+        config: of the target, as transformers has it.
+    """
+    rope = getattr(config, "rope_parameters", None) or {}
+    rope = rope.get("full_attention") or rope
+    if rope.get("rope_type", "default") in ("default", "mrope"):
+        return None
+    whole = {key: value for key, value in rope.items() if key != "partial_rotary_factor"}
+    try:
+        return read_rope({"rope_parameters": whole})[1]
+    except DeepSpecError:
+        return None
+
+
 def written_rope(config: Rotated) -> dict[str, object]:
     """Return the `rope_parameters` of transformers 5 for a draft's configuration."""
     return {"rope_type": "default", "rope_theta": config.rope_theta, **(config.rope_scaling or {})}

@@ -17,7 +17,7 @@ import numpy as np
 
 from deepspec.evaluation.record import Record
 
-BLOCKS = ("dspark", "dflash", "medusa")  # γ tokens or none
+BLOCKS = ("peagle", "dspark", "dflash", "dflash2", "medusa")  # γ tokens or none
 
 
 @dataclass(frozen=True)

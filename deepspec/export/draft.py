@@ -14,6 +14,7 @@ from torch import Tensor
 from deepspec.drafters.checkpoint import RECORD, Checkpoint, draft_digest, stored_weights
 from deepspec.drafters.load import open_draft
 from deepspec.drafters.network import Network
+from deepspec.drafters.registry import algorithms
 from deepspec.drafters.weights import dtype_of, stored
 from deepspec.errors import DeepSpecError
 from deepspec.evaluation.record import Record
@@ -23,8 +24,6 @@ from deepspec.target.embedded import EMBEDDED, PREFIX
 from deepspec.target.identity import target_record
 from deepspec.target.model import Target
 
-TRAINED = ("eagle3", "dspark", "dflash", "medusa", "lm")
-
 
 @dataclass(frozen=True)
 class Draft:
@@ -32,7 +31,7 @@ class Draft:
 
     Args:
         name: under `drafters` of params.yaml.
-        kind: one of `TRAINED`, "lookup" or "suffix".
+        kind: an algorithm's type.
         checkpoint: the directory as its algorithm loads it.
         record: its deepspec.json; empty for a published draft.
         evaluation: its evaluation record, if there is one.
@@ -73,9 +72,14 @@ class Draft:
         return named | {name: weight.detach().to(self.dtype) for name, weight in own.items()}
 
     @property
+    def trained(self) -> bool:
+        """Return whether it has a network."""
+        return algorithms()[self.kind].read is not None
+
+    @property
     def block_size(self) -> int:
         """Return γ, the most tokens it drafts."""
-        return self.network.config.block_size if self.kind in TRAINED else self.config["block_size"]
+        return self.network.config.block_size if self.trained else self.config["block_size"]
 
     @property
     def reduced(self) -> bool:

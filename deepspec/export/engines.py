@@ -13,7 +13,7 @@ from deepspec.errors import DeepSpecError, nearest
 from deepspec.export import hf, llamacpp, sglang, suitable, tgi, vllm
 from deepspec.export.advice import Advice, advise
 from deepspec.export.card import card
-from deepspec.export.draft import TRAINED, Draft
+from deepspec.export.draft import Draft
 from deepspec.export.layout import Layout, write
 from deepspec.export.parity import Parity, check
 from deepspec.export.sample import samples
@@ -61,7 +61,7 @@ def export(
         the export record: `passed` where at least one directory was written and every written one passed parity.
     """
     advice = advise(draft.evaluation, draft.kind, draft.block_size)
-    found = samples(draft) if draft.kind in TRAINED else []
+    found = samples(draft) if draft.trained else []
     engines = {}
     for name in names:
         try:

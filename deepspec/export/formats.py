@@ -9,6 +9,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from deepspec.drafters.algorithms.lm import LMModel
+from deepspec.drafters.block_network import BlockConfig
+from deepspec.drafters.rope import Rotated, written_rope
 from deepspec.export.draft import Draft
 from deepspec.export.layout import Layout
 from deepspec.export.readers.eagle3 import VARIANTS
@@ -32,8 +34,8 @@ def eagle3_config(draft: Draft) -> dict[str, Any]:
         "model_type": "llama",
         **{name: getattr(config, name) for name in SIZES},
         "max_position_embeddings": draft.target.max_length,
-        "num_hidden_layers": 1,
-        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
+        "num_hidden_layers": config.num_hidden_layers,
+        **_rope(config),
         "hidden_act": "silu",
         "attention_bias": False,
         "mlp_bias": False,
@@ -41,7 +43,7 @@ def eagle3_config(draft: Draft) -> dict[str, Any]:
         "dtype": draft.dtype_name,
         "draft_vocab_size": config.draft_vocab_size,
         "target_hidden_size": config.hidden_size,
-        **dict.fromkeys(VARIANTS, False),
+        **{name: getattr(config, name) for name in VARIANTS},
     }
 
 
@@ -56,10 +58,25 @@ def dflash_config(draft: Draft) -> dict[str, Any]:
         "dflash_config": {
             "mask_token_id": config.mask_token_id,
             "target_layer_ids": list(config.target_layer_ids),
-            "causal": False,
+            "causal": config.one_way(0),
             "use_aux_hidden_state": True,
         },
     }
+
+
+def _rope(config: Rotated) -> dict[str, Any]:
+    """Return the rotary embedding as transformers 5 has it, and a scaling as earlier servers read it."""
+    scaled = config.rope_scaling
+    return {"rope_parameters": written_rope(config), **({"rope_scaling": dict(scaled)} if scaled else {})}
+
+
+def _windows(config: BlockConfig) -> dict[str, Any]:
+    """Return kinds of layers, all of them alike, and their window."""
+    window = config.window(0)
+    if window is None:
+        return {"layer_types": ["full_attention"] * config.num_hidden_layers}
+    kinds = ["sliding_attention"] * config.num_hidden_layers
+    return {"layer_types": kinds, "sliding_window": window, "use_sliding_window": True}
 
 
 def dspark_config(draft: Draft) -> dict[str, Any]:
@@ -68,6 +85,7 @@ def dspark_config(draft: Draft) -> dict[str, Any]:
     known.pop("context_skip")
     return known | {
         "architectures": ["Qwen3DSparkModel"],
+        **_rope(draft.network.config),
         "max_position_embeddings": draft.target.max_length,
         "use_aux_hidden_state": True,
         "dtype": draft.dtype_name,
@@ -131,8 +149,8 @@ def backbone(draft: Draft) -> dict[str, Any]:
         **{name: getattr(config, name) for name in SIZES},
         "max_position_embeddings": draft.target.max_length,
         "num_hidden_layers": config.num_hidden_layers,
-        "layer_types": ["full_attention"] * config.num_hidden_layers,
-        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
+        **_windows(config),
+        **_rope(config),
         "hidden_act": "silu",
         "attention_bias": False,
         "tie_word_embeddings": False,

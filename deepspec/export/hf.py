@@ -56,8 +56,10 @@ def training_free(draft: Draft, where: str, tokens: int) -> Layout:
 PLANS = {
     "lm": lm,
     "eagle3": native,
+    "peagle": native,
     "dspark": native,
     "dflash": native,
+    "dflash2": native,
     "medusa": native,
     "lookup": training_free,
     "suffix": training_free,

@@ -1,9 +1,9 @@
 """llama.cpp (read from b11549): one GGUF file beside the target's, with the target's tokenizer.
 
-DSpark and DFlash are its architecture `dflash`, DSpark with a Markov head; EAGLE-3 is `eagle3`; a draft LM is a model
-of its own. Layer ids are inputs of layers, one more than ours; `d2t` holds target ids. `dflash` rotates halves as
-transformers does; `eagle3` and `llama` rotate neighbouring pairs, so the rows of their query and key projections go in
-another order. Embeddings, and a head over the whole vocabulary, are the target's.
+DSpark, DFlash and DFlash 2 are its architecture `dflash`, DSpark with a Markov head, DFlash 2 with a selector; EAGLE-3
+is `eagle3`; a draft LM is a model of its own. Layer ids are inputs of layers, one more than ours; `d2t` holds target
+ids. `dflash` rotates halves as transformers does; `eagle3` and `llama` rotate neighbouring pairs, so the rows of their
+query and key projections go in another order. Embeddings, and a head over the whole vocabulary, are the target's.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from deepspec.decoding.calibration import CALIBRATION
+from deepspec.drafters.block_network import BlockConfig
 from deepspec.drafters.network import Network
 from deepspec.export import gguf_model, reference, suitable
 from deepspec.export.draft import Draft
@@ -24,6 +25,7 @@ from deepspec.export.formats import lm_of_target_size
 from deepspec.export.gguf import Gguf, Key, check_precision, interleaved, rounded
 from deepspec.export.gguf_model import LAYER
 from deepspec.export.layout import Layout
+from deepspec.export.readers.dflash2 import SIZES as SELECTOR
 
 ENGINE = "llama.cpp b11549"
 TOP = {
@@ -34,6 +36,15 @@ TOP = {
     "lm_head": "output",
     "markov_head.markov_w1": "markov_w1",
     "markov_head.markov_w2": "markov_w2",
+    "candidate_selector.hidden_projection": "selector_hidden",
+    "candidate_selector.predecessor_codebook": "selector_predecessor.weight",
+    "candidate_selector.successor_codebook": "selector_successor.weight",
+}
+CONVOLUTIONS = {  # in a layer; bases have no `.weight` in either
+    "attention_conv.base_kernel": "attn_conv_base",
+    "attention_conv.kernel_projection": "attn_conv_proj",
+    "mlp_conv.base_kernel": "ffn_conv_base",
+    "mlp_conv.kernel_projection": "ffn_conv_proj",
 }
 SERVED = Path("reports/serve")
 CONFIDENCE = "confidence_head.proj"
@@ -54,23 +65,27 @@ def plans(options: Options) -> Mapping[str, Plan]:
     return {
         "dspark": lambda draft, where, tokens: _dflash(draft, where, tokens, options),
         "dflash": lambda draft, where, tokens: _dflash(draft, where, tokens, options),
+        "dflash2": lambda draft, where, tokens: _dflash(draft, where, tokens, options),
         "eagle3": lambda draft, where, tokens: _eagle3(draft, where, tokens, options),
         "lm": lambda draft, where, tokens: _lm(draft, where, tokens, options),
     }
 
 
 def _dflash(draft: Draft, where: str, tokens: int, options: Options) -> Layout:
-    """Lay out DSpark or DFlash."""
+    """Lay out DSpark, DFlash or DFlash 2."""
     check_precision(options.precision)
     config, arch = draft.network.config, "dflash"
     keys = _sizes(draft, arch, config.num_hidden_layers) | {
         f"{arch}.target_layers": [i + 1 for i in config.target_layer_ids],
         f"{arch}.block_size": config.query_size,
+        **_seen(config, arch),
     }
+    if draft.kind == "dflash2":
+        keys |= {f"{arch}.{name}": getattr(config, name) for name in SELECTOR}
     names = {
         f"layers.{i}.{ours}": f"blk.{i}.{theirs}"
         for i in range(config.num_hidden_layers)
-        for ours, theirs in LAYER.items()
+        for ours, theirs in (LAYER | CONVOLUTIONS).items()
     }
     weights = _own_weights(draft)
     notes: tuple[str, ...] = ()
@@ -84,6 +99,15 @@ def _dflash(draft: Draft, where: str, tokens: int, options: Options) -> Layout:
     for name in ("weight", "bias"):
         weights.pop(f"{CONFIDENCE}.{name}", None)
     return _layout(draft, where, tokens, options, arch, keys, names | TOP, weights, vectors, notes)
+
+
+def _seen(config: BlockConfig, arch: str) -> dict[str, Key]:
+    """Return what the layers, all alike, see: nothing where that is the whole context and block."""
+    keys: dict[str, Key] = {f"{arch}.attention.causal": True} if config.one_way(0) else {}
+    if (window := config.window(0)) is not None:
+        keys[f"{arch}.attention.sliding_window"] = window
+        keys[f"{arch}.attention.sliding_window_pattern"] = [True] * config.num_hidden_layers
+    return keys
 
 
 def _eagle3(draft: Draft, where: str, tokens: int, options: Options) -> Layout:
@@ -138,7 +162,7 @@ def _layout(
     vectors = dict(vectors or {})
     matrices: dict[str, Tensor] = {}
     for name, weight in weights.items():
-        theirs = f"{names[name.removesuffix('.weight')]}.weight"
+        theirs = names.get(name) or f"{names[name.removesuffix('.weight')]}.weight"
         (matrices if weight.dim() == 2 else vectors)[theirs] = weight
     if draft.reduced:
         vectors["d2t"] = draft.network.draft_ids.cpu()
@@ -146,7 +170,7 @@ def _layout(
     made = Gguf(arch, f"{draft.name} draft", options.precision, keys, matrices, vectors)
     file = f"draft-{options.precision}.gguf"
     ours = {name for name, weight in weights.items() if weight.dim() == 2}
-    command = _command(draft, where, file, f"draft-{draft.kind}", tokens, options)
+    command = _command(draft, where, file, f"draft-{draft.kind.removesuffix('2')}", tokens, options)
     layout = Layout(
         f"GGUF {arch}",
         f"gguf-{arch}",

@@ -19,7 +19,7 @@ from torch import Tensor
 from deepspec.drafters.network import Network
 from deepspec.export import gguf_checks, reference
 from deepspec.export.checks import Check
-from deepspec.export.draft import TRAINED, Draft
+from deepspec.export.draft import Draft
 from deepspec.export.layout import TOKENIZER_FILES, Layout
 from deepspec.export.readers import block, causal_lm, eagle3, gguf, medusa
 from deepspec.export.readers.directory import Directory, Facts, Reading, Unreadable
@@ -32,12 +32,14 @@ READERS: dict[str, Read] = {
     "sglang-eagle3": eagle3.sglang,
     "speculators-eagle3": eagle3.speculators,
     "native-eagle3": eagle3.native,
+    "native-peagle": eagle3.native,
     "vllm-dflash": block.dflash,
     "dflash": block.dflash,
     "dspark": block.dspark,
     "speculators-block": block.speculators,
     "native-dspark": block.native,
     "native-dflash": block.native,
+    "native-dflash2": block.native,
     "vllm-medusa": medusa.vllm,
     "tgi-medusa": medusa.tgi,
     "native-medusa": medusa.native,
@@ -89,8 +91,8 @@ def check(draft: Draft, layout: Layout, path: Path, samples: list[Sample]) -> Pa
     Args:
         samples: none for a draft without weights.
     """
-    checks = _tokenizer(draft, path) if draft.kind in TRAINED else [_settings(draft, path)]
-    if draft.kind not in TRAINED:
+    checks = _tokenizer(draft, path) if draft.trained else [_settings(draft, path)]
+    if not draft.trained:
         return Parity(None, tuple(checks))
     try:
         error, found = _compare(draft, layout, path, samples)
@@ -171,6 +173,16 @@ def _facts(draft: Draft, facts: Facts) -> list[Check]:
     if facts.sample_from_anchor is not None:
         said = "anchor layout: the engine would take sample_from_anchor as {}, the draft was trained with {}"
         checks.append(_same("anchor", facts.sample_from_anchor, trained.sample_from_anchor, said))
+    if facts.norms is not None:
+        wanted_norms = tuple(sorted(name for name in eagle3.VARIANTS if getattr(trained, name)))
+        said = "norms: the engine would take {}, the draft was trained with {}"
+        checks.append(_same("eagle_norms", facts.norms, wanted_norms, said))
+    if facts.causal is not None:
+        wanted = (trained.one_way(0), trained.window(0), getattr(trained, "selector_top_k", None))
+        said = (
+            "block: the engine would take (causal, window, candidates) as {}, the draft was trained with {}"
+        )
+        checks.append(_same("block", (facts.causal, facts.window, facts.candidates), wanted, said))
     if facts.draft_ids is not None:
         known = ids is not None and torch.equal(facts.draft_ids, ids)
         said = "d2t: the engine would take the draft's columns for other tokens" + _as_ids(

@@ -4,21 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection
 from copy import deepcopy
-from functools import reduce
-from operator import add
 
 import torch
 from torch import Tensor
 
-from deepspec.drafters.algorithms.dspark import DSparkConfig, DSparkModel
-from deepspec.drafters.algorithms.eagle3 import Eagle3Config, Eagle3Model
-from deepspec.drafters.algorithms.lm import LMConfig, LMModel, cut_padding
-from deepspec.drafters.algorithms.medusa import MedusaConfig, MedusaModel
-from deepspec.drafters.checkpoint import Checkpoint, load_network
+from deepspec.drafters.algorithms.lm import LMModel
+from deepspec.drafters.checkpoint import Checkpoint
 from deepspec.drafters.network import Network
+from deepspec.drafters.registry import algorithms
+from deepspec.errors import DeepSpecError
 from deepspec.export.readers.sample import Sample
 from deepspec.target.model import H_LAST, Target
-from deepspec.target.source import load_model
 
 
 def network(kind: str, checkpoint: Checkpoint, target: Target, dtype: torch.dtype) -> Network:
@@ -27,7 +23,10 @@ def network(kind: str, checkpoint: Checkpoint, target: Target, dtype: torch.dtyp
     Raises:
         DeepSpecError: an unsupported configuration, or an unknown, missing or misshapen weight.
     """
-    model = _NETWORKS[kind](checkpoint, target).cpu().eval()
+    read = algorithms()[kind].read
+    if read is None:
+        raise DeepSpecError(f"{checkpoint.directory}: a draft of type {kind} has no network")
+    model = read(checkpoint, target).cpu().eval()
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype).float()
     return model
@@ -54,26 +53,7 @@ def logits(model: Network, sample: Sample) -> Tensor:
     features = torch.cat(layers, -1) if layers else sample.last[:, :0]
     hidden = model(features[None], sample.tokens[None], sample.anchors[None])
     previous = sample.tokens[sample.anchors[:, None] + torch.arange(gamma)]
-    factors = model.outputs(hidden, previous[None]).factors
-    return reduce(add, (x.float() @ w.float().T for x, w in factors))[0]
-
-
-def _eagle3(checkpoint: Checkpoint, target: Target) -> Network:
-    return load_network(Eagle3Model(Eagle3Config.read(checkpoint.config)), checkpoint, target)
-
-
-def _dspark(checkpoint: Checkpoint, target: Target) -> Network:
-    return load_network(DSparkModel(DSparkConfig.read(checkpoint.config)), checkpoint, target)
-
-
-def _medusa(checkpoint: Checkpoint, target: Target) -> Network:
-    return load_network(MedusaModel(MedusaConfig.read(checkpoint.config)), checkpoint, target)
-
-
-def _lm(checkpoint: Checkpoint, target: Target) -> Network:
-    model = load_model(str(checkpoint.directory), dtype=torch.float32)
-    cut_padding(model, target.vocab_size)
-    return LMModel(LMConfig.of(target, model, checkpoint.config.get("block_size", 5)), model)
-
-
-_NETWORKS = {"eagle3": _eagle3, "dspark": _dspark, "dflash": _dspark, "medusa": _medusa, "lm": _lm}
+    whole = model.outputs(hidden, previous[None])._replace(
+        candidates=None
+    )  # the scores that candidates are cut of
+    return whole.logits()[0]

@@ -36,7 +36,7 @@ NO_METHOD = {
     "speculators": "the speculators format has no {kind}; train eagle3, dflash or dspark, or export --to vllm",
     "sglang": "SGLang has no method for a draft of type {kind}; train eagle3, dflash, dspark or lm",
     "tgi": "TGI knows Medusa and n-gram drafts, not {kind}; train medusa",
-    "llamacpp": "llama.cpp has no method for a draft of type {kind}; train dspark, dflash, eagle3 or lm",
+    "llamacpp": "llama.cpp has no method for a draft of type {kind}; train dspark, dflash, dflash2, eagle3 or lm",
 }
 
 
@@ -231,53 +231,106 @@ def split_name(tokenizer: dict) -> str:
     return SPLITS[(*types, *patterns)]
 
 
+def plain_norms(draft: Described) -> None:
+    """Refuse EAGLE-3 with norms that only some drafts have, EAGLE-3.1's among them."""
+    if on := [key for key in VARIANTS if getattr(draft.network.config, key)]:
+        raise Refused(
+            f'{on[0]} is set, which this format does not carry; train with version: "3", or export to vllm'
+        )
+
+
 def one_layer(draft: Described) -> None:
-    """Refuse EAGLE-3 with norms, layers or a window that the formats written here do not carry."""
+    """Refuse EAGLE-3 with more layers than the formats written here carry."""
     config = draft.network.config
-    if on := [key for key in VARIANTS if getattr(config, key)]:
-        raise Refused(f"{on[0]} is set, which no format written here carries; serve the directory as it is")
     if config.num_hidden_layers > 1:
         raise Refused(f"it has {config.num_hidden_layers} layers, and the formats written here carry one")
-    if config.sliding_window is not None:
-        raise Refused("its attention has a window, which no format written here carries")
+
+
+def no_window(draft: Described) -> None:
+    """Refuse EAGLE-3 within a window."""
+    if draft.network.config.sliding_window is not None:
+        raise Refused(
+            "its attention has a window, which no format written here carries; train with sliding_window: null"
+        )
+
+
+def whole_rope(draft: Described) -> None:
+    """Refuse a rotary embedding of a part of a head."""
+    if "partial_rotary_factor" in (draft.network.config.rope_scaling or {}):
+        raise Refused("its rotary embedding is of a part of a head, which no format written here carries")
 
 
 def plain_rope(draft: Described) -> None:
     """Refuse a rotary embedding that is scaled."""
     if draft.network.config.rope_scaling is not None:
-        raise Refused("its rotary embedding is scaled, which no format written here carries")
+        raise Refused(
+            "its rotary embedding is scaled, which is not written for llama.cpp here; train with rope: plain"
+        )
 
 
 def whole_context(draft: Described) -> None:
     """Refuse a block drafter whose layers have windows or are causal."""
     if draft.network.config.windows or draft.network.config.causal:
-        raise Refused("its layers have windows or are causal, which no format written here carries")
+        raise Refused(
+            "its layers have windows or are causal, which this format does not carry; train with causal: false and no "
+            "sliding_window, or a dflash"
+        )
+
+
+def layers_alike(draft: Described) -> None:
+    """Refuse a block drafter whose layers see different parts of the context."""
+    config = draft.network.config
+    if len(set(config.windows)) > 1 or len(set(config.causal)) > 1:
+        raise Refused("its layers have several windows, or only some are causal, which is not written here")
+
+
+def whole_vocabulary(draft: Described) -> None:
+    """Refuse DFlash 2 with a reduced vocabulary, and more candidates than llama.cpp has room for."""
+    config = draft.network.config
+    if config.draft_vocab_size < config.vocab_size:
+        raise Refused("engines run DFlash 2 over the whole vocabulary; train with draft_vocab_size: 0")
+    most = config.selector_top_k
+    if config.hidden_size < most * (most + 1):
+        raise Refused(
+            f"llama.cpp wants a width of {most * (most + 1)} for selector_top_k {most}, and the draft is "
+            f"{config.hidden_size} wide; train with a smaller selector_top_k"
+        )
 
 
 Check = Callable[[Described], None]
-EAGLE3: tuple[Check, ...] = (plain_layer, one_layer, plain_rope, layers_in_order)
-DFLASH: tuple[Check, ...] = (no_skip, masks_alone, whole_context, plain_rope, layers_in_order)
-DSPARK: tuple[Check, ...] = (no_skip, vanilla_markov, whole_context, plain_rope, layers_in_order)
+PEAGLE: tuple[Check, ...] = (plain_layer, no_window, whole_rope, layers_in_order)
+EAGLE3: tuple[Check, ...] = (*PEAGLE, one_layer)
+BLOCK: tuple[Check, ...] = (no_skip, whole_rope, layers_in_order)
+DFLASH: tuple[Check, ...] = (*BLOCK, masks_alone)
+DSPARK: tuple[Check, ...] = (*BLOCK, vanilla_markov)
 CHECKS: dict[str, dict[str, tuple[Check, ...]]] = {
-    "hf": dict.fromkeys(("lm", "eagle3", "dspark", "dflash", "medusa", "lookup", "suffix"), ()),
+    "hf": dict.fromkeys(
+        ("lm", "eagle3", "peagle", "dspark", "dflash", "dflash2", "medusa", "lookup", "suffix"), ()
+    ),
     "vllm": {
         "eagle3": EAGLE3,
-        "dflash": DFLASH,
-        "dspark": DSPARK,
+        "peagle": PEAGLE,
+        "dflash": (*DFLASH, layers_alike),
+        "dspark": (*DSPARK, whole_context),
         **dict.fromkeys(("medusa", "lm", "lookup", "suffix"), ()),
     },
-    "speculators": {"eagle3": EAGLE3, "dflash": DFLASH, "dspark": DSPARK},
+    "speculators": {
+        "eagle3": EAGLE3,
+        "dflash": (*DFLASH, whole_context),
+        "dspark": (*DSPARK, whole_context),
+    },
     "sglang": {
-        "eagle3": (*EAGLE3, three_layers, above_layer_0),
-        "dflash": DFLASH,
-        "dspark": (*DSPARK, from_anchor),
+        "eagle3": (*EAGLE3, plain_norms, three_layers, above_layer_0),
+        "dflash": (*DFLASH, whole_context),
+        "dspark": (*DSPARK, whole_context, from_anchor),
         **dict.fromkeys(("lm", "lookup", "suffix"), ()),
     },
     "tgi": dict.fromkeys(("medusa", "lookup", "suffix"), ()),
     "llamacpp": {
-        "eagle3": (*EAGLE3, three_layers, gguf_tokenizer),
-        "dflash": (*DFLASH, gguf_tokenizer),
-        "dspark": (*DSPARK, gguf_tokenizer),
+        "eagle3": (*EAGLE3, plain_norms, three_layers, plain_rope, gguf_tokenizer),
+        "dflash": (*DFLASH, layers_alike, plain_rope, gguf_tokenizer),
+        "dflash2": (*DFLASH, layers_alike, whole_vocabulary, plain_rope, gguf_tokenizer),
+        "dspark": (*DSPARK, layers_alike, plain_rope, gguf_tokenizer),
         "lm": (gguf_draft, gguf_tokenizer),
     },
 }

@@ -47,6 +47,20 @@ def eagle3(draft: Draft, where: str, tokens: int) -> Layout:
     return trained_layout(draft, "LlamaForCausalLMEagle3", "vllm-eagle3", config, serve(draft, method))
 
 
+def peagle(draft: Draft, where: str, tokens: int) -> Layout:
+    """Lay out P-EAGLE, which vLLM runs as an EAGLE-3 that drafts all places at once."""
+    layout = eagle3(draft, where, tokens)
+    mask = draft.network.config.mask_token_id
+    parallel = {
+        "parallel_drafting": True,
+        "pard_token": mask,
+        "ptd_token_id": mask,
+        "num_depths": draft.block_size,
+    }
+    method = {"method": "eagle3", "model": where, "num_speculative_tokens": tokens, "parallel_drafting": True}
+    return replace(layout, config=(layout.config or {}) | parallel, command=serve(draft, method))
+
+
 def dflash(draft: Draft, where: str, tokens: int) -> Layout:
     method = {"method": "dflash", "model": where, "num_speculative_tokens": tokens}
     config = dflash_config(draft) | {"draft_vocab_size": draft.network.config.draft_vocab_size}
@@ -139,6 +153,7 @@ def _speculators(draft: Draft, algorithm: str, tokens: int) -> dict[str, Any]:
 
 PLANS = {
     "eagle3": eagle3,
+    "peagle": peagle,
     "dflash": dflash,
     "dspark": dspark,
     "medusa": medusa,

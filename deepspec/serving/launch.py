@@ -55,7 +55,8 @@ def speculative_config(directory: Path, tokens: int) -> dict[str, Any]:
     name = _METHODS.get(architecture) or ("draft_model" if architecture.endswith("ForCausalLM") else None)
     if name is None:
         raise DeepSpecError(f"{directory}: vLLM serves no draft of architecture {architecture}")
-    return {"method": name, "model": str(directory.resolve()), "num_speculative_tokens": tokens}
+    parallel = {"parallel_drafting": True} if config.get("parallel_drafting") else {}
+    return {"method": name, "model": str(directory.resolve()), "num_speculative_tokens": tokens, **parallel}
 
 
 @contextmanager

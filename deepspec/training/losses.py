@@ -31,6 +31,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from deepspec.drafters.network import largest
 from deepspec.target.head import PLAIN, HeadTransform
 
 if TYPE_CHECKING:
@@ -102,9 +103,18 @@ class _HeadLoss(torch.autograd.Function):
     """See `head_loss`. `factors` are x₁, W₁, x₂, W₂, ...: logits are Σ xᵢ Wᵢᵀ."""
 
     @staticmethod
-    def forward(ctx, law: TargetLaw, mixture: LossParams, weigh: Weighing, valid, budget: int, *factors):
+    def forward(
+        ctx,
+        law: TargetLaw,
+        mixture: LossParams,
+        weigh: Weighing,
+        valid,
+        budget: int,
+        candidates: int | None,
+        *factors,
+    ):
         inputs, matrices = factors[::2], factors[1::2]
-        wanted = ctx.needs_input_grad[5:]
+        wanted = ctx.needs_input_grad[6:]
         n, gamma = len(law.labels), valid.shape[-1]
         x_grads = [torch.empty_like(x) if wanted[2 * i] else None for i, x in enumerate(inputs)]
         w_grads = [
@@ -119,11 +129,13 @@ class _HeadLoss(torch.autograd.Function):
         for start in range(0, n, blocks * gamma):
             part = slice(start, start + blocks * gamma)
             logits = F.linear(inputs[0][part], matrices[0])
+            kept = None if candidates is None else largest(logits, candidates)
             for x, w in zip(inputs[1:], matrices[1:], strict=True):
                 logits.addmm_(x[part], w.T)
-            dz, terms[part], alpha[part], chances = _position_losses(
-                logits, *law.at(part, mixture.with_kl), law.labels[part], mixture
-            )
+            both = (logits, *law.at(part, mixture.with_kl), law.labels[part])
+            if kept is not None:
+                both = _among(kept, *both)
+            dz, terms[part], alpha[part], chances = _position_losses(*both, mixture)
             here = valid[start // gamma : start // gamma + blocks]
             weights[part] = weigh(chances.view(-1, gamma), here).flatten()
             dz = dz.to(inputs[0].dtype)
@@ -145,7 +157,15 @@ class _HeadLoss(torch.autograd.Function):
             None if saved is None else (saved * grad).to(dtype)
             for saved, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         ]
-        return None, None, None, None, None, *scaled
+        return None, None, None, None, None, None, *scaled
+
+
+def _among(kept: Tensor, logits: Tensor, p: Tensor, inside: Tensor, negentropy: Tensor, labels: Tensor):
+    """Return logits, p, Σ p, Σ p log p and labels where a position's vocabulary is `kept` [n, V] alone."""
+    logits = logits.masked_fill_(~kept, torch.finfo(logits.dtype).min / 2)
+    p = p.masked_fill_(~kept, 0.0)
+    known = (labels >= 0) & kept.gather(1, labels.clamp(min=0)[:, None])[:, 0]
+    return logits, p, p.sum(-1), torch.special.xlogy(p, p).sum(-1), labels.masked_fill(~known, -1)
 
 
 def _value(terms: Tensor, alpha: Tensor, mixture: LossParams) -> Tensor:
@@ -213,6 +233,7 @@ def head_loss(
     weigh: Weighing,
     valid: Tensor,
     budget: int | None = None,
+    candidates: int | None = None,
 ) -> HeadLoss:
     """Compute the mixture of losses over N = blocks·γ positions, block by block.
 
@@ -223,10 +244,11 @@ def head_loss(
         weigh: the positions of a block.
         valid: bool [blocks, γ]; others do not count.
         budget: bytes of the largest tensor over the vocabulary; None: 20 MiB on a CPU, 256 MiB on a GPU.
+        candidates: the draft's vocabulary at a position is so many tokens, those of the largest x₁ W₁ᵀ; None: all.
     """
     budget = budget or BUDGET.get(valid.device.type, GPU_BUDGET)
     flat = [tensor for pair in factors for tensor in pair]
-    return HeadLoss(*_HeadLoss.apply(law, mixture, weigh, valid, budget, *flat))
+    return HeadLoss(*_HeadLoss.apply(law, mixture, weigh, valid, budget, candidates, *flat))
 
 
 def confidence_loss(scores: Tensor, alpha: Tensor, weights: Tensor) -> Tensor:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import reduce
-from operator import add
 from typing import TYPE_CHECKING
 
 import torch
@@ -77,9 +75,8 @@ class BlockObjective(nn.Module):
         for k in range(batch.places.shape[-1]):
             hidden = model(batch.features.float(), tokens, batch.anchors)
             outputs = model.outputs(hidden, tokens.gather(1, batch.places[:, 0])[:, None])
-            logits = reduce(
-                add, (x[:, 0, k].float() @ w.float().T for x, w in outputs.factors)
-            )  # [b, columns]
+            here = [(x[:, 0, k], w) for x, w in outputs.factors]
+            logits = outputs._replace(factors=here).logits()  # [b, columns]
             chain.append(self.draft_ids.to(logits.device)[logits.argmax(-1)])
             tokens.scatter_(1, batch.anchors + k + 1, chain[-1][:, None])
         return torch.stack(chain, -1)
@@ -106,9 +103,10 @@ class BlockObjective(nn.Module):
             model.target_transform,
         )
         with torch.autocast(device, enabled=False):
-            found = head_loss(
-                factors, law, self.params, self.params.positions, batch.valid.flatten(0, 1), self.budget
-            )
+            mixture = self.params, self.params.positions, batch.valid.flatten(0, 1), self.budget
+            found = head_loss(factors, law, *mixture, outputs.candidates)
+            if outputs.candidates is not None:  # whose choice the first product alone decides
+                found = found._replace(loss=found.loss + head_loss(factors[:1], law, *mixture).loss)
         return found, outputs.confidence
 
     def _previous(self, batch: Batch) -> Tensor:

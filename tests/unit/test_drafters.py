@@ -14,7 +14,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from benchmarks.tiny_families import tiny_model
+from deepspec.decoding.drafter import DraftRequest
 from deepspec.decoding.engine import generate
+from deepspec.decoding.request import Sampling
 from deepspec.decoding.shapes import BestFirst, Chain, Sampled
 from deepspec.drafters import registry
 from deepspec.drafters.algorithms.lm import network
@@ -57,7 +59,17 @@ def batch(target):
 
 
 def test_the_registry_has_every_algorithm():
-    assert set(registry.algorithms()) >= {"dspark", "dflash", "eagle3", "medusa", "lm", "lookup", "suffix"}
+    assert set(registry.algorithms()) >= {
+        "dspark",
+        "dflash",
+        "dflash2",
+        "peagle",
+        "eagle3",
+        "medusa",
+        "lm",
+        "lookup",
+        "suffix",
+    }
 
 
 @pytest.mark.parametrize("name", DRAFTS)
@@ -81,30 +93,53 @@ def test_a_written_draft_proposes_what_the_network_in_training_says(
     model = make(name, target)
     drafter = load_drafter(write(model, target, tmp_path / "draft", written_out), target)
     data = batch(model)
+    proposal = proposed(drafter, data, Chain())
+    assert len(proposal.tokens) == model.config.block_size
+    for k, law in enumerate(laws_in_training(model, data, proposal.tokens)):
+        found = proposal.law(k)[model.draft_ids]
+        assert torch.allclose(found, law, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["eagle3-3.1", "peagle", "dflash2", "dspark-causal"])
+def test_a_node_of_a_tree_survives_as_its_own_path_says(name, target, batch, tmp_path):
+    model = make(name, target)
+    drafter = load_drafter(write(model, target, tmp_path / "draft"), target)
+    data = batch(model)
+    tree = proposed(drafter, data, BestFirst(3, None, 8))
+    columns = {token: column for column, token in enumerate(model.draft_ids.tolist())}
+    assert len(tree.tokens) == 8 and max(tree.depths) > 1
+    for node in range(len(tree.tokens)):
+        path, at = [], node
+        while at >= 0:
+            path.insert(0, tree.tokens[at])
+            at = tree.parents[at]
+        laws = laws_in_training(model, data, path)
+        chance = torch.stack([laws[k, columns[token]] for k, token in enumerate(path)]).prod()
+        assert tree.survival[node] == pytest.approx(float(chance), rel=1e-3)
+
+
+def proposed(drafter, data, shape):
+    """What is proposed at T = 1 at the batch's first anchor, of the features of the tokens before it."""
     anchor = int(data.anchors[0, 0])
-    ids = data.tokens[0, :anchor].tolist()
     session = drafter.session(1)
     session.begin(0)
-    session.extend(0, ids, data.features[0, :anchor].float())
-    from deepspec.decoding.drafter import DraftRequest
-    from deepspec.decoding.request import Sampling
-
+    session.extend(0, data.tokens[0, :anchor].tolist(), data.features[0, :anchor].float())
     rng = torch.Generator().manual_seed(0)
-    (proposal,) = session.propose(
-        [DraftRequest(0, int(data.tokens[0, anchor]), Sampling(1.0), rng, 9, Chain())]
-    )
-    # The same tokens, fed to the network as in training.
-    tokens = torch.tensor([[*ids, int(data.tokens[0, anchor]), *proposal.tokens]])
+    ask = DraftRequest(0, int(data.tokens[0, anchor]), Sampling(1.0), rng, 9, shape)
+    return session.propose([ask])[0]
+
+
+def laws_in_training(model, data, drafted: list[int]) -> torch.Tensor:
+    """Laws [γ, columns] of the network in training where these tokens stand behind the batch's first anchor."""
+    anchor, gamma = int(data.anchors[0, 0]), model.config.block_size
+    behind = [*drafted, *[0] * gamma][:gamma]
+    tokens = torch.tensor([[*data.tokens[0, : anchor + 1].tolist(), *behind]])
     features = torch.zeros(1, tokens.shape[1], data.features.shape[-1])
     features[:, :anchor] = data.features[0, :anchor].float()
     with torch.no_grad():
         hidden = model(features, tokens, torch.tensor([[anchor]]))
         outputs = model.outputs(hidden, tokens[:, anchor : anchor + hidden.shape[2]][:, None])
-        laws = sum(x @ w.T for x, w in outputs.factors)[0, 0].softmax(-1)
-    assert len(proposal.tokens) == model.config.block_size
-    for k, law in enumerate(laws):
-        found = proposal.law(k)[model.draft_ids]
-        assert torch.allclose(found, law, atol=1e-5)
+        return outputs.logits()[0, 0].softmax(-1)
 
 
 @pytest.mark.parametrize("shape", [Chain(), BestFirst(3, None, 8)], ids=["chain", "tree"])
@@ -117,7 +152,9 @@ def test_drafting_changes_no_token(name, shape, target, tmp_path):
     assert [g.tokens for g in drafted] == [g.tokens for g in plain]
 
 
-@pytest.mark.parametrize("name", ["eagle3", "medusa", "lm"])
+@pytest.mark.parametrize(
+    "name", ["eagle3", "eagle3-3.1", "peagle", "medusa", "lm", "dflash2", "dspark-causal"]
+)
 def test_sampled_trees_are_drafted_too(name, target, tmp_path):
     drafter = load_drafter(write(make(name, target), target, tmp_path / "draft"), target)
     (out,) = generate(
@@ -267,6 +304,6 @@ def test_a_draft_of_all_layers_of_a_scaled_target_is_distilled_to_its_law(tmp_pa
     target = load_target(tmp_path)
     model = network(LMParams(type="lm", block_size=2, from_layers=[0, 1, 2, 3]), target)
     tokens, anchors = torch.tensor([[5, 9, 17, 300, 41, 7]]), torch.tensor([[2]])
-    ((x, w),) = model.outputs(model(torch.zeros(1, 6, 0), tokens, anchors), tokens).factors
+    logits = model.outputs(model(torch.zeros(1, 6, 0), tokens, anchors), tokens).logits()
     hidden = target.forward(tokens, ForwardPass(torch.arange(6)[None]))
-    assert torch.allclose((x @ w.T)[0, 0], target.logits(hidden)[0, 2:4], atol=1e-4)
+    assert torch.allclose(logits[0, 0], target.logits(hidden)[0, 2:4], atol=1e-4)

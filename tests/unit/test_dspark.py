@@ -11,7 +11,8 @@ from safetensors.torch import load_file, save_file
 from deepspec.decoding.drafter import DraftRequest
 from deepspec.decoding.request import Sampling
 from deepspec.decoding.shapes import BestFirst, Chain
-from deepspec.drafters.algorithms.dspark import DSparkConfig, DSparkDrafter, DSparkModel, spread_layers
+from deepspec.drafters.algorithms.dspark import DSparkConfig, DSparkDrafter, DSparkModel
+from deepspec.drafters.block_network import spread_layers
 from deepspec.drafters.checkpoint import (
     Checkpoint,
     draft_digest,
@@ -101,7 +102,7 @@ def path_laws(model, hidden, anchor: int, tokens: list[int]) -> torch.Tensor:
     """[γ, vocab], of a block with hidden states [γ, d] in which `tokens` are drafted, as training computes them."""
     previous = torch.tensor([anchor, *tokens, *[0] * len(hidden)][: len(hidden)])
     with torch.no_grad():
-        return sum(x @ w.T for x, w in model.outputs(hidden, previous).factors).softmax(-1)
+        return model.outputs(hidden, previous).logits().softmax(-1)
 
 
 def test_a_draft_does_not_depend_on_its_company(model, published, expected):

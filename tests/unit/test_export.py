@@ -33,7 +33,7 @@ from deepspec.stages import export as stage
 from deepspec.target.model import Target, load_target
 from tests import records
 from tests.exporting import LAYERS, SIZES, make_draft, samples, written
-from tests.tiny import make_target
+from tests.tiny import SCALINGS, make_target, scaled_target
 
 ROOT = Path(__file__).parents[2]
 FIXTURES = ROOT / "tests" / "fixtures"
@@ -42,6 +42,8 @@ SERVED = {
     "eagle3": {"hf", "vllm", "speculators", "sglang", "llamacpp"},
     "dspark": {"hf", "vllm", "speculators", "sglang", "llamacpp"},
     "dflash": {"hf", "vllm", "speculators", "sglang", "llamacpp"},
+    "dflash2": {"hf", "llamacpp"},
+    "peagle": {"hf", "vllm"},
     "medusa": {"hf", "vllm", "tgi"},
     "lm": {"hf", "vllm", "sglang", "llamacpp"},
     "lookup": {"hf", "vllm", "sglang", "tgi"},
@@ -107,6 +109,10 @@ def test_two_exports_of_a_draft_have_the_same_bytes(kind, target, tmp_path):
         ("eagle3", "sglang", {"target_layer_ids": [1, 2]}, "three target layers"),
         ("eagle3", "sglang", {"target_layer_ids": [0, 2, 4]}, "from 1 on"),
         ("eagle3", "tgi", {}, "train medusa"),
+        ("eagle3", "sglang", {"version": "3.1"}, 'version: "3"'),
+        ("eagle3", "vllm", {"sliding_window": 9}, "its attention has a window"),
+        ("dflash", "sglang", {"causal": True}, "causal: false"),
+        ("dspark", "vllm", {"sliding_window": 9}, "no sliding_window"),
     ],
 )
 def test_what_an_engine_cannot_serve_is_refused_with_what_to_train(
@@ -116,6 +122,17 @@ def test_what_an_engine_cannot_serve_is_refused_with_what_to_train(
     record = export(draft, [engine, "hf"], tmp_path / "exports")
     assert says in record["engines"][engine]["refused"]
     assert record["passed"]  # what our own engine and transformers read is written
+
+
+@pytest.mark.parametrize("kind", ["eagle3", "peagle", "dflash", "dspark"])
+def test_the_scaling_of_the_rotary_embedding_goes_along(kind, tmp_path):
+    target = load_target(scaled_target(tmp_path / "target", SCALINGS["llama3"], layers=LAYERS))
+    record = export(make_draft(tmp_path, target, kind), chosen(None), tmp_path / "exports")
+    assert record["passed"], record
+    config = json.loads((tmp_path / "exports" / "vllm" / "config.json").read_text())
+    assert config["rope_parameters"]["rope_type"] == "llama3" and config["rope_scaling"]["factor"] == 8
+    if kind != "peagle":
+        assert "rope: plain" in record["engines"]["llamacpp"]["refused"]
 
 
 def test_nothing_written_is_nothing_passed(target, tmp_path):

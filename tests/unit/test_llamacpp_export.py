@@ -22,7 +22,7 @@ from tests.exporting import LAYERS, make_draft, samples
 from tests.gguf_files import rewrite
 from tests.tiny import cached_target
 
-KINDS = ("dspark", "dflash", "eagle3", "lm")
+KINDS = ("dspark", "dflash", "dflash2", "eagle3", "lm")
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +74,7 @@ def test_a_dspark_draft_is_read_back_in_every_precision(precision, parity):
     assert found.max_abs_error < 1e-4
 
 
-@pytest.mark.parametrize("kind", ["dflash", "eagle3", "lm"])
+@pytest.mark.parametrize("kind", ["dflash", "dflash2", "eagle3", "lm"])
 @pytest.mark.parametrize("precision", ["f16", "q8_0"])
 def test_the_other_drafts_are_read_back(kind, precision, parity):
     found = parity(kind, precision=precision)
@@ -103,6 +103,7 @@ def test_two_exports_have_the_same_bytes_and_the_target_lies_beside(kind, drafts
     [
         ("dspark", "draft-dspark"),
         ("dflash", "draft-dflash"),
+        ("dflash2", "draft-dflash"),
         ("eagle3", "draft-eagle3"),
         ("lm", "draft-simple"),
     ],
@@ -120,6 +121,37 @@ def test_layer_ids_are_inputs_and_d2t_holds_target_ids(drafts, tmp_path):
         assert keys["general.architecture"] == arch and keys[f"{arch}.target_layers"] == ids
         assert tensors["d2t"].data.tolist() == draft.network.draft_ids.tolist()
         assert "token_embd.weight" not in tensors  # the target's own
+
+
+@pytest.mark.parametrize("kind", ["dspark", "dflash", "dflash2"])
+def test_what_the_layers_of_a_block_see_is_written(kind, target, tmp_path):
+    draft = make_draft(tmp_path, target, kind, causal=True, sliding_window=6)
+    record = export(draft, ["llamacpp"], tmp_path)
+    assert record["passed"], record
+    keys = held(tmp_path / "llamacpp")[0]
+    assert keys["dflash.attention.causal"] and keys["dflash.attention.sliding_window"] == 6
+    assert keys["dflash.attention.sliding_window_pattern"] == [True, True]
+
+
+def test_another_view_of_a_block(parity):
+    found = failed(parity("dflash", keys=lambda keys: keys.update({"dflash.attention.causal": 1})))
+    assert "(causal, window, candidates) as [True, None, None]" in found["block"] and "logits" in found
+
+
+@pytest.mark.parametrize(
+    ("key", "says"),
+    [
+        ("dflash.selector_top_k", "llama.cpp would draft as DFlash"),
+        ("dflash.conv_group_size", "dflash.conv_group_size is missing"),
+    ],
+)
+def test_a_dflash_2_without_one_of_its_sizes(key, says, parity):
+    assert says in failed(parity("dflash2", keys=lambda keys: keys.pop(key)))["readable"]
+
+
+def test_a_dflash_2_with_another_count_of_candidates(parity):
+    found = failed(parity("dflash2", keys=lambda keys: keys.update({"dflash.selector_top_k": 4})))
+    assert list(found) == ["block"]  # no logit shows it
 
 
 def test_a_dflash_block_counts_its_anchor(drafts, tmp_path):
@@ -185,7 +217,10 @@ def test_a_gguf_has_the_targets_tokens_and_template(drafts, target, tmp_path):
         ("dflash", {"target_layer_ids": [3, 1]}, "ascending"),
         ("eagle3", {"target_layer_ids": [1, 2]}, "three target layers"),
         ("eagle3", {"qk_norm": True}, "qk_norm: false"),
-        ("medusa", {}, "train dspark, dflash, eagle3 or lm"),
+        ("eagle3", {"version": "3.1"}, 'version: "3"'),
+        ("dflash2", {"draft_vocab_size": 64}, "draft_vocab_size: 0"),
+        ("dflash2", {"selector_top_k": 16}, "wants a width of 272 for selector_top_k 16"),
+        ("medusa", {}, "train dspark, dflash, dflash2, eagle3 or lm"),
     ],
 )
 def test_what_llama_cpp_cannot_run_is_refused_in_a_line(kind, sizes, says, target, tmp_path):

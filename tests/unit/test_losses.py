@@ -57,18 +57,26 @@ class Case:
         for leaf in self.leaves:
             leaf.requires_grad_()
 
-    def loss(self, mixture: LossParams, weigh=WEIGHINGS["geometric"], budget: int | None = None):
+    def loss(
+        self,
+        mixture: LossParams,
+        weigh=WEIGHINGS["geometric"],
+        budget: int | None = None,
+        candidates: int | None = None,
+    ):
         factors = [tuple(self.leaves[:2]), tuple(self.leaves[2:])]
-        return head_loss(factors, self.law, mixture, weigh, self.valid, budget)
+        return head_loss(factors, self.law, mixture, weigh, self.valid, budget, candidates)
 
-    def reference(self, mixture: LossParams, weigh):
+    def reference(self, mixture: LossParams, weigh, candidates: int | None = None):
         """The definitions, written with autograd and the whole logits at once: loss and α."""
         x, head, latents, w2 = self.leaves
-        law = self.law
-        log_q = (x @ head.T + latents @ w2.T).log_softmax(-1)
+        law, alone = self.law, x @ head.T
+        kept = alone >= alone.topk(candidates or len(head)).values[:, -1:]
+        log_q = (alone + latents @ w2.T).masked_fill(~kept, -torch.inf).log_softmax(-1)
         log_p = (law.transform(law.hidden @ law.head.T) - law.log_norm[:, None])[law.places]
-        p, q = log_p.exp(), log_q.exp()
-        known = law.labels >= 0
+        p, q = log_p.exp() * kept, log_q.exp()
+        log_q = log_q.masked_fill(~kept, 0.0)
+        known = (law.labels >= 0) & kept.gather(1, law.labels.clamp(min=0)[:, None])[:, 0]
         chances = q.gather(1, law.labels.clamp(min=0)[:, None])[:, 0] * known
         cross_entropy = torch.where(known, -chances.clamp(min=1e-30).log(), 0.0)
         divergence = (p * (log_p - log_q)).sum(-1)
@@ -93,6 +101,18 @@ def test_losses_and_their_gradients_match_autograd_in_float64(name, weighing, ke
     case = Case(kept)
     found = case.loss(MIXTURES[name], WEIGHINGS[weighing], budget=3 * GAMMA * kept * 4)
     expected, alpha = case.reference(MIXTURES[name], WEIGHINGS[weighing])
+    assert found.loss.item() == pytest.approx(expected.item(), rel=1e-9)
+    assert torch.allclose(found.alpha, alpha, atol=1e-9)
+    gradients = torch.autograd.grad(3 * found.loss, case.leaves)
+    for mine, theirs in zip(gradients, torch.autograd.grad(3 * expected, case.leaves), strict=True):
+        assert torch.allclose(mine, theirs, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+def test_a_law_among_candidates_is_learnt_as_one_of_a_vocabulary_of_their_own(name):
+    case = Case()
+    found = case.loss(MIXTURES[name], budget=3 * GAMMA * KEPT * 4, candidates=5)
+    expected, alpha = case.reference(MIXTURES[name], WEIGHINGS["geometric"], candidates=5)
     assert found.loss.item() == pytest.approx(expected.item(), rel=1e-9)
     assert torch.allclose(found.alpha, alpha, atol=1e-9)
     gradients = torch.autograd.grad(3 * found.loss, case.leaves)

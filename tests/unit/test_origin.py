@@ -107,6 +107,30 @@ def test_a_dflash_grows_into_a_dspark_that_says_the_same_at_first(target, tmp_pa
 
 
 @torch.no_grad()
+def test_a_dflash_grows_into_a_dflash_2(target, tmp_path):
+    """With no convolution and no preference of pairs at first: its law is the DFlash's among the likeliest tokens."""
+    path = block([2, 4, 5], 4, **DFLASH).write(tmp_path / "published")
+    network = begun(target, "dflash2", path, selector_top_k=5)
+    before, after = (
+        laws(load_drafter(where, target)) for where in (path, write(network, target, tmp_path / "again"))
+    )
+    kept = before * (before >= before.topk(5).values[:, -1:])
+    torch.testing.assert_close(after, kept / kept.sum(-1, keepdim=True), atol=1e-5, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_an_eagle3_grows_into_a_peagle(target, tmp_path):
+    """Its first place is EAGLE-3's."""
+    path = eagle3([2, 4, 5], **NAMED).write(tmp_path / "published")
+    network = begun(target, "peagle", path)
+    before, after = (
+        laws(load_drafter(where, target)) for where in (path, write(network, target, tmp_path / "again"))
+    )
+    torch.testing.assert_close(after[0], before[0], atol=1e-5, rtol=1e-4)
+    assert len(after) == 5 and network.config.mask_token_id == VOCAB - 1
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("columns", [60, 300])
 def test_a_draft_vocabulary_is_cut_and_extended(columns, target, tmp_path):
     """Rows that both have are the draft's, new ones the target's; the law to learn stays the target's."""
@@ -136,7 +160,7 @@ def test_a_draft_that_goes_on_learns_with_all_but_its_head_and_embeddings(target
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("kind", ["dspark", "dflash", "eagle3", "medusa"])
+@pytest.mark.parametrize("kind", ["dspark", "dflash", "dflash2", "eagle3", "peagle", "medusa"])
 def test_a_draft_of_ours_goes_on_as_it_was(kind, target, tmp_path):
     """With the record of what it was made from."""
     path = write(make(kind, target), target, tmp_path / "first")

@@ -15,14 +15,15 @@ from deepspec.decoding.drafter import DraftRequest
 from deepspec.decoding.engine import generate
 from deepspec.decoding.request import Sampling
 from deepspec.decoding.shapes import Chain
-from deepspec.drafters.load import examine, load_drafter, open_draft
+from deepspec.drafters.load import load_drafter, open_draft
+from deepspec.drafters.published.recognise import examine
 from deepspec.drafters.published.vocabulary import draft_ids
 from deepspec.errors import DeepSpecError
 from deepspec.export.reference import network
 from deepspec.target.model import load_target
 from tests.exporting import make_draft, written
 from tests.published import LAYERS, SIZES, VOCAB, D, Draft, Reference, Weights, block, eagle3
-from tests.tiny import make_target
+from tests.tiny import SCALINGS, make_target
 
 TEXT = torch.randint(2, VOCAB, (19,), generator=torch.Generator().manual_seed(3)).tolist()
 ANCHOR = 18  # the last token of the text
@@ -31,14 +32,7 @@ DEFAULT = [
     LAYERS // 2,
     LAYERS - 3,
 ]  # of transformers' hidden_states: what engines read where nothing is said
-LLAMA3 = {
-    "rope_type": "llama3",
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 64,
-}
-YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+LLAMA3, YARN = SCALINGS["llama3"], SCALINGS["yarn"]
 GONE = object()
 
 
@@ -115,6 +109,7 @@ RED_HAT = ("norm_before_residual", "fc_norm", "norm_output")
 DFLASH = {"mask_token_id": VOCAB - 2, "target_layer_ids": [1, 3, 4]}
 DSPARK = DFLASH | {"projector_type": "dspark", "markov_rank": 8, "markov_head_type": "vanilla"}
 CONFIDENT = {"enable_confidence_head": True, "confidence_head_with_markov": True}
+SELECTS = {"conv_kernel_size": 2, "conv_group_size": 16, "selector_rank": 8, "selector_top_k": 5}
 HALF = {"partial_rotary_factor": 0.5}
 SLIDES = {"layer_types": ["sliding_attention"] * 2, "sliding_window": 6, "use_sliding_window": True}
 
@@ -191,6 +186,16 @@ STYLES = {
         rope_scaling={"type": "linear", "factor": 2.0},
         **HALF,
     ),
+    "P-EAGLE as vLLM reads it": lambda: flat(
+        eagle3(DEFAULT, parallel=True), pard_token=VOCAB - 2, num_depths=4, parallel_drafting=True
+    ),
+    "speculators' P-EAGLE, two layers": lambda: speculators(
+        eagle3([2, 4, 5], layers=2, first="layers.0.", parallel=True),
+        "peagle",
+        eagle_aux_hidden_state_layer_ids=[2, 4, 5],
+        mask_token_id=VOCAB - 2,
+        num_depths=4,
+    ),
     "z-lab's DFlash": lambda: scaled(
         block([2, 4, 5], 4, architectures=["DFlashDraftModel"], block_size=4, dflash_config=DFLASH),
         {"rope_theta": 1e6},
@@ -217,6 +222,31 @@ STYLES = {
         HALF,
         rope_theta=10000.0,
         **HALF,
+    ),
+    "z-lab's DFlash 2, windows both ways": lambda: windowed(
+        scaled(
+            block(
+                [2, 4, 5],
+                4,
+                selector=True,
+                architectures=["DFlash2DraftModel"],
+                is_causal=False,
+                dflash_config=DFLASH | SELECTS | {"block_size": 4},
+                **SLIDES,
+            ),
+            {"rope_theta": 1e6},
+            rope_parameters={"rope_theta": 1e6},
+        ),
+        6,
+        False,
+    ),
+    "speculators' DFlash 2": lambda: speculators(
+        scaled(block([2, 4, 5], 4, selector=True), {}, rope_theta=10000.0),
+        "dflash2",
+        block_size=4,
+        aux_hidden_state_layer_ids=[2, 4, 5],
+        mask_token_id=VOCAB - 2,
+        **SELECTS,
     ),
     "SpecForge's DSpark": lambda: scaled(
         block(
@@ -309,7 +339,14 @@ def test_a_draft_of_another_trainer_drafts_as_its_style_says(style, target, mode
     assert plain.tokens == fast.tokens
 
 
-@pytest.mark.parametrize("style", [name for name in STYLES if "RedHat's EAGLE" in name or "window" in name])
+@pytest.mark.parametrize(
+    "style",
+    [
+        name
+        for name in STYLES
+        if any(part in name for part in ("RedHat's EAGLE", "window", "DFlash 2", "P-EAGLE"))
+    ],
+)
 @torch.no_grad()
 def test_the_network_in_training_says_the_same(style, target, states, tmp_path):
     """So a draft can be trained on from where it is."""
@@ -321,8 +358,8 @@ def test_the_network_in_training_says_the_same(style, target, states, tmp_path):
     features = torch.zeros(1, text.shape[1], len(trained.config.target_layer_ids) * D)
     features[0, :ANCHOR] = torch.cat([states[i + 1] for i in trained.config.target_layer_ids], -1)
     hidden = trained(features, text, torch.tensor([[ANCHOR]]))
-    factors = trained.outputs(hidden, text[:, ANCHOR : ANCHOR + len(tokens)][:, None]).factors
-    expected = sum(x @ w.T for x, w in factors)[0, 0].softmax(-1)
+    outputs = trained.outputs(hidden, text[:, ANCHOR : ANCHOR + len(tokens)][:, None])
+    expected = outputs.logits()[0, 0].softmax(-1)
     torch.testing.assert_close(laws[:, trained.draft_ids], expected, atol=1e-5, rtol=1e-4)
 
 
@@ -354,12 +391,6 @@ def test_a_medusa_of_fasterdecoding_in_pytorchs_own_file_loads(target, tmp_path)
         )
 
 
-def peagle() -> Draft:
-    draft = flat(eagle3(DEFAULT), architectures=["PEagleDraftModel"])
-    draft.weights["mask_hidden"] = torch.zeros(D)
-    return draft
-
-
 def with_weight(draft: Draft, name: str, *shape: int) -> Draft:
     draft.weights[name] = torch.zeros(*shape)
     return draft
@@ -376,8 +407,9 @@ def dflash(**changes) -> Draft:
 
 
 REFUSED = {
-    "P-EAGLE drafts all places of an EAGLE draft in one pass": peagle,
-    "P-EAGLE drafts all places": lambda: speculators(eagle3(DEFAULT), "peagle"),
+    r"names no mask token \(mask_token_id, pard_token, ptd_token_id\)": lambda: eagle3(
+        DEFAULT, parallel=True
+    ),
     "a next-token module of the target's own": lambda: speculators(eagle3(DEFAULT), "mtp"),
     "speculators_model_type 'novel' is not run here": lambda: speculators(eagle3(DEFAULT), "novel"),
     "rope_type 'dynamic' is not run here; known: default, linear": lambda: flat(
@@ -410,8 +442,12 @@ REFUSED = {
     "missing weights": lambda: without(eagle3(DEFAULT), "norm.weight"),
     "config.json lacks hidden_size": lambda: flat(eagle3(DEFAULT), hidden_size=GONE),
     "Domino corrects its logits with a GRU": lambda: dflash(architectures=["DominoDraftModel"]),
-    "DFlash 2's path selector and convolutions": lambda: with_weight(
-        dflash(), "layers.0.attn_conv.weight", 64, 2
+    "config.json lacks conv_kernel_size, conv_group_size, selector_rank, selector_top_k of DFlash 2": lambda: (
+        dflash(architectures=["DFlash2DraftModel"])
+    ),
+    "final_logit_softcapping is set: logits of the draft's own scale": lambda: dflash(
+        architectures=["DFlash2DraftModel"],
+        dflash_config=DFLASH | SELECTS | {"final_logit_softcapping": 30.0},
     ),
     "its attention has sinks": lambda: with_weight(dflash(), "layers.0.self_attn.attention_sink_bias", 4),
     "an embedding of its own for the mask": lambda: with_weight(dflash(), "mask_embedding", 64),
@@ -560,8 +596,8 @@ def test_inspect_with_a_target_reads_every_weight(inspected, tmp_path):
 
 
 def test_inspect_gives_the_reason_of_a_draft_that_is_not_run(inspected, tmp_path):
-    code, output = inspected(peagle().write(tmp_path))
-    assert code == 1 and "P-EAGLE" in output and "not run here yet" in output
+    code, output = inspected(eagle3(DEFAULT, parallel=True).write(tmp_path))
+    assert code == 1 and "names no mask token" in output
     assert inspected(tmp_path / "nothing")[0] != 0
 
 
@@ -587,10 +623,25 @@ def test_our_other_exports_load_back(kind, engine, target, tmp_path):
     check_round_trip(kind, engine, target, tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("kind", "engine", "sizes"),
+    [
+        ("eagle3", "vllm", {"version": "3.1"}),
+        ("eagle3", "speculators", {"version": "3.1"}),
+        ("peagle", "vllm", {}),
+        ("peagle", "hf", {"sliding_window": 6}),
+        ("dflash", "vllm", {"causal": True, "sliding_window": 6}),
+        ("dflash2", "hf", {"causal": True, "draft_vocab_size": 100}),
+    ],
+)
+def test_our_variants_load_back(kind, engine, sizes, target, tmp_path):
+    check_round_trip(kind, engine, target, tmp_path, **sizes)
+
+
 @torch.no_grad()
-def check_round_trip(kind, engine, target, tmp_path) -> None:
+def check_round_trip(kind, engine, target, tmp_path, **sizes) -> None:
     """An export is a draft directory like any other: it drafts what the draft does that it was made from."""
-    draft = make_draft(tmp_path, target, kind)
+    draft = make_draft(tmp_path, target, kind, **sizes)
     _, path = written(draft, engine, tmp_path / "exports")
     laws = []
     for drafter in (load_drafter(draft.directory, target), load_drafter(path, target)):

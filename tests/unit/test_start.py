@@ -13,7 +13,7 @@ from deepspec.drafters.start import match_head, resolve_start
 from deepspec.errors import DeepSpecError
 from deepspec.target.attention import ForwardPass
 from deepspec.target.model import load_target
-from tests.tiny import cached_target, make_network, make_target, make_tokenizer
+from tests.tiny import SCALINGS, cached_target, make_network, make_target, make_tokenizer, scaled_target
 
 IDS = torch.tensor([[7, 80, 300, 9, 41, 250]])
 LAYERS = (0, 1)  # of the features; the draft's are 2 and 3
@@ -47,8 +47,11 @@ def normed(x: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("target", ["qwen3"], indirect=True)
 @pytest.mark.parametrize("kind", ["dspark", "dflash"])
 def test_layers_with_norms_of_queries_compute_what_the_targets_last_do(target, kind):
+    computes_the_targets_layer(begun(target, kind, layers=2), target)
+
+
+def computes_the_targets_layer(network, target) -> None:
     """Layer 2 of the target at the last token, which sees the others as the draft's context."""
-    network = begun(target, kind, layers=2)
     below = states(target, (1,))
     places = torch.arange(IDS.shape[1])[None]
     rope, before = network.rope(places[:, -1:], below.dtype), network.rope(places[:, :-1], below.dtype)
@@ -56,6 +59,21 @@ def test_layers_with_norms_of_queries_compute_what_the_targets_last_do(target, k
     ours = network.layers[0](below[:, -1:], normed(below[:, :-1]), rope, before, mask)
     torch.testing.assert_close(ours, states(target, (2,))[:, -1:], atol=1e-4, rtol=1e-4)
     assert torch.equal(network.norm.weight, target.last_norm)
+
+
+@pytest.mark.parametrize("scaling", SCALINGS)
+def test_a_draft_scales_its_rotary_embedding_as_its_target_does(scaling, tmp_path):
+    target = load_target(scaled_target(tmp_path, SCALINGS[scaling]))
+    network = begun(target, "dspark", layers=2)
+    assert network.config.rope_scaling["rope_type"] == scaling
+    computes_the_targets_layer(network, target)
+    assert begun(target, "eagle3").config.rope_scaling["rope_type"] == scaling
+    assert begun(target, "eagle3", rope="plain").config.rope_scaling is None
+
+
+def test_a_scaling_that_changes_with_the_length_is_not_followed(tmp_path):
+    target = load_target(scaled_target(tmp_path, {"rope_type": "dynamic", "factor": 2.0}))
+    assert begun(target, "dflash").config.rope_scaling is None
 
 
 @pytest.mark.parametrize("target", ["qwen3"], indirect=True)
@@ -169,6 +187,8 @@ def test_a_draft_begins_with_logits_of_the_size_of_its_targets(kind, family, sca
     match_head(network, target)
     assert torch.equal(network.norm.weight, before * scale)
     product = before.new_ones(1, target.hidden_size)
-    (draft, *_), _ = network.outputs(product * network.norm.weight, torch.zeros(1, dtype=torch.int64))
-    mine = draft[0] @ draft[1].T
+    states, head = network.outputs(product * network.norm.weight, torch.zeros(1, dtype=torch.int64)).factors[
+        0
+    ]
+    mine = states @ head.T
     assert torch.allclose(mine, target.logits(product * before), rtol=1e-4, atol=1e-4)

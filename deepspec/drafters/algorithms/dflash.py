@@ -20,4 +20,4 @@ def network(params: DFlashParams, target: Target) -> DSparkModel:
     return dspark.network(same, target, params.model_fields_set | {"markov_rank"})
 
 
-ALGORITHM = Algorithm(DFlashParams, (), network=network)
+ALGORITHM = Algorithm(DFlashParams, (), network=network, read=dspark.read)

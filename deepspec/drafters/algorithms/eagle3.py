@@ -18,8 +18,8 @@ Directories: `LlamaForCausalLMEagle3`, which engines serve, and DeepSeek's `Qwen
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import Any, cast
+from dataclasses import dataclass, fields, replace
+from typing import Any, Self, cast
 
 import torch
 import torch.nn.functional as F
@@ -28,14 +28,15 @@ from torch import Tensor, nn
 from deepspec.drafters.algorithm import Algorithm
 from deepspec.drafters.autoregressive import AutoregressiveDrafter
 from deepspec.drafters.checkpoint import Checkpoint, load_network
-from deepspec.drafters.network import MLP, Network, NormalisedLinear, RMSNorm, like_target, missing_keys
-from deepspec.drafters.origin import check_kept, open_origin
-from deepspec.drafters.params import Eagle3Params
+from deepspec.drafters.eagle_network import Layer, attend_with_own, rows
+from deepspec.drafters.network import Network, NormalisedLinear, RMSNorm, like_target, missing_keys
+from deepspec.drafters.origin import Origin, check_kept, open_origin
+from deepspec.drafters.params import Eagle3Params, EagleParams
 from deepspec.drafters.rope import Rope, RopeTable, Scaling, read_rope, written_rope
 from deepspec.drafters.start import init_from_target, resolve_start
 from deepspec.errors import DeepSpecError
-from deepspec.target.attention import ForwardPass, attend
-from deepspec.target.fused import FusedLayer, PackedLinear, rotate
+from deepspec.target.attention import ForwardPass
+from deepspec.target.fused import FusedLayer, PackedLinear
 from deepspec.target.model import Target
 
 SERVED, DEEPSEEK = "LlamaForCausalLMEagle3", "Qwen3Eagle3Model"
@@ -77,7 +78,7 @@ class Eagle3Config:
     sliding_window: int | None = None
 
     @classmethod
-    def read(cls, config: dict[str, Any]) -> Eagle3Config:
+    def read(cls, config: dict[str, Any]) -> Self:
         """From a `config.json` of either kind, in our own keys.
 
         Raises:
@@ -97,23 +98,33 @@ class Eagle3Config:
         found.setdefault("draft_vocab_size", config.get("vocab_size"))
         found.setdefault("num_target_layers", config.get("target_num_hidden_layers"))
         found.setdefault("block_size", config.get("ttt_length", 5))
-        found["qk_norm"] = config["architectures"][0] == DEEPSEEK
+        found["qk_norm"] = config.get("qk_norm", config["architectures"][0] == DEEPSEEK)
         if missing := missing_keys(cls, found):
             raise DeepSpecError(f"config.json of an EAGLE-3 draft lacks {', '.join(missing)}")
-        known = {name: found[name] for name in cls.__dataclass_fields__ if found.get(name) is not None}
+        known = {f.name: found[f.name] for f in fields(cls) if found.get(f.name) is not None}
         return cls(**known | {"target_layer_ids": tuple(found["target_layer_ids"])})
 
     @classmethod
     def for_target(cls, params: Eagle3Params, target: Target) -> Eagle3Config:
         """Sizes that follow the target's own."""
+        new = params.version == "3.1"
+        return cls(**cls.sizes_of(params, target), fc_norm=new, norm_output=new)
+
+    @staticmethod
+    def sizes_of(params: EagleParams, target: Target) -> dict[str, Any]:
+        """Return the sizes that EAGLE's drafts share."""
         layers = params.target_layer_ids or default_layers(target.num_layers)
-        sizes = like_target(target, layers, params.draft_vocab_size)
-        return cls(**sizes, block_size=params.block_size, qk_norm=params.qk_norm)
+        return {
+            **like_target(target, layers, params.draft_vocab_size, params.rope == "target"),
+            "block_size": params.block_size,
+            "qk_norm": params.qk_norm,
+            "sliding_window": params.sliding_window,
+        }
 
     def to_dict(self) -> dict[str, Any]:
         """`config.json` with every key that a reader may look for."""
         last = ("qk_norm", "num_hidden_layers", "rope_scaling", "sliding_window", *VARIANTS)
-        sizes = {name: getattr(self, name) for name in self.__dataclass_fields__ if name not in last}
+        sizes = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in last}
         layers = list(self.target_layer_ids)
         return {
             "architectures": [DEEPSEEK if self.qk_norm else SERVED],
@@ -148,71 +159,6 @@ def default_layers(count: int) -> list[int]:
     return sorted({min(max(layer, 0), max(count - 2, 0)) for layer in (1, count // 2 - 1, count - 4)})
 
 
-class Attention(nn.Module):
-    """The first layer's reads [norm(embedding); norm(hidden)], 2d wide.
-
-    The attributes are those of transformers' own (`FusedLayer`).
-    """
-
-    def __init__(self, config: Eagle3Config, index: int):
-        super().__init__()
-        self.layer_idx, self.sliding_window = index, config.sliding_window
-        self.head_dim = config.head_dim
-        self.scaling = config.head_dim**-0.5
-        width = (1 if index else 2) * config.hidden_size
-        q, kv = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
-        self.q_proj = nn.Linear(width, q, bias=False)
-        self.k_proj = nn.Linear(width, kv, bias=False)
-        self.v_proj = nn.Linear(width, kv, bias=False)
-        self.o_proj = nn.Linear(q, config.hidden_size, bias=False)
-        if config.qk_norm:
-            self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
-            self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
-
-    def queries(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-        """x [b, n, 2d] → [b, heads, n, head_dim], rotated."""
-        return self._rotated(self.q_proj(x), "q_norm", rope)
-
-    def keys_values(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        """x [b, n, 2d] → rotated keys and values, each [b, kv_heads, n, head_dim]."""
-        values = self.v_proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-        return self._rotated(self.k_proj(x), "k_norm", rope), values
-
-    def _rotated(self, x: Tensor, norm: str, rope: tuple[Tensor, Tensor]) -> Tensor:
-        x = x.unflatten(-1, (-1, self.head_dim))
-        if hasattr(self, norm):
-            x = getattr(self, norm)(x)
-        return rotate(x, *rope).transpose(1, 2)
-
-
-class Layer(nn.Module):
-    def __init__(self, config: Eagle3Config, index: int):
-        super().__init__()
-        self.input_layernorm = RMSNorm(
-            config.hidden_size, config.rms_norm_eps
-        )  # in the first of the embeddings
-        self.hidden_norm = None if index else RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.normed_residual = config.norm_before_residual and not index
-        self.self_attn = Attention(config, index)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mlp = MLP(config)
-
-    def joined(self, embedded: Tensor, hidden: Tensor) -> Tensor:
-        """[norm(embedding); norm(hidden)] [..., 2d]; of a further layer norm(hidden) [..., d]."""
-        if self.hidden_norm is None:
-            return self.input_layernorm(hidden)
-        return torch.cat((self.input_layernorm(embedded), self.hidden_norm(hidden)), -1)
-
-    def residual(self, hidden: Tensor) -> Tensor:
-        """Return what the attention's output is added to."""
-        return self.hidden_norm(hidden) if self.normed_residual and self.hidden_norm is not None else hidden
-
-    def finish(self, attended: Tensor, hidden: Tensor) -> Tensor:
-        """Output projection, MLP and their residuals; attended [b, n, heads, head_dim]."""
-        hidden = hidden + self.self_attn.o_proj(attended.flatten(2))
-        return hidden + self.mlp(self.post_attention_layernorm(hidden))
-
-
 class Eagle3Model(Network):
     """The network, trained by unrolling it from anchors."""
 
@@ -231,6 +177,11 @@ class Eagle3Model(Network):
 
     def init_from_target(self, target: Target, channel_std: Tensor) -> None:
         init_from_target(self.decoder_layers(), self.norm, self.fc, target, channel_std)
+        with torch.no_grad():
+            for norm, deviation in zip(
+                self.fc_norm or (), channel_std.chunk(len(self.config.target_layer_ids)), strict=False
+            ):
+                cast(RMSNorm, norm).weight.fill_(deviation.square().mean().sqrt())  # states keep their size
 
     def decoder_layers(self) -> list[Layer]:
         """Return its layers, the first of which reads the embeddings too."""
@@ -270,14 +221,14 @@ class Eagle3Model(Network):
         embedded = self.embed_tokens(tokens)
         shared = self._first_step(embedded[:, 1:], fused[:, :-1])  # place i: x_{i+1} with g_i
         first = anchors - 1  # place of the first step
-        hidden = _rows(fused, first)
+        hidden = rows(fused, first)
         places = torch.arange(n - 1, device=tokens.device)
         steps: list[Tensor] = []
         steps_own: list[list[tuple[Tensor, Tensor]]] = [[] for _ in self.layers]  # entries of the later steps
         for k in range(self.config.block_size):
             if k == 0 or self.config.sliding_window is not None:
                 mask = self._mask(places, first, k, hidden.dtype)
-            fed = _rows(embedded, (anchors + k).clamp(max=n - 1))
+            fed = rows(embedded, (anchors + k).clamp(max=n - 1))
             rope = self.rope(first + k, hidden.dtype)
             before = self._in_window(steps_own)
             hidden, own = self.run(self._unrolled, fed, hidden, rope, (shared, mask), before, k > 0)
@@ -299,7 +250,7 @@ class Eagle3Model(Network):
             shared.append((keys, values))
             if layer is not self.layers[-1]:
                 mask = self._mask(places[0], places.expand(len(x), -1), 0, x.dtype)
-                attended = _attend(layer.self_attn.queries(x, rope), keys, values, mask, [])
+                attended = attend_with_own(layer.self_attn.queries(x, rope), keys, values, mask, [])
                 hidden = layer.finish(attended, layer.residual(hidden))
         return shared
 
@@ -331,61 +282,10 @@ class Eagle3Model(Network):
             x = layer.joined(fed, hidden)
             queries = attention.queries(x, rope)
             new = [attention.keys_values(x, rope)] if later else []
-            attended = _attend(queries, keys, values, mask, [*before, *new])
+            attended = attend_with_own(queries, keys, values, mask, [*before, *new])
             hidden = layer.finish(attended, layer.residual(hidden))
             entries.append(new)
         return hidden, entries
-
-
-def load(checkpoint: Checkpoint, target: Target) -> Eagle3Drafter:
-    """Load a draft of either format, ours or a published one."""
-    model = Eagle3Model(Eagle3Config.read(checkpoint.config))
-    return Eagle3Drafter(load_network(model, checkpoint, target), target)
-
-
-def network(params: Eagle3Params, target: Target) -> Eagle3Model:
-    """Make the network to train."""
-    origin = open_origin(params.start, ("eagle3",), target)
-    if origin is None:
-        start = resolve_start(params.start, target, 1, params.qk_norm)
-        return Eagle3Model(Eagle3Config.for_target(params, target), start)
-    asked, config = params.model_fields_set, Eagle3Config.read(origin.config)
-    if "target_layer_ids" in asked and params.target_layer_ids:
-        check_kept({"target_layer_ids": params.target_layer_ids}, origin)
-    changed: dict[str, Any] = {"block_size": params.block_size} if "block_size" in asked else {}
-    if "draft_vocab_size" in asked:
-        changed["draft_vocab_size"] = min(params.draft_vocab_size or config.vocab_size, config.vocab_size)
-    model = Eagle3Model(replace(config, **changed), params.start)
-    model.origin = origin
-    return model
-
-
-ALGORITHM = Algorithm(Eagle3Params, (SERVED, DEEPSEEK), load, network)
-
-
-def _rows(x: Tensor, index: Tensor) -> Tensor:
-    """x [batch, n, d], index [batch, m] → [batch, m, d]"""
-    return x.gather(1, index[..., None].expand(-1, -1, x.shape[-1]))
-
-
-def _attend(queries, keys, values, mask, own) -> Tensor:
-    """Attention of each query to the shared keys under the mask, and to its own entries of later steps.
-
-    queries [b, heads, m, d]; keys, values [b, kv_heads, n, d]; mask [b, 1, m, n] additive; own entries: keys and
-    values [b, kv_heads, m, d] each. Returns [b, m, heads, d].
-    """
-    groups = queries.shape[1] // keys.shape[1]
-    if not own:
-        return attend(queries, keys, values, mask.repeat(1, 1, groups, 1), None)
-    grouped = queries.unflatten(1, (keys.shape[1], groups))  # [b, kv_heads, groups, m, d]
-    scale = queries.shape[-1] ** -0.5
-    shared = grouped @ keys[:, :, None].transpose(-1, -2) * scale + mask[:, :, None]
-    mine = torch.stack([(grouped * key[:, :, None]).sum(-1) for key, _ in own], -1) * scale
-    weights = torch.cat((shared, mine), -1).float().softmax(-1).to(values.dtype)
-    out = weights[..., : keys.shape[2]] @ values[:, :, None]
-    for i, (_, value) in enumerate(own):
-        out = out + weights[..., keys.shape[2] + i, None] * value[:, :, None]
-    return out.flatten(1, 2).transpose(1, 2)
 
 
 class Eagle3Drafter(AutoregressiveDrafter):
@@ -426,3 +326,51 @@ class Eagle3Drafter(AutoregressiveDrafter):
     def logits(self, hidden: Tensor) -> Tensor:
         """Return the logits [n, columns] of what `step` gives [n, d]."""
         return self._head(hidden if self.config.norm_output else self._norm(hidden))
+
+
+def read(checkpoint: Checkpoint, target: Target) -> Eagle3Model:
+    """Return the network of a directory, in float32.
+
+    Raises:
+        DeepSpecError: an unsupported configuration, or an unknown, missing or misshapen weight.
+    """
+    return load_network(Eagle3Model(Eagle3Config.read(checkpoint.config)), checkpoint, target)
+
+
+def load(checkpoint: Checkpoint, target: Target) -> Eagle3Drafter:
+    """Load a draft of either format, ours or a published one."""
+    return Eagle3Drafter(read(checkpoint, target), target)
+
+
+def network(params: Eagle3Params, target: Target) -> Eagle3Model:
+    """Make the network to train."""
+    origin = open_origin(params.start, ("eagle3",), target)
+    if origin is None:
+        start = resolve_start(params.start, target, 1, params.qk_norm)
+        return Eagle3Model(Eagle3Config.for_target(params, target), start)
+    config = Eagle3Config.read(origin.config)
+    changed = go_on(params, origin, config)
+    if "version" in params.model_fields_set:
+        new = params.version == "3.1"
+        check_kept({"fc_norm": new, "norm_output": new}, origin)
+    model = Eagle3Model(replace(config, **changed), params.start)
+    model.origin = origin
+    return model
+
+
+def go_on(params: EagleParams, origin: Origin, config: Eagle3Config) -> dict[str, Any]:
+    """Return what of the `config` of the draft that it begins as changes, where its section asks for it.
+
+    Raises:
+        DeepSpecError: it asks for what the draft cannot change.
+    """
+    asked = params.model_fields_set
+    if "target_layer_ids" in asked and params.target_layer_ids:
+        check_kept({"target_layer_ids": params.target_layer_ids}, origin)
+    changed = {name: getattr(params, name) for name in ("block_size", "sliding_window") if name in asked}
+    if "draft_vocab_size" in asked:
+        changed["draft_vocab_size"] = min(params.draft_vocab_size or config.vocab_size, config.vocab_size)
+    return changed
+
+
+ALGORITHM = Algorithm(Eagle3Params, (SERVED, DEEPSEEK), load, network, read=read)

@@ -204,6 +204,13 @@ class LMDrafter(AutoregressiveDrafter):
         return self.model.logits(outputs)
 
 
+def read(checkpoint: Checkpoint, target: Target) -> LMModel:
+    """Return the network of a directory, in float32."""
+    model = load_model(str(checkpoint.directory), dtype=torch.float32)
+    cut_padding(model, target.vocab_size)
+    return LMModel(LMConfig.of(target, model, checkpoint.config.get("block_size", 5)), model)
+
+
 def load(checkpoint: Checkpoint, target: Target) -> LMDrafter:
     """Load a model directory.
 
@@ -227,4 +234,4 @@ def load(checkpoint: Checkpoint, target: Target) -> LMDrafter:
     return LMDrafter(runner, checkpoint.config.get("block_size", 5), target)
 
 
-ALGORITHM = Algorithm(LMParams, ("*ForCausalLM",), load, network, standalone=True)
+ALGORITHM = Algorithm(LMParams, ("*ForCausalLM",), load, network, standalone=True, read=read)

@@ -186,10 +186,18 @@ class MedusaSession(GrowingSession):
         return lambda parents: DraftLogits(logits[[parent.growth for parent in parents], parents[0].depth])
 
 
+def read(checkpoint: Checkpoint, target: Target) -> MedusaModel:
+    """Return the network of a directory, in float32.
+
+    Raises:
+        DeepSpecError: an unsupported configuration, or an unknown, missing or misshapen weight.
+    """
+    return load_network(MedusaModel(MedusaConfig.read(checkpoint.config)), checkpoint, target)
+
+
 def load(checkpoint: Checkpoint, target: Target) -> MedusaDrafter:
     """Load a draft of ours, or a published one with a vocabulary matrix for each head."""
-    model = MedusaModel(MedusaConfig.read(checkpoint.config))
-    return MedusaDrafter(load_network(model, checkpoint, target), target)
+    return MedusaDrafter(read(checkpoint, target), target)
 
 
 def network(params: MedusaParams, target: Target) -> MedusaModel:
@@ -219,4 +227,4 @@ def network(params: MedusaParams, target: Target) -> MedusaModel:
     return model
 
 
-ALGORITHM = Algorithm(MedusaParams, (ARCHITECTURE,), load, network)
+ALGORITHM = Algorithm(MedusaParams, (ARCHITECTURE,), load, network, read=read)

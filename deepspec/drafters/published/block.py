@@ -1,29 +1,47 @@
-"""Block drafters with one flat `config.json`: DFlash (z-lab, SpecForge, AngelSlim, our exports), DSpark (SpecForge).
+"""Block drafters with one flat `config.json`: DFlash (z-lab, SpecForge, AngelSlim, our exports), DFlash 2, DSpark.
 
 DFlash's keys are in `dflash_config`, its `block_size` counts the anchor and its masks alone predict; DSpark's counts
-what is drafted, from the anchor on. Embeddings and head are the target's where the files have none.
+what is drafted, from the anchor on. DFlash 2 is a DFlash with a selector. Embeddings and head are the target's where
+the files have none.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from deepspec.drafters.published.eagle3 import made_for
-from deepspec.drafters.published.layers import block_layers
+from deepspec.drafters.published.layers import Layers, block_layers
 from deepspec.drafters.published.names import Names, plain_names
 from deepspec.drafters.published.plan import Found, Plan
-from deepspec.drafters.published.sizes import sizes, width, windows
+from deepspec.drafters.published.sizes import Sizes, sizes, width, windows
 from deepspec.drafters.weights import Stored
 from deepspec.errors import DeepSpecError
 
 THETA = 1e6  # of a draft that says none: what vLLM takes
-DFLASH, DSPARK = "DFlashDraftModel", "DSparkDraftModel"
-_NOT_RUN = {
-    "domino": "Domino corrects its logits with a GRU, which is not run here",
-    "dflash2": "DFlash 2's path selector and convolutions are not run here yet",
-}
+DFLASH, DFLASH2, DSPARK = "DFlashDraftModel", "DFlash2DraftModel", "DSparkDraftModel"
+OURS = {
+    "DFlash 2": ("dflash2", "DeepSpecDFlash2Model")
+}  # algorithm and architecture here; others are DSpark's
+_DOMINO = "Domino corrects its logits with a GRU, which is not run here"
 HEADS = ("markov_rank", "markov_head_type", "enable_confidence_head", "confidence_head_with_markov")
+SELECTOR = ("conv_kernel_size", "conv_group_size", "selector_rank", "selector_top_k")
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """What all block drafters have.
+
+    Args:
+        count: states of the target that `fc` reads.
+        depth: layers.
+    """
+
+    names: Names
+    sizes: Sizes
+    count: int
+    depth: int
 
 
 def recognise(found: Found) -> Plan | None:
@@ -34,52 +52,39 @@ def recognise(found: Found) -> Plan | None:
     own = config.get("dflash_config") or {}
     kind = str(own.get("projector_type") or "").lower()
     if found.architecture == "DominoDraftModel" or kind == "domino":
-        return Plan("SpecForge", "Domino", refusal=_NOT_RUN["domino"])
-    if found.architecture not in (DFLASH, DSPARK) and not own:
+        return Plan("SpecForge", "Domino", refusal=_DOMINO)
+    if found.architecture not in (DFLASH, DFLASH2, DSPARK) and not own:
         return None
-    dspark = found.architecture == DSPARK or kind == "dspark"
-    style = "SpecForge" if dspark else "z-lab, SpecForge"
-    what = "DSpark" if dspark else "DFlash"
+    what = "DSpark" if found.architecture == DSPARK or kind == "dspark" else "DFlash"
+    if found.architecture == DFLASH2 or found.has("candidate_selector."):
+        what = "DFlash 2"
+    style = "SpecForge" if what == "DSpark" else "z-lab, SpecForge"
     try:
-        return _plan(style, what, found, own | {key: config[key] for key in HEADS if key in config})
+        keys = (*HEADS, *SELECTOR)
+        return _plan(style, what, found, own | {key: config[key] for key in keys if key in config})
     except DeepSpecError as error:
         return Plan(style, what, made_for=made_for(config), refusal=str(error))
 
 
 def _plan(style: str, what: str, found: Found, own: Mapping[str, Any]) -> Plan:
     config = found.config
-    names, size, count, depth = backbone(config, found)
-    mask = own.get("mask_token_id", config.get("mask_token_id"))
+    base = backbone(config, found)
     ids = own.get("target_layer_ids") or config.get("target_layer_ids")
-    layers = block_layers(ids, depth, count, found.target_layers)
-    sized = finish(size, config, found, names, depth, mask)
+    layers = block_layers(ids, base.depth, base.count, found.target_layers)
     from_anchor = bool(own.get("sample_from_anchor", what == "DSpark"))
-    sized |= {
-        "block_size": _drafted(config.get("block_size"), from_anchor),
+    sized = {
+        "mask_token_id": own.get("mask_token_id", config.get("mask_token_id")),
+        "block_size": _drafted(own.get("block_size") or config.get("block_size"), from_anchor),
         "sample_from_anchor": from_anchor,
-        **heads(own if what == "DSpark" else {}),
-        **attention(config, depth, own),
+        **parts(what, own),
+        **attention(config, base.depth, own),
     }
-    if layers.ids is not None:
-        sized["target_layer_ids"] = list(layers.ids)
-    return Plan(
-        style,
-        f"{what}, {depth} layers",
-        "dspark",
-        sized,
-        names.plain,
-        made_for=made_for(config),
-        assumed=(*size.pop("assumed"), *layers.assumed),
-        left_out=names.left_out,
-        needs_target=layers.needed,
-    )
+    return planned(style, what, config, found, base, layers, sized)
 
 
-def backbone(
-    config: Mapping[str, Any], found: Found, defaults: bool = False
-) -> tuple[Names, dict[str, Any], int, int]:
+def backbone(config: Mapping[str, Any], found: Found, defaults: bool = False) -> Backbone:
     """
-    Return names, sizes (with what they assume under "assumed"), the states that `fc` reads, and the number of layers.
+    Return the part of a directory that all block drafters have.
 
     Raises:
         DeepSpecError: a part that is not run here, or a size that nothing says.
@@ -90,39 +95,74 @@ def backbone(
     size = sizes(config, names.below("layers.0.", found.weights), defaults, THETA)
     count = width(config, weights.get("fc.weight"), size.config["hidden_size"])
     depth = len({name.split(".")[1] for name in weights if name.startswith("layers.")})
-    return names, size.config | {"assumed": size.assumed}, count, depth
+    return Backbone(names, size, count, depth)
 
 
-def finish(
-    size: Mapping[str, Any],
+def planned(
+    style: str,
+    what: str,
     config: Mapping[str, Any],
     found: Found,
-    names: Names,
-    depth: int,
-    mask: int | None,
-) -> dict[str, Any]:
+    base: Backbone,
+    layers: Layers,
+    own: Mapping[str, Any],
+) -> Plan:
     """
-    Return what all block drafters have in common, in our keys.
+    Return how a block drafter is loaded.
+
+    Args:
+        config: with the draft's keys on one level.
+        own: block, heads and attention in our keys, which each style says in its own way.
 
     Raises:
         DeepSpecError: no mask token is named.
     """
-    if mask is None:
+    if own["mask_token_id"] is None:
         raise DeepSpecError(
             "config.json names no mask_token_id, the token that stands for those to be drafted"
         )
-    weights = names.weights(found.weights)
+    kind, architecture = OURS.get(what, ("dspark", "Qwen3DSparkModel"))
+    weights, size = base.names.weights(found.weights), base.sizes.config
     columns = next((weights[n].shape[0] for n in ("d2t", "lm_head.weight") if n in weights), None)
-    own = {key: value for key, value in size.items() if key != "assumed"}
-    own |= {
-        "architectures": ["Qwen3DSparkModel"],
-        "num_hidden_layers": depth,
+    sized = size | {
+        "architectures": [architecture],
+        "num_hidden_layers": base.depth,
         "draft_vocab_size": columns or config.get("draft_vocab_size") or size["vocab_size"],
-        "mask_token_id": mask,
+        **own,
     }
     if config.get("num_target_layers") or found.target_layers:
-        own["num_target_layers"] = config.get("num_target_layers") or found.target_layers
-    return own
+        sized["num_target_layers"] = config.get("num_target_layers") or found.target_layers
+    if layers.ids is not None:
+        sized["target_layer_ids"] = list(layers.ids)
+    return Plan(
+        style,
+        f"{what}, {base.depth} layers",
+        kind,
+        sized,
+        base.names.plain,
+        made_for=made_for(config),
+        assumed=(*base.sizes.assumed, *layers.assumed),
+        left_out=base.names.left_out,
+        needs_target=layers.needed,
+    )
+
+
+def parts(what: str, own: Mapping[str, Any]) -> dict[str, Any]:
+    """
+    Return what a block drafter has besides the backbone: heads, or convolutions and a selector.
+
+    Raises:
+        DeepSpecError: a size of DFlash 2 is not said, or its logits are changed before they are compared.
+    """
+    if what != "DFlash 2":
+        return heads(own if what == "DSpark" else {})
+    if changed := [
+        key for key in ("final_logit_softcapping", "output_multiplier") if own.get(key) not in (None, 1)
+    ]:
+        raise DeepSpecError(f"{changed[0]} is set: logits of the draft's own scale are not run here")
+    if missing := [key for key in SELECTOR if not own.get(key)]:
+        raise DeepSpecError(f"config.json lacks {', '.join(missing)} of DFlash 2")
+    return {key: own[key] for key in SELECTOR}
 
 
 def heads(own: Mapping[str, Any]) -> dict[str, Any]:
@@ -171,8 +211,6 @@ def _refuse_parts(weights: Mapping[str, Stored]) -> None:
         raise DeepSpecError("it brings an embedding of its own for the mask, which is not run here")
     if any("attention_sink_bias" in name or name.endswith(".sinks") for name in weights):
         raise DeepSpecError("its attention has sinks, which are not run here")
-    if any("conv" in name or "selector" in name for name in weights):
-        raise DeepSpecError(_NOT_RUN["dflash2"])
     if any(".mlp.experts." in name for name in weights):
         raise DeepSpecError("its layers are mixtures of experts, which are not run here")
     if any(".kv_a_proj" in name or ".q_a_proj" in name for name in weights):

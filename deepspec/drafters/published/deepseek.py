@@ -37,7 +37,8 @@ def recognise(found: Found) -> Plan | None:
             n.removeprefix("layers.0."): w for n, w in found.weights.items() if n.startswith("layers.0.")
         }
         size = sizes(config, first)
-        own = config | size.config | block.attention(config, depth, {})
+        seen = block.attention(config, depth, {}) if name == DSPARK else {}  # ours says it layer by layer
+        own = config | size.config | seen
     except DeepSpecError as error:
         return Plan("DeepSeek", what, made_for=target, refusal=str(error))
     if found.target_layers:

@@ -2,7 +2,7 @@
 
 They differ in what they leave out (layer ids, RoPE, the embeddings) and in names; what is computed is told by keys
 and weights that engines agree on: `norm_before_residual`, EAGLE-3.1's `fc_norm` and `norm_output`, gpt-oss's
-`norm_before_fc`, further layers behind the first, norms of queries and keys.
+`norm_before_fc`, further layers behind the first, norms of queries and keys. A draft with a `mask_hidden` is P-EAGLE's.
 """
 
 from __future__ import annotations
@@ -23,16 +23,15 @@ _STYLES = {
     "Eagle3LlamaForCausalLM": "AngelSlim",
     "LlamaForCausalLM": "SafeAILab",
     "LlamaForCausalLMEagle3": "SpecForge, SGLang, vLLM",
+    "PEagleDraftModel": "vLLM",
 }
-_PARALLEL = "P-EAGLE drafts all places of an EAGLE draft in one pass, which is not run here yet"
+_MASKS = ("mask_token_id", "pard_token", "ptd_token_id")  # what trainers and vLLM call a mask token
 
 
 def recognise(found: Found) -> Plan | None:
     """Recognise an EAGLE-3 draft by its first layer, which norms a state beside the embedding."""
     if found.config.get("speculators_model_type"):
         return None
-    if found.architecture == "PEagleDraftModel" or found.has("mask_hidden"):
-        return Plan("SpecForge", "P-EAGLE", refusal=_PARALLEL)
     named = found.architecture in _STYLES and found.architecture != "LlamaForCausalLM"
     if not (named or found.has("midlayer.") or found.has("layers.0.hidden_norm.")):
         return None
@@ -74,17 +73,21 @@ def plan(style: str, config: Mapping[str, Any], found: Found, defaults: bool = F
     own |= {
         "num_hidden_layers": depth,
         "draft_vocab_size": _columns(config, weights, own["vocab_size"]),
-        "block_size": config.get("block_size") or config.get("ttt_length") or _steps(config) or 5,
+        "block_size": _drafted(config),
     }
     if config.get("num_target_layers") or found.target_layers:
         own["num_target_layers"] = config.get("num_target_layers") or found.target_layers
     if layers.ids is not None:
         own["target_layer_ids"] = list(layers.ids)
     what = "EAGLE-3.1" if own["fc_norm"] or own["norm_output"] else "EAGLE-3"
+    kind = "peagle" if found.has("mask_hidden") or found.architecture == "PEagleDraftModel" else "eagle3"
+    if kind == "peagle":
+        what = "P-EAGLE"
+        own |= {"architectures": ["DeepSpecPEagleModel"], "qk_norm": qk_norm, "mask_token_id": _mask(config)}
     return Plan(
         style,
         what + (f", {depth} layers" if depth > 1 else ""),
-        "eagle3",
+        kind,
         own,
         _ours(names, weights, depth, qk_norm),
         made_for=made_for(config),
@@ -135,9 +138,17 @@ def _columns(config: Mapping[str, Any], weights: Mapping[str, Stored], vocab_siz
     return config.get("draft_vocab_size") or vocab_size
 
 
-def _steps(config: Mapping[str, Any]) -> int | None:
+def _drafted(config: Mapping[str, Any]) -> int:
+    stated = (config.get(key) for key in ("block_size", "num_depths", "ttt_length"))
     methods = (config.get("speculators_config") or {}).get("proposal_methods") or [{}]
-    return methods[0].get("speculative_tokens")
+    return next((n for n in (*stated, methods[0].get("speculative_tokens")) if n), 5)
+
+
+def _mask(config: Mapping[str, Any]) -> int:
+    for key in _MASKS:
+        if config.get(key) is not None:
+            return int(config[key])
+    raise DeepSpecError(f"config.json names no mask token ({', '.join(_MASKS)})")
 
 
 def _ours(names: Names, weights: Mapping[str, Stored], depth: int, qk_norm: bool) -> dict[str, str]:

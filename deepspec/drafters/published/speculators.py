@@ -15,16 +15,17 @@ from deepspec.drafters.published.plan import Found, Plan
 from deepspec.errors import DeepSpecError
 
 STYLE = "speculators (RedHat, vLLM)"
-_WHAT = {"eagle3": "EAGLE-3", "dflash": "DFlash", "dspark": "DSpark"}
+_WHAT = {
+    "eagle3": "EAGLE-3",
+    "peagle": "P-EAGLE",
+    "dflash": "DFlash",
+    "dflash2": "DFlash 2",
+    "dspark": "DSpark",
+}
 _NOT_RUN = {
-    "peagle": (
-        "P-EAGLE",
-        "P-EAGLE drafts all places of an EAGLE draft in one pass, which is not run here yet",
-    ),
     "mtp": ("MTP", "a next-token module of the target's own (MTP), which is not run here yet"),
     "eagle": ("EAGLE", "EAGLE-1 reads the last state alone; only EAGLE-3 is run here"),
     "mlp": ("MLP speculator", "MLP speculators are not run here"),
-    "dflash2": ("DFlash 2", "DFlash 2's path selector and convolutions are not run here yet"),
 }
 
 
@@ -61,30 +62,18 @@ def _flat(config: Any) -> dict[str, Any]:
 
 
 def _plan(kind: str, config: dict[str, Any], found: Found) -> Plan:
-    if kind == "eagle3":
+    if kind in ("eagle3", "peagle"):
         return eagle3.plan(STYLE, config, found, defaults=True)
-    names, size, count, depth = block.backbone(config, found, defaults=True)
-    layers = read_layers(config, count, found.target_layers)
+    base = block.backbone(config, found, defaults=True)
+    layers = read_layers(config, base.count, found.target_layers)
     from_anchor = bool(config.get("sample_from_anchor", kind == "dspark"))
     total = config.get("block_size") or 8
-    own = block.finish(size, config, found, names, depth, config.get("mask_token_id"))
     standard = {"markov_rank": 256, "enable_confidence_head": True, "confidence_head_with_markov": True}
-    own |= {
+    own = {
+        "mask_token_id": config.get("mask_token_id"),
         "block_size": total - (not from_anchor),
         "sample_from_anchor": from_anchor,
-        **block.heads(standard | config if kind == "dspark" else {}),
-        **block.attention(config, depth, {}, sliding_causal=not config.get("sliding_window_non_causal")),
+        **block.parts(_WHAT[kind], standard | config),
+        **block.attention(config, base.depth, {}, sliding_causal=not config.get("sliding_window_non_causal")),
     }
-    if layers.ids is not None:
-        own["target_layer_ids"] = list(layers.ids)
-    return Plan(
-        STYLE,
-        f"{_WHAT[kind]}, {depth} layers",
-        "dspark",
-        own,
-        names.plain,
-        made_for=eagle3.made_for(config),
-        assumed=(*size["assumed"], *layers.assumed),
-        left_out=names.left_out,
-        needs_target=layers.needed,
-    )
+    return block.planned(STYLE, _WHAT[kind], config, found, base, layers, own)

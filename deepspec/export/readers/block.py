@@ -9,8 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from deepspec.export.readers.dflash2 import ConvolvedLayer, Selector
 from deepspec.export.readers.directory import Directory, Facts, Reading, Unreadable
-from deepspec.export.readers.ops import Head, Layer, attention, rms, rope_theta
+from deepspec.export.readers.ops import Head, Layer, attention, rms, rope_theta, seen_by
 from deepspec.export.readers.sample import Sample
 
 
@@ -19,13 +20,12 @@ def dflash(source: Directory, sample: Sample) -> Reading:
     own = source.want("dflash_config")
     if own.get("sample_from_anchor"):
         raise Unreadable("sample_from_anchor: engines take DFlash drafts from the masks alone")
-    if own.get("causal"):
-        raise Unreadable("dflash_config.causal is set, and the draft was trained both ways")
     for key in ("target_layer_ids", "mask_token_id"):
         if key not in own:
             raise Unreadable(f"dflash_config lacks {key}")
     gamma = source.want("block_size") - 1
-    return read(source, sample, own["target_layer_ids"], own["mask_token_id"], gamma, from_anchor=False)
+    causal = bool(own.get("causal"))
+    return read(source, sample, own["target_layer_ids"], own["mask_token_id"], gamma, False, causal)
 
 
 def dspark(source: Directory, sample: Sample) -> Reading:
@@ -45,6 +45,7 @@ def native(source: Directory, sample: Sample) -> Reading:
         source.want("mask_token_id"),
         source.want("block_size"),
         source.config.get("sample_from_anchor", True),
+        any(source.config.get("causal") or ()),
     )
 
 
@@ -62,7 +63,13 @@ def speculators(source: Directory, sample: Sample) -> Reading:
 
 
 def read(
-    source: Directory, sample: Sample, layer_ids: list[int], mask: int, gamma: int, from_anchor: bool
+    source: Directory,
+    sample: Sample,
+    layer_ids: list[int],
+    mask: int,
+    gamma: int,
+    from_anchor: bool,
+    causal: bool = False,
 ) -> Reading:
     """
     Compute the logits of a block drafter's directory.
@@ -72,6 +79,7 @@ def read(
         mask: the token that stands for those to be drafted.
         gamma: tokens drafted.
         from_anchor: whether the anchor's place predicts the first.
+        causal: whether a block's places see only those before them.
     """
     config = source.config
     if gamma != sample.gamma:
@@ -83,14 +91,19 @@ def read(
     fc = source.take("fc.weight", d, len(layer_ids) * d)
     state_norm, final_norm = source.take("hidden_norm.weight", d), source.take("norm.weight", d)
     count = source.want("num_hidden_layers")
-    if set(config.get("layer_types") or ["full_attention"]) != {"full_attention"}:
-        raise Unreadable("layer_types names another attention than full_attention")
+    window = _window(source, count)
     layers = [Layer(source, f"layers.{i}.", d, normed=True) for i in range(count)]
     embed = source.optional("embed_tokens.weight", vocab, d)
     embed = sample.embeddings if embed is None else embed
     head = Head(source, vocab, sample.head)
     markov = Markov(source, d, len(head.weight)) if config.get("markov_rank") else None
     _confidence(source, d)
+    selector = Selector(source, d, len(head.weight)) if config.get("selector_rank") else None
+    convolved = (
+        [ConvolvedLayer(source, f"layers.{i}.", layer, d) for i, layer in enumerate(layers)]
+        if selector
+        else []
+    )
     skip = source.take("context_skip.weight", d, fc.shape[1]) if config.get("context_skip") else None
     features = sample.features(layer_ids)
     context = rms(features @ fc.T, state_norm, eps)
@@ -102,14 +115,18 @@ def read(
             newest = rms(features[anchor - 1].unflatten(0, (-1, d)), None, eps).flatten()
             x = x + newest @ skip.T
         places = torch.arange(anchor + len(x))
-        for layer in layers:
+        seen = seen_by(places[anchor:], places, causal, window)
+        for with_convolutions in convolved:
+            x = with_convolutions(x, context[:anchor], places, seen)
+        for layer in () if convolved else layers:
             normed = rms(x, layer.input_norm, eps)
-            seen = torch.cat((context[:anchor], normed))
+            known = torch.cat((context[:anchor], normed))
             queries = layer.queries(normed, places[anchor:])
-            x = layer.finish(attention(queries, layer.keys(seen, places), layer.values(seen)), x)
+            x = layer.finish(attention(queries, layer.keys(known, places), layer.values(known), seen), x)
         hidden = rms(x, final_norm, eps)[len(x) - gamma :]
         previous = sample.tokens[anchor : anchor + gamma]
-        return head.logits(hidden, markov.correction(hidden, previous) if markov else 0.0)
+        corrects = markov or selector
+        return head.logits(hidden, corrects.correction(hidden, previous) if corrects else 0.0)
 
     facts = Facts(
         layer_ids=tuple(layer_ids),
@@ -117,10 +134,26 @@ def read(
         rms_norm_eps=eps,
         mask_token_id=mask,
         sample_from_anchor=bool(from_anchor),
+        causal=causal,
+        window=window,
+        candidates=config.get("selector_top_k"),
         max_position_embeddings=config.get("max_position_embeddings"),
         draft_ids=head.ids,
     )
     return Reading(torch.stack([block(anchor) for anchor in sample.anchors.tolist()]), facts)
+
+
+def _window(source: Directory, count: int) -> int | None:
+    """Return how many places back the layers see, all of them alike; None: all."""
+    kinds = set(source.config.get("layer_types") or ["full_attention"])
+    if kinds == {"full_attention"}:
+        return None
+    if kinds != {"sliding_attention"}:
+        raise Unreadable("layer_types names several kinds of attention, or one that is not known")
+    windows = source.config.get("windows") or [source.want("sliding_window")] * count
+    if len(set(windows)) > 1:
+        raise Unreadable(f"windows differ from layer to layer: {windows}")
+    return int(windows[0])
 
 
 class Markov:

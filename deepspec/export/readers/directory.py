@@ -25,6 +25,10 @@ class Facts:
     mask_token_id: int | None = None
     max_position_embeddings: int | None = None
     sample_from_anchor: bool | None = None  # whether the anchor's own place predicts the first token
+    norms: tuple[str, ...] | None = None  # those that only some EAGLE-3 drafts have
+    causal: bool | None = None  # whether a block's places see only those before them
+    window: int | None = None  # how many places back a block drafter's layers see
+    candidates: int | None = None  # tokens of a place that DFlash 2 compares
     draft_ids: Tensor | None = None  # int64, target ids of the columns; None: all
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from deepspec.export.readers.directory import Directory, Facts, Reading, Unreadable
-from deepspec.export.readers.ops import Head, Layer, attention, rms, rope_theta
+from deepspec.export.readers.ops import Head, Layer, attention, rms, rope_theta, seen_by
 from deepspec.export.readers.sample import Sample
 
 VARIANTS = ("norm_before_residual", "norm_before_fc", "fc_norm", "norm_output")
@@ -70,45 +70,91 @@ def read(source: Directory, sample: Sample, layer_ids: list[int]) -> Reading:
         layer_ids: i means the output of decoder layer i.
     """
     config = source.config
-    if on := [key for key in VARIANTS if config.get(key)]:
-        raise Unreadable(f"{on[0]} is set, and the draft was not trained so")
+    on = {key for key in VARIANTS if config.get(key)}
     d = source.want("hidden_size")
     vocab = source.want("vocab_size")
+    eps = float(source.want("rms_norm_eps"))
     fc = source.take("fc.weight", d, len(layer_ids) * d)
-    prefix = "midlayer." if source.has("midlayer.hidden_norm.weight") else "layers.0."
-    layer = Layer(source, prefix, 2 * d, normed=source.has(f"{prefix}self_attn.q_norm.weight"))
-    state_norm = source.take(f"{prefix}hidden_norm.weight", d)
     final_norm = source.take("norm.weight", d)
     embed = source.optional("embed_tokens.weight", vocab, d)
     embed = sample.embeddings if embed is None else embed
     head = Head(source, vocab, sample.head)
-    states = sample.features(layer_ids) @ fc.T  # [n, d]
+    first = "midlayer." if source.has("midlayer.hidden_norm.weight") else "layers.0."
+    prefixes = [first, *_further(source)]
+    normed = source.has(f"{first}self_attn.q_norm.weight")
+    layers = [Layer(source, prefix, d if i else 2 * d, normed) for i, prefix in enumerate(prefixes)]
+    state_norm = source.take(f"{first}hidden_norm.weight", d)
+    window = config.get("sliding_window") if config.get("use_sliding_window") else None
+    norms = (
+        [source.take(f"fc_norm.{i}.weight", d) for i in range(len(layer_ids))] if "fc_norm" in on else None
+    )
+    whole_norm = source.take("input_norm.weight", len(layer_ids) * d) if "norm_before_fc" in on else None
 
-    def joined(tokens: Tensor, below: Tensor) -> Tensor:
-        normed = rms(embed[tokens], layer.input_norm, layer.eps)
-        return torch.cat((normed, rms(below, state_norm, layer.eps)), -1)
+    def fused(features: Tensor) -> Tensor:
+        """Join states [n, layers·d]."""
+        if norms is not None:
+            parts = zip(features.split(d, -1), norms, strict=True)
+            features = torch.cat([rms(part, norm, eps) for part, norm in parts], -1)
+        if whole_norm is not None:
+            features = rms(features, whole_norm, eps)
+        return features @ fc.T
+
+    def through(tokens: Tensor, below: Tensor) -> Tensor:
+        """Return the outputs [n, d] of all places: place i has the token i + 1 and the state before it."""
+        places, hidden = torch.arange(len(below)), below
+        seen = seen_by(places, places, True, window)
+        for i, layer in enumerate(layers):
+            state = rms(hidden, layer.input_norm if i else state_norm, eps)
+            x = state if i else torch.cat((rms(embed[tokens], layer.input_norm, eps), state), -1)
+            attended = attention(layer.queries(x, places), layer.keys(x, places), layer.values(x), seen)
+            hidden = layer.finish(attended, state if not i and "norm_before_residual" in on else hidden)
+        return hidden
+
+    states = fused(sample.features(layer_ids))  # [n, d]
 
     def chain(anchor: int, steps: int) -> Tensor:
-        """Return the logits of the drafted places: place i has token i + 1 and the state before it."""
-        below = states[:anchor]
-        out = []
+        """Return the logits of the drafted places, each output fed back."""
+        below, out = states[:anchor], []
         for k in range(steps):
-            places = torch.arange(len(below))
-            x = joined(sample.tokens[1 : anchor + 1 + k], below)
-            query = layer.queries(x[-1:], places[-1:])
-            attended = attention(query, layer.keys(x, places), layer.values(x))
-            hidden = layer.finish(attended, below[-1:])
-            out.append(rms(hidden, final_norm, layer.eps))
-            below = torch.cat((below, hidden))
+            hidden = through(sample.tokens[1 : anchor + 1 + k], below)[-1:]
+            out.append(rms(hidden, final_norm, eps))
+            below = torch.cat((below, out[-1] if "norm_output" in on else hidden))
         return head.logits(torch.cat(out))
 
+    parallel = source.has("mask_hidden")
+    later = fused(source.take("mask_hidden").reshape(1, -1)) if parallel else states[:0]
+    mask = _mask(source) if parallel else 0
+
+    def block(anchor: int, steps: int) -> Tensor:
+        """Return the logits of P-EAGLE: one pass, mask tokens and one vector behind the anchor."""
+        tokens = torch.cat((sample.tokens[1 : anchor + 1], torch.full((steps - 1,), mask)))
+        hidden = through(tokens, torch.cat((states[:anchor], later.expand(steps - 1, -1))))[-steps:]
+        return head.logits(rms(hidden, final_norm, eps))
+
+    draft = block if parallel else chain
     gamma = sample.gamma
-    logits = torch.stack([chain(anchor, gamma) for anchor in sample.anchors.tolist()])
+    logits = torch.stack([draft(anchor, gamma) for anchor in sample.anchors.tolist()])
     facts = Facts(
         layer_ids=tuple(layer_ids),
         rope_theta=rope_theta(config),
-        rms_norm_eps=layer.eps,
+        rms_norm_eps=eps,
+        norms=tuple(sorted(on)),
+        mask_token_id=mask if parallel else None,
         max_position_embeddings=config.get("max_position_embeddings"),
         draft_ids=head.ids,
     )
     return Reading(logits, facts)
+
+
+def _further(source: Directory) -> list[str]:
+    """Return the prefixes of the layers behind the first, which read the state alone."""
+    indices = {name.split(".")[1] for name in source.weights if name.startswith("layers.")} - {"0"}
+    return [f"layers.{i}." for i in sorted(map(int, indices))]
+
+
+def _mask(source: Directory) -> int:
+    """Return the token of P-EAGLE's later places, under one of the names that vLLM and DeepSpec know."""
+    for key in ("pard_token", "ptd_token_id", "mask_token_id"):
+        if source.config.get(key) is not None:
+            return int(source.config[key])
+    raise Unreadable("mask token: config.json lacks pard_token; vLLM would not start")

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from deepspec.export.readers import block, eagle3
+from deepspec.export.readers.dflash2 import SIZES as SELECTOR
 from deepspec.export.readers.directory import Directory, Reading, Unreadable
 from deepspec.export.readers.sample import Sample
 
@@ -25,6 +26,8 @@ LAYER = {
     "attn_k": "self_attn.k_proj",
     "attn_v": "self_attn.v_proj",
     "attn_output": "self_attn.o_proj",
+    "attn_conv_proj": "attention_conv.kernel_projection",
+    "ffn_conv_proj": "mlp_conv.kernel_projection",
     "attn_q_norm": "self_attn.q_norm",
     "attn_k_norm": "self_attn.k_norm",
     "ffn_norm": "post_attention_layernorm",
@@ -41,6 +44,13 @@ TOP = {
     "markov_w1": "markov_head.markov_w1",
     "markov_w2": "markov_head.markov_w2",
     "conf_proj": "confidence_head.proj",
+    "selector_hidden": "candidate_selector.hidden_projection",
+}
+BARE = {  # named without `.weight` here or there
+    "selector_predecessor.weight": "candidate_selector.predecessor_codebook",
+    "selector_successor.weight": "candidate_selector.successor_codebook",
+    "attn_conv_base": "attention_conv.base_kernel",
+    "ffn_conv_base": "mlp_conv.base_kernel",
 }
 SIZES = {  # llama.cpp's key below the architecture → the readers'
     "embedding_length": "hidden_size",
@@ -83,8 +93,7 @@ def open_dflash(path: Path) -> Directory:
     source = _open(draft_file(path), "dflash")
     config, weights = source.config, source.weights
     dspark = "markov_head.markov_w1.weight" in weights
-    if config["causal"]:
-        raise Unreadable("dflash.attention.causal is set, and the draft was trained both ways")
+    _read_selector(source)
     if dspark and config["block_size"] is None:
         raise Unreadable("dflash.block_size is missing: llama.cpp aborts while it starts")
     if config["mask_token_id"] is None:
@@ -136,6 +145,7 @@ def dflash(source: Directory, sample: Sample) -> Reading:
         config["mask_token_id"],
         config["block_size"],
         config["sample_from_anchor"],
+        config["causal"],
     )
 
 
@@ -222,11 +232,19 @@ def _config(known: dict[str, Any], arch: str) -> dict[str, Any]:
         "sample_from_anchor": optional("sample_from_anchor", True),
         "enable_confidence_head": optional("has_confidence_head", True),
         "confidence_head_with_markov": True,
-        "causal": optional("attention.causal", False),
+        "causal": bool(optional("attention.causal", False)),
+        **_windows(optional("attention.sliding_window", 0), optional("attention.sliding_window_pattern", [])),
+        **{name: optional(name, 0) for name in SELECTOR},
         "mask_token_id": known.get("tokenizer.ggml.mask_token_id"),
         "norm_before_residual": optional("norm_before_residual", False),
         "norm_before_fc": optional("norm_before_fc", False),
     }
+
+
+def _windows(window: int, pattern: list[bool]) -> dict[str, Any]:
+    """Return the readers' keys for windowed layers; a window without a pattern is none."""
+    kinds = ["sliding_attention" if slides else "full_attention" for slides in pattern]
+    return {"layer_types": kinds, "sliding_window": window} if window and any(pattern) else {}
 
 
 def _check_vocabulary(config: dict[str, Any], weights: dict[str, Tensor], kinds: dict[str, str]) -> None:
@@ -249,6 +267,22 @@ def _check_vocabulary(config: dict[str, Any], weights: dict[str, Tensor], kinds:
         raise Unreadable(f"d2t: {said}; nothing would be accepted, without a message")
     weights["d2t"] = ids - torch.arange(len(ids))
     config["draft_vocab_size"] = len(ids)
+
+
+def _read_selector(source: Directory) -> None:
+    """Read the sizes of DFlash 2, without any of which llama.cpp drafts as DFlash does."""
+    config, weights = source.config, source.weights
+    has = "candidate_selector.hidden_projection.weight" in weights
+    sizes = {name: config.pop(name) for name in SELECTOR}
+    if has != bool(sizes["selector_top_k"]):
+        raise Unreadable(
+            "DFlash 2 is known by dflash.selector_top_k and selector_hidden.weight, and one is there alone: llama.cpp "
+            "would draft as DFlash, or not start"
+        )
+    if has and (missing := [name for name, size in sizes.items() if not size]):
+        raise Unreadable(f"dflash.{missing[0]} is missing: llama.cpp does not load the file")
+    if has:
+        config |= sizes
 
 
 def _check_dspark(config: dict[str, Any], weights: dict[str, Tensor]) -> None:
@@ -284,8 +318,12 @@ def _short(value: Any) -> float:
 
 def _name(name: str) -> str:
     """Return a tensor's name as the readers call it; unknown ones stay, and are found to be unread."""
+    if name in BARE:
+        return BARE[name]
     base, dot, suffix = name.rpartition(".")
     parts = base.split(".", 2)
+    if parts[0] == "blk" and suffix in BARE:
+        return f"layers.{parts[1]}.{BARE[suffix]}"
     if parts[0] == "blk" and len(parts) == 3:
         return f"layers.{parts[1]}.{LAYER.get(parts[2], parts[2])}.{suffix}"
     return f"{TOP.get(base, base)}{dot}{suffix}"

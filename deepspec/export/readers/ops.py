@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import LlamaConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from deepspec.export.readers.directory import Directory, Unreadable
 
@@ -15,29 +17,66 @@ def rms(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     return normed if weight is None else normed * weight
 
 
-def rotary(x: Tensor, positions: Tensor, theta: float) -> Tensor:
+def rotary(x: Tensor, positions: Tensor, rope: Rope) -> Tensor:
     """Rotate x [n, heads, head_dim] at positions [n]; the first half of a head is paired with the second."""
     half = x.shape[-1] // 2
-    rates = torch.tensor([theta ** (-i / half) for i in range(half)], dtype=torch.float64)
+    rates, factor = rope.rates(x.shape[-1])
     angles = positions[:, None].double() * rates
-    cos, sin = angles.cos().float()[:, None], angles.sin().float()[:, None]
+    cos, sin = (part.float()[:, None] * factor for part in (angles.cos(), angles.sin()))
     first, second = x[..., :half], x[..., half:]
     return torch.cat((first * cos - second * sin, second * cos + first * sin), -1)
 
 
-def attention(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-    """Attend with queries [m, heads, hd] to all keys, values [n, kv_heads, hd]; return [m, heads·hd]."""
+def attention(queries: Tensor, keys: Tensor, values: Tensor, seen: Tensor | None = None) -> Tensor:
+    """Attend with queries [m, heads, hd] to keys, values [n, kv_heads, hd] that are `seen`; return [m, heads·hd].
+
+    Args:
+        seen: bool [m, n]; None: all.
+    """
     groups = queries.shape[1] // keys.shape[1]
     keys, values = (x.repeat_interleave(groups, 1) for x in (keys, values))
     scores = torch.einsum("mhd,nhd->hmn", queries, keys) * queries.shape[-1] ** -0.5
+    if seen is not None:
+        scores = scores.masked_fill(~seen, -torch.inf)
     return torch.einsum("hmn,nhd->mhd", scores.softmax(-1), values).flatten(1)
+
+
+class Rope:
+    """The rotary embedding of a config.json: base and scaling, said by transformers 5's keys or by older ones."""
+
+    def __init__(self, config: dict[str, Any]):
+        self.theta = rope_theta(config)
+        parameters, older = config.get("rope_parameters") or {}, config.get("rope_scaling") or {}
+        kinds = {
+            found.get("rope_type") or found.get("type") or "default" for found in (parameters, older) if found
+        }
+        if len(kinds) > 1:
+            raise Unreadable(
+                f"the scaling of RoPE: rope_parameters and rope_scaling disagree ({sorted(kinds)})"
+            )
+        self.kind = kinds.pop() if kinds else "default"
+        self.parameters = older | parameters | {"rope_theta": self.theta}
+        self.longest = config.get("max_position_embeddings")
+
+    def rates(self, dim: int) -> tuple[Tensor, float]:
+        """Return the rates float64 [dim / 2] and the factor on cosine and sine."""
+        if self.kind == "default":
+            plain = [self.theta ** (-2 * i / dim) for i in range(dim // 2)]
+            return torch.tensor(plain, dtype=torch.float64), 1.0
+        config = LlamaConfig(
+            hidden_size=dim,
+            num_attention_heads=1,
+            head_dim=dim,
+            max_position_embeddings=self.longest,
+            rope_parameters=self.parameters,
+        )
+        found, factor = ROPE_INIT_FUNCTIONS[self.kind](config, torch.device("cpu"))
+        return found.double(), float(factor)
 
 
 def rope_theta(config: dict[str, Any]) -> float:
     """Return the RoPE base: `rope_parameters` of transformers 5, else `rope_theta`; both must say the same."""
     parameters = config.get("rope_parameters") or {}
-    if parameters.get("rope_type", "default") != "default" or config.get("rope_scaling"):
-        raise Unreadable("the rotary embedding is scaled, which no draft here is trained with")
     stated = {float(x) for x in (parameters.get("rope_theta"), config.get("rope_theta")) if x is not None}
     if not stated:
         raise Unreadable("config.json says no rope_theta; engines would take bases of their own")
@@ -46,12 +85,23 @@ def rope_theta(config: dict[str, Any]) -> float:
     return stated.pop()
 
 
+def seen_by(at: Tensor, places: Tensor, causal: bool, window: int | None) -> Tensor | None:
+    """Return what rows at positions `at` [m] see of those at `places` [n], bool [m, n]; None: everything."""
+    back = at[:, None] - places
+    seen = torch.ones_like(back, dtype=torch.bool)
+    if causal:
+        seen &= back >= 0
+    if window:
+        seen &= back < window
+    return None if bool(seen.all()) else seen
+
+
 class Layer:
     """Weights of one decoder layer below `prefix`, queries and keys normed where the format has such norms."""
 
     def __init__(self, source: Directory, prefix: str, width: int, normed: bool):
         config = source.config
-        self.eps, self.theta = float(source.want("rms_norm_eps")), rope_theta(config)
+        self.eps, self.rope = float(source.want("rms_norm_eps")), Rope(config)
         d, hidden = source.want("hidden_size"), source.want("intermediate_size")
         heads = source.want("num_attention_heads")
         kv = config.get("num_key_value_heads") or heads
@@ -68,10 +118,10 @@ class Layer:
         self.down = take("mlp.down_proj", d, hidden)
 
     def queries(self, x: Tensor, positions: Tensor) -> Tensor:
-        return rotary(self._heads(x, self.q, self.q_norm), positions, self.theta)
+        return rotary(self._heads(x, self.q, self.q_norm), positions, self.rope)
 
     def keys(self, x: Tensor, positions: Tensor) -> Tensor:
-        return rotary(self._heads(x, self.k, self.k_norm), positions, self.theta)
+        return rotary(self._heads(x, self.k, self.k_norm), positions, self.rope)
 
     def values(self, x: Tensor) -> Tensor:
         return self._heads(x, self.v, None)

@@ -1,0 +1,166 @@
+"""Drafting with a block network: the context's keys and values in a cache, a block a proposal, laws by depth."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Generic, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from deepspec.decoding.drafter import Drafter, DraftRequest, GrowingSession
+from deepspec.decoding.tree import DraftLogits, Growth, Parent
+from deepspec.drafters.block_network import BlockModel, Layer, normed_by_layer
+from deepspec.drafters.rope import Rope, RopeTable
+from deepspec.target.attention import ForwardPass, KVCache
+from deepspec.target.fused import FusedLayer, PackedLinear, rotate
+from deepspec.target.model import Target
+
+M = TypeVar("M", bound=BlockModel)
+
+
+class BlockDrafter(Drafter, Generic[M]):
+    """Runs the backbone; a subclass grows proposals from its states (`laws`)."""
+
+    vocab_size: int
+
+    def __init__(self, model: M, target: Target):
+        config = model.config
+        self.config = config
+        self.layers = config.target_layer_ids
+        self.block_size = config.block_size
+        self.vocab_size = target.vocab_size
+        self.device, self.dtype = target.device, target.dtype
+        with torch.no_grad():
+            model = model.to(self.device, self.dtype)
+            self._freeze(model)
+            self.freeze_heads(model)
+
+    def session(self, slots: int) -> BlockSession:
+        return BlockSession(self, slots)
+
+    @abstractmethod
+    def laws(
+        self, hidden: Tensor, asks: list[DraftRequest], growths: list[Growth]
+    ) -> Callable[[list[Parent]], DraftLogits]:
+        """Return what `grow` asks: the laws of children, from hidden [requests, γ, d] and each parent's token."""
+
+    def freeze_heads(self, model: M) -> None:
+        """Take a subclass's own parts in the form that reads fastest."""
+
+    def fused(self, layer: Layer) -> FusedLayer:
+        """Return a layer for inference."""
+        return FusedLayer(layer)
+
+    def _freeze(self, model: M) -> None:
+        """Take weights in the form that reads fastest: joined, packed."""
+        self._rope = RopeTable(Rope.of(self.config), self.device, self.dtype)
+        self._embed = model.embed_tokens.weight
+        self._fc, self._hidden_norm = PackedLinear(model.fc.folded_weight()), model.hidden_norm
+        self._skip = None if model.context_skip is None else PackedLinear(model.context_skip.weight)
+        attentions = [layer.self_attn for layer in model.decoder_layers()]
+        self._kv = PackedLinear(torch.cat([w.weight for a in attentions for w in (a.k_proj, a.v_proj)]))
+        self._k_norms = [a.k_norm for a in attentions]
+        self._blocks = [self.fused(layer) for layer in model.decoder_layers()]
+        self._norm, self.head = model.norm, PackedLinear(model.head)
+        self.vocabulary = model.vocabulary()
+
+    def absorb(self, cache: KVCache, rows: list[int], starts: list[int], features: list[Tensor]) -> None:
+        """Write context keys and values of new features [m_i, layers·d] behind what each row holds."""
+        counts = [len(part) for part in features]
+        context = self._hidden_norm(self._fc(torch.cat(features)))[None]
+        places = [start + i for start, count in zip(starts, counts, strict=True) for i in range(count)]
+        positions = torch.tensor([places], device=self.device)
+        step = ForwardPass(positions, cache=cache, rows=rows, starts=starts, counts=counts)
+        kv = self._kv(context).unflatten(-1, (len(self._blocks), 2, -1, self.config.head_dim))
+        rope = self._rope(positions, max(places))
+        for i, norm in enumerate(self._k_norms):
+            keys, values = kv[:, :, i].unbind(2)
+            step.store(i, rotate(norm(keys), *rope).transpose(1, 2), values.transpose(1, 2))
+
+    def block(
+        self, cache: KVCache, rows: list[int], starts: list[int], anchors: list[int], newest: list[Tensor]
+    ) -> Tensor:
+        """Return the states [requests, γ, d] after the final norm, of the blocks that start at the anchors."""
+        size = self.config.query_size
+        ids = [[anchor] + [self.config.mask_token_id] * (size - 1) for anchor in anchors]
+        x = F.embedding(torch.tensor(ids, device=self.device), self._embed)
+        if self._skip is not None:
+            x = x + self._skip(normed_by_layer(torch.stack(newest), self.config))[:, None]
+        places = [start + k for start in starts for k in range(size)]
+        positions = torch.tensor([places], device=self.device)
+        step = ForwardPass(
+            positions,
+            cache=cache,
+            rows=rows,
+            starts=starts,
+            counts=[size] * len(rows),
+            bidirectional=True,
+        )
+        rope = self._rope(positions, max(starts) + size)
+        step.once("rope", lambda: rope)
+        x = x.flatten(0, 1)[None]
+        for layer in self._blocks:
+            x = layer(x, step=step)
+        return self._norm(x).view(len(rows), size, -1)[:, size - self.block_size :]
+
+
+@dataclass
+class _Row:
+    """What a request's drafting remembers besides its context keys and values."""
+
+    length: int = 0  # of the context that is in the cache
+    pending: list[Tensor] = field(default_factory=list)  # features not yet there
+    newest: Tensor | None = None  # [layers·d] of the last token with a target pass
+
+
+class BlockSession(GrowingSession):
+    def __init__(self, drafter: BlockDrafter, slots: int):
+        self.drafter = drafter
+        self.cache = KVCache(slots, 256)
+        self.rows = [_Row() for _ in range(slots)]
+
+    def begin(self, row: int) -> None:
+        self.rows[row] = _Row()
+
+    def extend(self, row: int, tokens: list[int], features: Tensor | None) -> None:
+        if features is not None and len(features):
+            self.rows[row].pending.append(features)
+            self.rows[row].newest = features[-1]
+
+    def move(self, source: int, destination: int) -> None:
+        self.cache.move(source, destination, self.rows[source].length)
+        self.rows[destination] = self.rows[source]
+
+    def ready(self, row: int) -> bool:
+        return self.rows[row].newest is not None
+
+    def laws(self, asks: list[DraftRequest], growths: list[Growth]) -> Callable[[list[Parent]], DraftLogits]:
+        rows = [ask.row for ask in asks]
+        self._absorb(rows)
+        states = [self.rows[row] for row in rows]
+        hidden = self.drafter.block(
+            self.cache,
+            rows,
+            [state.length for state in states],
+            [ask.anchor for ask in asks],
+            [state.newest for state in states],
+        )
+        return self.drafter.laws(hidden, asks, growths)
+
+    def _absorb(self, rows: list[int]) -> None:
+        """Project the features that have come since the last proposal."""
+        late = [row for row in rows if self.rows[row].pending]
+        if not late:
+            return
+        features = [torch.cat(self.rows[row].pending) for row in late]
+        starts = [self.rows[row].length for row in late]
+        longest = max(start + len(part) for start, part in zip(starts, features, strict=True))
+        self.cache.reserve(longest + max(len(part) for part in features) + self.drafter.config.query_size)
+        self.drafter.absorb(self.cache, late, starts, features)
+        for row, part in zip(late, features, strict=True):
+            self.rows[row].length += len(part)
+            self.rows[row].pending.clear()
