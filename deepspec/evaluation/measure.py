@@ -25,17 +25,10 @@ from deepspec.drafters.checkpoint import RECORD as DRAFT_RECORD
 from deepspec.drafters.checkpoint import draft_digest
 from deepspec.errors import DeepSpecError
 from deepspec.evaluation import phases, sweep
-from deepspec.evaluation.bench import Bench
+from deepspec.evaluation.bench import Bench, check_prompts
 from deepspec.evaluation.params import EvaluateParams
-from deepspec.evaluation.record import (
-    EVAL_VERSION,
-    LOOKUP,
-    Decode,
-    DraftProvenance,
-    Record,
-    RoundCosts,
-    Throughput,
-)
+from deepspec.evaluation.parts import Decode, DraftProvenance, RoundCosts, Throughput
+from deepspec.evaluation.record import EVAL_VERSION, LOOKUP, Record
 from deepspec.evaluation.runs import PLAIN, PromptRuns, to_json
 from deepspec.evaluation.summarise import Measured, Subject, build_record
 from deepspec.evaluation.work import Work, process_state
@@ -82,11 +75,12 @@ def evaluate(
             f"evaluate.tasks: two tasks are named {twice[0]!r}; give one of them another name"
         )
     digests = {name: draft_digest(Path(directory)) for name, directory in drafts.items()}
-    prompts = [(task.name, task.version, task.prompts) for task in tasks]
+    prompts = [(task.name, task.version, task.asked) for task in tasks]
     state = process_state()
     if device is None and state.device.type == "cuda":
         device = str(state.device)  # one each
     target = load_target(target_dir, device=device)
+    check_prompts(target, tasks)
     code = code_digest(__name__)
     settings = (
         EVAL_VERSION,

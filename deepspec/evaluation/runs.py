@@ -28,6 +28,7 @@ class Run:
     verify_s: float = 0.0
     accepted: list[list[int]] = field(default_factory=list)
     drafted: list[list[int]] = field(default_factory=list)
+    prompt_tokens: list[int] = field(default_factory=list)  # of each turn; empty in runs of before
     output: str = ""  # digest of the token ids of all turns
     extra_passes: int = 0  # runs of the target beyond one a round, and
     fed: int = 0  # committed tokens that it ran again, both of targets that keep a state
@@ -39,6 +40,7 @@ class Run:
         self.tokens += len(generation.tokens)
         self.draft_s += stats.draft_s
         self.verify_s += stats.verify_s
+        self.prompt_tokens.append(len(generation.prompt_ids))
         self.accepted.append(list(stats.accepted))
         self.drafted.append(list(stats.drafted))
         self.extra_passes += sum(stats.passes) - stats.rounds
@@ -84,6 +86,10 @@ def tau_table(runs: Iterable[Run]) -> np.ndarray:
     return np.array([(run.committed, run.rounds) for run in runs], dtype=np.float64).reshape(-1, 2)
 
 
-def prompt_seed(seed: int, task: str, turns: Sequence[str], turn: int) -> int:
-    """Of one turn: from what is asked, so that neither order nor the choice of other prompts changes an output."""
+def prompt_seed(seed: int, task: str, turns: Sequence[Any], turn: int) -> int:
+    """Of one turn: from what is asked, so that neither order nor the choice of other prompts changes an output.
+
+    Args:
+        turns: what is asked turn by turn, as JSON (`deepspec.tasks.dialogue.turns_of`).
+    """
     return int(digest(json.dumps([seed, task, list(turns[: turn + 1])]))[:12], 16)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from deepspec.config import Params
@@ -16,6 +18,7 @@ REPORT = Path("reports/validation.json")
 
 def main(params: Params, flags: argparse.Namespace) -> None:
     """Check the data; the reports are written in any case, then a failed check ends the stage with an error."""
+    from deepspec.guard.facts import prompt_facts
     from deepspec.guard.page import render
     from deepspec.guard.suite import validate_data
     from deepspec.messages.prompt import read_prompts
@@ -25,14 +28,19 @@ def main(params: Params, flags: argparse.Namespace) -> None:
 
     texts = evaluation_texts(params.evaluate.tasks, params.evaluate.tasks_dir)
     overlap = Overlap(texts, params.prompts.overlap_ngram)
+    target = load_target("data/target")
     validation = validate_data(
         "data/distill",
         read_prompts("data/prompts/train.jsonl"),
         params.validate_,
-        params.generate.max_length,
-        load_target("data/target"),
+        min(params.generate.max_length, target.max_length),
+        target,
         overlap.hits,
     )
+    manifest = Path("data/prompts/manifest.json")
+    if manifest.exists():
+        found = prompt_facts(json.loads(manifest.read_text(encoding="utf-8")))
+        validation = replace(validation, facts=validation.facts | found)
     write_json(REPORT, validation.to_dict())
     write_text(REPORT.with_suffix(".md"), validation.to_markdown())
     write_text(REPORT.with_suffix(".html"), render(validation))
