@@ -34,6 +34,7 @@ from deepspec.messages.sources import read_jsonl
 from deepspec.progress import Progress
 from deepspec.provenance import without_folders
 from deepspec.target.model import Target
+from deepspec.tasks.dialogue import prompt_ids
 from deepspec.tasks.task import load_task
 
 WORK_DIR = Path(".deepspec/benchmarks")
@@ -62,7 +63,7 @@ def load_prompts(target: Target, sources: Iterable[str], count: int, seed: int =
     """The first turns of `count` prompts of each source, in the target's chat template.
 
     Args:
-        sources: names of evaluation tasks, paths of their YAML, or of a JSONL with {"turns": [...]} a line.
+        sources: names of evaluation tasks, paths of their YAML, or of a JSONL with a prompt a line.
 
     Raises:
         DeepSpecError: an unknown task, or a file that cannot be read.
@@ -70,13 +71,13 @@ def load_prompts(target: Target, sources: Iterable[str], count: int, seed: int =
     prompts = []
     for source in sources:
         if source.endswith((".jsonl", ".jsonl.gz")):
-            name, turns = Path(source).name.partition(".")[0], read_jsonl(source)
-            chosen = sorted(random.Random(seed).sample(range(len(turns)), min(count, len(turns))))
-            turns = [turns[i] for i in chosen]
+            name, chats = Path(source).name.partition(".")[0], [row.chat for row in read_jsonl(source)]
+            chosen = sorted(random.Random(seed).sample(range(len(chats)), min(count, len(chats))))
+            chats = [chats[i] for i in chosen]
         else:
             task = load_task(source, count, seed)
-            name, turns = task.name, task.prompts
-        prompts += [Prompt(name, target.chat_ids([{"role": "user", "content": t[0]}])) for t in turns]
+            name, chats = task.name, task.prompts
+        prompts += [Prompt(name, prompt_ids(target, chat)) for chat in chats]
     return prompts
 
 

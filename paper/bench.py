@@ -21,6 +21,7 @@ from deepspec.evaluation.work import Work, process_state
 from deepspec.files import digest, write_json
 from deepspec.lineage import code_digest
 from deepspec.target.model import Target, load_target
+from deepspec.tasks.dialogue import prompt_ids
 from deepspec.tasks.task import Task, load_task
 from paper.params import PaperParams
 
@@ -74,7 +75,7 @@ class Bench:
             describe_device(process_state().device),
             params.target.dtype,
         )  # seconds of two machines do not mix
-        what = (digests, target, code, where, [task.prompts for task in self.tasks], params.seed, settings)
+        what = (digests, target, code, where, [task.asked for task in self.tasks], params.seed, settings)
         key = f"{Path(script).stem}-{digest(json.dumps(what, default=str))}"
         self.work = Work(process_state(), WORK, key)
 
@@ -97,12 +98,11 @@ class Bench:
 
     def prompts(self, task: Task, target: Target | None = None) -> list[list[int]]:
         """First turns in the target's chat template."""
-        target = target or self.target
-        return [target.chat_ids([{"role": "user", "content": turns[0]}]) for turns in task.prompts]
+        return [prompt_ids(target or self.target, chat) for chat in task.prompts]
 
     def seeds(self, task: Task) -> list[int]:
         """Of sampling: those of the evaluation."""
-        return [prompt_seed(self.params.seed, task.name, turns, 0) for turns in task.prompts]
+        return [prompt_seed(self.params.seed, task.name, turns, 0) for turns in task.asked]
 
     def write(self, path: Path, found: Any) -> None:
         """The result of a script, written by one process; the pieces that it was made of are no longer needed."""

@@ -22,6 +22,7 @@ from deepspec.evaluation.identity import check_identity
 from deepspec.evaluation.runs import PLAIN, PromptRuns, from_json, pair, tau_table, to_json
 from deepspec.evaluation.stats import Interval, against, bootstrap, macro_speedup, quotient
 from deepspec.stages.common import stage
+from deepspec.tasks.dialogue import first_turn
 from paper.bench import TARGET, Bench, trained
 from paper.params import PaperParams
 
@@ -96,7 +97,7 @@ def measure(bench: Bench) -> dict[float, list[list[PromptRuns]]]:
             ]
             configs = [DecodingConfig(PLAIN), *configs]
             made = Contest(bench.target, configs, evaluate.max_new_tokens, bench.params.seed)
-            made.warm_up(bench.tasks[0].prompts[0][0], [temperature])
+            made.warm_up(bench.tasks[0].prompts[0], [temperature])
             contests[temperature] = made
         return contests[temperature]
 
@@ -109,7 +110,7 @@ def measure(bench: Bench) -> dict[float, list[list[PromptRuns]]]:
 
     def decode(key: str) -> Any:
         task, temperature, i = pieces[key]
-        return to_json(contest(temperature).prompt(task.name, task.prompts[i][:1], temperature, i))
+        return to_json(contest(temperature).prompt(task.name, first_turn(task.prompts[i]), temperature, i))
 
     done = bench.work.do("ways to verify", list(pieces), decode)
     return {

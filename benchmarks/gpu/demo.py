@@ -25,6 +25,7 @@ from deepspec.decoding.engine import generate
 from deepspec.drafters.load import load_drafter
 from deepspec.features.sequences import read_sequences
 from deepspec.target.model import load_target
+from deepspec.tasks.dialogue import prompt_ids
 from deepspec.tasks.task import load_task
 from deepspec.training.paths import TrainingPaths
 from deepspec.training.run import train
@@ -105,8 +106,7 @@ def gain(setting: Setting, target_path: Path, draft: Path, graphs: bool) -> dict
     target = load_target(target_path, device=str(setting.device), graphs=graphs)
     drafter = load_drafter(draft, target)
     count, tokens = setting.pick(1, _PROMPTS), setting.pick(8, _TOKENS)
-    turns = [turn for name in TASKS for turn, *_ in load_task(name, count, 0).prompts]
-    prompts = [target.chat_ids([{"role": "user", "content": turn}]) for turn in turns]
+    prompts = [prompt_ids(target, chat) for name in TASKS for chat in load_task(name, count, 0).prompts]
     rates, taus = {}, {}
     for name, drafting in (("plain", None), (DRAFTER, drafter)):
 

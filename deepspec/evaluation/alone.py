@@ -17,6 +17,7 @@ from deepspec.evaluation import record
 from deepspec.evaluation.runs import prompt_seed
 from deepspec.evaluation.summarise import accept_rates
 from deepspec.target.model import Target
+from deepspec.tasks.dialogue import prompt_ids
 from deepspec.tasks.task import Task
 
 
@@ -24,8 +25,8 @@ def decode_blocks(
     target: Target, drafter: Drafter, task: Task, mode: str, max_new_tokens: int, seed: int
 ) -> dict[str, Any]:
     """Return the blocks of a task's first turns, as JSON holds them; `mode` is one of `TEMPERATURES`."""
-    prompts = [target.chat_ids([{"role": "user", "content": turns[0]}]) for turns in task.prompts]
-    seeds = [prompt_seed(seed, task.name, turns, 0) for turns in task.prompts]
+    prompts = [prompt_ids(target, chat) for chat in task.prompts]
+    seeds = [prompt_seed(seed, task.name, turns, 0) for turns in task.asked]
     blocks = collect(target, drafter, prompts, TEMPERATURES[mode], max_new_tokens, seeds)
     rows = [[None if np.isnan(x) else round(float(x), 4) for x in row] for row in blocks.logits]
     return {"logits": rows, "accepted": blocks.accepted.tolist(), "drafted": blocks.drafted.tolist()}

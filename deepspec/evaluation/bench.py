@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,12 +16,14 @@ from deepspec.drafters.deployment import Deployment
 from deepspec.drafters.load import is_trained, load_drafter
 from deepspec.drafters.params import DEFAULT_LOOKUP
 from deepspec.drafters.registry import algorithms
+from deepspec.errors import DeepSpecError
 from deepspec.evaluation.contest import DecodingConfig
 from deepspec.evaluation.params import EvaluateParams
 from deepspec.evaluation.record import DRAFT, LOOKUP
 from deepspec.evaluation.runs import PLAIN
 from deepspec.evaluation.work import Work
 from deepspec.target.model import Target, load_target
+from deepspec.tasks.dialogue import prompt_ids, turns_of
 from deepspec.tasks.task import Task
 
 
@@ -99,7 +101,21 @@ def _label(controller: ControllerChoice) -> str:
     return " ".join([controller.type, *(f"{value:g}" for value in options)])
 
 
-def first_turns(target: Target, task: Task, count: int | None = None, start: int = 0) -> list[list[int]]:
-    """Return the first turns of `count` prompts from `start` on, in the target's chat template."""
-    chosen = task.prompts[start : None if count is None else start + count]
-    return [target.chat_ids([{"role": "user", "content": turns[0]}]) for turns in chosen]
+def check_prompts(target: Target, tasks: Sequence[Task]) -> None:
+    """Refuse prompts that the target cannot be asked, before any is decoded; its answers are stood in for.
+
+    Raises:
+        DeepSpecError: the template refuses one, or one leaves no room for an answer.
+    """
+    for task in tasks:
+        for number, chat in enumerate(task.prompts):
+            turns = 1 if chat.plain else len(turns_of(chat))
+            try:
+                ids = [prompt_ids(target, chat, ["answer"] * turn) for turn in range(turns)]
+            except DeepSpecError as error:
+                raise DeepSpecError(f"task {task.name}, prompt {number}: {error}") from None
+            if (length := max(map(len, ids))) >= target.max_length:
+                raise DeepSpecError(
+                    f"task {task.name}, prompt {number}: {length} tokens leave no room for an answer: the target has "
+                    f"{target.max_length} positions; leave the prompt out"
+                )

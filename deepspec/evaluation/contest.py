@@ -16,7 +16,9 @@ from deepspec.decoding.scheduler import Controller
 from deepspec.decoding.shapes import CHAIN, Shape
 from deepspec.evaluation.runs import PLAIN, PromptRuns, Run, prompt_seed
 from deepspec.evaluation.timing import WARM_UP_TOKENS, rotated, timed, warm_up
+from deepspec.messages.prompt import Chat
 from deepspec.target.model import Target
+from deepspec.tasks.dialogue import prompt_ids, turns_of
 
 
 @dataclass(frozen=True)
@@ -75,31 +77,30 @@ class Contest:
     max_new_tokens: int
     seed: int
 
-    def warm_up(self, longest: str, temperatures: Sequence[float]) -> None:
+    def warm_up(self, longest: Chat, temperatures: Sequence[float]) -> None:
         """Decode the longest prompt with each configuration at each temperature."""
-        prompt_ids = self.target.chat_ids([{"role": "user", "content": longest}])
+        ids = prompt_ids(self.target, longest)
         tokens = min(self.max_new_tokens, WARM_UP_TOKENS)
         runtimes = [EngineRuntime(self.target, config) for config in self.configs]
         for temperature in temperatures:
-            warm_up(runtimes, Turn(prompt_ids, temperature, 0, tokens))
+            warm_up(runtimes, Turn(ids, temperature, 0, tokens))
 
-    def prompt(self, task: str, turns: list[str], temperature: float, index: int) -> PromptRuns:
+    def prompt(self, task: str, chat: Chat, temperature: float, index: int) -> PromptRuns:
         """Decode one conversation, turn by turn; configuration `index`, counted round, goes first."""
         order = rotated(self.configs, index)
         runs = {config.name: Run() for config in self.configs}
-        messages: list[dict[str, str]] = []
-        for number, text in enumerate(turns):
-            messages.append({"role": "user", "content": text})
-            prompt_ids = self.target.chat_ids(messages)
+        turns = turns_of(chat)
+        answers: list[str] = []
+        for number in range(len(turns)):
+            ids = prompt_ids(self.target, chat, answers)
             seed = prompt_seed(self.seed, task, turns, number)
             for drafter in {id(config.drafter): config.drafter for config in order}.values():
-                generate(self.target, drafter, prompt_ids, max_new_tokens=1)  # kernels for this length
-            turn = Turn(prompt_ids, temperature, seed, self.max_new_tokens)
+                generate(self.target, drafter, ids, max_new_tokens=1)  # kernels for this length
+            turn = Turn(ids, temperature, seed, self.max_new_tokens)
             for config in order:
                 generation, seconds = timed(EngineRuntime(self.target, config), turn)
                 runs[config.name].add(generation, seconds)
                 if config.name == PLAIN:
                     answer = generation.tokens
-            content = str(self.target.tokenizer.decode(answer, skip_special_tokens=True))
-            messages.append({"role": "assistant", "content": content})
+            answers.append(str(self.target.tokenizer.decode(answer, skip_special_tokens=True)))
         return runs

@@ -25,7 +25,7 @@ from deepspec.drafters.checkpoint import RECORD as DRAFT_RECORD
 from deepspec.drafters.checkpoint import draft_digest
 from deepspec.errors import DeepSpecError
 from deepspec.evaluation import phases, sweep
-from deepspec.evaluation.bench import Bench
+from deepspec.evaluation.bench import Bench, check_prompts
 from deepspec.evaluation.params import EvaluateParams
 from deepspec.evaluation.record import (
     EVAL_VERSION,
@@ -82,11 +82,12 @@ def evaluate(
             f"evaluate.tasks: two tasks are named {twice[0]!r}; give one of them another name"
         )
     digests = {name: draft_digest(Path(directory)) for name, directory in drafts.items()}
-    prompts = [(task.name, task.version, task.prompts) for task in tasks]
+    prompts = [(task.name, task.version, task.asked) for task in tasks]
     state = process_state()
     if device is None and state.device.type == "cuda":
         device = str(state.device)  # one each
     target = load_target(target_dir, device=device)
+    check_prompts(target, tasks)
     code = code_digest(__name__)
     settings = (
         EVAL_VERSION,

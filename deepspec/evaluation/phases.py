@@ -18,7 +18,7 @@ from deepspec.decoding.shapes import CHAIN
 from deepspec.drafters.deployment import with_lookup
 from deepspec.drafters.load import load_drafter
 from deepspec.evaluation import alone, sweep, throughput
-from deepspec.evaluation.bench import Bench, decoding_configs, first_turns
+from deepspec.evaluation.bench import Bench, decoding_configs
 from deepspec.evaluation.contest import Contest, DecodingConfig
 from deepspec.evaluation.identity import check_identity
 from deepspec.evaluation.native import native_tokens_per_second
@@ -28,6 +28,7 @@ from deepspec.evaluation.runs import PromptRuns, from_json, prompt_seed, to_json
 from deepspec.evaluation.throughput import Server, Setting
 from deepspec.evaluation.trace import trace
 from deepspec.target.model import Target, load_target
+from deepspec.tasks.dialogue import first_turn, prompt_ids, turns_of
 
 Made = TypeVar("Made")
 
@@ -45,7 +46,9 @@ def run_contest(bench: Bench) -> dict[tuple[str, float], list[PromptRuns]]:
     @_once
     def contest() -> Contest:
         found = Contest(bench.target, decoding_configs(bench), bench.params.max_new_tokens, bench.seed)
-        longest = max((prompt[0] for task in bench.tasks for prompt in task.prompts), key=len)
+        longest = max(
+            (chat for task in bench.tasks for chat in task.prompts), key=lambda chat: len(chat.turns[0])
+        )
         found.warm_up(longest, bench.params.temperatures)
         return found
 
@@ -64,7 +67,7 @@ def run_native(bench: Bench) -> dict[str, float]:
     """Return tokens/s of `transformers.generate` by task: the best plain decoding that needs none of our engine."""
 
     def measure(_: str) -> Any:
-        ids = {task.name: first_turns(bench.target, task, 1)[0] for task in bench.tasks}
+        ids = {task.name: prompt_ids(bench.target, task.prompts[0]) for task in bench.tasks}
         return native_tokens_per_second(bench.target_dir, bench.target.dtype, bench.target.device, ids)
 
     return bench.work.do("transformers.generate", ["native"], measure)["native"]
@@ -128,11 +131,12 @@ def take_traces(bench: Bench, name: str) -> list[dict[str, Any]]:
 
     def decode(key: str) -> Any:
         task, temperature, i = pieces[key]
-        (ids,) = first_turns(bench.target, task, 1, i)
-        seed = prompt_seed(bench.seed, task.name, task.prompts[i], 0)
+        chat = task.prompts[i]
+        ids = prompt_ids(bench.target, chat)
+        seed = prompt_seed(bench.seed, task.name, turns_of(chat), 0)
         limit = bench.params.max_new_tokens
         shown = trace(bench.target, config(), ids, temperature, limit, seed)
-        return {"task": task.name, "temperature": temperature, "prompt": task.prompts[i][0], **shown}
+        return {"task": task.name, "temperature": temperature, "prompt": chat.turns[0], **shown}
 
     return list(bench.work.do(f"{name}, token by token", list(pieces), decode).values())
 
@@ -152,12 +156,12 @@ def run_sweeps(bench: Bench, name: str) -> dict[str, list[PromptRuns]] | None:
     def contest() -> Contest:
         drafter = bench.drafters[name]
         found = Contest(bench.target, sweep.configs(drafter, chosen), chosen.max_new_tokens, bench.seed)
-        found.warm_up(bench.tasks[0].prompts[0][0], [0.0])
+        found.warm_up(bench.tasks[0].prompts[0], [0.0])
         return found
 
     def decode(key: str) -> Any:
         task, i = pieces[key]
-        return to_json(contest().prompt(task.name, task.prompts[i][:1], 0.0, i))
+        return to_json(contest().prompt(task.name, first_turn(task.prompts[i]), 0.0, i))
 
     found = bench.work.do(f"{name}: sweeps", list(pieces), decode)
     results: dict[str, list[PromptRuns]] = {}
@@ -176,7 +180,7 @@ def _throughput(bench: Bench, name: str, chosen: ThroughputParams) -> list[Throu
 
     @_once
     def prompts() -> list[list[int]]:
-        return [ids for task in bench.tasks for ids in first_turns(bench.target, task)]
+        return [prompt_ids(bench.target, chat) for task in bench.tasks for chat in task.prompts]
 
     pieces = {f"throughput {name} T={s.temperature:g} batch={s.batch}": s for s in settings}
 
@@ -213,7 +217,7 @@ def check_identities(bench: Bench, name: str) -> dict[str, dict[str, Identity]]:
         path, task = pieces[key]
         target, drafter = loaded()
         if task.name not in plain:
-            ids = first_turns(target, task, bench.params.lossless_prompts)
+            ids = [prompt_ids(target, chat) for chat in task.prompts[: bench.params.lossless_prompts]]
             plain[task.name] = generate(target, None, ids, max_new_tokens=limit)
         references = plain[task.name] if path in (DRAFT, "alone") else plain[task.name][:1]
         largest_tree = sweep.largest_tree(drafter.block_size, sweeps) if sweeps else CHAIN

@@ -84,6 +84,10 @@ def tau_table(runs: Iterable[Run]) -> np.ndarray:
     return np.array([(run.committed, run.rounds) for run in runs], dtype=np.float64).reshape(-1, 2)
 
 
-def prompt_seed(seed: int, task: str, turns: Sequence[str], turn: int) -> int:
-    """Of one turn: from what is asked, so that neither order nor the choice of other prompts changes an output."""
+def prompt_seed(seed: int, task: str, turns: Sequence[Any], turn: int) -> int:
+    """Of one turn: from what is asked, so that neither order nor the choice of other prompts changes an output.
+
+    Args:
+        turns: what is asked turn by turn, as JSON (`deepspec.tasks.dialogue.turns_of`).
+    """
     return int(digest(json.dumps([seed, task, list(turns[: turn + 1])]))[:12], 16)

@@ -115,24 +115,25 @@ def _unpacked(value: Any) -> Any:
     return value
 
 
-def user_turns(row: Any, columns: Sequence[str] = ()) -> list[str]:
-    """Return the user turns of one row: those of its named columns, or of the first of `COLUMNS` that it has.
+def read_columns(row: Any, columns: Sequence[str]) -> Read:
+    """Read named columns of one row: a string, a list of strings or a list of messages each, one behind the other.
 
-    A column holds a string, a list of strings or a list of messages; several columns follow one another.
+    Of mere talk the user turns are read, whatever answers stand between them.
 
     Raises:
-        ValueError: the row has none of the fields, or a field holds something else.
+        BadRowError: a column holds something else, or the messages are no conversation.
     """
     if not isinstance(row, Mapping):
         raise BadRowError("not an object", f"expected an object, found {type(row).__name__}")
-    if not columns:
-        return list(read_row(row).chat.turns)
-    turns: list[str] = []
+    messages: list[Message] = []
     for column in columns:
-        messages = read_messages(row.get(column), column)
-        _check_turns(messages, column)
-        turns += [message["content"] for message in messages if message["role"] == "user"]
-    return turns
+        found = read_messages(row.get(column), column)
+        _check_turns(found, column)
+        messages += found
+    if all(message["role"] in ("user", "assistant") and "tool_calls" not in message for message in messages):
+        return Read(Chat.of_turns([message["content"] for message in messages if message["role"] == "user"]))
+    ordered, left_out = in_order(messages)
+    return Read(Chat(tuple(ordered)), tuple(left_out))
 
 
 def _check_turns(messages: list[Message], column: str) -> None:

@@ -24,7 +24,7 @@ from deepspec.messages.hub import load_split
 from deepspec.messages.message import BadRowError, RefusedRowError
 from deepspec.messages.presets import Preset
 from deepspec.messages.prompt import Chat
-from deepspec.messages.rows import USUAL, Columns, Read, read_row, user_turns
+from deepspec.messages.rows import USUAL, Columns, Read, read_row
 
 LONGEST_LINE = 1 << 26  # bytes; a longer one is not read into memory
 
@@ -113,20 +113,20 @@ class JsonlSource:
         )
 
 
-def read_jsonl(path: str | Path) -> list[list[str]]:
-    """Read the user turns of every line of a JSONL file (`.gz` too); blank lines are skipped.
+def read_jsonl(path: str | Path) -> list[Read]:
+    """Read every line of a JSONL file (`.gz` too) into a conversation; blank lines are skipped.
 
     Raises:
         DeepSpecError: no such file, or a malformed line, with its number.
     """
     path = Path(path)
-    prompts = []
+    prompts: list[Read] = []
     with _plain(path) as file:
         for number, (_, line) in enumerate(_lines(file, path), start=1):
             if line is not None and not line.strip():
                 continue
             try:
-                prompts.append(user_turns(_parsed(line)))
+                prompts.append(read_row(_parsed(line)))
             except BadRowError as error:
                 raise DeepSpecError(f"{path}:{number}: malformed line: {error}") from None
     return prompts

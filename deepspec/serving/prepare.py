@@ -20,6 +20,7 @@ from deepspec.serving.engines import Draft, Work, watched
 from deepspec.serving.protocols import Prompt
 from deepspec.serving.record import SERVE_VERSION, About, Provenance
 from deepspec.target.model import Target
+from deepspec.tasks.dialogue import first_turn, prompt_ids
 from deepspec.tasks.task import load_task
 
 logger = logging.getLogger(__name__)
@@ -115,10 +116,10 @@ def work_of(target: Target, params: Params, settings: Settings) -> Work:
     count = settings.prompts or params.evaluate.prompts_per_task
     prompts = []
     for name in settings.tasks or params.evaluate.tasks:
-        for turns in load_task(name, count, params.seed, params.evaluate.tasks_dir).prompts:
-            messages = [{"role": "user", "content": turns[0]}]
-            text = target.chat_text(messages)
-            prompts.append(Prompt(str(name), str(text), target.chat_ids(messages)))
+        for chat in load_task(name, count, params.seed, params.evaluate.tasks_dir).prompts:
+            asked = first_turn(chat)
+            text = target.chat_text(asked.messages, True, asked.tools, asked.chat_template_kwargs)
+            prompts.append(Prompt(str(name), text, prompt_ids(target, asked)))
     longest = max(len(prompt.ids) for prompt in prompts) + limit + SLACK
     if longest > target.max_length:
         prompts = [prompt for prompt in prompts if len(prompt.ids) + limit + SLACK <= target.max_length]

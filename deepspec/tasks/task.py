@@ -4,8 +4,11 @@
     hub:<dataset>              a dataset of the Hugging Face hub, or a directory with a copy of one
     url:<address>              a data file anywhere else
     package:<package>/<path>   a JSONL file (`.gz` too) inside an installed Python package
-    jsonl:<path>               a JSONL file, relative to the YAML; `{"turns": [...]}` a line
+    jsonl:<path>               a JSONL file, relative to the YAML; one prompt a line
     generator:word_problems    prompts written by `deepspec/tasks/word_problems.py`
+
+A row is read as those of `prompts.mix` are (`deepspec/messages/rows.py`): user turns, or messages with a system prompt,
+tools, recorded calls and their results, template arguments. What is asked of them is in `dialogue.py`.
 
 A file `<task>.jsonl` in the directory `$DEEPSPEC_TASKS_DIR`, or else `evaluate.tasks_dir`, takes the place of
 any of them: its prompts are taken as they are, without a frame, whether or not the task has a YAML.
@@ -15,12 +18,14 @@ from __future__ import annotations
 
 import importlib.resources
 import json
+import logging
 import os
 import random
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -28,9 +33,14 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from deepspec.errors import DeepSpecError, nearest
 from deepspec.files import digest, file_digest
 from deepspec.messages.hub import load_split
-from deepspec.messages.rows import user_turns
+from deepspec.messages.message import BadRowError
+from deepspec.messages.prompt import Chat
+from deepspec.messages.rows import Read, read_columns, read_row
 from deepspec.messages.sources import read_jsonl
+from deepspec.tasks.dialogue import to_be_answered, turns_of
 from deepspec.tasks.word_problems import word_problems
+
+logger = logging.getLogger(__name__)
 
 TASKS = Path(__file__).parent
 TASKS_DIR = "DEEPSPEC_TASKS_DIR"
@@ -42,14 +52,19 @@ ROW_KEYS = ("columns", "append", "placeholder")
 
 @dataclass(frozen=True)
 class Task:
-    """Prompts of one kind, ready to be decoded: each is the list of its user turns."""
+    """Prompts of one kind, ready to be decoded."""
 
     name: str
     version: str
     category: str
     source: str
-    prompts: list[list[str]]
+    prompts: list[Chat]
     digest: str  # of the prompts
+
+    @property
+    def asked(self) -> list[list[Any]]:
+        """Return of every prompt what is asked turn by turn, as JSON."""
+        return [turns_of(chat) for chat in self.prompts]
 
 
 class TaskFile(BaseModel):
@@ -70,7 +85,8 @@ class TaskFile(BaseModel):
     columns: list[str] = Field(
         [],
         description="Where the turns are: a string, a list of strings or of messages; several columns follow one "
-        "another. Empty takes the first of the usual names (`turns`, `messages`, `prompt`, ...).",
+        "another. Empty reads a row as those of `prompts.mix`: the first of the usual names (`turns`, `messages`, "
+        "`prompt`, ...), with its system prompt, tools and template arguments.",
     )
     append: dict[str, str] = Field(
         {},
@@ -127,11 +143,12 @@ def load_task(
         version, source, prompts = file_digest(path)[:16], f"jsonl:{path.name}", _local_prompts(path)
     else:
         name, category, version, source = task.name, task.category, task.version, _source(task)
-        prompts = [[_framed(task.frame, turns[0]), *turns[1:]] for turns in _prompts(task, path, tasks_dir)]
+        prompts = [_framed(task.frame, chat) for chat in _prompts(task, path, tasks_dir)]
     if limit is not None and limit < len(prompts):
         chosen = sorted(random.Random(seed).sample(range(len(prompts)), limit))
         prompts = [prompts[index] for index in chosen]
-    return Task(name, version, category, source, prompts, digest(json.dumps(prompts)))
+    asked = [turns_of(chat) for chat in prompts]
+    return Task(name, version, category, source, prompts, digest(json.dumps(asked)))
 
 
 def evaluation_texts(tasks: Iterable[str | Path], tasks_dir: str | Path | None = None) -> list[str]:
@@ -143,7 +160,7 @@ def evaluation_texts(tasks: Iterable[str | Path], tasks_dir: str | Path | None =
             prompts = _unframed(_local_prompts(path))
         else:
             prompts = _prompts(task, path, tasks_dir)
-        texts += [turn for turns in prompts for turn in turns]
+        texts += [turn for chat in prompts for turn in chat.turns]
     return texts
 
 
@@ -191,22 +208,51 @@ def _local_file(name: str, tasks_dir: str | Path | None) -> Path | None:
     return next((file for file in files if file.is_file()), None)
 
 
-def _local_prompts(path: Path) -> list[list[str]]:
-    prompts = read_jsonl(path)
+def _local_prompts(path: Path) -> list[Chat]:
+    prompts = _file(path)
     if not prompts:
         raise DeepSpecError(f"{path}: has no prompts")
     return prompts
 
 
-def _unframed(prompts: list[list[str]]) -> list[list[str]]:
+def _file(path: Path) -> list[Chat]:
+    return _answerable(read_jsonl(path), str(path), "prompt")
+
+
+def _answerable(rows: Sequence[Read], where: str, what: str) -> list[Chat]:
+    """Return rows as a task has them; what was left out of them is a warning.
+
+    Raises:
+        DeepSpecError: a row of token ids, which cannot be asked of a target.
+    """
+    left_out = Counter(words for row in rows for words in row.left_out)
+    for words, count in left_out.items():
+        logger.warning("%s: %s, left out %d times", where, words, count)
+    for number, row in enumerate(rows):
+        if row.chat.input_ids:
+            raise DeepSpecError(
+                f"{where}, {what} {number}: token ids; a task asks in messages, so give the conversation's messages"
+            )
+    return [to_be_answered(row.chat) for row in rows]
+
+
+def _with_first(chat: Chat, text: str) -> Chat:
+    """Return the conversation with another text of its first user message."""
+    messages = list(chat.messages)
+    place = next(i for i, message in enumerate(messages) if message["role"] == "user")
+    messages[place] = {**messages[place], "content": text}
+    return replace(chat, messages=tuple(messages))
+
+
+def _unframed(prompts: list[Chat]) -> list[Chat]:
     """Remove what all first turns begin and end with: the frame of prompts that came framed."""
-    first = [turns[0] for turns in prompts]
+    first = [chat.turns[0] for chat in prompts]
     start = len(os.path.commonprefix(first))
     end = len(os.path.commonprefix([turn[start:][::-1] for turn in first]))
     bare = [turn[start : len(turn) - end] for turn in first]
     if not all(text.strip() for text in bare):  # one prompt, or one within another: no telling the frame
         return prompts
-    return [[text, *turns[1:]] for text, turns in zip(bare, prompts, strict=True)]
+    return [_with_first(chat, text) for text, chat in zip(bare, prompts, strict=True)]
 
 
 def _read(path: Path) -> TaskFile:
@@ -225,21 +271,21 @@ def _read(path: Path) -> TaskFile:
         raise DeepSpecError(f"{path}: {message}") from None
 
 
-def _prompts(task: TaskFile, path: Path, tasks_dir: str | Path | None) -> list[list[str]]:
+def _prompts(task: TaskFile, path: Path, tasks_dir: str | Path | None) -> list[Chat]:
     """Return all prompts of a task without its frame."""
     kind, _, rest = task.source.partition(":")
     if task.count is not None:  # a generator's
-        return GENERATORS[rest](task.count, task.seed)
+        return [Chat.of_turns(turns) for turns in GENERATORS[rest](task.count, task.seed)]
     if kind in ("hub", "url"):
         prompts = _rows(task, _instead(task, tasks_dir))
     else:
-        prompts = read_jsonl(path.parent / rest if kind == "jsonl" else _package_file(rest, task.name))
+        prompts = _file(path.parent / rest if kind == "jsonl" else _package_file(rest, task.name))
     if not prompts:
         raise DeepSpecError(f"{path}: {task.source} has no prompts")
     return prompts
 
 
-def _rows(task: TaskFile, instead: str) -> list[list[str]]:
+def _rows(task: TaskFile, instead: str) -> list[Chat]:
     """Return the prompts of a dataset; `instead` says in an error how else to supply them."""
     kind, _, rest = task.source.partition(":")
     try:
@@ -255,18 +301,21 @@ def _rows(task: TaskFile, instead: str) -> list[list[str]]:
         )
     if task.columns:
         dataset = dataset.select_columns(wanted)
-    prompts = []
+    rows = []
     for number, row in enumerate(dataset):
         try:
-            first, *others = user_turns(row, task.columns)
-        except ValueError as error:
+            found = read_columns(row, task.columns) if task.columns else read_row(row)
+        except BadRowError as error:
             raise DeepSpecError(f"task {task.name}: {_source(task)}, row {number}: {error}") from None
-        first += "".join(
+        more = "".join(
             text.replace(f"{{{name}}}", row[name]) for name, text in task.append.items() if row[name]
         )
-        prompts.append([first, *others])
+        rows.append(_appended(found, more) if more else found)
+    prompts = _answerable(rows, f"task {task.name}: {_source(task)}", "row")
     unfilled = (
-        sum(any(task.placeholder in turn for turn in turns) for turns in prompts) if task.placeholder else 0
+        sum(any(task.placeholder in turn for turn in chat.turns) for chat in prompts)
+        if task.placeholder
+        else 0
     )
     if unfilled:
         raise DeepSpecError(
@@ -276,6 +325,10 @@ def _rows(task: TaskFile, instead: str) -> list[list[str]]:
     return prompts
 
 
+def _appended(row: Read, more: str) -> Read:
+    return row if row.chat.input_ids else replace(row, chat=_with_first(row.chat, row.chat.turns[0] + more))
+
+
 def _instead(task: TaskFile, tasks_dir: str | Path | None) -> str:
     directory = _directory(tasks_dir)
     place = (
@@ -283,7 +336,7 @@ def _instead(task: TaskFile, tasks_dir: str | Path | None) -> str:
         if directory
         else f"into a directory that evaluate.tasks_dir or ${TASKS_DIR} names"
     )
-    return f'or put {task.name}.jsonl, {{"turns": [...]}} a line, {place}'
+    return f"or put {task.name}.jsonl, one prompt a line (docs/data.md), {place}"
 
 
 def _source(task: TaskFile) -> str:
@@ -308,5 +361,5 @@ def _package_file(place: str, task: str) -> Path:
         ) from None
 
 
-def _framed(frame: str, prompt: str) -> str:
-    return frame.replace("{prompt}", prompt.strip("\n"))
+def _framed(frame: str, chat: Chat) -> Chat:
+    return _with_first(chat, frame.replace("{prompt}", chat.turns[0].strip("\n")))

@@ -16,6 +16,7 @@ from deepspec.evaluation.contest import Contest, DecodingConfig
 from deepspec.evaluation.record import DRAFT, LOOKUP, Decode, DraftProvenance, Identity
 from deepspec.evaluation.runs import PLAIN, from_json, prompt_seed, to_json
 from deepspec.evaluation.summarise import Measured, Subject, build_record, tau_by_output_position
+from deepspec.messages.prompt import Chat
 from deepspec.target.model import load_target
 from deepspec.tasks.task import Task
 from tests import records
@@ -63,7 +64,7 @@ class Engine:
 def fake_target() -> SimpleNamespace:
     words = " ".join
 
-    def chat_ids(messages):
+    def chat_ids(messages, *_):
         return [ord(c) for c in words(f"{m['role']}:{m['content']}" for m in messages)]
 
     return SimpleNamespace(
@@ -83,7 +84,10 @@ def engine(monkeypatch: pytest.MonkeyPatch) -> Engine:
 
 
 def tasks() -> list[Task]:
-    return [Task(name, "1", "math", "made up", prompts, f"{name} digest") for name, prompts in TASKS.items()]
+    return [
+        Task(name, "1", "math", "made up", [Chat.of_turns(turns) for turns in prompts], f"{name} digest")
+        for name, prompts in TASKS.items()
+    ]
 
 
 def hold() -> dict:

@@ -182,7 +182,7 @@ def test_an_embedded_task_has_its_prompts_and_a_version(name, category, least):
     task = load_task(name)
     assert (task.name, task.category) == (name, category)
     assert task.version and len(task.prompts) >= least
-    assert all(turn.strip() for turns in task.prompts for turn in turns)
+    assert all(chat.plain and turn.strip() for chat in task.prompts for turn in chat.turns)
 
 
 def test_the_tasks_of_the_project_are_these():
@@ -195,9 +195,9 @@ def test_a_task_of_the_hub_loads_from_a_copy_with_the_same_columns(tmp_path, nam
     path = stand_in(tmp_path, name, rows)
     task = load_task(path)
     assert (task.name, len(task.prompts)) == (name, 2)
-    assert prompts is None or task.prompts == prompts
+    assert prompts is None or task.asked == prompts
     assert str(tmp_path) not in task.source or task.source.startswith("url:file:")
-    bare = [turn.removesuffix(BOXED) for turns in task.prompts for turn in turns]
+    bare = [turn.removesuffix(BOXED) for turns in task.asked for turn in turns]
     assert name == "livecodebench" or evaluation_texts([path]) == [
         text + "\n" * ("m$" in text) for text in bare
     ]
@@ -205,7 +205,7 @@ def test_a_task_of_the_hub_loads_from_a_copy_with_the_same_columns(tmp_path, nam
 
 def test_livecodebench_gives_the_starter_code_where_there_is_one(tmp_path):
     path = stand_in(tmp_path, "livecodebench", STAND_INS["livecodebench"][0])
-    with_code, without = (turns[0] for turns in load_task(path).prompts)
+    with_code, without = (turns[0] for turns in load_task(path).asked)
     assert with_code.endswith("\n\nAdd.\n\nStart from this code:\n\n```python\ndef f(): pass\n```")
     assert without.endswith("```python.\n\nRead.")
 
@@ -238,7 +238,7 @@ def test_several_columns_are_turns_and_of_messages_the_user_ones_count(tmp_path)
     path = write_task(
         tmp_path, name="m", version="1", category="chat", source=f"hub:{tmp_path}", columns=["first", "then"]
     )
-    assert load_task(path).prompts == [["a", "b"]]
+    assert load_task(path).asked == [["a", "b"]]
 
 
 @pytest.mark.parametrize("name", ["gsm8k", "livecodebench", "spec-bench"])
@@ -262,17 +262,17 @@ def test_a_hub_that_cannot_be_reached_is_one_line_that_names_the_file(tmp_path, 
 def test_a_local_file_beats_the_hub_and_is_taken_as_it_is(tmp_path):
     path = local(tmp_path / "mine", "gsm8k", ["One?\nBe brief.", "Why?"], ["Two?\nBe brief."])
     task = load_task("gsm8k", tasks_dir=tmp_path / "mine")
-    assert task.prompts == [["One?\nBe brief.", "Why?"], ["Two?\nBe brief."]]
+    assert task.asked == [["One?\nBe brief.", "Why?"], ["Two?\nBe brief."]]
     assert (task.name, task.category, task.source) == ("gsm8k", "math", "jsonl:gsm8k.jsonl")
     assert task.version == file_digest(path)[:16]
-    assert task.digest == digest(json.dumps(task.prompts))
+    assert task.digest == digest(json.dumps(task.asked))
 
 
 def test_a_local_file_needs_no_yaml_and_may_be_compressed(tmp_path):
     with gzip.open(tmp_path / "house-style.jsonl.gz", "wt") as file:
         file.write('{"turns": ["one"]}\n')
     task = load_task("house-style", tasks_dir=tmp_path)
-    assert (task.name, task.category, task.prompts) == ("house-style", "other", [["one"]])
+    assert (task.name, task.category, task.asked) == ("house-style", "other", [["one"]])
     assert task.source == "jsonl:house-style.jsonl.gz"
 
 
@@ -280,7 +280,7 @@ def test_the_environment_beats_params(tmp_path, monkeypatch):
     local(tmp_path / "params", "gsm8k", ["params"])
     local(tmp_path / "environment", "gsm8k", ["environment"])
     monkeypatch.setenv("DEEPSPEC_TASKS_DIR", str(tmp_path / "environment"))
-    assert load_task("gsm8k", tasks_dir=tmp_path / "params").prompts == [["environment"]]
+    assert load_task("gsm8k", tasks_dir=tmp_path / "params").asked == [["environment"]]
     assert evaluation_texts(["gsm8k"], tmp_path / "params") == ["environment"]
 
 
@@ -306,8 +306,8 @@ def test_an_empty_local_file_is_an_error(tmp_path):
 def test_a_sample_of_a_local_file_is_stable_and_in_order(tmp_path):
     local(tmp_path, "gsm8k", *([f"{i}?", f"and {i}?"] for i in range(50)))
     sample = load_task("gsm8k", limit=9, seed=1, tasks_dir=tmp_path)
-    places = [int(turns[0].rstrip("?")) for turns in sample.prompts]
-    assert places == sorted(places) and len(places) == 9 and all(len(turns) == 2 for turns in sample.prompts)
+    places = [int(turns[0].rstrip("?")) for turns in sample.asked]
+    assert places == sorted(places) and len(places) == 9 and all(len(turns) == 2 for turns in sample.asked)
     assert sample == load_task("gsm8k", limit=9, seed=1, tasks_dir=tmp_path)
     assert sample.digest != load_task("gsm8k", limit=9, seed=2, tasks_dir=tmp_path).digest
 
@@ -327,23 +327,23 @@ def test_the_published_prompts_load_from_their_directory(name, prompts, turns):
     if not (PUBLISHED / f"{name}.jsonl").is_file():
         pytest.skip("the published prompts are not here")
     task = load_task(name, tasks_dir=PUBLISHED)
-    assert len(task.prompts) == prompts and {len(each) for each in task.prompts} == {turns}
+    assert len(task.prompts) == prompts and {len(each) for each in task.asked} == {turns}
     frame = (
         yaml.safe_load((TASKS / f"{name}.yaml").read_text()).get("frame", "{prompt}").removeprefix("{prompt}")
     )
-    assert name == "humaneval" or all(each[0].endswith(frame) for each in task.prompts)
+    assert name == "humaneval" or all(each[0].endswith(frame) for each in task.asked)
     texts = evaluation_texts([name], PUBLISHED)
     assert len(texts) == prompts * turns and not any("step by step, and put" in text for text in texts)
 
 
 def test_humaneval_stands_in_a_python_block_with_its_docstring_whole():
-    prompt = load_task("humaneval").prompts[0][0]
+    prompt = load_task("humaneval").asked[0][0]
     assert prompt.startswith("Complete the following Python function.\n\n```python\nfrom typing import List")
     assert prompt.endswith('    """\n```')
 
 
 def test_most_conversations_have_two_turns_and_no_two_are_alike():
-    prompts = load_task("conversations").prompts
+    prompts = load_task("conversations").asked
     assert sum(len(turns) == 2 for turns in prompts) > len(prompts) / 2
     assert len({turns[0] for turns in prompts}) == len(prompts)
 
@@ -371,7 +371,7 @@ def test_a_limit_above_the_size_takes_all():
 
 def test_evaluation_texts_are_all_turns_of_all_prompts_without_the_frame():
     texts = evaluation_texts(["humaneval", "conversations"])
-    turns = sum(len(prompt) for prompt in load_task("conversations").prompts)
+    turns = sum(len(turns) for turns in load_task("conversations").asked)
     assert len(texts) == HUMANEVAL_PROMPTS + turns
     assert not any("Complete the following" in text for text in texts)
 
@@ -379,7 +379,7 @@ def test_evaluation_texts_are_all_turns_of_all_prompts_without_the_frame():
 def test_a_task_of_ones_own_lies_beside_its_jsonl(tmp_path):
     path = jsonl_task(tmp_path, '{"turns": ["one", "two"]}', "", '{"prompt": "three"}', frame="Q: {prompt}")
     task = load_task(path)
-    assert (task.name, task.version, task.prompts) == ("mine", "3", [["Q: one", "two"], ["Q: three"]])
+    assert (task.name, task.version, task.asked) == ("mine", "3", [["Q: one", "two"], ["Q: three"]])
     assert load_task(str(path)) == task
 
 
@@ -391,7 +391,7 @@ def test_a_task_reads_gzip_from_an_installed_package(tmp_path, monkeypatch):
         file.write('{"prompt": "add two numbers", "entry_point": "add"}\n')
     monkeypatch.syspath_prepend(tmp_path)
     path = jsonl_task(tmp_path, source="package:some_bench/data.jsonl.gz")
-    assert load_task(path).prompts == [["add two numbers"]]
+    assert load_task(path).asked == [["add two numbers"]]
 
 
 @pytest.mark.parametrize(
