@@ -128,6 +128,14 @@ def record(name: str = "good", speedup: float | None = 2.0, trained: bool = True
             "controller": {"type": "cost"},
         },
         "round_costs": None,
+        "contexts": {
+            f"{task}@T={t}": [
+                {"start": 0, "end": 128, "rounds": 30, "tau": 2.6},
+                {"start": 128, "end": 256, "rounds": 10, "tau": 1.8},
+            ]
+            for task in TASKS
+            for t in (0, 1)
+        },
         "provenance": {
             "git_commit": "c0ffee",
             "git_dirty": False,

@@ -13,7 +13,7 @@ import numpy as np
 
 from deepspec.decoding.calibration import TEMPERATURES, Blocks, collect, quality, survival
 from deepspec.decoding.drafter import Drafter
-from deepspec.evaluation import record
+from deepspec.evaluation import parts
 from deepspec.evaluation.runs import prompt_seed
 from deepspec.evaluation.summarise import accept_rates
 from deepspec.target.model import Target
@@ -38,12 +38,12 @@ def from_json(value: Mapping[str, Any]) -> Blocks:
     return Blocks(logits, *(np.array(value[name], dtype=np.int64) for name in ("accepted", "drafted")))
 
 
-def acceptance(by_task: Mapping[str, Blocks]) -> dict[str, record.Blocks]:
+def acceptance(by_task: Mapping[str, Blocks]) -> dict[str, parts.Blocks]:
     """Return for each task the number of blocks, τ, and acceptance by position."""
     found = {}
     for task, blocks in by_task.items():
         rates, reached = accept_rates(zip(blocks.accepted.tolist(), blocks.drafted.tolist(), strict=True))
-        found[task] = record.Blocks(
+        found[task] = parts.Blocks(
             blocks=len(blocks),
             tau=1 + float(blocks.accepted.mean()) if len(blocks) else None,
             accept_rate_by_position=rates,
@@ -52,7 +52,7 @@ def acceptance(by_task: Mapping[str, Blocks]) -> dict[str, record.Blocks]:
     return found
 
 
-def confidence(drafter: Drafter, by_mode: Mapping[str, list[Blocks]]) -> dict[str, record.Confidence] | None:
+def confidence(drafter: Drafter, by_mode: Mapping[str, list[Blocks]]) -> dict[str, parts.Confidence] | None:
     """Quality of the confidence head on prompts it was not calibrated on; None for a drafter that has none."""
     temperatures = drafter.trained.temperatures
     if temperatures is None:
@@ -65,5 +65,5 @@ def confidence(drafter: Drafter, by_mode: Mapping[str, list[Blocks]]) -> dict[st
         if len(blocks):
             before = survival(blocks.logits)
             after = survival(blocks.logits, temperatures[mode]) if mode in temperatures else before
-            found[mode] = record.Confidence(**quality(blocks, before, after))
+            found[mode] = parts.Confidence(**quality(blocks, before, after))
     return found or None

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import textwrap
 
-from deepspec.evaluation.record import (
+from deepspec.evaluation.parts import (
     BesideFigures,
     Blocks,
     Confidence,
+    ContextBin,
     Part,
-    Record,
     StateCosts,
     Summary,
     SweepPoint,
     TaskEntry,
     Throughput,
     TrainParity,
-    described,
 )
+from deepspec.evaluation.record import Record, described
 
 SHOWN: dict[str, tuple[type[Part], tuple[str, ...]]] = {  # prefix of the key â†’ model, its fields (none: all)
     "tasks.*": (TaskEntry, ()),
@@ -25,7 +25,17 @@ SHOWN: dict[str, tuple[type[Part], tuple[str, ...]]] = {  # prefix of the key â†
     "summary": (Summary, ("speedup_vs_hf", "by_temperature")),
     "": (
         Record,
-        ("blocks", "confidence", "sweeps", "throughput", "promise", "warnings", "round_costs", "states"),
+        (
+            "blocks",
+            "confidence",
+            "sweeps",
+            "throughput",
+            "promise",
+            "warnings",
+            "round_costs",
+            "states",
+            "contexts",
+        ),
     ),
     "blocks.*.*": (Blocks, ()),
     "confidence.*": (Confidence, ()),
@@ -33,6 +43,7 @@ SHOWN: dict[str, tuple[type[Part], tuple[str, ...]]] = {  # prefix of the key â†
     "throughput": (Throughput, ()),
     "promise.*": (TrainParity, ()),
     "states.*": (StateCosts, ()),
+    "contexts.*": (ContextBin, ()),
 }
 HELPED = ("tasks.*", "tasks.*.beside.*", "summary", "")  # sections of the help text
 _COLUMN, _WIDTH = 27, 118

@@ -27,15 +27,8 @@ from deepspec.errors import DeepSpecError
 from deepspec.evaluation import phases, sweep
 from deepspec.evaluation.bench import Bench, check_prompts
 from deepspec.evaluation.params import EvaluateParams
-from deepspec.evaluation.record import (
-    EVAL_VERSION,
-    LOOKUP,
-    Decode,
-    DraftProvenance,
-    Record,
-    RoundCosts,
-    Throughput,
-)
+from deepspec.evaluation.parts import Decode, DraftProvenance, RoundCosts, Throughput
+from deepspec.evaluation.record import EVAL_VERSION, LOOKUP, Record
 from deepspec.evaluation.runs import PLAIN, PromptRuns, to_json
 from deepspec.evaluation.summarise import Measured, Subject, build_record
 from deepspec.evaluation.work import Work, process_state

@@ -23,7 +23,8 @@ from deepspec.evaluation.contest import Contest, DecodingConfig
 from deepspec.evaluation.identity import check_identity
 from deepspec.evaluation.native import native_tokens_per_second
 from deepspec.evaluation.params import ThroughputParams
-from deepspec.evaluation.record import DRAFT, LOOKUP, Identity, Throughput
+from deepspec.evaluation.parts import Throughput
+from deepspec.evaluation.record import DRAFT, LOOKUP, Identity
 from deepspec.evaluation.runs import PromptRuns, from_json, prompt_seed, to_json
 from deepspec.evaluation.throughput import Server, Setting
 from deepspec.evaluation.trace import trace

@@ -28,6 +28,7 @@ class Run:
     verify_s: float = 0.0
     accepted: list[list[int]] = field(default_factory=list)
     drafted: list[list[int]] = field(default_factory=list)
+    prompt_tokens: list[int] = field(default_factory=list)  # of each turn; empty in runs of before
     output: str = ""  # digest of the token ids of all turns
     extra_passes: int = 0  # runs of the target beyond one a round, and
     fed: int = 0  # committed tokens that it ran again, both of targets that keep a state
@@ -39,6 +40,7 @@ class Run:
         self.tokens += len(generation.tokens)
         self.draft_s += stats.draft_s
         self.verify_s += stats.verify_s
+        self.prompt_tokens.append(len(generation.prompt_ids))
         self.accepted.append(list(stats.accepted))
         self.drafted.append(list(stats.drafted))
         self.extra_passes += sum(stats.passes) - stats.rounds

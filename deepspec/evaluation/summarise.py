@@ -9,23 +9,20 @@ from itertools import accumulate
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from deepspec.evaluation.record import (
-    DRAFT,
-    EVAL_VERSION,
-    LOOKUP,
+from deepspec.evaluation.contexts import tau_by_context
+from deepspec.evaluation.parts import (
     BesideFigures,
     BesideMean,
     Blocks,
     Confidence,
+    ContextBin,
     Decode,
     DraftProvenance,
     Figures,
-    Identity,
     LosslessChecked,
     Mean,
     Mode,
     OutputBin,
-    Record,
     RecordWarning,
     RoundCosts,
     StateCosts,
@@ -34,8 +31,8 @@ from deepspec.evaluation.record import (
     TaskEntry,
     Throughput,
     TrainParity,
-    task_key,
 )
+from deepspec.evaluation.record import DRAFT, EVAL_VERSION, LOOKUP, Identity, Record, task_key
 from deepspec.evaluation.runs import PLAIN, PromptRuns, Run, pair, tau_table
 from deepspec.evaluation.stats import (
     Interval,
@@ -129,6 +126,7 @@ def build_record(subject: Subject, tasks: list[Task], measured: Measured) -> Rec
         round_costs=measured.round_costs,
         provenance=measured.provenance,
         states=state_costs(measured.contest),
+        contexts=contexts(measured.contest),
     )
 
 
@@ -263,6 +261,15 @@ def state_costs(results: Results) -> dict[str, StateCosts] | None:
                 tokens_per_pass=committed / passes,
             )
     return found or None
+
+
+def contexts(results: Results) -> dict[str, list[ContextBin]] | None:
+    """Return the draft's τ by context; None of runs that do not tell their prompts' lengths."""
+    found = {
+        task_key(name, temperature): tau_by_context(row[DRAFT] for row in rows)
+        for (name, temperature), rows in results.items()
+    }
+    return found if any(found.values()) else None
 
 
 def _figures(rows: list[PromptRuns], name: str, identity: Identity, seed: int) -> Figures:

@@ -13,7 +13,8 @@ from deepspec.decoding.drafter import Drafter
 from deepspec.decoding.shapes import BestFirst, Chain, Shape
 from deepspec.evaluation.contest import DecodingConfig
 from deepspec.evaluation.params import SweepParams
-from deepspec.evaluation.record import Identity, SweepPoint, Sweeps
+from deepspec.evaluation.parts import SweepPoint, Sweeps
+from deepspec.evaluation.record import Identity
 from deepspec.evaluation.runs import PLAIN, PromptRuns, pair, tau_table
 from deepspec.evaluation.stats import bootstrap, macro_speedup, quotient
 

@@ -20,7 +20,7 @@ from deepspec.decoding.params import make_controller
 from deepspec.decoding.request import Generation, Request, Sampling
 from deepspec.errors import DeepSpecError
 from deepspec.evaluation.contest import DecodingConfig
-from deepspec.evaluation.record import Ratio, Throughput
+from deepspec.evaluation.parts import Ratio, Throughput
 from deepspec.evaluation.runs import PLAIN
 from deepspec.evaluation.stats import Interval, Pair, speedup
 from deepspec.evaluation.timing import rotated, timed, warm_up

@@ -1,4 +1,4 @@
-"""How many tokens to draft: what maximises tokens a second on the machine that measured the draft.
+"""How many tokens to draft: what maximises tokens a second on the machine that measured the draft; and for what contexts.
 
 With a_j the acceptance at position j of whole blocks (greedy, the draft alone), a round that drafts k tokens commits
 E(k) = 1 + a_1 + a_1 a_2 + … + a_1 ⋯ a_k on average, and takes V(k + 1) + D(k): a target pass over k + 1 tokens and the
@@ -8,14 +8,17 @@ is where E(k) / (V(k + 1) + D(k)) is largest.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
 from itertools import accumulate
 from operator import mul
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 
 from deepspec.evaluation.record import Record
+from deepspec.export.reach import Reach
 
 BLOCKS = ("peagle", "dspark", "dflash", "dflash2", "medusa")  # γ tokens or none
 
@@ -34,20 +37,33 @@ class Advice:
     tokens: int
     reason: str
     choices: tuple[Choice, ...] = ()
+    reach: Reach = field(default_factory=Reach)
 
     def to_dict(self) -> dict[str, Any]:
         choices = [asdict(choice) for choice in self.choices]
-        return {"num_speculative_tokens": self.tokens, "reason": self.reason, "choices": choices}
+        return {
+            "num_speculative_tokens": self.tokens,
+            "reason": self.reason,
+            "choices": choices,
+            "contexts": self.reach.to_dict(),
+        }
 
 
-def advise(record: Record | None, kind: str, gamma: int) -> Advice:
+def advise(
+    record: Record | None, kind: str, gamma: int, made: Mapping[str, Any] = MappingProxyType({})
+) -> Advice:
     """
-    Say how many tokens to draft, and why.
+    Say how many tokens to draft, why, and for what contexts.
 
     Args:
         record: the draft's evaluation record, if it has one.
         gamma: γ, tokens drafted at most.
+        made: the draft's deepspec.json.
     """
+    return replace(_tokens(record, kind, gamma), reach=Reach.of(made, record))
+
+
+def _tokens(record: Record | None, kind: str, gamma: int) -> Advice:
     choices = _choices(record, kind, gamma)
     if kind in BLOCKS:
         return Advice(gamma, "the whole block: another length is not what it was trained on", choices)

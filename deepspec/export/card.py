@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from deepspec.evaluation.record import TaskEntry
+from deepspec.evaluation.parts import TaskEntry
 from deepspec.export.advice import Advice
 from deepspec.export.draft import Draft
 from deepspec.export.layout import SUMS, Layout
@@ -24,6 +24,7 @@ def card(draft: Draft, layout: Layout, advice: Advice) -> str:
         *layout.notes,
         f"Tokens to draft: **{advice.tokens}**, {advice.reason}.",
         *_choices(advice),
+        *_contexts(advice),
         "## How it was made",
         markdown_table(("", ""), _making(draft)),
         *_evaluation(draft),
@@ -60,6 +61,7 @@ def _making(draft: Draft) -> list[tuple[str, str]]:
         "steps": train.get("steps"),
         "sequences a step": train.get("batch_size"),
         "tokens of a row, at most": train.get("max_length"),
+        "tokens of the longest row": (record.get("row_tokens") or {}).get("longest"),
         "learning rate": train.get("lr"),
         "loss": ", ".join(
             f"{k} {v:g}" for k, v in (train.get("loss") or {}).items() if isinstance(v, float) and v
@@ -92,6 +94,17 @@ def _choices(advice: Advice) -> list[str]:
         markdown_table(head, rows),
         "From the measured acceptance by position and cost of a pass and a draft, greedy.",
     ]
+
+
+def _contexts(advice: Advice) -> list[str]:
+    found = [advice.reach.sentence()]
+    if advice.reach.measured:
+        rows = [
+            (f"{each.start} to {each.end}", str(each.rounds), f"{each.tau:.2f}")
+            for each in advice.reach.measured
+        ]
+        found.append(markdown_table(("tokens of prompt and answer before", "rounds", "τ"), rows))
+    return found
 
 
 def _evaluation(draft: Draft) -> list[str]:

@@ -60,7 +60,7 @@ def export(
     Returns:
         the export record: `passed` where at least one directory was written and every written one passed parity.
     """
-    advice = advise(draft.evaluation, draft.kind, draft.block_size)
+    advice = advise(draft.evaluation, draft.kind, draft.block_size, draft.record)
     found = samples(draft) if draft.trained else []
     engines = {}
     for name in names:

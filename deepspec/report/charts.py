@@ -183,6 +183,45 @@ def _accepted(data: alt.Data, colour: alt.Color, by: str) -> Chart:
     ).properties(height=HEIGHT)
 
 
+ALONG = {  # table → name, x axis, title, text
+    "output_position": (
+        "position",
+        "tokens of the answer so far",
+        "τ along the answer",
+        "τ of the rounds that begin when so many tokens of the answer are there, in steps of 16, over all tasks: "
+        "a draft that is good on short answers alone falls to the right.",
+    ),
+    "contexts": (
+        "context",
+        "tokens of prompt and answer so far",
+        "τ by context",
+        "τ of the rounds that begin behind so many tokens, in bins of doubling length, over all tasks: a draft "
+        "falls where contexts are longer than those it was trained on.",
+    ),
+}
+
+
+def _along(tables: dict[str, Rows], colours: alt.Scale) -> Iterator[Figure]:
+    """Make τ over where rounds begin, in the answer and in the context."""
+    for table, (name, axis, title, text) in ALONG.items():
+        for temperature in _values(tables[table], "temperature"):
+            rows = [row for row in tables[table] if row["temperature"] == temperature]
+            mean = alt.Chart(_data(rows)).encode(x=_x("start", axis))
+            chart = mean.mark_line(point=alt.OverlayMarkDef(size=55)).encode(
+                y=_y("mean_tau", "τ", scale=alt.Scale(zero=False)),
+                color=_key("drafter", _among(colours, _values(rows, "drafter"))),
+                tooltip=_tips("drafter", "start", "mean_tau:Q", "all_rounds:Q"),
+            )
+            weighted = (
+                chart.transform_calculate(sum="datum.tau * datum.rounds")
+                .transform_aggregate(total="sum(sum)", all_rounds="sum(rounds)", groupby=["drafter", "start"])
+                .transform_calculate(mean_tau="datum.total / datum.all_rounds")
+            )
+            heading = f"{title}, T = {temperature:g}"
+            figure = f"{name}-{temperature:g}"
+            yield Figure(figure, "acceptance", heading, text, weighted.properties(height=HEIGHT))
+
+
 def _acceptance(tables: dict[str, Rows], colours: alt.Scale) -> Iterator[Figure]:
     text = (
         "Of the blocks whose earlier tokens were all accepted, the share whose token here was accepted too: of a "
@@ -201,27 +240,7 @@ def _acceptance(tables: dict[str, Rows], colours: alt.Scale) -> Iterator[Figure]
                 chart = _accepted(_data(own), _key("task"), "task")
                 title = f"Acceptance by position: {drafter}, {mode}"
                 yield Figure(f"acceptance-{drafter}-{mode}", "acceptance", title, f"{text}.", chart)
-    for temperature in _values(tables["output_position"], "temperature"):
-        rows = [row for row in tables["output_position"] if row["temperature"] == temperature]
-        mean = alt.Chart(_data(rows)).encode(x=_x("start", "tokens of the answer so far"))
-        chart = mean.mark_line(point=alt.OverlayMarkDef(size=55)).encode(
-            y=_y("mean_tau", "τ", scale=alt.Scale(zero=False)),
-            color=_key("drafter", _among(colours, _values(rows, "drafter"))),
-            tooltip=_tips("drafter", "start", "mean_tau:Q", "all_rounds:Q"),
-        )
-        weighted = (
-            chart.transform_calculate(sum="datum.tau * datum.rounds")
-            .transform_aggregate(total="sum(sum)", all_rounds="sum(rounds)", groupby=["drafter", "start"])
-            .transform_calculate(mean_tau="datum.total / datum.all_rounds")
-        )
-        yield Figure(
-            f"position-{temperature:g}",
-            "acceptance",
-            f"τ along the answer, T = {temperature:g}",
-            "τ of the rounds that begin when so many tokens of the answer are there, in steps of 16, over all tasks: "
-            "a draft that is good on short answers alone falls to the right.",
-            weighted.properties(height=HEIGHT),
-        )
+    yield from _along(tables, colours)
     for temperature in _values(tables["round_time"], "temperature"):
         rows = [row for row in tables["round_time"] if row["temperature"] == temperature]
         chart = (

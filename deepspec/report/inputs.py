@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from deepspec.errors import DeepSpecError
-from deepspec.evaluation.record import Mean, Record, TaskEntry
+from deepspec.evaluation.parts import Mean, TaskEntry
+from deepspec.evaluation.record import Record
 from deepspec.markdown import markdown_table
 
 COLUMNS = (

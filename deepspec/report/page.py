@@ -13,7 +13,8 @@ import altair as alt
 import vl_convert
 from markupsafe import Markup
 
-from deepspec.evaluation.record import LOOKUP, Bounds, Record, TaskEntry
+from deepspec.evaluation.parts import Bounds, TaskEntry
+from deepspec.evaluation.record import LOOKUP, Record
 from deepspec.html import templates
 from deepspec.report.charts import Figure
 from deepspec.report.inputs import Inputs

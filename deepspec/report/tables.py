@@ -10,7 +10,8 @@ import io
 from collections.abc import Iterable
 from typing import Any
 
-from deepspec.evaluation.record import LOOKUP, Bounds, Positions, Record, TaskEntry
+from deepspec.evaluation.parts import Bounds, Positions, TaskEntry
+from deepspec.evaluation.record import LOOKUP, Record
 from deepspec.report.inputs import Inputs
 
 Rows = list[dict[str, Any]]
@@ -20,6 +21,7 @@ COLUMNS = {  # figure → the columns of its CSV, the one that must be there fir
     "speedup": ("tau", "way", "task", "temperature", "tau_low", "tau_high", "speedup", "low", "high"),
     "acceptance": ("accept_rate", "drafter", "task", "mode", "position", "blocks"),
     "output_position": ("tau", "drafter", "task", "temperature", "start", "rounds"),
+    "contexts": ("tau", "drafter", "task", "temperature", "start", "end", "rounds"),
     "round_time": ("ms", "way", "temperature", "part"),
     "sweeps": ("tau", "drafter", "sweep", "value", "speedup", "low", "high"),
     "reliability": ("observed", "drafter", "mode", "when", "predicted", "count"),
@@ -50,6 +52,11 @@ def tables(inputs: Inputs) -> dict[str, Rows]:
             {"drafter": name, "task": task_of(key), "temperature": entry.temperature, **dict(row)}
             for key, entry in record.tasks.items()
             for row in entry.tau_by_output_position
+        ]
+        found["contexts"] += [
+            {"drafter": name, "task": task_of(key), "temperature": record.tasks[key].temperature, **dict(row)}
+            for key, bins in (record.contexts or {}).items()
+            for row in bins
         ]
         found["round_time"] += _round_time(name, record, several)
         found["sweeps"] += [

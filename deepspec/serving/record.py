@@ -11,7 +11,8 @@ import numpy as np
 from pydantic import Field, ValidationError
 
 from deepspec.errors import DeepSpecError
-from deepspec.evaluation.record import Bounds, Part, Provenance, first_mistake
+from deepspec.evaluation.parts import Bounds, Part, Provenance
+from deepspec.evaluation.record import first_mistake
 from deepspec.evaluation.stats import Pair, against, bootstrap, quotient, speedup
 from deepspec.files import write_json
 from deepspec.serving.ours import Ours

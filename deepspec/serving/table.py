@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from deepspec.evaluation.record import Bounds
+from deepspec.evaluation.parts import Bounds
 from deepspec.serving.record import ServingRecord
 
 if TYPE_CHECKING:

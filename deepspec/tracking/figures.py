@@ -18,7 +18,8 @@ from mlflow.utils.mlflow_tags import (
     MLFLOW_USER,
 )
 
-from deepspec.evaluation.record import Part, Record
+from deepspec.evaluation.parts import Part
+from deepspec.evaluation.record import Record
 from deepspec.tracking.card import describe
 from deepspec.tracking.result import Result
 from deepspec.training.system import read_samples, samples_file

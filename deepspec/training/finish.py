@@ -39,6 +39,7 @@ def finish(prepared: Prepared, trainer: Trainer, paths: TrainingPaths) -> None:
     made = {"drafter": prepared.name, "heldout_tau": trainer.best_tau}
     made |= {"start": best.start} if best.start else {}
     made |= {"parents": [best.origin.record]} if best.origin is not None else {}
+    made |= {"row_tokens": prepared.row_tokens()}
     record = training_record(params, prepared.data.digest) | made
     weights = stored_weights(best, params.train.written_out)
     write_drafter(paths.draft, best.description(), weights, target, record)

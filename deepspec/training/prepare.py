@@ -73,6 +73,11 @@ class Prepared:
         chosen = [self.data.sequences[i] for i in self.heldout]
         return [sequence.ids[: sequence.answer.index(1)] for sequence in chosen]
 
+    def row_tokens(self) -> dict[str, int]:
+        """Return how long the rows are that it learns from: the longest, and what 95 % of them do not exceed."""
+        lengths = sorted(len(self.data.sequences[i].ids) for i in self.batches.members)
+        return {"common": lengths[-(-len(lengths) * 95 // 100) - 1], "longest": lengths[-1]}
+
 
 def make_network(params: Params, name: str, target: Target) -> Network:
     """Return the network of drafter `name`, its weights drawn from the seed."""

@@ -13,7 +13,8 @@ from deepspec.decoding.request import Generation, Stats
 from deepspec.drafters.algorithms.lookup import LookupDrafter
 from deepspec.evaluation import contest, identity, timing
 from deepspec.evaluation.contest import Contest, DecodingConfig
-from deepspec.evaluation.record import DRAFT, LOOKUP, Decode, DraftProvenance, Identity
+from deepspec.evaluation.parts import Decode, DraftProvenance
+from deepspec.evaluation.record import DRAFT, LOOKUP, Identity
 from deepspec.evaluation.runs import PLAIN, from_json, prompt_seed, to_json
 from deepspec.evaluation.summarise import Measured, Subject, build_record, tau_by_output_position
 from deepspec.messages.prompt import Chat

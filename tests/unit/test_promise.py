@@ -14,7 +14,7 @@ from deepspec.drafters.load import load_drafter
 from deepspec.drafters.lookup_first import LookupFirst
 from deepspec.drafters.loss_params import LossParams
 from deepspec.errors import DeepSpecError
-from deepspec.evaluation.record import Summary, TrainParity
+from deepspec.evaluation.parts import Summary, TrainParity
 from deepspec.evaluation.summarise import warnings
 from deepspec.features.local import OnlineFeatures
 from deepspec.features.sequences import Sequence

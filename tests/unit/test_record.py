@@ -11,7 +11,8 @@ from pydantic import BaseModel, ValidationError
 from deepspec.errors import DeepSpecError
 from deepspec.evaluation import record as models
 from deepspec.evaluation.figures import SHOWN, figures, figures_help
-from deepspec.evaluation.record import EVAL_VERSION, Record, StateCosts
+from deepspec.evaluation.parts import StateCosts
+from deepspec.evaluation.record import EVAL_VERSION, Record
 from deepspec.evaluation.runs import Run
 from deepspec.evaluation.summarise import state_costs
 from tests import records

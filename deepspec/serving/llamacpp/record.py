@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from deepspec.evaluation.record import Bounds, Part
+from deepspec.evaluation.parts import Bounds, Part
 from deepspec.serving.record import Agreement, ServingRecord
 
 

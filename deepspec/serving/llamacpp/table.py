@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from deepspec.evaluation.record import Bounds
+from deepspec.evaluation.parts import Bounds
 from deepspec.serving.llamacpp.record import LlamaCppRecord
 from deepspec.serving.table import console
 
