@@ -145,22 +145,25 @@ class _Turn:
 
 
 def _turns(seconds_of: Callable[[int], float], tried: Sequence[int]) -> list[_Turn]:
-    """Try each once a turn, between two of 1; the first turn is a warm-up (oneDNN builds its kernels by shape).
+    """Try each once a turn, between two of 1, after a turn to warm up (oneDNN builds its kernels by shape).
 
     There are `_TURNS` of them, or, where they take more than `_SECONDS` together, as many as that allows, though
     never fewer than `_FEWEST`.
     """
-    turns: list[_Turn] = []
-    began = 0.0
-    while len(turns) < 1 + _TURNS:
-        if len(turns) == 1:
-            began = time.perf_counter()
-        if len(turns) > _FEWEST and time.perf_counter() - began > _SECONDS:
-            break
+
+    def turn() -> _Turn:
         before = seconds_of(1)
         found = {what: seconds_of(what) for what in tried if what != 1}
-        turns.append(_Turn(found, (before, seconds_of(1))))
-    return turns[1:]
+        return _Turn(found, (before, seconds_of(1)))
+
+    turn()
+    began = time.perf_counter()
+    turns: list[_Turn] = []
+    while len(turns) < _TURNS:
+        if len(turns) >= _FEWEST and time.perf_counter() - began > _SECONDS:
+            break
+        turns.append(turn())
+    return turns
 
 
 def _context_for(target: Target, context: int, width: int) -> int:

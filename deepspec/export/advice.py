@@ -1,4 +1,4 @@
-"""How many tokens to draft: what maximises tokens a second on the machine that measured the draft; and for what contexts.
+"""How many tokens to draft, for what contexts: what maximises tokens/s on the machine that measured the draft.
 
 With a_j the acceptance at position j of whole blocks (greedy, the draft alone), a round that drafts k tokens commits
 E(k) = 1 + a_1 + a_1 a_2 + … + a_1 ⋯ a_k on average, and takes V(k + 1) + D(k): a target pass over k + 1 tokens and the

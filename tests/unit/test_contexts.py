@@ -67,7 +67,8 @@ MADE = {"row_tokens": {"common": 200, "longest": 256}, "train": {"max_length": 5
         (
             {"train": {"max_length": 512}},
             None,
-            "It was trained on rows of up to 512 tokens: serve it for contexts up to that. Longer ones were not measured.",
+            "It was trained on rows of up to 512 tokens: serve it for contexts up to that. "
+            "Longer ones were not measured.",
         ),
     ],
 )
