@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 
 import torch
@@ -12,6 +12,7 @@ from deepspec.errors import DeepSpecError
 from deepspec.features.local import Features
 
 PASS_TOKENS = 1 << 16  # of one pass, padding included
+PADDING = 1 << 13  # tokens that may always be padded: less than another pass costs
 
 
 @dataclass(frozen=True)
@@ -82,23 +83,20 @@ class Batches:
     def make(self, step: int, rank: int = 0, world: int = 1, parts: int = 1) -> list[Batch]:
         """Return the blocks that process `rank` of `world` trains on in a step.
 
-        They come in `parts` parts, or in more where a part has more tokens than one pass takes.
+        They come in `parts` parts, or in more where a pass would have too many tokens or too much padding (`passes`).
         """
-        mine = self.indices(step)[rank::world]
-        size = -(-len(mine) // parts)
-        whole = [mine[start : start + size] for start in range(0, len(mine), size)]
-        return [self.blocks(part, step) for each in whole for part in self._passes(each)]
+        rows = self.indices(step)
+        size = -(-len(rows[rank::world]) // parts) * world
+        whole = [rows[start : start + size] for start in range(0, len(rows), size)]
+        return [self.blocks(mine, step) for each in whole for mine in self.shares(each, rank, world) if mine]
 
-    def _passes(self, indices: list[int]) -> Iterator[list[int]]:
-        """Divide sequences of like length, shortest first, so that none is padded beyond `pass_tokens`."""
-        part: list[int] = []
-        for i in indices:
-            if part and len(self.store.sequences[i].ids) * (len(part) + 1) > self.pass_tokens:
-                yield part
-                part = []
-            part.append(i)
-        if part:
-            yield part
+    def shares(self, rows: list[int], rank: int = 0, world: int = 1) -> Iterator[list[int]]:
+        """Yield the rows of each pass that process `rank` of `world` takes; all processes make as many passes."""
+        lengths = [len(self.store.sequences[i].ids) for i in rows]
+        places = [max(lengths[start : start + world]) for start in range(0, len(rows), world)]
+        mine = rows[rank::world]
+        for part in passes(places, self.pass_tokens):
+            yield [mine[place] for place in part if place < len(mine)]
 
     def blocks(self, indices: list[int], step: int, answers_only: bool = False) -> Batch:
         """Draw random blocks of given sequences; a sequence's anchors depend on (seed, step, sequence) alone."""
@@ -166,3 +164,22 @@ class Batches:
         whole = [batch for batch in batches if len(batch) == min(self.size, len(self.members))]
         order = torch.randperm(len(whole), generator=rng).tolist()
         return [whole[i] for i in order][: self.steps_per_epoch]
+
+
+def passes(lengths: Sequence[int], most: int = PASS_TOKENS) -> Iterator[list[int]]:
+    """Divide rows into passes: yield the places of each.
+
+    A pass has at most `most` tokens, padding included, if it is not one row alone; and no more padding than half
+    its tokens, if that is more than `PADDING`: a row of 32,768 tokens does not stretch seven of 300.
+    """
+    part: list[int] = []
+    for place, length in enumerate(lengths):
+        longest = max([length, *(lengths[i] for i in part)])
+        tokens = length + sum(lengths[i] for i in part)
+        size = longest * (len(part) + 1)
+        if part and (size > most or size - tokens > max(tokens // 2, PADDING)):
+            yield part
+            part = []
+        part.append(place)
+    if part:
+        yield part

@@ -159,13 +159,14 @@ class Trainer:
         share = max(self.params.batch_size // accelerator.num_processes, 1)
         total = torch.zeros(2, device=accelerator.device)
         for start in range(0, len(self.heldout), share * accelerator.num_processes):
-            # Every process runs every pass, if only on the first sequence: a sharded network needs them all.
-            part = self.heldout[start + accelerator.process_index :: accelerator.num_processes][:share]
-            batch = self.batches.blocks(part or self.heldout[:1], step=0, answers_only=True)
-            with accelerator.autocast():
-                _, sums = self.raw(batch.to(accelerator.device))
-            if part:
-                total += torch.stack((sums["tau"], sums["blocks"]))
+            rows = self.heldout[start : start + share * accelerator.num_processes]
+            for part in self.batches.shares(rows, accelerator.process_index, accelerator.num_processes):
+                # Every process runs every pass, if only on the first sequence: a sharded network needs them all.
+                batch = self.batches.blocks(part or self.heldout[:1], step=0, answers_only=True)
+                with accelerator.autocast():
+                    _, sums = self.raw(batch.to(accelerator.device))
+                if part:
+                    total += torch.stack((sums["tau"], sums["blocks"]))
         tau, blocks = accelerator.reduce(total, "sum").tolist()
         return tau / max(blocks, 1)
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 import signal
+from collections.abc import Iterable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pyarrow
 import pyarrow.parquet
@@ -19,7 +21,7 @@ from deepspec.drafters.start import channel_std, draft_vocabulary
 from deepspec.errors import DeepSpecError
 from deepspec.features.sequences import Sequence, read_sequences
 from deepspec.target.model import H_LAST
-from deepspec.training.batches import Batches
+from deepspec.training.batches import Batches, passes
 from deepspec.training.distribute import CHECKPOINT
 from deepspec.training.prepare import split
 from deepspec.training.run import own_loss
@@ -139,6 +141,42 @@ def test_a_row_that_would_pad_its_batch_is_passed_on_its_own(store, sequences):
     parts = parted.make(2)
     assert len(parts) > 1 and all(part.tokens.numel() <= longest for part in parts)
     assert torch.equal(batch.anchors, torch.cat([part.anchors for part in parts]))
+
+
+def padding_share(lengths: list[int], parts: Iterable[list[int]]) -> float:
+    padded = sum(max(lengths[i] for i in part) * len(part) for part in parts)
+    return 1 - sum(lengths) / padded
+
+
+SKEWED = [
+    [300] * 7 + [32_768],
+    [300] * 7 + [8_192],
+    [64] * 30 + [2_000, 16_000],
+    list(range(100, 20_000, 900)),
+]
+
+
+@pytest.mark.parametrize("lengths", SKEWED, ids=["32k", "8k", "many short", "rising"])
+def test_a_long_row_does_not_pad_its_batch(lengths):
+    parts = list(passes(lengths))
+    assert sorted(place for part in parts for place in part) == list(range(len(lengths)))
+    assert padding_share(lengths, parts) < 0.35
+    assert all(len(part) == 1 or max(lengths[i] for i in part) * len(part) <= 1 << 16 for part in parts)
+    assert lengths[0] != 300 or padding_share(lengths, [list(range(len(lengths)))]) > 0.8, "what it was"
+
+
+def test_rows_of_usual_lengths_are_one_pass():
+    assert list(passes([20, 500, 512, 30, 512, 100, 60, 250])) == [list(range(8))]
+    assert list(passes([])) == []
+
+
+def test_every_process_makes_as_many_passes_of_rows_of_any_length():
+    lengths = [200, 300, 300, 9_000, 9_500, 20_000, 30_000, 31_000]
+    rows = [SimpleNamespace(ids=range(length), learnt=[0, 0, 1]) for length in lengths]
+    batches = Batches(SimpleNamespace(sequences=rows), list(range(8)), 8, 4, 3, seed=0)
+    shares = [list(batches.shares(list(range(8)), rank, 2)) for rank in range(2)]
+    assert len(shares[0]) == len(shares[1]) > 1
+    assert sorted(i for share in shares for part in share for i in part) == list(range(8))
 
 
 def test_rows_of_one_conversation_are_held_out_together():
