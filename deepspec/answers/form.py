@@ -14,7 +14,8 @@ from os.path import commonprefix
 from typing import Any
 
 from deepspec.errors import DeepSpecError
-from deepspec.messages.message import Message, ToolCall
+from deepspec.messages.message import Message
+from deepspec.messages.tools import ToolCall
 
 USER: Message = {"role": "user", "content": "question"}
 ANSWER, THOUGHT, NAME, NAME2 = "answerQ", "thoughtQ", "nameQ", "nameZ"

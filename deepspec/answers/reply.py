@@ -9,7 +9,8 @@ from deepspec.answers.history import Histories
 from deepspec.answers.rendered import rendered_answer
 from deepspec.answers.turns import answer_text, end_of_answer
 from deepspec.errors import DeepSpecError
-from deepspec.messages.message import THOUGHTS, BadRowError, Message, read_messages
+from deepspec.messages.errors import BadRowError
+from deepspec.messages.message import THOUGHTS, Message, read_messages
 
 ENDINGS = {"tool_calls": "stop", "function_call": "stop"}
 BROKEN = "\ufffd"

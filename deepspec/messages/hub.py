@@ -51,6 +51,15 @@ def load_split(
         ) from None
 
 
+def without_nulls(value: Any) -> Any:
+    """Return a row without the fields that are null: a table gives each struct of a column the fields of all of them."""
+    if isinstance(value, dict):
+        return {name: without_nulls(part) for name, part in value.items() if part is not None}
+    if isinstance(value, list) and value and isinstance(value[0], dict | list):
+        return [without_nulls(part) for part in value]
+    return value
+
+
 def _place(name: str, revision: str | None, file: str) -> str:
     """Return where a data file is: an address, a path in a directory, or a place on the hub."""
     if "://" in file:

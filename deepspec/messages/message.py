@@ -11,6 +11,9 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Required, TypedDict
 
+from deepspec.messages.errors import BadRowError, RefusedRowError
+from deepspec.messages.tools import CALL, ToolCall, has_calls, read_call, read_calls
+
 ROLES = {
     "system": "system",
     "developer": "developer",
@@ -33,23 +36,14 @@ ROLES = {
     "tool_response": "tool",
 }
 CALLING = ("function_call", "tool_call")  # roles whose text is a call
-TEXT_PARTS = ("text", "input_text", "output_text")
+CONTENT = ("content", "value", "text", "refusal")
+TEXT_PARTS = ("text", "input_text", "output_text", "refusal")
 THOUGHT_PARTS = ("thinking", "reasoning")
 THOUGHTS = ("reasoning_content", "reasoning", "thinking")
 MEDIA = ("image", "images", "video", "videos", "audio", "audios")
-CALL = re.compile(r"<tool_call>\s*(.*?)\s*</tool_call>", re.DOTALL)
-RESPONSE = re.compile(r"<tool_response>\s*(.*?)\s*</tool_response>", re.DOTALL)
-
-
-class Function(TypedDict):
-    name: str
-    arguments: dict[str, Any]
-
-
-class ToolCall(TypedDict):
-    id: str
-    type: str
-    function: Function
+MEDIUM = re.compile("image|audio|video|file|document|media", re.IGNORECASE)  # in the type of a part
+ATTACHED = (*MEDIA, "image_url", "attachments")  # fields of a message that has a medium
+RESPONSE = re.compile(r"<tool_response>(.*?)</tool_response>", re.DOTALL)
 
 
 class Message(TypedDict, total=False):
@@ -63,23 +57,6 @@ class Message(TypedDict, total=False):
     name: str
 
 
-class BadRowError(ValueError):
-    """A row that cannot be a prompt.
-
-    Args:
-        kind: what summaries count it under, without the row's own words.
-        found: what was found; None: the kind says it.
-    """
-
-    def __init__(self, kind: str, found: str | None = None) -> None:
-        super().__init__(found or kind)
-        self.kind = kind
-
-
-class RefusedRowError(BadRowError):
-    """A well-formed row that asks for what a text target, or a record, cannot give."""
-
-
 def read_messages(value: Any, column: str) -> list[Message]:
     """Read a list of messages, or of user turns.
 
@@ -88,11 +65,22 @@ def read_messages(value: Any, column: str) -> list[Message]:
     """
     if isinstance(value, str):
         value = [value]
+    if isinstance(value, Mapping):
+        value = _items(value)
     if not isinstance(value, list):
         raise BadRowError(
             "a field of another type", f"{column!r} must be a string or a list, found {type(value).__name__}"
         )
     return [message for item in value for message in _messages(item, column)]
+
+
+def _items(columns: Mapping[str, Any]) -> Any:
+    """Return the messages of a struct of lists, as tables keep a list of structs; anything else as it is."""
+    values = columns.values()
+    lists = all(isinstance(value, list) for value in values) and len({len(value) for value in values}) == 1
+    if not lists or not {"role", "from"} & columns.keys():
+        return columns
+    return [dict(zip(columns, row, strict=True)) for row in zip(*values, strict=True)]
 
 
 def _messages(item: Any, column: str) -> list[Message]:
@@ -104,20 +92,23 @@ def _messages(item: Any, column: str) -> list[Message]:
             "a message of another type",
             f"{column!r} must hold strings or messages, found {type(item).__name__}",
         )
-    spelt = item.get("role", item.get("from"))
-    role = ROLES.get(spelt.lower()) if isinstance(spelt, str) else None
+    given = item.get("role") if item.get("role") is not None else item.get("from")
+    spelt = given.strip().lower() if isinstance(given, str) else None
+    role = ROLES.get(spelt) if spelt else None
     if role is None:
-        raise BadRowError("an unknown role", f"a message in {column!r} has the role {spelt!r}")
+        raise BadRowError("an unknown role", f"a message in {column!r} has the role {given!r}")
+    if any(item.get(name) not in (None, "", [], {}) for name in ATTACHED):
+        raise RefusedRowError("an image or another medium", f"a message in {column!r} comes with one")
     content, thought = _content(item, role, column)
-    if role == "tool":
+    if role == "tool" or (role == "user" and _only_responses(content)):
         return _results(item, content)
     message: Message = {"role": role, "content": content}
     if role == "assistant":
-        calls = _calls(item, content if str(spelt).lower() in CALLING else None)
+        calls = read_calls(item, content if spelt in CALLING else None)
         if not calls and CALL.search(content):
-            calls = [_call(found) for found in CALL.findall(content)]
+            calls = [read_call(found) for found in CALL.findall(content)]
             message["content"] = CALL.sub("", content).strip()
-        elif str(spelt).lower() in CALLING:
+        elif spelt in CALLING:
             message["content"] = ""
         if calls:
             message["tool_calls"] = calls
@@ -130,30 +121,57 @@ def _messages(item: Any, column: str) -> list[Message]:
 
 def _content(item: Mapping[str, Any], role: str, column: str) -> tuple[str, str]:
     """Return a message's text and its thought."""
-    content = next((item[key] for key in ("content", "value", "text") if item.get(key) is not None), None)
-    thought = next((item[key] for key in THOUGHTS if isinstance(item.get(key), str)), "")
-    if isinstance(content, list):
-        texts = []
-        for part in content:
-            kind = part.get("type", "text") if isinstance(part, Mapping) else "text"
-            if kind in THOUGHT_PARTS:
-                thought += part.get(kind) or part.get("text") or ""
-            elif kind not in TEXT_PARTS:
-                raise RefusedRowError(
-                    "an image or another medium", f"a message in {column!r} has a part of type {kind!r}"
-                )
-            else:
-                texts.append(part if isinstance(part, str) else part.get("text") or "")
-        if not all(isinstance(text, str) for text in texts):
-            raise BadRowError("a message without text", f"a message in {column!r} has no text")
-        content = "".join(texts)
-    if role == "tool" and not isinstance(content, str) and content is not None:
-        content = json.dumps(content, ensure_ascii=False)
-    if content is None and role in ("tool", "assistant") and (role == "tool" or _has_calls(item) or thought):
+    content = next((item[key] for key in CONTENT if item.get(key) is not None), None)
+    thought = next((item[key] for key in THOUGHTS if item.get(key)), "")
+    if not isinstance(thought, str):
+        raise BadRowError("a thought that is no text", f"a message in {column!r} has one")
+    if role == "tool" and not _is_parts(content):
+        content = "" if content is None else content if isinstance(content, str) else _dumped(content)
+    elif isinstance(content, list):
+        parts = [_part(part, column) for part in content]
+        content = "".join(text for text, _ in parts)
+        thought += "".join(thought for _, thought in parts)
+    if content is None and role == "assistant" and (has_calls(item) or thought):
         content = ""
     if not isinstance(content, str):
         raise BadRowError("a message without text", f"a message in {column!r} has no text")
     return _text(content, column), _text(thought, column)
+
+
+def _is_parts(content: Any) -> bool:
+    """Return whether a content is a list of texts and typed parts; a tool may as well have returned any list."""
+    return isinstance(content, list) and all(
+        isinstance(part, str) or (isinstance(part, Mapping) and isinstance(part.get("type"), str))
+        for part in content
+    )
+
+
+def _part(part: Any, column: str) -> tuple[str, str]:
+    """Return the text and the thought of one part of a content."""
+    if isinstance(part, str):
+        return part, ""
+    if not isinstance(part, Mapping):
+        raise BadRowError("a message without text", f"a message in {column!r} has a part that is no text")
+    kind = part.get("type") or ("text" if "text" in part else next(iter(part), "text"))
+    if kind not in (*TEXT_PARTS, *THOUGHT_PARTS):
+        if isinstance(kind, str) and MEDIUM.search(kind):
+            raise RefusedRowError(
+                "an image or another medium", f"a message in {column!r} has a part of type {kind!r}"
+            )
+        raise RefusedRowError(
+            "a part of an unknown type", f"a message in {column!r} has a part of type {kind!r}"
+        )
+    text = next((part[key] for key in (kind, "text") if part.get(key) is not None), "")
+    if not isinstance(text, str):
+        raise BadRowError("a message without text", f"a message in {column!r} has no text")
+    return ("", text) if kind in THOUGHT_PARTS else (text, "")
+
+
+def _dumped(value: Any) -> str:
+    try:
+        return json.dumps(value, ensure_ascii=False, default=str)
+    except (RecursionError, ValueError):
+        raise BadRowError("nested too deeply") from None
 
 
 def _text(text: str, column: str) -> str:
@@ -164,56 +182,15 @@ def _text(text: str, column: str) -> str:
     return text
 
 
-def _has_calls(item: Mapping[str, Any]) -> bool:
-    return bool(item.get("tool_calls") or item.get("function_call"))
+def _only_responses(content: str) -> bool:
+    """Return whether a user's message is results of tools, as templates without a role for them have it."""
+    return content.lstrip().startswith("<tool_response>") and not RESPONSE.sub("", content).strip()
 
 
 def _results(item: Mapping[str, Any], content: str) -> list[Message]:
-    found = RESPONSE.findall(content) or [content]
+    found = [text.strip() for text in RESPONSE.findall(content)] or [content]
     extra = {key: item[key] for key in ("tool_call_id", "name") if isinstance(item.get(key), str)}
     return [{"role": "tool", "content": text, **extra} for text in found]  # type: ignore[typeddict-item]
-
-
-def _calls(item: Mapping[str, Any], text: str | None) -> list[ToolCall]:
-    if text is not None:
-        return [_call(text)]
-    calls = item.get("tool_calls")
-    if calls is None and item.get("function_call"):
-        calls = [item["function_call"]]
-    if not calls:
-        return []
-    if not isinstance(calls, list):
-        raise BadRowError("a malformed tool call", f"'tool_calls' is a {type(calls).__name__}")
-    return [_call(call) for call in calls]
-
-
-def _call(call: Any) -> ToolCall:
-    """Read a call: OpenAI's, or a bare `{"name", "arguments"}`, as an object or as JSON text."""
-    if isinstance(call, str):
-        call = _json(call)
-    if not isinstance(call, Mapping):
-        raise BadRowError("a malformed tool call", f"a tool call is a {type(call).__name__}")
-    function = call.get("function", call)
-    name = function.get("name") if isinstance(function, Mapping) else None
-    if not isinstance(name, str) or not name:
-        raise BadRowError("a malformed tool call", "a tool call has no name")
-    arguments = function.get("arguments", function.get("parameters", {}))
-    if isinstance(arguments, str):
-        arguments = _json(arguments) if arguments.strip() else {}
-    if not isinstance(arguments, Mapping):
-        raise BadRowError("a malformed tool call", f"the arguments of {name!r} are no object")
-    return {
-        "id": str(call.get("id") or ""),
-        "type": "function",
-        "function": {"name": name, "arguments": dict(arguments)},
-    }
-
-
-def _json(text: str) -> Any:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise BadRowError("a malformed tool call", f"a tool call is not JSON: {error}") from None
 
 
 def in_order(messages: Sequence[Message]) -> tuple[list[Message], list[str]]:
@@ -272,27 +249,3 @@ def _claim(result: Message, calls: list[ToolCall], named: bool) -> str:
     call = known[0] if known else calls[0]
     calls.remove(call)
     return call["id"]
-
-
-def read_tools(value: Any) -> list[dict[str, Any]]:
-    """Read the tools of a row: a list, or JSON text of one; bare functions are wrapped as OpenAI's API has them.
-
-    Raises:
-        BadRowError: something else.
-    """
-    if isinstance(value, str):
-        try:
-            value = json.loads(value) if value.strip() else []
-        except (ValueError, RecursionError):
-            raise BadRowError("malformed tools", "'tools' is not JSON") from None
-    if value is None:
-        return []
-    if not isinstance(value, list):
-        raise BadRowError("malformed tools", f"'tools' must be a list, found {type(value).__name__}")
-    tools = []
-    for tool in value:
-        function = tool.get("function", tool) if isinstance(tool, Mapping) else None
-        if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
-            raise BadRowError("malformed tools", "a tool has no name")
-        tools.append({"type": "function", "function": dict(function)})
-    return tools

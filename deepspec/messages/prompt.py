@@ -15,7 +15,16 @@ from typing import Any
 
 from deepspec.errors import DeepSpecError
 from deepspec.files import digest
-from deepspec.messages.message import BadRowError, Message, in_order, read_messages, read_tools
+from deepspec.messages.errors import BadRowError
+from deepspec.messages.message import Message, in_order, read_messages
+from deepspec.messages.tools import read_tools
+
+MASKS = (
+    "loss_mask",
+    "assistant_masks",
+    "completion_mask",
+)  # names of a loss mask; the first that is there is taken
+IGNORED = -100  # a label that is not learnt
 
 
 @dataclass(frozen=True)
@@ -172,15 +181,20 @@ def chat_of(row: Mapping[str, Any]) -> Chat:
 
 def _tokens(row: Mapping[str, Any]) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Return `input_ids` and `loss_mask` of a row that was tokenised elsewhere."""
+    given = {"input_ids": row.get("input_ids"), "loss_mask": _mask(row)}
     found = {}
-    for name in ("input_ids", "loss_mask"):
-        values = row.get(name)
+    for name, values in given.items():
         if not isinstance(values, list) or not all(
             isinstance(x, int) and not isinstance(x, bool) and x >= 0 for x in values
         ):
             raise BadRowError("malformed token ids", f"{name!r} must be a list of numbers from 0 on")
         found[name] = tuple(values)
     ids, mask = found["input_ids"], found["loss_mask"]
+    seen = row.get("attention_mask")
+    if isinstance(seen, list) and not all(seen):
+        raise BadRowError(
+            "padded token ids", "'attention_mask' leaves tokens out; give the row without padding"
+        )
     if len(ids) != len(mask) or not set(mask) <= {0, 1}:
         raise BadRowError(
             "malformed token ids", f"{len(ids)} 'input_ids' need as many 'loss_mask' of 0 and 1"
@@ -190,6 +204,19 @@ def _tokens(row: Mapping[str, Any]) -> tuple[tuple[int, ...], tuple[int, ...]]:
             "malformed token ids", "'loss_mask' must mark an answer, and not from the first token on"
         )
     return ids, mask
+
+
+def _mask(row: Mapping[str, Any]) -> Any:
+    """Return the loss mask as 0 and 1, under the names that other trainers give it, or from `labels`."""
+    mask = next((row[name] for name in MASKS if row.get(name) is not None), None)
+    if isinstance(mask, list):
+        return [int(value) if isinstance(value, bool) else value for value in mask]
+    labels, ids = row.get("labels"), row.get("input_ids")
+    if mask is not None or not isinstance(labels, list) or not isinstance(ids, list):
+        return mask
+    if len(labels) != len(ids) or any(a not in (b, IGNORED) for a, b in zip(labels, ids, strict=True)):
+        raise BadRowError("malformed token ids", f"'labels' must repeat 'input_ids', or hold {IGNORED}")
+    return [int(label != IGNORED) for label in labels]
 
 
 def mapping(row: Mapping[str, Any], name: str) -> dict[str, Any]:

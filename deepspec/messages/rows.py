@@ -5,19 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from deepspec.messages.message import (
-    MEDIA,
-    BadRowError,
-    Message,
-    RefusedRowError,
-    in_order,
-    read_messages,
-    read_tools,
-)
+from deepspec.messages.errors import BadRowError, RefusedRowError
+from deepspec.messages.message import MEDIA, Message, in_order, read_messages
 from deepspec.messages.prompt import Chat, chat_of, mapping
+from deepspec.messages.tools import read_tools
 
 COLUMNS = (
     "turns",
@@ -31,6 +25,8 @@ COLUMNS = (
     "query",
     "input",
 )
+REQUESTS = ("request", "body")  # of a server's log, with a chat request in it
+_SPARE_DEPTH = 64  # levels of nesting
 
 
 @dataclass(frozen=True)
@@ -79,12 +75,15 @@ def read_row(row: Any, columns: Columns = USUAL) -> Read:
     """
     if not isinstance(row, Mapping):
         raise BadRowError("not an object", f"expected an object, found {type(row).__name__}")
+    row = _logged({name: value for name, value in row.items() if not _is_nan(value)})
     if any(row.get(name) not in (None, "", [], {}) for name in MEDIA):
         raise RefusedRowError("an image or another medium", "the row comes with an image, a video or a sound")
     column = next((name for name in columns.messages if row.get(name) is not None), None)
     if column is None:
         if row.get("input_ids") is not None:
-            return Read(chat_of(row))
+            return Read(
+                _storable(replace(chat_of({**row, "metadata": None}), metadata=_metadata(row, columns)))
+            )
         raise BadRowError("no prompt", f"none of the fields {', '.join(columns.messages)}")
     messages = read_messages(_unpacked(row[column]), column)
     _check_turns(messages, column)
@@ -95,14 +94,81 @@ def read_row(row: Any, columns: Columns = USUAL) -> Read:
     messages = [*_system(row, columns, messages), *messages, *_answer(row, columns, messages)]
     ordered, left_out = in_order(messages)
     tools = columns.first(row, "tools")
-    metadata = mapping(row, "metadata") if isinstance(row.get("metadata"), Mapping) else {}
     chat = Chat(
         tuple(ordered),
         tuple(read_tools(row[tools])) if tools else (),
         mapping(row, "chat_template_kwargs"),
-        metadata | {name: row[name] for name in columns.metadata if name in row},
+        _metadata(row, columns),
     )
-    return Read(chat, tuple(left_out))
+    return Read(_storable(chat), tuple(left_out))
+
+
+def _is_nan(value: Any) -> bool:
+    """Return whether a value is what a table has in place of a missing one."""
+    return isinstance(value, float) and value != value
+
+
+def _logged(row: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the conversation of a server's log: its request, with the first choice of its response."""
+    request = next((row[name] for name in REQUESTS if isinstance(row.get(name), Mapping)), None)
+    if request is not None and not any(row.get(name) is not None for name in COLUMNS):
+        inner = request.get("body")
+        request = inner if isinstance(inner, Mapping) else request
+        row = {**{name: row[name] for name in ("metadata", "response", "choices") if name in row}, **request}
+    reply, messages = _reply(row), row.get("messages")
+    if reply is None or not isinstance(messages, list):
+        return row
+    return {**row, "messages": [*messages, reply]}
+
+
+def _reply(row: Mapping[str, Any]) -> Any:
+    """Return the message of the first choice that a server's response has; None where there is none."""
+    found: Any = row
+    for name in ("response", "body"):
+        inner = found.get(name)
+        found = inner if isinstance(inner, Mapping) else found
+    choices = found.get("choices")
+    first = choices[0] if isinstance(choices, list) and choices else None
+    return first.get("message") if isinstance(first, Mapping) else None
+
+
+def _metadata(row: Mapping[str, Any], columns: Columns) -> dict[str, Any]:
+    """Return what the row says of itself, as JSON holds it: dates and the like as text."""
+    value = row.get("metadata")
+    if isinstance(value, str) and value.strip():
+        with suppress(ValueError, RecursionError):
+            value = json.loads(value)
+    found: dict[str, Any] = {} if value in (None, "") else {"metadata": value}
+    found = dict(value) if isinstance(value, Mapping) else found
+    found |= {name: row[name] for name in columns.metadata if name in row}
+    try:
+        return json.loads(json.dumps(found, default=str), parse_constant=lambda _: None)
+    except (TypeError, ValueError):
+        raise BadRowError("malformed metadata", "'metadata' has names that are no text") from None
+    except RecursionError:
+        raise BadRowError("nested too deeply") from None
+
+
+def _storable(chat: Chat) -> Chat:
+    """Return a conversation that can be written as JSON; with some depth to spare for whoever does.
+
+    Raises:
+        BadRowError: it holds half a character, or is nested too deeply.
+    """
+    if chat.plain:
+        return chat
+    value: Any = chat.fields()
+    for _ in range(_SPARE_DEPTH):
+        value = [value]
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise BadRowError("half a character", "the row holds a lone surrogate") from None
+    except RecursionError:
+        raise BadRowError("nested too deeply") from None
+    except (TypeError, ValueError):
+        raise BadRowError("a value that JSON cannot hold", "tools or arguments hold one") from None
+    return chat
 
 
 def _unpacked(value: Any) -> Any:

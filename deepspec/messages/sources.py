@@ -6,26 +6,29 @@ an order drawn from the seed.
 
 from __future__ import annotations
 
+import bz2
 import gzip
 import json
+import lzma
 import random
 import shutil
 import tempfile
 import zlib
 from array import array
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
 from deepspec.errors import DeepSpecError
-from deepspec.messages.hub import load_split
-from deepspec.messages.message import BadRowError, RefusedRowError
+from deepspec.messages.errors import BadRowError, RefusedRowError
+from deepspec.messages.hub import load_split, without_nulls
 from deepspec.messages.presets import Preset
 from deepspec.messages.prompt import Chat
 from deepspec.messages.rows import USUAL, Columns, Read, read_row
 
+TABLES = (".parquet", ".arrow", ".feather", ".csv", ".tsv", ".zip")  # no lines of JSON
 LONGEST_LINE = 1 << 26  # bytes; a longer one is not read into memory
 
 
@@ -67,7 +70,7 @@ class Faults:
 
 
 class JsonlSource:
-    """The conversations of a JSONL file (`.gz` too), in an order drawn from a seed.
+    """The conversations of a JSONL file (packed ones too), in an order drawn from a seed.
 
     The whole file is checked at once; blank lines are skipped.
 
@@ -114,7 +117,7 @@ class JsonlSource:
 
 
 def read_jsonl(path: str | Path) -> list[Read]:
-    """Read every line of a JSONL file (`.gz` too) into a conversation; blank lines are skipped.
+    """Read every line of a JSONL file (packed ones too) into a conversation; blank lines are skipped.
 
     Raises:
         DeepSpecError: no such file, or a malformed line, with its number.
@@ -160,7 +163,8 @@ def preset_candidates(spec: str, seed: int, max_malformed_share: float) -> Itera
     """
     name, _, place = spec.partition("@")
     preset = Preset.named(name)
-    if place.removesuffix(".gz").endswith((".jsonl", ".json")):
+    file = Path(place)
+    if (file.with_suffix("") if file.suffix in PACKED else file).suffix in (".jsonl", ".json"):
         return JsonlSource(place, seed, max_malformed_share, preset.columns)
     part = f"{preset.config}/{preset.split}" if preset.config else preset.split
     return hub_candidates(f"{place or preset.dataset}:{part}", seed, preset.columns)
@@ -170,7 +174,7 @@ def _row_candidates(dataset: Iterable[Mapping], columns: Columns) -> Iterator[Ca
     """Yield every row; one that cannot be read is a fault, since a user cannot mend a public dataset."""
     for row in dataset:
         try:
-            found: Read = read_row(row, columns)
+            found: Read = read_row(without_nulls(row), columns)
         except BadRowError as error:
             yield Candidate(Chat(), fault=error.kind)
         else:
@@ -181,7 +185,7 @@ def _parsed(line: bytes | None) -> Any:
     if line is None:
         raise BadRowError("a line that is too long", f"longer than {LONGEST_LINE >> 20} MiB")
     try:
-        return json.loads(line.decode("utf-8-sig"))
+        return json.loads(line.decode("utf-8-sig"), parse_constant=lambda _: None)  # NaN: a missing value
     except UnicodeDecodeError:
         raise BadRowError("not UTF-8") from None
     except RecursionError:
@@ -191,21 +195,47 @@ def _parsed(line: bytes | None) -> Any:
 
 
 def _plain(path: Path) -> IO[bytes]:
-    """Open a file, or an unpacked copy of a `.gz` that is gone when it is closed."""
+    """Open a file, or an unpacked copy of a packed one that is gone when it is closed."""
+    suffix = path.suffix.lower()
+    if suffix in TABLES:
+        raise DeepSpecError(
+            f"{path}: not JSONL; name the directory that it is in as a dataset (hub:{path.parent}), or write one JSON "
+            "object a line"
+        )
     try:
-        if path.suffix != ".gz":
+        if suffix not in PACKED:
             return path.open("rb")
         copy = tempfile.TemporaryFile()  # noqa: SIM115
-        with gzip.open(path) as packed:
+        with PACKED[suffix](path) as packed:
             shutil.copyfileobj(packed, copy)
         copy.seek(0)
         return copy
     except FileNotFoundError:
         raise DeepSpecError(f"{path}: no such prompt file") from None
-    except (IsADirectoryError, PermissionError, EOFError, gzip.BadGzipFile, zlib.error) as error:
+    except IsADirectoryError:
+        raise DeepSpecError(
+            f"{path}: is a directory; name a file in it, or the directory as a dataset (hub:{path})"
+        ) from None
+    except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
         raise DeepSpecError(
             f"{path}: cannot be read: {' '.join(str(error).split()) or type(error).__name__}"
         ) from None
+
+
+def _zstandard(path: Path) -> Any:
+    try:
+        import pyarrow
+    except ImportError:
+        raise DeepSpecError(f"{path} needs the package `pyarrow`: install deepspec[pipeline]") from None
+    return pyarrow.input_stream(str(path), compression="zstd")
+
+
+PACKED: dict[str, Callable[[Path], Any]] = {
+    ".gz": gzip.open,
+    ".bz2": bz2.open,
+    ".xz": lzma.open,
+    ".zst": _zstandard,
+}
 
 
 def _lines(file: IO[bytes], path: Path) -> Iterator[tuple[int, bytes | None]]:

@@ -32,8 +32,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from deepspec.errors import DeepSpecError, nearest
 from deepspec.files import digest, file_digest
-from deepspec.messages.hub import load_split
-from deepspec.messages.message import BadRowError
+from deepspec.messages.errors import BadRowError
+from deepspec.messages.hub import load_split, without_nulls
 from deepspec.messages.prompt import Chat
 from deepspec.messages.rows import Read, read_columns, read_row
 from deepspec.messages.sources import read_jsonl
@@ -304,7 +304,7 @@ def _rows(task: TaskFile, instead: str) -> list[Chat]:
     rows = []
     for number, row in enumerate(dataset):
         try:
-            found = read_columns(row, task.columns) if task.columns else read_row(row)
+            found = read_columns(row, task.columns) if task.columns else read_row(without_nulls(row))
         except BadRowError as error:
             raise DeepSpecError(f"task {task.name}: {_source(task)}, row {number}: {error}") from None
         more = "".join(

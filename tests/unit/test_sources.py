@@ -9,7 +9,7 @@ import pytest
 from datasets import Dataset
 
 from deepspec.errors import DeepSpecError
-from deepspec.messages.message import BadRowError, RefusedRowError
+from deepspec.messages.errors import BadRowError, RefusedRowError
 from deepspec.messages.presets import Preset, preset_names
 from deepspec.messages.prompt import Chat, Prompt, read_prompts
 from deepspec.messages.rows import read_row
