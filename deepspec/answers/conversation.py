@@ -14,7 +14,7 @@ from dataclasses import replace
 from itertools import dropwhile
 from typing import Any
 
-from deepspec.answers.history import Histories, keeps
+from deepspec.answers.history import Histories, keeps, squeezed
 from deepspec.answers.turns import answer_text, between_turns
 from deepspec.errors import DeepSpecError
 from deepspec.messages.message import Message
@@ -209,9 +209,20 @@ class Conversation:
             return None
         try:
             ids = self._prompt_ids(earlier, text)
+            self._note_left_out()
         except DeepSpecError as error:
             raise UnusableError(str(error)) from None
         return ids if len(ids) < self.max_length else None
+
+    def _note_left_out(self) -> None:
+        """Note messages that the template does not show: the target never saw them."""
+        chat = self.prompt.chat
+        if chat.plain:
+            return
+        shown = squeezed(self.target.chat_text(self.asked, True, chat.tools, chat.chat_template_kwargs))
+        for message in self.slot.before:
+            if message["role"] != "tool" and squeezed(message["content"]) not in shown:
+                self.endings.append(f"the template leaves a message of the {message['role']} out")
 
     def _prompt_ids(self, earlier: list[Message] | None, text: str) -> list[int]:
         chat, asked = self.prompt.chat, self.asked

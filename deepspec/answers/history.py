@@ -99,7 +99,7 @@ def keeps(
         then: the messages of the later prompt.
     """
     earlier = target.chat_text(asked, True, tools, options) + text
-    return _squeezed(target.chat_text(then, True, tools, options)).startswith(_squeezed(earlier))
+    return squeezed(target.chat_text(then, True, tools, options)).startswith(squeezed(earlier))
 
 
 def closes(target: Any, tail: Sequence[int]) -> bool:
@@ -116,5 +116,6 @@ def closes(target: Any, tail: Sequence[int]) -> bool:
     return True
 
 
-def _squeezed(text: str) -> str:
+def squeezed(text: str) -> str:
+    """Return a text without blanks, which templates trim and add."""
     return "".join(text.split())

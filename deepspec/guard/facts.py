@@ -38,10 +38,29 @@ def facts(table: pandas.DataFrame, manifest: Mapping[str, Any]) -> dict[str, str
         found[f"history under the template ({what})"] = entry["history"]
     for name in ("endings", "failure_reasons"):
         if manifest.get(name):
-            found[name.replace("_", " ")] = ", ".join(f"{n} × {why}" for why, n in manifest[name].items())
+            found[name.replace("_", " ")] = _counts(manifest[name])
     if table["surprise"].notna().any():
         found["log-probability of a given answer's token"] = _spread(table["logprob"])
         found["surprise of a given answer's token"] = _spread(table["surprise"])
+    return found
+
+
+def prompt_facts(manifest: Mapping[str, Any]) -> dict[str, str]:
+    """Return name → value in words of what the prompts' sources could not give, and what the filters rejected.
+
+    Args:
+        manifest: of the prompts.
+    """
+    found = {}
+    for name, source in (manifest.get("sources") or {}).items():
+        if kinds := source.get("unusable"):
+            found[f"rows of {name} that cannot be used"] = _counts(
+                {kind: each["rows"] for kind, each in kinds.items()}
+            )
+    if manifest.get("left_out"):
+        found["left out of prompts"] = _counts(manifest["left_out"])
+    if manifest.get("rejected"):
+        found["prompts that were rejected"] = _counts(manifest["rejected"])
     return found
 
 
@@ -95,6 +114,10 @@ def _shares(values: Iterable[str]) -> str:
     counts = Counter(values)
     total = sum(counts.values())
     return ", ".join(f"{name} {count / total:.1%}" for name, count in counts.most_common(8)) or "none"
+
+
+def _counts(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{n} × {why}" for why, n in counts.items())
 
 
 def _spread(values: pandas.Series) -> str:

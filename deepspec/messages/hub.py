@@ -52,7 +52,7 @@ def load_split(
 
 
 def without_nulls(value: Any) -> Any:
-    """Return a row without the fields that are null: a table gives each struct of a column the fields of all of them."""
+    """Return a row without the fields that are null: a table gives each struct the fields of all of a column."""
     if isinstance(value, dict):
         return {name: without_nulls(part) for name, part in value.items() if part is not None}
     if isinstance(value, list) and value and isinstance(value[0], dict | list):

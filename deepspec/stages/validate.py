@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from deepspec.config import Params
@@ -16,6 +18,7 @@ REPORT = Path("reports/validation.json")
 
 def main(params: Params, flags: argparse.Namespace) -> None:
     """Check the data; the reports are written in any case, then a failed check ends the stage with an error."""
+    from deepspec.guard.facts import prompt_facts
     from deepspec.guard.page import render
     from deepspec.guard.suite import validate_data
     from deepspec.messages.prompt import read_prompts
@@ -33,6 +36,10 @@ def main(params: Params, flags: argparse.Namespace) -> None:
         load_target("data/target"),
         overlap.hits,
     )
+    manifest = Path("data/prompts/manifest.json")
+    if manifest.exists():
+        found = prompt_facts(json.loads(manifest.read_text(encoding="utf-8")))
+        validation = replace(validation, facts=validation.facts | found)
     write_json(REPORT, validation.to_dict())
     write_text(REPORT.with_suffix(".md"), validation.to_markdown())
     write_text(REPORT.with_suffix(".html"), render(validation))

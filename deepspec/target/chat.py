@@ -7,6 +7,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from deepspec.errors import DeepSpecError
+from deepspec.files import digest
+
+_SHORT = 9  # letters and digits of an id that every template takes
 
 
 class Templated:
@@ -70,7 +73,8 @@ def render(
     """Render messages as text by the tokenizer's template.
 
     The arguments of tool calls are objects to the template, as transformers asks; a template that joins them to its own
-    text gets them as JSON.
+    text gets them as JSON. A template that refuses the ids of calls (Mistral's asks for nine letters or digits) gets
+    others, the same for a call and its result.
 
     Args:
         source: the target's name, for errors.
@@ -81,7 +85,8 @@ def render(
     options = dict(chat_template_kwargs or {})
     forms = [messages]
     if any(message.get("tool_calls") for message in messages):
-        forms.append(with_text_arguments(messages))
+        named = with_short_ids(messages)
+        forms += [with_text_arguments(messages), named, with_text_arguments(named)]
     error: Exception | None = None
     for form in forms:
         try:
@@ -116,6 +121,23 @@ def with_text_arguments(messages: Sequence[Mapping[str, Any]]) -> list[dict[str,
         else dict(message)
         for message in messages
     ]
+
+
+def with_short_ids(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return the messages with nine hexadecimal digits as the ids of calls, made from those that they have."""
+    found = []
+    for message in messages:
+        changed = dict(message)
+        if message.get("tool_calls"):
+            changed["tool_calls"] = [{**call, "id": _short_id(call["id"])} for call in message["tool_calls"]]
+        if message.get("tool_call_id"):
+            changed["tool_call_id"] = _short_id(message["tool_call_id"])
+        found.append(changed)
+    return found
+
+
+def _short_id(id: str) -> str:
+    return id if len(id) == _SHORT and id.isalnum() else digest(id)[:_SHORT]
 
 
 def _with_text_arguments(call: Mapping[str, Any]) -> dict[str, Any]:

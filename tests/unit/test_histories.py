@@ -1,6 +1,7 @@
 """Rows are what an engine was sent and sent back, whatever the family's template does with earlier turns."""
 
 import json
+import re
 
 import pytest
 
@@ -169,6 +170,31 @@ def calling(text, talk=None):
     conversation = Conversation(target, Prompt("p", "file", talk or chat(tools=True)), 400, 4000)
     conversation.add_answer([*target.ids(text), target.end], "stop")
     return target, conversation
+
+
+def test_ids_of_calls_that_a_template_refuses_are_shortened_alike_for_call_and_result():
+    family = FAMILIES["mistral"]
+    row = json.loads(json.dumps(TALK).replace("abcdefghi", "call_8f0aZ_of_an_openai_log"))
+    target = family.target()
+    conversation = Conversation(target, Prompt("p", "file", read_row(row).chat), 400, 4000)
+    conversation.add_answer([*target.ids(family.call), target.end], "stop")
+    text = target.text(conversation.prompt_ids)
+    (id,) = set(re.findall(r'"call_id": "(\w+)"', text))
+    assert len(id) == 9 and not conversation.endings
+
+
+def test_a_message_that_the_template_leaves_out_is_counted():
+    deaf = (
+        "{% for m in messages if m.role in ('user', 'assistant') %}<|start|>{{ m.role }}\n{{ m.content }}<|end|>\n"
+        "{% endfor %}{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
+    )
+    target = FakeTarget(deaf)
+    row = {
+        "messages": [{"role": "developer", "content": "Be a pirate."}, {"role": "user", "content": "How?"}]
+    }
+    conversation = Conversation(target, Prompt("p", "file", read_row(row).chat), 400, 4000)
+    conversation.add_answer([*target.ids("So."), target.end], "stop")
+    assert conversation.endings == ["the template leaves a message of the developer out"]
 
 
 def test_another_tool_ends_the_conversation_and_is_counted():

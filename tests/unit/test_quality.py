@@ -316,6 +316,9 @@ def test_the_stage_writes_its_reports_before_it_fails(tmp_path, rows, monkeypatc
     (tmp_path / "data/prompts").mkdir()
     lines = [json.dumps({"id": p.id, "source": p.source, "turns": p.turns}) + "\n" for p in PROMPTS]
     (tmp_path / "data/prompts/train.jsonl").write_text("".join(lines))
+    lost = {"an image or another medium": {"rows": 3, "first_line": 7}}
+    asked = {"sources": {"jsonl:mine.jsonl": {"unusable": lost}}, "rejected": {"duplicate": 2}}
+    (tmp_path / "data/prompts/manifest.json").write_text(json.dumps(asked))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("deepspec.target.model.load_target", lambda path: TARGET)
     params = SimpleNamespace(
@@ -328,7 +331,10 @@ def test_the_stage_writes_its_reports_before_it_fails(tmp_path, rows, monkeypatc
     assert "target (1 of 6 break it" in capsys.readouterr().err
     assert json.loads((tmp_path / "reports/validation.json").read_text())["passed"] is False
     assert "| FAILED | target |" in (tmp_path / "reports/validation.md").read_text()
-    assert '<article id="target" class="failed">' in (tmp_path / "reports/validation.html").read_text()
+    page = (tmp_path / "reports/validation.html").read_text()
+    assert '<article id="target" class="failed">' in page
+    assert "jsonl:mine.jsonl that cannot be used</dt><dd>3 × an image or another medium</dd>" in page
+    assert "prompts that were rejected</dt><dd>2 × duplicate</dd>" in page
 
 
 LOOP = "again and again " * 8

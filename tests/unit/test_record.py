@@ -9,6 +9,7 @@ import pytest
 from pydantic import BaseModel, ValidationError
 
 from deepspec.errors import DeepSpecError
+from deepspec.evaluation import parts
 from deepspec.evaluation import record as models
 from deepspec.evaluation.figures import SHOWN, figures, figures_help
 from deepspec.evaluation.parts import StateCosts
@@ -92,7 +93,8 @@ def test_a_record_cannot_be_changed():
 
 
 def test_every_field_has_a_description():
-    found = [each for each in vars(models).values() if isinstance(each, type) and issubclass(each, BaseModel)]
+    named = vars(models) | vars(parts)
+    found = [each for each in named.values() if isinstance(each, type) and issubclass(each, BaseModel)]
     bare = [
         f"{m.__name__}.{name}" for m in found for name, info in m.model_fields.items() if not info.description
     ]
