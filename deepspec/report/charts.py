@@ -7,54 +7,27 @@ sets the text's colours by theme.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any
 
 import altair as alt
 
+from deepspec.report.drawing import (
+    GREY,
+    HEIGHT,
+    PALETTE,
+    Chart,
+    Figure,
+    among,
+    chart_data,
+    colour_key,
+    tooltips,
+    values_of,
+    whole_axis,
+    x_axis,
+    y_axis,
+)
 from deepspec.report.tables import Rows
 
-PALETTE = ("#3f83d1", "#dd8324", "#2b9f79", "#c8578f", "#8570d6", "#a8872b")
-GREY = "#8b919c"
 PARTS = {"draft": "#dd8324", "verify": "#3f83d1", "host": GREY}
-HEIGHT = 240
-PNG_WIDTH, PNG_SCALE = 560, 1.5
-LIGHT = {
-    "background": "white",
-    "view": {"stroke": None},
-    "axis": {
-        "gridColor": "#e6e8eb",
-        "domainColor": "#c4c8ce",
-        "tickColor": "#c4c8ce",
-        "labelColor": "#454b54",
-    },
-    "legend": {"orient": "bottom"},
-}
-Chart = alt.Chart | alt.LayerChart | alt.FacetChart
-
-
-@dataclass(frozen=True)
-class Figure:
-    """A chart with its heading and one sentence on what it shows and how that is computed."""
-
-    name: str
-    section: str
-    title: str
-    text: str
-    chart: Chart
-
-    @property
-    def spec(self) -> dict[str, Any]:
-        """Vega-Lite, as wide as its place in the page."""
-        return self.chart.properties(width="container", description=f"{self.title}. {self.text}").to_dict()
-
-    def png(self) -> bytes:
-        """Render the figure as PNG for light backgrounds."""
-        import vl_convert
-
-        chart = self.chart.properties(width=PNG_WIDTH, title=self.title)
-        version = ".".join(alt.VEGALITE_VERSION.split(".")[:2])
-        return vl_convert.vegalite_to_png(chart.to_dict(), vl_version=version, scale=PNG_SCALE, config=LIGHT)
 
 
 def figures(tables: dict[str, Rows]) -> list[Figure]:
@@ -73,70 +46,28 @@ def _colours(tables: dict[str, Rows]) -> alt.Scale:
     return alt.Scale(domain=ways, range=[palette.get(way, GREY) for way in ways])
 
 
-def _among(colours: alt.Scale, names: list[str]) -> alt.Scale:
-    """Return the same colours for these alone, so that the legend names no others."""
-    return alt.Scale(domain=names, range=[colours.range[colours.domain.index(name)] for name in names])
-
-
-def _data(rows: Rows, **match: Any) -> alt.Data:
-    chosen = [row for row in rows if all(row[key] == value for key, value in match.items())]
-    return alt.Data(values=[{key: _short(value) for key, value in row.items()} for row in chosen])
-
-
-def _short(value: Any) -> Any:
-    return float(f"{value:.5g}") if isinstance(value, float) else value
-
-
-def _values(rows: Rows, key: str) -> list:
-    return list(dict.fromkeys(row[key] for row in rows))
-
-
-def _x(field: str, title: str, **options: Any) -> alt.X:
-    return alt.X(field, type="quantitative", title=title, **options)
-
-
-def _y(field: str, title: str, **options: Any) -> alt.Y:
-    return alt.Y(field, type="quantitative", title=title, **options)
-
-
-def _whole(title: str, field: str) -> alt.X:
-    """Make an axis of small whole numbers."""
-    return _x(field, title, axis=alt.Axis(tickMinStep=1, format="d"), scale=alt.Scale(nice=False, padding=12))
-
-
-def _key(field: str, scale: alt.Scale | None = None, title: str | None = None) -> alt.Color:
-    legend = alt.Legend(title=title, orient="bottom", columns=2, labelLimit=260)
-    return alt.Color(field, type="nominal", legend=legend, scale=scale or alt.Scale(range=list(PALETTE)))
-
-
-def _tips(*fields: str) -> list[alt.Tooltip]:
-    """Make tooltips of fields by name; with `:Q` a number in three digits."""
-    return [
-        alt.Tooltip(field, format=".3~r") if field.endswith(":Q") else alt.Tooltip(field, type="nominal")
-        for field in fields
-    ]
-
-
 def _bars(rows: Rows, colours: alt.Scale, field: str, bounds: tuple[str, str], title: str) -> Chart:
-    ways = _values(rows, "way")
-    scale = _among(colours, ways)
-    base = alt.Chart(_data(rows)).encode(
+    ways = values_of(rows, "way")
+    scale = among(colours, ways)
+    base = alt.Chart(chart_data(rows)).encode(
         y=alt.Y("task:N", title=None, sort=None, axis=alt.Axis(labelLimit=130)),
         yOffset=alt.YOffset("way:N", sort=ways),
     )
     low, high = bounds
-    tips = _tips("task", "way", f"{field}:Q", f"{low}:Q", f"{high}:Q")
-    bars = base.mark_bar(cornerRadiusEnd=2).encode(x=_x(field, title), color=_key("way", scale), tooltip=tips)
+    tips = tooltips("task", "way", f"{field}:Q", f"{low}:Q", f"{high}:Q")
+    bars = base.mark_bar(cornerRadiusEnd=2).encode(
+        x=x_axis(field, title), color=colour_key("way", scale), tooltip=tips
+    )
     whiskers = base.mark_rule(strokeWidth=1.5, opacity=0.75).encode(
-        x=_x(low, title), x2=alt.X2(high), tooltip=tips
+        x=x_axis(low, title), x2=alt.X2(high), tooltip=tips
     )
     one = alt.Chart(alt.Data(values=[{"one": 1}])).mark_rule(strokeDash=[4, 3], opacity=0.6).encode(x="one:Q")
-    height = max(len(_values(rows, "task")) * len(ways) * 17, 70)
+    height = max(len(values_of(rows, "task")) * len(ways) * 17, 70)
     return alt.layer(bars, whiskers, one).properties(height=height)
 
 
 def _speed(tables: dict[str, Rows], colours: alt.Scale) -> Iterator[Figure]:
-    for temperature in _values(tables["speedup"], "temperature"):
+    for temperature in values_of(tables["speedup"], "temperature"):
         rows = [row for row in tables["speedup"] if row["temperature"] == temperature]
         at = f"T = {temperature:g}"
         timed = [row for row in rows if row["speedup"] is not None]
@@ -176,10 +107,10 @@ def _pooled(rows: Rows) -> Rows:
 def _accepted(data: alt.Data, colour: alt.Color, by: str) -> Chart:
     line = alt.Chart(data).mark_line(point=alt.OverlayMarkDef(size=55))
     return line.encode(
-        x=_whole("position in the block", "position"),
-        y=_y("accept_rate", "accepted", axis=alt.Axis(format="%"), scale=alt.Scale(domain=[0, 1])),
+        x=whole_axis("position in the block", "position"),
+        y=y_axis("accept_rate", "accepted", axis=alt.Axis(format="%"), scale=alt.Scale(domain=[0, 1])),
         color=colour,
-        tooltip=_tips(by, "position", "accept_rate:Q", "blocks"),
+        tooltip=tooltips(by, "position", "accept_rate:Q", "blocks"),
     ).properties(height=HEIGHT)
 
 
@@ -204,13 +135,13 @@ ALONG = {  # table → name, x axis, title, text
 def _along(tables: dict[str, Rows], colours: alt.Scale) -> Iterator[Figure]:
     """Make τ over where rounds begin, in the answer and in the context."""
     for table, (name, axis, title, text) in ALONG.items():
-        for temperature in _values(tables[table], "temperature"):
+        for temperature in values_of(tables[table], "temperature"):
             rows = [row for row in tables[table] if row["temperature"] == temperature]
-            mean = alt.Chart(_data(rows)).encode(x=_x("start", axis))
+            mean = alt.Chart(chart_data(rows)).encode(x=x_axis("start", axis))
             chart = mean.mark_line(point=alt.OverlayMarkDef(size=55)).encode(
-                y=_y("mean_tau", "τ", scale=alt.Scale(zero=False)),
-                color=_key("drafter", _among(colours, _values(rows, "drafter"))),
-                tooltip=_tips("drafter", "start", "mean_tau:Q", "all_rounds:Q"),
+                y=y_axis("mean_tau", "τ", scale=alt.Scale(zero=False)),
+                color=colour_key("drafter", among(colours, values_of(rows, "drafter"))),
+                tooltip=tooltips("drafter", "start", "mean_tau:Q", "all_rounds:Q"),
             )
             weighted = (
                 chart.transform_calculate(sum="datum.tau * datum.rounds")
@@ -227,31 +158,33 @@ def _acceptance(tables: dict[str, Rows], colours: alt.Scale) -> Iterator[Figure]
         "Of the blocks whose earlier tokens were all accepted, the share whose token here was accepted too: of a "
         "trained draft alone, with whole blocks, no lookup and no controller"
     )
-    drafters = _values(tables["acceptance"], "drafter")
-    for mode in _values(tables["acceptance"], "mode"):
+    drafters = values_of(tables["acceptance"], "drafter")
+    for mode in values_of(tables["acceptance"], "mode"):
         rows = [row for row in tables["acceptance"] if row["mode"] == mode]
         if len(drafters) > 1:
-            chart = _accepted(_data(_pooled(rows)), _key("drafter", _among(colours, drafters)), "drafter")
+            chart = _accepted(
+                chart_data(_pooled(rows)), colour_key("drafter", among(colours, drafters)), "drafter"
+            )
             title = f"Acceptance by position, all drafts, {mode}"
             yield Figure(f"acceptance-{mode}", "acceptance", title, f"{text}; all tasks together.", chart)
         for drafter in drafters:
             own = [row for row in rows if row["drafter"] == drafter]
             if own:
-                chart = _accepted(_data(own), _key("task"), "task")
+                chart = _accepted(chart_data(own), colour_key("task"), "task")
                 title = f"Acceptance by position: {drafter}, {mode}"
                 yield Figure(f"acceptance-{drafter}-{mode}", "acceptance", title, f"{text}.", chart)
     yield from _along(tables, colours)
-    for temperature in _values(tables["round_time"], "temperature"):
+    for temperature in values_of(tables["round_time"], "temperature"):
         rows = [row for row in tables["round_time"] if row["temperature"] == temperature]
         chart = (
-            alt.Chart(_data(rows))
+            alt.Chart(chart_data(rows))
             .mark_bar()
             .encode(
                 y=alt.Y("way:N", title=None, sort=None, axis=alt.Axis(labelLimit=150)),
-                x=_x("ms", "milliseconds a round", stack=True),
-                color=_key("part", alt.Scale(domain=list(PARTS), range=list(PARTS.values()))),
+                x=x_axis("ms", "milliseconds a round", stack=True),
+                color=colour_key("part", alt.Scale(domain=list(PARTS), range=list(PARTS.values()))),
                 order=alt.Order("place:Q"),
-                tooltip=_tips("way", "part", "ms:Q"),
+                tooltip=tooltips("way", "part", "ms:Q"),
             )
             .transform_calculate(place="indexof(['draft', 'verify', 'host'], datum.part)")
         )
@@ -261,7 +194,7 @@ def _acceptance(tables: dict[str, Rows], colours: alt.Scale) -> Iterator[Figure]
             f"Where a round's time goes, T = {temperature:g}",
             "Drafting, the target's pass with the verdict, and Python around them: medians over prompts, mean of "
             "tasks.",
-            chart.properties(height=max(34 * len(_values(rows, "way")), 70)),
+            chart.properties(height=max(34 * len(values_of(rows, "way")), 70)),
         )
 
 
@@ -277,14 +210,14 @@ def _shape(tables: dict[str, Rows], colours: alt.Scale) -> Iterator[Figure]:
             continue
         names = {"tau": "τ", "speedup": "speed-up (×)"}
         chart = (
-            alt.Chart(_data(rows))
+            alt.Chart(chart_data(rows))
             .transform_fold(list(names), as_=["figure", "y"])
             .transform_filter("isValid(datum.y)")
             .mark_line(point=alt.OverlayMarkDef(size=55))
             .encode(
-                x=_whole(axis, "value"),
-                y=_y("y", "τ, speed-up (×)", scale=alt.Scale(zero=False)),
-                color=_key("drafter", _among(colours, _values(rows, "drafter"))),
+                x=whole_axis(axis, "value"),
+                y=y_axis("y", "τ, speed-up (×)", scale=alt.Scale(zero=False)),
+                color=colour_key("drafter", among(colours, values_of(rows, "drafter"))),
                 strokeDash=alt.StrokeDash(
                     "figure:N",
                     legend=alt.Legend(
@@ -295,7 +228,7 @@ def _shape(tables: dict[str, Rows], colours: alt.Scale) -> Iterator[Figure]:
                     ),
                     scale=alt.Scale(domain=list(names), range=[[1, 0], [5, 4]]),
                 ),
-                tooltip=_tips("drafter", "value", "tau:Q", "speedup:Q"),
+                tooltip=tooltips("drafter", "value", "tau:Q", "speedup:Q"),
             )
         )
         yield Figure(
@@ -310,20 +243,20 @@ def _shape(tables: dict[str, Rows], colours: alt.Scale) -> Iterator[Figure]:
 
 def _confidence(tables: dict[str, Rows]) -> Iterator[Figure]:
     predicted, came = "predicted chance that the path is accepted", "share that was accepted"
-    for drafter in _values(tables["reliability"], "drafter"):
-        for mode in _values(tables["reliability"], "mode"):
-            curve = _data(tables["reliability"], drafter=drafter, mode=mode)
+    for drafter in values_of(tables["reliability"], "drafter"):
+        for mode in values_of(tables["reliability"], "mode"):
+            curve = chart_data(tables["reliability"], drafter=drafter, mode=mode)
             line = alt.Chart(alt.Data(values=[{"p": 0}, {"p": 1}])).mark_line(strokeDash=[4, 3], opacity=0.6)
-            diagonal = line.encode(x=_x("p", predicted), y=_y("p", came))
+            diagonal = line.encode(x=x_axis("p", predicted), y=y_axis("p", came))
             percent = {"axis": alt.Axis(format="%"), "scale": alt.Scale(domain=[0, 1])}
             points = (
                 alt.Chart(curve)
                 .mark_line(point=alt.OverlayMarkDef(size=55))
                 .encode(
-                    x=_x("predicted", predicted, **percent),
-                    y=_y("observed", came, **percent),
-                    color=_key("when", alt.Scale(domain=["before", "after"], range=[GREY, PALETTE[0]])),
-                    tooltip=_tips("when", "predicted:Q", "observed:Q", "count"),
+                    x=x_axis("predicted", predicted, **percent),
+                    y=y_axis("observed", came, **percent),
+                    color=colour_key("when", alt.Scale(domain=["before", "after"], range=[GREY, PALETTE[0]])),
+                    tooltip=tooltips("when", "predicted:Q", "observed:Q", "count"),
                 )
             )
             yield Figure(
@@ -336,16 +269,16 @@ def _confidence(tables: dict[str, Rows]) -> Iterator[Figure]:
                 alt.layer(diagonal, points).properties(height=HEIGHT),
             )
             bars = (
-                alt.Chart(_data(tables["thresholds"], drafter=drafter, mode=mode))
+                alt.Chart(chart_data(tables["thresholds"], drafter=drafter, mode=mode))
                 .mark_area(opacity=0.85)
                 .encode(
-                    x=_x("threshold", "confidence below which a block is cut"),
-                    y=_y("tokens", "drafted tokens", stack=True),
-                    color=_key(
+                    x=x_axis("threshold", "confidence below which a block is cut"),
+                    y=y_axis("tokens", "drafted tokens", stack=True),
+                    color=colour_key(
                         "outcome", alt.Scale(domain=["accepted", "rejected"], range=[PALETTE[2], GREY])
                     ),
                     order=alt.Order("outcome:O"),
-                    tooltip=_tips("outcome", "threshold:Q", "tokens"),
+                    tooltip=tooltips("outcome", "threshold:Q", "tokens"),
                 )
             )
             yield Figure(
@@ -359,18 +292,18 @@ def _confidence(tables: dict[str, Rows]) -> Iterator[Figure]:
 
 
 def _batches(tables: dict[str, Rows]) -> Iterator[Figure]:
-    for drafter in _values(tables["throughput"], "drafter"):
-        for temperature in _values(tables["throughput"], "temperature"):
+    for drafter in values_of(tables["throughput"], "drafter"):
+        for temperature in values_of(tables["throughput"], "temperature"):
             rows = [
                 r for r in tables["throughput"] if (r["drafter"], r["temperature"]) == (drafter, temperature)
             ]
             if not rows:
                 continue
-            names = _values(rows, "name")
+            names = values_of(rows, "name")
             scale = alt.Scale(domain=names, range=[GREY, *PALETTE][: len(names)])
-            batch = _x("batch", "requests in flight", axis=alt.Axis(values=_values(rows, "batch"), format="d"),
+            batch = x_axis("batch", "requests in flight", axis=alt.Axis(values=values_of(rows, "batch"), format="d"),
                        scale=alt.Scale(type="log", base=2, padding=12))  # fmt: skip
-            line = alt.Chart(_data(rows)).mark_line(point=alt.OverlayMarkDef(size=55))
+            line = alt.Chart(chart_data(rows)).mark_line(point=alt.OverlayMarkDef(size=55))
             yield Figure(
                 f"throughput-{drafter}-{temperature:g}",
                 "batches",
@@ -379,9 +312,9 @@ def _batches(tables: dict[str, Rows]) -> Iterator[Figure]:
                 "scheduler, which decides by measured costs how much of which draft to verify.",
                 line.encode(
                     x=batch,
-                    y=_y("tokens_per_second", "tokens/s", scale=alt.Scale(zero=True)),
-                    color=_key("name", scale),
-                    tooltip=_tips("name", "batch", "tokens_per_second:Q", "speedup:Q"),
+                    y=y_axis("tokens_per_second", "tokens/s", scale=alt.Scale(zero=True)),
+                    color=colour_key("name", scale),
+                    tooltip=tooltips("name", "batch", "tokens_per_second:Q", "speedup:Q"),
                 ).properties(height=HEIGHT),
             )
             drafted = [row for row in rows if row["verified_per_request"] is not None]
@@ -391,13 +324,13 @@ def _batches(tables: dict[str, Rows]) -> Iterator[Figure]:
                 f"Verification budget: {drafter}, T = {temperature:g}",
                 "Drafted tokens verified per request and round: the scheduler's falls as the batch fills the machine "
                 "and a verified token is no longer free.",
-                alt.Chart(_data(drafted))
+                alt.Chart(chart_data(drafted))
                 .mark_line(point=alt.OverlayMarkDef(size=55))
                 .encode(
                     x=batch,
-                    y=_y("verified_per_request", "verified a request"),
-                    color=_key("name", scale),
-                    tooltip=_tips("name", "batch", "verified_per_request:Q"),
+                    y=y_axis("verified_per_request", "verified a request"),
+                    color=colour_key("name", scale),
+                    tooltip=tooltips("name", "batch", "verified_per_request:Q"),
                 )
                 .properties(height=HEIGHT),
             )
@@ -421,17 +354,17 @@ def _training(tables: dict[str, Rows], colours: alt.Scale) -> Iterator[Figure]:
         rows = tables[table]
         if rows:
             chart = (
-                alt.Chart(_data(rows))
+                alt.Chart(chart_data(rows))
                 .mark_line(point=alt.OverlayMarkDef(size=40))
                 .encode(
-                    x=_x("step", "step"),
-                    y=_y(
+                    x=x_axis("step", "step"),
+                    y=y_axis(
                         field,
                         title.lower() if table == "training" else "expected τ",
                         scale=alt.Scale(zero=False),
                     ),
-                    color=_key("drafter", _among(colours, _values(rows, "drafter"))),
-                    tooltip=_tips("drafter", "step", f"{field}:Q"),
+                    color=colour_key("drafter", among(colours, values_of(rows, "drafter"))),
+                    tooltip=tooltips("drafter", "step", f"{field}:Q"),
                 )
             )
             yield Figure(table, "training", title, text, chart.properties(height=HEIGHT))

@@ -16,7 +16,7 @@ from markupsafe import Markup
 from deepspec.evaluation.parts import Bounds, TaskEntry
 from deepspec.evaluation.record import LOOKUP, Record
 from deepspec.html import templates
-from deepspec.report.charts import Figure
+from deepspec.report.drawing import Figure
 from deepspec.report.inputs import Inputs
 from deepspec.report.tables import task_of, way_name
 

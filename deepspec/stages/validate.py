@@ -28,12 +28,13 @@ def main(params: Params, flags: argparse.Namespace) -> None:
 
     texts = evaluation_texts(params.evaluate.tasks, params.evaluate.tasks_dir)
     overlap = Overlap(texts, params.prompts.overlap_ngram)
+    target = load_target("data/target")
     validation = validate_data(
         "data/distill",
         read_prompts("data/prompts/train.jsonl"),
         params.validate_,
-        params.generate.max_length,
-        load_target("data/target"),
+        min(params.generate.max_length, target.max_length),
+        target,
         overlap.hits,
     )
     manifest = Path("data/prompts/manifest.json")

@@ -43,6 +43,7 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Clone:
         "generate": {"engine": "given", "given": {"answered_by": "another"}, "max_length": 2048},
         "drafters.dspark": {"type": "dspark", "layers": 1, "start": "random", "block_size": 3, "markov_rank": 8,
                             "draft_vocab_size": 128, "target_layer_ids": [0, 1]},
+        "prompts.mix": {"tools": 1.0},
         "pipeline": [DRAFTER],
         "train.steps": 4,
         "train.max_length": 2048,
