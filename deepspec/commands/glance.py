@@ -21,6 +21,7 @@ def main(params: Params, flags: argparse.Namespace) -> None:
     from deepspec.evaluation.stats import macro_speedup
     from deepspec.progress import Progress
     from deepspec.target.model import load_target
+    from deepspec.tasks.dialogue import first_turn, longest
     from deepspec.tasks.task import load_task
 
     chosen, lookup = params.evaluate, params.evaluate.decode.lookup or DEFAULT_LOOKUP
@@ -33,13 +34,13 @@ def main(params: Params, flags: argparse.Namespace) -> None:
         params.seed,
     )
     prompts = [[task.prompts[i] for i in range(min(PROMPTS, len(task.prompts)))] for task in tasks]
-    contest.warm_up(max((turns[0] for task in prompts for turns in task), key=len), [0.0])
+    contest.warm_up(longest(chat for task in prompts for chat in task), [0.0])
     runs = []
     with Progress("lookup", sum(map(len, prompts))) as progress:
-        for task, texts in zip(tasks, prompts, strict=True):
+        for task, chats in zip(tasks, prompts, strict=True):
             runs.append([])
-            for i, turns in enumerate(texts):
-                runs[-1].append(contest.prompt(task.name, turns[:1], 0.0, i))
+            for i, chat in enumerate(chats):
+                runs[-1].append(contest.prompt(task.name, first_turn(chat), 0.0, i))
                 progress.advance()
     speed = macro_speedup([[pair(row[PLAIN], row["lookup"]) for row in task] for task in runs])
     plain = [row[PLAIN] for task in runs for row in task]

@@ -29,7 +29,7 @@ from deepspec.evaluation.runs import PromptRuns, from_json, prompt_seed, to_json
 from deepspec.evaluation.throughput import Server, Setting
 from deepspec.evaluation.trace import trace
 from deepspec.target.model import Target, load_target
-from deepspec.tasks.dialogue import first_turn, prompt_ids, turns_of
+from deepspec.tasks.dialogue import first_turn, longest, prompt_ids, turns_of
 
 Made = TypeVar("Made")
 
@@ -47,10 +47,8 @@ def run_contest(bench: Bench) -> dict[tuple[str, float], list[PromptRuns]]:
     @_once
     def contest() -> Contest:
         found = Contest(bench.target, decoding_configs(bench), bench.params.max_new_tokens, bench.seed)
-        longest = max(
-            (chat for task in bench.tasks for chat in task.prompts), key=lambda chat: len(chat.turns[0])
-        )
-        found.warm_up(longest, bench.params.temperatures)
+        prompts = (chat for task in bench.tasks for chat in task.prompts)
+        found.warm_up(longest(prompts), bench.params.temperatures)
         return found
 
     def decode(key: str) -> Any:

@@ -8,7 +8,7 @@ every draft.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -49,6 +49,11 @@ def turns_of(chat: Chat) -> list[Any]:
 def first_turn(chat: Chat) -> Chat:
     """Return the conversation up to the first answer."""
     return replace(chat, messages=chat.slots()[0].before)
+
+
+def longest(chats: Iterable[Chat]) -> Chat:
+    """Return the conversation whose first user message is the longest."""
+    return max(chats, key=lambda chat: len(chat.turns[0]))
 
 
 def prompt_ids(target: Any, chat: Chat, answers: Sequence[str] = ()) -> list[int]:
