@@ -32,6 +32,8 @@ class Reach:
             made: the draft's deepspec.json.
             evaluation: its evaluation record, if it has one.
         """
+        if not made.get("data_digest"):  # nothing was learnt, or nobody says from what
+            return cls(measured=_measured(evaluation))
         rows = made.get("row_tokens") or {}
         longest = rows.get("longest") or (made.get("train") or {}).get("max_length")
         return cls(longest, rows.get("common"), _measured(evaluation))

@@ -45,13 +45,14 @@ def record(*at: tuple[int, int, int, float]) -> Record:
     return Record.parse(records.record(contexts=found), "mine.json")
 
 
-MADE = {"row_tokens": {"common": 200, "longest": 256}, "train": {"max_length": 512}}
+MADE = {"data_digest": "d", "row_tokens": {"common": 200, "longest": 256}, "train": {"max_length": 512}}
 
 
 @pytest.mark.parametrize(
     ("made", "evaluation", "said"),
     [
         ({}, record((0, 128, 4, 2.0)), ""),
+        ({"data_digest": None, "train": {"max_length": 512}}, None, ""),
         (
             MADE,
             record((0, 128, 30, 2.5), (128, 256, 10, 2.1)),
@@ -65,7 +66,7 @@ MADE = {"row_tokens": {"common": 200, "longest": 256}, "train": {"max_length": 5
             "From 256 tokens on τ was 1.10, 2.50 below.",
         ),
         (
-            {"train": {"max_length": 512}},
+            {"data_digest": "d", "train": {"max_length": 512}},
             None,
             "It was trained on rows of up to 512 tokens: serve it for contexts up to that. "
             "Longer ones were not measured.",
