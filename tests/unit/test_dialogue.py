@@ -96,7 +96,8 @@ def test_a_directory_of_prompts_may_hold_messages(tmp_path):
     (tmp_path / "agents.jsonl").write_text(json.dumps(TALK) + "\n" + json.dumps(SYSTEM) + "\n")
     found = load_task("agents", tasks_dir=tmp_path)
     assert [len(turns) for turns in found.asked] == [3, 1]
-    assert evaluation_texts(["agents"], tmp_path) == ["weather in Paris?", "thanks, and London?", "Why?"]
+    # The question mark that all first turns end with may be a frame.
+    assert evaluation_texts(["agents"], tmp_path) == ["weather in Paris", "thanks, and London?", "Why"]
 
 
 def test_token_ids_are_refused_and_what_is_left_out_is_told(tmp_path, caplog):
