@@ -13,8 +13,8 @@ from torch.utils.checkpoint import checkpoint
 
 from deepspec.decoding.tree import Vocabulary
 from deepspec.drafters.rope import Rope
+from deepspec.target.ends import Ends
 from deepspec.target.head import PLAIN
-from deepspec.target.model import Target
 
 SHARED = frozenset({"embed_tokens.weight", "lm_head.weight"})  # absent from a draft's file: the target's own
 
@@ -187,7 +187,7 @@ class Network(nn.Module):
         self.embed_tokens.requires_grad_(False)
         self.lm_head.requires_grad_(False)
 
-    def init_from_target(self, target: Target, channel_std: Tensor) -> None:
+    def init_from_target(self, target: Ends, channel_std: Tensor) -> None:
         """Begin as `start: target` says. channel_std: standard deviation of each channel of the features, [n·d]."""
         raise NotImplementedError
 
@@ -196,7 +196,7 @@ class Network(nn.Module):
         for mine, theirs in zip(self.buffers(), other.buffers(), strict=True):
             mine.copy_(theirs)
 
-    def share(self, target: Target, draft_ids: Tensor) -> None:
+    def share(self, target: Ends, draft_ids: Tensor) -> None:
         """Take embeddings and head from the target. draft_ids int64 [draft_vocab], ascending target ids."""
         self.draft_ids.copy_(draft_ids)
         self.embed_tokens.weight.data = target.embeddings.to(torch.float32).clone()
@@ -218,7 +218,7 @@ class Network(nn.Module):
         return Vocabulary(self.config.vocab_size, ids, ids.tolist())
 
 
-def like_target(target: Target, layers: Sequence[int], draft_vocab_size: int | None) -> dict[str, Any]:
+def like_target(target: Ends, layers: Sequence[int], draft_vocab_size: int | None) -> dict[str, Any]:
     """Sizes of a draft that follow its target's.
 
     Raises:

@@ -22,7 +22,7 @@ from deepspec.drafters.published.recognise import opened, recognise
 from deepspec.drafters.published.vocabulary import draft_ids
 from deepspec.drafters.start import WAYS
 from deepspec.errors import DeepSpecError
-from deepspec.target.model import Target
+from deepspec.target.ends import Ends
 
 BY_COLUMN = ("lm_head.weight", "markov_head.markov_w2.weight")  # a row for each token of the draft vocabulary
 NEW = ("markov_head.", "confidence_head.", "context_skip.")  # what a draft may gain
@@ -106,7 +106,7 @@ class Origin:
         return own
 
 
-def open_origin(start: str, kinds: tuple[str, ...], target: Target) -> Origin | None:
+def open_origin(start: str, kinds: tuple[str, ...], target: Ends) -> Origin | None:
     """
     Return the draft that `start` names; None where it says how layers begin.
 

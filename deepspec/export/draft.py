@@ -14,13 +14,13 @@ from torch import Tensor
 from deepspec.drafters.checkpoint import RECORD, Checkpoint, draft_digest, stored_weights
 from deepspec.drafters.load import open_draft
 from deepspec.drafters.network import Network
-from deepspec.drafters.weights import dtype_of, stored
 from deepspec.errors import DeepSpecError
 from deepspec.evaluation.record import Record
 from deepspec.export.layout import tokenizer_files
 from deepspec.export.reference import network
 from deepspec.target.embedded import EMBEDDED, PREFIX
 from deepspec.target.model import Target
+from deepspec.target.weights import dtype_of, stored
 
 TRAINED = ("eagle3", "dspark", "dflash", "medusa", "lm")
 

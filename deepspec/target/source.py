@@ -21,8 +21,12 @@ _TEXT = ("*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "*.py")
 _SAMPLES, _SAMPLE = 4096, 1 << 20  # of a weight file: places read, bytes at each
 
 
-def check_source(source: str) -> None:
-    """Refuse a path that is no complete target directory; a hub id looks like `owner/name` and is not a path."""
+def check_source(source: str, weights: bool = True) -> None:
+    """Refuse a path that is no complete target directory; a hub id looks like `owner/name` and is not a path.
+
+    Args:
+        weights: whether every file of weights must be readable.
+    """
     path = Path(source)
     if not path.is_dir():
         if is_hub_id(source):
@@ -30,7 +34,7 @@ def check_source(source: str) -> None:
         raise DeepSpecError(f"{source}: no such target directory (and not a hub id like owner/name)")
     if not (path / "config.json").exists():
         raise DeepSpecError(f"{source}: not a target directory: config.json is missing")
-    for file in _files(path, (*_TEXT, *WEIGHTS)):
+    for file in _files(path, (*_TEXT, *(WEIGHTS if weights else ()))):
         try:
             file.open("rb").close()  # what may not be read, libraries call missing
         except OSError as error:

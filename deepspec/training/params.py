@@ -46,6 +46,11 @@ class TrainParams(Section):
     )
     gradient_checkpointing: bool = Field(False, description="Less memory, more time.")
     compile: bool = Field(False, description="torch.compile the network (GPU).")
+    real_decode: bool = Field(
+        True,
+        description="At the end decode held-out prompts with the whole target: temperatures of the confidence, "
+        "and a check of the expected τ. false: once features are cached, none of the target's layers is loaded.",
+    )
     written_out: bool = Field(
         False, description="Write embeddings and the whole head into the draft; else they are the target's."
     )

@@ -7,6 +7,7 @@ import os
 import signal
 from pathlib import Path
 
+import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -17,7 +18,8 @@ from accelerate.tracking import GeneralTracker
 from deepspec.config import load_params
 from deepspec.drafters.start import channel_std, draft_vocabulary
 from deepspec.errors import DeepSpecError
-from deepspec.features.sequences import Sequence, read_sequences
+from deepspec.features.read import read_sequences
+from deepspec.features.sequences import Sequence, Sequences
 from deepspec.target.model import H_LAST
 from deepspec.training.batches import Batches
 from deepspec.training.distribute import CHECKPOINT
@@ -143,8 +145,8 @@ def test_a_row_that_would_pad_its_batch_is_passed_on_its_own(store, sequences):
 
 def test_rows_of_one_conversation_are_held_out_together():
     rows = [Sequence([1, 2, 3], [0, 0, 1], [0, 0, 1], f"c{i // 3}") for i in range(60)]
-    heldout, members = split(rows, 2, seed=0)
-    assert len(heldout) == 6 and sorted(heldout + members) == list(range(60))
+    heldout, members = split(Sequences.of(rows), 2, seed=0)
+    assert len(heldout) == 6 and sorted([*heldout, *members]) == list(range(60))
     assert not {rows[i].conversation for i in heldout} & {rows[i].conversation for i in members}
 
 
@@ -262,12 +264,13 @@ def test_data_without_answers_is_refused(tmp_path):
 
 
 def test_the_draft_vocabulary_keeps_the_frequent_tokens_in_order():
-    assert draft_vocabulary([7, 7, 3, 9, 9, 9, 9], 3, 12).tolist() == [3, 7, 9]
-    assert draft_vocabulary([7, 7, 3], 4, 12).tolist() == [0, 1, 3, 7]
+    assert draft_vocabulary(np.bincount([7, 7, 3, 9, 9, 9, 9], minlength=12), 3).tolist() == [3, 7, 9]
+    assert draft_vocabulary(np.bincount([7, 7, 3], minlength=12), 4).tolist() == [0, 1, 3, 7]
 
 
 def test_a_stop_token_has_a_column_though_no_answer_ends():
-    assert draft_vocabulary([7, 7, 3, 9, 9, 9, 9], 3, 12, frozenset({11})).tolist() == [7, 9, 11]
+    counts = np.bincount([7, 7, 3, 9, 9, 9, 9], minlength=12)
+    assert draft_vocabulary(counts, 3, frozenset({11})).tolist() == [7, 9, 11]
 
 
 def test_the_schedule_warms_up_and_decays_to_zero():

@@ -42,6 +42,7 @@ from deepspec.drafters.rope import Rope, RopeTable, Scaling, read_rope, written_
 from deepspec.drafters.start import init_from_target, resolve_start
 from deepspec.errors import DeepSpecError
 from deepspec.target.attention import ForwardPass, KVCache, attend
+from deepspec.target.ends import Ends
 from deepspec.target.fused import FusedLayer, PackedLinear, rotate
 from deepspec.target.model import Target
 
@@ -98,7 +99,7 @@ class DSparkConfig:
         return cls(**known | {name: tuple(known[name]) for name in lists if name in known})
 
     @classmethod
-    def for_target(cls, params: DSparkParams, target: Target) -> DSparkConfig:
+    def for_target(cls, params: DSparkParams, target: Ends) -> DSparkConfig:
         """Sizes that follow the target's own."""
         layers = params.target_layer_ids or spread_layers(target.num_layers)
         return cls(
@@ -245,7 +246,7 @@ class DSparkModel(Network):
         if self.markov_head is not None:
             self.markov_head.begin()
 
-    def init_from_target(self, target: Target, channel_std: Tensor) -> None:
+    def init_from_target(self, target: Ends, channel_std: Tensor) -> None:
         init_from_target(self.decoder_layers(), self.norm, self.fc, target, channel_std)
         if self.markov_head is not None:
             self.markov_head.set_scale()
@@ -525,7 +526,7 @@ def load(checkpoint: Checkpoint, target: Target) -> DSparkDrafter:
     return DSparkDrafter(network, target, temperatures(checkpoint.directory))
 
 
-def network(params: DSparkParams, target: Target, asked: Collection[str] | None = None) -> DSparkModel:
+def network(params: DSparkParams, target: Ends, asked: Collection[str] | None = None) -> DSparkModel:
     """Make the network to train.
 
     Args:

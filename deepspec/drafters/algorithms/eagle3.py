@@ -35,6 +35,7 @@ from deepspec.drafters.rope import Rope, RopeTable, Scaling, read_rope, written_
 from deepspec.drafters.start import init_from_target, resolve_start
 from deepspec.errors import DeepSpecError
 from deepspec.target.attention import ForwardPass, attend
+from deepspec.target.ends import Ends
 from deepspec.target.fused import FusedLayer, PackedLinear, rotate
 from deepspec.target.model import Target
 
@@ -104,7 +105,7 @@ class Eagle3Config:
         return cls(**known | {"target_layer_ids": tuple(found["target_layer_ids"])})
 
     @classmethod
-    def for_target(cls, params: Eagle3Params, target: Target) -> Eagle3Config:
+    def for_target(cls, params: Eagle3Params, target: Ends) -> Eagle3Config:
         """Sizes that follow the target's own."""
         layers = params.target_layer_ids or default_layers(target.num_layers)
         sizes = like_target(target, layers, params.draft_vocab_size)
@@ -229,7 +230,7 @@ class Eagle3Model(Network):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.initialise()
 
-    def init_from_target(self, target: Target, channel_std: Tensor) -> None:
+    def init_from_target(self, target: Ends, channel_std: Tensor) -> None:
         init_from_target(self.decoder_layers(), self.norm, self.fc, target, channel_std)
 
     def decoder_layers(self) -> list[Layer]:
@@ -343,7 +344,7 @@ def load(checkpoint: Checkpoint, target: Target) -> Eagle3Drafter:
     return Eagle3Drafter(load_network(model, checkpoint, target), target)
 
 
-def network(params: Eagle3Params, target: Target) -> Eagle3Model:
+def network(params: Eagle3Params, target: Ends) -> Eagle3Model:
     """Make the network to train."""
     origin = open_origin(params.start, ("eagle3",), target)
     if origin is None:
