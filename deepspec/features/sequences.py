@@ -71,7 +71,7 @@ class Chunk:
         return np.diff(self.offsets).astype(np.int64)
 
     def marked(self, mask: npt.NDArray[np.uint8]) -> npt.NDArray[np.bool_]:
-        """Return of each row whether a token from its third on is marked: nothing is predicted before."""
+        """Return whether each row has a mark from its third token on: nothing is predicted before."""
         late = mask.astype(bool)
         for place in (0, 1):
             early = self.offsets[:-1] + place
@@ -143,17 +143,17 @@ class Sequences(SequenceOf[Sequence]):
 
     @cached_property
     def teaches(self) -> npt.NDArray[np.bool_]:
-        """Of each row whether there is a token to predict that is to be learnt, [rows]."""
+        """Return whether each row has a token to predict that is to be learnt, [rows]."""
         return np.concatenate([np.zeros(0, bool), *(chunk.marked(chunk.learnt) for chunk in self.chunks)])
 
     @cached_property
     def answered(self) -> npt.NDArray[np.bool_]:
-        """Of each row whether there is a token to predict that is part of an answer, [rows]."""
+        """Return whether each row has a token to predict that is part of an answer, [rows]."""
         return np.concatenate([np.zeros(0, bool), *(chunk.marked(chunk.answer) for chunk in self.chunks)])
 
     @cached_property
     def groups(self) -> Ints:
-        """Of each row the number of its conversation, in the order in which they begin, [rows]."""
+        """Return the number of each row's conversation, in the order in which they begin, [rows]."""
         if all(chunk.conversations is None for chunk in self.chunks):
             return np.arange(len(self))
         numbers: dict[str, int] = {}

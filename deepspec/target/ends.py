@@ -185,7 +185,7 @@ class StoredEnds(Ends):
     def __init__(self, directory: Path, digest: str, device: torch.device):
         source = str(directory)
         config = from_pretrained(AutoConfig, source)
-        self._model = _skeleton(source, config)
+        self._model = skeleton(source, config)
         self._checkpoint = _Checkpoint(directory, self._model)
         text = self._model.config.get_text_config()
         super().__init__(
@@ -272,7 +272,7 @@ class _Checkpoint:
         return {"embeddings": embeddings, "head": weight, "bias": bias}
 
 
-def _skeleton(source: str, config: Any) -> PreTrainedModel:
+def skeleton(source: str, config: Any) -> PreTrainedModel:
     """Return the modules of a model without memory for their weights."""
     try:
         with torch.device("meta"):
