@@ -54,7 +54,7 @@ class TargetSize:
         return self.parameters * self.bytes
 
     def read(self, tokens: int) -> float:
-        """Return the bytes of weights that a pass over so many new tokens reads: of a mixture, the experts that are hit."""
+        """Return the bytes of weights that a pass over so many new tokens reads; of a mixture those that are hit."""
         share = self.chosen / self.experts
         hit = 1 - (1 - share) ** tokens
         return (self.active + self.mixture * (hit - share)) * self.bytes

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from transformers import AutoConfig
 from typer.testing import CliRunner
 
 from deepspec.cli import app
@@ -63,12 +64,9 @@ LAPTOP = Rates(flops=4e11, bandwidth=1.4e10, disk=3e8, memory=2.4e10, free_disk=
 GPU = Rates(flops=7e14, bandwidth=4e12, disk=2e9, memory=1.4e11, free_disk=8e12, devices=8)
 
 
-def planned(name: str, rates: Rates, params: Params | None = None) -> Plan:
-    from transformers import AutoConfig
-
-    config = dict(CONFIGS[name])
-    params = params or load_params(ROOT / "params.yaml")
-    return plan_of(params, name, AutoConfig.for_model(config.pop("model_type"), **config), rates)
+def planned(name: str, rates: Rates, params: Params | None = None, **other) -> Plan:
+    config = AutoConfig.for_model(**CONFIGS[name] | other)
+    return plan_of(params or load_params(ROOT / "params.yaml"), name, config, rates)
 
 
 def changed(**sections: dict) -> Params:
@@ -133,12 +131,9 @@ def test_a_target_that_no_device_holds_is_trained_for_all_the_same():
 
 
 def test_training_takes_the_memory_of_the_ends_however_deep_the_target_is():
-    deep = dict(CONFIGS["qwen3-8b"], num_hidden_layers=72)
-    CONFIGS["deep"] = deep
-    try:
-        once, twice = (planned(name, GPU).of("train dspark").memory for name in ("qwen3-8b", "deep"))
-    finally:
-        del CONFIGS["deep"]
+    once, twice = (
+        planned("qwen3-8b", GPU, num_hidden_layers=layers).of("train dspark").memory for layers in (36, 72)
+    )
     assert once == twice
     online = changed(train={"features": {"mode": "online"}})
     assert planned("qwen3-8b", GPU, online).of("train dspark").memory > once + 12e9
