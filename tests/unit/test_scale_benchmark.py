@@ -24,7 +24,7 @@ def test_the_data_begins_alike_and_has_answers(tmp_path):
     write_data(tmp_path / "data", 100, 60)
     sequences, _ = read_sequences(tmp_path / "data", 120, "all")
     assert len(sequences) == 100 and sequences.answered.all()
-    assert 45 <= sequences.lengths.min() and sequences.lengths.max() <= 75
+    assert sequences.lengths.min() >= 45 and sequences.lengths.max() <= 75
     assert [row.learnt.index(1) for row in sequences][:5] == [PREFIX] * 5
 
 
