@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from unittest import mock
 
 import torch
 from accelerate import Accelerator
@@ -24,7 +25,6 @@ from tests.tiny import make_draft
 
 
 def main(directory: str, work: str, steps: str) -> None:
-    local.BATCH_TOKENS, local.SHARD_TOKENS = 80, 60  # several shards, so that every process has some
     accelerator = Accelerator(mixed_precision="no")
     target = load_target(directory)
     rng = torch.Generator().manual_seed(0)
@@ -35,9 +35,9 @@ def main(directory: str, work: str, steps: str) -> None:
     )
     model = make_draft(target, draft_vocab_size=128)
     store = CachedFeatures(Path(work) / "features", target, sequences, (0, 1), "data")
-    store.build(
-        share=Share(accelerator.process_index, accelerator.num_processes, accelerator.wait_for_everyone)
-    )
+    share = Share(accelerator.process_index, accelerator.num_processes, accelerator.wait_for_everyone)
+    with mock.patch.multiple(local, BATCH_TOKENS=80, SHARD_TOKENS=60):  # every process has some shards
+        store.build(share=share)
     batches = Batches(store, list(range(3, 20)), 4, 6, 3, seed=0)
     trainer = Trainer(BlockObjective(model, params.loss), batches, [0, 1, 2], params, accelerator, Path(work))
     original = trainer.train_step

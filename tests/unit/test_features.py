@@ -115,10 +115,10 @@ def test_an_interrupted_build_goes_on_at_the_shard_where_it_stopped(make, target
 def test_processes_share_a_build_and_write_the_bytes_of_one(make, sequences, tmp_path):
     whole = make(name="whole")
     together, written = threading.Barrier(3), {}
+    targets = [load_target(cached_target("llama"), dtype="bfloat16") for _ in range(3)]
 
     def build(rank):
-        own = load_target(cached_target("llama"), dtype="bfloat16")
-        features = CachedFeatures(tmp_path / "shared", own, sequences, LAYERS, "data")
+        features = CachedFeatures(tmp_path / "shared", targets[rank], sequences, LAYERS, "data")
         original = features._write
         features._write = lambda number, batches: (
             written.setdefault(rank, []).append(number),

@@ -6,6 +6,7 @@ import json
 import os
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow
@@ -123,6 +124,33 @@ def test_a_corrupt_checkpoint_is_named(store, tmp_path):
     (tmp_path / "work" / CHECKPOINT).write_bytes(b"not a checkpoint")
     with pytest.raises(DeepSpecError, match="corrupt checkpoint"):
         make_trainer(store, tmp_path / "work").run()
+
+
+def batches_of_lists(
+    members: list[int], lengths: list[int], size: int, seed: int, epoch: int
+) -> list[list[int]]:
+    """An epoch's batches as they were made of Python's lists."""
+    rng = torch.Generator().manual_seed(seed * 100003 + epoch)
+    shuffled = [members[i] for i in torch.randperm(len(members), generator=rng).tolist()]
+    batches = []
+    for start in range(0, len(shuffled), size * 16):
+        part = sorted(shuffled[start : start + size * 16], key=lambda i: lengths[i])
+        batches += [part[j : j + size] for j in range(0, len(part), size)]
+    whole = [batch for batch in batches if len(batch) == min(size, len(members))]
+    return [whole[i] for i in torch.randperm(len(whole), generator=rng).tolist()]
+
+
+@pytest.mark.parametrize(("rows", "size"), [(100, 3), (97, 4), (5, 8), (1, 1)])
+def test_the_order_of_arrays_is_that_of_lists(rows, size):
+    rng = torch.Generator().manual_seed(rows)
+    lengths = torch.randint(4, 9, (rows + 3,), generator=rng).tolist()
+    sequences = Sequences.of(Sequence([1] * n, [0] * n, [1] * n) for n in lengths)
+    members = list(range(3, rows + 3))
+    batches = Batches(SimpleNamespace(sequences=sequences), members, size, 4, 2, seed=5)
+    for epoch in (0, 2):
+        expected = batches_of_lists(members, lengths, size, 5, epoch)
+        first = epoch * batches.steps_per_epoch
+        assert [batches.indices(first + i) for i in range(batches.steps_per_epoch)] == expected
 
 
 def test_two_processes_see_the_blocks_of_one(store):
