@@ -28,7 +28,7 @@ from deepspec.drafters.network import Network
 from deepspec.features.local import Features
 from deepspec.features.sequences import Sequence, Sequences
 from deepspec.target.attention import attend
-from deepspec.target.model import H_LAST
+from deepspec.target.ends import H_LAST
 from deepspec.training.batches import Batch, Batches
 from deepspec.training.objective import BlockObjective
 from deepspec.training.params import TrainParams

@@ -17,7 +17,8 @@ from deepspec.drafters.algorithms.medusa import MedusaConfig, MedusaModel
 from deepspec.drafters.checkpoint import Checkpoint, load_network
 from deepspec.drafters.network import Network
 from deepspec.export.readers.sample import Sample
-from deepspec.target.model import H_LAST, Target
+from deepspec.target.ends import H_LAST
+from deepspec.target.model import Target
 from deepspec.target.source import load_model
 
 

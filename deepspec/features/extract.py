@@ -9,7 +9,8 @@ from torch.nn.utils.rnn import pad_sequence
 from deepspec.errors import DeepSpecError
 from deepspec.features.sequences import Sequences
 from deepspec.target.attention import ForwardPass
-from deepspec.target.model import H_LAST, Target
+from deepspec.target.ends import H_LAST
+from deepspec.target.model import Target
 
 LOG_NORM = "log_norm"
 Row = dict[int | str, Tensor]  # layer → [n, d], `H_LAST` among them; LOG_NORM → float32 [n]

@@ -15,7 +15,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -31,8 +31,8 @@ from deepspec.features.sequences import Ints, Sequence, Sequences
 from deepspec.files import digest, file_digest, replacing, write_json
 from deepspec.lineage import code_digest
 from deepspec.progress import Progress
-from deepspec.target.ends import Ends
-from deepspec.target.model import H_LAST, Target
+from deepspec.target.ends import H_LAST, Ends
+from deepspec.target.model import Target
 
 BATCH_TOKENS = 2048  # of a target pass
 SHARD_TOKENS = 16384
@@ -103,6 +103,16 @@ class OnlineFeatures(Features):
         ]
 
 
+class StateSource(Protocol):
+    """What has a target's states: one that runs here (`Extractor`), or files of an engine's (`EngineStates`)."""
+
+    def rows(self, indices: list[int]) -> list[Row]:
+        """Return the states of some sequences, in the target's dtype."""
+
+    def log_norm(self, hidden: Tensor) -> Tensor:
+        """Return the log-normaliser of the law at post-norm states [n, d]."""
+
+
 @dataclass(frozen=True)
 class Share:
     """A process's part of work that several do.
@@ -124,6 +134,7 @@ class CachedFeatures(Features):
         directory: of the shards.
         data_digest: of the data set that the sequences are from.
         form: a name in `deepspec.features.codec.CODECS`.
+        computed_by: whose arithmetic they are of, if not the target's as it runs here.
     """
 
     def __init__(
@@ -134,6 +145,7 @@ class CachedFeatures(Features):
         layers: tuple[int, ...],
         data_digest: str,
         form: str = "bf16",
+        computed_by: str | None = None,
     ):
         super().__init__(target, sequences, layers)
         self.directory, self.codec = directory, codec(form)
@@ -146,10 +158,12 @@ class CachedFeatures(Features):
             "sequences": self.sequences.digest,
             "form": form,
         }
+        if computed_by is not None:
+            self.identity["computed_by"] = computed_by
         self.manifest: dict[str, Any] = self.identity | {"shards": []}
         self._maps: dict[int, dict[str, Tensor]] = {}  # of shards that were read
         self._shard_of, self._first = (np.zeros(len(self.sequences), np.int64) for _ in range(2))
-        self._extractor: Extractor | None = None  # while shards are computed
+        self._source: StateSource | None = None  # while shards are written
 
     @classmethod
     def below(cls, root: Path, *what: Any) -> CachedFeatures:
@@ -187,12 +201,12 @@ class CachedFeatures(Features):
         tokens = int(self.sequences.lengths.sum())
         return sum(shard["bytes"] for shard in self.manifest["shards"]) / tokens
 
-    def build(self, body: Callable[[], Target] | None = None, share: Share = Share()) -> None:
+    def build(self, source: Callable[[], StateSource] | None = None, share: Share = Share()) -> None:
         """Compute the shards that are missing, sequences of like length together, longest first.
 
         Args:
-            body: gives the target with its layers, asked for only if shards are missing; None: it is the target that
-                the features were made with.
+            source: gives what computes or has the states, asked for only if shards are missing; None: the target that
+                the features were made with computes them.
             share: of the missing shards; every process calls this.
 
         Raises:
@@ -204,13 +218,13 @@ class CachedFeatures(Features):
             self.manifest = self._checked(path)
         plan = list(_shards(self.sequences))
         if len(self.manifest["shards"]) != len(plan):
-            self._extract(plan, body or self._own_body, share)
+            self._extract(plan, source or self._own_source, share)
         for number, batches in enumerate(plan):
             rows = np.concatenate(batches)
             self._shard_of[rows] = number
             self._first[rows] = np.cumsum([0, *self.sequences.lengths[rows[:-1]]])
 
-    def _extract(self, plan: list[list[Batch]], body: Callable[[], Target], share: Share) -> None:
+    def _extract(self, plan: list[list[Batch]], source: Callable[[], StateSource], share: Share) -> None:
         """Compute this process's part of the shards that have no entry, and write the manifest when all have one."""
         missing = [number for number in range(len(plan)) if self._entry(number) is None]
         share.wait()  # until all know the same to be missing
@@ -218,12 +232,12 @@ class CachedFeatures(Features):
         if share.rank == 0:
             write_json(path, self.identity | {"shards": []})
         if mine:
-            self._extractor = Extractor(body(), self.sequences, self.layers)
+            self._source = source()
             with Progress("features", len(mine), shown=share.rank == 0) as progress:
                 for number in mine:
                     write_json(self._entry_path(number), self._write(number, plan[number]))
                     progress.advance()
-            self._extractor = None
+            self._source = None
         share.wait()
         entries = [self._entry(number) for number in range(len(plan))]
         if lost := [number for number, entry in enumerate(entries) if entry is None]:
@@ -238,10 +252,10 @@ class CachedFeatures(Features):
             for number in range(len(plan)):
                 self._entry_path(number).unlink(missing_ok=True)
 
-    def _own_body(self) -> Target:
+    def _own_source(self) -> StateSource:
         if not isinstance(self.target, Target):
             raise TypeError("features can only be computed by a target with its layers")
-        return self.target
+        return Extractor(self.target, self.sequences, self.layers)
 
     def _entry(self, number: int) -> dict[str, Any] | None:
         """Return what the manifest says of a shard that a process has finished; None if it is not there."""
@@ -282,18 +296,18 @@ class CachedFeatures(Features):
 
     def _write(self, number: int, batches: list[Batch]) -> dict[str, Any]:
         parts: dict[str, list[Tensor]] = {}
-        extractor = self._extractor
-        if extractor is None:
+        source = self._source
+        if source is None:
             raise TypeError("shards are written by `build`")
         for batch in batches:
-            for row in extractor.rows(batch.tolist()):
+            for row in source.rows(batch.tolist()):
                 for layer in {*self.layers, H_LAST}:
                     encoded = self.codec.encode(row[layer])
                     for part, tensor in encoded.items():
                         parts.setdefault(f"{layer}.{part}", []).append(tensor.cpu())
                     if layer == H_LAST and self.codec.group is not None:  # of what will be read back
                         last = self.codec.decode(encoded).to(self.target.dtype)
-                        row[LOG_NORM] = extractor.log_norm(last)
+                        row[LOG_NORM] = source.log_norm(last)
                 parts.setdefault(LOG_NORM, []).append(row[LOG_NORM].cpu())
         path = self._path(number)
         with replacing(path) as scratch:

@@ -179,6 +179,9 @@ class _Sketch(Ends):
     def _last(self, count: int) -> Sequence[nn.Module]:
         return []
 
+    def normed(self, hidden: Tensor) -> Tensor:
+        raise DeepSpecError(f"{self.source}: a configuration has no weights")
+
     @property
     def last_norm(self) -> Tensor:
         raise DeepSpecError(f"{self.source}: a configuration has no weights")

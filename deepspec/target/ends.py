@@ -48,6 +48,10 @@ if TYPE_CHECKING:
     from deepspec.target.fused import LlamaLayer
 
 
+H_LAST = -2  # as a layer id: h_last, after the final norm
+_NORMS = ("norm", "final_layernorm", "ln_f", "final_norm", "norm_f", "final_layer_norm", "out_norm")
+
+
 class Ends(Templated, ABC):
     """What of a target does not need its layers.
 
@@ -145,6 +149,14 @@ class Ends(Templated, ABC):
     def last_norm(self) -> Tensor:
         """Weight [d] of the norm behind the last of `last_layers`."""
 
+    @abstractmethod
+    def normed(self, hidden: Tensor) -> Tensor:
+        """Return h_last [..., d] of the last layer's states [..., d].
+
+        Raises:
+            DeepSpecError: no norm is known behind its layers.
+        """
+
     def check_layers(self, layer_ids: Iterable[int]) -> None:
         """Feature layers are -1 (embeddings) to num_layers − 2: engines hand out the last one normed."""
         layer_ids = tuple(layer_ids)
@@ -220,6 +232,20 @@ class StoredEnds(Ends):
         norm = f"{_name_of(self._model, text_decoder(self._model))}.norm.weight"
         return self._checkpoint.read([norm])[norm].to(self.device, self.dtype)
 
+    @torch.inference_mode()
+    def normed(self, hidden: Tensor) -> Tensor:
+        return self._final_norm(hidden)
+
+    @cached_property
+    def _final_norm(self) -> nn.Module:
+        norm = final_norm(text_decoder(self._model), self.source)
+        prefix = _name_of(self._model, norm)
+        weights = self._checkpoint.read(f"{prefix}.{name}" for name in norm.state_dict())
+        norm.load_state_dict(
+            {name.removeprefix(f"{prefix}."): weight for name, weight in weights.items()}, assign=True
+        )
+        return norm.to(self.device, self.dtype)
+
     def _read(self, layer: nn.Module) -> FusedLayer:
         """Return one of the skeleton's layers with its weights."""
         prefix = _name_of(self._model, layer)
@@ -230,6 +256,18 @@ class StoredEnds(Ends):
             fused = FusedLayer(cast("LlamaLayer", layer.to(self.device, self.dtype)))  # its name says so
         layer.to("meta")
         return fused
+
+
+def final_norm(decoder: nn.Module, source: str) -> nn.Module:
+    """Return the norm behind a decoder's layers.
+
+    Raises:
+        DeepSpecError: none of a known name.
+    """
+    for name in _NORMS:
+        if isinstance(norm := getattr(decoder, name, None), nn.Module):
+            return norm
+    raise DeepSpecError(f"{source}: no final norm behind its layers that is known ({', '.join(_NORMS)})")
 
 
 class _Checkpoint:

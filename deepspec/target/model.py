@@ -22,7 +22,7 @@ from deepspec.files import replacing
 from deepspec.target import template
 from deepspec.target.attention import CACHE_LENGTH, NAME, ForwardPass, KVCache
 from deepspec.target.embedded import PREFIX, write_embedded
-from deepspec.target.ends import Ends
+from deepspec.target.ends import H_LAST, Ends, final_norm
 from deepspec.target.fused import FusedLayer, Int4Linear, Make, PackedLinear, fuse
 from deepspec.target.graphs import GraphedPasses
 from deepspec.target.head import head_transform
@@ -46,7 +46,6 @@ from deepspec.target.source import (
 )
 from deepspec.target.states import OwnPasses, StateCache
 
-H_LAST = -2  # as a layer id: h_last, after the final norm
 _FOUR_DIMENSIONAL = torch.zeros(
     1, 1, 1, 1
 )  # transformers leaves a 4-D mask alone, and ours comes with the ForwardPass
@@ -290,6 +289,10 @@ class Target(Ends):
 
     def _last(self, count: int) -> Sequence[nn.Module]:
         return self.layers[-count:]
+
+    @torch.inference_mode()
+    def normed(self, hidden: Tensor) -> Tensor:
+        return final_norm(self._model, self.source)(hidden)
 
     @property
     def last_norm(self) -> Tensor:

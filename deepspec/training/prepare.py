@@ -17,9 +17,11 @@ from deepspec.drafters.origin import keep_scale
 from deepspec.drafters.registry import algorithms
 from deepspec.drafters.start import channel_std, draft_vocabulary, match_head
 from deepspec.errors import DeepSpecError
-from deepspec.features.local import CachedFeatures, Features, OnlineFeatures, Share
+from deepspec.features.extract import Extractor
+from deepspec.features.local import CachedFeatures, Features, OnlineFeatures, Share, StateSource
 from deepspec.features.read import read_sequences
 from deepspec.features.sequences import Ints, Sequences
+from deepspec.features.states import EngineStates
 from deepspec.target.ends import Ends
 from deepspec.target.memory import give_back_freed_memory
 from deepspec.target.model import Target
@@ -177,12 +179,20 @@ def _features(
     chosen = train.features
     if chosen.mode == "online":
         return OnlineFeatures(body(), data.sequences, layers)
-    what = (target, data.sequences, layers, data.digest, chosen.form)
+    what = (target, data.sequences, layers, data.digest, chosen.form, "engine" if chosen.states else None)
     if chosen.directory:
         features = CachedFeatures(Path(chosen.directory), *what)
     else:
         features = CachedFeatures.below(WORK / "features", *what)
     share = Share(accelerator.process_index, accelerator.num_processes, accelerator.wait_for_everyone)
-    features.build(body, share)
+
+    def source() -> StateSource:
+        if chosen.states is None:
+            return Extractor(body(), data.sequences, layers)
+        found = EngineStates(Path(chosen.states), target, data.sequences, layers)
+        found.check_complete(WORK / "states-requests.jsonl")
+        return found
+
+    features.build(source, share)
     give_back_freed_memory()  # the target's layers, if they were there
     return features

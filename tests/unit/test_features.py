@@ -14,7 +14,8 @@ from deepspec.features.codec import CODECS, codec
 from deepspec.features.local import CachedFeatures, OnlineFeatures, Share
 from deepspec.features.params import Form
 from deepspec.features.sequences import Sequence
-from deepspec.target.model import H_LAST, load_target
+from deepspec.target.ends import H_LAST
+from deepspec.target.model import load_target
 from tests.tiny import cached_target
 
 LAYERS = (0, 1)
@@ -156,7 +157,7 @@ def test_a_build_goes_on_in_another_number_of_processes(make, target, sequences,
 def test_a_finished_cache_never_asks_for_the_target(make, target, sequences):
     whole = make()
     again = CachedFeatures(whole.directory, target, sequences, LAYERS, "data")
-    again.build(body=lambda: pytest.fail("the target was loaded"))
+    again.build(source=lambda: pytest.fail("the target was loaded"))
     assert torch.equal(again.batch([3])[0], whole.batch([3])[0])
 
 

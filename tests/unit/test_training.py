@@ -21,7 +21,7 @@ from deepspec.drafters.start import channel_std, draft_vocabulary
 from deepspec.errors import DeepSpecError
 from deepspec.features.read import read_sequences
 from deepspec.features.sequences import Sequence, Sequences
-from deepspec.target.model import H_LAST
+from deepspec.target.ends import H_LAST
 from deepspec.training.batches import Batches
 from deepspec.training.distribute import CHECKPOINT
 from deepspec.training.prepare import split

@@ -25,9 +25,9 @@ from deepspec.drafters.network import Network, like_target, missing_keys
 from deepspec.drafters.origin import check_kept, open_origin
 from deepspec.drafters.params import MedusaParams
 from deepspec.errors import DeepSpecError
-from deepspec.target.ends import Ends
+from deepspec.target.ends import H_LAST, Ends
 from deepspec.target.fused import PackedLinear
-from deepspec.target.model import H_LAST, Target
+from deepspec.target.model import Target
 
 ARCHITECTURE = "MedusaModel"
 
