@@ -67,8 +67,12 @@ def _less_memory(estimate: Estimate, plan: Plan, params: Params) -> str:
             return "prompts.mix without magpie: seed, jsonl or hub prompts need no target"
         case "generate":
             return "generate.engine: openai with a server that holds the target (vLLM, SGLang), or given"
+        case "features":
+            return "train.features.states: hidden states that a serving engine writes, which holds the target"
         case "train" if params.train.features.mode == "online":
             return "train.features.mode: cached, which leaves all but the target's ends out of training"
+        case "train" if whole and params.train.real_decode:
+            return "train.real_decode: false, which leaves the target's layers out (no calibration, no decoded τ)"
         case "train":
             return (
                 f"train.batch_size below {params.train.batch_size}, a shorter train.max_length, "

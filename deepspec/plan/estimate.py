@@ -198,7 +198,12 @@ def _features(
     layers = max(draft.features for draft in drafts.values())
     tokens = params.prompts.count * trained_tokens(params)
     disk = tokens * bytes_a_token(params, target, layers)
-    seconds = extract_seconds(target, rates, tokens) + disk / rates.disk
+    written = disk / rates.disk
+    if params.train.features.states is not None:
+        how = f"{tokens:.3g} tokens read from an engine's files, whose time is its own"
+        yield Estimate("features", tokens, written, RUNTIME + target.ends * target.bytes, disk, how)
+        return
+    seconds = extract_seconds(target, rates, tokens) + written
     yield Estimate(
         "features",
         tokens,
@@ -231,6 +236,8 @@ def _training(params: Params, target: TargetSize, name: str, draft: DraftSize, r
     activations = share * train.anchors * draft.block * target.hidden * 4.0 * 40
     budget = (train.loss.budget_mib or 0) * 2.0**20
     memory = RUNTIME + ends + shared + draft.trained * 20.0 + AHEAD * states * 2 + activations + budget
+    if train.real_decode:
+        memory = max(memory, _decoding_memory(target, 8, length) + shared + draft.trained * 4.0)
     evaluations = train.steps // train.eval_every * train.heldout / max(rows, 1) / 3
     return Estimate(
         f"train {name}",
@@ -239,7 +246,8 @@ def _training(params: Params, target: TargetSize, name: str, draft: DraftSize, r
         memory,
         draft.trained * 2.0 + 16.0 * draft.trained,
         f"{train.steps} steps of {positions:.0f} positions, {draft.trained / 1e6:.3g} M parameters, "
-        f"{seconds:.2g} s a step, {'the whole target' if online else 'the ends of the target'} in memory",
+        f"{seconds:.2g} s a step, {'the whole target' if online else 'the ends of the target'} in memory"
+        f"{', the whole for the real decode at the end' if train.real_decode and not online else ''}",
     )
 
 

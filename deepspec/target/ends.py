@@ -8,7 +8,7 @@ a checkpoint; a file that holds nothing of them is not opened.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -258,6 +258,28 @@ class StoredEnds(Ends):
         return fused
 
 
+def stored_weights(directory: Path, wanted: Callable[[str], bool]) -> dict[str, Tensor] | None:
+    """Return some weights of a checkpoint by the model's names, nothing else of its files read.
+
+    Args:
+        wanted: says of a name whether it is.
+
+    Returns:
+        None where one of them is made of several in the files (experts that transformers puts together).
+
+    Raises:
+        DeepSpecError: no model or no weights there.
+    """
+    model = skeleton(str(directory), from_pretrained(AutoConfig, str(directory)))
+    checkpoint = _Checkpoint(directory, model)
+    names = [name for name in model.state_dict() if wanted(name)]
+    ends = checkpoint.named_ends()
+    if any(name not in checkpoint.stored and name not in ends for name in names):
+        return None
+    found = checkpoint.read(name for name in names if name not in ends)
+    return found | {name: weight for name, weight in ends.items() if name in names}
+
+
 def final_norm(decoder: nn.Module, source: str) -> nn.Module:
     """Return the norm behind a decoder's layers.
 
@@ -292,11 +314,25 @@ class _Checkpoint:
         found = read_named(self.places, {self.stored[name] for name in names})
         return {name: found[self.stored[name]] for name in names}
 
+    @property
+    def names(self) -> tuple[str, str]:
+        """Return the model's names of embeddings and head."""
+        into, out = (
+            _name_of(self.model, part)
+            for part in (self.model.get_input_embeddings(), self.model.get_output_embeddings())
+        )
+        return f"{into}.weight", f"{out}.weight"
+
+    def named_ends(self) -> dict[str, Tensor]:
+        """Read embeddings and head by their names."""
+        found = self.ends()
+        both = zip(self.names, (found["embeddings"], found["head"]), strict=True)
+        return {name: weight for name, weight in both if weight is not None}
+
     def ends(self) -> dict[str, Tensor | None]:
         """Read `embeddings`, `head` (the same tensor where they are one) and the head's `bias`."""
         head = self.model.get_output_embeddings()
-        into = f"{_name_of(self.model, self.model.get_input_embeddings())}.weight"
-        out = f"{_name_of(self.model, head)}.weight"
+        into, out = self.names
         tied = out in self.model.all_tied_weights_keys or into in self.model.all_tied_weights_keys
         names = [name for name in (into, out) if name in self.stored or not tied]
         found = self.read(names or [into])

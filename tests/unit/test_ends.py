@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 
 from benchmarks.tiny_families import tiny_config, tiny_model
 from deepspec.config import Params, load_params
+from deepspec.drafters.algorithms.lm import cut_out
 from deepspec.errors import DeepSpecError
 from deepspec.files import file_digest
 from deepspec.target.ends import load_ends
@@ -117,6 +118,24 @@ def test_layers_of_another_shape_are_not_lent(tmp_path):
     ends = load_ends(write_family(tmp_path, "deepseek_v3"))
     with pytest.raises(DeepSpecError, match="cannot begin as layers of this shape"):
         ends.last_layers(1)
+
+
+@pytest.mark.parametrize("own", [{}, {"tie_word_embeddings": True}], ids=["two ends", "one end"])
+def test_a_draft_of_some_layers_reads_these_alone(own, tmp_path, monkeypatch):
+    write_family(tmp_path, "qwen3", shards="1KB", **own)
+    state = load_model(str(tmp_path), dtype=torch.float32).state_dict()
+    read = recorded(monkeypatch)
+    model = cut_out(load_ends(tmp_path), [0, 3])
+    for name, weight in model.state_dict().items():
+        assert torch.equal(weight, state[name.replace(".layers.1.", ".layers.3.")]), name
+    assert {name.split(".")[2] for name in read if ".layers." in name} == {"0", "3"}
+
+
+def test_layers_whose_weights_are_put_together_are_cut_out_of_the_whole(tmp_path):
+    write_family(tmp_path, "qwen3_moe")
+    state = load_model(str(tmp_path), dtype=torch.float32).state_dict()
+    for name, weight in cut_out(load_ends(tmp_path), [2]).state_dict().items():
+        assert torch.equal(weight, state[name.replace(".layers.0.", ".layers.2.")]), name
 
 
 def test_an_end_that_is_not_there_is_named(tmp_path):

@@ -125,14 +125,23 @@ def test_a_target_that_no_device_holds_is_trained_for_all_the_same():
     params = changed(**LARGE | {"prompts": {"count": 20_000}})
     plan = planned("moe-235b", GPU, params)
     misfits = {remark.stage: remark.change for remark in remarks(plan, params) if not remark.fits}
-    assert set(misfits) == {"target", "prompts", "generate", "features", "evaluate"}
+    assert set(misfits) == {"target", "prompts", "generate", "features", "train dspark", "evaluate"}
     assert "generate.engine: openai" in misfits["generate"]
-    assert plan.of("train dspark").memory < 0.3 * plan.target.weights
+    assert "train.features.states" in misfits["features"]
+    assert "train.real_decode: false" in misfits["train dspark"]
+    params = changed(
+        **LARGE | {"train": LARGE["train"] | {"real_decode": False, "features": {"states": "folder"}}}
+    )
+    plan = planned("moe-235b", GPU, params)
+    assert {remark.stage for remark in remarks(plan, params)} == {"target", "prompts", "generate", "evaluate"}
+    assert plan.of("train dspark").memory < 0.1 * plan.target.weights
 
 
 def test_training_takes_the_memory_of_the_ends_however_deep_the_target_is():
+    ends = changed(train={"real_decode": False})
     once, twice = (
-        planned("qwen3-8b", GPU, num_hidden_layers=layers).of("train dspark").memory for layers in (36, 72)
+        planned("qwen3-8b", GPU, ends, num_hidden_layers=layers).of("train dspark").memory
+        for layers in (36, 72)
     )
     assert once == twice
     online = changed(train={"features": {"mode": "online"}})

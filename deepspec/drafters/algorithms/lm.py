@@ -25,7 +25,7 @@ from deepspec.drafters.network import Network, Outputs
 from deepspec.drafters.params import LMParams
 from deepspec.errors import DeepSpecError
 from deepspec.target.attention import NAME, ForwardPass
-from deepspec.target.ends import Ends
+from deepspec.target.ends import Ends, stored_weights
 from deepspec.target.head import head_transform
 from deepspec.target.model import Target
 from deepspec.target.source import decoder_layers, from_pretrained, load_model
@@ -129,9 +129,16 @@ def cut_out(target: Ends, layers: list[int]) -> PreTrainedModel:
             raise DeepSpecError(
                 f"from_layers: the target has layers 0 to {target.num_layers - 1}, not {layer}"
             )
-    whole = load_model(target.source, dtype=torch.float32)
+    prefixes = tuple(f".layers.{layer}." for layer in layers)
+    state = None
+    if Path(target.source).is_dir():
+        state = stored_weights(
+            Path(target.source),
+            lambda name: ".layers." not in name or any(prefix in name for prefix in prefixes),
+        )
+    if state is None:
+        state = load_model(target.source, dtype=torch.float32).state_dict()
     model = AutoModelForCausalLM.from_config(_config(target, layers), dtype=torch.float32)
-    state = whole.state_dict()
     kept = {name: tensor for name, tensor in state.items() if ".layers." not in name}
     for place, layer in enumerate(layers):
         prefix = f".layers.{layer}."
