@@ -14,7 +14,8 @@ from deepspec.drafters.params import LMParams
 from deepspec.drafters.registry import algorithms
 from deepspec.drafters.start import WAYS
 from deepspec.errors import DeepSpecError
-from deepspec.target.ends import Ends, skeleton
+from deepspec.target.checkpoint import skeleton
+from deepspec.target.ends import Ends
 from deepspec.target.head import HeadTransform
 from deepspec.target.source import decoder_layers, from_pretrained, text_decoder
 

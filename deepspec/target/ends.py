@@ -8,27 +8,25 @@ a checkpoint; a file that holds nothing of them is not opened.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
-    AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from deepspec.errors import DeepSpecError
 from deepspec.target.chat import Templated
-from deepspec.target.fused import FusedLayer, PackedLinear, is_llama_shaped
+from deepspec.target.checkpoint import Checkpoint, name_of, skeleton
+from deepspec.target.fused import FusedLayer, LlamaLayer, PackedLinear, is_llama_shaped
 from deepspec.target.head import HeadTransform, head_transform
 from deepspec.target.selftest import STATES, Verdict, kept_verdict, refuse
 from deepspec.target.source import (
@@ -42,11 +40,6 @@ from deepspec.target.source import (
     text_decoder,
 )
 from deepspec.target.states import keeps_states
-from deepspec.target.weights import read_named, weight_places
-
-if TYPE_CHECKING:
-    from deepspec.target.fused import LlamaLayer
-
 
 H_LAST = -2  # as a layer id: h_last, after the final norm
 _NORMS = ("norm", "final_layernorm", "ln_f", "final_norm", "norm_f", "final_layer_norm", "out_norm")
@@ -198,7 +191,7 @@ class StoredEnds(Ends):
         source = str(directory)
         config = from_pretrained(AutoConfig, source)
         self._model = skeleton(source, config)
-        self._checkpoint = _Checkpoint(directory, self._model)
+        self._checkpoint = Checkpoint(directory, self._model)
         text = self._model.config.get_text_config()
         super().__init__(
             text,
@@ -229,7 +222,7 @@ class StoredEnds(Ends):
 
     @property
     def last_norm(self) -> Tensor:
-        norm = f"{_name_of(self._model, text_decoder(self._model))}.norm.weight"
+        norm = f"{name_of(self._model, text_decoder(self._model))}.norm.weight"
         return self._checkpoint.read([norm])[norm].to(self.device, self.dtype)
 
     @torch.inference_mode()
@@ -239,7 +232,7 @@ class StoredEnds(Ends):
     @cached_property
     def _final_norm(self) -> nn.Module:
         norm = final_norm(text_decoder(self._model), self.source)
-        prefix = _name_of(self._model, norm)
+        prefix = name_of(self._model, norm)
         weights = self._checkpoint.read(f"{prefix}.{name}" for name in norm.state_dict())
         norm.load_state_dict(
             {name.removeprefix(f"{prefix}."): weight for name, weight in weights.items()}, assign=True
@@ -248,36 +241,14 @@ class StoredEnds(Ends):
 
     def _read(self, layer: nn.Module) -> FusedLayer:
         """Return one of the skeleton's layers with its weights."""
-        prefix = _name_of(self._model, layer)
+        prefix = name_of(self._model, layer)
         names = {name: f"{prefix}.{name}" for name in layer.state_dict()}
         weights = self._checkpoint.read(names.values())
         layer.load_state_dict({name: weights[whole] for name, whole in names.items()}, assign=True)
         with torch.no_grad():
-            fused = FusedLayer(cast("LlamaLayer", layer.to(self.device, self.dtype)))  # its name says so
+            fused = FusedLayer(cast(LlamaLayer, layer.to(self.device, self.dtype)))  # its name says so
         layer.to("meta")
         return fused
-
-
-def stored_weights(directory: Path, wanted: Callable[[str], bool]) -> dict[str, Tensor] | None:
-    """Return some weights of a checkpoint by the model's names, nothing else of its files read.
-
-    Args:
-        wanted: says of a name whether it is.
-
-    Returns:
-        None where one of them is made of several in the files (experts that transformers puts together).
-
-    Raises:
-        DeepSpecError: no model or no weights there.
-    """
-    model = skeleton(str(directory), from_pretrained(AutoConfig, str(directory)))
-    checkpoint = _Checkpoint(directory, model)
-    names = [name for name in model.state_dict() if wanted(name)]
-    ends = checkpoint.named_ends()
-    if any(name not in checkpoint.stored and name not in ends for name in names):
-        return None
-    found = checkpoint.read(name for name in names if name not in ends)
-    return found | {name: weight for name, weight in ends.items() if name in names}
 
 
 def final_norm(decoder: nn.Module, source: str) -> nn.Module:
@@ -290,91 +261,6 @@ def final_norm(decoder: nn.Module, source: str) -> nn.Module:
         if isinstance(norm := getattr(decoder, name, None), nn.Module):
             return norm
     raise DeepSpecError(f"{source}: no final norm behind its layers that is known ({', '.join(_NORMS)})")
-
-
-class _Checkpoint:
-    """The weights of a directory by the names that they have in the model."""
-
-    def __init__(self, directory: Path, model: PreTrainedModel):
-        self.directory, self.model = directory, model
-        self.places = weight_places(directory)
-        self.stored = _names_in_files(model, self.places)
-
-    def read(self, names: Iterable[str]) -> dict[str, Tensor]:
-        """Read weights by the model's names.
-
-        Raises:
-            DeepSpecError: the files lack one.
-        """
-        names = list(names)
-        if lacking := [name for name in names if name not in self.stored]:
-            raise DeepSpecError(
-                f"{self.directory}: its weights lack {lacking[0]}; fetch all of its files again"
-            )
-        found = read_named(self.places, {self.stored[name] for name in names})
-        return {name: found[self.stored[name]] for name in names}
-
-    @property
-    def names(self) -> tuple[str, str]:
-        """Return the model's names of embeddings and head."""
-        into, out = (
-            _name_of(self.model, part)
-            for part in (self.model.get_input_embeddings(), self.model.get_output_embeddings())
-        )
-        return f"{into}.weight", f"{out}.weight"
-
-    def named_ends(self) -> dict[str, Tensor]:
-        """Read embeddings and head by their names."""
-        found = self.ends()
-        both = zip(self.names, (found["embeddings"], found["head"]), strict=True)
-        return {name: weight for name, weight in both if weight is not None}
-
-    def ends(self) -> dict[str, Tensor | None]:
-        """Read `embeddings`, `head` (the same tensor where they are one) and the head's `bias`."""
-        head = self.model.get_output_embeddings()
-        into, out = self.names
-        tied = out in self.model.all_tied_weights_keys or into in self.model.all_tied_weights_keys
-        names = [name for name in (into, out) if name in self.stored or not tied]
-        found = self.read(names or [into])
-        embeddings, weight = found.get(into, found.get(out)), found.get(out, found.get(into))
-        if tied and embeddings is not None and weight is not None and torch.equal(embeddings, weight):
-            weight = embeddings
-        bias = None
-        if getattr(head, "bias", None) is not None:
-            name = out.removesuffix("weight") + "bias"
-            bias = self.read([name])[name]
-        return {"embeddings": embeddings, "head": weight, "bias": bias}
-
-
-def skeleton(source: str, config: Any) -> PreTrainedModel:
-    """Return the modules of a model without memory for their weights."""
-    try:
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config)
-    except Exception as error:
-        said = " ".join(str(error).split())[:160] or type(error).__name__
-        raise DeepSpecError(f"{source}: cannot be loaded as a target: {said}") from error
-
-
-def _names_in_files(model: PreTrainedModel, stored: Iterable[str]) -> dict[str, str]:
-    """Return name in the model → name in the files, of weights that transformers loads as they are."""
-    known = model.state_dict()
-    rules = get_model_conversion_mapping(model)
-    renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
-    converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
-    prefix = model.base_model_prefix
-    found = {}
-    for name in stored:
-        ours, converted = rename_source_key(name, renamings, converters, prefix, known)
-        if ours not in known and name in known:
-            ours, converted = rename_source_key(name, [], [], prefix, known)
-        if converted is None:
-            found[ours] = name
-    return found
-
-
-def _name_of(model: nn.Module, module: nn.Module) -> str:
-    return next(name for name, other in model.named_modules() if other is module)
 
 
 def _generation_config(directory: Path, model: PreTrainedModel) -> Any:

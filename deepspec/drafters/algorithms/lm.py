@@ -25,7 +25,8 @@ from deepspec.drafters.network import Network, Outputs
 from deepspec.drafters.params import LMParams
 from deepspec.errors import DeepSpecError
 from deepspec.target.attention import NAME, ForwardPass
-from deepspec.target.ends import Ends, stored_weights
+from deepspec.target.checkpoint import stored_weights
+from deepspec.target.ends import Ends
 from deepspec.target.head import head_transform
 from deepspec.target.model import Target
 from deepspec.target.source import decoder_layers, from_pretrained, load_model
