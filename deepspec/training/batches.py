@@ -79,9 +79,10 @@ class Batches:
     def indices(self, step: int) -> list[int]:
         """Return the sequences of a step: an epoch visits each once, in batches of like length, in a seeded order."""
         epoch, place = divmod(step, self.steps_per_epoch)
-        if self._epoch[0] != epoch:
-            self._epoch = (epoch, self._order(epoch))
-        return self._epoch[1][place].tolist()
+        kept = self._epoch  # other threads may be in another epoch
+        if kept[0] != epoch:
+            kept = self._epoch = (epoch, self._order(epoch))
+        return kept[1][place].tolist()
 
     def make(self, step: int, rank: int = 0, world: int = 1, parts: int = 1) -> list[Batch]:
         """Return the blocks that process `rank` of `world` trains on in a step.

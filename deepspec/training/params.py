@@ -41,6 +41,7 @@ class TrainParams(Section):
         description="Most tokens of one pass, padding included; long rows get passes of their own.",
     )
     accumulate: int = Field(1, ge=1, description="Parts of a step's batch, each with a pass of its own.")
+    workers: int = Field(1, ge=1, description="Threads that make batches ahead of time.")
     replay: float = Field(
         0.0, ge=0, lt=1, description="Share of the steps, the last ones, whose blocks start after rejections."
     )
