@@ -28,7 +28,6 @@ WAYS = (
 )
 RUNTIME = 1.2e9  # bytes of Python, PyTorch and transformers
 PASS_TOKENS = 2048  # of a pass that extracts (`features.local.BATCH_TOKENS`)
-AHEAD = 3  # batches in memory: one in use, two ahead
 CODES = {
     "bf16": 2.0,
     "fp8": 1.0,
@@ -234,8 +233,9 @@ def _training(params: Params, target: TargetSize, name: str, draft: DraftSize, r
     shared = (target.vocab + draft.columns) * target.hidden * 4.0
     ends = target.weights if online else target.ends * target.bytes
     activations = share * train.anchors * draft.block * target.hidden * 4.0 * 40
+    batches = 1 + max(2, train.workers + 1)  # in use, and made ahead
     budget = (train.loss.budget_mib or 0) * 2.0**20
-    memory = RUNTIME + ends + shared + draft.trained * 20.0 + AHEAD * states * 2 + activations + budget
+    memory = RUNTIME + ends + shared + draft.trained * 20.0 + batches * states * 2 + activations + budget
     if train.real_decode:
         memory = max(memory, _decoding_memory(target, 8, length) + shared + draft.trained * 4.0)
     evaluations = train.steps // train.eval_every * train.heldout / max(rows, 1) / 3
