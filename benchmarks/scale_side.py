@@ -8,14 +8,18 @@ Run as a file by itself, also over checkouts of before, whose modules had other 
 from __future__ import annotations
 
 import hashlib
+import importlib
+import inspect
 import json
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 SIZE, ANCHORS, GAMMA, SEED = 8, 40, 5, 0
@@ -46,40 +50,54 @@ def forget() -> None:
     Path("/proc/self/clear_refs").write_text("5")
 
 
-def reader(data: Path, length: int, work: Path) -> Callable[[], Any]:
-    try:
-        from deepspec.features.read import read_sequences
-    except ImportError:  # checkouts of before
-        from deepspec.data.sequences import read_sequences  # type: ignore[no-redef]
+def found(*places: str) -> Any:
+    """The first function that a checkout has of `module:name`; they moved over time."""
+    for place in places:
+        module, _, name = place.partition(":")
+        with suppress(ImportError, AttributeError):
+            return getattr(importlib.import_module(module), name)
+    raise ImportError(f"none of {', '.join(places)}")
 
-        return lambda: read_sequences(data, length, "all")[0]
-    return lambda: read_sequences(data, length, "all", work)[0]
+
+def reader(data: Path, length: int, work: Path) -> Callable[[], Any]:
+    read = found(
+        *(
+            f"deepspec.{module}:read_sequences"
+            for module in ("features.read", "features.sequences", "data.sequences")
+        )
+    )
+    options = {"work": work} if "work" in inspect.signature(read).parameters else {}
+    return lambda: read(data, length, "all", **options)[0]
 
 
 def counter(sequences: Any) -> Callable[[], Any]:
+    """Makes the draft vocabulary of all rows but the first."""
     rows = list(range(HELD_OUT, len(sequences)))
-    if hasattr(sequences, "learnt_counts"):
-        import numpy
+    vocabulary = found("deepspec.drafters.start:draft_vocabulary", "deepspec.training.run:draft_vocabulary")
+    first = next(iter(inspect.signature(vocabulary).parameters))
+    if first == "counts":
+        return lambda: vocabulary(sequences.learnt_counts(np.array(rows), VOCABULARY), COLUMNS)
+    if first == "sequences":
+        return lambda: vocabulary([sequences[i] for i in rows], COLUMNS, VOCABULARY)
 
-        from deepspec.drafters.start import draft_vocabulary
+    def learnt() -> Iterator[int]:
+        for i in rows:
+            pairs = zip(sequences[i].ids, sequences[i].learnt, strict=True)
+            yield from (token for token, marked in pairs if marked)
 
-        counted = numpy.array(rows)
-        return lambda: draft_vocabulary(sequences.learnt_counts(counted, VOCABULARY), COLUMNS)
-    from deepspec.training.run import draft_vocabulary
-
-    return lambda: draft_vocabulary([sequences[i] for i in rows], COLUMNS, VOCABULARY)
+    return lambda: vocabulary(learnt(), COLUMNS, VOCABULARY)
 
 
 def main(data: str, length: str, steps: str) -> None:
     from deepspec.training.batches import Batches
 
-    found: dict[str, dict[str, float]] = {}
+    phases: dict[str, dict[str, float]] = {}
 
     def timed(name: str, call: Callable[[], Any]) -> Any:
         forget()
         began = time.perf_counter()
         result = call()
-        found[name] = {"seconds": time.perf_counter() - began, "peak_bytes": peak()}
+        phases[name] = {"seconds": time.perf_counter() - began, "peak_bytes": peak()}
         return result
 
     with tempfile.TemporaryDirectory(dir=Path(data).parent) as work:
@@ -100,7 +118,7 @@ def main(data: str, length: str, steps: str) -> None:
 
         timed("first batch", lambda: make(range(1)))
         timed("batches", lambda: make(range(1, int(steps))))
-    print(json.dumps({"phases": found, "digest": state.hexdigest()[:16]}))
+    print(json.dumps({"phases": phases, "digest": state.hexdigest()[:16]}))
 
 
 if __name__ == "__main__":
