@@ -99,7 +99,7 @@ def step_seconds(variants: dict[str, Params], target: Target) -> dict[str, float
     for name, params in variants.items():
         data = TrainingData.read(params.train)
         network = make_network(params, name, target)
-        prepared = prepare(params, name, network, target, data, accelerator)
+        prepared = prepare(params, name, network, target, lambda: target, data, accelerator)
         trainers[name] = make_trainer(prepared, accelerator)
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     for _ in range(_UNTIMED_ROUNDS + _TIMED_ROUNDS):

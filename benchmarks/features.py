@@ -52,7 +52,7 @@ def one(drafter: str, way: str, share: float, steps: int, params: Params) -> dic
     network = make_network(params, drafter, target)
     accelerator = Accelerator(mixed_precision=params.train.mixed_precision)
     began = time.perf_counter()
-    prepared = prepare(params, drafter, network, target, data, accelerator)
+    prepared = prepare(params, drafter, network, target, lambda: target, data, accelerator)
     trainer = make_trainer(prepared, accelerator)
     prepared_s = time.perf_counter() - began
     forget_peak()

@@ -111,6 +111,34 @@ def profile(
 
 
 @app.command(rich_help_panel="Tools")
+def plan(
+    params: Annotated[Path, typer.Option(help="The parameters of the pipeline.")] = Path("params.yaml"),
+    config: Annotated[
+        Path | None,
+        typer.Option(
+            help="File or directory with the target's config.json.", show_default="the target's own"
+        ),
+    ] = None,
+    rates: Annotated[
+        Path | None, typer.Option(help="YAML file of rates.", show_default="this machine's, measured")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Say before anything runs what each stage takes: tokens, time, memory, disk; exits with 1 if something won't fit.
+
+    Needs the target's configuration alone, none of its weights."""
+    from deepspec.commands.plan import Settings, run
+
+    failures: list[str] = []
+
+    def planned() -> None:
+        if not run(Settings(params, config, rates, as_json)):
+            failures.append("")
+
+    raise typer.Exit(guarded(planned) or len(failures))
+
+
+@app.command(rich_help_panel="Tools")
 def compare(
     first: Annotated[str, typer.Argument(metavar="A", help="A drafter's name, or the file of its record.")],
     second: Annotated[str, typer.Argument(metavar="B", help="The one that may not be worse.")],

@@ -8,11 +8,13 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from unittest import mock
 
 import torch
 from accelerate import Accelerator
 
-from deepspec.features.local import OnlineFeatures
+from deepspec.features import local
+from deepspec.features.local import CachedFeatures, Share
 from deepspec.features.sequences import Sequence
 from deepspec.target.model import load_target
 from deepspec.training.batches import Batches
@@ -32,7 +34,11 @@ def main(directory: str, work: str, steps: str) -> None:
         steps=8, lr=3e-3, batch_size=4, anchors=6, eval_every=2, save_every=4, mixed_precision="no"
     )
     model = make_draft(target, draft_vocab_size=128)
-    batches = Batches(OnlineFeatures(target, sequences, (0, 1)), list(range(3, 20)), 4, 6, 3, seed=0)
+    store = CachedFeatures(Path(work) / "features", target, sequences, (0, 1), "data")
+    share = Share(accelerator.process_index, accelerator.num_processes, accelerator.wait_for_everyone)
+    with mock.patch.multiple(local, BATCH_TOKENS=80, SHARD_TOKENS=60):  # every process has some shards
+        store.build(share=share)
+    batches = Batches(store, list(range(3, 20)), 4, 6, 3, seed=0)
     trainer = Trainer(BlockObjective(model, params.loss), batches, [0, 1, 2], params, accelerator, Path(work))
     original = trainer.train_step
 

@@ -23,7 +23,7 @@ from benchmarks.gpu.findings import Findings, OutOfTime, Setting
 from deepspec.config import Params, load_params
 from deepspec.decoding.engine import generate
 from deepspec.drafters.load import load_drafter
-from deepspec.features.sequences import read_sequences
+from deepspec.features.read import read_sequences
 from deepspec.target.model import load_target
 from deepspec.tasks.dialogue import prompt_ids
 from deepspec.tasks.task import load_task

@@ -27,9 +27,9 @@ from deepspec.drafters.algorithms.eagle3 import Eagle3Config, Eagle3Model
 from deepspec.drafters.block_network import block_mask
 from deepspec.drafters.network import Network
 from deepspec.features.local import Features
-from deepspec.features.sequences import Sequence
+from deepspec.features.sequences import Sequence, Sequences
 from deepspec.target.attention import attend
-from deepspec.target.model import H_LAST
+from deepspec.target.ends import H_LAST
 from deepspec.training.batches import Batch, Batches
 from deepspec.training.objective import BlockObjective
 from deepspec.training.params import TrainParams
@@ -84,7 +84,7 @@ class RandomFeatures(Features):
     def __init__(self, network: Network, length: int, device: torch.device):
         config, rng = network.config, torch.Generator().manual_seed(0)
         rows = torch.randint(2, config.vocab_size, (SEQUENCES, length), generator=rng).tolist()
-        self.sequences = [Sequence(ids, [1] * length, [1] * length) for ids in rows]
+        self.sequences = Sequences.of(Sequence(ids, [1] * length, [1] * length) for ids in rows)
         self.layers = config.target_layer_ids
         draw = (length, config.hidden_size)
         self.kept = []

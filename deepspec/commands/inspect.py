@@ -9,8 +9,8 @@ from deepspec.drafters.checkpoint import draft_directory
 from deepspec.drafters.load import load_drafter
 from deepspec.drafters.published.plan import Plan
 from deepspec.drafters.published.recognise import examine
-from deepspec.drafters.weights import stored, weight_files
 from deepspec.errors import DeepSpecError
+from deepspec.target.weights import stored, weight_files
 
 
 def run(name: str, target: str | None) -> bool:

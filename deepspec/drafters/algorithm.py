@@ -11,6 +11,7 @@ from deepspec.drafters.checkpoint import Checkpoint
 from deepspec.drafters.network import Network
 from deepspec.errors import DeepSpecError
 from deepspec.section import Section
+from deepspec.target.ends import Ends
 from deepspec.target.model import Target
 
 if TYPE_CHECKING:
@@ -50,7 +51,7 @@ class Algorithm:
     params: type[Section]
     architectures: tuple[str, ...]
     load: Callable[[Checkpoint, Target], Drafter] = _no_file
-    network: Callable[[Any, Target], Network] | None = None
+    network: Callable[[Any, Ends], Network] | None = None
     make: Callable[[Any], TrainingFreeDrafter] = _no_section
     standalone: bool = False
     read: Callable[[Checkpoint, Target], Network] | None = None

@@ -21,8 +21,8 @@ from deepspec.drafters.rope import Scaling, read_rope, written_rope
 from deepspec.drafters.start import init_from_target
 from deepspec.errors import DeepSpecError
 from deepspec.target.attention import attend
+from deepspec.target.ends import Ends
 from deepspec.target.fused import rotate
-from deepspec.target.model import Target
 
 DEEPSEEK = "Qwen3DSparkModel"
 OURS = "DeepSpecDSparkModel"  # no other engine may take it for a published one
@@ -78,7 +78,7 @@ class BlockConfig:
         return cls(**known | {name: tuple(known[name]) for name in lists if name in known})
 
     @classmethod
-    def for_target(cls, params: BlockParams, target: Target) -> Self:
+    def for_target(cls, params: BlockParams, target: Ends) -> Self:
         """Sizes that follow the target's own."""
         layers = params.target_layer_ids or spread_layers(target.num_layers)
         return cls(
@@ -236,7 +236,7 @@ class BlockModel(Network):
     def add_heads(self) -> None:
         """Make what a subclass has besides the backbone, before weights are drawn."""
 
-    def init_from_target(self, target: Target, channel_std: Tensor) -> None:
+    def init_from_target(self, target: Ends, channel_std: Tensor) -> None:
         init_from_target(self.decoder_layers(), self.norm, self.fc, target, channel_std)
 
     def decoder_layers(self) -> list[Layer]:

@@ -19,10 +19,10 @@ from deepspec.decoding.calibration import CALIBRATION
 from deepspec.drafters.network import SHARED, Network
 from deepspec.drafters.padding import Padding
 from deepspec.drafters.published.vocabulary import draft_ids
-from deepspec.drafters.weights import WEIGHTS, read_weights
 from deepspec.errors import DeepSpecError
 from deepspec.files import digest, file_digest, replacing
-from deepspec.target.model import Target
+from deepspec.target.ends import Ends
+from deepspec.target.weights import WEIGHTS, read_weights
 
 N = TypeVar("N", bound=Network)
 
@@ -70,7 +70,7 @@ def read_config(directory: Path) -> dict:
         raise DeepSpecError(f"{path}: not valid JSON: {error}") from None
 
 
-def check_target(directory: Path, config: dict, target: Target, standalone: bool = False) -> None:
+def check_target(directory: Path, config: dict, target: Ends, standalone: bool = False) -> None:
     """Refuse a draft that was made for another target; a standalone one shares its tokenizer alone, padding apart."""
     record = directory / RECORD
     if record.exists():
@@ -93,7 +93,7 @@ def check_target(directory: Path, config: dict, target: Target, standalone: bool
 
 
 def write_drafter(
-    directory: Path, config: dict, weights: dict[str, Tensor], target: Target, record: dict
+    directory: Path, config: dict, weights: dict[str, Tensor], target: Ends, record: dict
 ) -> None:
     """Write a draft directory in one rename. `record` becomes deepspec.json beside the target's identity."""
     identity = {"target": target.source, "target_digest": target.digest}
@@ -119,7 +119,7 @@ def stored_weights(network: Network, written_out: bool = False) -> dict[str, Ten
     return weights
 
 
-def load_network(network: N, checkpoint: Checkpoint, target: Target) -> N:
+def load_network(network: N, checkpoint: Checkpoint, target: Ends) -> N:
     """Fill a fresh network with the weights of a directory, ours or a published one; float32.
 
     Raises:

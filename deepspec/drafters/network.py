@@ -15,8 +15,8 @@ from torch.utils.checkpoint import checkpoint
 
 from deepspec.decoding.tree import Vocabulary
 from deepspec.drafters.rope import Rope, followed_rope
+from deepspec.target.ends import Ends
 from deepspec.target.head import PLAIN
-from deepspec.target.model import Target
 
 SHARED = frozenset({"embed_tokens.weight", "lm_head.weight"})  # absent from a draft's file: the target's own
 
@@ -207,7 +207,7 @@ class Network(nn.Module):
         self.embed_tokens.requires_grad_(False)
         self.lm_head.requires_grad_(False)
 
-    def init_from_target(self, target: Target, channel_std: Tensor) -> None:
+    def init_from_target(self, target: Ends, channel_std: Tensor) -> None:
         """Begin as `start: target` says. channel_std: standard deviation of each channel of the features, [n·d]."""
         raise NotImplementedError
 
@@ -216,7 +216,7 @@ class Network(nn.Module):
         for mine, theirs in zip(self.buffers(), other.buffers(), strict=True):
             mine.copy_(theirs)
 
-    def share(self, target: Target, draft_ids: Tensor) -> None:
+    def share(self, target: Ends, draft_ids: Tensor) -> None:
         """Take embeddings and head from the target. draft_ids int64 [draft_vocab], ascending target ids."""
         self.draft_ids.copy_(draft_ids)
         self.embed_tokens.weight.data = target.embeddings.to(torch.float32).clone()
@@ -239,7 +239,7 @@ class Network(nn.Module):
 
 
 def like_target(
-    target: Target, layers: Sequence[int], draft_vocab_size: int | None, follow_rope: bool = True
+    target: Ends, layers: Sequence[int], draft_vocab_size: int | None, follow_rope: bool = True
 ) -> dict[str, Any]:
     """Sizes of a draft that follow its target's.
 

@@ -29,7 +29,7 @@ from deepspec.drafters.published.recognise import examine, opened
 from deepspec.drafters.published.vocabulary import draft_ids
 from deepspec.drafters.start import WAYS
 from deepspec.errors import DeepSpecError
-from deepspec.target.model import Target
+from deepspec.target.ends import Ends
 
 # What a draft may gain.
 NEW = (
@@ -123,7 +123,7 @@ class Origin:
         return own
 
 
-def open_origin(start: str, kinds: tuple[str, ...], target: Target) -> Origin | None:
+def open_origin(start: str, kinds: tuple[str, ...], target: Ends) -> Origin | None:
     """
     Return the draft that `start` names; None where it says how layers begin.
 

@@ -17,9 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from deepspec.drafters.published.vocabulary import draft_ids
-from deepspec.drafters.weights import read_weights
 from deepspec.errors import DeepSpecError
-from deepspec.target.model import Target
+from deepspec.target.ends import Ends
+from deepspec.target.weights import read_weights
 
 # A row for each token of the draft vocabulary, and a row for each of the target's.
 BY_COLUMN = ("lm_head.weight", "markov_head.markov_w2.weight", "candidate_selector.successor_codebook")
@@ -78,7 +78,7 @@ class Padding:
 
 
 def fitted(
-    directory: Path, config: dict[str, Any], names: Mapping[str, str] | None, target: Target
+    directory: Path, config: dict[str, Any], names: Mapping[str, str] | None, target: Ends
 ) -> tuple[dict[str, Any], Padding | None]:
     """Return a draft's configuration with a vocabulary of the target's size, and how its weights are made to fit.
 

@@ -7,25 +7,24 @@ worth). The file it ends up in is the same: nothing but the weights tells how a 
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal, get_args
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from deepspec.drafters.network import Network, NormalisedLinear
 from deepspec.errors import DeepSpecError
+from deepspec.target.ends import Ends
 from deepspec.target.fused import FusedLayer, Int4Linear, LlamaLayer, LlamaNorm, PackedLinear, qk_norms
-from deepspec.target.model import Target
 
 Way = Literal["auto", "target", "random"]
 WAYS: tuple[str, ...] = get_args(Way)
 
 
-def resolve_start(
-    start: str, target: Target, layers: int, qk_norm: bool = True
-) -> Literal["target", "random"]:
+def resolve_start(start: str, target: Ends, layers: int, qk_norm: bool = True) -> Literal["target", "random"]:
     """Return where a drafter of so many layers begins.
 
     Under `auto` a draft takes the target's layers whole or not at all; under `target` it leaves out what it has no
@@ -55,7 +54,7 @@ def _without_biases(layer: FusedLayer) -> bool:
 
 @torch.no_grad()
 def init_from_target(
-    layers: Sequence[LlamaLayer], norm: LlamaNorm, fc: NormalisedLinear, target: Target, channel_std: Tensor
+    layers: Sequence[LlamaLayer], norm: LlamaNorm, fc: NormalisedLinear, target: Ends, channel_std: Tensor
 ) -> None:
     """Initialise `layers` as the target's last ones, the norm behind them as its own, `fc` as the deepest feature.
 
@@ -99,7 +98,7 @@ def _begin(mine: LlamaLayer, theirs: FusedLayer) -> None:
 
 
 @torch.no_grad()
-def match_head(network: Network, target: Target) -> None:
+def match_head(network: Network, target: Ends) -> None:
     """Let a draft that shares a head with a scale (Granite, Cohere, Falcon-H1) begin with logits of the target's size.
 
     The scale goes into the norm before the head, which every format has: a bias or a soft cap has no such place, nor
@@ -117,16 +116,18 @@ def _dense(part: PackedLinear | Int4Linear) -> Tensor:
 
 
 def draft_vocabulary(
-    learnt: Iterable[int], size: int, vocab_size: int, always: frozenset[int] = frozenset()
+    counts: npt.NDArray[np.int64], size: int, always: frozenset[int] = frozenset()
 ) -> Tensor:
     """Return the `size` most frequent tokens as ascending target ids, int64 [size]; rarer ids fill up from the lowest.
 
     Args:
-        learnt: every token that is learnt, as often as it occurs.
+        counts: how often each token is to be learnt, [vocab].
+        always: tokens that come before all others.
     """
-    counts = Counter(learnt)
-    ranked = sorted(range(vocab_size), key=lambda token: (token not in always, -counts[token], token))
-    return torch.tensor(sorted(ranked[:size]))
+    rare = np.ones(len(counts), bool)
+    rare[[token for token in always if token < len(counts)]] = False
+    ranked = np.lexsort((-counts, rare))  # equal ones stay in the order of their ids
+    return torch.from_numpy(np.sort(ranked[:size]))
 
 
 def channel_std(rows: Sequence[Mapping[int | str, Tensor]], layers: Sequence[int]) -> Tensor:

@@ -15,7 +15,6 @@ from deepspec.drafters.checkpoint import RECORD, Checkpoint, draft_digest, store
 from deepspec.drafters.load import open_draft
 from deepspec.drafters.network import Network
 from deepspec.drafters.registry import algorithms
-from deepspec.drafters.weights import dtype_of, stored
 from deepspec.errors import DeepSpecError
 from deepspec.evaluation.record import Record
 from deepspec.export.layout import tokenizer_files
@@ -23,6 +22,7 @@ from deepspec.export.reference import network
 from deepspec.target.embedded import EMBEDDED, PREFIX
 from deepspec.target.identity import target_record
 from deepspec.target.model import Target
+from deepspec.target.weights import dtype_of, stored
 
 
 @dataclass(frozen=True)

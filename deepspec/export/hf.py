@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from deepspec.drafters.weights import weight_files
 from deepspec.export.draft import Draft
 from deepspec.export.formats import lm_layout, shared
 from deepspec.export.layout import Layout
+from deepspec.target.weights import weight_files
 
 ALONG = ("deepspec.json", "calibration.json")  # what our engine reads besides
 

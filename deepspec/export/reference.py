@@ -14,7 +14,8 @@ from deepspec.drafters.network import Network
 from deepspec.drafters.registry import algorithms
 from deepspec.errors import DeepSpecError
 from deepspec.export.readers.sample import Sample
-from deepspec.target.model import H_LAST, Target
+from deepspec.target.ends import H_LAST
+from deepspec.target.model import Target
 
 
 def network(kind: str, checkpoint: Checkpoint, target: Target, dtype: torch.dtype) -> Network:

@@ -8,7 +8,7 @@ from deepspec.decoding import train_parity as promise
 from deepspec.export.draft import Draft
 from deepspec.export.readers.sample import Sample
 from deepspec.target.attention import ForwardPass
-from deepspec.target.model import H_LAST
+from deepspec.target.ends import H_LAST
 
 TEXTS, TOKENS, ANCHORS = 2, 192, 6  # so many texts, so long at most, and blocks of each
 ASKED = "Write a function that returns the largest number of a list, and explain how it works."

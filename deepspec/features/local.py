@@ -3,19 +3,21 @@
 These are the chosen layers' hidden states, the post-norm hidden state (with the head it gives the target's whole law)
 and the log-normaliser of that law.
 
-`CachedFeatures` computes them once into shards of safetensors, outside DVC, and memory-maps them; an interrupted
-extraction goes on at the shard where it stopped. `OnlineFeatures` runs the target inside the training loop and stores
-nothing.
+`CachedFeatures` computes them once into shards of safetensors, outside DVC, and memory-maps them. All processes do,
+each its share of the shards, and an interrupted extraction goes on at the shards that are missing. `OnlineFeatures`
+runs the target inside the training loop and stores nothing.
 """
 
 from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
+import numpy as np
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -24,24 +26,26 @@ from torch.nn.utils.rnn import pad_sequence
 
 from deepspec.errors import DeepSpecError
 from deepspec.features.codec import codec
-from deepspec.features.sequences import Sequence
+from deepspec.features.extract import LOG_NORM, Extractor, Row
+from deepspec.features.sequences import Ints, Sequence, Sequences
 from deepspec.files import digest, file_digest, replacing, write_json
 from deepspec.lineage import code_digest
 from deepspec.progress import Progress
-from deepspec.target.attention import ForwardPass
-from deepspec.target.model import H_LAST, Target
+from deepspec.target.ends import H_LAST, Ends
+from deepspec.target.model import Target
 
 BATCH_TOKENS = 2048  # of a target pass
 SHARD_TOKENS = 16384
 MANIFEST = "manifest.json"
 _FORMAT = 1
-_NORM = "log_norm"
+Batch = Ints  # indices of sequences that are computed in one pass
 
 
 class Features(ABC):
     """The target's states for the sequences of a data set.
 
     Args:
+        target: whose states they are.
         sequences: in the order of the data set.
         layers: target layer ids, concatenated in this order; `H_LAST` is the post-norm state.
 
@@ -51,11 +55,11 @@ class Features(ABC):
 
     ahead = True
 
-    def __init__(self, target: Target, sequences: list[Sequence], layers: tuple[int, ...]):
-        self.target, self.sequences, self.layers = target, sequences, layers
+    def __init__(self, target: Ends, sequences: Iterable[Sequence], layers: tuple[int, ...]):
+        self.target, self.sequences, self.layers = target, Sequences.of(sequences), layers
 
     @abstractmethod
-    def rows(self, indices: list[int]) -> list[dict[int | str, Tensor]]:
+    def rows(self, indices: list[int]) -> list[Row]:
         """Return for each sequence: layer → bfloat16 [n, d] for all layers and `H_LAST`; "log_norm" → float32 [n]."""
 
     @abstractmethod
@@ -72,38 +76,12 @@ class Features(ABC):
             else last.new_empty(len(last), 0)
             for row, last in zip(rows, hidden, strict=True)
         ]
-        log_norm = [row[_NORM] for row in rows]
+        log_norm = [row[LOG_NORM] for row in rows]
         return (
             pad_sequence(features, batch_first=True),
             pad_sequence(hidden, batch_first=True),
             pad_sequence(log_norm, batch_first=True),
         )
-
-    def compute(self, indices: list[int]) -> list[dict[int | str, Tensor]]:
-        """Compute `rows` by a pass of the target, on its device and in its dtype.
-
-        Raises:
-            DeepSpecError: the target's hidden states are not finite.
-        """
-        ids = pad_sequence([torch.tensor(self.sequences[i].ids) for i in indices], batch_first=True)
-        ids = ids.to(self.target.device)
-        positions = torch.arange(ids.shape[1], device=ids.device).expand(ids.shape)
-        wanted = (*self.layers, H_LAST)
-        step = ForwardPass(positions, wanted=wanted)  # causal: padding at the end is never seen
-        self.target.forward(ids, step)
-        rows = []
-        for row, i in enumerate(indices):
-            n = len(self.sequences[i].ids)
-            found: dict[int | str, Tensor] = {layer: step.features[layer][row, :n] for layer in wanted}
-            found[_NORM] = self.log_norm(found[H_LAST])
-            if not bool(torch.isfinite(found[_NORM]).all()):
-                raise DeepSpecError(f"conversation {i}: the target's logits are not finite")
-            rows.append(found)
-        return rows
-
-    def log_norm(self, hidden: Tensor) -> Tensor:
-        """Compute the log-normaliser of the law at post-norm states [n, d], in chunks."""
-        return torch.cat([self.target.logits(part).float().logsumexp(-1) for part in hidden.split(256)])
 
 
 class OnlineFeatures(Features):
@@ -111,14 +89,42 @@ class OnlineFeatures(Features):
 
     ahead = False
 
+    def __init__(self, target: Target, sequences: Iterable[Sequence], layers: tuple[int, ...]):
+        super().__init__(target, sequences, layers)
+        self._extractor = Extractor(target, self.sequences, layers)
+
     def describe(self) -> dict[str, Any]:
         return {"mode": "online", "target": self.target.digest, "layers": list(self.layers)}
 
-    def rows(self, indices: list[int]) -> list[dict[int | str, Tensor]]:
+    def rows(self, indices: list[int]) -> list[Row]:
         return [
-            {name: x if name == _NORM else x.to(torch.bfloat16) for name, x in row.items()}
-            for row in self.compute(indices)
+            {name: x if name == LOG_NORM else x.to(torch.bfloat16) for name, x in row.items()}
+            for row in self._extractor.rows(indices)
         ]
+
+
+class StateSource(Protocol):
+    """What has a target's states: one that runs here (`Extractor`), or files of an engine's (`EngineStates`)."""
+
+    def rows(self, indices: list[int]) -> list[Row]:
+        """Return the states of some sequences, in the target's dtype."""
+
+    def log_norm(self, hidden: Tensor) -> Tensor:
+        """Return the log-normaliser of the law at post-norm states [n, d]."""
+
+
+@dataclass(frozen=True)
+class Share:
+    """A process's part of work that several do.
+
+    Args:
+        rank: its number among `world`.
+        wait: returns when all have called it.
+    """
+
+    rank: int = 0
+    world: int = 1
+    wait: Callable[[], object] = lambda: None
 
 
 class CachedFeatures(Features):
@@ -128,16 +134,18 @@ class CachedFeatures(Features):
         directory: of the shards.
         data_digest: of the data set that the sequences are from.
         form: a name in `deepspec.features.codec.CODECS`.
+        computed_by: whose arithmetic they are of, if not the target's as it runs here.
     """
 
     def __init__(
         self,
         directory: Path,
-        target: Target,
-        sequences: list[Sequence],
+        target: Ends,
+        sequences: Iterable[Sequence],
         layers: tuple[int, ...],
         data_digest: str,
         form: str = "bf16",
+        computed_by: str | None = None,
     ):
         super().__init__(target, sequences, layers)
         self.directory, self.codec = directory, codec(form)
@@ -147,12 +155,15 @@ class CachedFeatures(Features):
             "dtype": target.precision,
             "layers": list(layers),
             "data": data_digest,
-            "sequences": digest("".join(str(sequence.ids) for sequence in sequences)),
+            "sequences": self.sequences.digest,
             "form": form,
         }
+        if computed_by is not None:
+            self.identity["computed_by"] = computed_by
         self.manifest: dict[str, Any] = self.identity | {"shards": []}
         self._maps: dict[int, dict[str, Tensor]] = {}  # of shards that were read
-        self._places: dict[int, tuple[int, int]] = {}  # sequence → shard and first row
+        self._shard_of, self._first = (np.zeros(len(self.sequences), np.int64) for _ in range(2))
+        self._source: StateSource | None = None  # while shards are written
 
     @classmethod
     def below(cls, root: Path, *what: Any) -> CachedFeatures:
@@ -187,11 +198,16 @@ class CachedFeatures(Features):
 
     @property
     def bytes_a_token(self) -> float:
-        tokens = sum(len(sequence.ids) for sequence in self.sequences)
+        tokens = int(self.sequences.lengths.sum())
         return sum(shard["bytes"] for shard in self.manifest["shards"]) / tokens
 
-    def build(self) -> None:
+    def build(self, source: Callable[[], StateSource] | None = None, share: Share = Share()) -> None:
         """Compute the shards that are missing, sequences of like length together, longest first.
+
+        Args:
+            source: gives what computes or has the states, asked for only if shards are missing; None: the target that
+                the features were made with computes them.
+            share: of the missing shards; every process calls this.
 
         Raises:
             DeepSpecError: the directory holds features of another target, data set or form.
@@ -201,26 +217,65 @@ class CachedFeatures(Features):
         if path.exists():
             self.manifest = self._checked(path)
         plan = list(_shards(self.sequences))
-        done = len(self.manifest["shards"])
-        with Progress("features", len(plan), done, shown=done < len(plan)) as progress:
-            for number in range(done, len(plan)):
-                self.manifest["shards"].append(self._write(number, plan[number]))
-                write_json(path, self.manifest)
-                progress.advance()
+        if len(self.manifest["shards"]) != len(plan):
+            self._extract(plan, source or self._own_source, share)
         for number, batches in enumerate(plan):
-            start = 0
-            for i in (i for batch in batches for i in batch):
-                self._places[i] = (number, start)
-                start += len(self.sequences[i].ids)
+            rows = np.concatenate(batches)
+            self._shard_of[rows] = number
+            self._first[rows] = np.cumsum([0, *self.sequences.lengths[rows[:-1]]])
 
-    def rows(self, indices: list[int]) -> list[dict[int | str, Tensor]]:
+    def _extract(self, plan: list[list[Batch]], source: Callable[[], StateSource], share: Share) -> None:
+        """Compute this process's part of the shards that have no entry, and write the manifest when all have one."""
+        missing = [number for number in range(len(plan)) if self._entry(number) is None]
+        share.wait()  # until all know the same to be missing
+        path, mine = self.directory / MANIFEST, missing[share.rank :: share.world]
+        if share.rank == 0:
+            write_json(path, self.identity | {"shards": []})
+        if mine:
+            self._source = source()
+            with Progress("features", len(mine), shown=share.rank == 0) as progress:
+                for number in mine:
+                    write_json(self._entry_path(number), self._write(number, plan[number]))
+                    progress.advance()
+            self._source = None
+        share.wait()
+        entries = [self._entry(number) for number in range(len(plan))]
+        if lost := [number for number, entry in enumerate(entries) if entry is None]:
+            raise DeepSpecError(
+                f"{self.directory}: {len(lost)} of {len(plan)} shards are not there, though every process has computed "
+                "its own; several machines need a shared folder (train.features.directory)"
+            )
+        self.manifest = self.identity | {"shards": entries}
+        share.wait()
+        if share.rank == 0:
+            write_json(path, self.manifest)
+            for number in range(len(plan)):
+                self._entry_path(number).unlink(missing_ok=True)
+
+    def _own_source(self) -> StateSource:
+        if not isinstance(self.target, Target):
+            raise TypeError("features can only be computed by a target with its layers")
+        return Extractor(self.target, self.sequences, self.layers)
+
+    def _entry(self, number: int) -> dict[str, Any] | None:
+        """Return what the manifest says of a shard that a process has finished; None if it is not there."""
+        try:
+            entry = json.loads(self._entry_path(number).read_text())
+            whole = self._path(number).stat().st_size == entry["bytes"]
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+        return entry if whole else None
+
+    def _entry_path(self, number: int) -> Path:
+        return self._path(number).with_suffix(".json")
+
+    def rows(self, indices: list[int]) -> list[Row]:
         return [self._row(i) for i in indices]
 
-    def _row(self, i: int) -> dict[int | str, Tensor]:
-        number, start = self._places[i]
-        shard = self._map(number)
-        here = slice(start, start + len(self.sequences[i].ids))
-        row: dict[int | str, Tensor] = {_NORM: shard[_NORM][here]}
+    def _row(self, i: int) -> Row:
+        shard, start = self._map(int(self._shard_of[i])), int(self._first[i])
+        here = slice(start, start + int(self.sequences.lengths[i]))
+        row: Row = {LOG_NORM: shard[LOG_NORM][here]}
         for layer in {*self.layers, H_LAST}:
             parts = ("codes", "scales") if self.codec.group is not None else ("codes",)
             row[layer] = self.codec.decode({part: shard[f"{layer}.{part}"][here] for part in parts})
@@ -239,17 +294,21 @@ class CachedFeatures(Features):
                 )
         return found
 
-    def _write(self, number: int, batches: list[list[int]]) -> dict[str, Any]:
+    def _write(self, number: int, batches: list[Batch]) -> dict[str, Any]:
         parts: dict[str, list[Tensor]] = {}
+        source = self._source
+        if source is None:
+            raise TypeError("shards are written by `build`")
         for batch in batches:
-            for row in self.compute(batch):
+            for row in source.rows(batch.tolist()):
                 for layer in {*self.layers, H_LAST}:
                     encoded = self.codec.encode(row[layer])
                     for part, tensor in encoded.items():
                         parts.setdefault(f"{layer}.{part}", []).append(tensor.cpu())
                     if layer == H_LAST and self.codec.group is not None:  # of what will be read back
-                        row[_NORM] = self.log_norm(self.codec.decode(encoded).to(self.target.dtype))
-                parts.setdefault(_NORM, []).append(row[_NORM].cpu())
+                        last = self.codec.decode(encoded).to(self.target.dtype)
+                        row[LOG_NORM] = source.log_norm(last)
+                parts.setdefault(LOG_NORM, []).append(row[LOG_NORM].cpu())
         path = self._path(number)
         with replacing(path) as scratch:
             save_file({name: torch.cat(tensors) for name, tensors in parts.items()}, scratch)
@@ -271,13 +330,13 @@ class CachedFeatures(Features):
         return self.directory / f"features-{number:05d}.safetensors"
 
 
-def _shards(sequences: list[Sequence]) -> Iterator[list[list[int]]]:
+def _shards(sequences: Sequences) -> Iterator[list[Batch]]:
     """Group sequences into shards, each a list of batches."""
-    shard: list[list[int]] = []
+    shard: list[Batch] = []
     tokens = 0
-    for batch in _like_lengths(sequences):
+    for batch in _like_lengths(sequences.lengths):
         shard.append(batch)
-        tokens += sum(len(sequences[i].ids) for i in batch)
+        tokens += int(sequences.lengths[batch].sum())
         if tokens >= SHARD_TOKENS:
             yield shard
             shard, tokens = [], 0
@@ -285,13 +344,11 @@ def _shards(sequences: list[Sequence]) -> Iterator[list[list[int]]]:
         yield shard
 
 
-def _like_lengths(sequences: list[Sequence]) -> Iterator[list[int]]:
+def _like_lengths(lengths: Ints) -> Iterator[Batch]:
     """Group indices into batches of similar length, at most BATCH_TOKENS tokens with padding."""
-    batch: list[int] = []
-    for i in sorted(range(len(sequences)), key=lambda i: -len(sequences[i].ids)):
-        if batch and len(sequences[batch[0]].ids) * (len(batch) + 1) > BATCH_TOKENS:
-            yield batch
-            batch = []
-        batch.append(i)
-    if batch:
-        yield batch
+    order = np.argsort(-lengths, kind="stable")
+    start = 0
+    while start < len(order):
+        size = max(BATCH_TOKENS // max(int(lengths[order[start]]), 1), 1)
+        yield order[start : start + size]
+        start += size

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from deepspec.section import Section
 
@@ -18,6 +18,16 @@ class FeaturesParams(Section):
         "cached", description="`online` runs the target in every step and stores nothing."
     )
     form: Form = Field("bf16", description="Of the cache: how each hidden state is stored.")
+    states: str | None = Field(
+        None,
+        description="Folder of hidden states that a serving engine wrote; null: the target computes them here.",
+    )
     directory: str | None = Field(
         None, description="Of the cache, to share it; null: one of its own under .deepspec/features."
     )
+
+    @model_validator(mode="after")
+    def _kept(self) -> FeaturesParams:
+        if self.states is not None and self.mode != "cached":
+            raise ValueError(f"train.features.states goes with mode: cached, not {self.mode}")
+        return self

@@ -1,13 +1,24 @@
-"""The distillation data as a trainer sees it: token sequences and which of their tokens count."""
+"""The distillation data as a trainer sees it: token sequences and which of their tokens count.
+
+Rows lie in flat arrays, a `Chunk` for every few thousand. `deepspec.features.read` makes them from a data set, in a
+file that is mapped into memory, so that of a million conversations a trainer holds a few bytes each.
+"""
 
 from __future__ import annotations
 
-import json
+import hashlib
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator
+from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
-from os.path import commonprefix
-from pathlib import Path
+from functools import cached_property
+from typing import Any, overload
 
-from deepspec.errors import DeepSpecError
+import numpy as np
+import numpy.typing as npt
+
+ROWS = 4096  # of a chunk, at most
+Ints = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -23,35 +34,158 @@ class Sequence:
     conversation: str = ""
 
 
-def read_sequences(directory: Path, max_length: int, supervise: str) -> tuple[list[Sequence], str]:
-    """Read the conversations of a distillation data set, cut to `max_length`, and the data's digest.
+@dataclass(frozen=True)
+class Chunk:
+    """Some rows, one after the other.
 
-    `supervise="answer"` learns the answers alone, `"all"` also the prompts: the target's law is as valid there. What
-    all conversations begin with (the template, a system prompt) is never learnt, nor again what an earlier row of the
-    same conversation begins with.
-
-    Raises:
-        DeepSpecError: no data set there, or no token to learn from.
+    offsets int32 [rows + 1]: where each begins in ids int32, answer uint8 and learnt uint8 [tokens].
+    conversations: of each row; None: every row is one.
     """
-    import pyarrow.parquet
 
-    path = directory / "train.parquet"
-    if not path.exists():
-        raise DeepSpecError(f"{path}: no such data set; run the generate stage first")
-    several = "prompt" in pyarrow.parquet.read_schema(path).names
-    names = ["input_ids", "loss_mask", *(["prompt"] if several else [])]
-    columns = pyarrow.parquet.read_table(path, columns=names).to_pydict()
-    everything, masks = ([row[:max_length] for row in columns[name]] for name in ("input_ids", "loss_mask"))
-    start = len(commonprefix(everything)) if len(everything) > 1 else 0
-    sequences: list[Sequence] = []
-    for ids, answer, conversation in zip(
-        everything, masks, columns.get("prompt") or [None] * len(masks), strict=True
-    ):
-        known = start
-        if conversation and sequences and sequences[-1].conversation == conversation:
-            known = max(start, len(commonprefix([sequences[-1].ids, ids])))
-        learnt = [0] * known + [1] * (len(ids) - known) if supervise == "all" else answer
-        sequences.append(Sequence(ids, answer, learnt, conversation or ""))
-    if not any(any(sequence.learnt[2:]) for sequence in sequences):
-        raise DeepSpecError(f"{path}: no token to learn from in {len(sequences)} conversations")
-    return sequences, json.loads((directory / "manifest.json").read_text())["digest"]
+    offsets: npt.NDArray[np.int32]
+    ids: npt.NDArray[np.int32]
+    answer: npt.NDArray[np.uint8]
+    learnt: npt.NDArray[np.uint8]
+    conversations: SequenceOf[str] | None = None
+
+    @classmethod
+    def of(cls, rows: SequenceOf[Sequence]) -> Chunk:
+        """Return rows given as lists."""
+        lengths = [len(row.ids) for row in rows]
+        offsets = np.concatenate(([0], np.cumsum(lengths))).astype(np.int32)
+
+        def flat(name: str, kind: Any) -> npt.NDArray[Any]:
+            return np.fromiter((value for row in rows for value in getattr(row, name)), kind, offsets[-1])
+
+        several = any(row.conversation for row in rows)
+        return cls(
+            offsets,
+            flat("ids", np.int32),
+            flat("answer", np.uint8),
+            flat("learnt", np.uint8),
+            [row.conversation for row in rows] if several else None,
+        )
+
+    @property
+    def lengths(self) -> Ints:
+        return np.diff(self.offsets).astype(np.int64)
+
+    def marked(self, mask: npt.NDArray[np.uint8]) -> npt.NDArray[np.bool_]:
+        """Return whether each row has a mark from its third token on: nothing is predicted before."""
+        late = mask.astype(bool)
+        for place in (0, 1):
+            early = self.offsets[:-1] + place
+            late[early[early < self.offsets[1:]]] = False
+        sums = np.concatenate(([0], np.cumsum(late)))
+        return sums[self.offsets[1:]] > sums[self.offsets[:-1]]
+
+
+class Sequences(SequenceOf[Sequence]):
+    """Rows in chunks; a row is handed out as lists, or its parts as arrays that share the chunk's memory.
+
+    Args:
+        chunks: none of them empty.
+
+    Attributes:
+        lengths: tokens of each row, int64 [rows].
+    """
+
+    def __init__(self, chunks: SequenceOf[Chunk]):
+        self.chunks = chunks
+        self.lengths: Ints = np.concatenate([np.zeros(0, np.int64), *(chunk.lengths for chunk in chunks)])
+        rows = np.cumsum([0, *(len(chunk.offsets) - 1 for chunk in chunks)])
+        self._starts: list[int] = rows.tolist()  # of each chunk its first row
+
+    @classmethod
+    def of(cls, rows: Iterable[Sequence]) -> Sequences:
+        """Return rows given as lists; what has the form already, as it is."""
+        if isinstance(rows, Sequences):
+            return rows
+        given = list(rows)
+        return cls([Chunk.of(given[start : start + ROWS]) for start in range(0, len(given), ROWS)])
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    @overload
+    def __getitem__(self, i: int) -> Sequence: ...
+    @overload
+    def __getitem__(self, i: slice) -> Sequences: ...
+    def __getitem__(self, i: int | slice) -> Sequence | Sequences:
+        if isinstance(i, slice):
+            return Sequences.of(self[row] for row in range(*i.indices(len(self))))
+        if not 0 <= i < len(self):
+            raise IndexError(i)
+        number = bisect_right(self._starts, i) - 1
+        names = self.chunks[number].conversations
+        conversation = "" if names is None else names[i - self._starts[number]]
+        return Sequence(self.ids(i).tolist(), self.answer(i).tolist(), self.learnt(i).tolist(), conversation)
+
+    def ids(self, i: int) -> npt.NDArray[np.int32]:
+        """Return the tokens of row i, [tokens]."""
+        chunk, here = self._at(i)
+        return chunk.ids[here]
+
+    def answer(self, i: int) -> npt.NDArray[np.uint8]:
+        """Return of each token of row i whether it is part of an answer, [tokens]."""
+        chunk, here = self._at(i)
+        return chunk.answer[here]
+
+    def learnt(self, i: int) -> npt.NDArray[np.uint8]:
+        """Return of each token of row i whether it is to be learnt, [tokens]."""
+        chunk, here = self._at(i)
+        return chunk.learnt[here]
+
+    def _at(self, i: int) -> tuple[Chunk, slice]:
+        number = bisect_right(self._starts, i) - 1
+        chunk, row = self.chunks[number], i - self._starts[number]
+        return chunk, slice(int(chunk.offsets[row]), int(chunk.offsets[row + 1]))
+
+    @cached_property
+    def teaches(self) -> npt.NDArray[np.bool_]:
+        """Return whether each row has a token to predict that is to be learnt, [rows]."""
+        return np.concatenate([np.zeros(0, bool), *(chunk.marked(chunk.learnt) for chunk in self.chunks)])
+
+    @cached_property
+    def answered(self) -> npt.NDArray[np.bool_]:
+        """Return whether each row has a token to predict that is part of an answer, [rows]."""
+        return np.concatenate([np.zeros(0, bool), *(chunk.marked(chunk.answer) for chunk in self.chunks)])
+
+    @cached_property
+    def groups(self) -> Ints:
+        """Return the number of each row's conversation, in the order in which they begin, [rows]."""
+        if all(chunk.conversations is None for chunk in self.chunks):
+            return np.arange(len(self))
+        numbers: dict[str, int] = {}
+        found, new = np.empty(len(self), np.int64), 0
+        for i, name in enumerate(self._conversations()):
+            number = numbers.get(name, new) if name else new
+            if number == new:
+                new += 1
+                if name:
+                    numbers[name] = number
+            found[i] = number
+        return found
+
+    def _conversations(self) -> Iterator[str]:
+        for chunk in self.chunks:
+            yield from chunk.conversations or [""] * (len(chunk.offsets) - 1)
+
+    def learnt_counts(self, rows: Ints, vocab_size: int) -> Ints:
+        """Return how often each token is to be learnt in some rows, [vocab_size]."""
+        chosen = np.zeros(len(self), bool)
+        chosen[rows] = True
+        counts = np.zeros(vocab_size, np.int64)
+        for start, chunk in zip(self._starts, self.chunks, strict=False):
+            of_rows = chosen[start : start + len(chunk.offsets) - 1]
+            counted = chunk.learnt.astype(bool) & np.repeat(of_rows, chunk.lengths)
+            counts += np.bincount(chunk.ids[counted], minlength=vocab_size)[:vocab_size]
+        return counts
+
+    @cached_property
+    def digest(self) -> str:
+        """Return the identity of all tokens, 16 hexadecimal digits."""
+        state = hashlib.sha256(self.lengths.tobytes())
+        for chunk in self.chunks:
+            state.update(np.ascontiguousarray(chunk.ids))
+        return state.hexdigest()[:16]

@@ -23,6 +23,7 @@ from deepspec.prompts.filters import chat_key, duplicate_key
 
 BATCH_ROWS = 1024
 OPTIONAL = ("prompt", "chat", "metadata", "logprob", "surprise")  # columns that may be null
+REPEATED = ("target", "roles", "last_role", "source", "script")
 LISTS = ("messages", "input_ids", "loss_mask", "finish_reasons")
 
 
@@ -45,8 +46,16 @@ class Flattener:
         self._seen: set[str] = set()  # prompts of which there was a row
 
     def table(self, path: Path) -> pandas.DataFrame:
-        batches = parquet.ParquetFile(path).iter_batches(batch_size=BATCH_ROWS)
-        return pandas.DataFrame([self.flat(row) for batch in batches for row in batch.to_pylist()])
+        """Return the flat rows of a data set, of which a few are held as stored at a time."""
+        columns: dict[str, list[Any]] = {}
+        known: dict[str, str] = {}  # values that many rows have, each held once
+        for batch in parquet.ParquetFile(path).iter_batches(batch_size=BATCH_ROWS):
+            for row in batch.to_pylist():
+                for name, value in self.flat(row).items():
+                    if name in REPEATED and isinstance(value, str):
+                        value = known.setdefault(value, value)
+                    columns.setdefault(name, []).append(value)
+        return pandas.DataFrame(columns)
 
     def flat(self, row: dict[str, Any]) -> dict[str, Any]:
         tokens_only = row["engine"] == "given" and row["messages"] == []

@@ -232,15 +232,18 @@ LLAMA_SHAPED = {"LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer",
 def fuse(layers: nn.ModuleList, make: Make = PackedLinear) -> None:
     """Replace Llama-shaped layers by fused ones, and the projections of the others by packed ones, in place."""
     for i, layer in enumerate(layers):
-        if type(layer).__name__ in LLAMA_SHAPED and _activation(layer) == "silu":
+        if is_llama_shaped(layer):
             layers[i] = FusedLayer(cast("LlamaLayer", layer), make)  # its name says so
         elif make is not PackedLinear or can_pack(next(layer.parameters())):
             pack(layer, make)
 
 
-def _activation(layer: nn.Module) -> str:
+def is_llama_shaped(layer: nn.Module) -> bool:
+    """Return whether a decoder layer of transformers' computes what `FusedLayer` does."""
+    if type(layer).__name__ not in LLAMA_SHAPED:
+        return False
     config: Any = layer.get_submodule("self_attn").config
-    return config.hidden_act
+    return config.hidden_act == "silu"
 
 
 def pack(module: nn.Module, make: Make = PackedLinear) -> None:

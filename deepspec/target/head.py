@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -44,8 +43,12 @@ class HeadTransform:
 PLAIN = HeadTransform()
 
 
-def head_transform(model: PreTrainedModel, config: Any) -> HeadTransform:
-    """Read the transform from a model and its text configuration; the self-test says whether it is the whole of it."""
+def head_transform(config: Any, bias: Tensor | None = None) -> HeadTransform:
+    """Read the transform from a text configuration; the self-test says whether it is the whole of it.
+
+    Args:
+        bias: of the head [vocab], where it has one.
+    """
     scale = 1.0
     if scaling := getattr(config, "logits_scaling", None):  # Granite, MiniCPM3
         scale /= scaling
@@ -55,5 +58,4 @@ def head_transform(model: PreTrainedModel, config: Any) -> HeadTransform:
         scale *= factor
     caps = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")  # Gemma; Griffin; xLSTM
     softcap = next((cap for cap in (getattr(config, name, None) for name in caps) if cap), None)
-    bias = getattr(model.get_output_embeddings(), "bias", None)
     return HeadTransform(scale, softcap, None if bias is None else bias.detach())

@@ -8,7 +8,7 @@ drafters need: hidden features of chosen decoder layers, the post-norm hidden st
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +20,9 @@ from deepspec.errors import DeepSpecError
 from deepspec.files import replacing
 from deepspec.target import template
 from deepspec.target.attention import CACHE_LENGTH, NAME, ForwardPass, KVCache
-from deepspec.target.chat import Templated
-from deepspec.target.checks import check_files, check_source, check_vocabulary, stop_tokens
+from deepspec.target.checks import check_files, check_source, check_vocabulary
 from deepspec.target.embedded import PREFIX, write_embedded
+from deepspec.target.ends import H_LAST, Ends, final_norm
 from deepspec.target.fused import FusedLayer, Int4Linear, Make, PackedLinear, fuse
 from deepspec.target.graphs import GraphedPasses
 from deepspec.target.head import head_transform
@@ -43,14 +43,12 @@ from deepspec.target.source import (
     from_pretrained,
     hub_directory,
     is_hub_id,
-    length_limit,
     load_model,
     moved,
     text_decoder,
 )
 from deepspec.target.states import OwnPasses, StateCache
 
-H_LAST = -2  # as a layer id: h_last, after the final norm
 _FOUR_DIMENSIONAL = torch.zeros(
     1, 1, 1, 1
 )  # transformers leaves a 4-D mask alone, and ours comes with the ForwardPass
@@ -213,7 +211,7 @@ def load_target(
 WEIGHTS: dict[str, Make] = {"dense": PackedLinear, "int4": Int4Linear}
 
 
-class Target(Templated):
+class Target(Ends):
     """A loaded verifier. Not trainable: its layers are fused and packed for inference where that pays."""
 
     def __init__(
@@ -227,27 +225,26 @@ class Target(Templated):
         digest: str = "",
         chat_template_kwargs: Mapping[str, Any] | None = None,
     ):
-        self.chat_template_kwargs = dict(chat_template_kwargs or {})
-        self.tokenizer = tokenizer
-        self.source = source
-        self.weights = weights
-        self.verdict = verdict or Verdict()
-        self.digest = digest
-        self.config = model.config.get_text_config()
-        self.generation_config = model.generation_config
-        self.dtype: torch.dtype = model.dtype
-        self.device: torch.device = model.device
-        self.vocab_size: int = self.config.vocab_size
-        self.hidden_size: int = self.config.hidden_size
-        self.max_length: int = length_limit(self.config)
-        self.embeddings = model.get_input_embeddings().get_parameter("weight").detach()  # [vocab, d]
-        self.head_weight = model.get_output_embeddings().get_parameter("weight").detach()  # [vocab, d]
-        self.head_transform = head_transform(model, self.config)
-        self._embed = model.get_input_embeddings()
-        self._head = PackedLinear(self.head_weight)
+        config = model.config.get_text_config()
+        super().__init__(
+            config,
+            model.generation_config,
+            tokenizer,
+            source,
+            weights,
+            verdict,
+            digest,
+            chat_template_kwargs,
+        )
+        head = model.get_output_embeddings()
+        self.dtype = model.dtype
+        self.device = model.device
+        self.embeddings = model.get_input_embeddings().get_parameter("weight").detach()
+        self.head_weight = head.get_parameter("weight").detach()
+        self.head_transform = head_transform(config, getattr(head, "bias", None))
         self._model = text_decoder(model)
-        self.layers = decoder_layers(self._model, self.config.num_hidden_layers)
-        self.num_layers: int = len(self.layers)
+        self.layers = decoder_layers(self._model, config.num_hidden_layers)
+        self.num_layers = len(self.layers)
         if self.verdict.trees:
             with torch.no_grad():
                 fuse(self.layers, WEIGHTS[weights])
@@ -259,12 +256,6 @@ class Target(Templated):
         )
         self.graphs = graphs
         self._graphs = GraphedPasses(self._run) if graphs else None
-
-    @property
-    def stop_ids(self) -> frozenset[int]:
-        """Every token that ends an answer: the generation config's and the tokenizer's own."""
-        own = self.tokenizer.eos_token_id
-        return frozenset((*stop_tokens(self.generation_config), *(() if own is None else (own,))))
 
     @torch.inference_mode()
     def forward(self, ids: Tensor, step: ForwardPass) -> Tensor:
@@ -310,60 +301,16 @@ class Target(Templated):
     def _record(self, step: Any) -> None:
         self._recording = step
 
+    def _last(self, count: int) -> Sequence[nn.Module]:
+        return self.layers[-count:]
+
     @torch.inference_mode()
-    def logits(self, hidden: Tensor) -> Tensor:
-        """h_last [..., d] → logits [..., vocab] in the target's dtype."""
-        return self.head_transform(self._head(hidden))
-
-    @property
-    def precision(self) -> str:
-        """How it computes, for records: "bfloat16", or "int4 weights, bfloat16"."""
-        return (
-            dtype_name(self.dtype)
-            if self.weights == "dense"
-            else f"{self.weights} weights, {dtype_name(self.dtype)}"
-        )
-
-    @property
-    def rope_theta(self) -> float:
-        """Base of the rotary embedding, of the full-attention layers where there are several kinds."""
-        rope = getattr(self.config, "rope_parameters", None) or {}
-        rope = rope.get("full_attention") or rope
-        return float(rope.get("rope_theta") or getattr(self.config, "rope_theta", None) or 10000.0)
-
-    def last_layers(self, count: int) -> list[FusedLayer]:
-        """Return the last decoder layers, lowest first.
-
-        Raises:
-            DeepSpecError: there are fewer, or they are of another shape than Llama's, or in 4 bits.
-        """
-        if count > self.num_layers:
-            raise DeepSpecError(f"{self.source} has {self.num_layers} layers, {count} were asked for")
-        layers = [layer for layer in self.layers[-count:] if isinstance(layer, FusedLayer)]
-        if self.weights != "dense" or len(layers) < count:
-            raise DeepSpecError(
-                f"{self.source}: a draft cannot begin as layers of this shape; use `start: random`"
-            )
-        return layers
+    def normed(self, hidden: Tensor) -> Tensor:
+        return final_norm(self._model, self.source)(hidden)
 
     @property
     def last_norm(self) -> Tensor:
-        """Weight [d] of the norm behind the last of `last_layers`."""
         return self._model.get_parameter("norm.weight").detach()
-
-    def check_layers(self, layer_ids: Iterable[int]) -> None:
-        """Feature layers are -1 (embeddings) to num_layers − 2: engines hand out the last one normed."""
-        layer_ids = tuple(layer_ids)
-        if layer_ids and not self.verdict.features:
-            raise DeepSpecError(
-                f"{self.source}: its layers hand out several states a token, which no drafter reads as features; "
-                "use medusa, lm, lookup or suffix"
-            )
-        for layer in layer_ids:
-            if not -1 <= layer < self.num_layers - 1:
-                raise DeepSpecError(
-                    f"target layer {layer} cannot be a feature: this target has layers -1 to {self.num_layers - 2}"
-                )
 
     def _hook(self, layer: int) -> None:
         """Keep the raw output of decoder layer `layer` in the ForwardPass that asks for it."""

@@ -85,14 +85,21 @@ Wrap = Callable[[PreTrainedModel, "Verdict"], "Target"]  # (model, verdict so fa
 
 def examine(digest: str, load: Load, wrap: Wrap, fresh: bool = False) -> Verdict:
     """Return the verdict on a target, found now or, unless it is to be `fresh`, kept in the user's cache."""
-    kept = _record(digest)
-    if kept.exists() and not fresh:
-        found = json.loads(kept.read_text())
-        return Verdict(**found | {name: tuple(found[name]) for name in ("shortened", "unreached")})
-    verdict = _examine(load, wrap)
+    if not fresh and (found := kept_verdict(digest)) is not None:
+        return found
+    verdict, kept = _examine(load, wrap), _record(digest)
     kept.parent.mkdir(parents=True, exist_ok=True)
     write_json(kept, asdict(verdict))
     return verdict
+
+
+def kept_verdict(digest: str) -> Verdict | None:
+    """Return the verdict that the user's cache has on a target; None where it was not tested with this code."""
+    kept = _record(digest)
+    if not kept.exists():
+        return None
+    found = json.loads(kept.read_text())
+    return Verdict(**found | {name: tuple(found[name]) for name in ("shortened", "unreached")})
 
 
 def _record(digest: str) -> Path:

@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from deepspec.errors import DeepSpecError
 from deepspec.features.local import Features
+from deepspec.features.sequences import Ints
 
 PASS_TOKENS = 1 << 16  # of one pass, padding included
 PADDING = 1 << 13  # tokens that may always be padded: less than another pass costs
@@ -59,7 +62,7 @@ class Batches:
     def __init__(
         self,
         store: Features,
-        members: list[int],
+        members: Ints | list[int],
         size: int,
         anchors: int,
         gamma: int,
@@ -68,17 +71,19 @@ class Batches:
     ):
         self.pass_tokens = pass_tokens
         self.store, self.size, self.anchors, self.gamma, self.seed = store, size, anchors, gamma, seed
-        self.members = [i for i in members if any(store.sequences[i].learnt[2:])]
+        given = np.asarray(members, np.int64)
+        self.members: Ints = given[store.sequences.teaches[given]]
         self.steps_per_epoch = max(len(self.members) // size, 1)
-        self._epoch: tuple[int, list[list[int]]] = (-1, [])
+        self._epoch: tuple[int, Ints] = (-1, np.zeros((0, size), np.int64))  # and its batches
         self.replayed: dict[int, list[int]] = {}  # anchors to take instead (`training.replay`)
 
     def indices(self, step: int) -> list[int]:
         """Return the sequences of a step: an epoch visits each once, in batches of like length, in a seeded order."""
         epoch, place = divmod(step, self.steps_per_epoch)
-        if self._epoch[0] != epoch:
-            self._epoch = (epoch, self._order(epoch))
-        return self._epoch[1][place]
+        kept = self._epoch  # other threads may be in another epoch
+        if kept[0] != epoch:
+            kept = self._epoch = (epoch, self._order(epoch))
+        return kept[1][place].tolist()
 
     def make(self, step: int, rank: int = 0, world: int = 1, parts: int = 1) -> list[Batch]:
         """Return the blocks that process `rank` of `world` trains on in a step.
@@ -92,7 +97,7 @@ class Batches:
 
     def shares(self, rows: list[int], rank: int = 0, world: int = 1) -> Iterator[list[int]]:
         """Yield the rows of each pass that process `rank` of `world` takes; all processes make as many passes."""
-        lengths = [len(self.store.sequences[i].ids) for i in rows]
+        lengths = [int(self.store.sequences.lengths[i]) for i in rows]
         places = [max(lengths[start : start + world]) for start in range(0, len(rows), world)]
         mine = rows[rank::world]
         for part in passes(places, self.pass_tokens):
@@ -103,7 +108,7 @@ class Batches:
         anchors = torch.empty(len(indices), self.anchors, dtype=torch.int64)
         for row, i in enumerate(indices):
             replayed = None if answers_only else self.replayed.get(i)
-            starts = torch.tensor(replayed or self.starts(i, answers_only))
+            starts = torch.tensor(replayed) if replayed else torch.from_numpy(self._starts(i, answers_only))
             rng = torch.Generator().manual_seed((self.seed * 1_000_003 + step) * 1_000_003 + i)
             order = torch.randperm(len(starts), generator=rng)  # none twice before each was taken
             chosen = starts[order.repeat(-(-self.anchors // len(starts)))[: self.anchors]]
@@ -112,8 +117,10 @@ class Batches:
 
     def starts(self, i: int, answers_only: bool = False) -> list[int]:
         """Return where a block of sequence i may start: its next token is to be learnt."""
-        mask = self._mask(i, answers_only)
-        return [anchor for anchor in range(1, len(mask) - 1) if mask[anchor + 1]]
+        return self._starts(i, answers_only).tolist()
+
+    def _starts(self, i: int, answers_only: bool) -> Ints:
+        return np.flatnonzero(self._mask(i, answers_only)[2:]) + 1
 
     def at(self, indices: list[int], anchors: Tensor, answers_only: bool = False) -> Batch:
         """Return blocks of given sequences at given anchors [sequences, blocks].
@@ -125,9 +132,9 @@ class Batches:
         tokens = torch.zeros(len(indices), n, dtype=torch.int64)
         learnt = torch.zeros(len(indices), n + self.gamma, dtype=torch.bool)
         for row, i in enumerate(indices):
-            ids, mask = self.store.sequences[i].ids, self._mask(i, answers_only)
-            tokens[row, : len(ids)] = torch.tensor(ids)
-            learnt[row, : len(mask)] = torch.tensor(mask, dtype=torch.bool)
+            ids, mask = self.store.sequences.ids(i), self._mask(i, answers_only)
+            tokens[row, : len(ids)] = torch.from_numpy(ids.astype(np.int64))
+            learnt[row, : len(mask)] = torch.from_numpy(mask.astype(bool))
         rows = torch.arange(len(indices))[:, None, None]
         sources = anchors[..., None] + torch.arange(self.gamma)  # [b, blocks, γ]
         valid = learnt[rows, sources + 1].cumprod(-1).bool()  # only while contiguous learnt tokens last
@@ -135,9 +142,9 @@ class Batches:
         labels = tokens[rows, (sources + 1).clamp(max=n - 1)]
         return Batch(features, tokens, hidden, log_norm, anchors, sources, labels, valid)
 
-    def _mask(self, i: int, answers_only: bool) -> list[int]:
-        sequence = self.store.sequences[i]
-        return sequence.answer if answers_only else sequence.learnt
+    def _mask(self, i: int, answers_only: bool) -> npt.NDArray[np.uint8]:
+        sequences = self.store.sequences
+        return sequences.answer(i) if answers_only else sequences.learnt(i)
 
     def check_alive(self) -> None:
         """Refuse data that cannot teach: the loss would fall, and the draft be useless.
@@ -146,24 +153,23 @@ class Batches:
             DeepSpecError: features or post-norm states that are the same for every token.
         """
         features, hidden, _ = self.store.batch(self.indices(0))
-        n = min(len(self.store.sequences[i].ids) for i in self.indices(0))
+        n = int(self.store.sequences.lengths[self.indices(0)].min())
         for name, x in (("features", features), ("post-norm states", hidden)):
             if x.shape[-1] and float(x[:, :n].float().flatten(0, 1).std(0).max()) == 0:
                 raise DeepSpecError(
                     f"the target's {name} are the same for every token: there is nothing to learn"
                 )
 
-    def _order(self, epoch: int) -> list[list[int]]:
+    def _order(self, epoch: int) -> Ints:
+        """Return the batches of an epoch, [batches, size]."""
         rng = torch.Generator().manual_seed(self.seed * 100003 + epoch)
-        shuffled = [self.members[i] for i in torch.randperm(len(self.members), generator=rng).tolist()]
-        window = self.size * 16  # sorting within windows keeps padding low and batches varied
-        batches: list[list[int]] = []
-        for start in range(0, len(shuffled), window):
-            part = sorted(shuffled[start : start + window], key=lambda i: len(self.store.sequences[i].ids))
-            batches += [part[j : j + self.size] for j in range(0, len(part), self.size)]
-        whole = [batch for batch in batches if len(batch) == min(self.size, len(self.members))]
-        order = torch.randperm(len(whole), generator=rng).tolist()
-        return [whole[i] for i in order][: self.steps_per_epoch]
+        shuffled = self.members[torch.randperm(len(self.members), generator=rng).numpy()]
+        # Sorting by length within windows of 16 batches keeps padding low and batches varied.
+        window = np.arange(len(shuffled)) // (self.size * 16)
+        ordered = shuffled[np.lexsort((self.store.sequences.lengths[shuffled], window))]
+        size = min(self.size, len(ordered))
+        whole = ordered[: len(ordered) // size * size].reshape(-1, size) if size else ordered.reshape(0, 0)
+        return whole[torch.randperm(len(whole), generator=rng).numpy()]
 
 
 def passes(lengths: Sequence[int], most: int = PASS_TOKENS) -> Iterator[list[int]]:

@@ -15,6 +15,7 @@ from deepspec.drafters.network import Network
 from deepspec.errors import DeepSpecError
 from deepspec.files import write_json
 from deepspec.provenance import provenance
+from deepspec.target.ends import Ends
 from deepspec.target.model import Target
 from deepspec.training.held_out import draft_held_out_blocks
 from deepspec.training.objective import BlockObjective
@@ -33,7 +34,10 @@ _DECODED_PROMPTS, _DECODED_TOKENS = 8, 48
 
 
 def finish(prepared: Prepared, trainer: Trainer, paths: TrainingPaths) -> None:
-    """Write the draft with the best weights, and all that is said of it. For the main process alone."""
+    """Write the draft with the best weights, and all that is said of it. For the main process alone.
+
+    With `train.real_decode` the target is loaded with its layers once more.
+    """
     params, target = prepared.params, prepared.target
     best = _best_network(prepared, trainer)
     made = {"drafter": prepared.name, "heldout_tau": trainer.best_tau}
@@ -43,19 +47,21 @@ def finish(prepared: Prepared, trainer: Trainer, paths: TrainingPaths) -> None:
     record = training_record(params, prepared.data.digest) | made
     weights = stored_weights(best, params.train.written_out)
     write_drafter(paths.draft, best.description(), weights, target, record)
+    whole = prepared.body() if params.train.real_decode else None
     prompts = prepared.heldout_prompts()
-    if best.confident:
-        _calibrate(paths.draft, target, prompts, params.seed)
+    if best.confident and whole is not None:
+        _calibrate(paths.draft, whole, prompts, params.seed)
     objective = BlockObjective(best.to(target.device), params.train.loss).to(target.device)
     blocks = draft_held_out_blocks(objective, prepared.batches, prepared.heldout, target)
     train_parity.save(paths.draft, blocks)
-    trainer.history[-1] |= _decoded_tau(paths.draft, target, prompts, params.seed)
+    if whole is not None:
+        trainer.history[-1] |= _decoded_tau(paths.draft, whole, prompts, params.seed)
     write_json(paths.manifest, prepared.batches.store.describe())
     write_history(paths.history, trainer.history)
 
 
 def write_untrained(
-    paths: TrainingPaths, description: dict[str, Any], weights: dict, target: Target, record: dict[str, Any]
+    paths: TrainingPaths, description: dict[str, Any], weights: dict, target: Ends, record: dict[str, Any]
 ) -> None:
     """Write a draft that is used as it is, without features and history."""
     write_drafter(paths.draft, description, weights, target, record)

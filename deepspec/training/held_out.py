@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from deepspec.decoding.train_parity import HeldOutBlocks
-from deepspec.target.model import Target
+from deepspec.target.ends import Ends
 from deepspec.training.batches import Batches
 from deepspec.training.objective import BlockObjective
 
@@ -14,7 +14,7 @@ _SEQUENCES, _ANCHORS = 16, 6  # conversations, and blocks of each
 
 @torch.no_grad()
 def draft_held_out_blocks(
-    objective: BlockObjective, batches: Batches, heldout: list[int], target: Target
+    objective: BlockObjective, batches: Batches, heldout: list[int], target: Ends
 ) -> list[HeldOutBlocks]:
     """Return the greedy blocks at a few anchors of the first held-out conversations."""
     kept = []

@@ -41,11 +41,17 @@ class TrainParams(Section):
         description="Most tokens of one pass, padding included; long rows get passes of their own.",
     )
     accumulate: int = Field(1, ge=1, description="Parts of a step's batch, each with a pass of its own.")
+    workers: int = Field(1, ge=1, description="Threads that make batches ahead of time.")
     replay: float = Field(
         0.0, ge=0, lt=1, description="Share of the steps, the last ones, whose blocks start after rejections."
     )
     gradient_checkpointing: bool = Field(False, description="Less memory, more time.")
     compile: bool = Field(False, description="torch.compile the network (GPU).")
+    real_decode: bool = Field(
+        True,
+        description="At the end decode held-out prompts with the whole target: temperatures of the confidence, "
+        "and a check of the expected τ. false: once features are cached, none of the target's layers is loaded.",
+    )
     written_out: bool = Field(
         False, description="Write embeddings and the whole head into the draft; else they are the target's."
     )

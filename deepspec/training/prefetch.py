@@ -1,4 +1,4 @@
-"""Batches made ahead of time: read, decoded and padded on a worker thread while the step before is computed.
+"""Batches made ahead of time: read, decoded and padded on worker threads while the steps before are computed.
 
 A batch is a function of (seed, step) and of the anchors to replay, so when it is made changes nothing of what is in it.
 """
@@ -13,7 +13,7 @@ import torch
 
 from deepspec.training.batches import Batch, Batches
 
-DEPTH = 2  # steps made ahead
+DEPTH = 2  # steps made ahead, at least
 
 
 class Prefetcher:
@@ -26,6 +26,7 @@ class Prefetcher:
         device: that batches are moved to.
         steps: of the whole run; nothing is made beyond them.
         rank, world, parts: as `Batches.make` takes them.
+        workers: threads that make batches, each of them a step's.
     """
 
     def __init__(
@@ -36,16 +37,20 @@ class Prefetcher:
         rank: int = 0,
         world: int = 1,
         parts: int = 1,
+        workers: int = 1,
     ):
         self.batches, self.device, self.steps = batches, device, steps
         self._share = rank, world, parts
+        self.workers, self.depth = workers, max(DEPTH, workers + 1)
         self._worker: ThreadPoolExecutor | None = None
         self._ahead: deque[tuple[int, Future[list[Batch]]]] = deque()
         self._replayed = batches.replayed  # what the batches ahead were made with
 
     def __enter__(self) -> Prefetcher:
         if self.batches.store.ahead:
-            self._worker = ThreadPoolExecutor(1, "batches", initializer=_use, initargs=(_index(self.device),))
+            self._worker = ThreadPoolExecutor(
+                self.workers, "batches", initializer=_use, initargs=(_index(self.device),)
+            )
         return self
 
     def __exit__(
@@ -69,9 +74,9 @@ class Prefetcher:
         return [part.to(self.device) for part in parts]
 
     def _fill(self, worker: ThreadPoolExecutor, step: int) -> None:
-        """Ask the worker for `DEPTH` batches from `step` on, those that it was asked for left out."""
+        """Ask the workers for `depth` batches from `step` on, those that they were asked for left out."""
         self._replayed = self.batches.replayed
-        for number in range(step + len(self._ahead), min(step + DEPTH, self.steps)):
+        for number in range(step + len(self._ahead), min(step + self.depth, self.steps)):
             self._ahead.append((number, worker.submit(self._make, number)))
 
     def _make(self, step: int) -> list[Batch]:

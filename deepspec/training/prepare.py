@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 
@@ -16,8 +17,13 @@ from deepspec.drafters.origin import keep_scale
 from deepspec.drafters.registry import algorithms
 from deepspec.drafters.start import channel_std, draft_vocabulary, match_head
 from deepspec.errors import DeepSpecError
-from deepspec.features.local import CachedFeatures, Features, OnlineFeatures
-from deepspec.features.sequences import Sequence, read_sequences
+from deepspec.features.extract import Extractor
+from deepspec.features.local import CachedFeatures, Features, OnlineFeatures, Share, StateSource
+from deepspec.features.read import read_sequences
+from deepspec.features.sequences import Ints, Sequences
+from deepspec.features.states import EngineStates
+from deepspec.target.ends import Ends
+from deepspec.target.memory import give_back_freed_memory
 from deepspec.target.model import Target
 from deepspec.training.batches import Batches
 
@@ -38,7 +44,7 @@ _STD_SEQUENCES = 48  # over which the deviation of the features' channels is tak
 class TrainingData:
     """Conversations, and the digest of the data set that they are from."""
 
-    sequences: list[Sequence]
+    sequences: Sequences
     digest: str
 
     @classmethod
@@ -48,7 +54,7 @@ class TrainingData:
         Raises:
             DeepSpecError: no data set there, or no token to learn from.
         """
-        return cls(*read_sequences(DATA, train.max_length, train.supervise))
+        return cls(*read_sequences(DATA, train.max_length, train.supervise, WORK / "sequences"))
 
 
 @dataclass(frozen=True)
@@ -57,12 +63,14 @@ class Prepared:
 
     Attributes:
         params: with the drafter's own loss as that of `train`.
+        body: gives the target with its layers.
         heldout: indices of the sequences that `batches` leaves out.
     """
 
     params: Params
     name: str
-    target: Target
+    target: Ends
+    body: Callable[[], Target]
     network: Network
     data: TrainingData
     batches: Batches
@@ -70,8 +78,8 @@ class Prepared:
 
     def heldout_prompts(self) -> list[list[int]]:
         """Return the tokens before the first answer of each held-out conversation."""
-        chosen = [self.data.sequences[i] for i in self.heldout]
-        return [sequence.ids[: sequence.answer.index(1)] for sequence in chosen]
+        sequences = self.data.sequences
+        return [sequences.ids(i)[: int(sequences.answer(i).argmax())].tolist() for i in self.heldout]
 
     def row_tokens(self) -> dict[str, int]:
         """Return how long the rows are that it learns from: the longest, and what 95 % of them do not exceed."""
@@ -79,7 +87,7 @@ class Prepared:
         return {"common": lengths[-(-len(lengths) * 95 // 100) - 1], "longest": lengths[-1]}
 
 
-def make_network(params: Params, name: str, target: Target) -> Network:
+def make_network(params: Params, name: str, target: Ends) -> Network:
     """Return the network of drafter `name`, its weights drawn from the seed."""
     torch.manual_seed(params.seed)
     drafter = params.drafters[name]
@@ -93,26 +101,29 @@ def prepare(
     params: Params,
     name: str,
     network: Network,
-    target: Target,
+    target: Ends,
+    body: Callable[[], Target],
     data: TrainingData,
     accelerator: Accelerator,
 ) -> Prepared:
     """Split the data, compute its features where they are cached, and give the network what it has of the target.
 
+    Args:
+        body: gives the target with its layers; asked only where features are to be computed.
+
     Raises:
         DeepSpecError: too few conversations, or features that are the same for every token.
     """
     config, sequences = network.config, data.sequences
-    features = _features(params.train, target, data, config.target_layer_ids, accelerator)
+    features = _features(params.train, target, body, data, config.target_layer_ids, accelerator)
     heldout, members = split(sequences, params.train.heldout, params.seed)
-    learnt = _learnt_tokens(sequences, members)
-    network.share(target, _vocabulary(network, learnt, target))
+    network.share(target, _vocabulary(network, sequences, members, target))
     if network.start and accelerator.is_main_process:
         logger.info("%s begins %s", name, _BEGINS.get(network.start, f"as {network.start}"))
     joins: object = getattr(network, "fc", None)
     scaled = isinstance(joins, NormalisedLinear) and network.origin is not None and not network.norms_features
     if network.start == "target" or scaled:
-        rows = [features.rows([i])[0] for i in members[:_STD_SEQUENCES]]
+        rows = [features.rows([i])[0] for i in members[:_STD_SEQUENCES].tolist()]
         deviation = channel_std(rows, features.layers)
         if isinstance(joins, NormalisedLinear) and scaled:
             keep_scale(joins, deviation)
@@ -120,7 +131,7 @@ def prepare(
             network.init_from_target(target, deviation)
     if network.origin is None:
         match_head(network, target)
-    heldout = [i for i in heldout if any(sequences[i].answer[2:])]
+    heldout = [i for i in heldout if sequences.answered[i]]
     batches = Batches(
         features,
         members,
@@ -130,59 +141,63 @@ def prepare(
         params.seed,
         params.train.pass_tokens,
     )
-    if not batches.members or not heldout:
+    if not len(batches.members) or not heldout:
         raise DeepSpecError(f"{len(sequences)} conversations are too few to train on and hold some out")
     batches.check_alive()
-    return Prepared(params, name, target, network, data, batches, heldout)
+    return Prepared(params, name, target, body, network, data, batches, heldout)
 
 
-def split(sequences: list[Sequence], heldout: int, seed: int) -> tuple[list[int], list[int]]:
+def split(sequences: Sequences, heldout: int, seed: int) -> tuple[list[int], Ints]:
     """Return the indices of the held-out sequences, at most a tenth of all, and those of the others.
 
     Rows of one conversation are on one side: they share their history.
     """
-    groups: dict[str | int, list[int]] = {}
-    for i, sequence in enumerate(sequences):
-        groups.setdefault(sequence.conversation or i, []).append(i)
-    members = list(groups.values())
-    order = torch.randperm(len(members), generator=torch.Generator().manual_seed(seed)).tolist()
-    kept_out = min(heldout, max(len(members) // 10, 1))
-    chosen = [members[group] for group in order]
-    return [i for group in chosen[:kept_out] for i in group], [
-        i for group in chosen[kept_out:] for i in group
-    ]
+    groups = sequences.groups
+    count = int(groups.max(initial=-1)) + 1
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed)).numpy()
+    kept_out = min(heldout, max(count // 10, 1))
+    place = np.empty(count, np.int64)
+    place[order] = np.arange(count)
+    rows = np.argsort(place[groups], kind="stable")  # the rows of a conversation in their own order
+    last = int((place[groups] < kept_out).sum())
+    return rows[:last].tolist(), rows[last:]
 
 
-def _learnt_tokens(sequences: list[Sequence], members: list[int]) -> Iterator[int]:
-    for i in members:
-        pairs = zip(sequences[i].ids, sequences[i].learnt, strict=True)
-        yield from (token for token, learnt in pairs if learnt)
-
-
-def _vocabulary(network: Network, learnt: Iterable[int], target: Target) -> torch.Tensor:
+def _vocabulary(network: Network, sequences: Sequences, members: Ints, target: Ends) -> torch.Tensor:
     """Return the draft vocabulary: the most frequent tokens, or that of the draft that it goes on from."""
     config, origin = network.config, network.origin
     if origin is not None and len(origin.ids) == config.draft_vocab_size:
         return origin.ids
-    return draft_vocabulary(learnt, config.draft_vocab_size, config.vocab_size, target.stop_ids)
+    counts = sequences.learnt_counts(members, config.vocab_size)
+    return draft_vocabulary(counts, config.draft_vocab_size, target.stop_ids)
 
 
 def _features(
     train: TrainParams,
-    target: Target,
+    target: Ends,
+    body: Callable[[], Target],
     data: TrainingData,
     layers: tuple[int, ...],
     accelerator: Accelerator,
 ) -> Features:
-    """Return the target's features, cached or computed when they are needed."""
+    """Return the target's features, computed when they are needed or, by all processes, here."""
     chosen = train.features
     if chosen.mode == "online":
-        return OnlineFeatures(target, data.sequences, layers)
-    what = (target, data.sequences, layers, data.digest, chosen.form)
+        return OnlineFeatures(body(), data.sequences, layers)
+    what = (target, data.sequences, layers, data.digest, chosen.form, "engine" if chosen.states else None)
     if chosen.directory:
         features = CachedFeatures(Path(chosen.directory), *what)
     else:
         features = CachedFeatures.below(WORK / "features", *what)
-    with accelerator.main_process_first():
-        features.build()
+    share = Share(accelerator.process_index, accelerator.num_processes, accelerator.wait_for_everyone)
+
+    def source() -> StateSource:
+        if chosen.states is None:
+            return Extractor(body(), data.sequences, layers)
+        found = EngineStates(Path(chosen.states), target, data.sequences, layers)
+        found.check_complete(WORK / "states-requests.jsonl")
+        return found
+
+    features.build(source, share)
+    give_back_freed_memory()  # the target's layers, if they were there
     return features

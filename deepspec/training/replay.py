@@ -25,12 +25,11 @@ def rejected_starts(
 ) -> dict[int, list[int]]:
     """Return sequence → anchors for each training sequence in which a draft was rejected; processes share the work."""
     objective.eval()
-    mine = batches.members[accelerator.process_index :: accelerator.num_processes]
-    most = -(-len(batches.members) // accelerator.num_processes)
+    members = batches.members.tolist()
+    mine = members[accelerator.process_index :: accelerator.num_processes]
+    most = -(-len(members) // accelerator.num_processes)
     found = []
-    for i in (
-        mine + batches.members[: most - len(mine)]
-    ):  # a sharded network needs all processes in every pass
+    for i in mine + members[: most - len(mine)]:  # a sharded network needs all processes in every pass
         rng = torch.Generator().manual_seed(seed * 1_000_003 + i)
         chances = _acceptance(objective, batches, accelerator, i)
         starts = walk(chances, torch.rand(chances.shape, generator=rng), batches.starts(i))

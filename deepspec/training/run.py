@@ -7,6 +7,7 @@ writes the draft and checks it.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,7 +19,8 @@ from deepspec.drafters.registry import algorithms
 from deepspec.errors import DeepSpecError
 from deepspec.files import digest
 from deepspec.lineage import code_digest
-from deepspec.target.model import load_target
+from deepspec.target.ends import Ends, load_ends
+from deepspec.target.model import Target, load_target
 from deepspec.training.finish import finish, training_record, write_untrained
 from deepspec.training.objective import BlockObjective
 from deepspec.training.paths import TrainingPaths
@@ -41,19 +43,32 @@ def train(params: Params, name: str, target_directory: Path, paths: TrainingPath
     algorithm = algorithms()[drafter.type]
     if algorithm.network is None:
         description = algorithm.make(drafter).config
-        return write_untrained(paths, description, {}, load_target(target_directory), {"data_digest": None})
+        return write_untrained(paths, description, {}, load_ends(target_directory), {"data_digest": None})
     accelerator = make_accelerator(params, name)
-    target = load_target(target_directory, device=str(accelerator.device))
+    target, body = open_target(target_directory, params.train.features.mode, str(accelerator.device))
     network = make_network(params, name, target)
     if not any(p.requires_grad for p in network.parameters()):  # a model that is used as it is
         record = training_record(params, None)
         return write_untrained(paths, network.description(), stored_weights(network), target, record)
-    data = TrainingData.read(params.train)
-    prepared = prepare(params, name, network, target, data, accelerator)
+    with accelerator.main_process_first():
+        data = TrainingData.read(params.train)
+    prepared = prepare(params, name, network, target, body, data, accelerator)
     trainer = fit(prepared, accelerator)
     if accelerator.is_main_process:
         finish(prepared, trainer, paths)
     accelerator.end_training()
+
+
+def open_target(directory: Path, mode: str, device: str) -> tuple[Ends, Callable[[], Target]]:
+    """Return what training needs of the target, and what gives it with its layers.
+
+    With cached features these are only its ends, and it is loaded each time that its layers are asked for; with
+    features computed online it is loaded once.
+    """
+    if mode == "online":
+        whole = load_target(directory, device=device)
+        return whole, lambda: whole
+    return load_ends(directory, device), lambda: load_target(directory, device=device)
 
 
 def own_loss(params: Params, name: str) -> Params:
@@ -72,7 +87,9 @@ def make_accelerator(params: Params, name: str) -> Accelerator:
     Raises:
         DeepSpecError: the variable is set and MLflow cannot be used.
     """
-    patience = InitProcessGroupKwargs(timeout=timedelta(days=7))  # one process extracts, the others wait
+    patience = InitProcessGroupKwargs(
+        timeout=timedelta(days=7)
+    )  # the quickest to extract waits for the slowest
     tracked = bool(os.environ.get("MLFLOW_TRACKING_URI"))
     try:
         accelerator = Accelerator(

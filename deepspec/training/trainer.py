@@ -59,7 +59,7 @@ class Trainer:
         self.params, self.batches, self.heldout = params, batches, heldout
         self.accelerator, self.work = accelerator, work
         mine = accelerator.process_index, accelerator.num_processes, params.accumulate
-        self.prefetcher = Prefetcher(batches, accelerator.device, params.steps, *mine)
+        self.prefetcher = Prefetcher(batches, accelerator.device, params.steps, *mine, params.workers)
         processes, size = accelerator.num_processes, min(params.batch_size, len(batches.members))
         if processes > 1 and size % (processes * params.accumulate):
             raise DeepSpecError(

@@ -1,4 +1,4 @@
-"""Two processes on this machine (gloo), data parallel and sharded by FSDP2, train as one does."""
+"""Two processes on this machine (gloo), data parallel and sharded by FSDP2, extract and train as one does."""
 
 from __future__ import annotations
 
@@ -48,13 +48,18 @@ def launch(target: Path, work: Path, processes: int, sharded: bool = False, step
 def single(target, tmp_path_factory):
     work = tmp_path_factory.mktemp("alone")
     assert launch(target, work, 1) == 0
-    return json.loads((work / "result.json").read_text())
+    return (*json.loads((work / "result.json").read_text()), (work / "features/manifest.json").read_bytes())
 
 
 @pytest.mark.parametrize("sharded", [False, True], ids=["ddp", "fsdp2"])
 def test_two_processes_have_the_loss_curve_of_one(single, target, tmp_path, sharded):
     launch(target, tmp_path, 2, sharded)
     history, weights = json.loads((tmp_path / "result.json").read_text())
+    manifest = (tmp_path / "features/manifest.json").read_bytes()
+    assert len(json.loads(manifest)["shards"]) > 4
+    assert (
+        manifest == single[2]
+    )  # shards that two processes computed have the bytes, by their checksums, of one's
     assert len(history) == len(single[0]) == 4
     for ours, theirs in zip(history, single[0], strict=True):
         for name in ("loss", "ce", "tv", "confidence", "heldout_tau"):

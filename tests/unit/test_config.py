@@ -41,6 +41,12 @@ def test_profiles_of_the_repository_are_valid(profile):
     assert set(params.pipeline) <= set(params.drafters)
 
 
+def test_states_of_an_engine_are_kept(params_file):
+    with pytest.raises(DeepSpecError, match=r"train\.features\.states goes with mode: cached, not online"):
+        load_params(params_file("train.features", {"mode": "online", "states": "folder"}))
+    assert load_params(params_file("train.features", {"states": "folder"})).train.features.states == "folder"
+
+
 @pytest.mark.parametrize(
     ("key", "near"),
     [

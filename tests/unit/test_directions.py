@@ -13,7 +13,7 @@ LAYERS = [
     {"messages"},
     {"drafters", "tasks", "features"},
     {"prompts", "answers", "evaluation", "export"},
-    {"guard", "training", "serving", "report"},
+    {"guard", "training", "serving", "report", "plan"},
     {"tracking", "reproduce"},
     {"commands", "stages"},
 ]

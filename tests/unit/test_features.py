@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from typing import get_args
 
 import pytest
@@ -9,10 +11,11 @@ import torch
 
 from deepspec.errors import DeepSpecError
 from deepspec.features.codec import CODECS, codec
-from deepspec.features.local import CachedFeatures, OnlineFeatures
+from deepspec.features.local import CachedFeatures, OnlineFeatures, Share
 from deepspec.features.params import Form
 from deepspec.features.sequences import Sequence
-from deepspec.target.model import H_LAST, load_target
+from deepspec.target.ends import H_LAST
+from deepspec.target.model import load_target
 from tests.tiny import cached_target
 
 LAYERS = (0, 1)
@@ -108,6 +111,54 @@ def test_an_interrupted_build_goes_on_at_the_shard_where_it_stopped(make, target
     again.build()
     assert written == list(range(len(whole.manifest["shards"])))
     assert again.manifest == whole.manifest  # checksums too
+
+
+def test_processes_share_a_build_and_write_the_bytes_of_one(make, sequences, tmp_path):
+    whole = make(name="whole")
+    together, written = threading.Barrier(3), {}
+    targets = [load_target(cached_target("llama"), dtype="bfloat16") for _ in range(3)]
+
+    def build(rank):
+        features = CachedFeatures(tmp_path / "shared", targets[rank], sequences, LAYERS, "data")
+        original = features._write
+        features._write = lambda number, batches: (
+            written.setdefault(rank, []).append(number),
+            original(number, batches),
+        )[1]
+        features.build(share=Share(rank, 3, together.wait))
+        return features
+
+    with ThreadPoolExecutor(3) as pool:
+        shared = list(pool.map(build, range(3)))
+    assert sorted(number for numbers in written.values() for number in numbers) == list(
+        range(len(whole.manifest["shards"]))
+    )
+    counts = [len(written.get(rank, [])) for rank in range(3)]
+    assert max(counts) - min(counts) <= 1
+    assert all(features.manifest == whole.manifest for features in shared)  # checksums too
+    assert sorted(path.name for path in (tmp_path / "shared").iterdir()) == sorted(
+        path.name for path in whole.directory.iterdir()
+    )
+    for ours, theirs in zip(shared[2].batch([4, 0]), whole.batch([4, 0]), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_a_build_goes_on_in_another_number_of_processes(make, target, sequences, tmp_path):
+    whole = make(name="whole")
+    broken = CachedFeatures(tmp_path / "broken", target, sequences, LAYERS, "data")
+    alone = threading.Barrier(1)
+    with pytest.raises(DeepSpecError, match=r"2 of \d+ shards are not there, though every process"):
+        broken.build(share=Share(0, 2, alone.wait))
+    again = CachedFeatures(tmp_path / "broken", target, sequences, LAYERS, "data")
+    again.build()
+    assert again.manifest == whole.manifest
+
+
+def test_a_finished_cache_never_asks_for_the_target(make, target, sequences):
+    whole = make()
+    again = CachedFeatures(whole.directory, target, sequences, LAYERS, "data")
+    again.build(source=lambda: pytest.fail("the target was loaded"))
+    assert torch.equal(again.batch([3])[0], whole.batch([3])[0])
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from deepspec.answers.likelihood import Likelihood
 from deepspec.answers.params import GenerateParams
 from deepspec.decoding.engine import generate
 from deepspec.errors import DeepSpecError
-from deepspec.features.sequences import read_sequences
+from deepspec.features.read import read_sequences
 from deepspec.target.model import load_target
 from tests.chat_templates import FAMILIES
 from tests.fake_target import FakeTarget

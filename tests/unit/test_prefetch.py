@@ -57,6 +57,18 @@ def test_every_step_gets_the_batch_that_it_would_have_made_itself(batches, store
     assert all(thread != threading.main_thread().name for _, thread in batches.made)
 
 
+def test_several_workers_make_the_batches_of_their_steps(store):
+    several = Watched(store, list(range(2, 20)), 4, 6, 3, 0)
+    expected = Batches(store, list(range(2, 20)), 4, 6, 3, 0)
+    steps = 3 * several.steps_per_epoch  # workers are in different epochs at times
+    with Prefetcher(several, CPU, steps, workers=3) as prefetcher:
+        for step in range(steps):
+            assert same(prefetcher.take(step), expected.make(step)), step
+            assert len(several.made) <= step + 1 + prefetcher.depth
+    assert sorted(step for step, _ in several.made) == list(range(steps))
+    assert len({thread for _, thread in several.made}) > 1
+
+
 def test_no_more_than_the_next_batches_are_made(batches):
     with Prefetcher(batches, CPU, 1000) as prefetcher:
         prefetcher.take(3)

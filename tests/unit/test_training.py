@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -19,8 +20,9 @@ from accelerate.tracking import GeneralTracker
 from deepspec.config import load_params
 from deepspec.drafters.start import channel_std, draft_vocabulary
 from deepspec.errors import DeepSpecError
-from deepspec.features.sequences import Sequence, read_sequences
-from deepspec.target.model import H_LAST
+from deepspec.features.read import read_sequences
+from deepspec.features.sequences import Sequence, Sequences
+from deepspec.target.ends import H_LAST
 from deepspec.training.batches import Batches, passes
 from deepspec.training.distribute import CHECKPOINT
 from deepspec.training.prepare import split
@@ -125,6 +127,33 @@ def test_a_corrupt_checkpoint_is_named(store, tmp_path):
         make_trainer(store, tmp_path / "work").run()
 
 
+def batches_of_lists(
+    members: list[int], lengths: list[int], size: int, seed: int, epoch: int
+) -> list[list[int]]:
+    """An epoch's batches as they were made of Python's lists."""
+    rng = torch.Generator().manual_seed(seed * 100003 + epoch)
+    shuffled = [members[i] for i in torch.randperm(len(members), generator=rng).tolist()]
+    batches = []
+    for start in range(0, len(shuffled), size * 16):
+        part = sorted(shuffled[start : start + size * 16], key=lambda i: lengths[i])
+        batches += [part[j : j + size] for j in range(0, len(part), size)]
+    whole = [batch for batch in batches if len(batch) == min(size, len(members))]
+    return [whole[i] for i in torch.randperm(len(whole), generator=rng).tolist()]
+
+
+@pytest.mark.parametrize(("rows", "size"), [(100, 3), (97, 4), (5, 8), (1, 1)])
+def test_the_order_of_arrays_is_that_of_lists(rows, size):
+    rng = torch.Generator().manual_seed(rows)
+    lengths = torch.randint(4, 9, (rows + 3,), generator=rng).tolist()
+    sequences = Sequences.of(Sequence([1] * n, [0] * n, [1] * n) for n in lengths)
+    members = list(range(3, rows + 3))
+    batches = Batches(SimpleNamespace(sequences=sequences), members, size, 4, 2, seed=5)
+    for epoch in (0, 2):
+        expected = batches_of_lists(members, lengths, size, 5, epoch)
+        first = epoch * batches.steps_per_epoch
+        assert [batches.indices(first + i) for i in range(batches.steps_per_epoch)] == expected
+
+
 def test_two_processes_see_the_blocks_of_one(store):
     batches = Batches(store, list(range(20)), 4, 5, 3, seed=1)
     (whole,) = batches.make(2)
@@ -181,8 +210,8 @@ def test_every_process_makes_as_many_passes_of_rows_of_any_length():
 
 def test_rows_of_one_conversation_are_held_out_together():
     rows = [Sequence([1, 2, 3], [0, 0, 1], [0, 0, 1], f"c{i // 3}") for i in range(60)]
-    heldout, members = split(rows, 2, seed=0)
-    assert len(heldout) == 6 and sorted(heldout + members) == list(range(60))
+    heldout, members = split(Sequences.of(rows), 2, seed=0)
+    assert len(heldout) == 6 and sorted([*heldout, *members]) == list(range(60))
     assert not {rows[i].conversation for i in heldout} & {rows[i].conversation for i in members}
 
 
@@ -300,12 +329,13 @@ def test_data_without_answers_is_refused(tmp_path):
 
 
 def test_the_draft_vocabulary_keeps_the_frequent_tokens_in_order():
-    assert draft_vocabulary([7, 7, 3, 9, 9, 9, 9], 3, 12).tolist() == [3, 7, 9]
-    assert draft_vocabulary([7, 7, 3], 4, 12).tolist() == [0, 1, 3, 7]
+    assert draft_vocabulary(np.bincount([7, 7, 3, 9, 9, 9, 9], minlength=12), 3).tolist() == [3, 7, 9]
+    assert draft_vocabulary(np.bincount([7, 7, 3], minlength=12), 4).tolist() == [0, 1, 3, 7]
 
 
 def test_a_stop_token_has_a_column_though_no_answer_ends():
-    assert draft_vocabulary([7, 7, 3, 9, 9, 9, 9], 3, 12, frozenset({11})).tolist() == [7, 9, 11]
+    counts = np.bincount([7, 7, 3, 9, 9, 9, 9], minlength=12)
+    assert draft_vocabulary(counts, 3, frozenset({11})).tolist() == [7, 9, 11]
 
 
 def test_the_schedule_warms_up_and_decays_to_zero():

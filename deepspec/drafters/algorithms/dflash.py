@@ -11,10 +11,10 @@ from deepspec.drafters.algorithm import Algorithm
 from deepspec.drafters.algorithms import dspark
 from deepspec.drafters.algorithms.dspark import DSparkModel
 from deepspec.drafters.params import DFlashParams, DSparkParams
-from deepspec.target.model import Target
+from deepspec.target.ends import Ends
 
 
-def network(params: DFlashParams, target: Target) -> DSparkModel:
+def network(params: DFlashParams, target: Ends) -> DSparkModel:
     """Make a DSpark network without sequential and confidence heads."""
     same = DSparkParams(type="dspark", markov_rank=0, confidence_head=False, **params.options())
     return dspark.network(same, target, params.model_fields_set | {"markov_rank"})

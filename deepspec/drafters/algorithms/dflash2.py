@@ -33,6 +33,7 @@ from deepspec.drafters.origin import Origin, check_kept, open_origin
 from deepspec.drafters.params import DFlash2Params
 from deepspec.drafters.start import resolve_start
 from deepspec.errors import DeepSpecError
+from deepspec.target.ends import Ends
 from deepspec.target.fused import FusedLayer, PackedLinear
 from deepspec.target.model import Target
 
@@ -251,7 +252,7 @@ def load(checkpoint: Checkpoint, target: Target) -> DFlash2Drafter:
     return DFlash2Drafter(read(checkpoint, target), target)
 
 
-def network(params: DFlash2Params, target: Target) -> DFlash2Model:
+def network(params: DFlash2Params, target: Ends) -> DFlash2Model:
     """Make the network to train; a DFlash that it goes on from gains convolutions and selector."""
     origin = open_origin(params.start, ("dspark", "dflash2"), target)
     if origin is None:

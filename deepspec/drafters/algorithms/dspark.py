@@ -33,6 +33,7 @@ from deepspec.drafters.network import Outputs
 from deepspec.drafters.origin import Origin, check_kept, open_origin
 from deepspec.drafters.params import DSparkParams
 from deepspec.drafters.start import resolve_start
+from deepspec.target.ends import Ends
 from deepspec.target.fused import PackedLinear
 from deepspec.target.model import Target
 
@@ -84,7 +85,7 @@ class DSparkModel(BlockModel):
         self.confident = config.enable_confidence_head
         self.confidence_head = ConfidenceHead(config) if self.confident else None
 
-    def init_from_target(self, target: Target, channel_std: Tensor) -> None:
+    def init_from_target(self, target: Ends, channel_std: Tensor) -> None:
         super().init_from_target(target, channel_std)
         if self.markov_head is not None:
             self.markov_head.set_scale()
@@ -185,7 +186,7 @@ def load(checkpoint: Checkpoint, target: Target) -> DSparkDrafter:
     return DSparkDrafter(read(checkpoint, target), target, temperatures(checkpoint.directory))
 
 
-def network(params: DSparkParams, target: Target, asked: Collection[str] | None = None) -> DSparkModel:
+def network(params: DSparkParams, target: Ends, asked: Collection[str] | None = None) -> DSparkModel:
     """Make the network to train.
 
     Args:

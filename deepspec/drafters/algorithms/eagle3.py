@@ -36,6 +36,7 @@ from deepspec.drafters.rope import Rope, RopeTable, Scaling, read_rope, written_
 from deepspec.drafters.start import init_from_target, resolve_start
 from deepspec.errors import DeepSpecError
 from deepspec.target.attention import ForwardPass
+from deepspec.target.ends import Ends
 from deepspec.target.fused import FusedLayer, PackedLinear
 from deepspec.target.model import Target
 
@@ -105,13 +106,13 @@ class Eagle3Config:
         return cls(**known | {"target_layer_ids": tuple(found["target_layer_ids"])})
 
     @classmethod
-    def for_target(cls, params: Eagle3Params, target: Target) -> Eagle3Config:
+    def for_target(cls, params: Eagle3Params, target: Ends) -> Eagle3Config:
         """Sizes that follow the target's own."""
         new = params.version == "3.1"
         return cls(**cls.sizes_of(params, target), fc_norm=new, norm_output=new)
 
     @staticmethod
-    def sizes_of(params: EagleParams, target: Target) -> dict[str, Any]:
+    def sizes_of(params: EagleParams, target: Ends) -> dict[str, Any]:
         """Return the sizes that EAGLE's drafts share."""
         layers = params.target_layer_ids or default_layers(target.num_layers)
         return {
@@ -175,7 +176,7 @@ class Eagle3Model(Network):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.initialise()
 
-    def init_from_target(self, target: Target, channel_std: Tensor) -> None:
+    def init_from_target(self, target: Ends, channel_std: Tensor) -> None:
         init_from_target(self.decoder_layers(), self.norm, self.fc, target, channel_std)
         with torch.no_grad():
             for norm, deviation in zip(
@@ -342,7 +343,7 @@ def load(checkpoint: Checkpoint, target: Target) -> Eagle3Drafter:
     return Eagle3Drafter(read(checkpoint, target), target)
 
 
-def network(params: Eagle3Params, target: Target) -> Eagle3Model:
+def network(params: Eagle3Params, target: Ends) -> Eagle3Model:
     """Make the network to train."""
     origin = open_origin(params.start, ("eagle3",), target)
     if origin is None:

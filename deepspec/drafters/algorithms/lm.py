@@ -25,6 +25,8 @@ from deepspec.drafters.network import Network, Outputs
 from deepspec.drafters.params import LMParams
 from deepspec.errors import DeepSpecError
 from deepspec.target.attention import NAME, ForwardPass
+from deepspec.target.checkpoint import stored_weights
+from deepspec.target.ends import Ends
 from deepspec.target.head import head_transform
 from deepspec.target.model import Target
 from deepspec.target.source import decoder_layers, from_pretrained, load_model
@@ -44,7 +46,7 @@ class LMConfig:
     target_layer_ids: tuple[int, ...] = ()
 
     @classmethod
-    def of(cls, target: Target, model: PreTrainedModel, block_size: int) -> LMConfig:
+    def of(cls, target: Ends, model: PreTrainedModel, block_size: int) -> LMConfig:
         return cls(target.hidden_size, target.vocab_size, block_size, model.config.vocab_size)
 
 
@@ -60,7 +62,7 @@ class LMModel(Network):
 
     maps_columns = False  # they are the target's ids, the padding of its vocabulary left out
 
-    def share(self, target: Target, draft_ids: Tensor) -> None:
+    def share(self, target: Ends, draft_ids: Tensor) -> None:
         self.lm_head.weight.data = target.head_weight[: len(self.draft_ids)].to(torch.float32)
         self.target_transform = target.head_transform.rows(self.draft_ids)
 
@@ -79,9 +81,7 @@ class LMModel(Network):
         return hidden[rows, places]
 
     def outputs(self, hidden: Tensor, previous: Tensor) -> Outputs:
-        scale = head_transform(
-            self.model, self.model.config
-        ).scale  # as its own forward does: Granite, Cohere
+        scale = head_transform(self.model.config).scale  # as its own forward does: Granite, Cohere
         scaled = hidden if scale == 1.0 else hidden * scale
         return Outputs([(scaled, self.model.get_output_embeddings().weight)])
 
@@ -93,7 +93,7 @@ class LMModel(Network):
         return self.model.config.to_dict() | described | {"dtype": "bfloat16"}
 
 
-def network(params: LMParams, target: Target) -> LMModel:
+def network(params: LMParams, target: Ends) -> LMModel:
     """Make the model that `params` describe, in float32.
 
     Raises:
@@ -123,16 +123,23 @@ def known(tokens: Tensor, size: int) -> Tensor:
     return tokens.clamp(max=size - 1)
 
 
-def cut_out(target: Target, layers: list[int]) -> PreTrainedModel:
+def cut_out(target: Ends, layers: list[int]) -> PreTrainedModel:
     """Make a model of some of the target's layers, in their order; embeddings and head are the target's, and frozen."""
     for layer in layers:
         if not 0 <= layer < target.num_layers:
             raise DeepSpecError(
                 f"from_layers: the target has layers 0 to {target.num_layers - 1}, not {layer}"
             )
-    whole = load_model(target.source, dtype=torch.float32)
+    prefixes = tuple(f".layers.{layer}." for layer in layers)
+    state = None
+    if Path(target.source).is_dir():
+        state = stored_weights(
+            Path(target.source),
+            lambda name: ".layers." not in name or any(prefix in name for prefix in prefixes),
+        )
+    if state is None:
+        state = load_model(target.source, dtype=torch.float32).state_dict()
     model = AutoModelForCausalLM.from_config(_config(target, layers), dtype=torch.float32)
-    state = whole.state_dict()
     kept = {name: tensor for name, tensor in state.items() if ".layers." not in name}
     for place, layer in enumerate(layers):
         prefix = f".layers.{layer}."
@@ -147,7 +154,7 @@ def cut_out(target: Target, layers: list[int]) -> PreTrainedModel:
     return model
 
 
-def scratch(target: Target, hidden_size: int, layers: int) -> PreTrainedModel:
+def scratch(target: Ends, hidden_size: int, layers: int) -> PreTrainedModel:
     """Make a model of the target's architecture with random weights, narrower and shallower."""
     config = _config(target, [0] * layers)
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
@@ -160,7 +167,7 @@ def scratch(target: Target, hidden_size: int, layers: int) -> PreTrainedModel:
     return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
 
 
-def _config(target: Target, layers: list[int]) -> Any:
+def _config(target: Ends, layers: list[int]) -> Any:
     """Return the target's configuration with other layers."""
     config = deepcopy(from_pretrained(AutoConfig, target.source).get_text_config())
     config.num_hidden_layers = len(layers)
@@ -169,7 +176,7 @@ def _config(target: Target, layers: list[int]) -> Any:
     return config
 
 
-def check_tokenizer(source: str | Path, target: Target) -> None:
+def check_tokenizer(source: str | Path, target: Ends) -> None:
     """Refuse a draft model that does not cut text as its target does."""
     tokenizer = from_pretrained(AutoTokenizer, str(source))
     ours, theirs = target.tokenizer.get_vocab(), tokenizer.get_vocab()

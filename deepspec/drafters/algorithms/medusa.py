@@ -25,8 +25,9 @@ from deepspec.drafters.network import Network, like_target, missing_keys
 from deepspec.drafters.origin import check_kept, open_origin
 from deepspec.drafters.params import MedusaParams
 from deepspec.errors import DeepSpecError
+from deepspec.target.ends import H_LAST, Ends
 from deepspec.target.fused import PackedLinear
-from deepspec.target.model import H_LAST, Target
+from deepspec.target.model import Target
 
 ARCHITECTURE = "MedusaModel"
 
@@ -63,7 +64,7 @@ class MedusaConfig:
         return cls(**{name: found[name] for name in cls.__dataclass_fields__ if name in found})
 
     @classmethod
-    def for_target(cls, params: MedusaParams, target: Target) -> MedusaConfig:
+    def for_target(cls, params: MedusaParams, target: Ends) -> MedusaConfig:
         sizes = like_target(target, (), params.draft_vocab_size)
         kept = {name: sizes[name] for name in ("hidden_size", "vocab_size", "draft_vocab_size")}
         return cls(**kept, medusa_num_heads=params.heads, medusa_num_layers=params.layers)
@@ -200,7 +201,7 @@ def load(checkpoint: Checkpoint, target: Target) -> MedusaDrafter:
     return MedusaDrafter(read(checkpoint, target), target)
 
 
-def network(params: MedusaParams, target: Target) -> MedusaModel:
+def network(params: MedusaParams, target: Ends) -> MedusaModel:
     """Make the network to train.
 
     Raises:

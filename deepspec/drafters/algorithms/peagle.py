@@ -24,6 +24,7 @@ from deepspec.drafters.eagle_network import Layer, attend_with_own, rows
 from deepspec.drafters.origin import check_kept, open_origin
 from deepspec.drafters.params import PEagleParams
 from deepspec.drafters.start import resolve_start
+from deepspec.target.ends import Ends
 from deepspec.target.model import Target
 
 ARCHITECTURE = "DeepSpecPEagleModel"
@@ -47,7 +48,7 @@ class PEagleModel(Eagle3Model):
         super().__init__(config, start)
         self.mask_hidden = nn.Parameter(torch.randn(1, self.fc.in_features))
 
-    def init_from_target(self, target: Target, channel_std: Tensor) -> None:
+    def init_from_target(self, target: Ends, channel_std: Tensor) -> None:
         super().init_from_target(target, channel_std)
         with torch.no_grad():
             self.mask_hidden.mul_(channel_std)
@@ -156,7 +157,7 @@ def load(checkpoint: Checkpoint, target: Target) -> PEagleDrafter:
     return PEagleDrafter(read(checkpoint, target), target)
 
 
-def network(params: PEagleParams, target: Target) -> PEagleModel:
+def network(params: PEagleParams, target: Ends) -> PEagleModel:
     """Make the network to train; an EAGLE-3 that it goes on from gains what stands for the target's states."""
     origin = open_origin(params.start, ("eagle3", "peagle"), target)
     if origin is None:

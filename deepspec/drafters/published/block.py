@@ -16,8 +16,8 @@ from deepspec.drafters.published.layers import Layers, block_layers
 from deepspec.drafters.published.names import Names, plain_names
 from deepspec.drafters.published.plan import Found, Plan
 from deepspec.drafters.published.sizes import Sizes, sizes, width, windows
-from deepspec.drafters.weights import Stored
 from deepspec.errors import DeepSpecError
+from deepspec.target.weights import Stored
 
 THETA = 1e6  # of a draft that says none: what vLLM takes
 DFLASH, DFLASH2, DSPARK = "DFlashDraftModel", "DFlash2DraftModel", "DSparkDraftModel"

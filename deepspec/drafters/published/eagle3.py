@@ -14,8 +14,8 @@ from deepspec.drafters.published.layers import read_layers
 from deepspec.drafters.published.names import Names, plain_names
 from deepspec.drafters.published.plan import Found, Plan
 from deepspec.drafters.published.sizes import sizes, width, windows
-from deepspec.drafters.weights import Stored
 from deepspec.errors import DeepSpecError
+from deepspec.target.weights import Stored
 
 VARIANTS = ("norm_before_residual", "norm_before_fc", "fc_norm", "norm_output")
 _STYLES = {

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from deepspec.drafters.weights import Stored
+from deepspec.target.weights import Stored
 
 PREFIXES = ("module.", "draft_model.", "model.")
 # The target's own, kept by some trainers, and buffers that follow from the configuration.

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from deepspec.drafters.weights import Stored
+from deepspec.target.weights import Stored
 
 
 @dataclass(frozen=True)

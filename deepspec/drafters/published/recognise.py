@@ -9,9 +9,9 @@ from deepspec.drafters.padding import fitted
 from deepspec.drafters.published import block, deepseek, eagle3, medusa, models, speculators
 from deepspec.drafters.published.plan import Found, Plan, Recognise
 from deepspec.drafters.registry import reader
-from deepspec.drafters.weights import stored
 from deepspec.errors import DeepSpecError
-from deepspec.target.model import Target
+from deepspec.target.ends import Ends
+from deepspec.target.weights import stored
 
 STYLES: tuple[Recognise, ...] = (
     speculators.recognise,
@@ -60,7 +60,7 @@ def recognise(directory: Path, target_layers: int | None = None) -> Plan:
     return Plan("unknown", "unknown", refusal=f"unknown draft architecture {config.get('architectures')}")
 
 
-def opened(directory: Path, plan: Plan, target: Target, standalone: bool = False) -> Checkpoint:
+def opened(directory: Path, plan: Plan, target: Ends, standalone: bool = False) -> Checkpoint:
     """
     Return a directory as the algorithm of its plan reads it.
 

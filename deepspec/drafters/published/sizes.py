@@ -9,8 +9,8 @@ from typing import Any
 from transformers import LlamaConfig, Qwen3Config
 
 from deepspec.drafters.rope import read_rope
-from deepspec.drafters.weights import Stored
 from deepspec.errors import DeepSpecError
+from deepspec.target.weights import Stored
 
 _CLASSES = {"llama": LlamaConfig, "qwen3": Qwen3Config}
 _SIZES = (

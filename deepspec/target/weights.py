@@ -1,11 +1,16 @@
-"""The weights of a directory: safetensors, PyTorch's own files read as weights only, whole or in shards."""
+"""The weights of a directory: safetensors, PyTorch's own files read as weights only, whole or in shards.
+
+All of them (`read_weights`), or some by name, so that nothing else of a checkpoint is touched (`read_named`).
+"""
 
 from __future__ import annotations
 
 import json
 import pickle
+import zipfile
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -75,16 +80,56 @@ def read_weights(directory: Path, names: Mapping[str, str] | None = None) -> dic
     return found if names is None else {ours: found[theirs] for theirs, ours in names.items()}
 
 
+def weight_places(directory: Path) -> dict[str, Path]:
+    """Return the file of each weight by its name; where an index names them, no shard is opened.
+
+    Raises:
+        DeepSpecError: no weights, or files that cannot be read.
+    """
+    for name in INDICES:
+        index = directory / name
+        if index.exists():
+            return {weight: directory / file for weight, file in _weight_map(index).items()}
+    (path,) = weight_files(directory)
+    names = _guarded(path, _names if path.suffix == ".safetensors" else _pickled_names)
+    return dict.fromkeys(names, path)
+
+
+def read_named(places: Mapping[str, Path], names: Iterable[str]) -> dict[str, Tensor]:
+    """Read some weights by their names in the files. Files without any of them are not opened.
+
+    Of safetensors only their bytes are read; of PyTorch's files too, where they can be memory-mapped.
+
+    Args:
+        places: from `weight_places`.
+
+    Raises:
+        DeepSpecError: a file that is missing or cannot be read.
+    """
+    wanted: dict[Path, list[str]] = {}
+    for name in names:
+        wanted.setdefault(places[name], []).append(name)
+    found: dict[str, Tensor] = {}
+    for path, here in wanted.items():
+        read = _some if path.suffix == ".safetensors" else _some_pickled
+        found |= _guarded(path, partial(read, names=here))
+    return found
+
+
 def dtype_of(weights: Iterable[Stored]) -> torch.dtype:
     """Return the dtype of the first float weight, float32 where there is none."""
     return next((weight.dtype for weight in weights if weight.dtype is not None), torch.float32)
 
 
-def _shards(index: Path) -> list[Path]:
+def _weight_map(index: Path) -> dict[str, str]:
     try:
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    except (ValueError, KeyError, AttributeError):
+        return dict(json.loads(index.read_text())["weight_map"].items())
+    except (ValueError, KeyError, AttributeError, TypeError):
         raise DeepSpecError(f"{index}: not an index of shards (no weight_map in it)") from None
+
+
+def _shards(index: Path) -> list[Path]:
+    names = sorted(set(_weight_map(index).values()))
     paths = [index.parent / name for name in names]
     if missing := [path.name for path in paths if path.parent != index.parent or not path.exists()]:
         raise DeepSpecError(f"{index}: names {missing[0]}, which is not there; fetch the directory again")
@@ -116,6 +161,25 @@ def _header(path: Path) -> dict[str, Stored]:
         }
 
 
+def _names(path: Path) -> dict[str, None]:
+    with safe_open(path, "pt") as file:
+        return dict.fromkeys(file.keys())
+
+
+def _pickled_names(path: Path) -> dict[str, None]:
+    return dict.fromkeys(_load_pickled(path))
+
+
+def _some(path: Path, names: list[str]) -> dict[str, Tensor]:
+    with safe_open(path, "pt") as file:
+        return {name: file.get_tensor(name) for name in names}
+
+
+def _some_pickled(path: Path, names: list[str]) -> dict[str, Tensor]:
+    found = _load_pickled(path, mapped=zipfile.is_zipfile(path))  # as PyTorch has written them since 1.6
+    return {name: found[name].clone() for name in names}
+
+
 def _pickled_header(path: Path) -> dict[str, Stored]:
     known = set(_DTYPES.values())
     return {
@@ -129,8 +193,8 @@ def _described(shape: Iterable[int], dtype: torch.dtype | None) -> Stored:
     return Stored(shape, dtype, torch.Size(shape).numel())
 
 
-def _load_pickled(path: Path) -> dict[str, Tensor]:
-    found = torch.load(path, map_location="cpu", weights_only=True)
+def _load_pickled(path: Path, mapped: bool = False) -> dict[str, Tensor]:
+    found = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     if isinstance(found, dict) and isinstance(found.get("state_dict"), dict):
         found = found["state_dict"]
     if not isinstance(found, dict) or not all(isinstance(weight, Tensor) for weight in found.values()):

@@ -1,0 +1,154 @@
+"""Hidden states that a serving engine wrote, proven to be those of the tokens and layers that were asked for.
+
+The form is that of vLLM's `extract_hidden_states`: for each conversation a safetensors file with `hidden_states`
+[tokens, layers, d] and `token_ids` int64 [tokens]. An engine's layer id i is the state *before* layer i: the output of
+our layer i is its id i + 1, the embeddings are its id 0, and its id `num_layers` is the last state before the final
+norm. Id 0 is always asked for: that it is the embedding of each token proves where tokens and layers begin.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from deepspec.errors import DeepSpecError
+from deepspec.features.extract import LOG_NORM, Row
+from deepspec.features.sequences import Sequences
+from deepspec.files import digest, replacing
+from deepspec.target.ends import H_LAST, Ends
+
+SAME = 0.98  # cosine of a token's embedding and the state under the first layer, in the mean; 16 bits leave 0.999
+
+
+def engine_layers(layers: tuple[int, ...], num_layers: int) -> list[int]:
+    """Return the engine's layer ids to ask for, ascending: that of the embeddings, our layers', and the last."""
+    return sorted({0, num_layers, *(layer + 1 for layer in layers if layer != H_LAST)})
+
+
+def file_name(ids: list[int]) -> str:
+    """Return the name of the file of a conversation's states."""
+    return f"{digest(json.dumps(ids))}.safetensors"
+
+
+class EngineStates:
+    """Reads the states of sequences from a folder.
+
+    Args:
+        target: whose states they are said to be; its layers are not needed.
+        layers: our ids of the layers that are wanted beside the post-norm state.
+    """
+
+    def __init__(self, folder: Path, target: Ends, sequences: Sequences, layers: tuple[int, ...]):
+        self.folder, self.target, self.sequences, self.layers = folder, target, sequences, layers
+        self.asked = engine_layers(layers, target.num_layers)
+
+    def check_complete(self, requests: Path) -> None:
+        """Refuse a folder that lacks conversations, and write what is to be asked of an engine for them.
+
+        Args:
+            requests: JSON lines with `token_ids`, `layer_ids` and `file`.
+
+        Raises:
+            DeepSpecError: a file is missing.
+        """
+        here = {path.name for path in self.folder.glob("*.safetensors")}
+        missing = [
+            i for i in range(len(self.sequences)) if file_name(self.sequences.ids(i).tolist()) not in here
+        ]
+        if not missing:
+            return
+        with replacing(requests) as scratch, scratch.open("w") as file:
+            file.writelines(f"{json.dumps(self.request(i))}\n" for i in missing)
+        raise DeepSpecError(
+            f"{self.folder}: no states of {len(missing)} of {len(self.sequences)} conversations; {requests} says what "
+            "to ask of an engine for them"
+        )
+
+    def request(self, i: int) -> dict[str, object]:
+        """Return what to ask of an engine for sequence i."""
+        ids = self.sequences.ids(i).tolist()
+        return {"token_ids": ids, "layer_ids": self.asked, "file": file_name(ids)}
+
+    def rows(self, indices: list[int]) -> list[Row]:
+        """Return the states of some sequences, as `Extractor.rows` does.
+
+        Raises:
+            DeepSpecError: states of other tokens, of other layers or of another target, or that are not finite.
+        """
+        return [self._row(self.sequences.ids(i).tolist()) for i in indices]
+
+    def log_norm(self, hidden: Tensor) -> Tensor:
+        """Compute the log-normaliser of the law at post-norm states [n, d], in chunks."""
+        return torch.cat([self.target.logits(part).float().logsumexp(-1) for part in hidden.split(256)])
+
+    def _row(self, ids: list[int]) -> Row:
+        path = self.folder / file_name(ids)
+        states = read_states(path, ids, self.asked, self.target)  # [tokens, layers, d]
+        states = states.to(self.target.device, self.target.dtype)
+        place = {layer: i for i, layer in enumerate(self.asked)}
+        found: Row = {layer: states[:, place[layer + 1]] for layer in self.layers if layer != H_LAST}
+        found[H_LAST] = self.target.normed(states[:, place[self.target.num_layers]])
+        found[LOG_NORM] = self.log_norm(found[H_LAST])
+        if not bool(torch.isfinite(found[LOG_NORM]).all()):
+            raise DeepSpecError(f"{path}: the logits of its last states are not finite")
+        return found
+
+
+def read_states(path: Path, ids: list[int], layers: list[int], target: Ends) -> Tensor:
+    """Return the states of a file, [tokens, layers, d], if they are those of these tokens.
+
+    Args:
+        layers: the engine's ids that were asked for, 0 first.
+
+    Raises:
+        DeepSpecError: a file that cannot be read, or states of something else.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            states, tokens = (file.get_tensor(name) for name in ("hidden_states", "token_ids"))
+    except (OSError, SafetensorError) as error:
+        said = " ".join(str(error).split())[:120]
+        raise DeepSpecError(f"{path}: not a file of an engine's states: {said}") from None
+    if tokens.tolist() != ids:
+        raise DeepSpecError(f"{path}: states of other tokens: {_difference(tokens.tolist(), ids)}")
+    wanted = (len(ids), len(layers), target.hidden_size)
+    if tuple(states.shape) != wanted:
+        raise DeepSpecError(
+            f"{path}: states of shape {list(states.shape)}, and {list(wanted)} was asked for "
+            f"(tokens, layers {', '.join(map(str, layers))}, width)"
+        )
+    lowest = states[:, 0].float()
+    embedded = target.embeddings[tokens.to(target.embeddings.device)].float().to(lowest.device)
+    if likeness(lowest, embedded) < SAME:
+        raise DeepSpecError(f"{path}: {_misalignment(lowest, embedded)}")
+    return states
+
+
+def likeness(states: Tensor, embedded: Tensor) -> float:
+    """Return the mean cosine of two [tokens, d]; their sizes do not count, since many targets scale embeddings."""
+    return float(F.cosine_similarity(states, embedded, dim=-1, eps=1e-6).mean())
+
+
+def _difference(found: list[int], wanted: list[int]) -> str:
+    for place, (theirs, ours) in enumerate(zip(found, wanted, strict=False)):
+        if theirs != ours:
+            return f"{theirs} in place of {ours} at position {place}"
+    return f"{len(found)} of them in place of {len(wanted)}"
+
+
+def _misalignment(lowest: Tensor, embedded: Tensor) -> str:
+    """Say what states under the first layer are, which are not the embeddings of their tokens."""
+    for by, name in ((1, "before"), (-1, "after")):
+        mine = lowest[1:] if by > 0 else lowest[:-1]
+        theirs = embedded[:-1] if by > 0 else embedded[1:]
+        if len(mine) and likeness(mine, theirs) >= SAME:
+            return f"its states are shifted: each is that of the token {name} it"
+    return (
+        "the state under its first layer is not the embedding of its tokens: layer ids that are off by one, or another "
+        "target"
+    )

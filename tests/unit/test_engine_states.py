@@ -1,0 +1,149 @@
+"""States that an engine wrote train as those computed here, and misaligned ones are refused in one line."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from deepspec.errors import DeepSpecError
+from deepspec.features.extract import Extractor
+from deepspec.features.local import CachedFeatures
+from deepspec.features.sequences import Sequences
+from deepspec.features.states import EngineStates, engine_layers, file_name
+from deepspec.target.attention import ForwardPass
+from deepspec.target.ends import H_LAST, load_ends
+from tests.tiny import cached_target
+
+LAYERS = (0, 2, H_LAST)
+
+
+@pytest.fixture(scope="module")
+def ends():
+    return load_ends(cached_target("llama"))
+
+
+@pytest.fixture
+def folder(target, sequences, ends, tmp_path):
+    """What an engine writes of the first six sequences: the state before each layer asked for, and the last one."""
+    asked = engine_layers(LAYERS, ends.num_layers)
+    raw: list[torch.Tensor] = []
+    handle = target.layers[-1].register_forward_hook(
+        lambda module, args, output: raw.append(output[0] if isinstance(output, tuple) else output)
+    )
+    for sequence in sequences[:6]:
+        ids = torch.tensor([sequence.ids])
+        step = ForwardPass(torch.arange(ids.shape[1])[None], wanted=(-1, 0, 2))
+        target.forward(ids, step)
+        states = torch.stack([*(step.features[layer][0] for layer in (-1, 0, 2)), raw.pop()[0]], 1)
+        kept = {"hidden_states": states.clone(), "token_ids": torch.tensor(sequence.ids)}
+        save_file(kept, tmp_path / file_name(sequence.ids))
+    handle.remove()
+    assert asked == [0, 1, 3, 4]
+    return tmp_path
+
+
+@pytest.fixture
+def states(folder, sequences, ends):
+    return EngineStates(folder, ends, Sequences.of(sequences[:6]), LAYERS)
+
+
+def test_an_engines_states_are_those_computed_here(states, target, sequences):
+    computed = Extractor(target, Sequences.of(sequences[:6]), LAYERS).rows([0, 4])
+    for ours, theirs in zip(states.rows([0, 4]), computed, strict=True):
+        assert ours.keys() == theirs.keys()
+        for name in ours:
+            torch.testing.assert_close(ours[name], theirs[name], rtol=1e-4, atol=1e-4)
+
+
+def test_they_become_a_cache_of_their_own_kind(states, folder, target, ends, sequences, tmp_path):
+    mine = CachedFeatures(tmp_path / "cache", ends, sequences[:6], LAYERS, "data", computed_by="engine")
+    mine.build(lambda: states)
+    local = CachedFeatures(tmp_path / "local", target, sequences[:6], LAYERS, "data")
+    local.build()
+    torch.testing.assert_close(mine.batch([1, 3])[0], local.batch([1, 3])[0], rtol=0.02, atol=0.02)
+    assert mine.describe()["computed_by"] == "engine" and "computed_by" not in local.describe()
+    with pytest.raises(DeepSpecError, match=r"features of another computed_by \(None, wanted engine\)"):
+        CachedFeatures(tmp_path / "local", ends, sequences[:6], LAYERS, "data", computed_by="engine").build()
+
+
+def shifted(kept, sequences):
+    kept["hidden_states"] = kept["hidden_states"].roll(1, 0)
+    kept["hidden_states"][0] = kept["hidden_states"][1]
+
+
+def shifted_back(kept, sequences):
+    kept["hidden_states"] = kept["hidden_states"].roll(-1, 0)
+
+
+def of_another_request(kept, sequences):
+    kept["token_ids"] = torch.tensor(sequences[5].ids)
+
+
+def of_another_text_under_these_ids(kept, sequences):
+    kept["hidden_states"] = kept["hidden_states"].flip(0)
+
+
+def one_layer_on(kept, sequences):
+    kept["hidden_states"] = kept["hidden_states"][:, [1, 2, 3, 3]]
+
+
+def a_layer_less(kept, sequences):
+    kept["hidden_states"] = kept["hidden_states"][:, :3]
+
+
+def cut_short(kept, sequences):
+    kept["hidden_states"] = kept["hidden_states"][:-1]
+
+
+def not_finite(kept, sequences):
+    kept["hidden_states"][3, -1] = float("nan")
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (shifted, "its states are shifted: each is that of the token before it"),
+        (shifted_back, "its states are shifted: each is that of the token after it"),
+        (of_another_request, "states of other tokens: "),
+        (of_another_text_under_these_ids, "not the embedding of its tokens"),
+        (one_layer_on, "not the embedding of its tokens: layer ids that are off by one"),
+        (a_layer_less, "was asked for"),
+        (cut_short, "was asked for"),
+        (not_finite, "the logits of its last states are not finite"),
+    ],
+)
+def test_states_of_something_else_are_refused(states, folder, sequences, change, said):
+    path = folder / file_name(sequences[2].ids)
+    kept = load_file(path)
+    change(kept, sequences)
+    save_file({name: x.contiguous() for name, x in kept.items()}, path)
+    states.rows([1])
+    with pytest.raises(DeepSpecError) as error:
+        states.rows([2])
+    assert said in str(error.value) and path.name in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_broken_file_is_named(states, folder, sequences):
+    (folder / file_name(sequences[0].ids)).write_bytes(b"half a file")
+    with pytest.raises(DeepSpecError, match="not a file of an engine's states"):
+        states.rows([0])
+
+
+def test_what_is_missing_is_written_down_to_be_asked_for(folder, sequences, ends, tmp_path):
+    states = EngineStates(folder, ends, Sequences.of(sequences[:8]), LAYERS)
+    requests = tmp_path / "requests.jsonl"
+    with pytest.raises(
+        DeepSpecError, match=r"no states of 2 of 8 conversations; .*requests\.jsonl says what to ask"
+    ):
+        states.check_complete(requests)
+    asked = [json.loads(line) for line in requests.read_text().splitlines()]
+    assert [request["token_ids"] for request in asked] == [sequences[i].ids for i in (6, 7)]
+    assert asked[0] == {
+        "token_ids": sequences[6].ids,
+        "layer_ids": [0, 1, 3, 4],
+        "file": file_name(sequences[6].ids),
+    }
+    EngineStates(folder, ends, Sequences.of(sequences[:6]), LAYERS).check_complete(requests)
