@@ -6,6 +6,7 @@ is. Both follow the stages' channel (`following.py`).
 
 from __future__ import annotations
 
+import json
 import os
 import queue
 import subprocess
@@ -150,6 +151,34 @@ def run(root: Path = Path(), view: View | None = None) -> None:
         if view.stages["report"].began is None:  # nothing had changed: the table all the same
             follow([sys.executable, "-m", "deepspec.stages.report"], root, view)
     view.say(f"Finished in {spell(time.monotonic() - began)}.")
+
+
+def _estimate(root: Path, view: View) -> None:
+    """Measure this machine for some seconds, and say how long the stages will take by `deepspec plan`."""
+    words = [sys.executable, "-m", "deepspec.cli", "plan", "--json"]
+    done = subprocess.run(words, cwd=root, capture_output=True, text=True)
+    try:
+        planned = {stage["stage"]: float(stage["seconds"]) for stage in json.loads(done.stdout)["stages"]}
+    except (ValueError, KeyError, TypeError):
+        view.say(f"no estimate of the time: {(done.stderr.strip() or 'no plan').splitlines()[-1]}")
+        return
+    for name, stage in view.stages.items():
+        stage.expected = _expected(name, planned, list(view.stages))
+    rest = sum(stage.expected or 0.0 for stage in view.stages.values() if stage.began is None)
+    view.say(
+        f"About {spell(rest)} more, as this machine was measured just now (`deepspec plan` has the derivation)."
+    )
+
+
+def _expected(name: str, planned: Mapping[str, float], stages: Sequence[str]) -> float | None:
+    """Return the seconds of a stage in a plan, whose `features` are part of the first training."""
+    stage, _, drafter = name.partition("@")
+    if stage == "train":
+        first = name == next(each for each in stages if each.startswith("train@"))
+        return planned.get(f"train {drafter}", 0.0) + (planned.get("features", 0.0) if first else 0.0) or None
+    if stage == "evaluate":  # of all drafters together
+        return planned.get(stage, 0.0) / sum(each.startswith("evaluate@") for each in stages) or None
+    return planned.get(stage)
 
 
 def stages_of(root: Path) -> dict[str, Stage]:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import io
+import json
 import sys
 import textwrap
+from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
 
 from deepspec.commands import demo
-from deepspec.commands.demo import Stage, View, follow, run, stages_of
+from deepspec.commands.demo import View, follow, run, stages_of
 from deepspec.errors import DeepSpecError
 from deepspec.following import Count
 
@@ -97,10 +99,14 @@ def test_a_failed_stage_fails_the_demo_with_its_own_words(root):
 
 def test_the_first_figure_comes_after_the_prompts_and_only_once(root, monkeypatch):
     ran = []
+    monkeypatch.setattr(
+        demo.subprocess, "run", lambda *words, **options: SimpleNamespace(stdout="", stderr="")
+    )
     monkeypatch.setattr(demo, "follow", lambda words, root, view: ran.append(words[2:]))
     view, _ = view_of(root)
     run(root, view)
     assert ran == [
+        ["dvc", "repro", "target"],
         ["dvc", "repro", "prompts"],
         ["deepspec.commands.glance"],
         ["dvc", "repro"],
@@ -113,12 +119,29 @@ def test_the_first_figure_comes_after_the_prompts_and_only_once(root, monkeypatc
     assert ran == [["dvc", "repro"], ["deepspec.stages.report"]]
 
 
-def test_the_time_of_all_stages_is_told_before_they_begin(root, monkeypatch):
+PLAN = {"target": 20, "prompts": 60, "generate": 500, "features": 200, "train a": 400, "evaluate": 900}
+
+
+def test_the_time_is_told_before_the_long_stages_by_the_plan(root, monkeypatch):
+    told = json.dumps({"stages": [{"stage": name, "seconds": s} for name, s in PLAN.items()]})
     monkeypatch.setattr(demo, "follow", lambda words, root, view: None)
+    monkeypatch.setattr(
+        demo.subprocess, "run", lambda *words, **options: SimpleNamespace(stdout=told, stderr="")
+    )
     view, out = view_of(root)
-    view.stages["train@a"] = Stage("train@a", "One drafter.", expected=600.0)
     run(root, view)
-    assert "about 10 min on this machine" in out.getvalue().splitlines()[0]
+    assert "About 11 min more" in out.getvalue()  # 60 + 200 + 400: the features come with the first training
+    assert view.stages["train@a"].expected == 600 and view.stages["train@b"].expected is None
+
+
+def test_a_plan_that_fails_delays_nothing(root, monkeypatch):
+    monkeypatch.setattr(demo, "follow", lambda words, root, view: None)
+    failed = SimpleNamespace(stdout="", stderr="error: no such drafter\n")
+    monkeypatch.setattr(demo.subprocess, "run", lambda *words, **options: failed)
+    view, out = view_of(root)
+    run(root, view)
+    assert "no estimate of the time: error: no such drafter" in out.getvalue()
+    assert "Finished in 0 s." in out.getvalue()
 
 
 def test_a_place_without_a_pipeline_is_one_line(tmp_path):
