@@ -102,7 +102,7 @@ def test_the_first_figure_comes_after_the_prompts_and_only_once(root, monkeypatc
     run(root, view)
     assert ran == [
         ["dvc", "repro", "prompts"],
-        ["deepspec.commands.glance"],
+        ["deepspec.stages.glance"],
         ["dvc", "repro"],
         ["deepspec.stages.report"],
     ]
