@@ -146,7 +146,7 @@ def run(root: Path = Path(), view: View | None = None) -> None:
         dvc = [sys.executable, "-m", "dvc", "repro"]
         if first:
             follow([*dvc, FIRST], root, view)
-            follow([sys.executable, "-m", "deepspec.commands.glance"], root, view)
+            follow([sys.executable, "-m", "deepspec.stages.glance"], root, view)
         follow(dvc, root, view)
         if view.stages["report"].began is None:  # nothing had changed: the table all the same
             follow([sys.executable, "-m", "deepspec.stages.report"], root, view)

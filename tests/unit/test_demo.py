@@ -108,7 +108,7 @@ def test_the_first_figure_comes_after_the_prompts_and_only_once(root, monkeypatc
     assert ran == [
         ["dvc", "repro", "target"],
         ["dvc", "repro", "prompts"],
-        ["deepspec.commands.glance"],
+        ["deepspec.stages.glance"],
         ["dvc", "repro"],
         ["deepspec.stages.report"],
     ]

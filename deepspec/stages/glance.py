@@ -1,6 +1,6 @@
 """Decode a few of the evaluation's prompts with the lookup alone, which needs no training: a first figure.
 
-`python -m deepspec.commands.glance`, once the target and the prompts are there.
+`python -m deepspec.stages.glance`, once the target and the prompts are there.
 """
 
 from __future__ import annotations
