@@ -3,7 +3,8 @@
 Each commit runs in a process of its own, the other one in a git worktree that is removed in the end; they are asked
 line by line, one at a time. A turn asks each of them for everything, and who comes first changes with every turn, so
 a slow minute of the machine hits both. Ratios are of the same turn (under 1: this checkout is faster); the median and
-its 95 % interval, by a bootstrap over turns. That both write the same tokens is checked all along.
+its 95 % interval, by a bootstrap over turns. That both write the same tokens is checked all along. Finished turns are
+kept in a work file: a killed benchmark goes on where it stopped, and with fewer `--turns` it reports what is there.
 
     python -m benchmarks.commits 17885f3 --target embedded:smollm2-135m-instruct --turns 40
 """
@@ -16,18 +17,21 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
 
-from benchmarks.common import REPORTS, command_line, write_report
+from benchmarks.common import REPORTS, WORK_DIR, command_line, write_report
 from benchmarks.training import ratio
 from deepspec.entry import guarded, quiet_environment
 from deepspec.errors import DeepSpecError
+from deepspec.files import digest
+from deepspec.journal import WorkLog
+from deepspec.lineage import code_digest
 from deepspec.markdown import markdown_table
 from deepspec.progress import Progress
 from deepspec.target.embedded import PREFIX
@@ -36,6 +40,7 @@ ROOT = Path(__file__).parents[1]
 HERE, THERE = "here", "there"
 _UNTIMED = 1
 Found = dict[str, dict[str, list[float]]]  # measurement → side → seconds, one a turn
+Start = Callable[[], AbstractContextManager[Mapping[str, "Side"]]]
 
 
 class Side:
@@ -112,25 +117,44 @@ def questions(turn: int, tokens: int, repeats: int) -> dict[str, dict[str, Any]]
     }
 
 
-def measure(sides: dict[str, Side], flags: argparse.Namespace) -> tuple[Found, list[str]]:
-    """Return seconds of every turn, and where the two wrote other tokens."""
-    found: Found = {}
-    differ = []
-    with Progress("turns", flags.turns) as progress:
-        for turn in range(-_UNTIMED, flags.turns):
-            order = [HERE, THERE] if turn % 2 else [THERE, HERE]
-            for name, question in questions(turn, flags.tokens, flags.repeats).items():
-                answers = {side: sides[side].ask(question) for side in order}
-                if answers[HERE]["tokens"] != answers[THERE]["tokens"]:
-                    differ.append(f"{name}, turn {turn}")
-                if turn >= 0:
-                    for side, answer in answers.items():
-                        each = 1 if question["measure"] == "pass" else len(answer["tokens"])
-                        seconds = float(np.median(answer["seconds"])) / each
-                        found.setdefault(name, {HERE: [], THERE: []})[side].append(seconds)
-            if turn >= 0:
+def measure(start: Start, flags: argparse.Namespace, log: WorkLog) -> tuple[Found, list[str]]:
+    """Return seconds of every turn, and where the two wrote other tokens.
+
+    Args:
+        start: starts both sides; not called where all turns are in the log.
+    """
+    missing = [turn for turn in range(flags.turns) if log.get(_key(turn)) is None]
+    if missing:
+        with start() as sides, Progress("turns", flags.turns, flags.turns - len(missing)) as progress:
+            for turn in range(_UNTIMED):
+                one_turn(sides, turn, flags)
+            for turn in missing:
+                log.add(_key(turn), one_turn(sides, turn, flags))
                 progress.advance()
-    return found, differ
+    turns = [log.get(_key(turn)) for turn in range(flags.turns)]
+    names = questions(0, flags.tokens, flags.repeats)
+    found = {name: {side: [turn[name][side] for turn in turns] for side in (HERE, THERE)} for name in names}
+    return found, [f"{name}, turn {i}" for i, turn in enumerate(turns) for name in turn["differ"]]
+
+
+def one_turn(sides: Mapping[str, Side], turn: int, flags: argparse.Namespace) -> dict[str, Any]:
+    """Return measurement → side → seconds of one turn, and under "differ" those that wrote other tokens."""
+    order = [HERE, THERE] if turn % 2 else [THERE, HERE]
+    found: dict[str, Any] = {"differ": []}
+    for name, question in questions(turn, flags.tokens, flags.repeats).items():
+        answers = {side: sides[side].ask(question) for side in order}
+        if answers[HERE]["tokens"] != answers[THERE]["tokens"]:
+            found["differ"].append(name)
+        found[name] = {
+            side: float(np.median(answer["seconds"]))
+            / (1 if question["measure"] == "pass" else len(answer["tokens"]))
+            for side, answer in answers.items()
+        }
+    return found
+
+
+def _key(turn: int) -> str:
+    return f"turn {turn}"
 
 
 def summary(found: Found) -> dict[str, dict[str, Any]]:
@@ -185,18 +209,30 @@ def run(flags: argparse.Namespace) -> None:
 
         directory = load_target(directory, device="cpu").source
     directory = str(Path(directory).resolve())
-    with checked_out(flags.commit) as checkout:
-        sides = {
-            name: Side(name, place, directory, flags.context, flags.threads)
-            for name, place in ((HERE, ROOT), (THERE, checkout))
-        }
-        found, differ = measure(sides, flags)
-        for side in sides.values():
-            side.close()
+    code = code_digest("deepspec.decoding.engine")
+    settings = (flags.commit, directory, code, flags.repeats, flags.tokens, flags.context, flags.threads)
+    log = WorkLog(WORK_DIR / f"commits-{digest(json.dumps(settings))}.jsonl")
+    found, differ = measure(lambda: both(flags, directory), flags, log)
     made = summary(found)
     body = table(made, flags.commit)
     body += f"\n\nOther tokens: {'; '.join(differ) if differ else 'none'}."
     write_report(flags.output, "commits", f"Beside {flags.commit}", body, {"found": made, "differ": differ})
+    log.remove()
+
+
+@contextmanager
+def both(flags: argparse.Namespace, directory: str) -> Iterator[Mapping[str, Side]]:
+    """Yield this checkout's side and the other commit's."""
+    with checked_out(flags.commit) as checkout:
+        places = {HERE: ROOT, THERE: checkout}
+        sides = {
+            name: Side(name, place, directory, flags.context, flags.threads) for name, place in places.items()
+        }
+        try:
+            yield sides
+        finally:
+            for side in sides.values():
+                side.close()
 
 
 if __name__ == "__main__":

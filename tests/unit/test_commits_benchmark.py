@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pytest
 
 from benchmarks.commits import HERE, ROOT, THERE, Side, arguments, checked_out, measure, summary, table
 from deepspec.errors import DeepSpecError
+from deepspec.journal import WorkLog
 from tests.tiny import cached_target
+
+
+def unneeded():
+    raise AssertionError("every turn is kept")
 
 
 def test_two_sides_of_one_commit_write_the_same_and_are_timed_in_every_turn(tmp_path):
@@ -15,9 +22,11 @@ def test_two_sides_of_one_commit_write_the_same_and_are_timed_in_every_turn(tmp_
     )
     directory = str(cached_target().resolve())
     sides = {name: Side(name, ROOT, directory, flags.context, 1) for name in (HERE, THERE)}
-    found, differ = measure(sides, flags)
+    log = WorkLog(tmp_path / "log.jsonl")
+    found, differ = measure(lambda: nullcontext(sides), flags, log)
     for side in sides.values():
         side.close()
+    assert measure(unneeded, flags, WorkLog(tmp_path / "log.jsonl")) == (found, differ)
     assert differ == [] and len(found) == 4
     assert all(len(seconds) == 2 and min(seconds) > 0 for one in found.values() for seconds in one.values())
     assert table(summary(found), "HEAD").count("\n") >= 5
