@@ -2,7 +2,8 @@
 
 Each commit runs in a process of its own, the other one in a git worktree that is removed in the end; they are asked
 line by line, one at a time. A turn asks each of them for everything, and who comes first changes with every turn, so
-a slow minute of the machine hits both. Ratios are of the same turn (under 1: this checkout is faster); the median and
+a slow minute of the machine hits both. A process may be some percent slower for the memory pages that it happens to get,
+so both are started anew every few turns; a commit beside itself (`python -m benchmarks.commits HEAD`) shows the rest. Ratios are of the same turn (under 1: this checkout is faster); the median and
 its 95 % interval, by a bootstrap over turns. That both write the same tokens is checked all along. Finished turns are
 kept in a work file: a killed benchmark goes on where it stopped, and with fewer `--turns` it reports what is there.
 
@@ -121,16 +122,17 @@ def measure(start: Start, flags: argparse.Namespace, log: WorkLog) -> tuple[Foun
     """Return seconds of every turn, and where the two wrote other tokens.
 
     Args:
-        start: starts both sides; not called where all turns are in the log.
+        start: starts both sides, every few turns; not called where all turns are in the log.
     """
     missing = [turn for turn in range(flags.turns) if log.get(_key(turn)) is None]
-    if missing:
-        with start() as sides, Progress("turns", flags.turns, flags.turns - len(missing)) as progress:
-            for turn in range(_UNTIMED):
-                one_turn(sides, turn, flags)
-            for turn in missing:
-                log.add(_key(turn), one_turn(sides, turn, flags))
-                progress.advance()
+    with Progress("turns", flags.turns, flags.turns - len(missing)) as progress:
+        for first in range(0, len(missing), flags.restart):
+            with start() as sides:
+                for turn in range(_UNTIMED):
+                    one_turn(sides, turn, flags)
+                for turn in missing[first : first + flags.restart]:
+                    log.add(_key(turn), one_turn(sides, turn, flags))
+                    progress.advance()
     turns = [log.get(_key(turn)) for turn in range(flags.turns)]
     names = questions(0, flags.tokens, flags.repeats)
     found = {name: {side: [turn[name][side] for turn in turns] for side in (HERE, THERE)} for name in names}
@@ -188,6 +190,7 @@ def arguments() -> argparse.ArgumentParser:
     add("commit", help="what this checkout is compared with")
     add("--target", default="data/target", help="a directory, or embedded:<name> (default data/target)")
     add("--turns", type=int, default=40, help="timed turns (default 40)")
+    add("--restart", type=int, default=4, help="turns after which both start anew (default 4)")
     add("--repeats", type=int, default=20, help="passes of a turn, of which the median counts (default 20)")
     add("--tokens", type=int, default=48, help="to write a turn (default 48)")
     add("--context", type=int, default=256, help="tokens before a timed pass (default 256)")
@@ -210,7 +213,16 @@ def run(flags: argparse.Namespace) -> None:
         directory = load_target(directory, device="cpu").source
     directory = str(Path(directory).resolve())
     code = code_digest("deepspec.decoding.engine")
-    settings = (flags.commit, directory, code, flags.repeats, flags.tokens, flags.context, flags.threads)
+    settings = (
+        flags.commit,
+        directory,
+        code,
+        flags.restart,
+        flags.repeats,
+        flags.tokens,
+        flags.context,
+        flags.threads,
+    )
     log = WorkLog(WORK_DIR / f"commits-{digest(json.dumps(settings))}.jsonl")
     found, differ = measure(lambda: both(flags, directory), flags, log)
     made = summary(found)
