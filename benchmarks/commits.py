@@ -2,10 +2,12 @@
 
 Each commit runs in a process of its own, the other one in a git worktree that is removed in the end; they are asked
 line by line, one at a time. A turn asks each of them for everything, and who comes first changes with every turn, so
-a slow minute of the machine hits both. A process may be some percent slower for the memory pages that it happens to get,
-so both are started anew every few turns; a commit beside itself (`python -m benchmarks.commits HEAD`) shows the rest. Ratios are of the same turn (under 1: this checkout is faster); the median and
-its 95 % interval, by a bootstrap over turns. That both write the same tokens is checked all along. Finished turns are
-kept in a work file: a killed benchmark goes on where it stopped, and with fewer `--turns` it reports what is there.
+a slow minute of the machine hits both. A process may be some percent slower for the memory pages that it happens to
+get, so both are started anew every few turns; a commit beside itself (`HEAD`) shows how much that leaves.
+
+Ratios are of the same turn (under 1: this checkout is faster); the median and its 95 % interval, by a bootstrap over
+turns. That both write the same tokens is checked all along. Finished turns are kept in a work file: a killed benchmark
+goes on where it stopped, and with fewer `--turns` it reports what is there.
 
     python -m benchmarks.commits 17885f3 --target embedded:smollm2-135m-instruct --turns 40
 """
