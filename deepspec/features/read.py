@@ -189,7 +189,8 @@ def _write(file: Path, chunks: Iterator[Chunk]) -> None:
             parts = (chunk.ids, chunk.answer, chunk.learnt)
             offsets = pa.array(chunk.offsets)
             columns = [pa.ListArray.from_arrays(offsets, pa.array(part)) for part in parts]
-            names = chunk.conversations or [None] * (len(chunk.offsets) - 1)
+            rows = len(chunk.offsets) - 1
+            names = [None] * rows if chunk.conversations is None else list(chunk.conversations)
             writer.write_batch(pa.record_batch([*columns, pa.array(names, pa.string())], schema=schema))
 
 
@@ -203,7 +204,13 @@ def _mapped(file: Path) -> list[Chunk]:
         batch = reader.get_batch(number)
         ids, answer, learnt = (batch.column(name) for name in ("input_ids", "answer", "learnt"))
         names = batch.column("conversation")
-        flat = (part.values.to_numpy() for part in (ids, answer, learnt))
-        several = names.null_count < batch.num_rows
-        found.append(Chunk(ids.offsets.to_numpy(), *flat, names.to_pylist() if several else None))
+        found.append(
+            Chunk(
+                ids.offsets.to_numpy(),
+                ids.values.to_numpy(),
+                answer.values.to_numpy(),
+                learnt.values.to_numpy(),
+                names.to_pylist() if names.null_count < batch.num_rows else None,
+            )
+        )
     return found

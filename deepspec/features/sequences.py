@@ -187,5 +187,5 @@ class Sequences(SequenceOf[Sequence]):
         """Return the identity of all tokens, 16 hexadecimal digits."""
         state = hashlib.sha256(self.lengths.tobytes())
         for chunk in self.chunks:
-            state.update(np.ascontiguousarray(chunk.ids))
+            state.update(np.ascontiguousarray(chunk.ids).data)
         return state.hexdigest()[:16]

@@ -164,7 +164,7 @@ def _answers(params: Params, target: TargetSize, rates: Rates) -> Estimate:
     return Estimate(
         "generate",
         tokens,
-        (answers / batch * step + extract_seconds(target, rates, count * PROMPT)) / rates.devices,
+        answers / batch * step / rates.devices + extract_seconds(target, rates, count * PROMPT),
         _decoding_memory(target, batch, generate.max_length),
         disk,
         f"{count} × {ANSWERED:.0%} of {generate.max_new_tokens} tokens, {batch} at a time, {batch / step:.0f} tokens/s "

@@ -46,7 +46,7 @@ class Rates(Section):
         except yaml.YAMLError as error:
             raise DeepSpecError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
         except ValidationError as error:
-            first = error.errors()[0]
+            first = min(error.errors(), key=lambda found: found["type"] != "extra_forbidden")
             key = ".".join(map(str, first["loc"])) or "the file"
             known = ", ".join(cls.model_fields)
             raise DeepSpecError(f"{path}: {key}: {first['msg'].lower()}; the keys are {known}") from None

@@ -302,7 +302,7 @@ class Target(Ends):
         self._recording = step
 
     def _last(self, count: int) -> Sequence[nn.Module]:
-        return self.layers[-count:]
+        return list(self.layers[-count:])
 
     @torch.inference_mode()
     def normed(self, hidden: Tensor) -> Tensor:

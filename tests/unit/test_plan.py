@@ -129,9 +129,8 @@ def test_a_target_that_no_device_holds_is_trained_for_all_the_same():
     assert "generate.engine: openai" in misfits["generate"]
     assert "train.features.states" in misfits["features"]
     assert "train.real_decode: false" in misfits["train dspark"]
-    params = changed(
-        **LARGE | {"train": LARGE["train"] | {"real_decode": False, "features": {"states": "folder"}}}
-    )
+    without = {"real_decode": False, "features": {"states": "folder"}}
+    params = changed(**LARGE | {"prompts": {"count": 20_000}, "train": LARGE["train"] | without})
     plan = planned("moe-235b", GPU, params)
     assert {remark.stage for remark in remarks(plan, params)} == {"target", "prompts", "generate", "evaluate"}
     assert plan.of("train dspark").memory < 0.1 * plan.target.weights

@@ -201,7 +201,7 @@ def test_rows_of_usual_lengths_are_one_pass():
 
 def test_every_process_makes_as_many_passes_of_rows_of_any_length():
     lengths = [200, 300, 300, 9_000, 9_500, 20_000, 30_000, 31_000]
-    rows = [SimpleNamespace(ids=range(length), learnt=[0, 0, 1]) for length in lengths]
+    rows = Sequences.of(Sequence([1] * n, [1] * n, [1] * n) for n in lengths)
     batches = Batches(SimpleNamespace(sequences=rows), list(range(8)), 8, 4, 3, seed=0)
     shares = [list(batches.shares(list(range(8)), rank, 2)) for rank in range(2)]
     assert len(shares[0]) == len(shares[1]) > 1
