@@ -6,9 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from deepspec.drafters.checkpoint import draft_directory
-from deepspec.drafters.load import load_drafter
+from deepspec.drafters.load import examine, load_drafter
 from deepspec.drafters.published.plan import Plan
-from deepspec.drafters.published.recognise import examine
 from deepspec.errors import DeepSpecError
 from deepspec.target.weights import stored, weight_files
 

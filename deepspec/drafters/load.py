@@ -6,9 +6,12 @@ from pathlib import Path
 
 from deepspec.decoding.drafter import Drafter
 from deepspec.drafters.checkpoint import Checkpoint, draft_digest, read_config
-from deepspec.drafters.published.recognise import examine, opened
+from deepspec.drafters.published.plan import Plan
+from deepspec.drafters.published.recognise import opened, recognise
 from deepspec.drafters.registry import algorithms, reader
 from deepspec.target.model import Target
+
+_WRITTEN_BY_OTHERS = ("dspark", "dflash", "eagle3", "medusa", "lm")
 
 
 def load_drafter(path: str | Path, target: Target) -> Drafter:
@@ -25,6 +28,23 @@ def load_drafter(path: str | Path, target: Target) -> Drafter:
     drafter = algorithms()[kind].load(checkpoint, target)
     drafter.digest = draft_digest(directory)
     return drafter
+
+
+def examine(directory: Path, target_layers: int | None = None) -> Plan:
+    """
+    Return what a draft directory is: of an algorithm that only DeepSpec has, or of a published style.
+
+    Args:
+        target_layers: of the target that it is to draft for, where it is known.
+
+    Raises:
+        DeepSpecError: not a draft directory, or weights that cannot be read.
+    """
+    config = read_config(directory)
+    algorithm = reader(config)
+    if algorithm is not None and algorithm.type not in _WRITTEN_BY_OTHERS:
+        return Plan("DeepSpec", algorithm.type, algorithm.type, config)
+    return recognise(directory, target_layers)
 
 
 def open_draft(directory: Path, target: Target) -> tuple[str, Checkpoint]:

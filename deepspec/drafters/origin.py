@@ -25,7 +25,7 @@ from deepspec.drafters.checkpoint import (
 )
 from deepspec.drafters.network import SHARED, Network, NormalisedLinear
 from deepspec.drafters.padding import BY_COLUMN
-from deepspec.drafters.published.recognise import examine, opened
+from deepspec.drafters.published.recognise import opened, recognise
 from deepspec.drafters.published.vocabulary import draft_ids
 from deepspec.drafters.start import WAYS
 from deepspec.errors import DeepSpecError
@@ -139,7 +139,7 @@ def open_origin(start: str, kinds: tuple[str, ...], target: Ends) -> Origin | No
         directory = draft_directory(start)
     except DeepSpecError as error:
         raise DeepSpecError(f"start: {start!r} is none of {', '.join(WAYS)}, and {error}") from None
-    plan = examine(directory, target.num_layers)
+    plan = recognise(directory, target.num_layers)
     checkpoint = opened(directory, plan, target)
     if plan.kind not in kinds:
         wanted = " or ".join(kinds)

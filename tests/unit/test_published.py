@@ -15,8 +15,7 @@ from deepspec.decoding.drafter import DraftRequest
 from deepspec.decoding.engine import generate
 from deepspec.decoding.request import Sampling
 from deepspec.decoding.shapes import Chain
-from deepspec.drafters.load import load_drafter, open_draft
-from deepspec.drafters.published.recognise import examine
+from deepspec.drafters.load import examine, load_drafter, open_draft
 from deepspec.drafters.published.vocabulary import draft_ids
 from deepspec.errors import DeepSpecError
 from deepspec.export.reference import network

@@ -6,40 +6,21 @@ from pathlib import Path
 
 from deepspec.drafters.checkpoint import Checkpoint, check_target, read_config
 from deepspec.drafters.padding import fitted
-from deepspec.drafters.published import block, deepseek, eagle3, medusa, models, speculators
+from deepspec.drafters.published import block, deepseek, eagle3, medusa, models, ours, speculators
 from deepspec.drafters.published.plan import Found, Plan, Recognise
-from deepspec.drafters.registry import reader
 from deepspec.errors import DeepSpecError
 from deepspec.target.ends import Ends
 from deepspec.target.weights import stored
 
 STYLES: tuple[Recognise, ...] = (
     speculators.recognise,
+    ours.recognise,
     medusa.recognise,
     deepseek.recognise,
     block.recognise,
     eagle3.recognise,
     models.recognise,
 )
-
-_WRITTEN_BY_OTHERS = ("dspark", "dflash", "eagle3", "medusa", "lm")
-
-
-def examine(directory: Path, target_layers: int | None = None) -> Plan:
-    """
-    Return what a draft directory is: of an algorithm that only DeepSpec has, or of a published style.
-
-    Args:
-        target_layers: of the target that it is to draft for, where it is known.
-
-    Raises:
-        DeepSpecError: not a draft directory, or weights that cannot be read.
-    """
-    config = read_config(directory)
-    algorithm = reader(config)
-    if algorithm is not None and algorithm.type not in _WRITTEN_BY_OTHERS:
-        return Plan("DeepSpec", algorithm.type, algorithm.type, config)
-    return recognise(directory, target_layers)
 
 
 def recognise(directory: Path, target_layers: int | None = None) -> Plan:
