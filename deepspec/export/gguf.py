@@ -27,7 +27,7 @@ BLOCKED = ("q8_0", "q4_0", "q4_1")
 BLOCK = 32
 LARGEST_F16 = 65504.0
 NORMAL, CONTROL, USER_DEFINED = 1, 3, 4  # llama.cpp's token types
-Key = bool | int | float | str | list[int] | list[str]
+Key = bool | int | float | str | list[int] | list[bool] | list[str]
 
 
 @dataclass(frozen=True)

@@ -368,7 +368,9 @@ def go_on(params: EagleParams, origin: Origin, config: Eagle3Config) -> dict[str
     asked = params.model_fields_set
     if "target_layer_ids" in asked and params.target_layer_ids:
         check_kept({"target_layer_ids": params.target_layer_ids}, origin)
-    changed = {name: getattr(params, name) for name in ("block_size", "sliding_window") if name in asked}
+    changed: dict[str, Any] = {
+        name: getattr(params, name) for name in ("block_size", "sliding_window") if name in asked
+    }
     if "draft_vocab_size" in asked:
         changed["draft_vocab_size"] = min(params.draft_vocab_size or config.vocab_size, config.vocab_size)
     return changed

@@ -241,7 +241,7 @@ def _config(known: dict[str, Any], arch: str) -> dict[str, Any]:
     }
 
 
-def _windows(window: int, pattern: list[bool]) -> dict[str, Any]:
+def _windows(window: Any, pattern: Any) -> dict[str, Any]:
     """Return the readers' keys for windowed layers; a window without a pattern is none."""
     kinds = ["sliding_attention" if slides else "full_attention" for slides in pattern]
     return {"layer_types": kinds, "sliding_window": window} if window and any(pattern) else {}

@@ -56,7 +56,7 @@ class Rope:
             )
         self.kind = kinds.pop() if kinds else "default"
         self.parameters = older | parameters | {"rope_theta": self.theta}
-        self.longest = config.get("max_position_embeddings")
+        self.longest = int(config.get("max_position_embeddings") or 2048)  # as LlamaConfig
 
     def rates(self, dim: int) -> tuple[Tensor, float]:
         """Return the rates float64 [dim / 2] and the factor on cosine and sine."""
