@@ -137,7 +137,7 @@ def measure_draft(section: Any, config: Any, target: TargetSize) -> DraftSize | 
     with torch.device("meta"):
         network = algorithm.network(section, _Sketch(target.name, config))
     sizes: Any = network.config
-    block = int(getattr(sizes, "block_size", 0) or getattr(sizes, "medusa_num_heads", 1))
+    block: Any = getattr(sizes, "block_size", None) or getattr(sizes, "medusa_num_heads", 1)
     layers = [layer for layer in sizes.target_layer_ids if layer >= -1]
     trained = sum(p.numel() for p in network.parameters() if p.requires_grad)
     looked_up = sum(
