@@ -70,7 +70,7 @@ def read_call(call: Any) -> ToolCall:
     if not isinstance(name, str) or not name:
         raise BadRowError("a malformed tool call", "a tool call has no name")
     given = (function.get(key) for key in ("arguments", "parameters", "args"))
-    arguments = next((value for value in given if value is not None), {})
+    arguments: Any = next((value for value in given if value is not None), {})
     if isinstance(arguments, str):
         arguments = _json(arguments) if arguments.strip() else {}
     if not isinstance(arguments, Mapping):
