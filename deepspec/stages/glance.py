@@ -17,7 +17,7 @@ def main(params: Params, flags: argparse.Namespace) -> None:
     from deepspec.drafters.params import DEFAULT_LOOKUP
     from deepspec.drafters.registry import algorithms
     from deepspec.evaluation.contest import Contest, DecodingConfig
-    from deepspec.evaluation.runs import PLAIN, pair
+    from deepspec.evaluation.runs import PLAIN, PromptRuns, pair
     from deepspec.evaluation.stats import macro_speedup
     from deepspec.progress import Progress
     from deepspec.target.model import load_target
@@ -35,7 +35,7 @@ def main(params: Params, flags: argparse.Namespace) -> None:
     )
     prompts = [[task.prompts[i] for i in range(min(PROMPTS, len(task.prompts)))] for task in tasks]
     contest.warm_up(longest(chat for task in prompts for chat in task), [0.0])
-    runs = []
+    runs: list[list[PromptRuns]] = []
     with Progress("lookup", sum(map(len, prompts))) as progress:
         for task, chats in zip(tasks, prompts, strict=True):
             runs.append([])
