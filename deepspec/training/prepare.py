@@ -83,7 +83,7 @@ class Prepared:
 
     def row_tokens(self) -> dict[str, int]:
         """Return how long the rows are that it learns from: the longest, and what 95 % of them do not exceed."""
-        lengths = sorted(len(self.data.sequences[i].ids) for i in self.batches.members)
+        lengths = sorted(self.data.sequences.lengths[self.batches.members].tolist())
         return {"common": lengths[-(-len(lengths) * 95 // 100) - 1], "longest": lengths[-1]}
 
 

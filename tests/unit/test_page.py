@@ -164,7 +164,7 @@ def test_a_pipeline_without_a_trained_draft_has_a_page_too(tmp_path, show):
     path = tmp_path / "lookup.html"
     path.write_text(render(tmp_path, {"lookup": record("lookup", trained=False)}))
     shown = show(path, **DESK)
-    assert shown.locator(".chart").count() == 10
+    assert shown.locator(".chart").count() == 12
     assert shown.locator("#tokens, #confidence, #shape, #batches, #training").count() == 0
     assert "lookup alone" in shown.locator("#board").inner_text()
 
