@@ -124,7 +124,8 @@ wheels() { # everything that the image and the stand-in for the store install, f
   python3 -m venv "$WORK/pip"
   local get=("$WORK/pip/bin/pip" download --quiet --dest "$WORK/wheels" -c constraints.txt)
   "${get[@]}" --no-deps "$(grep '^torch==' constraints.txt)"
-  "${get[@]}" --find-links "$WORK/wheels" "$ROOT[mlops]" boto3 dvc-s3 'setuptools>=68' wheel
+  # async-timeout: before Python 3.11.3, which Debian's is, redis wants it.
+  "${get[@]}" --find-links "$WORK/wheels" "$ROOT[mlops]" boto3 dvc-s3 async-timeout 'setuptools>=68' wheel
   "$WORK/pip/bin/pip" download --quiet --dest "$WORK/wheels" --find-links "$WORK/wheels" 'moto[server]'
   rm -f "$WORK"/wheels/deepspec-*
 }

@@ -159,6 +159,8 @@ def _bring(work: Work, pipeline: Pipeline, todo: list[str]) -> None:
     rest = sorted(wanted.keys() - set(taken))
     if not rest:
         return
+    if unnamed := [path for path in rest if not wanted[path]]:
+        raise _no_data(work, pipeline, f"dvc.lock does not name {', '.join(unnamed)}")
     missing = take_over_remote(work)
     if missing:
         raise _no_data(work, pipeline, f"there is no directory {missing}")
