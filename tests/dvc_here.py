@@ -26,12 +26,16 @@ def dvc(root: Path, *words: str) -> subprocess.CompletedProcess[str]:
     warnings.setLevel(logging.WARNING)
     notes.addFilter(lambda record: record.levelno == logging.INFO)
     path = os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"]))
+    environment = {
+        "PATH": path,
+        "DVC_TEST": "true",
+    }  # without that `--json` is printed past the standard output
     log = logging.getLogger("dvc")
     for handler in (warnings, notes):
         handler.setFormatter(ColorFormatter(log_colors=False))
         log.addHandler(handler)
     try:
-        with chdir(root), mock.patch.dict(os.environ, PATH=path), redirect_stdout(printed):
+        with chdir(root), mock.patch.dict(os.environ, environment), redirect_stdout(printed):
             status = main(list(words))
     finally:
         for handler in (warnings, notes):

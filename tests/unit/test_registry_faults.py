@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import mlflow
@@ -146,9 +146,9 @@ VERSION_FILES = {
 }
 
 
-def each_damage(folder: Path, then: Callable[[], None]) -> None:
-    for name, damages in VERSION_FILES.items():
-        file = folder / name
+def each_damage(folder: Path, then: Callable[[], None], names: Iterable[str] = VERSION_FILES) -> None:
+    for name in names:
+        file, damages = folder / name, VERSION_FILES[name]
         kept = file.read_bytes()
         for damage in damages:
             damage(file)
@@ -244,6 +244,7 @@ def test_a_version_is_served_by_mlflow_and_refuses_bad_requests_in_one_line(tree
 
 
 def test_a_version_whose_files_were_damaged_is_not_served(tree: Path):
+    """What is ours of it; MLflow reads a part of its own MLmodel too, with which the gate refuses the version."""
     assert run("register")[0] == 0
     (folder,) = Path("mlruns/artifacts/models").glob("*/artifacts")
     before = state()
@@ -254,7 +255,7 @@ def test_a_version_whose_files_were_damaged_is_not_served(tree: Path):
         assert "\n" not in str(caught.value)
         assert state() == before
 
-    each_damage(folder, check)
+    each_damage(folder, check, (name for name in VERSION_FILES if name.startswith("artifacts/")))
     with connect():
         mlflow.pyfunc.load_model(f"models:/{MODEL}@challenger")
 
