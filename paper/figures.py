@@ -14,7 +14,7 @@ import vl_convert
 from scipy.stats import binomtest
 
 from deepspec.files import replacing
-from deepspec.report.charts import GREY, LIGHT, PALETTE, PNG_SCALE
+from deepspec.report.drawing import GREY, LIGHT, PALETTE, PNG_SCALE
 from deepspec.stages.common import stage
 from paper import ablations
 from paper.params import PaperParams

@@ -136,15 +136,15 @@ def run(root: Path = Path(), view: View | None = None) -> None:
     first = not (root / ANSWERED).exists()
     if first:
         view.stages = _with_glance(view.stages)
-    expected = sum(stage.expected or 0.0 for stage in view.stages.values())
-    about = f", about {spell(expected)} on this machine" if expected else ""
     view.say(
-        f"{len(view.stages)} stages{about}. What is up to date is not made again; Ctrl-C stops, and the next"
+        f"{len(view.stages)} stages. What is up to date is not made again; Ctrl-C stops, the next run goes on."
     )
-    view.say("run goes on. At the end: the table here, and the page reports/report.html.")
+    view.say("At the end: the table here, and the page reports/report.html.")
     with view.shown():
         dvc = [sys.executable, "-m", "dvc", "repro"]
         if first:
+            follow([*dvc, "target"], root, view)
+            _estimate(root, view)
             follow([*dvc, FIRST], root, view)
             follow([sys.executable, "-m", "deepspec.stages.glance"], root, view)
         follow(dvc, root, view)
