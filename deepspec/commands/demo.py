@@ -188,13 +188,13 @@ def stages_of(root: Path) -> dict[str, Stage]:
     found = {}
     for name, stage in declared.items():
         for each in [f"{name}@{drafter}" for drafter in drafters] if "matrix" in stage else [name]:
-            found[each] = Stage(each, stage.get("desc", ""))
+            found[each] = Stage(each, stage.get("desc", "").removesuffix("."))
     return found
 
 
 def _with_glance(stages: Mapping[str, Stage]) -> dict[str, Stage]:
     """Return the stages with the first figure after the one that it needs."""
-    glance = Stage("glance", "A first figure: the lookup alone, which needs no training.")
+    glance = Stage("glance", "A first figure: the lookup alone, which needs no training")
     return {
         name: row
         for known, stage in stages.items()

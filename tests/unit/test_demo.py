@@ -52,7 +52,7 @@ def view_of(root, terminal=False):
 
 def test_a_matrix_has_a_row_for_each_drafter(root):
     assert list(stages_of(root)) == ["prompts", "train@a", "train@b", "report"]
-    assert stages_of(root)["train@b"].what == "One drafter."
+    assert stages_of(root)["train@b"].what == "One drafter"
 
 
 def test_a_log_has_the_stages_and_their_words_but_no_counts(root, monkeypatch):
@@ -60,7 +60,7 @@ def test_a_log_has_the_stages_and_their_words_but_no_counts(root, monkeypatch):
     view, out = view_of(root)
     follow([sys.executable, "work.py", "0"], root, view)
     said = out.getvalue()
-    assert "train@a: One drafter." in said and "loss 2.1" in said
+    assert "train@a: One drafter" in said and "loss 2.1" in said
     assert "4/4" not in said  # a count a minute, and this took none
     assert view.stages["train@a"].ended is not None and view.stages["train@b"].began is None
 
@@ -85,7 +85,7 @@ def test_a_terminal_has_a_table_that_moves(root):
         view.count(Count("steps", 3, 4))
         view.live.refresh()
     said = out.getvalue()
-    assert "steps 3/4" in said and "done in 0 s" in said and "The page." in said
+    assert "steps 3/4" in said and "done in 0 s" in said and "The page" in said
 
 
 def test_a_failed_stage_fails_the_demo_with_its_own_words(root):
