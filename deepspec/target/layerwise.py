@@ -7,7 +7,7 @@ states that another was given differs by its own doing alone.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -37,7 +37,8 @@ class Layerwise:
 
     def own(self, inputs: list[Tensor], exact: bool = False) -> list[Tensor]:
         """Return the outputs [n, d] of each of transformers' own layers; `exact`: in float32, a layer at a time."""
-        return _outputs(self._layers, self._run_own, inputs, exact)
+        with widened(self._layers) if exact else nullcontext():
+            return _outputs(self._layers, self._run_own, inputs)
 
     def ours(self, inputs: list[Tensor]) -> list[Tensor]:
         """Return the outputs [n, d] of each of the target's layers, from a prefill in two parts."""
@@ -70,67 +71,70 @@ class Layerwise:
         return found
 
 
-def _outputs(
-    layers: nn.ModuleList, run: Callable[[], None], inputs: list[Tensor], exact: bool = False
-) -> list[Tensor]:
+def _outputs(layers: nn.ModuleList, run: Callable[[], None], inputs: list[Tensor]) -> list[Tensor]:
     """Each layer's outputs [n, d] for these inputs, whatever the layer below hands out."""
     found: list[list[Tensor]] = [[] for _ in layers]
-    with _given(layers, inputs, found, exact):
+    with _given(layers, inputs, found):
         run()
     return [torch.cat(parts) for parts in found]
 
 
 @contextmanager
-def _given(
-    layers: nn.ModuleList, inputs: list[Tensor], found: list[list[Tensor]], exact: bool
-) -> Iterator[None]:
-    kept: dict[Tensor, Tensor] = {}  # a layer's tensors while it is in float32 → as they were
-
+def _given(layers: nn.ModuleList, inputs: list[Tensor], found: list[list[Tensor]]) -> Iterator[None]:
     def give(index: int) -> Any:
         def hook(module: nn.Module, args: Any, options: Any) -> Any:
             states = _states(args, options)
             first = sum(len(part) for part in found[index])
             own = inputs[index][first : first + states.shape[1]].to(states)[None]
-            if exact:
-                _widen(module, kept)
-                own, args, options = own.float(), _cast(args, torch.float32), _cast(options, torch.float32)
             return ((own, *args[1:]), options) if args else (args, options | {"hidden_states": own})
 
         return hook
 
     def keep(index: int) -> Any:
-        def hook(module: nn.Module, args: Any, output: Any) -> Any:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
             found[index].append((output[0] if isinstance(output, tuple) else output)[0].clone())
-            if exact:
-                _restore(kept)
-            return _cast(output, inputs[index].dtype) if exact else None
 
         return hook
 
     handles = []
     for i, layer in enumerate(layers):
-        handles.append(layer.register_forward_pre_hook(give(i), with_kwargs=True))
-        handles.append(layer.register_forward_hook(keep(i)))
+        handles.append(layer.register_forward_pre_hook(give(i), with_kwargs=True, prepend=True))
+        handles.append(layer.register_forward_hook(keep(i), prepend=True))
     try:
         yield
     finally:
-        _restore(kept)
         for handle in handles:
             handle.remove()
 
 
-def _widen(module: nn.Module, kept: dict[Tensor, Tensor]) -> None:
-    """Bring a module's tensors to float32, and keep in `kept` what they were."""
-    for tensor in (*module.parameters(), *module.buffers()):
-        if tensor.is_floating_point() and tensor not in kept:
-            kept[tensor] = tensor.data
-            tensor.data = tensor.data.float()
+@contextmanager
+def widened(layers: nn.ModuleList) -> Iterator[None]:
+    """Run layers in float32, one at a time: that is all the memory it takes. The last one's output is as ever."""
+    kept: dict[Tensor, Tensor] = {}  # tensors of the layer that is in float32 → as they were
+    dtype = next(layers.parameters()).dtype
 
+    def widen(module: nn.Module, args: Any, options: Any) -> Any:
+        for tensor in (*module.parameters(), *module.buffers()):
+            if tensor.is_floating_point() and tensor not in kept:
+                kept[tensor] = tensor.data
+                tensor.data = tensor.data.float()
+        return _cast(args, torch.float32), _cast(options, torch.float32)
 
-def _restore(kept: dict[Tensor, Tensor]) -> None:
-    for tensor, data in kept.items():
-        tensor.data = data
-    kept.clear()
+    def restore(module: nn.Module, args: Any, output: Any) -> Any:
+        for tensor, data in kept.items():
+            tensor.data = data
+        kept.clear()
+        return _cast(output, dtype) if module is layers[-1] else None
+
+    handles = []
+    for layer in layers:
+        handles.append(layer.register_forward_pre_hook(widen, with_kwargs=True))
+        handles.append(layer.register_forward_hook(restore, always_call=True))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _cast(found: Any, dtype: torch.dtype) -> Any:
