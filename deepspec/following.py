@@ -6,8 +6,10 @@ The writing side, and what a line holds, is `progress.py`.
 from __future__ import annotations
 
 import json
+import queue
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -77,3 +79,29 @@ class Channel:
             with suppress(ValueError):  # not ours: it stops no stage
                 found.append(json.loads(line))
         return [entry for entry in found if isinstance(entry, dict)]
+
+
+def lines_of(output: Iterable[str]) -> Iterator[str]:
+    """Yield each line of an output as it comes, and an empty string when none came for `POLL_S`.
+
+    A thread reads, so that counts can be polled while nothing is printed.
+    """
+    waiting: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+
+    def read() -> None:
+        try:
+            for line in output:
+                waiting.put(line)
+        finally:
+            waiting.put(None)
+
+    threading.Thread(target=read, daemon=True).start()
+    while True:
+        try:
+            line = waiting.get(timeout=POLL_S)
+        except queue.Empty:
+            yield ""
+            continue
+        if line is None:
+            return
+        yield line

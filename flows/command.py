@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import io
 import os
-import queue
 import re
 import signal
 import subprocess
@@ -21,7 +20,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from deepspec.entry import TELEMETRY_OFF
-from deepspec.following import POLL_S, Channel, Count
+from deepspec.following import Channel, Count, lines_of
 from deepspec.progress import CHANNEL
 
 BAR_INTERVAL_S = 30.0
@@ -161,35 +160,19 @@ def _start(
 def _listen(process: subprocess.Popen[bytes], channel: Channel, say: Callable[[str], None]) -> list[str]:
     """Tell every line and count of a command until it closes its output; return its last lines.
 
-    A thread reads, so that counts come while nothing is printed; `say` and `progress` are called from this one.
+    `say` and `progress` are called from this thread.
     """
     assert process.stdout is not None
     output = io.TextIOWrapper(process.stdout, encoding="utf-8", errors="replace", newline="")
-    waiting: queue.SimpleQueue[str | None] = queue.SimpleQueue()
-
-    def read() -> None:
-        try:
-            for raw in output:
-                waiting.put(raw)
-        finally:
-            waiting.put(None)
-
-    threading.Thread(target=read, daemon=True).start()
     lines: deque[str] = deque(maxlen=KEPT)
     thinned = Thinned()
-    while True:
-        try:
-            raw = waiting.get(timeout=POLL_S)
-        except queue.Empty:
-            channel.poll()
-            continue
-        if raw is None:
-            return list(lines)
+    for raw in lines_of(output):
         channel.poll()
         line = _ESCAPES.sub("", raw).rstrip()
         if line and thinned.keep(raw):
             lines.append(line)
             say(line)
+    return list(lines)
 
 
 def failure(status: int, lines: list[str]) -> CommandFailed:

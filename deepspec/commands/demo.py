@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import json
 import os
-import queue
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -25,7 +23,7 @@ from rich.live import Live
 from rich.table import Table
 
 from deepspec.errors import DeepSpecError
-from deepspec.following import POLL_S, Channel, Count
+from deepspec.following import Channel, Count, lines_of
 from deepspec.progress import CHANNEL, TEXT
 
 FIRST = "prompts"  # the stage after which the lookup can be tried
@@ -219,11 +217,11 @@ def follow(words: Sequence[str], root: Path, view: View) -> None:
             text=True,
             errors="replace",
         )
-        lines = _lines(process)
+        assert process.stdout is not None
         try:
-            while (line := next(lines)) is not None:
+            for line in lines_of(process.stdout):
                 channel.poll()
-                if line:
+                if line := line.rstrip():
                     view.say(line)
                 view.tick()
         finally:
@@ -239,24 +237,6 @@ def follow(words: Sequence[str], root: Path, view: View) -> None:
 
 def _environment(channel: Path) -> Mapping[str, str]:
     return os.environ | {CHANNEL: str(channel), TEXT: "off", "PYTHONUNBUFFERED": "1"}
-
-
-def _lines(process: subprocess.Popen[str]) -> Iterator[str | None]:
-    """Yield each line as it comes, an empty one when none came for a while, and None at the end."""
-    waiting: queue.SimpleQueue[str | None] = queue.SimpleQueue()
-
-    def read() -> None:
-        assert process.stdout is not None
-        for line in process.stdout:
-            waiting.put(line.rstrip())
-        waiting.put(None)
-
-    threading.Thread(target=read, daemon=True).start()
-    while True:
-        try:
-            yield waiting.get(timeout=POLL_S)
-        except queue.Empty:
-            yield ""
 
 
 def spell(seconds: float) -> str:

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 from rich.console import Console
 
+from deepspec import following
 from deepspec.commands import demo
 from deepspec.commands.demo import View, follow, run, stages_of
 from deepspec.errors import DeepSpecError
@@ -56,7 +57,7 @@ def test_a_matrix_has_a_row_for_each_drafter(root):
 
 
 def test_a_log_has_the_stages_and_their_words_but_no_counts(root, monkeypatch):
-    monkeypatch.setattr(demo, "POLL_S", 0.01)
+    monkeypatch.setattr(following, "POLL_S", 0.01)
     view, out = view_of(root)
     follow([sys.executable, "work.py", "0"], root, view)
     said = out.getvalue()
