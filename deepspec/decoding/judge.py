@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from deepspec.decoding.request import Sampling
 from deepspec.decoding.round import Turn
 from deepspec.decoding.sampling import best, probabilities, sample
 from deepspec.decoding.tree import Proposal
@@ -38,19 +39,36 @@ def _judge_sampled(turns: list[Turn], logits: Tensor, rule: str | None) -> None:
         for turn, token in zip(turns, tokens, strict=True):
             turn.token = token
         return
+    laws = _laws(turns, logits)
     for turn in turns:
         own = logits[turn.offset : turn.offset + turn.size]
-        turn.nodes, turn.token = _verify(turn, own, rule)
+        turn.nodes, turn.token = _verify(turn, own, laws.get(turn.row), rule)
 
 
-def _verify(turn: Turn, logits: Tensor, rule: str | None) -> tuple[list[int], int]:
-    """By the rule that fits the proposal. logits [1 + nodes, vocab]; row node + 1 is the node's."""
+def _laws(turns: list[Turn], logits: Tensor) -> dict[int, Tensor]:
+    """Return row → the target's law [1 + nodes, vocab] at each place of a sampled proposal, one call a sampler."""
+    together: dict[Sampling, list[Turn]] = {}
+    for turn in turns:
+        sampling = turn.slot.request.sampling
+        if turn.proposal.probs is not None and sampling.temperature > 0:
+            together.setdefault(sampling, []).append(turn)
+    laws: dict[int, Tensor] = {}
+    for sampling, own in together.items():
+        places = [turn.offset + place for turn in own for place in range(turn.size)]
+        whole = places == list(range(len(logits)))
+        found = probabilities(logits if whole else logits[places], sampling).cpu()
+        parts = found.split([turn.size for turn in own])
+        laws |= {turn.row: part for turn, part in zip(own, parts, strict=True)}
+    return laws
+
+
+def _verify(turn: Turn, logits: Tensor, laws: Tensor | None, rule: str | None) -> tuple[list[int], int]:
+    """By the rule that fits the proposal. logits [1 + nodes, vocab]; row node + 1 is the node's, in `laws` too."""
     slot, proposal, sampling = turn.slot, turn.proposal, turn.slot.request.sampling
     if sampling.temperature == 0:
         return _walk_best(proposal, best(logits)[0])
-    if proposal.probs is None:
+    if laws is None:
         return walk(proposal, lambda node: slot.pick(probabilities(logits[node + 1], sampling)))
-    laws = probabilities(logits, sampling).cpu()
     return rule_for(proposal, rule)(proposal, lambda node: laws[node + 1], slot.uniform, slot.pick)
 
 

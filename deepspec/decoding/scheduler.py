@@ -196,6 +196,7 @@ class PrefixScheduler(CostStop):
 
     def round(self, requests: int) -> None:
         self._pacer.close()
+        self._pacer.open(requests)
 
     def pacer(self) -> DraftPacer | None:
         return self._pacer
@@ -248,14 +249,15 @@ class DraftPacer:
         """End the round. Whoever was to draft pays for it, even where nothing drafted was worth verifying."""
         self._settle(committed - self.cost())
 
-    def _settle(self, gain: float) -> None:
+    def _settle(self, gain: float, requests: int = 1) -> None:
+        """Take in a round's gain; a pause is the longer the more requests have shown that it is due."""
         if self.wait:
             self.wait -= 1
             return
         self.account = min(self.account + gain, _MOST_KEPT)
         if self.account < 0:
             self.account = 0.0
-            self.wait = self.pause
+            self.wait = min(requests * self.pause, _LONGEST_PAUSE)
             self.pause = min(2 * self.pause, _LONGEST_PAUSE)
         elif self.account >= _CREDIT:
             self.pause = _FIRST_PAUSE
@@ -265,12 +267,20 @@ class _SharedPacer(DraftPacer):
     """One pace and one account for all requests: each pays in what it committed and takes out what the round cost.
 
     The account is no larger than a single request's: the more requests a round has, the fewer rounds it takes to
-    tell a poor draft from bad luck, and the more a lost round costs.
+    tell a poor draft from bad luck, and the more a lost round costs. For the same reason a pause is longer then. What
+    does not pay in a full batch may in a smaller one, where verified tokens are nearly free: a pause ends where half of
+    the requests that it began with have gone.
     """
 
     def __init__(self, cost: Callable[[], float]):
         super().__init__(cost)
         self.committed: list[float] = []
+        self.paused = 0  # requests of the round that began the pause
+
+    def open(self, requests: int) -> None:
+        """Begin a round."""
+        if self.wait and 2 * requests <= self.paused:
+            self.wait, self.pause = 0, _FIRST_PAUSE
 
     def observe(self, committed: float) -> None:
         self.committed.append(committed)
@@ -278,5 +288,8 @@ class _SharedPacer(DraftPacer):
     def close(self) -> None:
         """End the round: all its requests have been observed."""
         if self.committed:
-            self._settle(sum(self.committed) - len(self.committed) * self.cost())
+            requests, waiting = len(self.committed), self.wait
+            self._settle(sum(self.committed) - requests * self.cost(), requests)
+            if self.wait and not waiting:
+                self.paused = requests
             self.committed.clear()

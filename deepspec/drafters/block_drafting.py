@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from deepspec.decoding.drafter import Drafter, DraftRequest, GrowingSession
+from deepspec.decoding.round import padded_size
 from deepspec.decoding.tree import DraftLogits, Growth, Parent
 from deepspec.drafters.block_network import BlockModel, Layer, normed_by_layer
 from deepspec.drafters.rope import Rope, RopeTable
@@ -71,11 +72,15 @@ class BlockDrafter(Drafter, Generic[M]):
     def absorb(self, cache: KVCache, rows: list[int], starts: list[int], features: list[Tensor]) -> None:
         """Write context keys and values of new features [m_i, layers·d] behind what each row holds."""
         counts = [len(part) for part in features]
-        context = self._hidden_norm(self._fc(torch.cat(features)))[None]
+        # As in the target's passes: a kernel is made for each new number of tokens.
+        padded = F.pad(torch.cat(features), (0, 0, 0, padded_size(sum(counts)) - sum(counts)))
+        context = self._hidden_norm(self._fc(padded))[None]
         places = [start + i for start, count in zip(starts, counts, strict=True) for i in range(count)]
         positions = torch.tensor([places], device=self.device)
         step = ForwardPass(positions, cache=cache, rows=rows, starts=starts, counts=counts)
-        kv = self._kv(context).unflatten(-1, (len(self._blocks), 2, -1, self.config.head_dim))
+        kv = self._kv(context)[:, : sum(counts)].unflatten(
+            -1, (len(self._blocks), 2, -1, self.config.head_dim)
+        )
         rope = self._rope(positions, max(places))
         for i, norm in enumerate(self._k_norms):
             keys, values = kv[:, :, i].unbind(2)

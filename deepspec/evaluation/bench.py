@@ -17,7 +17,7 @@ from deepspec.drafters.load import is_trained, load_drafter
 from deepspec.drafters.params import DEFAULT_LOOKUP
 from deepspec.drafters.registry import algorithms
 from deepspec.errors import DeepSpecError
-from deepspec.evaluation.contest import DecodingConfig
+from deepspec.evaluation.contest import Computed, DecodingConfig
 from deepspec.evaluation.params import EvaluateParams
 from deepspec.evaluation.record import DRAFT, LOOKUP
 from deepspec.evaluation.runs import PLAIN
@@ -81,9 +81,14 @@ class Bench:
 
 
 def decoding_configs(bench: Bench) -> list[DecodingConfig]:
-    """Return plain decoding, the lookup alone, and each draft under the deployed and the other controllers."""
+    """Return plain decoding, the lookup alone, and each draft under the deployed and the other controllers.
+
+    Without the lookup where it is computed (`computed_configs`).
+    """
     decode = bench.params.decode
-    found = [DecodingConfig(PLAIN), DecodingConfig(LOOKUP, bench.baseline)]
+    found = [DecodingConfig(PLAIN)]
+    if not bench.params.computed:
+        found.append(DecodingConfig(LOOKUP, bench.baseline))
     for name, drafter in bench.drafters.items():
         others = {
             _label(chosen): chosen for chosen in bench.params.controllers if chosen != decode.controller
@@ -93,6 +98,14 @@ def decoding_configs(bench: Bench) -> list[DecodingConfig]:
         for label, controller in {DRAFT: used.controller, **controllers}.items():
             found.append(DecodingConfig(f"{name}/{label}", used.drafter, used.tree, used.verify, controller))
     return found
+
+
+def computed_configs(bench: Bench) -> Computed | None:
+    """Return the lookup along the first draft's answers, where it is not decoded."""
+    if not bench.params.computed:
+        return None
+    first = next(iter(bench.drafts))
+    return Computed([DecodingConfig(LOOKUP, bench.baseline)], f"{first}/{DRAFT}", bench.curves[first])
 
 
 def _label(controller: ControllerChoice) -> str:

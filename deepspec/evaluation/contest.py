@@ -1,19 +1,22 @@
 """Ways of decoding that meet on the same prompts: one after the other, on the same contexts and seeds.
 
 How they are timed: `timing.py`. All runs of a turn see the same context (in a conversation the earlier answers are the
-plain run's) and the same seed.
+plain run's) and the same seed. Some need not be decoded: their rounds follow from another's answers (`forced.py`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
+from deepspec.decoding.cost import CostCurve
 from deepspec.decoding.drafter import Drafter
 from deepspec.decoding.engine import generate
 from deepspec.decoding.request import Generation
 from deepspec.decoding.scheduler import Controller
 from deepspec.decoding.shapes import CHAIN, Shape
+from deepspec.drafters.algorithms.lookup import TrainingFreeDrafter
+from deepspec.evaluation.forced import ForcedTarget, decode_forced, price
 from deepspec.evaluation.runs import PLAIN, PromptRuns, Run, prompt_seed
 from deepspec.evaluation.timing import WARM_UP_TOKENS, rotated, timed, warm_up
 from deepspec.messages.prompt import Chat
@@ -69,13 +72,50 @@ class EngineRuntime:
 
 
 @dataclass(frozen=True)
+class Computed:
+    """Configurations that are not decoded: lookups, or any at T = 0.
+
+    Args:
+        along: the configuration whose answers they follow.
+        curve: prices their passes.
+    """
+
+    configs: list[DecodingConfig]
+    along: str
+    curve: CostCurve
+
+    def run(
+        self, target: Target, turn: Turn, done: Mapping[str, tuple[Generation, float]]
+    ) -> dict[str, tuple[Generation, float]]:
+        """Return each one's generation and seconds, from what was decoded in this turn."""
+        layers = {layer for config in self.configs if config.drafter for layer in config.drafter.layers}
+        forced = ForcedTarget(target, turn.prompt_ids + done[self.along][0].tokens, sorted(layers))
+        found = {}
+        for drafter in {id(config.drafter): config.drafter for config in self.configs}.values():
+            decode_forced(forced, drafter, turn.prompt_ids, 1, CHAIN)  # kernels for this length
+        for config in self.configs:
+            generation = decode_forced(
+                forced, config.drafter, turn.prompt_ids, turn.max_new_tokens, config.tree
+            )
+            found[config.name] = generation, price(generation, *done[PLAIN], self.curve)
+        return found
+
+
+@dataclass(frozen=True)
 class Contest:
-    """A target and the configurations that are compared on it, `plain` among them."""
+    """A target and the configurations that are compared on it, `plain` among them.
+
+    Args:
+        plain_new_tokens: of a plain run whose answer no later turn needs; None: `max_new_tokens`.
+        computed: more of them, which are not decoded.
+    """
 
     target: Target
     configs: list[DecodingConfig]
     max_new_tokens: int
     seed: int
+    plain_new_tokens: int | None = None
+    computed: Computed | None = None
 
     def warm_up(self, longest: Chat, temperatures: Sequence[float]) -> None:
         """Decode the longest prompt with each configuration at each temperature."""
@@ -88,19 +128,34 @@ class Contest:
     def prompt(self, task: str, chat: Chat, temperature: float, index: int) -> PromptRuns:
         """Decode one conversation, turn by turn; configuration `index`, counted round, goes first."""
         order = rotated(self.configs, index)
+        further = self.computed.configs if self.computed else []
         runs = {config.name: Run() for config in self.configs}
+        runs |= {config.name: Run(computed=True) for config in further}
         turns = turns_of(chat)
         answers: list[str] = []
         for number in range(len(turns)):
             ids = prompt_ids(self.target, chat, answers)
             seed = prompt_seed(self.seed, task, turns, number)
             for drafter in {id(config.drafter): config.drafter for config in order}.values():
-                generate(self.target, drafter, ids, max_new_tokens=1)  # kernels for this length
+                if drafter is not None and not isinstance(drafter, TrainingFreeDrafter):
+                    generate(self.target, drafter, ids, max_new_tokens=1)  # its kernels for this length
             turn = Turn(ids, temperature, seed, self.max_new_tokens)
-            for config in order:
-                generation, seconds = timed(EngineRuntime(self.target, config), turn)
-                runs[config.name].add(generation, seconds)
-                if config.name == PLAIN:
-                    answer = generation.tokens
+            plain = turn if number + 1 < len(turns) else self._last(turn)
+            done = {
+                config.name: timed(
+                    EngineRuntime(self.target, config), plain if config.name == PLAIN else turn
+                )
+                for config in order
+            }
+            computed = self.computed.run(self.target, turn, done) if self.computed else {}
+            for name, (generation, seconds) in {**done, **computed}.items():
+                runs[name].add(generation, seconds)
+            answer = done[PLAIN][0].tokens
             answers.append(str(self.target.tokenizer.decode(answer, skip_special_tokens=True)))
         return runs
+
+    def _last(self, turn: Turn) -> Turn:
+        """Return a turn as it is decoded plainly where no other follows."""
+        return replace(
+            turn, max_new_tokens=min(self.plain_new_tokens or turn.max_new_tokens, turn.max_new_tokens)
+        )

@@ -13,6 +13,7 @@ from deepspec.evaluation.parts import (
     StateCosts,
     Summary,
     SweepPoint,
+    Sweeps,
     TaskEntry,
     Throughput,
     TrainParity,
@@ -21,7 +22,7 @@ from deepspec.evaluation.record import Record, described
 
 SHOWN: dict[str, tuple[type[Part], tuple[str, ...]]] = {  # prefix of the key â†’ model, its fields (none: all)
     "tasks.*": (TaskEntry, ()),
-    "tasks.*.beside.*": (BesideFigures, ("ratio", "ratio_ci95")),
+    "tasks.*.beside.*": (BesideFigures, ("ratio", "ratio_ci95", "computed")),
     "summary": (Summary, ("speedup_vs_hf", "by_temperature")),
     "": (
         Record,
@@ -35,10 +36,12 @@ SHOWN: dict[str, tuple[type[Part], tuple[str, ...]]] = {  # prefix of the key â†
             "round_costs",
             "states",
             "contexts",
+            "plain_new_tokens",
         ),
     ),
     "blocks.*.*": (Blocks, ()),
     "confidence.*": (Confidence, ()),
+    "sweeps": (Sweeps, ("computed",)),
     "sweeps.points": (SweepPoint, ()),
     "throughput": (Throughput, ()),
     "promise.*": (TrainParity, ()),

@@ -59,6 +59,16 @@ def check_identity(
     return Identity(lossless=lossless, ties=ties, prompts=len(prompts), tokens=tokens)
 
 
+def sum_of(checks: list[Identity]) -> Identity:
+    """Return several checks of one path as one."""
+    return Identity(
+        lossless=all(check.lossless for check in checks),
+        ties=sum(check.ties for check in checks),
+        prompts=sum(check.prompts for check in checks),
+        tokens=sum(check.tokens for check in checks),
+    )
+
+
 def _shared(a: list[int], b: list[int]) -> int:
     """Length of the common prefix."""
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))

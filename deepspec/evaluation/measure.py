@@ -28,7 +28,7 @@ from deepspec.evaluation import phases, sweep
 from deepspec.evaluation.bench import Bench, check_prompts
 from deepspec.evaluation.params import EvaluateParams
 from deepspec.evaluation.parts import Decode, DraftProvenance, RoundCosts, Throughput
-from deepspec.evaluation.record import EVAL_VERSION, LOOKUP, Record
+from deepspec.evaluation.record import DRAFT, EVAL_VERSION, LOOKUP, Record
 from deepspec.evaluation.runs import PLAIN, PromptRuns, to_json
 from deepspec.evaluation.summarise import Measured, Subject, build_record
 from deepspec.evaluation.work import Work, process_state
@@ -120,7 +120,9 @@ def _outcomes(bench: Bench) -> dict[str, Outcome]:
         own = _of(name, contest)
         checked = identities[name]
         runs = sweeps[name]
-        points = sweep.points(runs, checked["alone"], checked["tree"], bench.seed) if runs else None
+        whole = checked[DRAFT]  # stands for what was not decoded
+        chains, trees = checked.get("alone", whole), checked.get("tree", whole)
+        points = sweep.points(runs, chains, trees, bench.seed) if runs else None
         section = sections[name] | {"sweeps": points}
         if not all(identity.lossless for identity in checked.get("alone", {}).values()):
             section["throughput"] = _without_speed(section["throughput"])
@@ -150,6 +152,7 @@ def _subject(bench: Bench, name: str) -> Subject:
         seed=bench.seed,
         processes=bench.work.processes,
         max_new_tokens=bench.params.max_new_tokens,
+        plain_new_tokens=bench.params.plain_new_tokens,
     )
 
 

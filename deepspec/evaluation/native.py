@@ -11,7 +11,7 @@ import torch
 from deepspec.evaluation.timing import Answering, FirstToken, timed, warm_up
 from deepspec.target.source import load_model, moved
 
-NEW_TOKENS = 32
+NEW_TOKENS = 16
 
 
 def native_tokens_per_second(

@@ -44,6 +44,17 @@ class EvaluateParams(Section):
     )
     prompts_per_task: int = Field(8, ge=1)
     max_new_tokens: int = Field(128, ge=1)
+    plain_new_tokens: int | None = Field(
+        None,
+        ge=1,
+        description="Of a plain run, whose rate changes little along an answer, where no later turn follows the "
+        "answer; null: `max_new_tokens`.",
+    )
+    computed: bool = Field(
+        False,
+        description="The lookup alone and the sweeps are not decoded: their rounds are counted along answers that "
+        "were, and their passes priced by the cost curve.",
+    )
     lossless_prompts: int = Field(4, ge=1, description="Per task, checked in float32 at T = 0.")
     lossless_new_tokens: int = Field(64, ge=1)
     decode: DecodeParams = DecodeParams()
@@ -56,3 +67,16 @@ class EvaluateParams(Section):
     )
     sweeps: SweepParams | None = Field(SweepParams(), description="null: not measured.")
     throughput: ThroughputParams | None = Field(ThroughputParams(), description="null: not measured.")
+
+    def full(self) -> EvaluateParams:
+        """Return the same with everything measured: nothing computed, no plain run cut, no section left out."""
+        every = EvaluateParams(tasks=self.tasks)
+        return self.model_copy(
+            update={
+                "plain_new_tokens": None,
+                "computed": False,
+                "controllers": self.controllers or every.controllers,
+                "sweeps": self.sweeps or every.sweeps,
+                "throughput": self.throughput or every.throughput,
+            }
+        )

@@ -85,6 +85,12 @@ class Figures(Part):
 class BesideFigures(_Ratio, Figures):
     """Of another way of decoding on the same prompts."""
 
+    computed: bool = Field(
+        False,
+        description="not decoded: its rounds are counted along what the draft wrote, which is exact of a lookup, and "
+        "its passes take the plain run's seconds times the cost curve",
+    )
+
 
 class OutputBin(Part):
     """Rounds that begin within a stretch of the answer."""
@@ -280,6 +286,11 @@ class Sweeps(Part):
     temperature: float = Field(description="temperature of sampling")
     prompts: int = Field(description="prompts that were decoded at each point")
     points: list[SweepPoint] = Field(description="a row for each length, depth and number of nodes")
+    computed: bool = Field(
+        False,
+        description="not decoded: rounds are counted along plain answers, which is exact at T = 0, and passes take the "
+        "plain run's seconds times the cost curve",
+    )
 
 
 class TrainParity(Part):

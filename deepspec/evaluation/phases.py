@@ -18,9 +18,9 @@ from deepspec.decoding.shapes import CHAIN
 from deepspec.drafters.deployment import with_lookup
 from deepspec.drafters.load import load_drafter
 from deepspec.evaluation import alone, sweep, throughput
-from deepspec.evaluation.bench import Bench, decoding_configs
+from deepspec.evaluation.bench import Bench, computed_configs, decoding_configs
 from deepspec.evaluation.contest import Contest, DecodingConfig
-from deepspec.evaluation.identity import check_identity
+from deepspec.evaluation.identity import check_identity, sum_of
 from deepspec.evaluation.native import native_tokens_per_second
 from deepspec.evaluation.params import ThroughputParams
 from deepspec.evaluation.parts import Throughput
@@ -32,6 +32,7 @@ from deepspec.target.model import Target, load_target
 from deepspec.tasks.dialogue import first_turn, longest, prompt_ids, turns_of
 
 Made = TypeVar("Made")
+_TRACED = 64  # tokens of a generation that is shown token by token
 
 
 def run_contest(bench: Bench) -> dict[tuple[str, float], list[PromptRuns]]:
@@ -46,7 +47,14 @@ def run_contest(bench: Bench) -> dict[tuple[str, float], list[PromptRuns]]:
 
     @_once
     def contest() -> Contest:
-        found = Contest(bench.target, decoding_configs(bench), bench.params.max_new_tokens, bench.seed)
+        found = Contest(
+            bench.target,
+            decoding_configs(bench),
+            bench.params.max_new_tokens,
+            bench.seed,
+            bench.params.plain_new_tokens,
+            computed_configs(bench),
+        )
         prompts = (chat for task in bench.tasks for chat in task.prompts)
         found.warm_up(longest(prompts), bench.params.temperatures)
         return found
@@ -133,7 +141,7 @@ def take_traces(bench: Bench, name: str) -> list[dict[str, Any]]:
         chat = task.prompts[i]
         ids = prompt_ids(bench.target, chat)
         seed = prompt_seed(bench.seed, task.name, turns_of(chat), 0)
-        limit = bench.params.max_new_tokens
+        limit = min(bench.params.max_new_tokens, _TRACED)
         shown = trace(bench.target, config(), ids, temperature, limit, seed)
         return {"task": task.name, "temperature": temperature, "prompt": chat.turns[0], **shown}
 
@@ -153,8 +161,8 @@ def run_sweeps(bench: Bench, name: str) -> dict[str, list[PromptRuns]] | None:
 
     @_once
     def contest() -> Contest:
-        drafter = bench.drafters[name]
-        found = Contest(bench.target, sweep.configs(drafter, chosen), chosen.max_new_tokens, bench.seed)
+        curve = bench.curves[name] if bench.params.computed else None
+        found = sweep.contest(bench.target, bench.drafters[name], chosen, bench.seed, curve)
         found.warm_up(bench.tasks[0].prompts[0], [0.0])
         return found
 
@@ -193,13 +201,16 @@ def _throughput(bench: Bench, name: str, chosen: ThroughputParams) -> list[Throu
 def check_identities(bench: Bench, name: str) -> dict[str, dict[str, Identity]]:
     """Return path → task → the float32 check.
 
-    It always drafts: a controller would only leave rounds unchecked.
+    It always drafts: a controller would only leave rounds unchecked. Of the draft's prompts the first of a task is
+    decoded alone and the others in one batch, the two ways in which the engine runs; what was not decoded for its
+    speed is not decoded here either.
     """
     trained = bench.is_trained(name)
-    paths = [DRAFT, LOOKUP]
-    if trained and (bench.params.sweeps or bench.params.throughput):
+    measured_sweeps = bench.params.sweeps if not bench.params.computed else None
+    paths = [DRAFT] if bench.params.computed else [DRAFT, LOOKUP]
+    if trained and (measured_sweeps or bench.params.throughput):
         paths.append("alone")
-    if trained and bench.params.sweeps:
+    if trained and measured_sweeps:
         paths.append("tree")
     pieces = {f"identity {name} {path} {task.name}": (path, task) for path in paths for task in bench.tasks}
 
@@ -226,10 +237,15 @@ def check_identities(bench: Bench, name: str) -> dict[str, dict[str, Identity]]:
             "alone": (drafter, CHAIN),
             "tree": (drafter, largest_tree),
         }[path]
-        found = check_identity(
-            target, checked, bench.target_dir, references, limit, tree, together=path == "alone"
-        )
-        return asdict(found)
+        groups = [(references, path == "alone")]
+        if path == DRAFT:
+            groups = [(references[:1], False), (references[1:], True)]
+        found = [
+            check_identity(target, checked, bench.target_dir, group, limit, tree, together=together)
+            for group, together in groups
+            if group
+        ]
+        return asdict(sum_of(found))
 
     found = bench.work.do(f"{name}: token identity in float32", list(pieces), check)
     identities: dict[str, dict[str, Identity]] = {}

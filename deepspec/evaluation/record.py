@@ -37,7 +37,7 @@ from deepspec.files import write_json
 
 EVAL_VERSION = "3"  # raised whenever numbers of before and after cannot be compared
 DRAFT = "draft"  # the contestant that a record is about: the draft as `evaluate.decode` uses it
-_LATER = ("states", "contexts")  # sections that records of this version may lack
+_LATER = ("states", "contexts", "plain_new_tokens")  # sections that records of this version may lack
 LOOKUP = "lookup"  # the strongest baseline that needs no training
 
 
@@ -99,6 +99,11 @@ class Record(Part):
         "doubling length; absent in records of before",
     )
 
+    plain_new_tokens: int | None = Field(
+        None,
+        description="tokens at most of a plain run whose answer no later turn needs; absent: `max_new_tokens`",
+    )
+
     @property
     def train_parity(self) -> TrainParity | None:
         """Greedy decoding beside training, where the draft kept held-out contexts."""
@@ -151,6 +156,10 @@ class Record(Part):
         for name in _LATER:
             if found[name] is None:
                 del found[name]
+        besides = (beside for entry in found["tasks"].values() for beside in entry["beside"].values())
+        for part in (*besides, found["sweeps"] or {}):
+            if not part.get("computed", True):
+                del part["computed"]  # which records of before lack
         return found
 
     def write(self, path: str | Path) -> None:

@@ -32,6 +32,7 @@ class Run:
     output: str = ""  # digest of the token ids of all turns
     extra_passes: int = 0  # runs of the target beyond one a round, and
     fed: int = 0  # committed tokens that it ran again, both of targets that keep a state
+    computed: bool = False  # not decoded: `forced.py`
 
     def add(self, generation: Generation, seconds: float) -> None:
         """Add a turn."""
@@ -66,7 +67,9 @@ PromptRuns = dict[str, Run]  # configuration → its run of one prompt
 
 
 def to_json(runs: PromptRuns) -> dict[str, Any]:
-    return {name: _without_zeros(asdict(run), "extra_passes", "fed") for name, run in runs.items()}
+    return {
+        name: _without_zeros(asdict(run), "extra_passes", "fed", "computed") for name, run in runs.items()
+    }
 
 
 def _without_zeros(run: dict[str, Any], *names: str) -> dict[str, Any]:

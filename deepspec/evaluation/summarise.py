@@ -66,6 +66,7 @@ class Subject:
     seed: int
     processes: int
     max_new_tokens: int  # an answer's, of every turn
+    plain_new_tokens: int | None = None  # a plain one's, if it is cut
 
 
 Results = Mapping[tuple[str, float], list[PromptRuns]]  # (task, temperature) → its prompts
@@ -226,7 +227,9 @@ def _entry(
             both = identity.lossless and identities[path][task.name].lossless
             ratio = speedup([pair(row[name], row[DRAFT]) for row in rows], seed) if both else None
             figures = _figures(rows, name, identities[path][task.name], seed)
-            beside[name] = BesideFigures(**dict(figures), **_keys("ratio", ratio))
+            beside[name] = BesideFigures(
+                **dict(figures), **_keys("ratio", ratio), computed=rows[0][name].computed
+            )
     return TaskEntry(
         category=task.category,
         task_version=task.version,

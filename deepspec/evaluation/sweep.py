@@ -9,14 +9,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from statistics import fmean
 
+from deepspec.decoding.cost import CostCurve
 from deepspec.decoding.drafter import Drafter
 from deepspec.decoding.shapes import BestFirst, Chain, Shape
-from deepspec.evaluation.contest import DecodingConfig
+from deepspec.evaluation.contest import Computed, Contest, DecodingConfig
 from deepspec.evaluation.params import SweepParams
 from deepspec.evaluation.parts import SweepPoint, Sweeps
 from deepspec.evaluation.record import Identity
 from deepspec.evaluation.runs import PLAIN, PromptRuns, pair, tau_table
 from deepspec.evaluation.stats import bootstrap, macro_speedup, quotient
+from deepspec.target.model import Target
 
 _WIDTH = 8
 
@@ -35,10 +37,21 @@ def largest_tree(block_size: int, params: SweepParams) -> Shape:
     return BestFirst(_WIDTH, block_size, max(params.depth_nodes, *params.nodes))
 
 
-def configs(drafter: Drafter, params: SweepParams) -> list[DecodingConfig]:
-    """Return plain decoding and a configuration for each point."""
-    points = shapes(drafter.block_size, params).items()
-    return [DecodingConfig(PLAIN), *(DecodingConfig(name, drafter, shape) for name, shape in points)]
+def contest(
+    target: Target, drafter: Drafter, params: SweepParams, seed: int, curve: CostCurve | None
+) -> Contest:
+    """Return the contest of plain decoding and every point.
+
+    Args:
+        curve: of the costs where the points are computed along the plain answers; None: they are decoded.
+    """
+    points = [
+        DecodingConfig(name, drafter, shape) for name, shape in shapes(drafter.block_size, params).items()
+    ]
+    plain = DecodingConfig(PLAIN)
+    if curve is None:
+        return Contest(target, [plain, *points], params.max_new_tokens, seed)
+    return Contest(target, [plain], params.max_new_tokens, seed, computed=Computed(points, PLAIN, curve))
 
 
 def points(
@@ -75,4 +88,5 @@ def points(
                 ),
             )
         )
-    return Sweeps(temperature=0.0, prompts=sum(map(len, tasks)), points=rows)
+    computed = any(run.computed for prompts in tasks for row in prompts for run in row.values())
+    return Sweeps(temperature=0.0, prompts=sum(map(len, tasks)), points=rows, computed=computed)

@@ -11,21 +11,27 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from deepspec.plan.rates import Rates
 from deepspec.plan.sizes import DraftSize, TargetSize
 
 if TYPE_CHECKING:
     from deepspec.config import Params
+    from deepspec.evaluation.params import EvaluateParams
 
 READING, DECODING, EXTRACTING, TRAINING = 0.8, 0.18, 0.5, 0.7  # of the rates, reached in the demo
 ANSWERED = 0.7  # of max_new_tokens, in the mean
 PROMPT = 60  # tokens of a prompt, its template included
 TEXT = 12  # bytes that a token takes in the data set: ids, mask and text, compressed
-WAYS = (
-    9  # in which evaluation decodes its prompts: plain, drafted, by transformers, float32, sweeps, throughput
-)
+PLAIN, DRAFTED, LOOKED_UP, CONTROLLED = (
+    1.2,
+    1.2,
+    1.4,
+    1.1,
+)  # times the plain decoding of the evaluation's tokens
+SWEPT, COUNTED, BATCHED = 0.9, 0.2, 1.6  # likewise: sweeps decoded or computed, full batches
+BESIDES = 1.5  # likewise: float32, whole blocks, transformers, training's promise, traces, costs
 RUNTIME = 1.2e9  # bytes of Python, PyTorch and transformers
 PASS_TOKENS = 2048  # of a pass that extracts (`features.local.BATCH_TOKENS`)
 CODES = {
@@ -252,17 +258,31 @@ def _training(params: Params, target: TargetSize, name: str, draft: DraftSize, r
 
 
 def _evaluation(params: Params, target: TargetSize, drafters: int, rates: Rates) -> Estimate:
-    evaluate: Any = params.evaluate
+    evaluate = params.evaluate
     tokens = len(evaluate.tasks) * evaluate.prompts_per_task * evaluate.max_new_tokens
     tokens *= len(evaluate.temperatures) * drafters
     step = step_seconds(target, rates, 1, PROMPT + evaluate.max_new_tokens)
+    times = evaluated_times(evaluate)
     exact = 4.0 * target.parameters if evaluate.lossless_prompts else 0.0
     return Estimate(
         "evaluate",
-        tokens * WAYS,
-        tokens * WAYS * step,
+        tokens * times,
+        tokens * times * step,
         RUNTIME + max(target.weights + exact, _decoding_memory(target, 16, 512)),
         0.0,
-        f"{tokens} tokens of {drafters} drafters in about {WAYS} ways, {1 / step:.3g} tokens/s plain; float32 for the "
-        "proof of losslessness",
+        f"{tokens} tokens of {drafters} drafters in the time of decoding them plainly {times:.1f} times, "
+        f"{1 / step:.3g} tokens/s; float32 for the proof of losslessness",
     )
+
+
+def evaluated_times(evaluate: EvaluateParams) -> float:
+    """Return how often the evaluation's tokens would be decoded plainly in the time that it takes with a draft."""
+    plain = min(evaluate.plain_new_tokens or evaluate.max_new_tokens, evaluate.max_new_tokens)
+    times = BESIDES + DRAFTED + PLAIN * plain / evaluate.max_new_tokens
+    others = [chosen for chosen in evaluate.controllers if chosen != evaluate.decode.controller]
+    times += CONTROLLED * len(others)
+    if not evaluate.computed:
+        times += LOOKED_UP
+    if evaluate.sweeps:
+        times += COUNTED if evaluate.computed else SWEPT
+    return times + (BATCHED if evaluate.throughput else 0.0)

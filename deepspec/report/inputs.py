@@ -12,7 +12,7 @@ from typing import Any
 
 from deepspec.errors import DeepSpecError
 from deepspec.evaluation.parts import Mean, TaskEntry
-from deepspec.evaluation.record import Record
+from deepspec.evaluation.record import LOOKUP, Record
 from deepspec.markdown import markdown_table
 
 COLUMNS = (
@@ -165,6 +165,7 @@ def _facts(inputs: Inputs) -> list[str]:
     ]
     for name, record in inputs.records.items():
         facts += [f"- Warning, {name}: {w.name}: {w.message}" for w in record.warnings]
+        facts += [f"- {name}: {remark}" for remark in unmeasured(record)]
         if record.summary.speedup_vs_hf is not None:
             ratio = _number(record.summary.speedup_vs_hf)
             facts.append(f"- {name} against `transformers.generate`: {ratio}×")
@@ -174,6 +175,32 @@ def _facts(inputs: Inputs) -> list[str]:
     if "passed" in inputs.validation:
         facts.append(f"- Data checks: {'passed' if inputs.validation['passed'] else 'FAILED'}")
     return facts
+
+
+def unmeasured(record: Record) -> list[str]:
+    """Return in words what an evaluation left out, computed or cut short; nothing where it measured everything."""
+    besides = {name: figures for entry in record.tasks.values() for name, figures in entry.beside.items()}
+    trained = record.blocks is not None
+    missing = {
+        "other controllers": not set(besides) - {LOOKUP},
+        "sweeps over lengths and trees": trained and record.sweeps is None,
+        "full batches": trained and record.throughput is None,
+    }
+    computed = {
+        "the lookup alone": LOOKUP in besides and besides[LOOKUP].computed,
+        "sweeps over lengths and trees": record.sweeps is not None and record.sweeps.computed,
+    }
+    parts = []
+    if named := [what for what, is_so in missing.items() if is_so]:
+        parts.append(f"not measured: {', '.join(named)}")
+    if named := [what for what, is_so in computed.items() if is_so]:
+        parts.append(
+            f"computed, not decoded: {', '.join(named)} (rounds counted along decoded answers, which is exact; "
+            "seconds by the plain run and the cost curve)"
+        )
+    if record.plain_new_tokens:
+        parts.append(f"plain runs end after {record.plain_new_tokens} tokens where no later turn follows")
+    return [*parts, "`deepspec evaluate --full` decodes all of it"] if parts else []
 
 
 def _number(value: float | None, digits: int = 2) -> str:

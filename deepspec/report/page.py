@@ -17,7 +17,7 @@ from deepspec.evaluation.parts import Bounds, TaskEntry
 from deepspec.evaluation.record import LOOKUP, Record
 from deepspec.html import templates
 from deepspec.report.drawing import Figure
-from deepspec.report.inputs import Inputs
+from deepspec.report.inputs import Inputs, unmeasured
 from deepspec.report.tables import task_of, way_name
 
 ASSETS = Path(__file__).parent / "assets"
@@ -41,6 +41,7 @@ def render(inputs: Inputs, figures: list[Figure]) -> str:
         board=leaderboard(inputs),
         temperatures=_temperatures(inputs),
         headline=_headline(inputs),
+        unmeasured={n: found for n, record in inputs.records.items() if (found := unmeasured(record))},
         warnings=[{"drafter": n, **dict(w)} for n, record in inputs.records.items() for w in record.warnings],
         sections=[
             (key, *words, [figure for figure in shown if figure.section == key])
@@ -85,13 +86,14 @@ def leaderboard(inputs: Inputs) -> list[dict[str, Any]]:
                     "lossless": all(entry.lossless for entry in kept),
                     "ties": sum(entry.ties for entry in _checks(record).values()) if beside is None else 0,
                     "speedup_vs_hf": summary.speedup_vs_hf if beside is None else None,
+                    "computed": any(getattr(entry, "computed", False) for entry in kept),
                 }
             )
     first = f"{next(iter(inputs.records.values())).summary.temperature:g}"
     rows.sort(key=lambda row: -(row["cells"][first]["speedup"] or 0))
     plain = {t: {"tau": 1.0, "speedup": 1.0, "speedup_ci95": None} for t in _temperatures(inputs)}
     rows.append({"way": "plain decoding", "kind": "baseline", "cells": plain, "lossless": True, "ties": 0,
-                 "speedup_vs_hf": None})  # fmt: skip
+                 "speedup_vs_hf": None, "computed": False})  # fmt: skip
     return rows
 
 

@@ -27,6 +27,12 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--tasks", help="comma-separated, in place of evaluate.tasks")
     parser.add_argument("--prompts", type=int, help="per task, in place of evaluate.prompts_per_task")
+    parser.add_argument(
+        "--full",
+        action="store_true",
+        help="decode what params.yaml has computed or left out: plain answers to their end, the lookup alone, other "
+        "controllers, sweeps, full batches; two to three times as long",
+    )
     parser.add_argument("--device", help="cpu, cuda, ... (default: a GPU where there is one)")
     parser.add_argument(
         "--output",
@@ -51,6 +57,8 @@ def main(params: Params, flags: argparse.Namespace) -> None:
     names = [name.strip() for name in (flags.tasks or "").split(",") if name.strip()]
     changes = {"tasks": names, "prompts_per_task": flags.prompts}
     chosen = params.evaluate.model_copy(update={key: value for key, value in changes.items() if value})
+    if flags.full:
+        chosen = chosen.full()
     from deepspec.evaluation.measure import Outcome, evaluate
 
     def save(outcomes: dict[str, Outcome]) -> None:

@@ -49,7 +49,7 @@ def main(params: Params, flags: argparse.Namespace) -> None:
         f"First figure: a lookup alone, untrained, decodes {speed}× as fast as plain decoding ({rate:.0f} tokens/s)"
     )
     print(
-        f"on {len(plain)} prompts at T = 0 (95 % interval). The evaluation measures it again beside the trained draft."
+        f"on {len(plain)} prompts at T = 0 (95 % interval). The evaluation has it again beside the trained draft."
     )
 
 

@@ -72,6 +72,7 @@ class Trainer:
         self.history: list[dict] = []
         self.stopping = False
         self.waited, self.seconds = 0.0, 0.0  # for data, and altogether, in this process's steps
+        self.before = 0.0  # seconds of the steps of earlier sittings
         # The first step of the second stage; no step where there is none.
         self.replay_from = params.steps - round(params.steps * params.replay) if params.replay else -1
 
@@ -185,6 +186,7 @@ class Trainer:
             "lr": self.params.lr * schedule(self.step, self.params.steps, self.params.warmup),
             "positions_per_second": round(window["positions"] / window["seconds"], 1),
             "waiting_share": round(window["waited"] / window["seconds"], 5),
+            "hours": round((self.before + self.seconds) / 3600, 6),
         }
         self.history.append(line)
         self.accelerator.log({name: value for name, value in line.items() if name != "step"}, self.step)
@@ -206,6 +208,7 @@ class Trainer:
         progress = {
             "step": self.step,
             "best_tau": self.best_tau,
+            "seconds": self.before + self.seconds,
             "history": json.dumps(self.history),
             "replayed": self.batches.replayed,
         }
@@ -216,6 +219,7 @@ class Trainer:
         if progress is None:
             return
         self.step, self.best_tau = progress["step"], progress["best_tau"]
+        self.before = progress["seconds"]
         self.history = json.loads(progress["history"])
         self.batches.replayed = progress["replayed"]
         if self.accelerator.is_main_process:

@@ -35,10 +35,37 @@ def params_file(tmp_path):
     return write
 
 
-@pytest.mark.parametrize("profile", ["params.yaml", "params.smoke.yaml", "params.tools.yaml"])
+@pytest.mark.parametrize(
+    "profile", ["params.yaml", "params.smoke.yaml", "params.tools.yaml", "params.night.yaml"]
+)
 def test_profiles_of_the_repository_are_valid(profile):
     params = load_params(ROOT / profile)
     assert set(params.pipeline) <= set(params.drafters)
+
+
+def test_everything_is_measured_where_all_is_asked_for():
+    params = load_params(ROOT / "params.yaml").evaluate
+    assert (params.computed, params.plain_new_tokens, params.controllers, params.throughput) == (
+        True,
+        32,
+        [],
+        None,
+    )
+    full = params.full()
+    assert (full.computed, full.plain_new_tokens, full.sweeps) == (False, None, params.sweeps)
+    assert [chosen.type for chosen in full.controllers] == ["fixed"] and full.throughput.batches == [1, 4, 16]
+    assert full.full() == full and full.tasks == params.tasks and full.decode == params.decode
+
+
+def test_the_night_is_ten_demos():
+    demo, night = (
+        load_params(ROOT / name).model_dump(by_alias=True) for name in ("params.yaml", "params.night.yaml")
+    )
+    assert night["prompts"].pop("count") == 10 * demo["prompts"].pop("count")
+    assert night["train"].pop("steps") == 10 * demo["train"].pop("steps")
+    for params in (demo, night):
+        del params["train"]["eval_every"], params["train"]["features"]["form"]
+    assert night == demo
 
 
 def test_states_of_an_engine_are_kept(params_file):

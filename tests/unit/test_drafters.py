@@ -14,9 +14,11 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from benchmarks.tiny_families import tiny_model
+from deepspec.decoding import judge
 from deepspec.decoding.drafter import DraftRequest
 from deepspec.decoding.engine import generate
 from deepspec.decoding.request import Sampling
+from deepspec.decoding.round import padded_size
 from deepspec.decoding.shapes import BestFirst, Chain, Sampled
 from deepspec.drafters import registry
 from deepspec.drafters.algorithms.lm import network
@@ -161,6 +163,32 @@ def test_sampled_trees_are_drafted_too(name, target, tmp_path):
         target, drafter, [5, 9, 17, 3], max_new_tokens=16, temperature=1.0, tree=Sampled((3, 2, 1), 8)
     )
     assert len(out.tokens) == 16 or out.finish_reason == "stop"
+
+
+@pytest.mark.parametrize("name", ["dspark", "dflash"])
+def test_a_block_draft_takes_in_as_few_numbers_of_tokens_as_the_target(name, target, tmp_path):
+    """A kernel is made for each: prompts and accepted tokens of a batch add up to any number."""
+    drafter = load_drafter(write(make(name, target), target, tmp_path / "draft"), target)
+    sizes: list[int] = []
+    whole = drafter._fc
+    drafter._fc = lambda features: sizes.append(len(features)) or whole(features)
+    generate(target, drafter, [[5, 9, 17, 3] * n for n in range(1, 12)], max_new_tokens=12)
+    assert len(sizes) > 5 and all(size == padded_size(size) for size in sizes)
+
+
+def test_the_laws_of_a_batch_are_made_in_one_call(target, tmp_path, monkeypatch):
+    drafter = load_drafter(write(make("dspark", target), target, tmp_path / "draft"), target)
+    calls: list[int] = []
+    real = judge.probabilities
+
+    def counted(logits, sampling):
+        calls.append(len(logits))
+        return real(logits, sampling)
+
+    monkeypatch.setattr(judge, "probabilities", counted)
+    found = generate(target, drafter, [[5, 9], [8, 4], [7, 3, 2]], max_new_tokens=12, temperature=1.0)
+    assert 0 < len(calls) <= max(generation.stats.rounds for generation in found)
+    assert max(calls) > 1 + drafter.block_size
 
 
 def test_a_target_is_its_own_perfect_draft(directory, target, tmp_path):

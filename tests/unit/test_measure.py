@@ -14,6 +14,7 @@ from deepspec.errors import DeepSpecError
 from deepspec.evaluation import measure, phases
 from deepspec.evaluation.native import native_tokens_per_second
 from deepspec.evaluation.params import EvaluateParams
+from deepspec.evaluation.record import Record
 from deepspec.target.model import load_target
 from tests.drafting import make, write
 
@@ -80,6 +81,59 @@ def test_a_trained_draft_gets_every_section(drafts, tiny_target, tmp_path):
         "fixed",
     }
     assert list((tmp_path / "work").iterdir()) == []
+
+
+def test_what_is_computed_has_the_rounds_of_what_is_decoded(drafts, tiny_target, tmp_path, monkeypatch):
+    own = {"dspark": drafts["dspark"]}
+    (decoded,) = evaluated(own, tiny_target, tmp_path).values()
+    checked = []
+    real = phases.check_identity
+    monkeypatch.setattr(phases, "check_identity", lambda *a, **o: checked.append(a[1]) or real(*a, **o))
+    changes = {"computed": True, "controllers": [], "throughput": None}
+    (computed,) = evaluated(own, tiny_target, tmp_path, **changes).values()
+    record = computed.record
+    assert Record.parse(record.dump(), "here") == record
+    for before, after in zip(decoded.prompts, computed.prompts, strict=True):
+        assert set(after["runs"]) == {"plain", "draft", "lookup"}
+        if before["temperature"] == 0:
+            for figure in ("accepted", "output"):
+                assert after["runs"]["lookup"][figure] == before["runs"]["lookup"][figure]
+        assert after["runs"]["lookup"]["computed"] and "computed" not in after["runs"]["draft"]
+    assert all(entry.beside["lookup"].computed for entry in record.tasks.values())
+    assert all(mean.beside["lookup"].ratio for mean in record.summary.by_temperature.values())
+    assert record.sweeps.computed and not decoded.record.sweeps.computed
+    taus = [[(p.sweep, p.value, p.tau) for p in r.sweeps.points] for r in (record, decoded.record)]
+    assert taus[0] == taus[1]
+    assert all(point.speedup and point.round_ms > 0 for point in record.sweeps.points)
+    assert {type(drafter).__name__ for drafter in checked} == {"LookupFirst"}, "what is timed is checked"
+
+
+def test_every_prompt_of_the_check_is_decoded_once_alone_or_in_a_batch(
+    drafts, tiny_target, tmp_path, monkeypatch
+):
+    groups = []
+    real = phases.check_identity
+
+    def noted(target, drafter, directory, references, *args, together=False, **options):
+        groups.append((len(references), together))
+        return real(target, drafter, directory, references, *args, together=together, **options)
+
+    monkeypatch.setattr(phases, "check_identity", noted)
+    changes = {"computed": True, "throughput": None, "lossless_prompts": 3, "tasks": ["word_problems"]}
+    own = {"dspark": drafts["dspark"]}
+    (outcome,) = evaluated(own, tiny_target, tmp_path, prompts_per_task=3, **changes).values()
+    assert groups == [(1, False), (2, True)]
+    assert outcome.record.tasks["word_problems@T=0"].lossless_checked.prompts == 3
+
+
+def test_a_plain_run_that_is_cut_is_said_to_be(drafts, tiny_target, tmp_path):
+    own = {"lookup": drafts["lookup"]}
+    (whole,) = evaluated(own, tiny_target, tmp_path).values()
+    (cut,) = evaluated(own, tiny_target, tmp_path, plain_new_tokens=4).values()
+    assert "plain_new_tokens" not in whole.record.dump() and cut.record.dump()["plain_new_tokens"] == 4
+    assert counted(cut) == counted(whole), "no token of the draft's depends on it"
+    tokens = {line["runs"]["plain"]["tokens"] for line in cut.prompts if line["task"] == "word_problems"}
+    assert tokens == {4}
 
 
 def test_the_traces_show_every_token_with_its_origin(drafts, tiny_target, tmp_path):
@@ -172,9 +226,10 @@ def test_a_draft_that_kept_no_context_has_no_promise(drafts, tiny_target, tmp_pa
 def test_a_path_that_changes_a_token_has_no_speed(drafts, tiny_target, tmp_path, monkeypatch):
     real = phases.check_identity
 
-    def broken(*args, together=False, **options):
-        found = real(*args, together=together, **options)
-        return phases.Identity(False, 0, found.prompts, found.tokens) if together else found
+    def broken(target, drafter, *args, together=False, **options):
+        found = real(target, drafter, *args, together=together, **options)
+        alone = together and drafter.trained is drafter
+        return phases.Identity(False, 0, found.prompts, found.tokens) if alone else found
 
     monkeypatch.setattr(phases, "check_identity", broken)
     record = evaluated({"dspark": drafts["dspark"]}, tiny_target, tmp_path)["dspark"].record.dump()

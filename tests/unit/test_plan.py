@@ -98,7 +98,13 @@ def test_a_target_is_counted_from_its_configuration(name, parameters, active, en
 
 def test_the_demo_is_planned_as_it_went():
     plan = planned("smollm2", LAPTOP)
-    took = {"generate": 570, "features": 240, "train dspark": 600, "evaluate": 810}  # README.md, two cores
+    took = {
+        "generate": 570,
+        "features": 240,
+        "train dspark": 600,
+        "evaluate": 0.37 * 810,
+    }  # README.md, two cores
+    # (evaluation by the passes that are left of those that took 810 s: docs/evaluation.md)
     for stage, seconds in took.items():
         assert plan.of(stage).seconds == pytest.approx(seconds, rel=0.25), stage
     assert plan.of("features").disk / plan.of("features").tokens == pytest.approx(6916, rel=0.01)

@@ -10,6 +10,7 @@ import pytest
 from deepspec.errors import DeepSpecError
 from deepspec.report import inputs as report
 from deepspec.report import page
+from deepspec.report.inputs import unmeasured
 from deepspec.report.tables import COLUMNS, tables, to_csv
 from deepspec.stages.report import show
 from tests.records import record, write
@@ -78,6 +79,28 @@ def test_markdown_names_machine_target_data_warnings_and_places(inputs):
     assert "against `transformers.generate`: 3.00×" in text
     assert "Warning, bad: not_lossless: the output changed on sums" in text
     assert "`data/drafts`" in text and "`reports/report.html`" in text
+
+
+def test_what_was_not_measured_is_said(tmp_path):
+    assert unmeasured(write(tmp_path, {"good": record()}).records["good"]) == []
+    short = record(throughput=None, plain_new_tokens=32)
+    short["sweeps"]["computed"] = True
+    for entry in short["tasks"].values():
+        del entry["beside"]["fixed"]
+        entry["beside"]["lookup"]["computed"] = True
+    for mean in short["summary"]["by_temperature"].values():
+        mean["beside"].pop("fixed", None)
+    inputs = write(tmp_path, {"good": short})
+    remarks = unmeasured(inputs.records["good"])
+    assert remarks[0] == "not measured: other controllers, full batches"
+    assert remarks[1].startswith("computed, not decoded: the lookup alone, sweeps over lengths and trees (")
+    assert remarks[2] == "plain runs end after 32 tokens where no later turn follows"
+    assert "deepspec evaluate --full" in remarks[3]
+    assert all(f"- good: {remark}\n" in report.markdown(inputs) for remark in remarks)
+    marked = {row["way"]: row["computed"] for row in page.leaderboard(inputs)}
+    assert marked == {"good": False, "lookup alone": True, "plain decoding": False}
+    html = page.render(inputs, [])
+    assert "<small>computed</small>" in html and remarks[0] in html
 
 
 def test_every_figure_has_rows_and_every_csv_its_columns(inputs):

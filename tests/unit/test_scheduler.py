@@ -285,6 +285,61 @@ def test_a_poor_draft_is_paused_sooner_in_a_larger_batch():
     assert rounds[16] < rounds[1] < 8
 
 
+BATCHES = CostCurve(  # verified tokens are nearly free for one request and four, and dear for sixteen
+    {
+        1: [(1, 1.0), (6, 1.1)],
+        4: [(4, 1.4), (24, 1.8)],
+        16: [(16, 2.4), (96, 8.0)],
+    },
+    {1: 0.2, 4: 0.3, 16: 0.9},
+)
+ACCEPTS = 0.5  # the chance of each drafted token, as the draft itself has it
+
+
+def throughput(requests: int, rounds: int, seed: int = 0) -> tuple[float, int]:
+    """Tokens a second over those of plain decoding, by the curve's own seconds, and rounds that drafted."""
+    rng = random.Random(seed)
+    scheduler = PrefixScheduler(BATCHES)
+    pace = scheduler.pacer()
+    seconds, tokens, drafted = 0.0, 0, 0
+    for _ in range(rounds):
+        scheduler.round(requests)
+        drafts = pace.drafts()
+        drafted += drafts
+        selected = scheduler.select([chain(*[ACCEPTS] * 5) if drafts else Proposal()] * requests)
+        verified = sum(len(proposal.tokens) for proposal in selected)
+        seconds += BATCHES.verify(requests, requests + verified) + drafts * BATCHES.draft(requests)
+        for proposal in selected:
+            stood = list(itertools.takewhile(lambda _: rng.random() < ACCEPTS, proposal.tokens))
+            pace.observe(1 + len(stood))
+            tokens += 1 + len(stood)
+    return tokens / seconds * BATCHES.verify(requests, requests) / requests, drafted
+
+
+@pytest.mark.parametrize(("requests", "least"), [(1, 1.4), (4, 1.2), (16, 0.98)])
+def test_the_scheduler_gains_where_drafting_pays_and_loses_next_to_nothing_elsewhere(requests, least):
+    for rounds in (32, 200):
+        rates, drafted = zip(*(throughput(requests, rounds, seed) for seed in range(20)), strict=True)
+        assert sum(rates) / len(rates) > least
+        assert requests < 16 or max(drafted) <= 1 + rounds // 64
+
+
+def test_a_pause_ends_where_half_of_the_requests_have_gone():
+    scheduler = PrefixScheduler(BATCHES)
+    pace = scheduler.pacer()
+
+    def one_round(requests: int) -> bool:
+        scheduler.round(requests)
+        drafts = pace.drafts()
+        scheduler.select([chain(*[ACCEPTS] * 5) if drafts else Proposal()] * requests)
+        for _ in range(requests):
+            pace.observe(1)
+        return drafts
+
+    assert [one_round(16) for _ in range(4)] == [True, False, False, False]
+    assert not one_round(9) and one_round(8)
+
+
 @pytest.mark.parametrize("controller", [CostStop, PrefixScheduler])
 def test_a_round_that_a_lookup_answers_costs_no_draft(controller):
     """Half a plain round of drafting pays where a draft was made, not where the match was free."""

@@ -49,6 +49,9 @@ def test_a_killed_and_resumed_run_equals_an_unbroken_one_bit_for_bit(store, tmp_
     assert [line["heldout_tau"] for line in resumed.history] == [
         line["heldout_tau"] for line in unbroken.history
     ]
+    hours = [line["hours"] for line in resumed.history]
+    assert hours == sorted(hours) and hours[-1] > 0
+    assert resumed.before > 0, "the first sitting's steps count"
 
 
 def dying_after(count: int, trainer: Trainer):
