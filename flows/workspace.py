@@ -75,6 +75,7 @@ def workspace(
     with _held(home / f"{name}.lock", run_id, patience_h, say) as (lock, previous):
         for left in (root / ".git").rglob("*.lock"):  # of a git that was killed: nobody else works here
             left.unlink(missing_ok=True)
+        (root / ".dvc/tmp/rwlock").unlink(missing_ok=True)  # of a DVC that was killed: it may be half written
         cache = _cache_of(Path(origin))
         base = _move(root, origin, ref, cache or (home / "cache").resolve())
         override(root / "params.yaml", overrides)
@@ -163,12 +164,26 @@ def _check_out(root: Path, commit: str) -> None:
         _commit(root, "What the last run left")
         changed = git(root, "diff", "--name-only", "--diff-filter=d", "-z", before, "HEAD").split("\0")
         ours = [name for name in changed if name and name != "params.yaml"]
+        if "dvc.lock" in ours and not _is_whole(root / "dvc.lock"):
+            ours.remove("dvc.lock")
     left = git(root, "rev-parse", "HEAD")
     git(root, "checkout", "--quiet", "--force", "--detach", commit)
     git(root, "clean", "--quiet", "-d", "--force")  # not what is ignored: data/ and .deepspec stay
     if ours:
         git(root, "checkout", left, "--", *ours)
     git(root, "update-ref", BASE, commit)
+
+
+def _is_whole(lock: Path) -> bool:
+    """Does DVC take this dvc.lock? One that was being written when DVC was killed it may not."""
+    from dvc.schema import COMPILED_LOCKFILE_SCHEMA
+    from voluptuous import Invalid
+
+    try:
+        COMPILED_LOCKFILE_SCHEMA(yaml.safe_load(lock.read_text()))
+    except (ValueError, yaml.YAMLError, Invalid):
+        return False
+    return True
 
 
 def _commit(root: Path, message: str) -> None:

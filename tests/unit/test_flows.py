@@ -35,6 +35,7 @@ from flows.serve import parse
 from flows.services import CHOSEN, PORTS, ROOT, Places, Service, check_port, database_of, servers, up
 from flows.workspace import (
     AUTHOR,
+    _is_whole,
     git,
     literal,
     metrics_before,
@@ -369,6 +370,20 @@ def test_a_ref_may_be_a_branch_a_tag_or_a_commit(repository: Path, which: str):
     commit(repository)
     with clone_of(repository, ref={"commit": old, "abbreviated": old[:8]}.get(which, which)) as work:
         assert work.base == old
+
+
+@pytest.mark.parametrize(
+    "rest", ["", "schema: '2.0'\nstages:\n  data:\n    cmd: [", "schema: '2.0'\nstages:\n  data:\n"]
+)
+def test_what_a_killed_dvc_was_writing_stops_no_run(repository: Path, rest: str):
+    with clone_of(repository) as work:
+        repro(work.root, "data")
+        (work.root / ".dvc/tmp").mkdir(exist_ok=True)
+        (work.root / ".dvc/tmp/rwlock").write_text("")
+        (work.root / "dvc.lock").write_text(rest)
+    with clone_of(repository, run="2") as work:
+        repro(work.root, "data")
+        assert _is_whole(work.root / "dvc.lock")
 
 
 def test_a_killed_git_and_the_user_s_own_git_settings_stop_no_run(
