@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from deepspec.drafters.algorithms.eagle3 import VARIANTS
+from deepspec.drafters.algorithms.mtp import own_module
 from deepspec.drafters.network import Network
 from deepspec.drafters.registry import reader
 from deepspec.target.model import Target
@@ -297,6 +298,15 @@ def whole_vocabulary(draft: Described) -> None:
         )
 
 
+def of_a_known_family(draft: Described) -> None:
+    """Refuse a next-token module of a target that came without one: engines run those of families that have them."""
+    if own_module(draft.target) is None:
+        kind = draft.target.config.model_type
+        raise Refused(
+            f"engines run next-token modules of families whose checkpoints bring them, not a {kind}'s; train eagle3"
+        )
+
+
 Check = Callable[[Described], None]
 PEAGLE: tuple[Check, ...] = (plain_layer, no_window, whole_rope, layers_in_order)
 EAGLE3: tuple[Check, ...] = (*PEAGLE, one_layer)
@@ -305,11 +315,12 @@ DFLASH: tuple[Check, ...] = (*BLOCK, masks_alone)
 DSPARK: tuple[Check, ...] = (*BLOCK, vanilla_markov)
 CHECKS: dict[str, dict[str, tuple[Check, ...]]] = {
     "hf": dict.fromkeys(
-        ("lm", "eagle3", "peagle", "dspark", "dflash", "dflash2", "medusa", "lookup", "suffix"), ()
+        ("lm", "eagle3", "peagle", "mtp", "dspark", "dflash", "dflash2", "medusa", "lookup", "suffix"), ()
     ),
     "vllm": {
         "eagle3": EAGLE3,
         "peagle": PEAGLE,
+        "mtp": (of_a_known_family,),
         "dflash": (*DFLASH, layers_alike),
         "dspark": (*DSPARK, whole_context),
         **dict.fromkeys(("medusa", "lm", "lookup", "suffix"), ()),
@@ -321,6 +332,7 @@ CHECKS: dict[str, dict[str, tuple[Check, ...]]] = {
     },
     "sglang": {
         "eagle3": (*EAGLE3, plain_norms, three_layers, above_layer_0),
+        "mtp": (of_a_known_family,),
         "dflash": (*DFLASH, whole_context),
         "dspark": (*DSPARK, whole_context, from_anchor),
         **dict.fromkeys(("lm", "lookup", "suffix"), ()),
