@@ -41,6 +41,19 @@ NO_METHOD = {
 }
 
 
+NOT_RELEASED = (
+    "DFlash 2 is not in a release of {engine} whose reading of it could be checked ({where}); train dflash, or export "
+    "--to llamacpp"
+)
+NOT_YET = {
+    ("vllm", "dflash2"): NOT_RELEASED.format(engine="vLLM", where="vllm#52816 proposes it"),
+    ("speculators", "dflash2"): NOT_RELEASED.format(
+        engine="vLLM", where="the speculators format has it since speculators#1006, vllm#52816 would read it"
+    ),
+    ("sglang", "dflash2"): NOT_RELEASED.format(engine="SGLang", where="sglang#35371 proposes it"),
+}
+
+
 class Refused(Exception):
     """An engine cannot serve this draft; the message says why and what to train instead."""
 
@@ -80,7 +93,7 @@ def check(engine: str, draft: Described) -> None:
     """Raise Refused, one line, if an engine cannot serve a draft."""
     checks = CHECKS[engine].get(draft.kind)
     if checks is None:
-        raise Refused(NO_METHOD[engine].format(kind=draft.kind))
+        raise Refused(NOT_YET.get((engine, draft.kind)) or NO_METHOD[engine].format(kind=draft.kind))
     for each in checks:
         each(draft)
 
