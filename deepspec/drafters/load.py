@@ -9,6 +9,7 @@ from deepspec.drafters.checkpoint import Checkpoint, draft_digest, read_config
 from deepspec.drafters.published.plan import Plan
 from deepspec.drafters.published.recognise import opened, recognise
 from deepspec.drafters.registry import algorithms, reader
+from deepspec.drafters.window import for_decoding
 from deepspec.target.ends import Ends
 from deepspec.target.model import Target
 
@@ -26,7 +27,7 @@ def load_drafter(path: str | Path, target: Target) -> Drafter:
     """
     directory = Path(path)
     kind, checkpoint = open_draft(directory, target)
-    drafter = algorithms()[kind].load(checkpoint, target)
+    drafter = algorithms()[kind].load(for_decoding(kind, checkpoint), target)
     drafter.digest = target.digest if is_targets_own(directory, target) else draft_digest(directory)
     return drafter
 
