@@ -2,11 +2,14 @@
 
 Variants are changes to params.yaml: a drafter's section and keys of `train` (benchmarks/variants/*.yaml). All are
 trained on the same data, each for the number of steps that fits `--minutes` at its own speed, measured first in turns
-on an idle machine; then each decodes the same prompts, at T = 0 and 1, whole blocks as chains, without a lookup. τ is
-tokens committed per verification; ratios to the first variant are paired by prompt. A variant that is trained
-already, with the same steps, is not trained again; a killed run goes on.
+on an idle machine; then each decodes the same prompts, at T = 0 and 1, whole blocks as chains and, with `--tree`, as
+best-first trees, without a lookup. τ is tokens committed per verification; ratios to the first variant are paired by
+prompt and, with several `--seeds`, of which each trains every variant once, by seed. `--speed` decodes every prompt
+plainly beside each draft. A variant that is trained already, with the same steps, is not trained again; a killed run
+goes on.
 
     python -m benchmarks.drafters benchmarks/variants/drafters.yaml --minutes 6
+    python -m benchmarks.drafters benchmarks/variants/nine.yaml --minutes 6 --seeds 0 1 2 --tree 16 --speed
 """
 
 from __future__ import annotations
@@ -35,9 +38,10 @@ from benchmarks.common import (
 )
 from deepspec.config import Params, load_params
 from deepspec.decoding.engine import generate
+from deepspec.decoding.shapes import CHAIN, BestFirst, Shape
 from deepspec.drafters.load import load_drafter
 from deepspec.errors import DeepSpecError
-from deepspec.evaluation.stats import COVERAGE, RESAMPLES, Interval
+from deepspec.evaluation.stats import COVERAGE, RESAMPLES, Interval, Pair, macro_speedup
 from deepspec.files import digest
 from deepspec.journal import WorkLog
 from deepspec.markdown import markdown_table
@@ -52,7 +56,10 @@ TEMPERATURES = (0.0, 1.0)
 _TIMED_ROUNDS = 9
 _UNTIMED_ROUNDS = 3
 
-Table = np.ndarray  # [prompts, 2]: tokens and verifications
+Table = (
+    np.ndarray
+)  # [prompts, 2]: tokens and verifications; or [prompts, 5]: also seconds, plain tokens and seconds
+Way = tuple[str, float]  # name of the shape and temperature
 
 
 def read_variants(path: Path, params: Params) -> dict[str, Params]:
@@ -112,23 +119,35 @@ def step_seconds(variants: dict[str, Params], target: Target) -> dict[str, float
 
 
 def decode(
-    name: str, draft: Path, target: Target, prompts: list[Prompt], tokens: int, log: WorkLog
-) -> dict[float, Table]:
-    """Temperature → tokens and verifications of each prompt."""
+    name: str,
+    draft: Path,
+    target: Target,
+    prompts: list[Prompt],
+    tokens: int,
+    log: WorkLog,
+    shapes: dict[str, Shape],
+    timed: bool,
+) -> dict[Way, Table]:
+    """Way of decoding → counts of each prompt, and seconds if `timed`."""
     drafter = load_drafter(draft, target)
-    pieces = [(t, i) for i in range(len(prompts)) for t in TEMPERATURES]
-    keys = {piece: f"{name} {drafter.digest} T={piece[0]:g} {piece[1]}" for piece in pieces}
+    pieces = [(shape, t, i) for i in range(len(prompts)) for t in TEMPERATURES for shape in shapes]
+    keys = {piece: f"{name} {drafter.digest} {piece[0]} T={piece[1]:g} {piece[2]}" for piece in pieces}
     missing = [piece for piece in pieces if log.get(keys[piece]) is None]
     with Progress(f"decoding {name}", len(pieces), len(pieces) - len(missing)) as progress:
-        for temperature, i in missing:
-            (out,) = generate(
-                target, drafter, prompts[i].ids, max_new_tokens=tokens, temperature=temperature, seed=i
-            )
-            log.add(keys[temperature, i], [out.stats.committed, out.stats.rounds])
+        for shape, temperature, i in missing:
+            options: dict[str, Any] = {"max_new_tokens": tokens, "temperature": temperature, "seed": i}
+            (out,) = generate(target, drafter, prompts[i].ids, tree=shapes[shape], **options)
+            counts: list[float] = [out.stats.committed, out.stats.rounds]
+            if timed:
+                (plain,) = generate(target, None, prompts[i].ids, **options)
+                counts += [out.stats.decode_s, plain.stats.committed, plain.stats.decode_s]
+            log.add(keys[shape, temperature, i], counts)
             progress.tokens(len(out.tokens))
             progress.advance()
     return {
-        t: np.array([log.get(keys[t, i]) for i in range(len(prompts))], dtype=float) for t in TEMPERATURES
+        (shape, t): np.array([log.get(keys[shape, t, i]) for i in range(len(prompts))], dtype=float)
+        for shape in shapes
+        for t in TEMPERATURES
     }
 
 
@@ -157,34 +176,68 @@ def by_task(table: Table, prompts: list[Prompt]) -> list[Table]:
     return [table[[i for i, p in enumerate(prompts) if p.source == source]] for source in sources]
 
 
+def speed_up(tables: list[Table]) -> Interval | None:
+    """The mean of tasks of decode seconds a token, plain over drafted."""
+    return macro_speedup([[Pair(row[4], row[3], row[2], row[0]) for row in table] for table in tables])
+
+
+def in_cell(ratio: Interval) -> str:
+    return f"{ratio.value:.3f}" + ("" if ratio.low is None else f" ({ratio.low:.3f} – {ratio.high:.3f})")
+
+
 def report(
-    results: dict[str, dict[float, Table]], training: dict[str, dict[str, float]], prompts: list[Prompt]
+    results: dict[str, dict[Way, Table]], training: dict[str, dict[str, float]], prompts: list[Prompt]
 ) -> tuple[str, dict[str, Any]]:
-    """The table, and the same as data."""
+    """The table, and the same as data.
+
+    Args:
+        prompts: one of each row of the tables.
+    """
     sources = list(dict.fromkeys(prompt.source for prompt in prompts))
     first = next(iter(results))
+    ways = list(results[first])
+    timed = results[first][ways[0]].shape[1] > 2
     rows, data = [], {}
     for name, of in results.items():
-        cells, entry = [], dict(training[name])
-        for t in TEMPERATURES:
-            tables = by_task(of[t], prompts)
-            ratio = compared(tables, by_task(results[first][t], prompts))
+        cells: list[str] = []
+        entry: dict[str, Any] = dict(training[name])
+        for way in ways:
+            tables = by_task(of[way], prompts)
+            ratio = compared(tables, by_task(results[first][way], prompts))
             taus = [float(macro_tau([table])) for table in tables]
-            cells += [f"{macro_tau(tables):.3f}", " / ".join(f"{tau:.2f}" for tau in taus)]
-            cells.append(f"{ratio.value:.3f} ({ratio.low:.3f} – {ratio.high:.3f})")
-            entry[f"T={t:g}"] = {
+            cells += [f"{macro_tau(tables):.3f}", " / ".join(f"{tau:.2f}" for tau in taus), in_cell(ratio)]
+            found: dict[str, Any] = {
                 "tau": float(macro_tau(tables)),
                 "tasks": dict(zip(sources, taus, strict=True)),
                 "ratio": asdict(ratio),
             }
+            if timed and (gain := speed_up(tables)) is not None:
+                cells.append(in_cell(gain))
+                found["speedup"] = asdict(gain)
+            entry[label(way)] = found
         speed = f"{training[name]['step_s']:.2f}"
         rows.append((name, str(training[name]["steps"]), speed, f"{training[name]['heldout']:.3f}", *cells))
         data[name] = entry
     tasks = " / ".join(sources)
     heads = ["variant", "steps", "s a step", "expected τ, held out"]
-    for t in TEMPERATURES:
-        heads += [f"τ at T = {t:g}", tasks, f"× {first}"]
+    for way in ways:
+        heads += [f"τ, {label(way)}", tasks, f"× {first}", *(["speed-up"] if timed else [])]
     return markdown_table(heads, rows, "tn"), data
+
+
+def label(way: Way) -> str:
+    """Say how it was decoded: chains by their temperature alone."""
+    shape, temperature = way
+    return f"T={temperature:g}" if shape == "chain" else f"{shape}, T={temperature:g}"
+
+
+def trained(params: Params, name: str, place: Path) -> float:
+    """Train a draft into `place` unless it is there; its best expected τ on held-out conversations."""
+    history = place.with_suffix(".jsonl")
+    if not history.exists():
+        train(params, name, TARGET, TrainingPaths(place, history, place.with_suffix(".features.json")))
+    lines = [yaml.safe_load(line) for line in history.read_text().splitlines()]
+    return max((line.get("heldout_tau", 0.0) for line in lines), default=0.0)
 
 
 def arguments() -> argparse.ArgumentParser:
@@ -194,6 +247,11 @@ def arguments() -> argparse.ArgumentParser:
     add("--params", default="params.yaml", help="what the variants change (default: %(default)s)")
     add("--minutes", type=float, default=6.0, help="training time of each (default 6)")
     add("--steps", type=int, help="the same number of steps for all, in place of the same time")
+    add("--seeds", type=int, nargs="+", help="each trains every variant (default: that of the parameters)")
+    add("--tree", type=int, metavar="NODES", help="decode best-first trees of so many nodes too")
+    add(
+        "--speed", action="store_true", help="decode plainly beside each draft, and say how much faster it is"
+    )
     add("--prompts", nargs="+", default=TASKS, metavar="SOURCE", help="evaluation tasks or .jsonl files")
     add("--count", type=int, default=12, help="prompts of each source (default 12)")
     add("--max-new-tokens", type=int, default=96, help="of an answer (default 96)")
@@ -207,9 +265,13 @@ def main(argv: list[str] | None = None) -> int:
         variants = read_variants(flags.variants, load_params(flags.params))
         target = load_target(TARGET)
         prompts = load_prompts(target, flags.prompts, flags.count)
-        settings = {name: (params.drafters, params.train, params.seed) for name, params in variants.items()}
+        shapes: dict[str, Shape] = {"chain": CHAIN}
+        if flags.tree:
+            shapes["tree"] = BestFirst(nodes=flags.tree)
+        seeds = flags.seeds or [next(iter(variants.values())).seed]
+        settings = {name: (params.drafters, params.train) for name, params in variants.items()}
         what = ([prompt.ids for prompt in prompts], flags.max_new_tokens, flags.minutes, flags.steps)
-        key = work_key(target, [], str(settings), *what)
+        key = work_key(target, [], str(settings), *what, seeds, flags.tree, flags.speed)
         log = WorkLog(WORK_DIR / f"drafters-{key}.jsonl")
         if log.get("step_s") is None:
             log.add("step_s", step_seconds(variants, target))
@@ -217,19 +279,22 @@ def main(argv: list[str] | None = None) -> int:
         results, training = {}, {}
         for name, params in variants.items():
             steps = flags.steps or max(round(60 * flags.minutes / seconds[name]), 1)
-            run = with_steps(params, steps)
-            place = WORK_DIR / "drafts" / digest(repr((settings[name], steps, target.digest))) / name
-            history = place.with_suffix(".jsonl")
-            if not history.exists():
-                train(run, name, TARGET, TrainingPaths(place, history, place.with_suffix(".features.json")))
-            lines = [yaml.safe_load(line) for line in history.read_text().splitlines()]
-            heldout = max((line.get("heldout_tau", 0.0) for line in lines), default=0.0)
-            training[name] = {"steps": steps, "step_s": seconds[name], "heldout": heldout}
-            results[name] = decode(name, place, target, prompts, flags.max_new_tokens, log)
+            heldout, tables = [], []
+            for seed in seeds:
+                run = with_steps(params.model_copy(update={"seed": seed}), steps)
+                place = (
+                    WORK_DIR / "drafts" / digest(repr((settings[name], seed, steps, target.digest))) / name
+                )
+                heldout.append(trained(run, name, place))
+                tables.append(
+                    decode(name, place, target, prompts, flags.max_new_tokens, log, shapes, flags.speed)
+                )
+            training[name] = {"steps": steps, "step_s": seconds[name], "heldout": statistics.mean(heldout)}
+            results[name] = {way: np.concatenate([table[way] for table in tables]) for way in tables[0]}
     except DeepSpecError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    table, data = report(results, training, prompts)
+    table, data = report(results, training, prompts * len(seeds))
     title = f"τ of {flags.variants.stem} after equal training {'steps' if flags.steps else 'time'}"
     write_report(flags.output, flags.variants.stem, title, table, data, target)
     return 0

@@ -33,6 +33,7 @@ DRAFTS = {
     "eagle3-3.1": {"block_size": 3, "version": "3.1", "sliding_window": 6, **SMALL},
     "peagle": {"block_size": 3, "sliding_window": 6, **SMALL},
     "peagle-1": {"block_size": 3, "layers": 1, "qk_norm": True, **SMALL},
+    "mtp": {"block_size": 3, "start": "random"},
     "medusa": {"heads": 3, "layers": 2, **SMALL},
     "lm": {"block_size": 3, "from_layers": [0, 3]},
     "lm-scratch": {"block_size": 3, "hidden_size": 32, "layers": 1},

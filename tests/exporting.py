@@ -33,6 +33,7 @@ SIZES = {
         "selector_rank": 8,
         "selector_top_k": 6,
     },
+    "mtp": {"block_size": 3, "start": "random"},
     "medusa": {"heads": 3, "layers": 2, "draft_vocab_size": 64},
     "lm": {"block_size": 3, "from_layers": [0, 3]},
     "lookup": {"block_size": 4, "min_match": 2},

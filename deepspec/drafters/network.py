@@ -147,6 +147,10 @@ class Network(nn.Module):
         """Its layers, which FSDP2 shards one by one; only those that are called as modules."""
         return []
 
+    def looked_up(self) -> list[Tensor]:
+        """Its weights of which a pass reads some rows and multiplies none."""
+        return [module.weight for module in self.modules() if isinstance(module, nn.Embedding)]
+
     def outputs(self, hidden: Tensor, previous: Tensor) -> Outputs:
         """For hidden states [..., γ, d] of blocks and the tokens before each, int64 [..., γ]."""
         return Outputs([(hidden, self.head)])

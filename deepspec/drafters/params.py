@@ -106,6 +106,19 @@ class PEagleParams(EagleParams):
     layers: int = Field(2, ge=1, description="The first reads the embeddings too.")
 
 
+class MTPParams(TrainedParams):
+    """MTP: the target's own next-token module, several steps of it."""
+
+    type: Literal["mtp"]
+    block_size: int = Field(3, ge=1, description="γ: steps unrolled in training, tokens drafted at most.")
+    start: str = Field(
+        "auto",
+        description="The target's own module, else (`auto`) or at any rate (`target`) its last layer; `random`; or a "
+        "draft directory to go on from.",
+    )
+    finetune: bool = Field(True, description="false: the module is used as it is.")
+
+
 class MedusaParams(TrainedParams):
     """Medusa: residual heads on the target's last hidden state; the cheapest draft to train and to run."""
 
@@ -162,6 +175,7 @@ AnyDrafter = Annotated[
     | DFlash2Params
     | Eagle3Params
     | PEagleParams
+    | MTPParams
     | MedusaParams
     | LMParams
     | LookupParams

@@ -8,6 +8,7 @@ from typing import Any
 from deepspec.export.draft import Draft
 from deepspec.export.formats import lm_layout, shared
 from deepspec.export.layout import Layout
+from deepspec.export.next_token import stitched
 from deepspec.target.weights import weight_files
 
 ALONG = ("deepspec.json", "calibration.json")  # what our engine reads besides
@@ -53,8 +54,13 @@ def training_free(draft: Draft, where: str, tokens: int) -> Layout:
     return Layout("prompt lookup settings", "settings", command, copies=copies, settings=settings)
 
 
+def mtp(draft: Draft, where: str, tokens: int) -> Layout:
+    return stitched(draft, f"deepspec chat --target {where} --drafter {where}")
+
+
 PLANS = {
     "lm": lm,
+    "mtp": mtp,
     "eagle3": native,
     "peagle": native,
     "dspark": native,

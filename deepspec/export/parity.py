@@ -21,7 +21,7 @@ from deepspec.export import gguf_checks, reference
 from deepspec.export.checks import Check
 from deepspec.export.draft import Draft
 from deepspec.export.layout import TOKENIZER_FILES, Layout
-from deepspec.export.readers import block, causal_lm, eagle3, gguf, medusa
+from deepspec.export.readers import block, causal_lm, eagle3, gguf, medusa, next_token
 from deepspec.export.readers.directory import Directory, Facts, Reading, Unreadable
 from deepspec.export.readers.sample import Sample
 
@@ -43,6 +43,7 @@ READERS: dict[str, Read] = {
     "vllm-medusa": medusa.vllm,
     "tgi-medusa": medusa.tgi,
     "native-medusa": medusa.native,
+    "next-token": next_token.stitched,
     "gguf-dflash": gguf.dflash,
     "gguf-eagle3": gguf.draft_eagle3,
 }

@@ -18,6 +18,7 @@ from deepspec.export.formats import (
     shared,
 )
 from deepspec.export.layout import Layout
+from deepspec.export.next_token import stitched
 from deepspec.export.suitable import Refused
 
 WIDENED = (
@@ -59,6 +60,12 @@ def eagle3(draft: Draft, where: str, tokens: int) -> Layout:
         copies=draft.tokenizer_files,
         notes=(INPUTS,) if inputs else (),
     )
+
+
+def mtp(draft: Draft, where: str, tokens: int) -> Layout:
+    chain = f"--speculative-num-steps {tokens} --speculative-eagle-topk 1"
+    command = f"python -m sglang.launch_server --model-path {where} --speculative-algorithm NEXTN {chain}"
+    return stitched(draft, f"{command} --speculative-num-draft-tokens {tokens + 1}")
 
 
 def dflash(draft: Draft, where: str, tokens: int) -> Layout:
@@ -126,4 +133,12 @@ def _spread(draft: Draft, rows: Tensor) -> Tensor:
     return whole.index_copy(0, draft.network.draft_ids, rows)
 
 
-PLANS = {"eagle3": eagle3, "dflash": dflash, "dspark": dspark, "lm": lm, "lookup": ngram, "suffix": ngram}
+PLANS = {
+    "eagle3": eagle3,
+    "mtp": mtp,
+    "dflash": dflash,
+    "dspark": dspark,
+    "lm": lm,
+    "lookup": ngram,
+    "suffix": ngram,
+}

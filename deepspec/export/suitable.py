@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from deepspec.drafters.algorithms.eagle3 import VARIANTS
+from deepspec.drafters.algorithms.mtp import own_module
 from deepspec.drafters.network import Network
 from deepspec.drafters.registry import reader
 from deepspec.target.model import Target
@@ -37,6 +38,19 @@ NO_METHOD = {
     "sglang": "SGLang has no method for a draft of type {kind}; train eagle3, dflash, dspark or lm",
     "tgi": "TGI knows Medusa and n-gram drafts, not {kind}; train medusa",
     "llamacpp": "llama.cpp has no method for a draft of type {kind}; train dspark, dflash, dflash2, eagle3 or lm",
+}
+
+
+NOT_RELEASED = (
+    "DFlash 2 is not in a release of {engine} whose reading of it could be checked ({where}); train dflash, or export "
+    "--to llamacpp"
+)
+NOT_YET = {
+    ("vllm", "dflash2"): NOT_RELEASED.format(engine="vLLM", where="vllm#52816 proposes it"),
+    ("speculators", "dflash2"): NOT_RELEASED.format(
+        engine="vLLM", where="the speculators format has it since speculators#1006, vllm#52816 would read it"
+    ),
+    ("sglang", "dflash2"): NOT_RELEASED.format(engine="SGLang", where="sglang#35371 proposes it"),
 }
 
 
@@ -79,7 +93,7 @@ def check(engine: str, draft: Described) -> None:
     """Raise Refused, one line, if an engine cannot serve a draft."""
     checks = CHECKS[engine].get(draft.kind)
     if checks is None:
-        raise Refused(NO_METHOD[engine].format(kind=draft.kind))
+        raise Refused(NOT_YET.get((engine, draft.kind)) or NO_METHOD[engine].format(kind=draft.kind))
     for each in checks:
         each(draft)
 
@@ -297,6 +311,15 @@ def whole_vocabulary(draft: Described) -> None:
         )
 
 
+def of_a_known_family(draft: Described) -> None:
+    """Refuse a next-token module of a target that came without one: engines run those of families that have them."""
+    if own_module(draft.target) is None:
+        kind = draft.target.config.model_type
+        raise Refused(
+            f"engines run next-token modules of families whose checkpoints bring them, not a {kind}'s; train eagle3"
+        )
+
+
 Check = Callable[[Described], None]
 PEAGLE: tuple[Check, ...] = (plain_layer, no_window, whole_rope, layers_in_order)
 EAGLE3: tuple[Check, ...] = (*PEAGLE, one_layer)
@@ -305,11 +328,12 @@ DFLASH: tuple[Check, ...] = (*BLOCK, masks_alone)
 DSPARK: tuple[Check, ...] = (*BLOCK, vanilla_markov)
 CHECKS: dict[str, dict[str, tuple[Check, ...]]] = {
     "hf": dict.fromkeys(
-        ("lm", "eagle3", "peagle", "dspark", "dflash", "dflash2", "medusa", "lookup", "suffix"), ()
+        ("lm", "eagle3", "peagle", "mtp", "dspark", "dflash", "dflash2", "medusa", "lookup", "suffix"), ()
     ),
     "vllm": {
         "eagle3": EAGLE3,
         "peagle": PEAGLE,
+        "mtp": (of_a_known_family,),
         "dflash": (*DFLASH, layers_alike),
         "dspark": (*DSPARK, whole_context),
         **dict.fromkeys(("medusa", "lm", "lookup", "suffix"), ()),
@@ -321,6 +345,7 @@ CHECKS: dict[str, dict[str, tuple[Check, ...]]] = {
     },
     "sglang": {
         "eagle3": (*EAGLE3, plain_norms, three_layers, above_layer_0),
+        "mtp": (of_a_known_family,),
         "dflash": (*DFLASH, whole_context),
         "dspark": (*DSPARK, whole_context, from_anchor),
         **dict.fromkeys(("lm", "lookup", "suffix"), ()),

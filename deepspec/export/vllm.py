@@ -21,6 +21,7 @@ from deepspec.export.formats import (
     trained_layout,
 )
 from deepspec.export.layout import Layout
+from deepspec.export.next_token import stitched
 from deepspec.export.readers.eagle3 import VARIANTS
 from deepspec.export.tgi import medusa_layout
 
@@ -59,6 +60,11 @@ def peagle(draft: Draft, where: str, tokens: int) -> Layout:
     }
     method = {"method": "eagle3", "model": where, "num_speculative_tokens": tokens, "parallel_drafting": True}
     return replace(layout, config=(layout.config or {}) | parallel, command=serve(draft, method))
+
+
+def mtp(draft: Draft, where: str, tokens: int) -> Layout:
+    method = json.dumps({"method": "mtp", "num_speculative_tokens": tokens}, separators=(",", ":"))
+    return stitched(draft, f"vllm serve {where} --speculative-config '{method}'")
 
 
 def dflash(draft: Draft, where: str, tokens: int) -> Layout:
@@ -154,6 +160,7 @@ def _speculators(draft: Draft, algorithm: str, tokens: int) -> dict[str, Any]:
 PLANS = {
     "eagle3": eagle3,
     "peagle": peagle,
+    "mtp": mtp,
     "dflash": dflash,
     "dspark": dspark,
     "medusa": medusa,

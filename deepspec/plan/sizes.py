@@ -67,7 +67,7 @@ class DraftSize:
 
     Attributes:
         trained: parameters with gradients.
-        multiplied: those of them that are no embeddings.
+        multiplied: those of them that are not looked up (`Network.looked_up`).
         columns: of its vocabulary.
         block: γ.
         features: layers whose states it reads, the post-norm one left out.
@@ -118,7 +118,7 @@ def measure_target(name: str, config: Any, dtype: torch.dtype) -> TargetSize:
 
 
 def measure_draft(section: Any, config: Any, target: TargetSize) -> DraftSize | None:
-    """Count a draft's parameters; None for a drafter that is not trained.
+    """Count a draft's parameters; None for a drafter that is not trained, or is used as it is.
 
     Args:
         section: of the drafter, in params.yaml.
@@ -130,6 +130,8 @@ def measure_draft(section: Any, config: Any, target: TargetSize) -> DraftSize | 
     algorithm = algorithms()[section.type]
     if algorithm.network is None:
         return None
+    if not getattr(section, "finetune", True):
+        return None
     if algorithm.standalone:
         return _standalone(section, target)
     if getattr(section, "start", None) in WAYS:
@@ -140,18 +142,12 @@ def measure_draft(section: Any, config: Any, target: TargetSize) -> DraftSize | 
     block: Any = getattr(sizes, "block_size", None) or getattr(sizes, "medusa_num_heads", 1)
     layers = [layer for layer in sizes.target_layer_ids if layer >= -1]
     trained = sum(p.numel() for p in network.parameters() if p.requires_grad)
-    looked_up = sum(
-        module.weight.numel()
-        for module in network.modules()
-        if isinstance(module, nn.Embedding) and module.weight.requires_grad
-    )
+    looked_up = sum(p.numel() for p in network.looked_up() if p.requires_grad)
     return DraftSize(trained, trained - looked_up, sizes.draft_vocab_size, block, len(layers))
 
 
-def _standalone(section: LMParams, target: TargetSize) -> DraftSize | None:
+def _standalone(section: LMParams, target: TargetSize) -> DraftSize:
     """Count a draft that is a model of its own."""
-    if not section.finetune:
-        return None
     body = target.parameters - target.ends
     if section.source is not None:
         config = from_pretrained(AutoConfig, section.source)

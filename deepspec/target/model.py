@@ -34,6 +34,7 @@ from deepspec.target.identity import (
     with_arguments,
 )
 from deepspec.target.memory import reuse_freed_memory
+from deepspec.target.next_token import keep_modules
 from deepspec.target.reaches import resized
 from deepspec.target.selftest import STEPS, Verdict, examine, refuse
 from deepspec.target.source import (
@@ -95,6 +96,7 @@ def resolve_target(
             model = load_model(str(local), dtype=torch_dtype)
             check_vocabulary(source, model, tokenizer)
             model.save_pretrained(scratch)
+            keep_modules(local, scratch, torch_dtype)
             tokenizer.save_pretrained(scratch)
         written = from_pretrained(AutoTokenizer, str(scratch))
         template.check_there(source, written)

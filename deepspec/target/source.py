@@ -42,7 +42,14 @@ def hub_directory(source: str, revision: str | None = None) -> Path:
         raise DeepSpecError(f"{source}: cannot be fetched from the hub: {_first_line(error)}") from error
 
 
-def from_pretrained(cls: Any, source: str, **options: Any) -> Any:
+def local_directory(source: str) -> Path | None:
+    """Return the directory of a target's source, of a hub id's copy too; None where there is none."""
+    if is_hub_id(source):
+        return hub_directory(source)
+    return Path(source) if Path(source).is_dir() else None
+
+
+def from_pretrained(cls: Any, source: str | None, **options: Any) -> Any:
     """`from_pretrained`, its many errors turned into one line."""
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()

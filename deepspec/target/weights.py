@@ -91,8 +91,16 @@ def weight_places(directory: Path) -> dict[str, Path]:
         if index.exists():
             return {weight: directory / file for weight, file in _weight_map(index).items()}
     (path,) = weight_files(directory)
-    names = _guarded(path, _names if path.suffix == ".safetensors" else _pickled_names)
-    return dict.fromkeys(names, path)
+    return dict.fromkeys(names_in(path), path)
+
+
+def names_in(path: Path) -> list[str]:
+    """Return the names of the weights in a file.
+
+    Raises:
+        DeepSpecError: it cannot be read.
+    """
+    return list(_guarded(path, _names if path.suffix == ".safetensors" else _pickled_names))
 
 
 def read_named(places: Mapping[str, Path], names: Iterable[str]) -> dict[str, Tensor]:

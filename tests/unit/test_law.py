@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from deepspec.decoding import verify
@@ -12,7 +14,7 @@ from deepspec.decoding.request import Sampling
 from deepspec.decoding.shapes import BestFirst, Chain, Sampled
 from deepspec.decoding.verify import standard
 from deepspec.target.model import load_target
-from tests.laws import Case, MarkovDrafter, exact_law, p_value
+from tests.laws import Case, MarkovDrafter, exact_law, p_value, taught
 from tests.tiny import cached_target
 
 CASE = Case(prompt=(77,), length=3, sampling=Sampling(temperature=1.0, top_k=3), draws=4_000)
@@ -48,6 +50,27 @@ CASES = {
 @pytest.mark.parametrize("name", CASES)
 def test_the_engine_writes_the_targets_law(target, drafter, expected, name):
     assert p_value(target, drafter, expected, CASE, *CASES[name]) > 0.01
+
+
+DRAFTERS = ("dflash2", "dspark-causal", "eagle3-3.1", "peagle", "mtp")
+LONGER = replace(CASE, length=4, draws=1_500)  # so that two tokens are drafted after the first
+
+
+@pytest.fixture(scope="module")
+def deeper():
+    """A target with layers enough to read from."""
+    return load_target(cached_target(vocab=300, layers=3, hidden=32))
+
+
+@pytest.fixture(scope="module")
+def taught_drafter(request, deeper, tmp_path_factory):
+    return taught(request.param, deeper, LONGER, tmp_path_factory.mktemp("draft") / "draft")
+
+
+@pytest.mark.parametrize("name", ["block", "traversal", "walk"])
+@pytest.mark.parametrize("taught_drafter", DRAFTERS, indirect=True)
+def test_the_law_is_the_targets_with_every_drafter(deeper, taught_drafter, name):
+    assert p_value(deeper, taught_drafter, exact_law(deeper, LONGER), LONGER, *CASES[name]) > 0.01
 
 
 def resampling_from_p(proposal, law, uniform, pick):

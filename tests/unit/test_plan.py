@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from transformers import AutoConfig
 from typer.testing import CliRunner
@@ -13,10 +14,12 @@ from typer.testing import CliRunner
 from deepspec.cli import app
 from deepspec.commands.plan import duration, page, plan_of
 from deepspec.config import Params, load_params
+from deepspec.drafters.registry import algorithms
 from deepspec.errors import DeepSpecError
 from deepspec.plan.advice import remarks
 from deepspec.plan.estimate import Plan
 from deepspec.plan.rates import Rates
+from deepspec.plan.sizes import measure_draft, measure_target
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = {
@@ -94,6 +97,15 @@ def test_a_target_is_counted_from_its_configuration(name, parameters, active, en
     assert target.parameters == pytest.approx(parameters, rel=0.005)
     assert target.active == pytest.approx(active, rel=0.01)
     assert target.ends == ends and target.weights == 2 * target.parameters
+
+
+def test_rows_that_are_looked_up_are_not_multiplied():
+    """DFlash 2's codebook of the token before; that of the token to come is multiplied out, as DSpark's is."""
+    config = AutoConfig.for_model(**CONFIGS["smollm2"])
+    target = measure_target("smollm2", config, torch.bfloat16)
+    for kind, rank, sizes in (("dflash2", 64, {"selector_rank": 64}), ("dspark", 32, {"markov_rank": 32})):
+        found = measure_draft(algorithms()[kind].params(type=kind, **sizes), config, target)
+        assert found.trained - found.multiplied == rank * config.vocab_size
 
 
 def test_the_demo_is_planned_as_it_went():

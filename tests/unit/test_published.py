@@ -459,7 +459,7 @@ REFUSED = {
     r"unknown draft architecture \['Unheard'\]": lambda: flat(
         Draft(dict(SIZES), {"x": torch.zeros(1)}, [], 1), architectures=["Unheard"]
     ),
-    r"next-token modules of a target \(MTP\) alone": lambda: Draft(
+    r"next-token modules of a target \(MTP\) under names that are not known": lambda: Draft(
         {"architectures": ["Qwen3NextMTP"]}, {"mtp.fc.weight": torch.zeros(1)}, [], 1
     ),
     "EAGLE-1 and 2 read the last state alone": lambda: Draft(

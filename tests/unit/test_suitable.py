@@ -34,6 +34,7 @@ VARIANTS = {
     "peagle": {},
     "peagle within a window": {"sliding_window": 9},
     "eagle3 3.1": {"version": "3.1"},
+    "mtp": {},
     "medusa": {},
     "lm": {},
     "lookup": {},

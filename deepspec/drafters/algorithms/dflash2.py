@@ -159,6 +159,9 @@ class DFlash2Model(BlockModel):
     def add_heads(self) -> None:
         self.candidate_selector = CandidateSelector(self.config)
 
+    def looked_up(self) -> list[Tensor]:
+        return [*super().looked_up(), self.candidate_selector.predecessor_codebook]
+
     def outputs(self, hidden: Tensor, previous: Tensor) -> Outputs:
         selector = self.candidate_selector
         pairs = (selector.latent(previous, hidden), selector.successor_codebook)

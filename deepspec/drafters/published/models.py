@@ -1,10 +1,11 @@
-"""Whole language models as drafts, and next-token modules (MTP) in a target's own checkpoint, which are recognised."""
+"""Whole language models as drafts, and next-token modules (MTP) of a target's own checkpoint."""
 
 from __future__ import annotations
 
 from fnmatch import fnmatchcase
 
 from deepspec.drafters.published.plan import Found, Plan
+from deepspec.target.next_token import modules_of
 
 _MODULES = ("mtp.", "model.mtp.", "mtp_layers.", "model.mtp_layers.")
 _PARTS = (".eh_proj.", ".enorm.", ".hnorm.", ".shared_head.", "nextn")
@@ -19,11 +20,7 @@ def recognise(found: Found) -> Plan | None:
         name.endswith(".layers.0.input_layernorm.weight") for name in set(found.weights) - set(module)
     )
     if module and not whole:
-        return Plan(
-            "the target's own",
-            "MTP",
-            refusal="next-token modules of a target (MTP) alone; they are recognised, but not run here yet",
-        )
+        return _modules_alone(found)
     early = found.weights.get("fc.weight")
     if early is not None and not found.has("hidden_norm"):
         return Plan(
@@ -33,7 +30,10 @@ def recognise(found: Found) -> Plan | None:
         )
     if not fnmatchcase(found.architecture, "*ForCausalLM"):
         return None
-    said = f"its next-token modules (MTP, {len(module)} weights) are passed over: it drafts as a whole model"
+    said = (
+        f"its next-token modules (MTP, {len(module)} weights) are passed over: it drafts as a whole model, and only "
+        "for itself as the target by these"
+    )
     return Plan(
         "Hugging Face",
         f"a language model ({found.architecture})",
@@ -41,4 +41,21 @@ def recognise(found: Found) -> Plan | None:
         dict(found.config),
         assumed=(said,) if module else (),
         left_out=tuple(module),
+    )
+
+
+def _modules_alone(found: Found) -> Plan:
+    """Recognise the modules of a target without its other layers: the first one drafts."""
+    modules = modules_of(found.weights)
+    if not modules:
+        why = "next-token modules of a target (MTP) under names that are not known here (DeepSeek's, Qwen's, MiMo's)"
+        return Plan("the target's own", "MTP", refusal=why)
+    more = [module.prefix.rstrip(".") for module in modules[1:]]
+    return Plan(
+        "the target's own",
+        "MTP",
+        "mtp",
+        {"architectures": ["DeepSpecMTPModel"]},
+        assumed=(f"the first module drafts every token, not {', '.join(more)}",) if more else (),
+        needs_target=("the shape of its layer, which is the target's",),
     )

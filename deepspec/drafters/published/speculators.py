@@ -23,7 +23,10 @@ _WHAT = {
     "dspark": "DSpark",
 }
 _NOT_RUN = {
-    "mtp": ("MTP", "a next-token module of the target's own (MTP), which is not run here yet"),
+    "mtp": (
+        "MTP",
+        "a next-token module of the target's own (MTP), which is read from the target's checkpoint alone",
+    ),
     "eagle": ("EAGLE", "EAGLE-1 reads the last state alone; only EAGLE-3 is run here"),
     "mlp": ("MLP speculator", "MLP speculators are not run here"),
 }
