@@ -159,8 +159,7 @@ PYTHONIC = chatml(
     "{{ ', ' if not loop.last }}{% endfor %}){{ ', ' if not loop.last }}{% endfor %}]<|tool_call_end|>{% endif %}"
 )
 MINIMAX = (
-    LAST_USER
-    + SYSTEM_FIRST
+    SYSTEM_FIRST
     + "{% if ns.system or tools %}]~b]system\n{{ ns.system }}{{ tools | tojson if tools }}[e~[\n{% endif %}"
     "{% for m in messages if m.role != 'system' %}"
     "{% if m.role == 'user' %}]~b]user\n{{ m.content }}[e~[\n"

@@ -39,6 +39,8 @@ def written(name, said: Message):
     target = FAMILIES[name].target()
     chat = read_row(TALK).chat
     asked = [one for one in chat.messages if one["role"] == "user"][:1]
+    if name == "minimax":  # its generations begin with a thought
+        said = {**said, "reasoning_content": "Hm."}
     before = target.chat_text(asked, True, chat.tools)
     text = target.chat_text([*asked, said], False, chat.tools).removeprefix(before)
     for stop in FAMILIES[name].stops:
