@@ -202,7 +202,7 @@ GEMMA4 = (
     "{% for m in messages %}{% if m.role == 'tool' %}<|tool_response>{{ m.content }}<tool_response|>"
     "{% else %}<|turn>{{ 'model' if m.role == 'assistant' else m.role }}\n"
     "{{ tools | tojson if tools and loop.first }}{{ m.content | trim }}"
-    "{% for c in m.tool_calls or [] %}<|tool_call>call:{{ c.function.name }}{"
+    "{% for c in m.tool_calls or [] %}<|tool_call>call:{{ c.function.name ~ '{' }}"
     "{% for k, v in c.function.arguments.items() %}{{ k }}:"
     "{{ '<|\"|>' ~ v ~ '<|\"|>' if v is string else v | tojson }}{{ ',' if not loop.last }}{% endfor %}"
     "}<tool_call|>{% endfor %}<turn|>\n{% endif %}{% endfor %}"
