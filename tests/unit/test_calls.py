@@ -1,6 +1,7 @@
 """Calls of tools are read as every family writes them: one or several, with arguments of any kind or none."""
 
 import json
+from typing import Any
 
 import pytest
 
@@ -12,7 +13,7 @@ from tests.unit.test_histories import TALK
 
 CALLING = [name for name, family in FAMILIES.items() if family.call and name != "deepseek"]
 ONE_AT_A_TIME = ("llama 3", "harmony")
-CALLS = {
+CALLS: dict[str, list[tuple[str, dict[str, Any]]]] = {
     "a text": [("look", {"place": "Paris"})],
     "signs and quotes": [("look", {"place": 'Zürich "x": [y] {z} = it\'s'})],
     "several lines": [("look", {"code": "    def f():\n        return {1: 'a'}\n", "place": "Paris"})],
@@ -27,7 +28,7 @@ CALLS = {
 
 
 def message(calls, content="") -> Message:
-    made = [
+    made: list[Any] = [
         {"id": f"call{number:05d}", "type": "function", "function": {"name": name, "arguments": arguments}}
         for number, (name, arguments) in enumerate(calls)
     ]
