@@ -198,16 +198,6 @@ COMMAND = (
     "<|END_OF_TURN_TOKEN|>{% endfor %}"
     "{% if add_generation_prompt %}<|START_OF_TURN_TOKEN|><|CHATBOT_TOKEN|>{% endif %}"
 )
-GEMMA4 = (
-    "{% for m in messages %}{% if m.role == 'tool' %}<|tool_response>{{ m.content }}<tool_response|>"
-    "{% else %}<|turn>{{ 'model' if m.role == 'assistant' else m.role }}\n"
-    "{{ tools | tojson if tools and loop.first }}{{ m.content | trim }}"
-    "{% for c in m.tool_calls or [] %}<|tool_call>call:{{ c.function.name ~ '{' }}"
-    "{% for k, v in c.function.arguments.items() %}{{ k }}:"
-    "{{ '<|\"|>' ~ v ~ '<|\"|>' if v is string else v | tojson }}{{ ',' if not loop.last }}{% endfor %}"
-    "}<tool_call|>{% endfor %}<turn|>\n{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}<|turn>model\n{% endif %}"
-)
 NEMO = (
     LAST_USER + SYSTEM_FIRST + "<s>{% for m in ns.rest %}{% if m.role == 'user' %}"
     "{% if tools and loop.last %}[AVAILABLE_TOOLS]{{ tools | tojson }}[/AVAILABLE_TOOLS]{% endif %}"
@@ -367,20 +357,6 @@ FAMILIES = {
         "<|END_ACTION|>",
         kept=False,
         answer="<|START_RESPONSE|>{}<|END_RESPONSE|>",
-    ),
-    "gemma 4": Family(
-        GEMMA4,
-        (
-            "<|turn>",
-            "<turn|>",
-            "<|tool_call>",
-            "<tool_call|>",
-            "<|tool_response>",
-            "<tool_response|>",
-            '<|"|>',
-        ),
-        ("<turn|>",),
-        call='<|tool_call>call:look{place:<|"|>Paris<|"|>}<tool_call|>',
     ),
     "nemo": Family(NEMO, ("<s>", "</s>", "[INST]", "[/INST]"), ("</s>",), system=False),
     "phi 4": Family(PHI4, (*IM, "<|im_sep|>"), ("<|im_end|>",)),

@@ -68,7 +68,7 @@ def test_calls_come_back_as_they_were_written(name, kind):
         assert all(alike(own[key], value) for key, value in arguments.items()), own
 
 
-@pytest.mark.parametrize("name", ["hermes", "qwen3", "qwen3-coder", "pythonic", "kimi", "glm", "gemma 4"])
+@pytest.mark.parametrize("name", ["hermes", "qwen3", "qwen3-coder", "pythonic", "kimi", "glm"])
 def test_words_before_a_call_are_kept(name):
     text, form = written(name, message(CALLS["a text"], "Let me see."))
     read = form.parse(text)
@@ -96,7 +96,6 @@ def test_blanks_that_a_target_writes_otherwise_change_nothing():
         ("hermes", '{}\n<tool_call>\n{{"arguments"'.format(FAMILIES["hermes"].call)),
         ("qwen3-coder", "<tool_call>\n<function=look>\n<parameter=place>\nParis"),
         ("pythonic", "<|tool_call_start|>[look(place=Paris)]<|tool_call_end|>"),
-        ("gemma 4", "<|tool_call>call:look{place:{city:Paris}}<tool_call|>"),
     ],
 )
 def test_a_call_in_another_form_is_not_taken_for_words(name, text):
