@@ -102,7 +102,7 @@ HARMONY = (
     "{% elif m.role == 'tool' %}<|start|>functions.{{ last_call.name }} to=assistant<|channel|>commentary"
     "<|message|>{{ m.content }}<|end|>"
     "{% else %}{% if '<|channel|>' in m.content %}{{ raise_exception('pass thoughts as thoughts') }}{% endif %}"
-    "{% set thought = m.reasoning_content %}{% set late = loop.index0 > last.user %}"
+    "{% set thought = m.thinking %}{% set late = loop.index0 > last.user %}"
     "{% if thought and late %}<|start|>assistant<|channel|>analysis<|message|>{{ thought }}<|end|>{% endif %}"
     "{% for c in m.tool_calls or [] %}"
     "<|start|>assistant to=functions.{{ c.function.name }}<|channel|>commentary json<|message|>"
@@ -146,6 +146,72 @@ GRANITE = (
     '{"name": "{{ c.function.name }}", "arguments": {{ c.function.arguments | tojson }}}{{ ", " if not loop.last }}'
     "{% endfor %}]{% else %}{{ m.content }}{% endif %}<|end_of_text|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|start_of_role|>assistant<|end_of_role|>{% endif %}"
+)
+QWEN_CODER = chatml(
+    "{{ m.content }}{% for c in m.tool_calls or [] %}{% if m.content or not loop.first %}\n{% endif %}"
+    "<tool_call>\n<function={{ c.function.name }}>\n{% for k, v in c.function.arguments.items() %}"
+    "<parameter={{ k }}>\n{{ v if v is string else v | tojson }}\n</parameter>\n{% endfor %}"
+    "</function>\n</tool_call>{% endfor %}"
+)
+PYTHONIC = chatml(
+    "{{ m.content }}{% if m.tool_calls %}<|tool_call_start|>[{% for c in m.tool_calls %}{{ c.function.name }}("
+    '{% for k, v in c.function.arguments.items() %}{{ k }}={{ "\'" ~ v ~ "\'" if v is string else v }}'
+    "{{ ', ' if not loop.last }}{% endfor %}){{ ', ' if not loop.last }}{% endfor %}]<|tool_call_end|>{% endif %}"
+)
+MINIMAX = (
+    SYSTEM_FIRST
+    + "{% if ns.system or tools %}]~b]system\n{{ ns.system }}{{ tools | tojson if tools }}[e~[\n{% endif %}"
+    "{% for m in messages if m.role != 'system' %}"
+    "{% if m.role == 'user' %}]~b]user\n{{ m.content }}[e~[\n"
+    "{% elif m.role == 'tool' %}]~b]tool\n<response>{{ m.content }}</response>[e~[\n"
+    "{% else %}]~b]ai\n{% set content = m.content %}{% set thought = m.reasoning_content or '' %}"
+    "{% if '</think>' in content %}{% set thought = content.split('</think>')[0].split('<think>')[-1].strip() %}"
+    "{% set content = content.split('</think>')[-1].strip() %}{% endif %}"
+    "{% if thought and loop.last %}<think>\n{{ thought }}\n</think>\n\n{% endif %}{{ content }}"
+    "{% if m.tool_calls %}\n<minimax:tool_call>\n{% for c in m.tool_calls %}"
+    '<invoke name="{{ c.function.name }}">\n{% for k, v in c.function.arguments.items() %}'
+    '<parameter name="{{ k }}">{{ v if v is string else v | tojson }}</parameter>\n{% endfor %}</invoke>\n'
+    "{% endfor %}</minimax:tool_call>{% endif %}[e~[\n{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}]~b]ai\n<think>\n{% endif %}"
+)
+KIMI = (
+    "{% if tools %}<|im_system|>tool_declare<|im_middle|>{{ tools | tojson }}<|im_end|>{% endif %}"
+    "{% if messages[0].role != 'system' %}<|im_system|>system<|im_middle|>You are a helpful assistant<|im_end|>"
+    "{% endif %}"
+    "{% for m in messages %}{% if m.role in ('system', 'tool') %}<|im_system|>{{ m.role }}<|im_middle|>"
+    "{% else %}<|im_{{ m.role }}|>{{ m.role }}<|im_middle|>{% endif %}"
+    "{% if m.role == 'tool' %}## Return of {{ m.tool_call_id }}\n{% endif %}{{ m.content }}"
+    "{% if m.tool_calls %}<|tool_calls_section_begin|>{% for c in m.tool_calls %}<|tool_call_begin|>"
+    "functions.{{ c.function.name }}:{{ loop.index0 }}<|tool_call_argument_begin|>"
+    "{{ c.function.arguments | tojson }}<|tool_call_end|>{% endfor %}<|tool_calls_section_end|>{% endif %}"
+    "<|im_end|>{% endfor %}{% if add_generation_prompt %}<|im_assistant|>assistant<|im_middle|>{% endif %}"
+)
+COMMAND = (
+    "{% if tools %}<|START_OF_TURN_TOKEN|><|SYSTEM_TOKEN|>{{ tools | tojson }}<|END_OF_TURN_TOKEN|>{% endif %}"
+    "{% for m in messages %}<|START_OF_TURN_TOKEN|>"
+    "{% if m.role == 'assistant' %}<|CHATBOT_TOKEN|>{% if m.tool_calls %}<|START_ACTION|>[\n"
+    '{% for c in m.tool_calls %}    {"tool_call_id": "{{ loop.index0 }}", "tool_name": "{{ c.function.name }}", '
+    '"parameters": {{ c.function.arguments | tojson }}}{{ "," if not loop.last }}\n{% endfor %}]<|END_ACTION|>'
+    "{% else %}<|START_RESPONSE|>{{ m.content }}<|END_RESPONSE|>{% endif %}"
+    "{% elif m.role == 'tool' %}<|SYSTEM_TOKEN|><|START_TOOL_RESULT|>{{ m.content }}<|END_TOOL_RESULT|>"
+    "{% else %}{{ '<|SYSTEM_TOKEN|>' if m.role == 'system' else '<|USER_TOKEN|>' }}{{ m.content }}{% endif %}"
+    "<|END_OF_TURN_TOKEN|>{% endfor %}"
+    "{% if add_generation_prompt %}<|START_OF_TURN_TOKEN|><|CHATBOT_TOKEN|>{% endif %}"
+)
+NEMO = (
+    LAST_USER + SYSTEM_FIRST + "<s>{% for m in ns.rest %}{% if m.role == 'user' %}"
+    "{% if tools and loop.last %}[AVAILABLE_TOOLS]{{ tools | tojson }}[/AVAILABLE_TOOLS]{% endif %}"
+    "[INST]{{ ns.system ~ '\n\n' if ns.system and loop.last }}{{ m.content }}[/INST]"
+    "{% else %}{{ m.content }}</s>{% endif %}{% endfor %}"
+)
+PHI4 = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}<|im_sep|>{{ m.content }}<|im_end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant<|im_sep|>{% endif %}"
+)
+ERNIE = (
+    SYSTEM_FIRST + "<s>{{ ns.system ~ '\n' if ns.system }}{% for m in ns.rest %}"
+    "{{ 'User: ' ~ m.content ~ '\n' if m.role == 'user' else 'Assistant: ' ~ m.content ~ '</s>' }}{% endfor %}"
+    "{{ 'Assistant: ' if add_generation_prompt }}"
 )
 
 
@@ -241,6 +307,60 @@ FAMILIES = {
         kept=False,
         stop_of_call="<|observation|>",
     ),
+    "qwen3-coder": Family(
+        QWEN_CODER,
+        IM,
+        ("<|im_end|>",),
+        call="<tool_call>\n<function=look>\n<parameter=place>\nParis\n</parameter>\n</function>\n</tool_call>",
+    ),
+    "pythonic": Family(
+        PYTHONIC,
+        (*IM, "<|tool_call_start|>", "<|tool_call_end|>"),
+        ("<|im_end|>",),
+        call="<|tool_call_start|>[look(place='Paris')]<|tool_call_end|>",
+    ),
+    "minimax": Family(
+        MINIMAX,
+        ("]~b]", "[e~["),
+        ("[e~[",),
+        thought="Hm, {}\n</think>\n\n",
+        call='\n<minimax:tool_call>\n<invoke name="look">\n<parameter name="place">Paris</parameter>\n</invoke>\n'
+        "</minimax:tool_call>",
+        kept=False,
+    ),
+    "kimi": Family(
+        KIMI,
+        (
+            *("<|im_system|>", "<|im_user|>", "<|im_assistant|>", "<|im_middle|>", "<|im_end|>"),
+            *("<|tool_calls_section_begin|>", "<|tool_calls_section_end|>", "<|tool_call_begin|>"),
+            *("<|tool_call_argument_begin|>", "<|tool_call_end|>"),
+        ),
+        ("<|im_end|>",),
+        call="<|tool_calls_section_begin|><|tool_call_begin|>functions.look:0<|tool_call_argument_begin|>"
+        '{"place": "Paris"}<|tool_call_end|><|tool_calls_section_end|>',
+    ),
+    "command": Family(
+        COMMAND,
+        (
+            *("<|START_OF_TURN_TOKEN|>", "<|END_OF_TURN_TOKEN|>", "<|SYSTEM_TOKEN|>", "<|USER_TOKEN|>"),
+            *(
+                "<|CHATBOT_TOKEN|>",
+                "<|START_RESPONSE|>",
+                "<|END_RESPONSE|>",
+                "<|START_ACTION|>",
+                "<|END_ACTION|>",
+            ),
+            *("<|START_TOOL_RESULT|>", "<|END_TOOL_RESULT|>"),
+        ),
+        ("<|END_OF_TURN_TOKEN|>",),
+        call='<|START_ACTION|>[\n    {"tool_call_id": "0", "tool_name": "look", "parameters": {"place": "Paris"}}\n]'
+        "<|END_ACTION|>",
+        kept=False,
+        answer="<|START_RESPONSE|>{}<|END_RESPONSE|>",
+    ),
+    "nemo": Family(NEMO, ("<s>", "</s>", "[INST]", "[/INST]"), ("</s>",), system=False),
+    "phi 4": Family(PHI4, (*IM, "<|im_sep|>"), ("<|im_end|>",)),
+    "ernie": Family(ERNIE, ("<s>", "</s>"), ("</s>",)),
     "granite": Family(
         GRANITE,
         ("<|end_of_text|>", "<|start_of_role|>", "<|end_of_role|>", "<|tool_call|>"),

@@ -14,11 +14,12 @@ from dataclasses import replace
 from itertools import dropwhile
 from typing import Any
 
-from deepspec.answers.history import Histories, keeps, squeezed
-from deepspec.answers.turns import answer_text, between_turns
+from deepspec.answers.history import Histories, keeps
+from deepspec.answers.turns import answer_text, between_turns, squeezed
 from deepspec.errors import DeepSpecError
 from deepspec.messages.message import Message
 from deepspec.messages.prompt import Prompt, Slot
+from deepspec.messages.tools import ToolCall
 
 
 class UnusableError(Exception):
@@ -181,7 +182,7 @@ class Conversation:
             message["tool_calls"] = [
                 {**call, "id": known["id"]} for call, known in zip(own, theirs, strict=True)
             ]
-            if [call["function"] for call in own] != [call["function"] for call in theirs]:
+            if not all(_same_arguments(*pair) for pair in zip(own, theirs, strict=True)):
                 self.endings.append("a tool was called with other arguments than in the source")
         elif results:
             self.endings.append("a tool call of the source was not made, its results are left out")
@@ -259,6 +260,15 @@ class Conversation:
     def _text(self, tokens: list[int]) -> str:
         stopped = tokens[-1] in self.target.stop_ids
         return answer_text(self.target, tokens[:-1] if stopped else tokens)
+
+
+def _same_arguments(own: ToolCall, recorded: ToolCall) -> bool:
+    """Return whether a target's call has the recorded arguments; where its template writes bare texts, as texts."""
+    said, known = own["function"]["arguments"], recorded["function"]["arguments"]
+    return said.keys() == known.keys() and all(
+        said[key] == value or said[key] in (str(value), json.dumps(value, ensure_ascii=False))
+        for key, value in known.items()
+    )
 
 
 def _called(message: Message | None) -> list[str]:

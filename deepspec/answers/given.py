@@ -1,7 +1,8 @@
 """Answers that the data has already: a log of the very target, or another's words when that is said.
 
 Each is written as the template writes it, so that its ids are those that an engine would have been given and have given
-back; rows of token ids are taken as they are. How likely the target finds them is told for every row.
+back; ids that a log has, and rows of token ids, are taken as they are. How likely the target finds them is told for
+every row.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from deepspec.answers.likelihood import Likelihood
 from deepspec.answers.params import GenerateParams
 from deepspec.answers.rendered import rendered_answer
 from deepspec.answers.shards import Sink
+from deepspec.answers.turns import closed, end_of_answer
+from deepspec.messages.message import Message
 from deepspec.messages.prompt import Prompt
 
 
@@ -51,12 +54,34 @@ def _rows(
         if message is None:
             conversation.endings.append("the last turn has no answer")
             break
-        tokens = rendered_answer(target, conversation.asked, message, chat.tools, chat.chat_template_kwargs)
+        tokens, reason = _answer(target, conversation, message)
         if len(tokens) > conversation.room and conversation.answered:
             conversation.endings.append("the next answer would not fit")
             break
-        conversation.add_answer(tokens, "stop", message)
+        conversation.add_answer(tokens, reason, message)
     return conversation.rows(), conversation.endings
+
+
+def _answer(target: Any, conversation: Conversation, message: Message) -> tuple[list[int], str]:
+    """Return the ids of a recorded answer and its finish reason: its log's, where it comes from one that has them."""
+    chat = conversation.prompt.chat
+    reply = chat.reply if message is chat.messages[-1] else {}
+    reason = str(reply.get("finish_reason", "stop"))
+    if "token_ids" not in reply:
+        return rendered_answer(
+            target,
+            conversation.asked,
+            message,
+            chat.tools,
+            chat.chat_template_kwargs,
+            cut=reason == "length",
+        ), reason
+    if reply.get("prompt_token_ids", conversation.prompt_ids) != conversation.prompt_ids:
+        raise UnusableError(
+            "the log's ids of the prompt are not those of data/target's template; give the row as input_ids with a "
+            "loss_mask"
+        )
+    return closed(target, reply["token_ids"], reason, end_of_answer(target)), reason
 
 
 def _tokens(target: Any, prompt: Prompt, max_length: int) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from deepspec.answers.form import ANSWER, CLOSING_THOUGHT, THOUGHT, TOOLS, USER, AnswerForm, learn_form
-from deepspec.answers.turns import after_answer
+from deepspec.answers.turns import after_answer, squeezed
 from deepspec.errors import DeepSpecError
 from deepspec.messages.message import Message
 from deepspec.messages.prompt import Chat
@@ -114,8 +114,3 @@ def closes(target: Any, tail: Sequence[int]) -> bool:
         if target.tokenizer.decode([token]).strip():
             return token not in special
     return True
-
-
-def squeezed(text: str) -> str:
-    """Return a text without blanks, which templates trim and add."""
-    return "".join(text.split())

@@ -30,7 +30,7 @@ from deepspec.answers.reply import Reader
 from deepspec.answers.shards import Sink
 from deepspec.errors import DeepSpecError
 from deepspec.messages.prompt import Prompt
-from deepspec.target.chat import with_text_arguments
+from deepspec.target.chat import with_named_thoughts, with_text_arguments
 
 KEY_VARIABLE = "DEEPSPEC_OPENAI_KEY"
 FIRST_WAIT_S, LONGEST_WAIT_S = 0.5, 30.0
@@ -141,7 +141,7 @@ class _Run:
         options = {**self.target.chat_template_kwargs, **chat.chat_template_kwargs}
         body = {
             "model": self.params.openai.model,
-            "messages": with_text_arguments(conversation.asked),
+            "messages": with_text_arguments(with_named_thoughts(conversation.asked)),
             "max_tokens": conversation.room,
             "temperature": self.params.temperature,
             "top_p": self.params.top_p,

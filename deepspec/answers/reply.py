@@ -7,13 +7,12 @@ from typing import Any
 from deepspec.answers.conversation import Conversation, UnusableError
 from deepspec.answers.history import Histories
 from deepspec.answers.rendered import rendered_answer
-from deepspec.answers.turns import answer_text, end_of_answer
+from deepspec.answers.turns import BROKEN, answer_text, closed, end_of_answer
 from deepspec.errors import DeepSpecError
 from deepspec.messages.errors import BadRowError
 from deepspec.messages.message import THOUGHTS, Message, read_messages
 
 ENDINGS = {"tool_calls": "stop", "function_call": "stop"}
-BROKEN = "\ufffd"
 ADVICE = "run the server without that parser, or one that returns token ids (vLLM's return_token_ids)"
 
 
@@ -45,15 +44,19 @@ class Reader:
         tokens = choice.get("token_ids")
         if tokens and all(isinstance(token, int) for token in tokens):
             self._check_prompt(reply.get("prompt_token_ids") or choice.get("prompt_token_ids"), conversation)
-            return self._closed(list(tokens), reason, choice.get("stop_reason")), reason, None
-        thought = next((message[key] for key in THOUGHTS if isinstance(message.get(key), str)), "")
+            said = choice.get("stop_reason")
+            stop = said if said in self.target.stop_ids else self.stop_id
+            return closed(self.target, tokens, reason, stop), reason, None
+        thought = next(
+            (message[key] for key in THOUGHTS if isinstance(message.get(key), str) and message[key]), ""
+        )
         calls = message.get("tool_calls") or []
         text = message.get("content")
         if thought or calls:
             return self._put_together(conversation, text or "", thought, calls, reason)
         if not isinstance(text, str):
             raise UnusableError(f"the server returned no text (finish reason {reason!r})")
-        return self._closed(self._ids(text, reason), reason), reason, None
+        return closed(self.target, self._ids(text, reason), reason, self.stop_id), reason, None
 
     def _check_prompt(self, given: list[int] | None, conversation: Conversation) -> None:
         ours = conversation.prompt_ids or []
@@ -66,11 +69,6 @@ class Reader:
                 f"{there!r} where ours has {here!r} (token {at}); give both the same template and "
                 "target.chat_template_kwargs"
             )
-
-    def _closed(self, tokens: list[int], reason: str, stop: Any = None) -> list[int]:
-        if reason != "stop" or (tokens and tokens[-1] in self.target.stop_ids):
-            return tokens
-        return [*tokens, stop if stop in self.target.stop_ids else self.stop_id]
 
     def _ids(self, text: str, reason: str) -> list[int]:
         """Return the ids of a text; the half character at which a cut answer ends is left out."""
@@ -124,4 +122,4 @@ class Reader:
         whole = opening + message["reasoning_content"]
         if message["content"] or reason == "stop":
             whole += middle + message["content"]
-        return self._closed(self._ids(whole, reason), reason), reason, message
+        return closed(self.target, self._ids(whole, reason), reason, self.stop_id), reason, message

@@ -10,11 +10,17 @@ from deepspec.messages.message import Message
 
 # Two stand-in answers that differ in their last letter: whatever tokens they become, the last ones differ.
 STAND_INS = ("answerQ", "answerZ")
+BROKEN = "\ufffd"  # what decoding puts in place of half a character
 
 
 def answer_text(target: Any, tokens: Sequence[int]) -> str:
     """Decode an answer's text (ids without the stop token), special tokens inside it included."""
     return target.tokenizer.decode(tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+
+def squeezed(text: str) -> str:
+    """Return a text without blanks, which templates trim and add."""
+    return "".join(text.split())
 
 
 def between_turns(
@@ -67,6 +73,18 @@ def end_of_answer(target: Any) -> int:
             break
     eos = target.tokenizer.eos_token_id
     return eos if eos in target.stop_ids else min(target.stop_ids)
+
+
+def closed(target: Any, tokens: Sequence[int], reason: str, end: Any) -> list[int]:
+    """Return an engine's ids of an answer, with the stop token that ended it where the engine leaves that out.
+
+    Args:
+        reason: why the answer ended.
+        end: the stop token.
+    """
+    if reason != "stop" or (tokens and tokens[-1] in target.stop_ids):
+        return list(tokens)
+    return [*tokens, end]
 
 
 def generation_prompt(target: Any, options: Mapping[str, Any] | None = None) -> list[int]:

@@ -22,21 +22,29 @@ ROLES = {
     "prompter": "user",
     "assistant": "assistant",
     "gpt": "assistant",
+    "ai": "assistant",
+    "bot": "assistant",
+    "chatbot": "assistant",
     "chatgpt": "assistant",
+    "claude": "assistant",
     "bing": "assistant",
     "bard": "assistant",
     "model": "assistant",
     "function_call": "assistant",
     "tool_call": "assistant",
+    "tool_calls": "assistant",
     "tool": "tool",
     "function": "tool",
     "observation": "tool",
     "ipython": "tool",
     "function_response": "tool",
     "tool_response": "tool",
+    "tool_result": "tool",
+    "tool_results": "tool",
 }
-CALLING = ("function_call", "tool_call")  # roles whose text is a call
+CALLING = ("function_call", "tool_call", "tool_calls")  # roles whose text is a call
 CONTENT = ("content", "value", "text", "refusal")
+RESULT = (*CONTENT, "output", "result")  # of a tool
 TEXT_PARTS = ("text", "input_text", "output_text", "refusal")
 THOUGHT_PARTS = ("thinking", "reasoning")
 THOUGHTS = ("reasoning_content", "reasoning", "thinking")
@@ -121,12 +129,13 @@ def _messages(item: Any, column: str) -> list[Message]:
 
 def _content(item: Mapping[str, Any], role: str, column: str) -> tuple[str, str]:
     """Return a message's text and its thought."""
-    content = next((item[key] for key in CONTENT if item.get(key) is not None), None)
+    names = RESULT if role == "tool" else CONTENT
+    content = next((item[key] for key in names if item.get(key) is not None), None)
     thought = next((item[key] for key in THOUGHTS if item.get(key)), "")
     if not isinstance(thought, str):
         raise BadRowError("a thought that is no text", f"a message in {column!r} has one")
-    if role == "tool" and not _is_parts(content):
-        content = "" if content is None else content if isinstance(content, str) else _dumped(content)
+    if role == "tool" and content is not None and not _is_parts(content):
+        content = content if isinstance(content, str) else _dumped(content)
     elif isinstance(content, list):
         parts = [_part(part, column) for part in content]
         content = "".join(text for text, _ in parts)
@@ -183,12 +192,14 @@ def _text(text: str, column: str) -> str:
 
 
 def _only_responses(content: str) -> bool:
-    """Return whether a user's message is results of tools, as templates without a role for them have it."""
+    """Return whether a message is results of tools and nothing else, as templates without a role for them have it."""
     return content.lstrip().startswith("<tool_response>") and not RESPONSE.sub("", content).strip()
 
 
 def _results(item: Mapping[str, Any], content: str) -> list[Message]:
-    found = [text.strip() for text in RESPONSE.findall(content)] or [content]
+    found = ([text.strip() for text in RESPONSE.findall(content)] if _only_responses(content) else []) or [
+        content
+    ]
     extra = {key: item[key] for key in ("tool_call_id", "name") if isinstance(item.get(key), str)}
     return [{"role": "tool", "content": text, **extra} for text in found]  # type: ignore[typeddict-item]
 
@@ -239,13 +250,14 @@ def in_order(messages: Sequence[Message]) -> tuple[list[Message], list[str]]:
 
 
 def _claim(result: Message, calls: list[ToolCall], named: bool) -> str:
-    """Return the id of the call that a result belongs to, by its id or its place, and take the call off the list."""
+    """Return the id of the call that a result belongs to, by its id, its name or its place, and take the call off."""
     wanted = result.get("tool_call_id")
     if not calls:
         raise RefusedRowError("a tool result without its call")
     known = [call for call in calls if call["id"] == wanted]
     if wanted and not known and named:
         raise RefusedRowError("a tool result without its call", f"a tool result names the call {wanted!r}")
+    known = known or [call for call in calls if call["function"]["name"] == result.get("name")]
     call = known[0] if known else calls[0]
     calls.remove(call)
     return call["id"]

@@ -51,6 +51,8 @@ class Chat:
         metadata: whatever the source says of it; handed on.
         input_ids: of a conversation that was tokenised elsewhere.
         loss_mask: 1 where a token of `input_ids` is the assistant's.
+        reply: what a server's log says of the last message, its answer: `finish_reason` of one that did not end by
+            itself, `token_ids` and `prompt_token_ids` where the server gave them.
     """
 
     messages: tuple[Message, ...] = ()
@@ -59,6 +61,7 @@ class Chat:
     metadata: Mapping[str, Any] = field(default_factory=dict)
     input_ids: tuple[int, ...] = ()
     loss_mask: tuple[int, ...] = ()
+    reply: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
     def of_turns(cls, turns: tuple[str, ...] | list[str]) -> Chat:
@@ -105,7 +108,7 @@ class Chat:
             found: dict[str, Any] = {"input_ids": list(self.input_ids), "loss_mask": list(self.loss_mask)}
         else:
             found = {"messages": list(self.messages)}
-        for name in ("tools", "chat_template_kwargs", "metadata"):
+        for name in ("tools", "chat_template_kwargs", "metadata", "reply"):
             if value := getattr(self, name):
                 found[name] = list(value) if name == "tools" else dict(value)
         return found
@@ -176,6 +179,7 @@ def chat_of(row: Mapping[str, Any]) -> Chat:
         tuple(read_tools(row.get("tools"))),
         mapping(row, "chat_template_kwargs"),
         mapping(row, "metadata"),
+        reply=mapping(row, "reply"),
     )
 
 
@@ -184,14 +188,12 @@ def _tokens(row: Mapping[str, Any]) -> tuple[tuple[int, ...], tuple[int, ...]]:
     given = {"input_ids": row.get("input_ids"), "loss_mask": _mask(row)}
     found = {}
     for name, values in given.items():
-        if not isinstance(values, list) or not all(
-            isinstance(x, int) and not isinstance(x, bool) and x >= 0 for x in values
-        ):
+        if not is_ids(values):
             raise BadRowError("malformed token ids", f"{name!r} must be a list of numbers from 0 on")
         found[name] = tuple(values)
     ids, mask = found["input_ids"], found["loss_mask"]
     seen = row.get("attention_mask")
-    if isinstance(seen, list) and not all(seen):
+    if isinstance(seen, list) and (not all(seen) or len(seen) != len(ids)):
         raise BadRowError(
             "padded token ids", "'attention_mask' leaves tokens out; give the row without padding"
         )
@@ -204,6 +206,13 @@ def _tokens(row: Mapping[str, Any]) -> tuple[tuple[int, ...], tuple[int, ...]]:
             "malformed token ids", "'loss_mask' must mark an answer, and not from the first token on"
         )
     return ids, mask
+
+
+def is_ids(values: Any) -> bool:
+    """Return whether a value is a list of token ids, or of what else are numbers from 0 on."""
+    return isinstance(values, list) and all(
+        isinstance(value, int) and not isinstance(value, bool) and value >= 0 for value in values
+    )
 
 
 def _mask(row: Mapping[str, Any]) -> Any:
@@ -226,7 +235,7 @@ def mapping(row: Mapping[str, Any], name: str) -> dict[str, Any]:
         BadRowError: it holds something else.
     """
     value = row.get(name)
-    if value is None:
+    if value in (None, ""):
         return {}
     if isinstance(value, str) and value.strip():
         with suppress(ValueError):

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import bz2
 import gzip
+import io
 import json
 import lzma
 import random
+import re
 import shutil
 import tempfile
 import zlib
@@ -23,13 +25,16 @@ from typing import IO, Any
 
 from deepspec.errors import DeepSpecError
 from deepspec.messages.errors import BadRowError, RefusedRowError
-from deepspec.messages.hub import load_split, without_nulls
+from deepspec.messages.hub import load_split, stored_rows, without_nulls
 from deepspec.messages.presets import Preset
 from deepspec.messages.prompt import Chat
-from deepspec.messages.rows import USUAL, Columns, Read, read_row
+from deepspec.messages.rows import REQUESTS, USUAL, Columns, Read, read_row
 
 TABLES = (".parquet", ".arrow", ".feather", ".csv", ".tsv", ".zip")  # no lines of JSON
 LONGEST_LINE = 1 << 26  # bytes; a longer one is not read into memory
+_CHUNK = 1 << 20  # characters of a JSON array that are read at once
+_ARRAY = re.compile(rb"(?:\xef\xbb\xbf)?\s*\[\s*\{")
+_BETWEEN = re.compile(r"[\s,]*")
 
 
 @dataclass(frozen=True)
@@ -146,13 +151,13 @@ def hub_candidates(spec: str, seed: int, columns: Columns = USUAL) -> Iterator[C
     name, _, part = spec.partition(":")
     config, _, split = part.rpartition("/")
     dataset = load_split(name, config or None, split or "train").shuffle(seed=seed)
-    column = next((name for name in columns.messages if name in dataset.column_names), None)
-    if column is None and "input_ids" not in dataset.column_names:
+    known = {*columns.messages, *REQUESTS, "input_ids"}
+    if known.isdisjoint(dataset.column_names):
         raise DeepSpecError(
             f"hub:{spec}: no column of prompts; found {', '.join(dataset.column_names)}; "
             f"looked for {', '.join(columns.messages)}"
         )
-    return _row_candidates(dataset, columns)
+    return _row_candidates(stored_rows(dataset), columns)
 
 
 def preset_candidates(spec: str, seed: int, max_malformed_share: float) -> Iterable[Candidate]:
@@ -195,7 +200,7 @@ def _parsed(line: bytes | None) -> Any:
 
 
 def _plain(path: Path) -> IO[bytes]:
-    """Open a file, or an unpacked copy of a packed one that is gone when it is closed."""
+    """Open a file, or a plain copy of a packed one or of a JSON array, a line each, that is gone when it is closed."""
     suffix = path.suffix.lower()
     if suffix in TABLES:
         raise DeepSpecError(
@@ -203,13 +208,8 @@ def _plain(path: Path) -> IO[bytes]:
             "object a line"
         )
     try:
-        if suffix not in PACKED:
-            return path.open("rb")
-        copy = tempfile.TemporaryFile()  # noqa: SIM115
-        with PACKED[suffix](path) as packed:
-            shutil.copyfileobj(packed, copy)
-        copy.seek(0)
-        return copy
+        file = path.open("rb") if suffix not in PACKED else _unpacked(path, PACKED[suffix])
+        return _lines_of_array(file, path) if _is_array(file) else file
     except FileNotFoundError:
         raise DeepSpecError(f"{path}: no such prompt file") from None
     except IsADirectoryError:
@@ -220,6 +220,63 @@ def _plain(path: Path) -> IO[bytes]:
         raise DeepSpecError(
             f"{path}: cannot be read: {' '.join(str(error).split()) or type(error).__name__}"
         ) from None
+
+
+def _unpacked(path: Path, opener: Callable[[Path], Any]) -> IO[bytes]:
+    copy = tempfile.TemporaryFile()  # noqa: SIM115
+    with opener(path) as packed:
+        shutil.copyfileobj(packed, copy)
+    copy.seek(0)
+    return copy
+
+
+def _is_array(file: IO[bytes]) -> bool:
+    """Return whether a file is one JSON array of objects; an array a line is none."""
+    first, second = file.readline(LONGEST_LINE), file.readline(LONGEST_LINE)
+    file.seek(0)
+    if not _ARRAY.match(first + second):
+        return False
+    try:
+        json.loads(first)
+    except (ValueError, RecursionError):
+        return True
+    return not second.strip()
+
+
+def _lines_of_array(file: IO[bytes], path: Path) -> IO[bytes]:
+    """Return a copy of a JSON array with an element a line; one element is held at a time."""
+    copy = tempfile.TemporaryFile()  # noqa: SIM115
+    read = 0
+    try:
+        with io.TextIOWrapper(file, encoding="utf-8-sig") as text:
+            for element in _elements(text):
+                copy.write(json.dumps(element).encode() + b"\n")
+                read += 1
+    except (ValueError, RecursionError) as error:
+        raise DeepSpecError(
+            f"{path}: element {read + 1} of the array cannot be read: {' '.join(str(error).split())}"
+        ) from None
+    copy.seek(0)
+    return copy
+
+
+def _elements(text: IO[str]) -> Iterator[Any]:
+    decode = json.JSONDecoder(parse_constant=lambda _: None).raw_decode
+    buffer = text.read(_CHUNK).lstrip()
+    at = 1
+    while True:
+        at = _BETWEEN.match(buffer, at).end()  # type: ignore[union-attr]
+        if buffer.startswith("]", at):
+            return
+        try:
+            element, at = decode(buffer, at)
+        except ValueError:
+            more = text.read(max(_CHUNK, len(buffer) - at))
+            if not more or len(buffer) - at > LONGEST_LINE:
+                raise
+            buffer, at = buffer[at:] + more, 0
+        else:
+            yield element
 
 
 def _zstandard(path: Path) -> Any:

@@ -118,5 +118,5 @@ def _json(text: str) -> Any:
     except (ValueError, RecursionError) as error:
         if len(text) < _LITERAL:
             with suppress(ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
-                return ast.literal_eval(text.strip())
+                return json.loads(json.dumps(ast.literal_eval(text.strip())))
         raise BadRowError("a malformed tool call", f"a tool call is not JSON: {error}") from None

@@ -10,6 +10,7 @@ from deepspec.errors import DeepSpecError
 from deepspec.files import digest
 
 _SHORT = 9  # letters and digits of an id that every template takes
+_THOUGHTS = ("reasoning_content", "reasoning", "thinking")  # names that templates know a thought by
 
 
 class Templated:
@@ -72,9 +73,9 @@ def render(
 ) -> str:
     """Render messages as text by the tokenizer's template.
 
-    The arguments of tool calls are objects to the template, as transformers asks; a template that joins them to its own
-    text gets them as JSON. A template that refuses the ids of calls (Mistral's asks for nine letters or digits) gets
-    others, the same for a call and its result.
+    A thought has every name that templates know it by. The arguments of tool calls are objects to the template, as
+    transformers asks; a template that joins them to its own text gets them as JSON. A template that refuses the ids of
+    calls (Mistral's asks for nine letters or digits) gets others, the same for a call and its result.
 
     Args:
         source: the target's name, for errors.
@@ -83,7 +84,8 @@ def render(
         DeepSpecError: the template refuses the conversation, in its own words, or a text is no Unicode.
     """
     options = dict(chat_template_kwargs or {})
-    forms = [messages]
+    messages = with_named_thoughts(messages)
+    forms: list[Sequence[Mapping[str, Any]]] = [messages]
     if any(message.get("tool_calls") for message in messages):
         named = with_short_ids(messages)
         forms += [with_text_arguments(messages), named, with_text_arguments(named)]
@@ -108,6 +110,16 @@ def render(
             return text
     words = " ".join(str(error).split())
     raise DeepSpecError(f"{source}: the chat template refuses this conversation: {words}") from error
+
+
+def with_named_thoughts(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return the messages with a thought under every name that a template, or a server, knows it by."""
+    return [
+        {**dict.fromkeys(_THOUGHTS, thought), **message}
+        if (thought := message.get("reasoning_content"))
+        else dict(message)
+        for message in messages
+    ]
 
 
 def with_text_arguments(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

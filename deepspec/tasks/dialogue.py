@@ -26,7 +26,7 @@ def to_be_answered(chat: Chat) -> Chat:
     )
     if talk and not chat.tools and not chat.chat_template_kwargs:
         return Chat.of_turns(chat.turns)
-    return replace(chat, metadata={})
+    return replace(chat, metadata={}, reply={})
 
 
 def turns_of(chat: Chat) -> list[Any]:

@@ -33,7 +33,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from deepspec.errors import DeepSpecError, nearest
 from deepspec.files import digest, file_digest
 from deepspec.messages.errors import BadRowError
-from deepspec.messages.hub import load_split, without_nulls
+from deepspec.messages.hub import load_split, stored_rows, without_nulls
 from deepspec.messages.prompt import Chat
 from deepspec.messages.rows import Read, read_columns, read_row
 from deepspec.messages.sources import read_jsonl
@@ -302,7 +302,7 @@ def _rows(task: TaskFile, instead: str) -> list[Chat]:
     if task.columns:
         dataset = dataset.select_columns(wanted)
     rows = []
-    for number, row in enumerate(dataset):
+    for number, row in enumerate(stored_rows(dataset)):
         try:
             found = read_columns(row, task.columns) if task.columns else read_row(without_nulls(row))
         except BadRowError as error:

@@ -52,13 +52,60 @@ def test_recorded_tool_calls_are_what_the_family_writes(tmp_path, name):
     family = FAMILIES[name]
     target = family.target()
     tools = [{"type": "function", "function": {"name": "look", "description": "d", "parameters": {}}}]
-    called = {"role": "assistant", "content": "", "tool_calls": [CALL]}
+    thought = {"reasoning_content": "Hm."} if name == "minimax" else {}  # its generations begin with one
+    called = {"role": "assistant", "content": "", "tool_calls": [CALL], **thought}
     result = {"role": "tool", "tool_call_id": CALL["id"], "content": "18 C"}
-    _, rows, failures = run(tmp_path, target, {"messages": [ASK, called, result, SAY], "tools": tools})
+    _, rows, failures = run(
+        tmp_path, target, {"messages": [ASK, called, result, {**SAY, **thought}], "tools": tools}
+    )
     assert not failures
     said = "".join(target.text(row["input_ids"]) for row in rows)
     assert "look" in said and "18 C" in said and "Because." in said
     assert sum(len(row["finish_reasons"]) for row in rows) == 2
+
+
+def test_an_answer_that_was_cut_has_no_stop_token(tmp_path):
+    target, cut = FAMILIES["qwen3"].target(), {"reply": {"finish_reason": "length"}}
+    thought = {"role": "assistant", "content": "", "reasoning_content": "Let me caf\ufffd"}
+    _, rows, failures = run(
+        tmp_path,
+        target,
+        {"messages": [ASK, SAY], **cut},
+        {"messages": [ASK, thought], **cut},
+        {"messages": [ASK, {"role": "assistant", "content": "", "tool_calls": [CALL]}], **cut},
+        {"messages": [ASK, SAY], "reply": {"finish_reason": "content_filter"}},
+    )
+    said = [
+        target.text([i for i, m in zip(row["input_ids"], row["loss_mask"], strict=True) if m]) for row in rows
+    ]
+    assert said == ["<think>\n\n</think>\n\nBecause.", "<think>\nLet me caf"]
+    assert [row["finish_reasons"] for row in rows] == [["length"], ["length"]]
+    assert [failure["reason"] for failure in failures] == [
+        "the answer was cut short where its text does not tell the tokens",
+        "the answer ended with 'content_filter'",
+    ]
+
+
+def test_ids_that_a_log_has_are_taken_where_its_prompt_is_ours(tmp_path):
+    target = FakeTarget()
+    asked = target.chat_ids([ASK])
+    sampled = [*target.ids("Be"), *target.ids("cause.")]
+    log = {"messages": [ASK, SAY], "reply": {"token_ids": sampled, "prompt_token_ids": asked}}
+    other = {"messages": [ASK, SAY], "reply": {"token_ids": sampled, "prompt_token_ids": asked[1:]}}
+    _, (row,), (failure,) = run(tmp_path, target, log, other)
+    assert row["input_ids"] == [*asked, *sampled, target.end]
+    assert sum(row["loss_mask"]) == len(sampled) + 1
+    assert failure["id"] == "p1" and failure["reason"].startswith("the log's ids of the prompt are not those")
+
+
+def test_a_template_that_moves_the_system_prompt_behind_an_answer_is_no_obstacle(tmp_path):
+    target = FAMILIES["nemo"].target()
+    messages = [{"role": "system", "content": "Be kind."}, ASK, SAY, {**ASK, "content": "Really?"}, SAY]
+    _, rows, failures = run(tmp_path, target, {"messages": messages})
+    assert not failures and [target.text(row["input_ids"]) for row in rows] == [
+        "<s>[INST]Be kind.\n\nWhy?[/INST]Because.</s>",
+        "<s>[INST]Why?[/INST]Because.</s>[INST]Be kind.\n\nReally?[/INST]Because.</s>",
+    ]
 
 
 def test_a_row_without_answers_is_a_failure_and_a_last_turn_without_one_an_ending(tmp_path):

@@ -87,6 +87,13 @@ def test_a_thought_that_a_parser_took_out_is_put_back_as_the_template_writes_it(
     assert conversation.rows()[0]["messages"][-1]["content"] == "<think>\nTwo and two.\n</think>\n\nFour."
 
 
+def test_an_empty_thought_under_one_name_does_not_hide_another():
+    tokens, _ = read(
+        FAMILIES["qwen3"].target(), reply("Four.", reasoning_content="", reasoning="Two and two.")
+    )
+    assert "Two and two." in FAMILIES["qwen3"].target().text(tokens)
+
+
 def test_a_thought_that_was_cut_stays_open():
     target = FAMILIES["qwen3"].target()
     tokens, _ = read(target, reply(None, "length", reasoning_content="Two and"))

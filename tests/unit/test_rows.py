@@ -7,13 +7,16 @@ import datetime
 import gzip
 import json
 import lzma
+from collections import Counter
 
+import datasets
 import pyarrow
 import pyarrow.parquet
 import pytest
 
 from deepspec.errors import DeepSpecError
 from deepspec.messages.errors import BadRowError, RefusedRowError
+from deepspec.messages.prompt import chat_of
 from deepspec.messages.rows import read_row
 from deepspec.messages.sources import JsonlSource, hub_candidates
 from deepspec.prompts.build import build_prompts, write_prompts
@@ -150,6 +153,40 @@ READ = {
         },
         CHAT,
     ),
+    "a log as text": (
+        {
+            "request": json.dumps({"messages": [ASK], "tools": [TOOL]}),
+            "response": json.dumps({"choices": [{"message": {"content": "18 degrees."}}]}),
+        },
+        CHAT,
+    ),
+    "a log of a failed request": ({"request": {"messages": [ASK]}, "response": {"choices": []}}, ["user"]),
+    "turns before the prompt": (
+        {
+            "system": "Be brief.",
+            "query": "And in Rome?",
+            "response": "20.",
+            "history": [["In Paris?", "18."]],
+        },
+        ["system", "user", "assistant", "user", "assistant"],
+    ),
+    "an answer that is a message": ({"input": [ASK], "output": SAY}, CHAT),
+    "an empty list before the prompt": ({"messages": [], "prompt": "How?"}, ["user"]),
+    "messages as text with blanks": ({"messages": json.dumps([ASK, SAY], indent=2)}, CHAT),
+    "other names of roles": (
+        {"conversations": [{"from": "human", "value": "How?"}, {"from": "ai", "value": "So."}]},
+        CHAT,
+    ),
+    "a result by another name": (
+        {
+            "messages": [
+                ASK,
+                {"role": "assistant", "tool_calls": [CALL]},
+                {"role": "tool", "tool_call_id": "call_1", "output": "18 C"},
+            ]
+        },
+        CALLED[:3],
+    ),
     "a batch request": ({"custom_id": "1", "method": "POST", "body": {"messages": [ASK]}}, ["user"]),
     "messages and choices": ({"messages": [ASK], "choices": [{"message": SAY}]}, CHAT),
     "missing values of a table": (
@@ -183,7 +220,11 @@ def test_nothing_of_these_is_lost():
         "place": "Paris"
     }
     assert said["names"][0]["name"] == "Ada" and "name" not in said["names"][1]
-    assert said["a log of a server"][1]["content"] == "18 degrees."
+    assert said["a log of a server"][1]["content"] == said["a log as text"][1]["content"] == "18 degrees."
+    assert said["a result by another name"][2]["content"] == "18 C"
+    assert [message["content"] for message in said["turns before the prompt"]] == [
+        *("Be brief.", "In Paris?", "18.", "And in Rome?", "20.")
+    ]
 
 
 DEEP: dict = {}
@@ -204,6 +245,14 @@ REFUSED = {
     "half a character ": {"messages": [ASK], "metadata": {"by": "\ud800"}},
     "nested too deeply": {"messages": [ASK], "metadata": DEEP},
     "nested too deeply ": {"messages": [ASK], "tools": [{"name": "look", "parameters": DEEP}]},
+    "a value that JSON cannot hold": calling(function={"name": "look", "arguments": '{"n": NaN}'}),
+    "a value that JSON cannot hold ": {"messages": [ASK], "chat_template_kwargs": {"n": float("inf")}},
+    "a malformed tool call ": calling(function={"name": "look", "arguments": "{'n': {1, 2}}"}),
+    "a field of another type": {"prompt": "How?", "history": "What?"},
+    "a message without text  ": {
+        "messages": [ASK, {"role": "assistant", "tool_calls": [CALL]}, {"role": "tool", "results": "18 C"}]
+    },
+    "padded token ids ": {"input_ids": [5, 6, 7], "loss_mask": [0, 1, 1], "attention_mask": [1, 1]},
     "padded token ids": {"input_ids": [5, 6, 0], "loss_mask": [0, 1, 0], "attention_mask": [1, 1, 0]},
     "malformed token ids": {"input_ids": [5, 6, 7], "loss_mask": [0, 1]},
     "malformed token ids ": {"input_ids": [5, 6, 7], "labels": [-100, 6, 9]},
@@ -230,6 +279,27 @@ def test_token_ids_come_with_a_mask_of_any_trainer():
         {"labels": [-100, 6, 7]},
     ]
     assert {read_row({"input_ids": [5, 6, 7], **row}).chat.loss_mask for row in rows} == {(0, 1, 1)}
+
+
+def test_names_of_arguments_are_texts_and_those_of_a_client_s_log_are_kept():
+    chat = read_row(calling(function={"name": "look", "arguments": "{1: (2, 3), 'a': None}"})).chat
+    assert chat.messages[1]["tool_calls"][0]["function"]["arguments"] == {"1": [2, 3], "a": None}
+    assert len(chat.id()) == 16
+    log = {"request": {"messages": [ASK], "extra_body": {"chat_template_kwargs": {"enable_thinking": False}}}}
+    assert read_row(log).chat.chat_template_kwargs == {"enable_thinking": False}
+    assert read_row({"messages": [ASK], "chat_template_kwargs": ""}).chat.chat_template_kwargs == {}
+
+
+def test_what_a_log_says_of_its_answer_is_kept_where_it_is_not_whole_or_has_its_ids():
+    def logged(**choice):
+        chat = read_row(
+            {"messages": [ASK], "choices": [{"message": SAY, **choice}], "prompt_token_ids": [1]}
+        ).chat
+        return chat_of(json.loads(json.dumps(chat.fields()))).reply
+
+    assert [logged(finish_reason=reason) for reason in (None, "stop", "tool_calls")] == [{}, {}, {}]
+    assert logged(finish_reason="length") == {"finish_reason": "length"}
+    assert logged(token_ids=[5, 6]) == {"token_ids": [5, 6], "prompt_token_ids": [1]}
 
 
 def test_metadata_is_handed_on_whatever_it_is():
@@ -327,6 +397,51 @@ def test_a_directory_of_parquet_files_with_structs_and_large_strings_is_a_datase
     assert [[message["role"] for message in chat.messages] for chat in found] == [CHAT, CHAT]
     assert {tuple(chat.tools[0]["function"]["parameters"]) for chat in found} == {("place",), ("day",)}
     assert all(chat.metadata == {"at": "2026-11-29 00:00:00"} for chat in found)
+
+
+def test_pictures_of_a_dataset_are_refused_without_a_package_that_reads_them(tmp_path):
+    picture = datasets.Features({"bytes": datasets.Value("binary"), "path": datasets.Value("string")})
+    data = datasets.Dataset.from_list(
+        [
+            {"image": {"bytes": b"PNG", "path": None}, "more": [], "prompt": "What is this?"},
+            {"image": None, "more": [{"bytes": b"PNG", "path": None}], "prompt": "And this?"},
+            {"image": None, "more": [], "prompt": "What is it?"},
+        ],
+        features=datasets.Features(
+            {"image": picture, "more": datasets.List(picture), "prompt": datasets.Value("string")}
+        ),
+    )
+    kinds = datasets.Features(
+        {
+            "image": datasets.Image(),
+            "images": datasets.List(datasets.Image()),
+            "prompt": datasets.Value("string"),
+        }
+    )
+    data = data.rename_column("more", "images").cast(kinds)
+    data.save_to_disk(tmp_path / "saved")
+    faults = Counter(candidate.fault for candidate in hub_candidates(str(tmp_path / "saved"), seed=0))
+    assert faults == {"an image or another medium": 2, None: 1}
+
+
+def test_a_dataset_may_be_a_log_and_several_configurations_are_named(tmp_path, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    log = {
+        "request": json.dumps({"messages": [ASK]}),
+        "response": json.dumps({"choices": [{"message": SAY}]}),
+    }
+    for name in ("chat", "code"):
+        (tmp_path / f"set/{name}").mkdir(parents=True)
+        (tmp_path / f"set/{name}/train.jsonl").write_text(json.dumps(log) + "\n")
+    (tmp_path / "set/README.md").write_text(
+        "---\nconfigs:\n- {config_name: chat, data_files: chat/*.jsonl}\n"
+        "- {config_name: code, data_files: code/*.jsonl}\n---\n"
+    )
+    (found,) = hub_candidates(f"{tmp_path}/set:chat/train", seed=0)
+    assert [message["role"] for message in found.chat.messages] == CHAT
+    with pytest.raises(DeepSpecError, match=r"could not be loaded \(.*chat.*code.*\); check") as caught:
+        list(hub_candidates(f"{tmp_path}/set", seed=0))
+    assert "\n" not in str(caught.value)
 
 
 def test_long_texts_full_of_marks_are_read_in_no_time():

@@ -168,6 +168,15 @@ def test_parallel_calls_are_paired_by_id_and_by_place():
     assert [m["tool_call_id"] for m in chat.messages[2:]] == [c["id"] for c in chat.messages[1]["tool_calls"]]
 
 
+def test_results_without_ids_are_paired_by_their_names_or_else_by_place():
+    calls = [{"function": {"name": name, "arguments": {}}} for name in ("look", "listen")]
+    for names, order in ((("listen", "look"), [1, 0]), ((None, None), [0, 1]), (("hear", "see"), [0, 1])):
+        results = [{"role": "function", "name": name, "content": "x"} for name in names]
+        chat = read_row({"messages": [ASK, {"role": "assistant", "tool_calls": calls}, *results, SAY]}).chat
+        ids = [call["id"] for call in chat.messages[1]["tool_calls"]]
+        assert [message["tool_call_id"] for message in chat.messages[2:4]] == [ids[i] for i in order]
+
+
 def test_thoughts_are_read_from_fields_and_parts():
     field = {"role": "assistant", "content": "4", "reasoning_content": "2+2"}
     parts = {
@@ -359,6 +368,28 @@ def test_a_line_beyond_all_bounds_is_counted_and_not_read(tmp_path, monkeypatch)
     assert [candidate.turns for candidate in source] == [["What is it?"]]
 
 
+@pytest.mark.parametrize("indent", [None, 2])
+def test_a_json_array_is_read_an_element_at_a_time(tmp_path, monkeypatch, indent):
+    monkeypatch.setattr("deepspec.messages.sources._CHUNK", 64)
+    rows = [{"turns": [f"What is fact {i}, \u2028 please?"]} for i in range(40)]
+    path = tmp_path / "p.json"
+    path.write_text("\ufeff" + json.dumps([*rows, {"turns": 3}], indent=indent, ensure_ascii=False))
+    built = build(path, max_malformed_share=0.1)
+    assert {row["turns"][0] for row in built.rows} == {row["turns"][0] for row in rows}
+    (found,) = built.manifest["sources"].values()
+    assert found["unusable"] == {"a field of another type": {"rows": 1, "first_line": 41}}
+    path.write_text(json.dumps(rows, indent=indent)[:-40])
+    with pytest.raises(DeepSpecError, match=r"p\.json: element 40 of the array cannot be read: ") as caught:
+        build(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_file_of_arrays_is_no_array(tmp_path):
+    path = lines(tmp_path / "p.jsonl", [ASK], [ASK, SAY])
+    with pytest.raises(DeepSpecError, match=r"p\.jsonl:1: malformed line: expected an object, found list"):
+        build(path)
+
+
 def test_a_packed_file_gives_the_same_prompts(tmp_path):
     path = bad_file(tmp_path / "p.jsonl", 300)
     (tmp_path / "p.jsonl.gz").write_bytes(gzip.compress(path.read_bytes()))
@@ -403,7 +434,7 @@ def test_a_dataset_s_refused_rows_are_rejected_by_their_kind(tmp_path):
     rows = [
         {"messages": [ASK, SAY]},
         {"messages": [ASK, SAY, SAY]},
-        {"messages": [{"role": "bot", "content": "x"}]},
+        {"messages": [{"role": "narrator", "content": "x"}]},
     ]
     Dataset.from_list(rows).save_to_disk(tmp_path / "saved")
     faults = Counter(candidate.fault for candidate in hub_candidates(f"{tmp_path}/saved", seed=0))
