@@ -379,7 +379,7 @@ def _check_drafter(drafter: Drafter, tree: Shape, target: Target) -> None:
         raise DeepSpecError(
             f"the drafter's vocabulary has {drafter.vocab_size} tokens, the target's {target.vocab_size}"
         )
-    if not target.verdict.trees and not isinstance(tree, Chain):
+    if not target.verdict.trees and tree.draws != "chain":
         raise DeepSpecError(
             f"{target.source}: this target verifies chains, not trees: {target.verdict.reason or target.verdict.body}"
         )

@@ -51,6 +51,15 @@ NOT_YET = {
         engine="vLLM", where="the speculators format has it since speculators#1006, vllm#52816 would read it"
     ),
     ("sglang", "dflash2"): NOT_RELEASED.format(engine="SGLang", where="sglang#35371 proposes it"),
+    (
+        "speculators",
+        "mtp",
+    ): "a next-token module is served from the target's own checkpoint; export --to vllm",
+    (
+        "llamacpp",
+        "mtp",
+    ): "llama.cpp takes a next-token module inside the target's GGUF, which is not written here; "
+    f"export --to vllm, and {CONVERT}",
 }
 
 

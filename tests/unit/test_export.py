@@ -116,6 +116,8 @@ def test_two_exports_of_a_draft_have_the_same_bytes(kind, target, tmp_path):
         ("dflash2", "sglang", {}, "sglang#35371 proposes it"),
         ("mtp", "vllm", {}, "engines run next-token modules of families whose checkpoints bring them"),
         ("mtp", "tgi", {}, "train medusa"),
+        ("mtp", "speculators", {}, "export --to vllm"),
+        ("mtp", "llamacpp", {}, "convert_hf_to_gguf"),
         ("eagle3", "vllm", {"sliding_window": 9}, "its attention has a window"),
         ("dflash", "sglang", {"causal": True}, "causal: false"),
         ("dspark", "vllm", {"sliding_window": 9}, "no sliding_window"),

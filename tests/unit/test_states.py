@@ -11,6 +11,8 @@ from deepspec.decoding.engine import generate
 from deepspec.decoding.request import Sampling
 from deepspec.decoding.shapes import BestFirst
 from deepspec.errors import DeepSpecError
+from deepspec.evaluation.contest import DecodingConfig
+from deepspec.evaluation.trace import trace
 from deepspec.target import states
 from deepspec.target.attention import ForwardPass
 from deepspec.target.model import load_target
@@ -68,6 +70,14 @@ def test_features_of_a_chain_are_those_of_one_pass(hybrid):
 def test_a_tree_is_refused_in_one_line(hybrid):
     with pytest.raises(DeepSpecError, match=r"verifies chains, not trees: layer \d keeps a \w+$"):
         generate(hybrid, Guesser({}), prompts(1)[0], 4, tree=BestFirst(2, 3, 6))
+
+
+def test_a_chain_is_shown_token_by_token(hybrid):
+    """As an evaluation shows a few generations."""
+    (prompt,) = prompts(1)
+    drafter = MarkovDrafter(hybrid, CASE)
+    shown = trace(hybrid, DecodingConfig("draft", drafter), prompt, 1.0, 6, seed=0)
+    assert len(shown["tokens"]) == 6 and {token["origin"] for token in shown["tokens"]} <= {"draft", "target"}
 
 
 @pytest.fixture(scope="module")

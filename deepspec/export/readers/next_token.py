@@ -63,12 +63,15 @@ class _Module:
         below = f"{self.prefix}{names.layer}"
         layer = [name for name in self.source.weights if name.startswith(below) and name not in parts]
         state = {f"layers.0.{name.removeprefix(below)}": self.source.take(name) for name in layer}
-        state["norm.weight"] = self.part(names.norm)
+        state |= {
+            "norm.weight": self.part(names.norm),
+            "embed_tokens.weight": torch.zeros(1, config.hidden_size),
+        }
         single = _single(config, any(".experts." in name for name in layer))
         kind = type(AutoModel.from_config(single))
         options = {"config": single, "state_dict": state, "dtype": torch.float32}
         loaded, info = kind.from_pretrained(None, output_loading_info=True, **options)
-        if lacking := sorted(set(info["missing_keys"]) - {"embed_tokens.weight"}):
+        if lacking := sorted(info["missing_keys"]):
             raise Unreadable(f"{lacking[0]} is missing: an engine would leave it at its initial value")
         return loaded.eval()
 
