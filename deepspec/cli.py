@@ -333,7 +333,9 @@ def doctor(
     """Check this machine and checkout, and say what to mend; exits with 1 if something must be mended."""
     from deepspec.commands.doctor import run, run_target
 
-    raise typer.Exit(0 if (run_target(target, root) if target else run(root)) else 1)
+    sound: list[bool] = []
+    status = guarded(lambda: sound.append(run_target(target, root) if target else run(root)))
+    raise typer.Exit(status or int(sound != [True]))
 
 
 @app.command(rich_help_panel="Tools")

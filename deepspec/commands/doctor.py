@@ -51,6 +51,8 @@ def examine_as_target(source: str, root: Path) -> Iterator[Check]:
     """Check whether it decodes as transformers does, its draft shapes, its drafters, and engines that serve them."""
     from deepspec.drafters.suitable import intended
     from deepspec.export.suitable import in_words, refusals
+    from deepspec.target.chat import check_renders
+    from deepspec.target.checks import not_applied
     from deepspec.target.model import examine_target, load_target
 
     verdict = examine_target(source)
@@ -62,10 +64,14 @@ def examine_as_target(source: str, root: Path) -> Iterator[Check]:
     yield Check("chains", True, "verified")
     yield Check("trees", True, "verified" if verdict.trees else f"refused: {verdict.reason}")
     target = load_target(source, device="cpu")
+    check_renders(source, target.tokenizer, target.chat_template_kwargs)
     transform = target.head_transform
     yield Check(
         "head", True, "plain" if transform.plain else "with a scale, bias or soft cap, which the loss knows"
     )
+    if changing := not_applied(target.generation_config):
+        advice = "an engine may apply it: compare without"
+        yield Check("generation_config.json", True, f"not applied here: {', '.join(changing)}", advice)
     params = load_params(root / "params.yaml")
     networks, refused = intended(target, params.drafters)
     for name in params.drafters:
@@ -167,36 +173,53 @@ def _params(root: Path) -> Check:
 
 
 def _target(root: Path) -> Check:
-    """Check the target's metadata alone: loading a large one would take minutes."""
+    """Check the target's files, as those of its record, and its template; loading a large one would take minutes."""
     directory = root / "data/target"
     if not directory.is_dir():
         return Check("data/target", True, "not there yet", "made by `dvc repro`")
     try:
         from transformers import AutoConfig, AutoTokenizer
 
-        config = AutoConfig.from_pretrained(directory)
-        tokenizer = AutoTokenizer.from_pretrained(directory)
-        record = json.loads((directory / "deepspec.json").read_text())
-    except Exception as error:
-        reason = " ".join(str(error).split())[:160]
-        return Check("data/target", False, f"cannot be loaded: {reason}", "dvc repro --force target")
-    if not tokenizer.chat_template:
+        from deepspec.target.identity import target_record
+        from deepspec.target.source import from_pretrained
+        from deepspec.target.template import check_there
+
+        digest = _digest(directory)
+        config = from_pretrained(AutoConfig, str(directory))
+        check_there("data/target", from_pretrained(AutoTokenizer, str(directory)))
+        record = target_record(directory)
+    except (DeepSpecError, ImportError) as error:
+        return Check("data/target", False, str(error), "dvc repro --force target")
+    if not record:
         return Check(
-            "data/target", False, "its tokenizer has no chat template", "use an instruction-tuned target"
+            "data/target", False, "not written by the stage: no record of it", "dvc repro --force target"
         )
-    return Check("data/target", True, f"{record['source']}, {config.model_type}, digest {record['digest']}")
+    return Check("data/target", True, f"{record.get('source')}, {config.model_type}, digest {digest}")
+
+
+def _digest(directory: Path) -> str:
+    """Return the digest of the target's files as they are, which must be those of its record."""
+    from deepspec.target.checks import check_files, check_source
+    from deepspec.target.identity import directory_digest
+
+    check_source(str(directory))
+    return directory_digest(directory, check_files)
 
 
 def _drafts(root: Path) -> Iterator[Check]:
     """Check that each draft was trained for the present target; it works with no other."""
-    target = root / "data/target/deepspec.json"
     for directory in sorted(path for path in (root / "data/drafts").glob("*") if path.is_dir()):
         name = f"data/drafts/{directory.name}"
         retrain = f"dvc repro train@{directory.name}"
         try:
             made_for = json.loads((directory / "deepspec.json").read_text())["target_digest"]
-            current = json.loads(target.read_text())["digest"]
-        except (OSError, ValueError, KeyError) as error:
+            current = _digest(root / "data/target")
+        except DeepSpecError as error:
+            yield Check(
+                name, False, f"cannot be compared with the target: {error}", "dvc repro --force target"
+            )
+            continue
+        except (OSError, ValueError, LookupError, TypeError, ImportError) as error:
             yield Check(
                 name, False, f"cannot be compared with the target: {type(error).__name__}: {error}", retrain
             )

@@ -16,6 +16,7 @@ from deepspec.stages.common import stage
 def main(params: Params, flags: argparse.Namespace) -> None:
     from deepspec.drafters.suitable import intended
     from deepspec.export.suitable import in_words, refusals
+    from deepspec.target.checks import not_applied
     from deepspec.target.model import load_target, resolve_target
 
     target = params.target
@@ -31,6 +32,8 @@ def main(params: Params, flags: argparse.Namespace) -> None:
     drafters = {name: params.drafters[name] for name in params.pipeline}
     loaded = load_target("data/target", device="cpu")
     networks, refused = intended(loaded, drafters)
+    if changing := not_applied(loaded.generation_config):
+        print(f"generation_config.json: not applied here: {', '.join(changing)}")
     for name, engines in refusals(loaded, networks).items():
         print(f"{name}: engines that can serve it: {in_words(engines)}")
     if refused:

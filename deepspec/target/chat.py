@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from deepspec.errors import DeepSpecError
 from deepspec.files import digest
 
+_PROBE = "deepspec"  # a word that no template has of its own
+_ASKED = {"role": "user", "content": _PROBE}
 _SHORT = 9  # letters and digits of an id that every template takes
 _THOUGHTS = ("reasoning_content", "reasoning", "thinking")  # names that templates know a thought by
 
@@ -75,7 +78,8 @@ def render(
 
     A thought has every name that templates know it by. The arguments of tool calls are objects to the template, as
     transformers asks; a template that joins them to its own text gets them as JSON. A template that refuses the ids of
-    calls (Mistral's asks for nine letters or digits) gets others, the same for a call and its result.
+    calls (Mistral's asks for nine letters or digits) gets others, the same for a call and its result. One that shows
+    words only as parts of a message gets them so.
 
     Args:
         source: the target's name, for errors.
@@ -89,6 +93,41 @@ def render(
     if any(message.get("tool_calls") for message in messages):
         named = with_short_ids(messages)
         forms += [with_text_arguments(messages), named, with_text_arguments(named)]
+    asked = partial(_rendered, tokenizer, source, add_generation_prompt, tools, options)
+    text, error = asked(forms)
+    if (text is None or _last_words(messages) not in text) and _wants_parts(tokenizer, source, options):
+        text, error = asked([in_parts(form) for form in forms])
+    if text is None:
+        words = " ".join(str(error).split())
+        raise DeepSpecError(f"{source}: the chat template refuses this conversation: {words}") from error
+    return text
+
+
+def check_renders(source: str, tokenizer: Any, chat_template_kwargs: Mapping[str, Any] | None = None) -> None:
+    """Refuse a template that takes no user's turn, with a system message before it or without, or hides its words."""
+    refusal: DeepSpecError | None = None
+    for before in ([], [{"role": "system", "content": "Be brief."}]):
+        try:
+            text = render(tokenizer, source, [*before, _ASKED], True, (), chat_template_kwargs)
+        except DeepSpecError as error:
+            refusal = refusal or error
+            continue
+        if _PROBE not in text.lower():
+            raise DeepSpecError(f"{source}: the chat template does not show what a user says; mend it")
+        return
+    if refusal is not None:
+        raise refusal
+
+
+def _rendered(
+    tokenizer: Any,
+    source: str,
+    add_generation_prompt: bool,
+    tools: Sequence[Mapping[str, Any]],
+    options: Mapping[str, Any],
+    forms: Sequence[Sequence[Mapping[str, Any]]],
+) -> tuple[str | None, Exception | None]:
+    """Return the text of the first form that the template takes, or why it refuses the first."""
     error: Exception | None = None
     for form in forms:
         try:
@@ -107,9 +146,32 @@ def render(
         except Exception as raised:  # whatever a template does
             error = error or raised
         else:
-            return text
-    words = " ".join(str(error).split())
-    raise DeepSpecError(f"{source}: the chat template refuses this conversation: {words}") from error
+            return text, None
+    return None, error
+
+
+def _last_words(messages: Sequence[Mapping[str, Any]]) -> str:
+    """Return what the user says last, as a template that trims it shows it."""
+    said = [message.get("content") for message in messages if message.get("role") == "user"]
+    return said[-1].strip() if said and isinstance(said[-1], str) else ""
+
+
+def _wants_parts(tokenizer: Any, source: str, options: Mapping[str, Any]) -> bool:
+    """Return whether a template shows words only as parts of a message, as some of models that also see do."""
+    asked = partial(_rendered, tokenizer, source, True, (), options)
+    (whole, _), (parts, _) = asked([[_ASKED]]), asked([in_parts([_ASKED])])
+    shown = parts is not None and _PROBE in parts and "'type'" not in parts
+    return shown and (whole is None or _PROBE not in whole)
+
+
+def in_parts(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return the messages with their texts as lists of one part, as OpenAI's API has them beside images."""
+    return [
+        {**message, "content": [{"type": "text", "text": message["content"]}]}
+        if isinstance(message.get("content"), str)
+        else dict(message)
+        for message in messages
+    ]
 
 
 def with_named_thoughts(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from deepspec.errors import DeepSpecError
-from deepspec.target.source import from_pretrained
+from deepspec.target.source import from_pretrained, model_class
 from deepspec.target.weights import read_named, weight_places
 
 
@@ -97,7 +97,7 @@ def skeleton(source: str, config: Any) -> PreTrainedModel:
     """Return the modules of a model without memory for their weights."""
     try:
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config)
+            return model_class(config).from_config(config)
     except Exception as error:
         said = " ".join(str(error).split())[:160] or type(error).__name__
         raise DeepSpecError(f"{source}: cannot be loaded as a target: {said}") from error

@@ -15,12 +15,28 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from deepspec.errors import DeepSpecError, os_reason
 from deepspec.target.source import is_hub_id
+from deepspec.target.weights import read_by_transformers
 
 READ = ("config.json", "generation_config.json", "tokenizer_config.json", "special_tokens_map.json")
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
 ADAPTER, INDEX = "adapter_config.json", ".index.json"
 _FLOATS = frozenset(["F64", "F32", "F16", "BF16"])
 _SCALES = ("scale", "scales", "scale_inv", "absmax", "zeros")  # beside weights that are quantised
+_CHANGING = {  # settings of `generate` → what changes nothing
+    "repetition_penalty": 1,
+    "no_repeat_ngram_size": 0,
+    "min_length": 0,
+    "min_new_tokens": 0,
+    "bad_words_ids": None,
+    "sequence_bias": None,
+    "suppress_tokens": None,
+    "begin_suppress_tokens": None,
+    "forced_bos_token_id": None,
+    "forced_eos_token_id": None,
+    "exponential_decay_length_penalty": None,
+    "guidance_scale": 1,
+    "num_beams": 1,
+}
 _DENSE = ("bitnet",)  # methods whose files may hold weights as they were trained
 
 
@@ -44,14 +60,16 @@ def check_source(source: str) -> None:
 def check_files(directory: Path) -> None:
     """Refuse a directory whose files are broken, incomplete, or not what its configuration says they are.
 
+    Weights that transformers does not read are let be: an index of others that were not fetched, another layout's.
+
     Raises:
         DeepSpecError: settings that cannot be read, a shard that is not there or was cut short, or dense weights
             under a configuration of quantised ones.
     """
     settings = {name: _settings(directory / name) for name in READ if (directory / name).exists()}
-    for index in sorted(directory.glob(f"*{INDEX}")):
-        _check_shards(index)
-    headers = {path.name: _header(path) for path in sorted(directory.glob("*.safetensors"))}
+    first = read_by_transformers(directory)
+    files = [] if first is None else _shards(first) if first.name.endswith(INDEX) else [first]
+    headers = {path.name: _header(path) for path in files if path.suffix == ".safetensors"}
     _check_quantised(directory, settings.get("config.json", {}), headers)
 
 
@@ -86,6 +104,15 @@ def stop_tokens(generation: Any) -> tuple[Any, ...]:
     return tuple(i for i in (stops if isinstance(stops, (list, tuple)) else [stops]) if i is not None)
 
 
+def not_applied(generation: Any) -> tuple[str, ...]:
+    """Return the settings of a generation config that change greedy answers of `generate`, and that nothing here reads.
+
+    Here a target's law is its model's own.
+    """
+    held = {name: getattr(generation, name, None) for name in _CHANGING}
+    return tuple(f"{name} {x}" for name, x in held.items() if x not in (None, [], _CHANGING[name]))
+
+
 def _unmerged(path: Path) -> str:
     base = _settings(path).get("base_model_name_or_path")
     return (
@@ -107,13 +134,16 @@ def _settings(path: Path) -> dict[str, Any]:
     return found
 
 
-def _check_shards(index: Path) -> None:
+def _shards(index: Path) -> list[Path]:
+    """Return the shards of an index, all of which must be there."""
     named = _settings(index).get("weight_map")
     if not isinstance(named, dict):
         raise DeepSpecError(f"{index}: not an index of shards (no weight_map in it)")
-    for name in sorted(set(map(str, named.values()))):
-        if not (index.parent / name).is_file():
-            raise DeepSpecError(f"{index}: names {name}, which is not there; fetch the directory again")
+    paths = [index.parent / name for name in sorted(set(map(str, named.values())))]
+    for path in paths:
+        if not path.is_file():
+            raise DeepSpecError(f"{index}: names {path.name}, which is not there; fetch the directory again")
+    return paths
 
 
 def _header(path: Path) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from deepspec.errors import DeepSpecError
 from deepspec.files import replacing
 from deepspec.target import template
 from deepspec.target.attention import CACHE_LENGTH, NAME, ForwardPass, KVCache
+from deepspec.target.chat import check_renders
 from deepspec.target.checks import check_files, check_source, check_vocabulary
 from deepspec.target.embedded import PREFIX, write_embedded
 from deepspec.target.ends import H_LAST, Ends, final_norm
@@ -105,6 +106,7 @@ def resolve_target(
             written.save_pretrained(scratch)
         digest = directory_digest(scratch)
         options = dict(chat_template_kwargs or {})
+        check_renders(source, written, options)
         verdict = _examine(str(scratch), source, digest)
         refuse(source, verdict)
         record: dict[str, Any] = {"source": source, "revision": revision, "dtype": dtype}

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -90,18 +91,18 @@ def examine(digest: str, load: Load, wrap: Wrap, fresh: bool = False) -> Verdict
     if not fresh and (found := kept_verdict(digest)) is not None:
         return found
     verdict, kept = _examine(load, wrap), _record(digest)
-    kept.parent.mkdir(parents=True, exist_ok=True)
-    write_json(kept, asdict(verdict))
+    with suppress(OSError):  # a home that is not to be written to
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        write_json(kept, asdict(verdict))
     return verdict
 
 
 def kept_verdict(digest: str) -> Verdict | None:
     """Return the verdict that the user's cache has on a target; None where it was not tested with this code."""
-    kept = _record(digest)
-    if not kept.exists():
-        return None
-    found = json.loads(kept.read_text())
-    return Verdict(**found | {name: tuple(found[name]) for name in ("shortened", "unreached")})
+    with suppress(OSError, ValueError, KeyError, TypeError):  # none, or one that cannot be read
+        found = json.loads(_record(digest).read_text())
+        return Verdict(**found | {name: tuple(found[name]) for name in ("shortened", "unreached")})
+    return None
 
 
 def _record(digest: str) -> Path:

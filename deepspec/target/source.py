@@ -24,7 +24,7 @@ from deepspec.target.identity import TEXT, WEIGHTS
 
 def is_hub_id(source: str) -> bool:
     path = Path(source)
-    return source.count("/") == 1 and not source.startswith((".", "/")) and not path.parent.is_dir()
+    return source.count("/") == 1 and not source.startswith((".", "/", "~")) and not path.parent.is_dir()
 
 
 def hub_directory(source: str, revision: str | None = None) -> Path:
@@ -50,14 +50,18 @@ def local_directory(source: str) -> Path | None:
 
 
 def from_pretrained(cls: Any, source: str | None, **options: Any) -> Any:
-    """`from_pretrained`, its many errors turned into one line."""
+    """`from_pretrained`, its many errors turned into one line; code that comes with a model is not run."""
+    if cls.__name__.startswith("Auto"):
+        options["trust_remote_code"] = False
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     try:
         return cls.from_pretrained(source, **options)
     except Exception as error:
-        raise DeepSpecError(f"{source}: cannot be loaded as a target: {_first_line(error)}") from error
+        own_code = "trust_remote_code=True" in str(error)
+        reason = "it needs code of its own, which is not run here" if own_code else _first_line(error)
+        raise DeepSpecError(f"{source}: cannot be loaded as a target: {reason}") from error
     finally:
         transformers_logging.set_verbosity(verbosity)
 
@@ -110,17 +114,22 @@ def length_limit(config: Any) -> int:
     tokens and of other requests included, so what is cached no longer fits: such a model is run up to that length.
     """
     limit = getattr(config, "max_position_embeddings", None) or 1 << 20
-    rope = getattr(config, "rope_parameters", None) or {}
-    if "longrope" in (rope.get("rope_type"), rope.get("type")):
-        original = rope.get("original_max_position_embeddings") or getattr(
-            config, "original_max_position_embeddings", None
-        )
-        limit = min(limit, original or limit)
+    whole = getattr(config, "rope_parameters", None) or {}
+    ropes = [whole, *(rope for rope in whole.values() if isinstance(rope, dict))]  # one a kind of layers
+    for rope in ropes:
+        if "longrope" in (rope.get("rope_type"), rope.get("type")):
+            original = rope.get("original_max_position_embeddings") or getattr(
+                config, "original_max_position_embeddings", None
+            )
+            limit = min(limit, original or limit)
     return limit
 
 
 def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    said = str(error).strip().splitlines()[:1]
+    if isinstance(error, (LookupError, AttributeError, TypeError)):  # whose words alone say little
+        return ": ".join([type(error).__name__, *said])
+    return said[0] if said else type(error).__name__
 
 
 def decoder_layers(model: nn.Module, count: int) -> nn.ModuleList:

@@ -24,6 +24,7 @@ from deepspec.errors import DeepSpecError, os_reason
 WEIGHTS = "model.safetensors"
 FILES = (WEIGHTS, "pytorch_model.bin", "medusa_lm_head.safetensors", "medusa_lm_head.pt")
 INDICES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+_READ = (WEIGHTS, INDICES[0], "pytorch_model.bin", INDICES[1])  # by transformers, the first that is there
 T = TypeVar("T")
 _DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 
@@ -57,6 +58,11 @@ def weight_files(directory: Path) -> list[Path]:
     raise DeepSpecError(f"{directory}: no weights ({', '.join(FILES)}, or an index of shards){said}")
 
 
+def read_by_transformers(directory: Path) -> Path | None:
+    """Return the file of weights or the index of shards that transformers reads, whatever lies beside it."""
+    return next((directory / name for name in _READ if (directory / name).is_file()), None)
+
+
 def stored(directory: Path) -> dict[str, Stored]:
     """Return shape and dtype of all weights by name; of safetensors only the headers are read."""
     found: dict[str, Stored] = {}
@@ -81,16 +87,14 @@ def read_weights(directory: Path, names: Mapping[str, str] | None = None) -> dic
 
 
 def weight_places(directory: Path) -> dict[str, Path]:
-    """Return the file of each weight by its name; where an index names them, no shard is opened.
+    """Return the file of each weight of a target by its name; where an index names them, no shard is opened.
 
     Raises:
         DeepSpecError: no weights, or files that cannot be read.
     """
-    for name in INDICES:
-        index = directory / name
-        if index.exists():
-            return {weight: directory / file for weight, file in _weight_map(index).items()}
-    (path,) = weight_files(directory)
+    path = read_by_transformers(directory) or weight_files(directory)[0]
+    if path.name in INDICES:
+        return {weight: directory / file for weight, file in _weight_map(path).items()}
     return dict.fromkeys(names_in(path), path)
 
 

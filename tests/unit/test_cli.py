@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -50,6 +51,18 @@ def test_nothing_heavy_is_imported_where_it_is_not_needed(modules, heavy):
     code = f"import sys, {', '.join(modules)}; print({heavy} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
+
+
+def test_the_doctor_refuses_a_target_in_one_line(run, tiny_target, tmp_path):
+    copy = shutil.copytree(tiny_target, tmp_path / "target")
+    (copy / "tokenizer.json").unlink()
+    for source, words in (
+        (str(copy), "the target has no tokenizer"),
+        ("./nowhere", "no such target directory"),
+    ):
+        result = run("doctor", "--target", source)
+        assert result.exit_code == 2
+        assert result.stderr.startswith(f"error: {source}: {words}") and result.stderr.count("\n") == 1
 
 
 def test_a_stage_shows_its_own_flags(run):

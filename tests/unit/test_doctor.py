@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from deepspec.commands import doctor
+from deepspec.target.identity import directory_digest
 
 ROOT = Path(__file__).parents[2]
 
@@ -20,10 +21,11 @@ def checkout(tmp_path, tiny_target):
     for name in ("params.yaml", "constraints.txt"):
         shutil.copy(ROOT / name, tmp_path)
     target = shutil.copytree(tiny_target, tmp_path / "data/target")
-    (target / "deepspec.json").write_text(json.dumps({"source": "tiny", "digest": "d1"}))
+    digest = directory_digest(target)
+    (target / "deepspec.json").write_text(json.dumps({"source": "tiny", "digest": digest}))
     draft = tmp_path / "data/drafts/mine"
     draft.mkdir(parents=True)
-    (draft / "deepspec.json").write_text(json.dumps({"target_digest": "d1"}))
+    (draft / "deepspec.json").write_text(json.dumps({"target_digest": digest}))
     return tmp_path
 
 
@@ -35,7 +37,7 @@ def test_a_sound_checkout_passes(checkout, capsys):
     assert doctor.run(checkout)
     out = capsys.readouterr().out
     assert "data/drafts/mine" in out
-    assert "tiny, llama, digest d1" in out
+    assert f"tiny, llama, digest {directory_digest(checkout / 'data/target')}" in out
 
 
 def test_a_fresh_clone_passes_with_a_note(tmp_path):
@@ -49,9 +51,30 @@ def test_a_draft_of_another_target_must_be_trained_anew(checkout, capsys):
     (checkout / "data/drafts/mine/deepspec.json").write_text(json.dumps({"target_digest": "d2"}))
     check = examined(checkout)["data/drafts/mine"]
     assert not check.ok
-    assert "for target d2, not d1" in check.found
+    assert f"for target d2, not {directory_digest(checkout / 'data/target')}" in check.found
     assert check.mend == "dvc repro train@mine"
     assert not doctor.run(checkout)
+
+
+@pytest.mark.parametrize("file", ["generation_config.json", "tokenizer.json", "model.safetensors"])
+def test_a_target_whose_files_are_not_those_of_its_record_must_be_made_anew(file, checkout):
+    path = checkout / "data/target" / file
+    held = bytearray(path.read_bytes())
+    if file.endswith(".json"):
+        held += b"\n"
+    else:
+        held[-1] ^= 1
+    path.write_bytes(held)
+    checks = examined(checkout)
+    for name in ("data/target", "data/drafts/mine"):
+        assert not checks[name].ok and checks[name].mend == "dvc repro --force target"
+        assert "its files were changed since they were written" in checks[name].found
+
+
+def test_a_target_without_a_record_is_none_of_the_stage(checkout):
+    (checkout / "data/target/deepspec.json").unlink()
+    check = examined(checkout)["data/target"]
+    assert not check.ok and "no record" in check.found and check.mend == "dvc repro --force target"
 
 
 def test_a_target_that_cannot_be_loaded_is_named(checkout):

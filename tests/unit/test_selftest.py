@@ -12,6 +12,7 @@ from deepspec.decoding.engine import generate
 from deepspec.errors import DeepSpecError
 from deepspec.target import selftest
 from deepspec.target.attention import NAME
+from deepspec.target.ends import load_ends
 from deepspec.target.model import Target, examine_target, load_target, resolve_target
 from deepspec.target.reaches import reaches, reduced, resized
 from deepspec.target.selftest import ATTENTION, STATES, STEPS, Verdict, examine
@@ -225,6 +226,12 @@ def test_a_model_that_also_sees_is_a_target_for_text(family, tmp_path):
     )
     (found,) = generate(target, None, ids.tolist(), max_new_tokens=24)
     assert found.tokens == expected[0, 60:].tolist()[: len(found.tokens)] and len(found.tokens) > 2
+    ends = load_ends(tmp_path / "copy")
+    assert torch.equal(ends.embeddings, target.embeddings) and torch.equal(
+        ends.head_weight, target.head_weight
+    )
+    hidden = torch.randn(2, target.hidden_size)
+    assert torch.equal(ends.normed(hidden), target.normed(hidden))
 
 
 def test_a_verdict_is_kept_under_the_digest(tmp_path):
@@ -234,6 +241,22 @@ def test_a_verdict_is_kept_under_the_digest(tmp_path):
     assert len(kept) == 1 and examine_target(path) == found
     examine_target(make_target(tmp_path / "other", seed=1))
     assert len(list((tmp_path / "home").rglob("selftests/*.json"))) == 2
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"body": "ours"}', '{"shortened": null, "unreached": 1}'])
+def test_a_kept_verdict_that_cannot_be_read_is_found_anew(text, tmp_path):
+    path = make_target(tmp_path / "target")
+    expected = examine_target(path)
+    (kept,) = (tmp_path / "home").rglob("selftests/*.json")
+    kept.write_text(text)
+    assert examine_target(path) == expected == examine_target(path)
+
+
+def test_a_home_that_is_not_to_be_written_to_keeps_no_verdict(tmp_path, monkeypatch):
+    path = make_target(tmp_path / "target")
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("HOME", str(tmp_path / "file"))
+    assert examine_target(path).refusal is None
 
 
 FAR = {"sliding_window": 4096, "max_position_embeddings": 8192}  # no prompt of the test is so long

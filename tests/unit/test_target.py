@@ -120,6 +120,9 @@ def test_longrope_is_run_up_to_the_length_where_its_factors_change(tmp_path):
     rope = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 200, **factors}
     config = LlamaConfig(max_position_embeddings=4096, rope_parameters=rope)
     assert length_limit(config) == 200
+    of_kinds = {"full_attention": rope, "sliding_attention": {"rope_type": "default", "rope_theta": 1e4}}
+    config.rope_parameters = of_kinds
+    assert length_limit(config) == 200
     assert length_limit(LlamaConfig(max_position_embeddings=4096)) == 4096
 
 
@@ -224,6 +227,65 @@ def test_a_template_that_raises_is_one_line_with_its_words(tmp_path):
         ) as error:
             asked()
         assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("template", "words"),
+    [
+        ("{{ raise_exception('only on\nTuesdays') }}", "the chat template refuses .*: only on Tuesdays$"),
+        ("{% for m in messages %}{{ m.content }", "the chat template refuses .*: unexpected"),
+        ("Hello.", "the chat template does not show what a user says"),
+    ],
+)
+def test_a_template_that_renders_no_question_is_refused_at_the_door(template, words, tmp_path):
+    shutil.copy(Path(__file__).parents[2] / "params.yaml", tmp_path)
+    path = make_target(tmp_path / "target")
+    (path / "chat_template.jinja").write_text(template)
+    for enter in (
+        lambda: resolve_target(str(path), None, "float32", tmp_path / "out"),
+        lambda: doctor.run_target(str(path), tmp_path),
+    ):
+        with pytest.raises(DeepSpecError, match=words) as caught:
+            enter()
+        assert "\n" not in str(caught.value) and not (tmp_path / "out").exists()
+
+
+def test_a_template_that_wants_a_system_message_is_a_template(tmp_path):
+    path = make_target(tmp_path / "target")
+    written = (path / "chat_template.jinja").read_text()
+    first = "{% if messages[0].role != 'system' %}{{ raise_exception('no system message') }}{% endif %}"
+    (path / "chat_template.jinja").write_text(first + written)
+    resolve_target(str(path), None, "float32", tmp_path / "out")
+
+
+PARTS = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% for part in m.content %}{% if part.type == 'image' %}<image>"
+    "{% elif part.type == 'text' %}{{ part.text }}{% endif %}{% endfor %}<|im_end|>\n{% endfor %}"
+)
+
+
+def test_a_template_that_shows_parts_alone_is_given_parts(tmp_path):
+    path = make_target(tmp_path / "target")
+    (path / "chat_template.jinja").write_text(PARTS)
+    target = load_target(path)
+    asked = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": " Why? "},
+        {"role": "assistant", "content": "So."},
+    ]
+    assert target.chat_text(asked) == (
+        "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n Why? <|im_end|>\n"
+        "<|im_start|>assistant\nSo.<|im_end|>\n"
+    )
+    assert target.tokenizer.decode(target.user_prefix_ids()) == "<|im_start|>user\n"
+
+
+@pytest.mark.parametrize("shown", ["m.content[:3]", "m.content | upper", "m.content | tojson"])
+def test_a_template_that_changes_words_is_not_given_parts(shown, tmp_path):
+    path = make_target(tmp_path / "target")
+    (path / "chat_template.jinja").write_text("{% for m in messages %}{{ " + shown + " }}{% endfor %}")
+    text = load_target(path).chat_text([{"role": "user", "content": 'a "cat"'}])
+    assert text in ('a "', 'A "CAT"', r'"a \"cat\""')
 
 
 def test_the_doctor_says_whether_a_directory_can_be_a_target(tmp_path, capsys):

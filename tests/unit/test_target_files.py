@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from deepspec.errors import DeepSpecError
 from deepspec.target.attention import ForwardPass
-from deepspec.target.checks import check_files, stop_tokens
+from deepspec.target.checks import check_files, not_applied, stop_tokens
+from deepspec.target.ends import load_ends
 from deepspec.target.identity import directory_digest
 from deepspec.target.model import examine_target, load_target, resolve_target
 from tests.tiny import cached_target, make_target
@@ -161,6 +162,21 @@ def test_stop_tokens_are_one_several_or_none(directory, stops, found):
     assert set(stop_tokens(target.generation_config)) | {1} == found
 
 
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({}, ()),
+        ({"temperature": 0.6, "do_sample": True, "top_k": 20, "repetition_penalty": 1.0, "num_beams": 1}, ()),
+        ({"repetition_penalty": 1.05, "suppress_tokens": []}, ("repetition_penalty 1.05",)),
+        ({"bad_words_ids": [[3]], "min_new_tokens": 4}, ("min_new_tokens 4", "bad_words_ids [[3]]")),
+        ({"forced_eos_token_id": 1, "forced_bos_token_id": None}, ("forced_eos_token_id 1",)),
+    ],
+)
+def test_settings_that_change_greedy_answers_are_named(settings, said, directory):
+    changed(directory, "generation_config.json", **settings)
+    assert not_applied(load_target(directory).generation_config) == said
+
+
 @pytest.mark.parametrize("method", ["fp8", "mxfp4", "awq", "gptq", "compressed-tensors"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_dense_weights_under_a_quantised_configuration_are_refused(method, dtype, tmp_path):
@@ -242,9 +258,59 @@ def test_a_shard_of_the_index_that_is_missing_or_cut_short_is_refused(directory)
     refused(directory, f"index.json: names {shards[1].name}, which is not there")
 
 
+def test_code_that_comes_with_a_model_is_not_run_nor_asked_about(directory, monkeypatch):
+    monkeypatch.setattr("builtins.input", lambda said="": pytest.fail(f"asked: {said}"))
+    for name in ("configuration_own.py", "modeling_own.py"):
+        (directory / name).write_text(f"open({str(directory / 'ran')!r}, 'w')\n")
+    code = {"AutoConfig": "configuration_own.OwnConfig", "AutoModelForCausalLM": "modeling_own.OwnModel"}
+    assert load_target(changed(directory, "config.json", auto_map=code)).num_layers == 4  # transformers' own
+    changed(directory, "config.json", model_type="own")
+    refused(directory, "cannot be loaded as a target: it needs code of its own, which is not run here$")
+    assert not (directory / "ran").exists()
+
+
 def test_a_file_that_is_no_file_is_refused(directory):
     (directory / "extra.safetensors").symlink_to(directory / "nowhere")
     with pytest.raises(DeepSpecError, match=r"extra\.safetensors: cannot be read: No such file"):
         load_target(directory)
     (directory / "extra.safetensors").unlink()
     check_files(directory)
+
+
+SHARDS = "pytorch_model.bin.index.json"
+MAP = json.dumps({"metadata": {}, "weight_map": {"lm_head.weight": "pytorch_model-00001-of-00002.bin"}})
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        (SHARDS, MAP),
+        (f"{WEIGHTS}.index.json", MAP),
+        ("consolidated.safetensors", POINTER),
+        ("consolidated.safetensors.index.json", MAP),
+    ],
+)
+def test_weights_that_transformers_does_not_read_are_let_be(name, text, directory):
+    expected = load_target(directory)
+    (directory / name).write_text(text)
+    found, ends = load_target(directory), load_ends(directory)
+    assert torch.equal(found.head_weight, expected.head_weight) and found.digest != expected.digest
+    assert torch.equal(ends.embeddings, expected.embeddings)
+    assert torch.equal(ends.head_weight, expected.head_weight)
+
+
+def test_shards_that_transformers_reads_go_before_files_of_pytorch(directory):
+    model = AutoModelForCausalLM.from_pretrained(directory)
+    (directory / WEIGHTS).unlink()
+    model.save_pretrained(directory, max_shard_size="400KB")
+    torch.save({"lm_head.weight": torch.zeros(512, 64)}, directory / "pytorch_model.bin")
+    (directory / SHARDS).write_text(MAP)
+    assert torch.equal(load_target(directory).head_weight, model.lm_head.weight)
+    assert torch.equal(load_ends(directory).head_weight, model.lm_head.weight)
+
+
+@pytest.mark.parametrize("source", ["~/target", "nowhere/at/all"])
+def test_a_home_that_nobody_spelled_out_is_no_hub_id(source):
+    with pytest.raises(DeepSpecError, match=f"^{source}: no such target directory"):
+        load_target(source)
