@@ -9,6 +9,7 @@ from deepspec.drafters.checkpoint import Checkpoint, draft_digest, read_config
 from deepspec.drafters.published.plan import Plan
 from deepspec.drafters.published.recognise import opened, recognise
 from deepspec.drafters.registry import algorithms, reader
+from deepspec.target.ends import Ends
 from deepspec.target.model import Target
 
 _WRITTEN_BY_OTHERS = ("dspark", "dflash", "eagle3", "medusa", "lm")
@@ -47,7 +48,7 @@ def examine(directory: Path, target_layers: int | None = None) -> Plan:
     return recognise(directory, target_layers)
 
 
-def open_draft(directory: Path, target: Target) -> tuple[str, Checkpoint]:
+def open_draft(directory: Path, target: Ends) -> tuple[str, Checkpoint]:
     """
     Return the algorithm that loads a draft directory, and the directory as that algorithm reads it.
 

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 from deepspec.drafters.algorithms.eagle3 import VARIANTS
 from deepspec.drafters.network import Network
 from deepspec.drafters.registry import reader
-from deepspec.target.model import Target
+from deepspec.target.ends import Ends
 
 _LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
@@ -54,7 +54,7 @@ class Described(Protocol):
     @property
     def network(self) -> Any: ...
     @property
-    def target(self) -> Target: ...
+    def target(self) -> Ends: ...
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class Intended:
     kind: str
     config: dict[str, Any]
     network: Network | None
-    target: Target
+    target: Ends
 
 
 def kind_of(config: dict[str, Any]) -> str | None:
@@ -84,7 +84,7 @@ def check(engine: str, draft: Described) -> None:
         each(draft)
 
 
-def refusals(target: Target, networks: Mapping[str, Network | str]) -> dict[str, dict[str, str | None]]:
+def refusals(target: Ends, networks: Mapping[str, Network | str]) -> dict[str, dict[str, str | None]]:
     """Return, of each drafter, engine → None or why it cannot serve what will be trained.
 
     Args:
