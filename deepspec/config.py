@@ -63,6 +63,15 @@ class Params(Section):
                 )
         return self
 
+    @model_validator(mode="after")
+    def _held(self) -> Params:
+        if self.target.engine == "vllm" and self.train.real_decode:
+            raise ValueError(
+                "train.real_decode decodes with the whole target in the trainer, and target.engine is vllm; set "
+                "train.real_decode to false"
+            )
+        return self
+
 
 P = TypeVar("P", bound=Params)
 

@@ -34,7 +34,10 @@ INERT = {
     "deepspec.markdown": "lays out a table that a person reads",
     "deepspec.progress": "progress shown to a person",
     "deepspec.provenance": "says which commit and packages a result is of",
+    "deepspec.retrying": "says when a request is sent again",
     "deepspec.section": "checks the values of params.yaml",
+    "deepspec.serving.environment": "finds the Python that has vLLM",
+    "deepspec.serving.launch": "starts servers; what they answer is judged by who asks",
     "deepspec.stages.common": "flags of a stage",
     "deepspec.training.system": "watches the machine while training runs",
 }

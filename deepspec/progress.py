@@ -19,7 +19,8 @@ import json
 import logging
 import os
 import time
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, TaskID, TextColumn
@@ -30,6 +31,7 @@ logger = logging.getLogger(__name__)
 CHANNEL, TEXT = "DEEPSPEC_PROGRESS", "DEEPSPEC_PROGRESS_TEXT"
 PLAIN_INTERVAL_S = 15.0
 CHANNEL_INTERVAL_S = 1.0
+T = TypeVar("T")
 
 
 class Progress:
@@ -143,6 +145,14 @@ def send(entry: dict[str, Any]) -> None:
     except OSError as error:  # nobody's work ends because nobody can watch it
         logger.warning("%s=%s: %s", CHANNEL, path, error)
         del os.environ[CHANNEL]
+
+
+def watched(items: Sequence[T], what: str) -> Iterator[T]:
+    """Yield the items while progress is shown."""
+    with Progress(what, len(items)) as progress:
+        for item in items:
+            yield item
+            progress.advance()
 
 
 def _clock(seconds: float) -> str:

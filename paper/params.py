@@ -46,6 +46,10 @@ class PaperParams(Params):
     @model_validator(mode="after")
     def _equal(self) -> PaperParams:
         """Drafters of a study differ in what is compared, and in nothing else."""
+        if self.target.engine != "local":
+            raise ValueError(
+                "target.engine: the study runs its target in this project's own engine; set it to local"
+            )
         if 1.0 not in self.evaluate.temperatures:
             raise ValueError("study: evaluate.temperatures lacks 1.0, which the table is of")
         table, ablations = list(self.study.roles.values()), self.study.ablations

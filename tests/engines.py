@@ -27,10 +27,12 @@ class FakeEngine(ThreadingHTTPServer):
         drafted: int = 2,
         encode: Callable[[str], list[int]] | None = None,
         metrics: bool = True,
+        states: Callable[[list[int]], str] | None = None,
     ):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.kind, self.continuation, self.encode, self.metrics = kind, continuation, encode, metrics
         self.accepted, self.drafted = accepted, drafted  # accepted None: no draft is served
+        self.states = states  # writes the states of token ids, and names the file
         self.requests: list[dict[str, Any]] = []
         self.done = self.rounds = 0
 
@@ -71,8 +73,21 @@ class FakeEngine(ThreadingHTTPServer):
         if path != "/v1/completions":
             return None
         tokens, _ = self.decode(body["prompt"], body["max_tokens"])
-        choice = {"index": 0, "text": "...", "finish_reason": "length", "token_ids": tokens}
-        return {"object": "text_completion", "choices": [choice], "usage": {"completion_tokens": len(tokens)}}
+        ended = tokens[-1] in body.get("stop_token_ids", ())
+        reason = (
+            {"finish_reason": "stop", "stop_reason": tokens[-1]} if ended else {"finish_reason": "length"}
+        )
+        choice = {"index": 0, "text": "...", "token_ids": tokens, "prompt_token_ids": body["prompt"]} | reason
+        if "logprobs" in body:
+            choice["logprobs"] = {"top_logprobs": [{"a": -0.7, "b": -0.8}]}
+        reply = {
+            "object": "text_completion",
+            "choices": [choice],
+            "usage": {"completion_tokens": len(tokens)},
+        }
+        if self.states:
+            reply["kv_transfer_params"] = {"hidden_states_path": self.states(body["prompt"])}
+        return reply
 
     def _sglang_get(self, path: str) -> dict | None:
         return {"version": "0.5.15", "speculative_num_steps": 2} if path == "/get_server_info" else None

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import json
 from collections import deque
+from collections.abc import Callable
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,16 +33,25 @@ from deepspec.progress import Progress
 
 if TYPE_CHECKING:
     from deepspec.config import Params
+    from deepspec.decoding.served import Stream
 
 WORK_ROOT = Path(".deepspec/generate")
 
 
 def generate_data(
-    target: Any, params: Params, prompts: str | Path, out: str | Path, work_root: Path = WORK_ROOT
+    target: Any,
+    params: Params,
+    prompts: str | Path,
+    out: str | Path,
+    work_root: Path = WORK_ROOT,
+    decode: Stream | None = None,
 ) -> dict | None:
     """Answer `prompts` and write the data set to `out`; an earlier run that was cut off is continued.
 
     To be called by every process of `accelerate launch` (or torchrun), or by one alone.
+
+    Args:
+        decode: decodes the requests of engine `local`; None: the target does it here.
 
     Returns:
         The manifest; None in all processes but the main one.
@@ -51,7 +62,7 @@ def generate_data(
     state = process_state()
     rows = read_prompts(prompts)
     _check_kinds(rows, params.generate)
-    settings = generation_settings(params)
+    settings = generation_settings(params, served=decode is not None)
     key = {
         "settings": settings,
         "target": target.digest,
@@ -60,7 +71,7 @@ def generate_data(
     }
     directory = Path(work_root) / digest(json.dumps(key, sort_keys=True))
     share = longest_first(rows)[state.process_index :: state.num_processes]
-    _answer_share(target, params, share, directory, state)
+    _answer_share(target, params, share, directory, state, decode)
     state.wait_for_everyone()
     if not state.is_main_process:
         return None
@@ -90,11 +101,17 @@ def process_state() -> PartialState:
     return PartialState(cpu=not torch.accelerator.is_available(), timeout=timedelta(days=7))
 
 
-def generation_settings(params: Params) -> dict[str, Any]:
-    """Return all parameters that an answer depends on; batch size, addresses and time-outs do not count."""
+def generation_settings(params: Params, served: bool = False) -> dict[str, Any]:
+    """Return all parameters that an answer depends on; batch size, addresses and time-outs do not count.
+
+    Args:
+        served: the target answers in vLLM.
+    """
     generate = params.generate
     keys = ("engine", "max_new_tokens", "max_length", "temperature", "top_p", "top_k")
     settings = {"seed": params.seed, **{key: getattr(generate, key) for key in keys}}
+    if served and generate.engine == "local":
+        settings["engine"] = "vllm"
     if generate.engine == "given":
         settings = {"seed": params.seed, "engine": "given", "max_length": generate.max_length} | {
             "temperature": generate.temperature,
@@ -115,7 +132,12 @@ def longest_first(prompts: list[Prompt]) -> list[Prompt]:
 
 
 def _answer_share(
-    target: Any, params: Params, share: list[Prompt], directory: Path, state: PartialState
+    target: Any,
+    params: Params,
+    share: list[Prompt],
+    directory: Path,
+    state: PartialState,
+    decode: Stream | None,
 ) -> None:
     work: Work = read_work(directory)
     todo = [prompt for prompt in share if prompt.id not in work.rows]
@@ -126,21 +148,32 @@ def _answer_share(
         done=len(share) - len(todo),
         shown=state.is_main_process,
     )
-    answer = {"local": answer_locally, "openai": openai.answer, "given": given.answer}[params.generate.engine]
+    kinds: dict[str, Callable[..., None]] = {
+        "local": partial(answer_ids, decode=decode),
+        "openai": openai.answer,
+        "given": given.answer,
+    }
+    answer = kinds[params.generate.engine]
     with Shard(directory, state.process_index, state.num_processes) as shard, progress:
         answer(target, todo, params.generate, Sink(shard, progress, params.seed))
 
 
-def answer_locally(target: Any, prompts: list[Prompt], params: GenerateParams, sink: Sink) -> None:
-    """Answer prompts with our own engine, in a batch whose free places are filled at once.
+def answer_ids(
+    target: Any, prompts: list[Prompt], params: GenerateParams, sink: Sink, decode: Stream | None = None
+) -> None:
+    """Answer prompts by their token ids, in a batch whose free places are filled at once.
 
     The next turn of a conversation goes before a new conversation, so that what a kill can lose stays small.
+
+    Args:
+        decode: decodes the requests; None: our own engine.
     """
     waiting = deque(prompts)
     histories = Histories(target)
     asked: dict[str, Conversation] = {}
     follow_ups: deque[Conversation] = deque()
     sampling = Sampling(params.temperature, params.top_k, params.top_p)
+    decode = decode or partial(stream, target, None, batch_size=params.batch_size)
 
     def next_request() -> Request | None:
         conversation = (
@@ -159,7 +192,7 @@ def answer_locally(target: Any, prompts: list[Prompt], params: GenerateParams, s
         )
 
     while waiting or follow_ups:
-        for generation in stream(target, None, next_request, params.batch_size):
+        for generation in decode(next_request):
             conversation = asked.pop(generation.id)
             if _take(conversation, generation, sink):
                 follow_ups.append(conversation)

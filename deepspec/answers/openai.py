@@ -12,13 +12,9 @@ with `--generation-config vllm`). The local engine has none of these flaws.
 from __future__ import annotations
 
 import asyncio
-import os
-import random
 from collections import deque
 from collections.abc import Coroutine
 from dataclasses import dataclass
-from datetime import datetime
-from email.utils import parsedate_to_datetime
 from typing import Any
 
 import httpx
@@ -30,11 +26,8 @@ from deepspec.answers.reply import Reader
 from deepspec.answers.shards import Sink
 from deepspec.errors import DeepSpecError
 from deepspec.messages.prompt import Prompt
+from deepspec.retrying import KEY_VARIABLE, explain, key_header, wait_s, worth_retrying
 from deepspec.target.chat import with_named_thoughts, with_text_arguments
-
-KEY_VARIABLE = "DEEPSPEC_OPENAI_KEY"
-FIRST_WAIT_S, LONGEST_WAIT_S = 0.5, 30.0
-LONGEST_RETRY_AFTER_S = 300.0
 
 
 class _UnreachableError(Exception):
@@ -80,10 +73,9 @@ class _Run:
 
     async def run(self, endpoints: list[str], prompts: list[Prompt]) -> None:
         self.waiting.extend(_Job(prompt) for prompt in prompts)
-        key = os.environ.get(KEY_VARIABLE)
         workers = self.params.openai.concurrency
         async with httpx.AsyncClient(
-            headers={"Authorization": f"Bearer {key}"} if key else {},
+            headers=key_header(),
             timeout=self.params.openai.timeout_s,
             limits=httpx.Limits(max_connections=None, max_keepalive_connections=workers * len(endpoints)),
         ) as client:
@@ -163,13 +155,13 @@ class _Run:
                 response = await client.post(endpoint, json=body)
             except httpx.RequestError as raised:
                 error = raised
-            if response is not None and not _worth_retrying(response):
+            if response is not None and not worth_retrying(response):
                 return _parsed(response, endpoint)
             if attempt < retries:
-                await asyncio.sleep(_wait_s(attempt, response))
+                await asyncio.sleep(wait_s(attempt, response))
         if isinstance(error, httpx.ConnectError | httpx.ConnectTimeout):
-            raise _UnreachableError(_explain(error))
-        what = f"status {response.status_code}" if response is not None else _explain(error)
+            raise _UnreachableError(explain(error))
+        what = f"status {response.status_code}" if response is not None else explain(error)
         raise UnusableError(f"{endpoint} gave no answer in {retries + 1} tries: {what}")
 
     def _no_server(self) -> str:
@@ -202,10 +194,6 @@ def _endpoint(base_url: str) -> str:
     return f"{url}/chat/completions" if url.path.endswith("/v1") else f"{url}/v1/chat/completions"
 
 
-def _worth_retrying(response: httpx.Response) -> bool:
-    return response.status_code == 429 or response.status_code >= 500
-
-
 def _parsed(response: httpx.Response, endpoint: str) -> dict:
     """Parse the reply's JSON. A refusal of this request fails its row; one that all would meet stops the run."""
     if response.is_success:
@@ -218,27 +206,3 @@ def _parsed(response: httpx.Response, endpoint: str) -> dict:
         raise UnusableError(f"the server refused the request (status {response.status_code}): {said}")
     hint = f"; is ${KEY_VARIABLE} set?" if response.status_code in (401, 403) else ""
     raise DeepSpecError(f"{endpoint} answered with status {response.status_code}{hint}: {said}")
-
-
-def _wait_s(attempt: int, response: httpx.Response | None) -> float:
-    """Return seconds to wait: exponential backoff with jitter, never less than the server asks."""
-    backoff = min(LONGEST_WAIT_S, FIRST_WAIT_S * 2**attempt) * random.uniform(0.5, 1.5)
-    return max(backoff, _retry_after_s(response) if response is not None else 0.0)
-
-
-def _retry_after_s(response: httpx.Response) -> float:
-    """Parse `Retry-After`, seconds or a date; a missing or malformed one is 0."""
-    value = response.headers.get("retry-after", "").strip()
-    try:
-        seconds = float(value)
-    except ValueError:
-        try:
-            at = parsedate_to_datetime(value)
-        except ValueError:
-            return 0.0
-        seconds = (at - datetime.now(at.tzinfo)).total_seconds()
-    return min(seconds, LONGEST_RETRY_AFTER_S) if seconds > 0 else 0.0
-
-
-def _explain(error: Exception | None) -> str:
-    return " ".join(str(error).split()) or type(error).__name__

@@ -54,7 +54,7 @@ class Algorithm:
     network: Callable[[Any, Ends], Network] | None = None
     make: Callable[[Any], TrainingFreeDrafter] = _no_section
     standalone: bool = False
-    read: Callable[[Checkpoint, Target], Network] | None = None
+    read: Callable[[Checkpoint, Ends], Network] | None = None
 
     @property
     def type(self) -> str:

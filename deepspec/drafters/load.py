@@ -49,7 +49,7 @@ def examine(directory: Path, target_layers: int | None = None) -> Plan:
     return recognise(directory, target_layers)
 
 
-def open_draft(directory: Path, target: Target) -> tuple[str, Checkpoint]:
+def open_draft(directory: Path, target: Ends) -> tuple[str, Checkpoint]:
     """
     Return the algorithm that loads a draft directory, and the directory as that algorithm reads it.
 

@@ -9,10 +9,10 @@ import torch
 from deepspec.drafters.network import Network
 from deepspec.drafters.registry import algorithms
 from deepspec.errors import DeepSpecError
-from deepspec.target.model import Target
+from deepspec.target.ends import Ends
 
 
-def intended(target: Target, drafters: dict[str, Any]) -> tuple[dict[str, Network | str], dict[str, str]]:
+def intended(target: Ends, drafters: dict[str, Any]) -> tuple[dict[str, Network | str], dict[str, str]]:
     """Return the networks to be trained, by name, and of each drafter that this target cannot have why, in one line.
 
     A drafter that is not trained has its type in the place of a network.

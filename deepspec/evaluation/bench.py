@@ -22,6 +22,7 @@ from deepspec.evaluation.params import EvaluateParams
 from deepspec.evaluation.record import DRAFT, LOOKUP
 from deepspec.evaluation.runs import PLAIN
 from deepspec.evaluation.work import Work
+from deepspec.target.ends import Ends
 from deepspec.target.model import Target, load_target
 from deepspec.tasks.dialogue import prompt_ids, turns_of
 from deepspec.tasks.task import Task
@@ -114,7 +115,7 @@ def _label(controller: ControllerChoice) -> str:
     return " ".join([controller.type, *(f"{value:g}" for value in options)])
 
 
-def check_prompts(target: Target, tasks: Sequence[Task]) -> None:
+def check_prompts(target: Ends, tasks: Sequence[Task]) -> None:
     """Refuse prompts that the target cannot be asked, before any is decoded; its answers are stood in for.
 
     Raises:

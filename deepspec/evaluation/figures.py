@@ -37,6 +37,7 @@ SHOWN: dict[str, tuple[type[Part], tuple[str, ...]]] = {  # prefix of the key â†
             "states",
             "contexts",
             "plain_new_tokens",
+            "engine",
         ),
     ),
     "blocks.*.*": (Blocks, ()),

@@ -131,13 +131,13 @@ def _outcomes(bench: Bench) -> dict[str, Outcome]:
             checked,
             native,
             decode=Decode(**bench.params.decode.model_dump(mode="json")),
-            provenance=DraftProvenance(**_provenance(bench.drafts[name])),
+            provenance=DraftProvenance(**provenance_of(bench.drafts[name])),
             round_costs=RoundCosts(**bench.costs[name]),
             promise=kept[name],
             **section,
         )
         record = build_record(subjects[name], bench.tasks, measured)
-        outcomes[name] = Outcome(record, _lines(own), traces[name])
+        outcomes[name] = Outcome(record, lines_of(own), traces[name])
     return outcomes
 
 
@@ -145,7 +145,7 @@ def _subject(bench: Bench, name: str) -> Subject:
     return Subject(
         drafter=name,
         draft_digest=bench.digests[name],
-        target=_origin(bench.target_dir),
+        target=origin_of(bench.target_dir),
         target_digest=bench.target.digest,
         device=describe_device(bench.target.device),
         dtype=bench.target.precision,
@@ -156,7 +156,8 @@ def _subject(bench: Bench, name: str) -> Subject:
     )
 
 
-def _provenance(draft: str | Path) -> dict[str, Any]:
+def provenance_of(draft: str | Path) -> dict[str, Any]:
+    """Return by what a draft's record is made, and what the draft was made of."""
     file = Path(draft) / DRAFT_RECORD
     made = json.loads(file.read_text()) if file.exists() else {}
     of_draft = {"data_digest": made.get("data_digest"), "trained_at_commit": made.get("git_commit")}
@@ -180,7 +181,8 @@ def _of(
     }
 
 
-def _lines(contest: Mapping[tuple[str, float], list[PromptRuns]]) -> list[dict[str, Any]]:
+def lines_of(contest: Mapping[tuple[str, float], list[PromptRuns]]) -> list[dict[str, Any]]:
+    """Return the measurements prompt by prompt, as JSON holds them."""
     return [
         {"task": task, "temperature": temperature, "index": i, "runs": to_json(row)}
         for (task, temperature), rows in contest.items()
@@ -193,8 +195,8 @@ def _without_speed(rows: list[Throughput] | None) -> list[Throughput] | None:
     return rows and [row.model_copy(update={"speedup": None, "against_best_fixed": None}) for row in rows]
 
 
-def _origin(target_dir: Path) -> str:
-    """Where the target came from, `source[@revision]`, as `resolve_target` wrote it down; else the path."""
+def origin_of(target_dir: Path) -> str:
+    """Return where the target came from, `source[@revision]`, as `resolve_target` wrote it down; else the path."""
     file = target_dir / RECORD
     if not file.exists():
         return str(target_dir)

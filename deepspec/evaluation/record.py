@@ -37,7 +37,12 @@ from deepspec.files import write_json
 
 EVAL_VERSION = "3"  # raised whenever numbers of before and after cannot be compared
 DRAFT = "draft"  # the contestant that a record is about: the draft as `evaluate.decode` uses it
-_LATER = ("states", "contexts", "plain_new_tokens")  # sections that records of this version may lack
+_LATER = (
+    "states",
+    "contexts",
+    "plain_new_tokens",
+    "engine",
+)  # sections that records of this version may lack
 LOOKUP = "lookup"  # the strongest baseline that needs no training
 
 
@@ -102,6 +107,11 @@ class Record(Part):
     plain_new_tokens: int | None = Field(
         None,
         description="tokens at most of a plain run whose answer no later turn needs; absent: `max_new_tokens`",
+    )
+    engine: str | None = Field(
+        None,
+        description="serving engine and version in which all of it was measured, where only that can run the target; "
+        "absent: this project's own engine",
     )
 
     @property

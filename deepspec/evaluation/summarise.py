@@ -67,6 +67,7 @@ class Subject:
     processes: int
     max_new_tokens: int  # an answer's, of every turn
     plain_new_tokens: int | None = None  # a plain one's, if it is cut
+    engine: str | None = None  # a serving one
 
 
 Results = Mapping[tuple[str, float], list[PromptRuns]]  # (task, temperature) → its prompts

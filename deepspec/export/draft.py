@@ -20,8 +20,8 @@ from deepspec.evaluation.record import Record
 from deepspec.export.layout import tokenizer_files
 from deepspec.export.reference import network
 from deepspec.target.embedded import EMBEDDED, PREFIX
+from deepspec.target.ends import Ends
 from deepspec.target.identity import target_record
-from deepspec.target.model import Target
 from deepspec.target.weights import dtype_of, stored
 
 
@@ -43,7 +43,7 @@ class Draft:
     checkpoint: Checkpoint
     record: dict[str, Any]
     digest: str
-    target: Target
+    target: Ends
     evaluation: Record | None = None
 
     @property
@@ -115,7 +115,7 @@ class Draft:
         return known.licence if known else "the target's own (see its model card)"
 
 
-def load_draft(name: str, directory: Path, target: Target, evaluation: Path | None = None) -> Draft:
+def load_draft(name: str, directory: Path, target: Ends, evaluation: Path | None = None) -> Draft:
     """
     Load a draft directory with what is known of it.
 

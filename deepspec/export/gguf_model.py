@@ -11,7 +11,7 @@ from torch import Tensor
 
 from deepspec.export.gguf import Gguf, Key, interleaved, tokenizer_keys
 from deepspec.export.suitable import gguf_model
-from deepspec.target.model import Target
+from deepspec.target.ends import Ends
 
 LAYER = {
     "self_attn.q_proj": "attn_q",
@@ -45,7 +45,7 @@ def model(
     )
 
 
-def write_target(target: Target, precision: str, path: Path) -> None:
+def write_target(target: Ends, precision: str, path: Path) -> None:
     """Write the target as one GGUF file.
 
     Raises:
@@ -61,7 +61,7 @@ def write_target(target: Target, precision: str, path: Path) -> None:
     model(config, weights, tokenizer, "target", precision).write(path)
 
 
-def target_tokenizer(target: Target, size: int, mask: int | None) -> dict[str, Key]:
+def target_tokenizer(target: Ends, size: int, mask: int | None) -> dict[str, Key]:
     """Return the keys of the target's tokenizer and template, with the token that stands for those to be drafted."""
     known = target.tokenizer
     own = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}

@@ -14,11 +14,10 @@ from deepspec.drafters.network import Network
 from deepspec.drafters.registry import algorithms
 from deepspec.errors import DeepSpecError
 from deepspec.export.readers.sample import Sample
-from deepspec.target.ends import H_LAST
-from deepspec.target.model import Target
+from deepspec.target.ends import H_LAST, Ends
 
 
-def network(kind: str, checkpoint: Checkpoint, target: Target, dtype: torch.dtype) -> Network:
+def network(kind: str, checkpoint: Checkpoint, target: Ends, dtype: torch.dtype) -> Network:
     """Load a draft directory's network on the CPU in float32, all weights rounded to `dtype`, the file's own.
 
     Raises:

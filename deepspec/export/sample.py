@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from deepspec.decoding import train_parity as promise
 from deepspec.export.draft import Draft
 from deepspec.export.readers.sample import Sample
 from deepspec.target.attention import ForwardPass
-from deepspec.target.ends import H_LAST
+from deepspec.target.ends import H_LAST, Ends
+from deepspec.target.model import Target
 
 TEXTS, TOKENS, ANCHORS = 2, 192, 6  # so many texts, so long at most, and blocks of each
 ASKED = "Write a function that returns the largest number of a list, and explain how it works."
@@ -38,11 +40,8 @@ def _fitting(anchors: list[int], length: int, gamma: int) -> list[int]:
 
 def _of(draft: Draft, ids: list[int], anchors: list[int]) -> Sample:
     target = draft.target
-    layers = range(-1, target.num_layers - 1)
     tokens = torch.tensor(ids)
-    step = ForwardPass(torch.arange(len(ids), device=target.device)[None], wanted=(*layers, H_LAST))
-    target.forward(tokens[None].to(target.device), step)
-    states = {layer: x[0].float().cpu() for layer, x in step.features.items()}
+    states = _states(target, tokens) if isinstance(target, Target) else _drawn(target, tokens)
     return Sample(
         tokens=tokens,
         anchors=torch.tensor(anchors),
@@ -52,3 +51,20 @@ def _of(draft: Draft, ids: list[int], anchors: list[int]) -> Sample:
         embeddings=target.embeddings.cpu().to(draft.dtype).float(),
         head=target.head_weight.cpu().to(draft.dtype).float(),
     )
+
+
+def _states(target: Target, tokens: Tensor) -> dict[int, Tensor]:
+    """Return the target's states of a text by layer, [tokens, d]."""
+    layers = range(-1, target.num_layers - 1)
+    step = ForwardPass(torch.arange(len(tokens), device=target.device)[None], wanted=(*layers, H_LAST))
+    target.forward(tokens[None].to(target.device), step)
+    return {layer: x[0].float().cpu() for layer, x in step.features.items()}
+
+
+def _drawn(target: Ends, tokens: Tensor) -> dict[int, Tensor]:
+    """Draw states by layer, [tokens, d], for a target whose layers are not here; any compare two networks."""
+    rng = torch.Generator().manual_seed(0)
+    shape = len(tokens), target.hidden_size
+    states = {layer: torch.randn(shape, generator=rng) for layer in range(target.num_layers - 1)}
+    last = target.normed(torch.randn(shape, generator=rng).to(target.device, target.dtype))
+    return {-1: target.embeddings[tokens].float().cpu(), **states, H_LAST: last.float().cpu()}

@@ -17,7 +17,7 @@ from deepspec.drafters.algorithms.eagle3 import VARIANTS
 from deepspec.drafters.algorithms.mtp import own_module
 from deepspec.drafters.network import Network
 from deepspec.drafters.registry import reader
-from deepspec.target.model import Target
+from deepspec.target.ends import Ends
 
 _LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
@@ -77,7 +77,7 @@ class Described(Protocol):
     @property
     def network(self) -> Any: ...
     @property
-    def target(self) -> Target: ...
+    def target(self) -> Ends: ...
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ class Intended:
     kind: str
     config: dict[str, Any]
     network: Network | None
-    target: Target
+    target: Ends
 
 
 def kind_of(config: dict[str, Any]) -> str | None:
@@ -107,7 +107,7 @@ def check(engine: str, draft: Described) -> None:
         each(draft)
 
 
-def refusals(target: Target, networks: Mapping[str, Network | str]) -> dict[str, dict[str, str | None]]:
+def refusals(target: Ends, networks: Mapping[str, Network | str]) -> dict[str, dict[str, str | None]]:
     """Return, of each drafter, engine → None or why it cannot serve what will be trained.
 
     Args:

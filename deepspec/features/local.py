@@ -201,6 +201,12 @@ class CachedFeatures(Features):
         tokens = int(self.sequences.lengths.sum())
         return sum(shard["bytes"] for shard in self.manifest["shards"]) / tokens
 
+    @property
+    def complete(self) -> bool:
+        """Check whether all shards are there, so that `build` computes none."""
+        path = self.directory / MANIFEST
+        return path.exists() and len(self._checked(path)["shards"]) == len(list(_shards(self.sequences)))
+
     def build(self, source: Callable[[], StateSource] | None = None, share: Share = Share()) -> None:
         """Compute the shards that are missing, sequences of like length together, longest first.
 

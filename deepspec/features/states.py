@@ -9,6 +9,8 @@ norm. Id 0 is always asked for: that it is the embedding of each token proves wh
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -18,6 +20,7 @@ from torch import Tensor
 
 from deepspec.errors import DeepSpecError
 from deepspec.features.extract import LOG_NORM, Row
+from deepspec.features.proof import check_layers, computed_states
 from deepspec.features.sequences import Sequences
 from deepspec.files import digest, replacing
 from deepspec.target.ends import H_LAST, Ends
@@ -80,15 +83,43 @@ class EngineStates:
         Raises:
             DeepSpecError: states of other tokens, of other layers or of another target, or that are not finite.
         """
-        return [self._row(self.sequences.ids(i).tolist()) for i in indices]
+        found = []
+        for i in indices:
+            with self.file(i) as path:
+                found.append(self.row(i, path))
+        return found
+
+    @contextmanager
+    def file(self, i: int) -> Iterator[Path]:
+        """Yield the file of a sequence's states."""
+        yield self.folder / file_name(self.sequences.ids(i).tolist())
+
+    def check_layers(self) -> None:
+        """Compare the states of a conversation with those of its first tokens as they are computed here, by layer.
+
+        Raises:
+            DeepSpecError: states of other layers.
+        """
+        ids = self.sequences.ids(0).tolist()
+        with self.file(0) as path:
+            states = read_states(path, ids, self.asked, self.target)
+        computed = computed_states(Path(self.target.source), ids, self.target.num_layers)
+        if computed is not None:
+            check_layers(states[: len(computed)], self.asked, computed, str(path))
 
     def log_norm(self, hidden: Tensor) -> Tensor:
         """Compute the log-normaliser of the law at post-norm states [n, d], in chunks."""
         return torch.cat([self.target.logits(part).float().logsumexp(-1) for part in hidden.split(256)])
 
-    def _row(self, ids: list[int]) -> Row:
-        path = self.folder / file_name(ids)
-        states = read_states(path, ids, self.asked, self.target)  # [tokens, layers, d]
+    def row(self, i: int, path: Path) -> Row:
+        """Return the states of a sequence, which are in this file.
+
+        Raises:
+            DeepSpecError: as `rows`.
+        """
+        states = read_states(
+            path, self.sequences.ids(i).tolist(), self.asked, self.target
+        )  # [tokens, layers, d]
         states = states.to(self.target.device, self.target.dtype)
         place = {layer: i for i, layer in enumerate(self.asked)}
         found: Row = {layer: states[:, place[layer + 1]] for layer in self.layers if layer != H_LAST}
@@ -111,11 +142,14 @@ def read_states(path: Path, ids: list[int], layers: list[int], target: Ends) -> 
     try:
         with safe_open(path, "pt") as file:
             states, tokens = (file.get_tensor(name) for name in ("hidden_states", "token_ids"))
+            written = (file.metadata() or {}).get("layer_ids")  # of DeepSpec's connector
     except (OSError, SafetensorError) as error:
         said = " ".join(str(error).split())[:120]
         raise DeepSpecError(f"{path}: not a file of an engine's states: {said}") from None
     if tokens.tolist() != ids:
         raise DeepSpecError(f"{path}: states of other tokens: {_difference(tokens.tolist(), ids)}")
+    if written is not None and json.loads(written) != layers:
+        raise DeepSpecError(f"{path}: states of the engine's layers {written}, and {layers} were asked for")
     wanted = (len(ids), len(layers), target.hidden_size)
     if tuple(states.shape) != wanted:
         raise DeepSpecError(

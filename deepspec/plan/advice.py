@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
 USABLE = 0.92  # of a device's memory, and of the free disk
 LONG_H = 48.0  # hours of a stage from which on it is remarked on
+ENGINE = "target.engine: vllm, which spreads the target over devices (docs/vllm.md)"
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ def _less_memory(estimate: Estimate, plan: Plan, params: Params) -> str:
         case "generate":
             return "generate.engine: openai with a server that holds the target (vLLM, SGLang), or given"
         case "features":
-            return "train.features.states: hidden states that a serving engine writes, which holds the target"
+            return ENGINE
         case "train" if params.train.features.mode == "online":
             return "train.features.mode: cached, which leaves all but the target's ends out of training"
         case "train" if whole and params.train.real_decode:
@@ -81,7 +82,7 @@ def _less_memory(estimate: Estimate, plan: Plan, params: Params) -> str:
         case "evaluate" if not whole:
             return "evaluate.lossless_prompts: 0 leaves the float32 copy out"
         case _:
-            return "a device that holds the target: nothing in params.yaml makes it smaller"
+            return f"a device that holds the target, or {ENGINE}"
 
 
 def _less_disk(estimate: Estimate, plan: Plan, params: Params) -> str:

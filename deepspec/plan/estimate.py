@@ -10,7 +10,7 @@ answers, is taken from there too.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from deepspec.plan.rates import Rates
@@ -89,18 +89,29 @@ def make_plan(params: Params, target: TargetSize, drafts: dict[str, DraftSize | 
         drafts: of each drafter of the pipeline its size; None: it is not trained.
     """
     trained = {name: size for name, size in drafts.items() if size is not None}
-    return Plan(
-        target,
-        rates,
-        (
-            _target(target, rates),
-            _prompts(params, target, rates),
-            _answers(params, target, rates),
-            *_features(params, target, trained, rates),
-            *(_training(params, target, name, size, rates) for name, size in trained.items()),
-            _evaluation(params, target, len(drafts), rates),
-        ),
+    decoding = (
+        _target(target, rates),
+        _prompts(params, target, rates),
+        _answers(params, target, rates),
+        *_features(params, target, trained, rates),
     )
+    training = (_training(params, target, name, size, rates) for name, size in trained.items())
+    evaluation = _evaluation(params, target, len(drafts), rates)
+    if params.target.engine == "vllm":
+        decoding = tuple(_in_vllm(estimate, target) for estimate in decoding)
+        evaluation = _in_vllm(evaluation, target)
+    return Plan(target, rates, (*decoding, *training, evaluation))
+
+
+def _in_vllm(estimate: Estimate, target: TargetSize) -> Estimate:
+    """Return the estimate of a stage whose passes vLLM runs: the stage itself holds the ends of the target."""
+    if estimate.stage == "target":
+        links = "links to the target's files, of which the ends are read"
+        return replace(
+            estimate, seconds=0.0, memory=RUNTIME + target.ends * target.bytes, disk=0.0, how=links
+        )
+    held = min(estimate.memory, RUNTIME + target.ends * target.bytes)
+    return replace(estimate, memory=held, how=f"{estimate.how}; in vLLM, whose memory is its own")
 
 
 def conversation_tokens(params: Params) -> float:
@@ -232,12 +243,13 @@ def _training(params: Params, target: TargetSize, name: str, draft: DraftSize, r
     )  # the draft's forward and backward, the target's forward
     seconds = (backbone + laws) / (rates.flops * TRAINING * rates.devices)
     online = train.features.mode == "online"
+    local = online and params.target.engine == "local"
     if online:
         seconds += extract_seconds(target, rates, tokens)
     share = rows / rates.devices
     states = share * train.max_length * (draft.features + 1) * target.hidden
     shared = (target.vocab + draft.columns) * target.hidden * 4.0
-    ends = target.weights if online else target.ends * target.bytes
+    ends = target.weights if local else target.ends * target.bytes
     activations = share * train.anchors * draft.block * target.hidden * 4.0 * 40
     batches = 1 + max(2, train.workers + 1)  # in use, and made ahead
     budget = (train.loss.budget_mib or 0) * 2.0**20
@@ -252,8 +264,8 @@ def _training(params: Params, target: TargetSize, name: str, draft: DraftSize, r
         memory,
         draft.trained * 2.0 + 16.0 * draft.trained,
         f"{train.steps} steps of {positions:.0f} positions, {draft.trained / 1e6:.3g} M parameters, "
-        f"{seconds:.2g} s a step, {'the whole target' if online else 'the ends of the target'} in memory"
-        f"{', the whole for the real decode at the end' if train.real_decode and not online else ''}",
+        f"{seconds:.2g} s a step, {'the whole target' if local else 'the ends of the target'} in memory"
+        f"{', the whole for the real decode at the end' if train.real_decode and not local else ''}",
     )
 
 

@@ -10,11 +10,11 @@ import json
 import math
 import random
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from deepspec.errors import DeepSpecError
 from deepspec.files import digest, write_json, write_text
@@ -26,6 +26,9 @@ from deepspec.prompts.overlap import Overlap
 from deepspec.prompts.params import PromptsParams
 from deepspec.prompts.seeds.seeds import iter_seeds
 from deepspec.prompts.seeds.tools import iter_tools
+
+if TYPE_CHECKING:
+    from deepspec.decoding.served import Stream
 
 TRIES_PER_PROMPT = 20
 WORK_DIR = Path(".deepspec/prompts")  # outside the stage's outputs, which `dvc repro` deletes first
@@ -64,6 +67,7 @@ def build_prompts(
     target: Any = None,
     batch_size: int = 48,
     work_dir: Path = WORK_DIR,
+    decode: Stream | None = None,
 ) -> PromptSet:
     """Mix, filter and shuffle the training prompts.
 
@@ -72,12 +76,17 @@ def build_prompts(
         target: needed where the mix has a positive weight of `magpie`.
         batch_size: attempts that magpie decodes at once.
         work_dir: where magpie keeps attempts between runs.
+        decode: decodes them in the place of our own engine.
 
     Raises:
         DeepSpecError: a source cannot be read, or no prompt passes the filters.
     """
     weights = {name: weight for name, weight in params.mix.items() if weight > 0}
-    sources = {name: _source(name, params, seed, target, batch_size, work_dir) for name in weights}
+
+    def magpie() -> Magpie:
+        return Magpie(target, params.magpie, seed, batch_size, work_dir, decode)
+
+    sources = {name: _source(name, params, seed, magpie) for name in weights}
     sieve = Sieve(params, Overlap(eval_texts, params.overlap_ngram))
     rows, notes = _mix(sources, weights, params.count, sieve)
     unread = {name: source.faults for name, source in sources.items() if isinstance(source, Listed)}
@@ -131,11 +140,9 @@ def split_by_weight(count: int, weights: Mapping[str, float]) -> dict[str, int]:
     return shares
 
 
-def _source(
-    name: str, params: PromptsParams, seed: int, target: Any, batch_size: int, work_dir: Path
-) -> Source:
+def _source(name: str, params: PromptsParams, seed: int, magpie: Callable[[], Magpie]) -> Source:
     if name == "magpie":
-        return Magpie(target, params.magpie, seed, batch_size, work_dir)
+        return magpie()
     if name == "seed":
         return Listed(Candidate(Chat.of_turns(turns)) for turns in iter_seeds(seed))
     if name == "tools":

@@ -10,8 +10,9 @@ from __future__ import annotations
 import json
 from collections import deque
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from deepspec.decoding.request import Generation, Request, Sampling
 from deepspec.files import digest
@@ -21,6 +22,9 @@ from deepspec.messages.sources import Candidate
 from deepspec.progress import Progress
 from deepspec.prompts.filters import Sieve, chat_key
 from deepspec.prompts.params import MagpieParams
+
+if TYPE_CHECKING:
+    from deepspec.decoding.served import Stream
 
 ATTEMPTS_PER_PROMPT = 4  # A target that fails more often than this cannot write its own prompts.
 
@@ -32,14 +36,26 @@ class Magpie:
         target: has `tokenizer`, `stop_ids`, `digest` and `user_prefix_ids()`.
         batch_size: attempts decoded at once; does not change which prompts come out.
         work_dir: where the work file lies; one file per target, settings and seed.
+        decode: decodes the attempts in the place of our own engine.
     """
 
-    def __init__(self, target: Any, params: MagpieParams, seed: int, batch_size: int, work_dir: Path) -> None:
+    def __init__(
+        self,
+        target: Any,
+        params: MagpieParams,
+        seed: int,
+        batch_size: int,
+        work_dir: Path,
+        decode: Stream | None = None,
+    ) -> None:
         self._target = target
         self._params = params
         self._seed = seed
         self._batch_size = batch_size
-        settings = json.dumps([params.model_dump(), target.digest, seed], sort_keys=True)
+        self._decode = decode
+        settings = json.dumps(
+            [params.model_dump(), target.digest, seed, *(["served"] if decode else [])], sort_keys=True
+        )
         self._work = work_dir / f"{digest(settings)}.jsonl"
         self._done = {row["index"]: _candidate(row) for _, row in read_journal(self._work)}
         self._next = 0  # the first attempt not yet handed out
@@ -81,10 +97,13 @@ class Magpie:
 
     def _attempts(self, next_request: Callable[[], Request | None]) -> Iterator[Generation]:
         """Decode, and keep every attempt in the work file before it is used."""
-        from deepspec.decoding.engine import stream  # here, so that other sources work without torch
+        decode = self._decode
+        if decode is None:
+            from deepspec.decoding.engine import stream  # here, so that other sources work without torch
 
+            decode = partial(stream, self._target, None, batch_size=self._batch_size)
         with Journal(self._work) as work:
-            for generation in stream(self._target, None, next_request, self._batch_size):
+            for generation in decode(next_request):
                 self._record(generation, work)
                 yield generation
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from deepspec.errors import DeepSpecError
-from deepspec.progress import Progress
+from deepspec.progress import watched
 from deepspec.serving.environment import Environment
 from deepspec.serving.launch import serving
 from deepspec.serving.protocols import VLLM, Answer, Client, Prompt
@@ -16,7 +16,6 @@ from deepspec.serving.protocols import VLLM, Answer, Client, Prompt
 WARM_UP = 16  # tokens
 Failed = dict[str, str]  # why, by the draft's name
 Answers = tuple[list[Answer], list[list[Answer]]]  # with the draft; plain, a list a run
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -97,11 +96,3 @@ def decode_all(client: Client, work: Work, drafting: bool, what: str) -> list[An
     """Decode one prompt after the other, after one that is not counted."""
     client.answer(work.prompts[0], min(WARM_UP, work.limit), False)
     return [client.answer(prompt, work.limit, drafting) for prompt in watched(work.prompts, what)]
-
-
-def watched(items: Sequence[T], what: str) -> Iterator[T]:
-    """Yield the items while progress is shown."""
-    with Progress(what, len(items)) as progress:
-        for item in items:
-            yield item
-            progress.advance()

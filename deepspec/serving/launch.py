@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
 import os
 import re
 import signal
 import socket
 import subprocess
+import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,8 @@ from deepspec.errors import DeepSpecError
 from deepspec.serving.environment import Environment
 
 LOGS = Path(".deepspec/serve")
+INSIDE = Path(__file__).parent / "inside"  # modules that vLLM loads
+OWN = "DEEPSPEC_SERVER"  # in the environment of a server's processes: the path of its log
 MODEL = "target"  # the name it is served under
 START_S = 600  # longest wait for a server
 STOP_S = 20  # after which it is killed
@@ -59,6 +63,24 @@ def speculative_config(directory: Path, tokens: int) -> dict[str, Any]:
     return {"method": name, "model": str(directory.resolve()), "num_speculative_tokens": tokens, **parallel}
 
 
+def states_config(layers: Sequence[int], folder: Path) -> tuple[dict[str, Any], list[str]]:
+    """Return vLLM's `--speculative-config` and further arguments for a server that writes hidden states.
+
+    Args:
+        layers: the engine's own layer ids.
+        folder: where it writes.
+    """
+    ids = {"hf_config": {"eagle_aux_hidden_state_layer_ids": list(layers)}}
+    method = {"method": "extract_hidden_states", "num_speculative_tokens": 1, "draft_model_config": ids}
+    transfer = {
+        "kv_connector": "DeepSpecStates",
+        "kv_connector_module_path": "deepspec_states",
+        "kv_role": "kv_producer",
+        "kv_connector_extra_config": {"shared_storage_path": str(folder)},
+    }
+    return method, ["--kv-transfer-config", json.dumps(transfer)]
+
+
 @contextmanager
 def serving(
     environment: Environment,
@@ -67,12 +89,16 @@ def serving(
     max_length: int,
     speculative: dict[str, Any] | None,
     name: str,
+    sequences: int = 4,
+    more: Sequence[str] = (),
 ) -> Iterator[str]:
     """Start a server of `target`; yield its address when it is ready to answer, end it on leaving.
 
     Args:
-        speculative: `speculative_config`, or None for plain decoding.
+        speculative: `speculative_config` or `states_config`, or None for plain decoding.
         name: of its log in `.deepspec/serve`.
+        sequences: decoded at once.
+        more: arguments of vLLM's own.
 
     Raises:
         DeepSpecError: it ended or hung while starting.
@@ -81,12 +107,13 @@ def serving(
     command = [str(environment.python), "-m", "vllm.entrypoints.openai.api_server"]
     command += ["--model", str(target.resolve()), "--served-model-name", MODEL, "--dtype", dtype]
     command += ["--host", "127.0.0.1", "--port", str(port), "--max-model-len", str(max_length)]
-    command += ["--max-num-seqs", "4", "--no-enable-prefix-caching", "--generation-config", "vllm"]
-    if not environment.gpu:
-        command += ["--enforce-eager"]
+    command += ["--max-num-seqs", str(sequences), "--no-enable-prefix-caching", "--generation-config", "vllm"]
+    if not environment.gpu:  # where a seeded request whose prompt is cut into chunks ends vLLM 0.32
+        command += ["--enforce-eager", "--no-enable-chunked-prefill"]
     if speculative:
         command += ["--speculative-config", json.dumps(speculative)]
-    with started("vLLM", command, environment.variables(), port, name) as address:
+    variables = environment.variables() | {"PYTHONPATH": str(INSIDE)}
+    with started("vLLM", [*command, *more], variables, port, name) as address:
         yield address
 
 
@@ -107,15 +134,18 @@ def started(
     """
     LOGS.mkdir(parents=True, exist_ok=True)
     log = LOGS / f"{name}.log"
+    own = str(log.resolve())
+    _end_orphans(own)
     with log.open("w") as output:
         process = subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
-            env=variables,
+            env=variables | {OWN: own},
             cwd=LOGS,  # not here, where a directory might take a package's name
             start_new_session=True,
+            preexec_fn=_ended_with_parent(),
         )
     try:
         address = f"http://127.0.0.1:{port}"
@@ -133,6 +163,23 @@ def started(
         _end(process)
 
 
+def _ended_with_parent() -> Callable[[], object] | None:
+    """Return what a new process calls so that it ends when this one does, however that is; None where none can."""
+    if sys.platform != "linux":
+        return None
+    prctl, parent_death_signal = ctypes.CDLL(None).prctl, 1
+    return lambda: prctl(parent_death_signal, signal.SIGTERM)
+
+
+def _end_orphans(own: str) -> None:
+    """End the processes of a server whose first one is gone, as where it was killed: they hold its memory."""
+    for process in psutil.process_iter():
+        with contextlib.suppress(ProcessLookupError, PermissionError, psutil.Error):
+            if process.environ().get(OWN) == own and not _alive(os.getpgid(process.pid)):
+                process.kill()
+                process.wait(STOP_S)
+
+
 def _wait(process: subprocess.Popen, address: str, log: Path, engine: str) -> None:
     deadline = time.monotonic() + START_S
     while time.monotonic() < deadline:
@@ -147,7 +194,8 @@ def _wait(process: subprocess.Popen, address: str, log: Path, engine: str) -> No
 
 def _reason(log: Path, process: subprocess.Popen) -> str:
     """Return the first error that the log names, since the later ones follow from it; else how the process ended."""
-    found = re.findall(r"\b\w*(?:Error|Exception): .+", log.read_text(errors="replace"))
+    lines = [line for line in log.read_text(errors="replace").splitlines() if " WARNING " not in line]
+    found = re.findall(r"\b\w*(?:Error|Exception): .+", "\n".join(lines))
     named = [line for line in found if "Engine core initialization failed" not in line]
     code = process.returncode
     ended = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"
@@ -175,6 +223,14 @@ def _runs(group: int) -> bool:
             if os.getpgid(process.pid) == group and process.status() != psutil.STATUS_ZOMBIE:
                 return True
     return False
+
+
+def _alive(pid: int) -> bool:
+    """Check whether a process is there and not a zombie."""
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def free_port() -> int:

@@ -14,10 +14,11 @@ from deepspec.decoding.drafter import Drafter
 from deepspec.device import describe_device
 from deepspec.drafters.checkpoint import draft_digest
 from deepspec.errors import DeepSpecError
+from deepspec.progress import watched
 from deepspec.provenance import provenance
 from deepspec.serving import ours
-from deepspec.serving.engines import Draft, Work, watched
-from deepspec.serving.protocols import Prompt
+from deepspec.serving.engines import Draft, Work
+from deepspec.serving.protocols import SLACK, Prompt
 from deepspec.serving.record import SERVE_VERSION, About, Provenance
 from deepspec.target.model import Target
 from deepspec.tasks.dialogue import first_turn, prompt_ids
@@ -28,7 +29,6 @@ logger = logging.getLogger(__name__)
 TARGET = Path("data/target")
 REPORTS = Path("reports/serve")
 EXPORTS = Path("reports/export")
-SLACK = 64  # tokens of the context behind an answer's end, for drafts
 T = TypeVar("T")
 
 

@@ -25,6 +25,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from deepspec.errors import DeepSpecError
 
 TIMEOUT_S = 600
+SLACK = 64  # tokens of the context behind an answer's end, for drafts
 
 
 @dataclass(frozen=True)
@@ -171,15 +172,31 @@ class VLLM(Client):
         return self._field(self._json(self._get("/v1/models"), "/v1/models"), "data", 0, "id")
 
     def answer(self, prompt: Prompt, tokens: int, drafting: bool) -> Answer:
+        return self.decode(prompt.ids, tokens, drafting)
+
+    def decode(
+        self, ids: list[int], tokens: int, drafting: bool, temperature: float = 0.0, seed: int = 0
+    ) -> Answer:
+        """Decode one prompt as `answer` does, at any temperature."""
         before = self._get("/metrics").text
-        body = {"prompt": prompt.ids, "max_tokens": tokens, "temperature": 0, "stop_token_ids": self.stop_ids}
-        body |= {"model": self.model(), "return_token_ids": True, "repetition_penalty": 1.0}
+        body = {"prompt": ids, "max_tokens": tokens, "stop_token_ids": self.stop_ids}
+        body |= {"temperature": temperature, "seed": seed, "repetition_penalty": 1.0}
+        body |= {"model": self.model(), "return_token_ids": True}
         reply = self._post("/v1/completions", body)
         made = self._field(reply, "choices", 0, "token_ids")
         after = self._metrics_after(before)
         seconds = total(after, f"{self._DECODE}_sum") - total(before, f"{self._DECODE}_sum")
         counts = self._counts(after) + -self._counts(before) if drafting else Counts()
         return Answer(made, seconds, len(made) - 1, counts)
+
+    def top_two_gap(self, ids: list[int]) -> float:
+        """Return the difference of the log-probabilities of the two likeliest tokens after `ids`."""
+        body = {"prompt": ids, "max_tokens": 1, "temperature": 0, "logprobs": 2, "model": self.model()}
+        reply = self._post("/v1/completions", body)
+        best, second = sorted(self._field(reply, "choices", 0, "logprobs", "top_logprobs", 0).values())[
+            -1:-3:-1
+        ]
+        return best - second
 
     def _counts(self, text: str) -> Counts:
         found = [

@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from pydantic import Field, ValidationError
@@ -15,8 +16,10 @@ from deepspec.evaluation.parts import Bounds, Part, Provenance
 from deepspec.evaluation.record import first_mistake
 from deepspec.evaluation.stats import Pair, against, bootstrap, quotient, speedup
 from deepspec.files import write_json
-from deepspec.serving.ours import Ours
 from deepspec.serving.protocols import Answer, Counts, Prompt
+
+if TYPE_CHECKING:
+    from deepspec.serving.ours import Ours
 
 SERVE_VERSION = "1"
 LEAST_RATIO = 0.95

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import argparse
 import json
+from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from deepspec.config import Params
 from deepspec.errors import DeepSpecError, nearest
 from deepspec.evaluation.figures import figures_help
 from deepspec.files import write_json, write_text
 from deepspec.stages.common import stage
+
+if TYPE_CHECKING:
+    from deepspec.evaluation.measure import Outcome
+    from deepspec.evaluation.params import EvaluateParams
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -59,7 +65,7 @@ def main(params: Params, flags: argparse.Namespace) -> None:
     chosen = params.evaluate.model_copy(update={key: value for key, value in changes.items() if value})
     if flags.full:
         chosen = chosen.full()
-    from deepspec.evaluation.measure import Outcome, evaluate
+    from deepspec.evaluation.measure import evaluate
 
     def save(outcomes: dict[str, Outcome]) -> None:
         for name, outcome in outcomes.items():
@@ -68,7 +74,34 @@ def main(params: Params, flags: argparse.Namespace) -> None:
             write_json(flags.output / f"{name}.traces.json", outcome.traces)
             outcome.record.write(flags.output / f"{name}.json")
 
+    if params.target.engine == "vllm":
+        return save(_evaluate_served(drafts, params, chosen))
     evaluate(drafts, "data/target", chosen, params.seed, device=flags.device, save=save)
+
+
+def _evaluate_served(drafts: dict[str, Path], params: Params, chosen: EvaluateParams) -> dict[str, Outcome]:
+    """Measure in a vLLM that is started anew for each way of decoding.
+
+    Raises:
+        DeepSpecError: running servers are named, which have no drafts, or vLLM cannot be set up or does not start.
+    """
+    from deepspec.serving.environment import find_or_set_up
+    from deepspec.serving.evaluation import Engine, evaluate_served
+    from deepspec.stages.body import server
+    from deepspec.target.ends import load_ends
+
+    if params.target.vllm.base_urls:
+        raise DeepSpecError(
+            "evaluate starts vLLM with each draft, and target.vllm.base_urls names servers without; leave it empty for "
+            "this stage, or measure a server that has the draft: deepspec serve-check --base-url"
+        )
+    environment = find_or_set_up()
+
+    def start(name: str, speculative: dict[str, Any] | None, max_length: int) -> AbstractContextManager[str]:
+        return server(environment, params.target, speculative, max_length, f"evaluate-{name}", 4)
+
+    engine = Engine(environment.version, start)
+    return evaluate_served(drafts, load_ends("data/target"), chosen, params.seed, engine)
 
 
 if __name__ == "__main__":

@@ -41,11 +41,11 @@ def main(params: Params, flags: argparse.Namespace) -> None:
     from deepspec.export.draft import load_draft
     from deepspec.export.engines import chosen, export, with_others
     from deepspec.export.llamacpp import Options
-    from deepspec.target.model import load_target
+    from deepspec.target.model import load_where_it_runs
 
     name = flags.drafter
     engines = chosen(flags.to)
-    target = load_target("data/target")
+    target = load_where_it_runs("data/target")
     evaluation = Path("reports/eval") / f"{name}.json"
     draft = load_draft(name, draft_directory(name), target, evaluation)
     record = export(draft, engines, flags.output / name, Options(flags.precision, flags.with_target))

@@ -10,11 +10,17 @@ from deepspec.stages.common import stage
 
 def main(params: Params, flags: argparse.Namespace) -> None:
     from deepspec.answers.generate import generate_data, process_state
-    from deepspec.target.model import load_target
+    from deepspec.stages.body import answering
+    from deepspec.target.model import load_where_it_runs
 
     state = process_state()
-    target = load_target("data/target")
-    manifest = generate_data(target, params, "data/prompts/train.jsonl", "data/distill")
+    paths = "data/prompts/train.jsonl", "data/distill"
+    target = load_where_it_runs("data/target")
+    if params.target.engine == "vllm" and params.generate.engine == "local":
+        with answering(params, target, params.generate.max_length) as decode:
+            manifest = generate_data(target, params, *paths, decode=decode)
+    else:
+        manifest = generate_data(target, params, *paths)
     state.destroy_process_group()
     if manifest:
         print(

@@ -1,7 +1,8 @@
 """Resolve the target of params.yaml (embedded, a directory or a hub id) into data/target.
 
-It is tested against transformers' own forward, and the drafters of the pipeline are tried on its sizes: what cannot be
-decoded or distilled is refused here, before anything is paid for.
+One that this project's engine runs is tested against transformers' own forward; of one that vLLM runs only the
+ends are read. The drafters of the pipeline are tried on its sizes: what cannot be decoded or distilled is refused here,
+before anything is paid for.
 """
 
 from __future__ import annotations
@@ -18,9 +19,10 @@ def main(params: Params, flags: argparse.Namespace) -> None:
     from deepspec.export.suitable import in_words, refusals
     from deepspec.target.checks import not_applied
     from deepspec.target.model import load_target, resolve_target
+    from deepspec.target.unloaded import resolve_unloaded
 
     target = params.target
-    verdict = resolve_target(
+    what = (
         target.source,
         target.revision,
         target.dtype,
@@ -28,9 +30,14 @@ def main(params: Params, flags: argparse.Namespace) -> None:
         target.template_date,
         target.chat_template_kwargs,
     )
-    print(f"data/target: {target.source}, {target.dtype}; {verdict.summary}")
+    if target.engine == "vllm":
+        loaded = resolve_unloaded(*what, target.vllm.quantization)
+        found = f"vLLM runs it, {loaded.num_layers} layers that are not loaded here"
+    else:
+        found = resolve_target(*what).summary
+        loaded = load_target("data/target", device="cpu")
+    print(f"data/target: {target.source}, {target.dtype}; {found}")
     drafters = {name: params.drafters[name] for name in params.pipeline}
-    loaded = load_target("data/target", device="cpu")
     networks, refused = intended(loaded, drafters)
     if changing := not_applied(loaded.generation_config):
         print(f"generation_config.json: not applied here: {', '.join(changing)}")

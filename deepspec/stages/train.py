@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from functools import partial
 from pathlib import Path
 
 from deepspec.config import Params
@@ -18,6 +19,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def main(params: Params, flags: argparse.Namespace) -> None:
+    from deepspec.stages.body import served_target
     from deepspec.training.paths import TrainingPaths
     from deepspec.training.run import train
     from deepspec.training.system import watched
@@ -26,8 +28,10 @@ def main(params: Params, flags: argparse.Namespace) -> None:
         params = params.model_copy(update={"seed": flags.seed})
     name = flags.name or flags.drafter
     paths = TrainingPaths.of(name)
+    served = params.target.engine == "vllm"
     with watched(name, paths.draft):
-        train(params, flags.drafter, Path("data/target"), paths)
+        engine = partial(served_target, params.target) if served else None
+        train(params, flags.drafter, Path("data/target"), paths, engine)
 
 
 if __name__ == "__main__":

@@ -23,12 +23,12 @@ def main(params: Params, flags: argparse.Namespace) -> None:
     from deepspec.guard.suite import validate_data
     from deepspec.messages.prompt import read_prompts
     from deepspec.prompts.overlap import Overlap
-    from deepspec.target.model import load_target
+    from deepspec.target.model import load_where_it_runs
     from deepspec.tasks.task import evaluation_texts
 
     texts = evaluation_texts(params.evaluate.tasks, params.evaluate.tasks_dir)
     overlap = Overlap(texts, params.prompts.overlap_ngram)
-    target = load_target("data/target")
+    target = load_where_it_runs("data/target")
     validation = validate_data(
         "data/distill",
         read_prompts("data/prompts/train.jsonl"),

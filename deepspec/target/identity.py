@@ -38,7 +38,8 @@ def directory_digest(directory: Path, first: Callable[[Path], None] = lambda dir
         DeepSpecError: a file that cannot be read, or files that are no longer those of the directory's record.
     """
     record = target_record(directory)
-    found = with_arguments(_content(directory, bool(record), first), record.get("chat_template_kwargs"))
+    content = _content(directory, bool(record), first)
+    found = with_arguments(content, record.get("chat_template_kwargs"), record.get("quantization"))
     if record and record["digest"] != found:
         raise DeepSpecError(
             f"{directory}: its files were changed since they were written: {RECORD} is of target {record['digest']}, "
@@ -47,9 +48,16 @@ def directory_digest(directory: Path, first: Callable[[Path], None] = lambda dir
     return found
 
 
-def with_arguments(content: str, options: Mapping[str, Any] | None) -> str:
-    """Return the identity of files whose template is rendered with these arguments."""
-    return digest_of(content + json.dumps(options, sort_keys=True)) if options else content
+def with_arguments(content: str, options: Mapping[str, Any] | None, quantization: str | None = None) -> str:
+    """Return the identity of files whose template is rendered with these arguments, and that an engine quantises."""
+    content = digest_of(content + json.dumps(options, sort_keys=True)) if options else content
+    return digest_of(f"{content} {quantization}") if quantization else content
+
+
+def kept_date(directory: Path, source: str) -> str | None:
+    """Return the day that the target of this source in the directory is pinned to."""
+    kept = target_record(directory)
+    return kept.get("template_date") if kept.get("source") == source else None
 
 
 def target_record(directory: Path) -> dict[str, Any]:

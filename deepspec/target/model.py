@@ -23,7 +23,7 @@ from deepspec.target.attention import CACHE_LENGTH, NAME, ForwardPass, KVCache
 from deepspec.target.chat import check_renders
 from deepspec.target.checks import check_files, check_source, check_vocabulary
 from deepspec.target.embedded import PREFIX, write_embedded
-from deepspec.target.ends import H_LAST, Ends, final_norm
+from deepspec.target.ends import H_LAST, Ends, final_norm, load_ends
 from deepspec.target.fused import FusedLayer, Int4Linear, Make, PackedLinear, fuse
 from deepspec.target.graphs import GraphedPasses
 from deepspec.target.head import head_transform
@@ -31,6 +31,7 @@ from deepspec.target.identity import (
     RECORD,
     check_readable,
     directory_digest,
+    kept_date,
     target_record,
     with_arguments,
 )
@@ -80,7 +81,7 @@ def resolve_target(
             output here would not be its own.
     """
     torch_dtype = dtype_named(dtype)
-    day = template_date or _kept_date(Path(directory), source) or template.today()
+    day = template_date or kept_date(Path(directory), source) or template.today()
     with replacing(directory) as scratch:
         if source.startswith(PREFIX):
             write_embedded(source, torch_dtype, scratch)
@@ -117,12 +118,6 @@ def resolve_target(
             record["template_date"] = pinned
         (scratch / RECORD).write_text(json.dumps(record, indent=2) + "\n")
     return verdict
-
-
-def _kept_date(directory: Path, source: str) -> str | None:
-    """Return the day that the target of this source in the directory is pinned to."""
-    kept = target_record(directory)
-    return kept.get("template_date") if kept.get("source") == source else None
 
 
 def _examine(directory: str, source: str, digest: str, fresh: bool = False) -> Verdict:
@@ -210,6 +205,16 @@ def load_target(
         )
     options = target_record(directory).get("chat_template_kwargs")
     return Target(moved(model, device, source), tokenizer, source, weights, graphs, verdict, digest, options)
+
+
+def load_where_it_runs(directory: str | Path) -> Ends:
+    """Load a target, or where vLLM runs it, as its record says, what is known of it without its layers.
+
+    Raises:
+        DeepSpecError: as `load_target` and `load_ends`.
+    """
+    served = target_record(Path(directory)).get("engine") == "vllm"
+    return load_ends(directory) if served else load_target(directory)
 
 
 WEIGHTS: dict[str, Make] = {"dense": PackedLinear, "int4": Int4Linear}

@@ -83,10 +83,13 @@ def same_eval_version(champion: Evidence, challenger: Evidence) -> tuple[bool, s
 
 
 def same_target(champion: Evidence, challenger: Evidence) -> tuple[bool, str]:
-    keys = ("target_digest", "dtype", "seed", "max_new_tokens")
-    return _same(
-        *(", ".join(f"{key} {getattr(one.record, key)}" for key in keys) for one in (champion, challenger))
-    )
+    keys = ("target_digest", "dtype", "seed", "max_new_tokens", "engine")
+
+    def facts(record: Record) -> str:
+        values = {key: getattr(record, key) for key in keys}
+        return ", ".join(f"{key} {value}" for key, value in values.items() if value is not None)
+
+    return _same(facts(champion.record), facts(challenger.record))
 
 
 def same_device_class(champion: Evidence, challenger: Evidence) -> tuple[bool, str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,7 +22,8 @@ from deepspec.features.extract import Extractor
 from deepspec.features.local import CachedFeatures, Features, OnlineFeatures, Share, StateSource
 from deepspec.features.read import read_sequences
 from deepspec.features.sequences import Ints, Sequences
-from deepspec.features.states import EngineStates
+from deepspec.features.served import ServedFeatures, ServedStates
+from deepspec.features.states import EngineStates, engine_layers
 from deepspec.target.ends import Ends
 from deepspec.target.memory import give_back_freed_memory
 from deepspec.target.model import Target
@@ -29,6 +31,7 @@ from deepspec.training.batches import Batches
 
 if TYPE_CHECKING:
     from deepspec.config import Params
+    from deepspec.decoding.served import Servers
     from deepspec.training.params import TrainParams
 
 logger = logging.getLogger(__name__)
@@ -55,6 +58,23 @@ class TrainingData:
             DeepSpecError: no data set there, or no token to learn from.
         """
         return cls(*read_sequences(DATA, train.max_length, train.supervise, WORK / "sequences"))
+
+
+# The engine's own ids of layers and the longest sequence → servers that hand out their states.
+Opens = Callable[[list[int], int], "AbstractContextManager[Servers]"]
+
+
+@dataclass(frozen=True)
+class Served:
+    """Servers of the target.
+
+    Args:
+        open: gives the context in which servers run.
+        during: closes, when training ends, those that are needed until then.
+    """
+
+    open: Opens
+    during: ExitStack
 
 
 @dataclass(frozen=True)
@@ -105,17 +125,19 @@ def prepare(
     body: Callable[[], Target],
     data: TrainingData,
     accelerator: Accelerator,
+    served: Served | None = None,
 ) -> Prepared:
     """Split the data, compute its features where they are cached, and give the network what it has of the target.
 
     Args:
-        body: gives the target with its layers; asked only where features are to be computed.
+        body: gives the target with its layers; asked only where features are to be computed here.
+        served: gives servers that compute them; None: they are computed here.
 
     Raises:
         DeepSpecError: too few conversations, or features that are the same for every token.
     """
     config, sequences = network.config, data.sequences
-    features = _features(params.train, target, body, data, config.target_layer_ids, accelerator)
+    features = _features(params.train, target, body, data, config.target_layer_ids, accelerator, served)
     heldout, members = split(sequences, params.train.heldout, params.seed)
     network.share(target, _vocabulary(network, sequences, members, target))
     if network.start and accelerator.is_main_process:
@@ -179,12 +201,22 @@ def _features(
     data: TrainingData,
     layers: tuple[int, ...],
     accelerator: Accelerator,
+    served: Served | None,
 ) -> Features:
     """Return the target's features, computed when they are needed or, by all processes, here."""
     chosen = train.features
+    longest = int(data.sequences.lengths.max()) + 1  # a request answers a token
+    asked = engine_layers(layers, target.num_layers), min(longest, target.max_length)
     if chosen.mode == "online":
-        return OnlineFeatures(body(), data.sequences, layers)
-    what = (target, data.sequences, layers, data.digest, chosen.form, "engine" if chosen.states else None)
+        if served is None:
+            return OnlineFeatures(body(), data.sequences, layers)
+        states = ServedStates(
+            served.during.enter_context(served.open(*asked)), target, data.sequences, layers
+        )
+        states.check_layers()
+        return ServedFeatures(states, target, data.sequences, layers)
+    elsewhere = "engine" if chosen.states or served else None
+    what = (target, data.sequences, layers, data.digest, chosen.form, elsewhere)
     if chosen.directory:
         features = CachedFeatures(Path(chosen.directory), *what)
     else:
@@ -196,8 +228,15 @@ def _features(
             return Extractor(body(), data.sequences, layers)
         found = EngineStates(Path(chosen.states), target, data.sequences, layers)
         found.check_complete(WORK / "states-requests.jsonl")
+        found.check_layers()
         return found
 
-    features.build(source, share)
+    if served is None or chosen.states or features.complete:
+        features.build(source, share)
+    else:
+        with served.open(*asked) as servers:
+            states = ServedStates(servers, target, data.sequences, layers)
+            states.check_layers()
+            features.build(lambda: states, share)
     give_back_freed_memory()  # the target's layers, if they were there
     return features

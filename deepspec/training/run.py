@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from contextlib import ExitStack
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,15 +25,24 @@ from deepspec.target.model import Target, load_target
 from deepspec.training.finish import finish, training_record, write_untrained
 from deepspec.training.objective import BlockObjective
 from deepspec.training.paths import TrainingPaths
-from deepspec.training.prepare import WORK, Prepared, TrainingData, make_network, prepare
+from deepspec.training.prepare import WORK, Opens, Prepared, Served, TrainingData, make_network, prepare
 from deepspec.training.trainer import Trainer
 
 if TYPE_CHECKING:
     from deepspec.config import Params
 
 
-def train(params: Params, name: str, target_directory: Path, paths: TrainingPaths) -> None:
+def train(
+    params: Params,
+    name: str,
+    target_directory: Path,
+    paths: TrainingPaths,
+    engine: Opens | None = None,
+) -> None:
     """Train drafter `name`, or write it down where there is nothing to train.
+
+    Args:
+        engine: gives servers that hand out the target's states; None: they are computed here.
 
     Raises:
         DeepSpecError: no such drafter, no usable data, or a loss that is not finite.
@@ -45,27 +55,30 @@ def train(params: Params, name: str, target_directory: Path, paths: TrainingPath
         description = algorithm.make(drafter).config
         return write_untrained(paths, description, {}, load_ends(target_directory), {"data_digest": None})
     accelerator = make_accelerator(params, name)
-    target, body = open_target(target_directory, params.train.features.mode, str(accelerator.device))
+    device, online = str(accelerator.device), params.train.features.mode == "online" and engine is None
+    target, body = open_target(target_directory, online, device)
     network = make_network(params, name, target)
     if not any(p.requires_grad for p in network.parameters()):  # a model that is used as it is
         record = training_record(params, None)
         return write_untrained(paths, network.description(), stored_weights(network), target, record)
     with accelerator.main_process_first():
         data = TrainingData.read(params.train)
-    prepared = prepare(params, name, network, target, body, data, accelerator)
-    trainer = fit(prepared, accelerator)
-    if accelerator.is_main_process:
-        finish(prepared, trainer, paths)
+    with ExitStack() as during:
+        served = Served(engine, during) if engine else None
+        prepared = prepare(params, name, network, target, body, data, accelerator, served)
+        trainer = fit(prepared, accelerator)
+        if accelerator.is_main_process:
+            finish(prepared, trainer, paths)
     accelerator.end_training()
 
 
-def open_target(directory: Path, mode: str, device: str) -> tuple[Ends, Callable[[], Target]]:
+def open_target(directory: Path, online: bool, device: str) -> tuple[Ends, Callable[[], Target]]:
     """Return what training needs of the target, and what gives it with its layers.
 
-    With cached features these are only its ends, and it is loaded each time that its layers are asked for; with
-    features computed online it is loaded once.
+    These are only its ends, and it is loaded each time that its layers are asked for; with features that it computes
+    here, `online`, it is loaded once.
     """
-    if mode == "online":
+    if online:
         whole = load_target(directory, device=device)
         return whole, lambda: whole
     return load_ends(directory, device), lambda: load_target(directory, device=device)

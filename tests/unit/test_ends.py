@@ -155,7 +155,7 @@ def recorded(monkeypatch) -> set[str]:
     def opened(path, framework):
         with safe_open(path, framework) as file:
             get = lambda name: (names.add(name), file.get_tensor(name))[1]  # noqa: E731
-            yield SimpleNamespace(keys=file.keys, get_tensor=get)
+            yield SimpleNamespace(keys=file.keys, get_tensor=get, get_slice=file.get_slice)
 
     monkeypatch.setattr("deepspec.target.weights.safe_open", opened)
     return names

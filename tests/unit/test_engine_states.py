@@ -11,11 +11,13 @@ from safetensors.torch import load_file, save_file
 from deepspec.errors import DeepSpecError
 from deepspec.features.extract import Extractor
 from deepspec.features.local import CachedFeatures
+from deepspec.features.proof import TOKENS, computed_states
 from deepspec.features.sequences import Sequences
 from deepspec.features.states import EngineStates, engine_layers, file_name
-from deepspec.target.attention import ForwardPass
 from deepspec.target.ends import H_LAST, load_ends
+from tests.engine_files import engine_states, write_states
 from tests.tiny import cached_target
+from tests.unit.test_ends import whole, write_family
 
 LAYERS = (0, 2, H_LAST)
 
@@ -29,19 +31,9 @@ def ends():
 def folder(target, sequences, ends, tmp_path):
     """What an engine writes of the first six sequences: the state before each layer asked for, and the last one."""
     asked = engine_layers(LAYERS, ends.num_layers)
-    raw: list[torch.Tensor] = []
-    handle = target.layers[-1].register_forward_hook(
-        lambda module, args, output: raw.append(output[0] if isinstance(output, tuple) else output)
-    )
-    for sequence in sequences[:6]:
-        ids = torch.tensor([sequence.ids])
-        step = ForwardPass(torch.arange(ids.shape[1])[None], wanted=(-1, 0, 2))
-        target.forward(ids, step)
-        states = torch.stack([*(step.features[layer][0] for layer in (-1, 0, 2)), raw.pop()[0]], 1)
-        kept = {"hidden_states": states.clone(), "token_ids": torch.tensor(sequence.ids)}
-        save_file(kept, tmp_path / file_name(sequence.ids))
-    handle.remove()
     assert asked == [0, 1, 3, 4]
+    for sequence in sequences[:6]:
+        write_states(tmp_path / file_name(sequence.ids), target, sequence.ids, asked)
     return tmp_path
 
 
@@ -124,6 +116,52 @@ def test_states_of_something_else_are_refused(states, folder, sequences, change,
     with pytest.raises(DeepSpecError) as error:
         states.rows([2])
     assert said in str(error.value) and path.name in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_file_that_says_which_layers_it_has_is_believed_no_more_than_the_request(
+    states, folder, target, sequences
+):
+    path = folder / file_name(sequences[2].ids)
+    write_states(path, target, sequences[2].ids, [0, 1, 3, 4], named=True)
+    states.rows([2])
+    write_states(path, target, sequences[2].ids, [0, 1, 2, 4], named=True)
+    with pytest.raises(
+        DeepSpecError, match=r"states of the engine's layers \[0, 1, 2, 4\], and \[0, 1, 3, 4\]"
+    ):
+        states.rows([2])
+
+
+def test_layers_are_proven_by_those_that_are_computed_here(states, folder, target, sequences):
+    states.check_layers()
+    path, ids = folder / file_name(sequences[0].ids), sequences[0].ids
+    write_states(path, target, ids, [0, 1, 2, 4])  # a middle layer alone is off
+    states.rows([0])
+    with pytest.raises(DeepSpecError, match=r"under its layer id 3 are those of id 2 \(-1\)") as error:
+        states.check_layers()
+    assert path.name in str(error.value) and "\n" not in str(error.value)
+
+
+def test_states_of_another_model_are_far_from_all_layers(states, folder, target, sequences):
+    path, ids = folder / file_name(sequences[0].ids), sequences[0].ids
+    kept = engine_states(target, ids, [0, 1, 3, 4])
+    kept[:, 2] = 3 * torch.randn(kept[:, 2].shape, generator=torch.Generator().manual_seed(0))
+    save_file({"hidden_states": kept, "token_ids": torch.tensor(ids)}, path)
+    with pytest.raises(DeepSpecError, match="layer id 3 are "):
+        states.check_layers()
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v3", "gpt2"])
+def test_the_layers_of_other_families_are_computed_one_at_a_time(family, tmp_path):
+    directory = write_family(tmp_path / family, family)
+    target, ids = whole(directory), list(range(3, 40))
+    computed = computed_states(directory, ids, target.num_layers)
+    expected = engine_states(target, ids[:TOKENS], list(range(target.num_layers + 1)))
+    torch.testing.assert_close(computed, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_checkpoint_that_cannot_be_run_here_is_not_proven_and_said_so(tmp_path, caplog):
+    assert computed_states(tmp_path, [1, 2], 4) is None
+    assert "layers not proven" in caplog.text
 
 
 def test_a_broken_file_is_named(states, folder, sequences):

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import httpx
 import pytest
 
+from deepspec import retrying
 from deepspec.answers import openai
 from deepspec.answers.generate import generate_data
 from deepspec.answers.params import GenerateParams
@@ -98,9 +99,9 @@ def serve():
 
 @pytest.fixture(autouse=True)
 def quick_and_direct(monkeypatch):
-    monkeypatch.setattr(openai, "FIRST_WAIT_S", 0.01)
+    monkeypatch.setattr(retrying, "FIRST_WAIT_S", 0.01)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    monkeypatch.delenv(openai.KEY_VARIABLE, raising=False)
+    monkeypatch.delenv(retrying.KEY_VARIABLE, raising=False)
 
 
 @pytest.fixture
@@ -163,7 +164,7 @@ def test_a_base_url_may_end_in_v1_or_not(suffix):
 def test_the_key_comes_from_the_environment(tmp_path, serve, monkeypatch):
     server = serve()
     run(tmp_path / "a", params(server.url), PROMPTS[:1])
-    monkeypatch.setenv(openai.KEY_VARIABLE, "secret")
+    monkeypatch.setenv(retrying.KEY_VARIABLE, "secret")
     run(tmp_path / "b", params(server.url), PROMPTS[:1])
     assert [headers.get("authorization", headers.get("Authorization")) for headers in server.headers] == [
         None,
@@ -197,15 +198,15 @@ def test_retry_after_is_honoured(tmp_path, serve):
 
 def test_retry_after_may_be_a_date_or_nonsense():
     def wait(value):
-        return openai._retry_after_s(httpx.Response(429, headers={"Retry-After": value}))
+        return retrying.retry_after_s(httpx.Response(429, headers={"Retry-After": value}))
 
     assert wait("Wed, 21 Oct 2015 07:28:00 GMT") == 0
-    assert wait("Fri, 31 Dec 9999 23:59:59 GMT") == openai.LONGEST_RETRY_AFTER_S
+    assert wait("Fri, 31 Dec 9999 23:59:59 GMT") == retrying.LONGEST_RETRY_AFTER_S
     assert wait("soon") == wait("-3") == wait("nan") == 0
 
 
 def test_waits_grow_and_are_spread():
-    waits = [[openai._wait_s(attempt, None) for _ in range(200)] for attempt in range(4)]
+    waits = [[retrying.wait_s(attempt, None) for _ in range(200)] for attempt in range(4)]
     assert len(set(waits[0])) > 100
     assert all(max(early) < 3 * min(early) * 1.01 for early in waits)
     assert all(sum(late) > 1.5 * sum(early) for early, late in pairwise(waits))

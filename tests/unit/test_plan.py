@@ -145,12 +145,20 @@ def test_a_target_that_no_device_holds_is_trained_for_all_the_same():
     misfits = {remark.stage: remark.change for remark in remarks(plan, params) if not remark.fits}
     assert set(misfits) == {"target", "prompts", "generate", "features", "train dspark", "evaluate"}
     assert "generate.engine: openai" in misfits["generate"]
-    assert "train.features.states" in misfits["features"]
+    assert "target.engine: vllm" in misfits["features"] and "target.engine: vllm" in misfits["evaluate"]
     assert "train.real_decode: false" in misfits["train dspark"]
     without = {"real_decode": False, "features": {"states": "folder"}}
     params = changed(**LARGE | {"prompts": {"count": 20_000}, "train": LARGE["train"] | without})
     plan = planned("moe-235b", GPU, params)
     assert {remark.stage for remark in remarks(plan, params)} == {"target", "prompts", "generate", "evaluate"}
+
+
+def test_in_vllm_the_target_fits_every_stage():
+    train = LARGE["train"] | {"real_decode": False}
+    params = changed(**LARGE | {"prompts": {"count": 20_000}, "train": train, "target": {"engine": "vllm"}})
+    plan = planned("moe-235b", GPU, params)
+    assert [remark.stage for remark in remarks(plan, params) if not remark.fits] == []
+    assert plan.of("target").disk == 0 and "in vLLM" in plan.of("evaluate").how
     assert plan.of("train dspark").memory < 0.1 * plan.target.weights
 
 

@@ -1,10 +1,13 @@
 """Where vLLM is found, how it is set up once, how it is started; and, where it is installed, that it serves a draft."""
 
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
-from contextlib import suppress
+import time
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
@@ -192,8 +195,77 @@ def test_a_server_ends_with_all_its_processes(stand_in):
         assert child.status() == psutil.STATUS_ZOMBIE
 
 
+def killed_while_it_serves(python, directory, kills):
+    """Start a server in a process that kills itself; return the server's child and the number of its group."""
+    program = f"""
+import os, signal
+from pathlib import Path
+from deepspec.serving import launch
+from deepspec.serving.environment import Environment
+engine = Environment(Path({str(python.python)!r}), "0.32.0", Path({str(directory)!r}), False)
+with launch.serving(engine, Path("target"), "float32", 128, None, "plain"):
+    child = int((launch.LOGS / "child").read_text())
+    {kills}
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+    paths = os.environ | {"PYTHONPATH": str(Path(launch.__file__).parents[2])}
+    assert subprocess.run([sys.executable, "-c", program], env=paths).returncode == -signal.SIGKILL
+    child = psutil.Process(int((launch.LOGS / "child").read_text()))
+    return child, os.getpgid(child.pid)
+
+
+def gone(pid):
+    """Wait until a process has ended; return whether it has."""
+    for _ in range(200):
+        try:
+            if psutil.Process(pid).status() == psutil.STATUS_ZOMBIE:
+                return True
+        except psutil.NoSuchProcess:
+            return True
+        time.sleep(0.05)
+    return False
+
+
+def test_a_server_ends_with_whoever_started_it(stand_in, tmp_path):
+    child, server = killed_while_it_serves(stand_in(SERVER), tmp_path, "")
+    assert gone(server)
+    child.kill()
+
+
+def test_what_a_killed_server_has_left_is_ended_by_the_next(stand_in, tmp_path):
+    python = stand_in(SERVER)
+    orphan, _ = killed_while_it_serves(python, tmp_path, "os.kill(os.getpgid(child), signal.SIGKILL)")
+    assert psutil.Process(orphan.pid).status() != psutil.STATUS_ZOMBIE
+    with launch.serving(python, Path("target"), "float32", 128, None, "plain"):
+        assert gone(orphan.pid)
+
+
+def test_a_server_is_started_as_it_is_asked(tmp_path, monkeypatch):
+    seen = {}
+
+    @contextmanager
+    def started(engine, command, variables, port, name):
+        seen.update(command=command, variables=variables)
+        yield "http://127.0.0.1:1"
+
+    monkeypatch.setattr(launch, "started", started)
+    speculative, more = launch.states_config([0, 2, 4], tmp_path)
+    python = Environment(Path("python"), "0.32.0", tmp_path, True)
+    with launch.serving(python, tmp_path, "bfloat16", 64, speculative, "states", 32, [*more, "--seed", "1"]):
+        command = seen["command"]
+    assert command[command.index("--max-num-seqs") + 1] == "32" and command[-2:] == ["--seed", "1"]
+    asked = json.loads(command[command.index("--speculative-config") + 1])
+    assert asked["method"] == "extract_hidden_states"
+    assert asked["draft_model_config"]["hf_config"] == {"eagle_aux_hidden_state_layer_ids": [0, 2, 4]}
+    transfer = json.loads(command[command.index("--kv-transfer-config") + 1])
+    assert transfer["kv_connector_extra_config"] == {"shared_storage_path": str(tmp_path)}
+    module = Path(seen["variables"]["PYTHONPATH"]) / f"{transfer['kv_connector_module_path']}.py"
+    assert f"class {transfer['kv_connector']}(" in module.read_text()
+
+
 def test_a_server_that_dies_is_reported_with_its_first_error(stand_in):
-    python = stand_in("raise ValueError('no kernel for head size 16')")
+    warned = "print('[utils.py:1] WARNING This can cause errors like `OSError: too many files`', flush=True)"
+    python = stand_in(f"{warned}\nraise ValueError('no kernel for head size 16')")
     with (
         pytest.raises(DeepSpecError, match=r"ended while it started: ValueError: no kernel for head size 16"),
         launch.serving(python, Path("target"), "float32", 128, None, "plain"),

@@ -16,7 +16,8 @@ import yaml
 from deepspec.entry import TELEMETRY_OFF
 
 ROOT = Path(__file__).parents[2]
-STAGES = sorted(path.stem for path in (ROOT / "deepspec/stages").glob("[a-z]*.py") if path.stem != "common")
+SHARED = {"common", "body"}  # by stages, none themselves
+STAGES = sorted({path.stem for path in (ROOT / "deepspec/stages").glob("[a-z]*.py")} - SHARED)
 OF_A_DRAFTER = {"train", "evaluate", "export"}
 BARE = {key: value for key, value in os.environ.items() if key not in TELEMETRY_OFF}
 

@@ -241,7 +241,7 @@ class DFlash2Drafter(BlockDrafter[DFlash2Model]):
         return expand
 
 
-def read(checkpoint: Checkpoint, target: Target) -> DFlash2Model:
+def read(checkpoint: Checkpoint, target: Ends) -> DFlash2Model:
     """Return the network of a directory, in float32.
 
     Raises:

@@ -172,7 +172,7 @@ class DSparkDrafter(BlockDrafter[DSparkModel]):
         return 1 / (1 + math.exp(-min(max(logit, -60.0), 60.0)))
 
 
-def read(checkpoint: Checkpoint, target: Target) -> DSparkModel:
+def read(checkpoint: Checkpoint, target: Ends) -> DSparkModel:
     """Return the network of a directory, in float32.
 
     Raises:

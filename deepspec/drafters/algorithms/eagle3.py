@@ -329,7 +329,7 @@ class Eagle3Drafter(AutoregressiveDrafter):
         return self._head(hidden if self.config.norm_output else self._norm(hidden))
 
 
-def read(checkpoint: Checkpoint, target: Target) -> Eagle3Model:
+def read(checkpoint: Checkpoint, target: Ends) -> Eagle3Model:
     """Return the network of a directory, in float32.
 
     Raises:

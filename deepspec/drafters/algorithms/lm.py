@@ -211,7 +211,7 @@ class LMDrafter(AutoregressiveDrafter):
         return self.model.logits(outputs)
 
 
-def read(checkpoint: Checkpoint, target: Target) -> LMModel:
+def read(checkpoint: Checkpoint, target: Ends) -> LMModel:
     """Return the network of a directory, in float32."""
     model = load_model(str(checkpoint.directory), dtype=torch.float32)
     cut_padding(model, target.vocab_size)

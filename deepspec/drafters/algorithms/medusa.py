@@ -187,7 +187,7 @@ class MedusaSession(GrowingSession):
         return lambda parents: DraftLogits(logits[[parent.growth for parent in parents], parents[0].depth])
 
 
-def read(checkpoint: Checkpoint, target: Target) -> MedusaModel:
+def read(checkpoint: Checkpoint, target: Ends) -> MedusaModel:
     """Return the network of a directory, in float32.
 
     Raises:

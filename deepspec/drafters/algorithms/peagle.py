@@ -143,7 +143,7 @@ class PEagleSession(AutoregressiveSession):
         return expand
 
 
-def read(checkpoint: Checkpoint, target: Target) -> PEagleModel:
+def read(checkpoint: Checkpoint, target: Ends) -> PEagleModel:
     """Return the network of a directory, in float32.
 
     Raises:

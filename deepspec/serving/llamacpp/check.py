@@ -25,8 +25,9 @@ from deepspec.export.readers.directory import Unreadable
 from deepspec.export.readers.gguf import draft_file, draft_kind
 from deepspec.export.suitable import Refused
 from deepspec.files import replacing
+from deepspec.progress import watched
 from deepspec.serving import ours
-from deepspec.serving.engines import Draft, Work, watched
+from deepspec.serving.engines import Draft, Work
 from deepspec.serving.launch import LOGS
 from deepspec.serving.llamacpp import costs, law
 from deepspec.serving.llamacpp.client import LlamaCpp

@@ -1,0 +1,66 @@
+"""vLLM itself hands out the states and the answers of a tiny target, where it is installed."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from deepspec.decoding.engine import generate
+from deepspec.decoding.request import Request
+from deepspec.errors import DeepSpecError
+from deepspec.features.extract import Extractor
+from deepspec.features.sequences import Sequences
+from deepspec.features.served import ServedStates
+from deepspec.features.states import engine_layers
+from deepspec.serving import environment
+from deepspec.stages import body
+from deepspec.target.ends import H_LAST, load_ends
+from deepspec.target.model import load_target
+from deepspec.target.params import TargetParams
+from tests.tiny import make_target
+
+pytestmark = pytest.mark.engine
+LAYERS = (0, 2, H_LAST)
+
+
+@pytest.fixture
+def served(tmp_path, monkeypatch):
+    """A tiny target in data/target, and its section of params.yaml."""
+    if environment.find() is None:
+        pytest.skip("vLLM is not set up; make serve-check does")
+    monkeypatch.chdir(tmp_path)
+    make_target("data/target", hidden=256)
+    return TargetParams(source="tiny", dtype="float32", engine="vllm")
+
+
+def test_its_states_are_those_computed_here_and_a_wrong_layer_is_refused(served, sequences):
+    rows = Sequences.of(sequences)
+    ends, target = load_ends("data/target"), load_target("data/target")
+    asked = engine_layers(LAYERS, ends.num_layers)
+    with body.served_target(served, asked, 64) as servers:
+        states = ServedStates(servers, ends, rows, LAYERS)
+        states.check_layers()
+        found = states.rows(list(range(len(rows))))
+        assert list(Path(servers.folder).iterdir()) == []
+        others = ServedStates(servers, ends, rows, (0, 1, H_LAST))
+        with pytest.raises(DeepSpecError, match="states of the engine's layers"):
+            others.rows([0])
+    assert not Path(servers.folder).exists()
+    computed = Extractor(target, rows, LAYERS).rows(list(range(len(rows))))
+    for ours, theirs in zip(found, computed, strict=True):
+        for name in ours:
+            torch.testing.assert_close(ours[name].float(), theirs[name].float(), rtol=0.01, atol=0.01)
+
+
+def test_its_greedy_answers_are_those_of_our_engine(served, sequences):
+    target = load_target("data/target")
+    prompts = [sequence.ids for sequence in sequences[:6]]
+    asked = iter([Request(ids, 8, id=i) for i, ids in enumerate(prompts)])
+    with body.served_target(served, None, 64) as servers:
+        found = {g.id: g.tokens for g in servers.stream(target.stop_ids, lambda: next(asked, None))}
+    own = generate(target, None, prompts, max_new_tokens=8)
+    assert sum(found[i] == each.tokens for i, each in enumerate(own)) >= 5  # one may be a near tie
+    shutil.rmtree("data")
