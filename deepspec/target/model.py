@@ -108,7 +108,7 @@ def resolve_target(
         digest = directory_digest(scratch)
         options = dict(chat_template_kwargs or {})
         check_renders(source, written, options)
-        verdict = _examine(str(scratch), source, digest)
+        verdict = _examine(str(scratch), source, digest, written)
         refuse(source, verdict)
         record: dict[str, Any] = {"source": source, "revision": revision, "dtype": dtype}
         record["digest"] = with_arguments(digest, options)
@@ -120,7 +120,9 @@ def resolve_target(
     return verdict
 
 
-def _examine(directory: str, source: str, digest: str, fresh: bool = False) -> Verdict:
+def _examine(
+    directory: str, source: str, digest: str, tokenizer: PreTrainedTokenizerBase, fresh: bool = False
+) -> Verdict:
     """Self-test of a directory; see `deepspec.target.selftest`."""
 
     def load(attention: str | None, dtype: torch.dtype | None, sizes: Mapping[str, int]) -> PreTrainedModel:
@@ -132,7 +134,7 @@ def _examine(directory: str, source: str, digest: str, fresh: bool = False) -> V
         return moved(model, device, directory)
 
     def wrap(model: PreTrainedModel, verdict: Verdict) -> Target:
-        return Target(model, from_pretrained(AutoTokenizer, directory), source, verdict=verdict)
+        return Target(model, tokenizer, source, verdict=verdict)
 
     return examine(digest, load, wrap, fresh)
 
@@ -140,7 +142,10 @@ def _examine(directory: str, source: str, digest: str, fresh: bool = False) -> V
 def examine_target(source: str | Path, fresh: bool = False) -> Verdict:
     """Return what the self-test says of a directory or hub id; a refusal is in the verdict, not raised."""
     directory = _directory(str(source))
-    return _examine(str(directory), str(source), directory_digest(directory, check_files), fresh)
+    digest = directory_digest(directory, check_files)
+    return _examine(
+        str(directory), str(source), digest, from_pretrained(AutoTokenizer, str(directory)), fresh
+    )
 
 
 def _directory(source: str) -> Path:
@@ -185,10 +190,10 @@ def load_target(
     directory = _directory(source)
     digest = directory_digest(directory, check_files)
     wanted = None if dtype is None else dtype_named(dtype)
-    verdict = _examine(str(directory), source, digest)
+    tokenizer = from_pretrained(AutoTokenizer, str(directory))
+    verdict = _examine(str(directory), source, digest, tokenizer)
     refuse(source, verdict)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    tokenizer = from_pretrained(AutoTokenizer, str(directory))
     attention = {"attn_implementation": NAME} if verdict.trees else {}
     model = load_model(str(directory), dtype=wanted or "auto", **attention)
     template.check_there(source, tokenizer)
