@@ -8,7 +8,9 @@ the company in which it was generated.
 from __future__ import annotations
 
 import json
+from array import array
 from collections import deque
+from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,7 +28,8 @@ from deepspec.decoding.request import Generation, Request, Sampling
 from deepspec.errors import DeepSpecError
 from deepspec.files import digest, file_digest
 from deepspec.lineage import code_digest
-from deepspec.messages.prompt import Prompt, read_prompts
+from deepspec.messages.prompt import Prompt
+from deepspec.messages.prompts import Prompts, read_prompts
 from deepspec.progress import Progress
 
 if TYPE_CHECKING:
@@ -68,11 +71,10 @@ def generate_data(
     for row in rows:
         if row.chat.tools or len(row.chat.slots()) > 1:
             histories.of(row.chat)
-    ids = [row.id for row in rows]
-    return assemble(read_work(directory), ids, Path(out), settings, target.digest, histories.describe())
+    return assemble(read_work(directory), rows.ids, Path(out), settings, target.digest, histories.describe())
 
 
-def _check_kinds(prompts: list[Prompt], params: GenerateParams) -> None:
+def _check_kinds(prompts: Prompts, params: GenerateParams) -> None:
     """Refuse prompts that the engine cannot do anything with, before time is spent."""
     if params.engine != "given" and (tokens := sum(bool(prompt.chat.input_ids) for prompt in prompts)):
         raise DeepSpecError(
@@ -104,21 +106,20 @@ def generation_settings(params: Params) -> dict[str, Any]:
     return settings | ({"model": generate.openai.model} if generate.engine == "openai" else {})
 
 
-def longest_first(prompts: list[Prompt]) -> list[Prompt]:
+def longest_first(prompts: Prompts) -> Prompts:
     """Sort prompts by length, longest first: a batch pads little, and what needs most memory comes first."""
 
     def length(prompt: Prompt) -> int:
         slots = prompt.chat.slots()
         return sum(len(message["content"]) for message in slots[0].before) if slots else 0
 
-    return sorted(prompts, key=lambda prompt: (-length(prompt), prompt.id))
+    lengths, ids = array("Q", map(length, prompts)), prompts.ids
+    return prompts.arranged(sorted(range(len(prompts)), key=lambda i: (-lengths[i], ids[i])))
 
 
-def _answer_share(
-    target: Any, params: Params, share: list[Prompt], directory: Path, state: PartialState
-) -> None:
+def _answer_share(target: Any, params: Params, share: Prompts, directory: Path, state: PartialState) -> None:
     work: Work = read_work(directory)
-    todo = [prompt for prompt in share if prompt.id not in work.rows]
+    todo = share.arranged(i for i, id in enumerate(share.ids) if id not in work.rows)
     several = f" (process 1 of {state.num_processes})" if state.num_processes > 1 else ""
     progress = Progress(
         f"generate{several}",
@@ -131,12 +132,12 @@ def _answer_share(
         answer(target, todo, params.generate, Sink(shard, progress, params.seed))
 
 
-def answer_locally(target: Any, prompts: list[Prompt], params: GenerateParams, sink: Sink) -> None:
+def answer_locally(target: Any, prompts: Sequence[Prompt], params: GenerateParams, sink: Sink) -> None:
     """Answer prompts with our own engine, in a batch whose free places are filled at once.
 
     The next turn of a conversation goes before a new conversation, so that what a kill can lose stays small.
     """
-    waiting = deque(prompts)
+    waiting = deque(range(len(prompts)))  # numbers: a prompt is read when its turn comes
     histories = Histories(target)
     asked: dict[str, Conversation] = {}
     follow_ups: deque[Conversation] = deque()
@@ -144,7 +145,9 @@ def answer_locally(target: Any, prompts: list[Prompt], params: GenerateParams, s
 
     def next_request() -> Request | None:
         conversation = (
-            follow_ups.popleft() if follow_ups else _open_next(target, waiting, params, sink, histories)
+            follow_ups.popleft()
+            if follow_ups
+            else _open_next(target, prompts, waiting, params, sink, histories)
         )
         if conversation is None:
             return None
@@ -166,11 +169,16 @@ def answer_locally(target: Any, prompts: list[Prompt], params: GenerateParams, s
 
 
 def _open_next(
-    target: Any, waiting: deque[Prompt], params: GenerateParams, sink: Sink, histories: Histories
+    target: Any,
+    prompts: Sequence[Prompt],
+    waiting: deque[int],
+    params: GenerateParams,
+    sink: Sink,
+    histories: Histories,
 ) -> Conversation | None:
     """Open the next prompt that fits; those that do not are recorded as failures."""
     while waiting:
-        prompt = waiting.popleft()
+        prompt = prompts[waiting.popleft()]
         try:
             return Conversation(target, prompt, params.max_new_tokens, params.max_length, histories)
         except UnusableError as error:

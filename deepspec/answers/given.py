@@ -6,6 +6,7 @@ back; rows of token ids are taken as they are. How likely the target finds them 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import groupby
 from typing import Any
 
@@ -18,7 +19,7 @@ from deepspec.answers.shards import Sink
 from deepspec.messages.prompt import Prompt
 
 
-def answer(target: Any, prompts: list[Prompt], params: GenerateParams, sink: Sink) -> None:
+def answer(target: Any, prompts: Sequence[Prompt], params: GenerateParams, sink: Sink) -> None:
     """Write the rows of every prompt that has answers, with how likely the target finds them."""
     histories = Histories(target)
     likelihood = Likelihood(target)

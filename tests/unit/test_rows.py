@@ -15,7 +15,7 @@ import pytest
 from deepspec.errors import DeepSpecError
 from deepspec.messages.errors import BadRowError, RefusedRowError
 from deepspec.messages.rows import read_row
-from deepspec.messages.sources import JsonlSource, hub_candidates
+from deepspec.messages.sources import JsonlSource, hub_source
 from deepspec.prompts.build import build_prompts, write_prompts
 from deepspec.prompts.params import PromptsParams
 
@@ -323,7 +323,7 @@ def test_a_directory_of_parquet_files_with_structs_and_large_strings_is_a_datase
         )
         (tmp_path / "set").mkdir(exist_ok=True)
         pyarrow.parquet.write_table(table, tmp_path / f"set/part-{i}.parquet")
-    found = [candidate.chat for candidate in hub_candidates(str(tmp_path / "set"), seed=0)]
+    found = [candidate.chat for candidate in hub_source(str(tmp_path / "set"), seed=0)]
     assert [[message["role"] for message in chat.messages] for chat in found] == [CHAT, CHAT]
     assert {tuple(chat.tools[0]["function"]["parameters"]) for chat in found} == {("place",), ("day",)}
     assert all(chat.metadata == {"at": "2026-11-29 00:00:00"} for chat in found)
