@@ -22,7 +22,8 @@ from deepspec.errors import DeepSpecError
 from deepspec.files import digest
 from deepspec.guard.facts import script
 from deepspec.messages.prompt import Prompt
-from deepspec.parallel import ordered_map
+from deepspec.parallel import ALONE, ordered_map
+from deepspec.progress import Progress
 from deepspec.prompts.filters import chat_key, duplicate_key
 
 BATCH_ROWS = 1024
@@ -77,7 +78,11 @@ class Flattener:
                         row_number += 1
             return pandas.DataFrame(columns)
 
-        parts = [part for part in ordered_map(group, range(len(sizes))) if len(part)]
+        parts: list[pandas.DataFrame] = []
+        with Progress("validation", sum(sizes), shown=len(sizes) > ALONE) as progress:
+            for part in ordered_map(group, range(len(sizes))):
+                parts += [part] if len(part) else []
+                progress.advance(len(part))
         table = pandas.concat(parts, ignore_index=True) if parts else pandas.DataFrame()
         if len(table):
             again = table["generation"] & table["asked"].duplicated()

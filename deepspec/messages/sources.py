@@ -10,6 +10,7 @@ import bz2
 import gzip
 import json
 import lzma
+import os
 import random
 import shutil
 import tempfile
@@ -29,10 +30,12 @@ from deepspec.messages.presets import Preset
 from deepspec.messages.prompt import Chat
 from deepspec.messages.rows import USUAL, Columns, Read, read_row
 from deepspec.parallel import ordered_map
+from deepspec.progress import Progress
 
 TABLES = (".parquet", ".arrow", ".feather", ".csv", ".tsv", ".zip")  # no lines of JSON
 LONGEST_LINE = 1 << 26  # bytes; a longer one is not read into memory
 _PIECE, _PIECE_BYTES = 512, 1 << 18  # lines that are checked at once, and bytes
+_QUIET = 32  # MiB of a file that is checked without a display
 
 _Line = tuple[int, int, bytes | None]  # number, offset, text; None: too long to be read
 
@@ -136,11 +139,14 @@ class JsonlSource(Listing):
         self.path, self._columns = Path(path), columns
         self._file = _plain(self.path)
         self._offsets = array("Q")
-        for offsets, bad in ordered_map(self._checked, _pieces(_lines(self._file, self.path))):
-            self.faults.rows += len(offsets) + len(bad)
-            self._offsets.extend(offsets)
-            for each in bad:
-                self.faults.add(each)
+        mebibytes = os.fstat(self._file.fileno()).st_size >> 20
+        with Progress(f"{self.path.name} (MiB)", mebibytes, shown=mebibytes > _QUIET) as progress:
+            for offsets, bad in ordered_map(self._checked, _pieces(_lines(self._file, self.path))):
+                self.faults.rows += len(offsets) + len(bad)
+                self._offsets.extend(offsets)
+                for each in bad:
+                    self.faults.add(each)
+                progress.advance((self._offsets[-1] >> 20) - progress.done if self._offsets else 0)
         self._check(max_malformed_share)
         random.Random(seed).shuffle(self._offsets)  # type: ignore[arg-type]
 

@@ -21,6 +21,7 @@ from deepspec.files import replacing, write_json
 from deepspec.messages.prompt import Chat
 from deepspec.messages.sources import Candidate, Given, JsonlSource, Listing, hub_source, preset_source
 from deepspec.parallel import in_pieces, ordered_map
+from deepspec.progress import Progress
 from deepspec.prompts.filters import Judged, Sieve
 from deepspec.prompts.magpie import Magpie
 from deepspec.prompts.overlap import Overlap
@@ -30,6 +31,7 @@ from deepspec.prompts.seeds.seeds import iter_seeds
 from deepspec.prompts.seeds.tools import iter_tools
 
 TRIES_PER_PROMPT = 20
+QUIET = 20_000  # prompts that are made without a display
 PIECE = 512  # candidates that a process judges at once
 WORK_DIR = Path(".deepspec/prompts")  # outside the stage's outputs, which `dvc repro` deletes first
 
@@ -170,19 +172,21 @@ def _mix(
     accepted: Counter[str] = Counter()
     notes: list[str] = []
     left = dict(weights)
-    while len(rows) < count and left:
-        for name, share in split_by_weight(count - len(rows), left).items():
-            taken = _take(sources[name], share, sieve, rows)
-            accepted[name] += taken
-            if taken < share:
-                del left[name]
-                notes.append(f"{name} ran out: {taken} of the {share} prompts asked of it")
+    shown = count > QUIET and "magpie" not in sources  # which shows its own
+    with Progress("prompts", count, shown=shown) as progress:
+        while len(rows) < count and left:
+            for name, share in split_by_weight(count - len(rows), left).items():
+                taken = _take(sources[name], share, sieve, rows, progress)
+                accepted[name] += taken
+                if taken < share:
+                    del left[name]
+                    notes.append(f"{name} ran out: {taken} of the {share} prompts asked of it")
     if len(rows) < count:
         notes.append(f"only {len(rows)} of {count} prompts: every source ran out")
     return accepted, notes
 
 
-def _take(source: Source, share: int, sieve: Sieve, rows: Rows) -> int:
+def _take(source: Source, share: int, sieve: Sieve, rows: Rows, progress: Progress) -> int:
     """Keep up to `share` prompts of a source and return how many it had."""
     taken = 0
     if share == 0:
@@ -190,6 +194,7 @@ def _take(source: Source, share: int, sieve: Sieve, rows: Rows) -> int:
     for judged in source.offers(share, sieve):
         if sieve.admit(judged):
             rows.append(judged.line)
+            progress.advance()
             taken += 1
             if taken == share:
                 break
