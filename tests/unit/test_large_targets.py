@@ -60,7 +60,7 @@ def here(monkeypatch):
 def test_the_page_goes_from_the_target_to_a_served_draft():
     said = [words_of(command)[:2] for command in COMMANDS]
     stages = [words[1] for words in said if words[0] == "deepspec" and words[1] in STAGES]
-    assert stages == ["target", "prompts", "generate", "validate", "evaluate", "export"]
+    assert stages == ["target", "prompts", "generate", "validate", "export"]
     assert [words[0] for words in said].count("accelerate") == 3 and ["deepspec", "serve-check"] in said
 
 
@@ -103,7 +103,7 @@ def test_the_plan_finds_what_the_page_says():
     params = load_params("params.large.yaml")
     config = AutoConfig.for_model(**SHAPE)
     plan = plan_of(params, params.target.source, config, Rates.model_validate(RATES))
-    assert [remark.stage for remark in remarks(plan, params) if not remark.fits] == ["target"]
+    assert [remark.stage for remark in remarks(plan, params) if not remark.fits] == ["target", "evaluate"]
     assert plan.target.weights == pytest.approx(145e9, rel=0.01)
     assert plan.target.ends * plan.target.bytes == pytest.approx(5e9, rel=0.01)
     assert plan.of("features").disk == pytest.approx(2.6e12, rel=0.05)
