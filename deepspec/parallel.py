@@ -15,7 +15,8 @@ from typing import Any, TypeVar
 
 from deepspec.errors import DeepSpecError
 
-Piece, Result = TypeVar("Piece"), TypeVar("Result")
+Piece = TypeVar("Piece")
+Result = TypeVar("Result")
 ALONE = 4  # pieces that this process does before it starts others
 AHEAD = 2  # pieces for each process that are under way or wait to be taken
 

@@ -79,7 +79,7 @@ def _less_memory(estimate: Estimate, plan: Plan, params: Params) -> str:
                 "or gradient_checkpointing: true"
             )
         case "evaluate" if not whole:
-            return "a device that holds a float32 copy; deepspec serve-check measures the draft in an engine without one"
+            return "a device that holds a float32 copy; deepspec serve-check measures a draft without one"
         case _:
             return "a device that holds the target: nothing in params.yaml makes it smaller"
 
