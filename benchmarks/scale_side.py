@@ -27,7 +27,7 @@ COLUMNS, VOCABULARY, HELD_OUT = 8192, 49152, 32
 DIGEST = "0123456789abcdef"  # of the target that is said to have answered
 HELD_OUT_TEXTS, HELD_OUT_WORDS = 1000, 60
 MERGED = 100_000  # rows of shards, at most
-SAMPLE = 10  # of so many rows one is in the validation's sample, as of a million with the default
+SAMPLE = 20  # of so many rows one is in the validation's sample, as of a million with the default
 
 
 class Store:
