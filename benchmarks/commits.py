@@ -3,7 +3,8 @@
 Each commit runs in a process of its own, the other one in a git worktree that is removed in the end; they are asked
 line by line, one at a time. A turn asks each of them for everything, and who comes first changes with every turn, so
 a slow minute of the machine hits both. A process may be some percent slower for the memory pages that it happens to
-get, so both are started anew every few turns; a commit beside itself (`HEAD`) shows how much that leaves.
+get, so both are started anew every few turns, the other one first each time; a commit beside itself (`HEAD`) shows how
+much that leaves.
 
 Ratios are of the same turn (under 1: this checkout is faster); the median and its 95 % interval, by a bootstrap over
 turns. That both write the same tokens is checked all along. Finished turns are kept in a work file: a killed benchmark
@@ -20,7 +21,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -43,7 +44,7 @@ ROOT = Path(__file__).parents[1]
 HERE, THERE = "here", "there"
 _UNTIMED = 1
 Found = dict[str, dict[str, list[float]]]  # measurement → side → seconds, one a turn
-Start = Callable[[], AbstractContextManager[Mapping[str, "Side"]]]
+Start = Callable[[Sequence[str]], AbstractContextManager[Mapping[str, "Side"]]]
 
 
 class Side:
@@ -124,12 +125,12 @@ def measure(start: Start, flags: argparse.Namespace, log: WorkLog) -> tuple[Foun
     """Return seconds of every turn, and where the two wrote other tokens.
 
     Args:
-        start: starts both sides, every few turns; not called where all turns are in the log.
+        start: starts both sides in the order given, every few turns; not called where all turns are in the log.
     """
     missing = [turn for turn in range(flags.turns) if log.get(_key(turn)) is None]
     with Progress("turns", flags.turns, flags.turns - len(missing)) as progress:
         for first in range(0, len(missing), flags.restart):
-            with start() as sides:
+            with start(_order(first // flags.restart)) as sides:
                 for turn in range(_UNTIMED):
                     one_turn(sides, turn, flags)
                 for turn in missing[first : first + flags.restart]:
@@ -143,7 +144,7 @@ def measure(start: Start, flags: argparse.Namespace, log: WorkLog) -> tuple[Foun
 
 def one_turn(sides: Mapping[str, Side], turn: int, flags: argparse.Namespace) -> dict[str, Any]:
     """Return measurement → side → seconds of one turn, and under "differ" those that wrote other tokens."""
-    order = [HERE, THERE] if turn % 2 else [THERE, HERE]
+    order = _order(turn)
     found: dict[str, Any] = {"differ": []}
     for name, question in questions(turn, flags.tokens, flags.repeats).items():
         answers = {side: sides[side].ask(question) for side in order}
@@ -155,6 +156,11 @@ def one_turn(sides: Mapping[str, Side], turn: int, flags: argparse.Namespace) ->
             for side, answer in answers.items()
         }
     return found
+
+
+def _order(time: int) -> Sequence[str]:
+    """Return who comes first: each of the two every other time, for neither gains by it."""
+    return (HERE, THERE) if time % 2 else (THERE, HERE)
 
 
 def _key(turn: int) -> str:
@@ -226,7 +232,9 @@ def run(flags: argparse.Namespace) -> None:
         flags.threads,
     )
     log = WorkLog(WORK_DIR / f"commits-{digest(json.dumps(settings))}.jsonl")
-    found, differ = measure(lambda: both(flags, directory), flags, log)
+    with checked_out(flags.commit) as checkout:
+        places = {HERE: ROOT, THERE: checkout}
+        found, differ = measure(lambda order: both(order, places, flags, directory), flags, log)
     made = summary(found)
     body = table(made, flags.commit)
     body += f"\n\nOther tokens: {'; '.join(differ) if differ else 'none'}."
@@ -235,18 +243,18 @@ def run(flags: argparse.Namespace) -> None:
 
 
 @contextmanager
-def both(flags: argparse.Namespace, directory: str) -> Iterator[Mapping[str, Side]]:
-    """Yield this checkout's side and the other commit's."""
-    with checked_out(flags.commit) as checkout:
-        places = {HERE: ROOT, THERE: checkout}
-        sides = {
-            name: Side(name, place, directory, flags.context, flags.threads) for name, place in places.items()
-        }
-        try:
-            yield sides
-        finally:
-            for side in sides.values():
-                side.close()
+def both(
+    order: Sequence[str], places: Mapping[str, Path], flags: argparse.Namespace, directory: str
+) -> Iterator[Mapping[str, Side]]:
+    """Yield this checkout's side and the other commit's, started in this order."""
+    sides: dict[str, Side] = {}
+    try:
+        for name in order:
+            sides[name] = Side(name, places[name], directory, flags.context, flags.threads)
+        yield sides
+    finally:
+        for side in sides.values():
+            side.close()
 
 
 if __name__ == "__main__":

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from functools import partial
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from deepspec.target.attention import ForwardPass, Unsuited, tree_mask
+from deepspec.target.layerwise import widened
 from deepspec.target.reaches import reaches
 from deepspec.target.source import decoder_layers, length_limit, text_decoder
 
@@ -43,12 +43,14 @@ class Reference:
     last: Tensor  # [n, d]
     logits: Tensor  # [n, vocab]
 
-    def state(self, layer: int) -> Tensor:
-        """Return the states [n, d] behind a layer that hands out such ones."""
-        found = self.layers[layer]
-        if found is None:
-            raise ValueError(f"layer {layer} hands out another shape")
-        return found
+    @property
+    def states(self) -> dict[str, Tensor]:
+        """All of it by where it is, as differences name it."""
+        found = {f"layer {i}": x for i, x in enumerate(self.layers[:-1]) if x is not None}
+        return found | {
+            f"the state behind layer {len(self.layers) - 1}": self.last,
+            "the head's output": self.logits,
+        }
 
 
 @dataclass(frozen=True)
@@ -123,24 +125,72 @@ def reference(model: PreTrainedModel, ids: Tensor) -> Reference:
     return Reference(plain, outputs["last"][0], logits)
 
 
+@dataclass(frozen=True)
+class Tolerance:
+    """How far a pass may be from transformers' own forward, over a state's size.
+
+    In 16 bits that forward is itself some way from one in float32, the farther the more layers and experts there are:
+    what is chosen otherwise by rounding differs by much. So there it is the median over a pass's positions, and may be
+    `TIMES` what rounding makes of transformers' own.
+    """
+
+    least: float
+    rough: bool = False
+    rounding: Mapping[str, Tensor] = field(default_factory=dict)  # by where: the errors of transformers' own
+
+    TIMES: ClassVar[float] = 2.0
+    FEW: ClassVar[int] = 8  # positions whose median may be that of one that was rounded otherwise
+
+    @classmethod
+    def of(cls, model: PreTrainedModel, least: float, ids: Tensor, found: Reference) -> Tolerance:
+        """Return that of a model, whose forward over ids [n] has been found."""
+        if model.dtype not in (torch.bfloat16, torch.float16):
+            return cls(least)
+        layers = decoder_layers(text_decoder(model), model.config.get_text_config().num_hidden_layers)
+        try:
+            with widened(layers):
+                exact = reference(model, ids).states
+        except Exception:  # quantised weights have no other precision: then the least has to do
+            return cls(least, True)
+        return cls(least, True, {where: _errors(x, exact[where]) for where, x in found.states.items()})
+
+    def error(self, errors: Tensor) -> float:
+        """Return the error of a pass, of the errors [n] at its positions."""
+        return float(errors.median() if self.rough else errors.max())
+
+    def limit(self, where: str, positions: int) -> float:
+        rounding = self.rounding.get(where)
+        if rounding is None:
+            return self.least
+        own = rounding.max() if positions < self.FEW else rounding.median()
+        return max(self.least, self.TIMES * float(own))
+
+    @property
+    def widest(self) -> float:
+        """The limit of a pass over many positions where it is widest."""
+        return max([self.limit(where, self.FEW) for where in self.rounding], default=self.least)
+
+
+def _errors(found: Tensor, expected: Tensor) -> Tensor:
+    """Return [n]: how far states [n, d] are from those expected, over their size."""
+    found, expected = found.double(), expected.double()
+    error = (found - expected).norm(dim=-1) / expected.norm(dim=-1).clamp_min(1e-30)
+    return torch.where(torch.isfinite(error), error, torch.full_like(error, torch.inf))
+
+
 @torch.inference_mode()
 def compare(
-    target: Target, plan: Plan, seed: int, references: list[Reference], tolerance: float
+    target: Target, plan: Plan, seed: int, references: list[Reference], tolerance: Tolerance
 ) -> tuple[Difference | None, float]:
     """Run every kind of pass; return the first difference beyond the tolerance and the largest there was."""
     largest = 0.0
-    rough = target.dtype in (torch.bfloat16, torch.float16)
     for kind, mine, theirs, positions in _passes(target, plan, seed, references):
         for where, found in mine.items():
-            expected = theirs[where].double()
-            error = (found.double() - expected).norm(dim=-1) / expected.norm(dim=-1).clamp_min(1e-30)
-            error = torch.where(torch.isfinite(error), error, torch.full_like(error, torch.inf))
-            over = error > tolerance
-            beyond = bool(over.float().median() > 0) if rough else bool(over.any())
-            largest = max(largest, float(error.median() if rough else error.max()))
-            if beyond:
-                first = int(over.nonzero()[0])
-                return Difference(where, positions[first], float(error[first]), kind), largest
+            errors, limit = _errors(found, theirs[where]), tolerance.limit(where, len(found))
+            largest = max(largest, tolerance.error(errors))
+            if tolerance.error(errors) > limit:
+                first = int((errors > limit).nonzero()[0])
+                return Difference(where, positions[first], float(errors[first]), kind), largest
     return None, largest
 
 
@@ -254,11 +304,5 @@ class _Runner:
         return states | {"the head's output": self.target.logits(hidden[0])}
 
     def _expected(self, spans: list[tuple[Reference, slice]]) -> dict[str, Tensor]:
-        def joined(part: Callable[[Reference], Tensor]) -> Tensor:
-            return (
-                torch.cat([part(reference)[span] for reference, span in spans]) if spans else torch.empty(0)
-            )
-
-        found = {f"layer {i}": joined(partial(Reference.state, layer=i)) for i in self.layers}
-        found[f"the state behind layer {self.target.num_layers - 1}"] = joined(lambda r: r.last)
-        return found | {"the head's output": joined(lambda r: r.logits)}
+        parts = [{where: x[span] for where, x in reference.states.items()} for reference, span in spans]
+        return {where: torch.cat([part[where] for part in parts]) for where in parts[0]} if parts else {}

@@ -8,19 +8,12 @@ must be those of transformers' own forward.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
 
 import torch
-from torch import Tensor, nn
-from transformers import PreTrainedModel
+from torch import Tensor
 
-from deepspec.target.attention import ForwardPass
-from deepspec.target.source import decoder_layers, text_decoder
-
-if TYPE_CHECKING:
-    from deepspec.target.model import Target
+from deepspec.target.layerwise import Layerwise
 
 FIRST, CHANGED = 4, 16  # tokens that are left alone, then tokens that are changed
 SEEN = 0.01  # of a state's elements that change where a token is seen beyond doubt
@@ -28,30 +21,11 @@ Shares = list[Tensor]  # of each layer [n], of each position: the elements that 
 
 
 @torch.inference_mode()
-def first_difference(target: Target, model: PreTrainedModel, ids: Tensor) -> tuple[int, int, bool] | None:
-    """Return the first (layer, position, whether ours sees more) where our reach is another than the model's own.
-
-    Args:
-        model: transformers' own; the layers of both hand out one state a token.
-        ids: int64 [n].
-    """
-    own = decoder_layers(text_decoder(model), model.config.get_text_config().num_hidden_layers)
-
-    def run_own() -> None:
-        model(input_ids=ids[None].to(model.device), use_cache=False)
-
-    def run_ours() -> None:
-        cache, half = target.cache(1, own), len(ids) // 2
-        for first, last in ((0, half), (half, len(ids))):
-            cache.reserve(last + 16)
-            places = torch.arange(first, last, device=target.device)[None]
-            step = ForwardPass(places, cache=cache, starts=[first], counts=[last - first])
-            target.forward(ids[None, first:last].to(target.device), step)
-
-    inputs = _inputs(own, run_own)
-    theirs = [_changed(own, run_own, inputs, turned) for turned in _TURNS]
-    ours = [_changed(target.layers, run_ours, inputs, turned) for turned in _TURNS]
-    for layer in range(len(own)):
+def first_difference(both: Layerwise) -> tuple[int, int, bool] | None:
+    """Return the first (layer, position, whether ours sees more) where our reach is another than the model's own."""
+    theirs = [_changed(both.own, both.inputs, turned) for turned in _TURNS]
+    ours = [_changed(both.ours, both.inputs, turned) for turned in _TURNS]
+    for layer in range(len(both.inputs)):
         if any(float(shares[layer][:FIRST].max()) > 0 for shares in (*theirs, *ours)):
             continue  # what comes later changes it: experts that are run together are rounded together
         more = _beyond_doubt(ours, layer) & _nothing(theirs, layer)
@@ -81,68 +55,11 @@ def _rolled(states: Tensor) -> Tensor:
 _TURNS: tuple[Callable[[Tensor], Tensor], ...] = (_negated, _rolled)
 
 
-def _inputs(layers: nn.ModuleList, run: Callable[[], None]) -> list[Tensor]:
-    """Return the states [n, d] that come into each layer."""
-    found: list[Tensor] = []
-
-    def keep(module: nn.Module, args: Any, options: Any) -> None:
-        found.append(_states(args, options)[0].clone())
-
-    handles = [layer.register_forward_pre_hook(keep, with_kwargs=True) for layer in layers]
-    try:
-        run()
-    finally:
-        for handle in handles:
-            handle.remove()
-    return found
-
-
 def _changed(
-    layers: nn.ModuleList, run: Callable[[], None], inputs: list[Tensor], turn: Callable[[Tensor], Tensor]
+    outputs: Callable[[list[Tensor]], list[Tensor]], inputs: list[Tensor], turn: Callable[[Tensor], Tensor]
 ) -> Shares:
     """Of each layer, which share of each position's output changes where its first inputs are turned."""
     turned = [states.clone() for states in inputs]
     for states in turned:
         states[FIRST : FIRST + CHANGED] = turn(states[FIRST : FIRST + CHANGED])
-    plain, other = _outputs(layers, run, inputs), _outputs(layers, run, turned)
-    return [(a != b).float().mean(-1).cpu() for a, b in zip(plain, other, strict=True)]
-
-
-def _outputs(layers: nn.ModuleList, run: Callable[[], None], inputs: list[Tensor]) -> list[Tensor]:
-    """Each layer's outputs [n, d] for these inputs, whatever the layer below hands out."""
-    found: list[list[Tensor]] = [[] for _ in layers]
-    with _given(layers, inputs, found):
-        run()
-    return [torch.cat(parts) for parts in found]
-
-
-@contextmanager
-def _given(layers: nn.ModuleList, inputs: list[Tensor], found: list[list[Tensor]]) -> Iterator[None]:
-    def give(index: int) -> Any:
-        def hook(module: nn.Module, args: Any, options: Any) -> Any:
-            states = _states(args, options)
-            first = sum(len(part) for part in found[index])
-            own = inputs[index][first : first + states.shape[1]].to(states)[None]
-            return ((own, *args[1:]), options) if args else (args, options | {"hidden_states": own})
-
-        return hook
-
-    def keep(index: int) -> Any:
-        def hook(module: nn.Module, args: Any, output: Any) -> None:
-            found[index].append((output[0] if isinstance(output, tuple) else output)[0].clone())
-
-        return hook
-
-    handles = []
-    for i, layer in enumerate(layers):
-        handles.append(layer.register_forward_pre_hook(give(i), with_kwargs=True))
-        handles.append(layer.register_forward_hook(keep(i)))
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _states(args: Any, options: Any) -> Tensor:
-    return args[0] if args else options["hidden_states"]
+    return [(a != b).float().mean(-1).cpu() for a, b in zip(outputs(inputs), outputs(turned), strict=True)]

@@ -24,7 +24,9 @@ from deepspec.files import digest as digest_of
 from deepspec.files import write_json
 from deepspec.lineage import code_digest
 from deepspec.target.attention import NAME, Unsuited
-from deepspec.target.passes import Difference, Plan, Reference, compare, reference
+from deepspec.target.layerwise import Layerwise
+from deepspec.target.nearness import HEAD, first_worse, head_error
+from deepspec.target.passes import Difference, Plan, Reference, Tolerance, compare, reference
 from deepspec.target.reach import first_difference
 from deepspec.target.reaches import reduced
 from deepspec.target.source import dtype_name
@@ -42,8 +44,8 @@ BODIES = (ATTENTION, STATES, STEPS)  # what each can do, the one before it can t
 FAILS = "its own forward fails"
 SMALL = 400_000_000  # parameters up to which the test runs in float32, whatever the target's dtype
 ROUGH = (torch.bfloat16, torch.float16)
-# Of a state's difference over its size, the largest at any position; in 16 bits, where an expert more or less is chosen
-# by rounding, the median over the positions of a pass; what each layer sees is then compared by `reach`.
+# Of a state's difference over its size, the largest at any position; in 16 bits the median over a pass, or more
+# where rounding makes more (`Tolerance`): each layer is then compared by `reach` and `nearness`.
 TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-4, torch.bfloat16: 0.05, torch.float16: 0.02}
 
 
@@ -144,23 +146,24 @@ def _tested(load: Load, wrap: Wrap, sizes: Mapping[str, int]) -> tuple[Verdict, 
     tested = Verdict(dtype=dtype_name(own.dtype), tolerance=TOLERANCE[own.dtype], tokens=plan.tokens)
     try:
         references = [[reference(own, ids) for ids in (plan.one(seed), plan.other(seed))] for seed in (0, 1)]
+        tolerance = Tolerance.of(own, tested.tolerance, plan.one(0), references[0][0])
     except Exception as error:
         return replace(tested, refusal=f"{FAILS}: {_words(error)}"), config
-    tested = replace(tested, features=None not in references[0][0].layers)
+    tested = replace(tested, tolerance=tolerance.widest, features=None not in references[0][0].layers)
     reason = keeps_states(config)
     if not reason:
         try:
             target = wrap(load(NAME, dtype, sizes), tested)
-            verdict = _judged(target, plan, references)
+            verdict = _judged(target, plan, references, tolerance)
             if verdict.refusal is None and verdict.features and own.dtype in ROUGH:
-                verdict = _reaching(verdict, target, own, plan)
+                verdict = _by_layer(verdict, target, own, plan, references[0][0])
             return verdict, config
         except Exception as error:  # whatever a model's own code makes of an attention that it does not know
             reason = _words(error)
     for body in (STATES, STEPS):
         tested = replace(tested, body=body, reason=reason)
         try:
-            verdict = _judged(wrap(own, tested), plan, references)
+            verdict = _judged(wrap(own, tested), plan, references, tolerance)
         except Exception as error:
             verdict = replace(tested, refusal=f"{reason}; and with {body}: {_words(error)}")
         if verdict.refusal is None:
@@ -177,12 +180,12 @@ def _words(error: Exception) -> str:
     )
 
 
-def _judged(target: Target, plan: Plan, references: list[list[Reference]]) -> Verdict:
+def _judged(target: Target, plan: Plan, references: list[list[Reference]], tolerance: Tolerance) -> Verdict:
     """Return its verdict with a refusal, if two prompts agree on it: one alone may have met a tie between experts."""
     verdict = target.verdict
     found: list[Difference] = []
     for seed, pair in enumerate(references):
-        difference, largest = compare(target, plan, seed, pair, verdict.tolerance)
+        difference, largest = compare(target, plan, seed, pair, tolerance)
         if difference is None:
             return replace(verdict, error=largest)
         found.append(difference)
@@ -192,18 +195,31 @@ def _judged(target: Target, plan: Plan, references: list[list[Reference]]) -> Ve
     return replace(verdict, error=first.error, refusal=refusal)
 
 
-def _reaching(verdict: Verdict, target: Target, own: PreTrainedModel, plan: Plan) -> Verdict:
-    """Return the verdict, refused where a layer sees other tokens than transformers' own (`deepspec.target.reach`)."""
+def _by_layer(
+    verdict: Verdict, target: Target, own: PreTrainedModel, plan: Plan, theirs: Reference
+) -> Verdict:
+    """Return the verdict, refused where the head or a layer errs more, or sees other tokens, than transformers' own."""
+    end = "; its output would not be the model's own"
+    if (error := head_error(target, theirs)) > HEAD:
+        return replace(
+            verdict,
+            refusal=f"the head is off by {error:.2g} of its output where rounding makes {HEAD:g}{end}",
+        )
     try:
-        found = first_difference(target, own, plan.one(0)[: plan.tokens])
+        both = Layerwise(target, own, plan.one(0)[: plan.tokens])
+        found = first_difference(both)
     except Exception:  # layers that a state of one's own cannot be given to
         return replace(verdict, unreached=(*verdict.unreached, "what each layer sees"))
-    if found is None:
-        return verdict
-    layer, position, more = found
-    seen = "more tokens" if more else "fewer tokens"
-    refusal = f"layer {layer} sees {seen} than transformers' own at position {position}; its output would not be the "
-    return replace(verdict, refusal=refusal + "model's own")
+    if found is not None:
+        layer, position, more = found
+        seen = "more tokens" if more else "fewer tokens"
+        refusal = f"layer {layer} sees {seen} than transformers' own at position {position}{end}"
+        return replace(verdict, refusal=refusal)
+    try:
+        worse = first_worse(both)
+    except Exception:  # layers of quantised weights, which have no other precision
+        return replace(verdict, unreached=(*verdict.unreached, "what each layer computes"))
+    return verdict if worse is None else replace(verdict, refusal=f"{worse}{end}")
 
 
 def refuse(source: str, verdict: Verdict) -> None:

@@ -226,7 +226,7 @@ def strike(loop: Loop, run: dict, victim: str, after_s: float, within_s: float) 
     if victim == "git push":
         delay, who = 0.08 * after_s / within_s, "all" if after_s % 2 > 1 else "git"
         loop.armed.write_text(f"{delay:.4f} {who}\n")
-        wait_for(lambda: not loop.armed.exists() or not loop.processes("prefect.engine"), 300)
+        wait_for(lambda: not loop.armed.exists() or not loop.processes("prefect.engine"), 900)
         if loop.armed.exists():
             return 0.0, ""
         return time.monotonic() - begun, f"git push after {1000 * delay:.0f} ms" + (
@@ -260,7 +260,7 @@ def moment(
     if victim in (*SERVICES, "everything") and killed:
         loop.servers.services("up")
     again = loop.start(deployment, repository)  # at once: what is left of the first is waited for
-    ended = wait_for(lambda: loop.ended(again), 600)
+    ended = wait_for(lambda: loop.ended(again), 900)
     first_ended = wait_for(lambda: loop.ended(run), 60)
     wait_for(lambda: not loop.processes(), 60)
     if not killed:

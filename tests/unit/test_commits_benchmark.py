@@ -12,21 +12,28 @@ from deepspec.journal import WorkLog
 from tests.tiny import cached_target
 
 
-def unneeded():
+def unneeded(order):
     raise AssertionError("every turn is kept")
 
 
 def test_two_sides_of_one_commit_write_the_same_and_are_timed_in_every_turn(tmp_path):
     flags = arguments().parse_args(
-        ["HEAD", "--turns", "2", "--repeats", "2", "--tokens", "6", "--context", "16"]
+        ["HEAD", "--turns", "2", "--repeats", "2", "--tokens", "6", "--context", "16", "--restart", "1"]
     )
     directory = str(cached_target().resolve())
     sides = {name: Side(name, ROOT, directory, flags.context, 1) for name in (HERE, THERE)}
     log = WorkLog(tmp_path / "log.jsonl")
-    found, differ = measure(lambda: nullcontext(sides), flags, log)
+    orders = []
+
+    def start(order):
+        orders.append(order)
+        return nullcontext(sides)
+
+    found, differ = measure(start, flags, log)
     for side in sides.values():
         side.close()
     assert measure(unneeded, flags, WorkLog(tmp_path / "log.jsonl")) == (found, differ)
+    assert orders == [(THERE, HERE), (HERE, THERE)]
     assert differ == [] and len(found) == 4
     assert all(len(seconds) == 2 and min(seconds) > 0 for one in found.values() for seconds in one.values())
     assert table(summary(found), "HEAD").count("\n") >= 5

@@ -151,6 +151,49 @@ def test_a_window_off_by_one_is_caught_in_bfloat16(family, sizes, fault, said, m
     assert re.match(said, refusal) and "\n" not in refusal
 
 
+def scale_by(factor: float):
+    def fault(model) -> None:
+        model.model.layers[1].self_attn.scaling *= factor
+
+    return fault
+
+
+def slower_rotation(model) -> None:
+    model.model.rotary_emb.inv_freq.mul_(0.995)
+
+
+def other_softcap(model) -> None:
+    model.config.final_logit_softcapping *= 1.1
+
+
+SHARP = {
+    "hidden_size": 256,
+    "head_dim": 64,
+    "initializer_range": 0.2,
+}  # attention prefers some tokens, logits are large
+
+
+@pytest.mark.parametrize(
+    ("family", "fault", "said"),
+    [
+        (
+            "qwen3",
+            scale_by(1.05),
+            r"layer 1 is off by 0\.\d+ of what it adds from position 0 on, where rounding",
+        ),
+        ("llama", slower_rotation, r"layer 0 is off by"),
+        ("gpt_oss", scale_by(0.95), r"layer 1 is off by"),
+        ("gemma2", other_softcap, r"the head is off by 0\.0\d+ of its output"),
+    ],
+)
+def test_a_small_fault_of_one_layer_is_caught_in_bfloat16(family, fault, said, monkeypatch):
+    monkeypatch.setattr(selftest, "SMALL", 0)
+    sizes = SHARP | ({"final_logit_softcapping": 3.0} if family == "gemma2" else {})
+    assert verdict_on(family, None, torch.bfloat16, sizes).refusal is None
+    refusal = verdict_on(family, fault, torch.bfloat16, sizes).refusal
+    assert re.match(said, refusal) and "\n" not in refusal
+
+
 def written(family: str, path, spoil=None):
     """A directory of the family's tiny model."""
     model = tiny_model(family)
