@@ -37,6 +37,12 @@ from deepspec.markdown import markdown_table
 
 ROOT = Path(__file__).parents[1]
 HERE, BEFORE = "here", "before"
+CODE = {  # that each part measures
+    "prompts": ("deepspec.prompts.build",),
+    "merge": ("deepspec.answers.shards",),
+    "validation": ("deepspec.guard.suite",),
+    "training": ("deepspec.features.read", "deepspec.drafters.start", "deepspec.training.batches"),
+}
 ALIKE = ("training",)  # parts whose result must be the same on both sides
 ONLY_HERE = ("prompts", "merge")  # a bad row ended the run before, and shards had another form
 WARM = ("read again", "vocabulary", "sampler", "first batch")  # what a start with the file there goes through
@@ -72,7 +78,7 @@ def collect(
         names = list(sides)[:: 1 if turn % 2 == 0 else -1]
         for part in parts:
             for name in names:
-                key = f"{part} {name} {turn}"
+                key = _key(part, name, turn)
                 if log.get(key) is None and not (name == BEFORE and part in ONLY_HERE):
                     log.add(key, measure(sides[name], part, data, *of))
 
@@ -85,7 +91,7 @@ def gathered(log: WorkLog, sides: Iterable[str], turns: int) -> Found:
     """
     found: Found = {}
     for part in PARTS:
-        of = {side: [log.get(f"{part} {side} {turn}") for turn in range(turns)] for side in sides}
+        of = {side: [log.get(_key(part, side, turn)) for turn in range(turns)] for side in sides}
         found[part] = {side: [one for one in runs if one] for side, runs in of.items() if any(runs)}
         results = {one["result"] for runs in found[part].values() for one in runs}
         if part in ALIKE and len(results) > 1:
@@ -183,11 +189,15 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
+def _key(part: str, side: str, turn: int) -> str:
+    """Return the name of a result, which holds for the code that it is of."""
+    return f"{part} {side} {turn} {code_digest(*CODE[part])}"
+
+
 def _log_path(data: Path, flags: argparse.Namespace) -> Path:
-    """Return where results are kept: of this code, this data and that other checkout."""
-    code = code_digest("deepspec.features.read", "deepspec.guard.suite", "deepspec.prompts.build")
+    """Return where results are kept: of this data, these steps and that other checkout."""
     other = git_or_none(flags.beside, "rev-parse", "HEAD") if flags.beside else ""
-    return data.with_name(f"{data.name}-{digest(f'{code} {other} {flags.steps}')}.jsonl")
+    return data.with_name(f"{data.name}-{digest(f'{other} {flags.steps}')}.jsonl")
 
 
 if __name__ == "__main__":

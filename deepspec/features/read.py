@@ -218,6 +218,7 @@ def _mapped(file: Path) -> tuple[list[Chunk], Callable[[], None]]:
                 names.to_pylist() if names.null_count < batch.num_rows else None,
             )
         )
+        _let_go(pages)
     return found, partial(_let_go, pages)
 
 

@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 ROWS = 4096  # of a chunk, at most
+LOOKS = 64  # at rows, after which their pages are let go of
 Ints = npt.NDArray[np.int64]
 
 
@@ -85,15 +86,18 @@ class Sequences(SequenceOf[Sequence]):
 
     Args:
         chunks: none of them empty.
-        let_go: called behind every chunk where all are looked at: what lies in a file need not stay in memory.
+        let_go: called behind every chunk where all are looked at, and after some rows: what lies in a file need not
+            stay in memory. A look at a row can map two mebibytes of the file round it.
 
     Attributes:
         lengths: tokens of each row, int64 [rows].
     """
 
     def __init__(self, chunks: SequenceOf[Chunk], let_go: Callable[[], None] | None = None):
-        self.chunks, self._let_go = chunks, let_go
-        self.lengths: Ints = np.concatenate([np.zeros(0, np.int64), *(chunk.lengths for chunk in chunks)])
+        self.chunks, self._let_go, self._looked = chunks, let_go, 0
+        self.lengths: Ints = np.concatenate(
+            [np.zeros(0, np.int64), *(chunk.lengths for chunk in self._scan())]
+        )
         rows = np.cumsum([0, *(len(chunk.offsets) - 1 for chunk in chunks)])
         self._starts: list[int] = rows.tolist()  # of each chunk its first row
 
@@ -138,6 +142,9 @@ class Sequences(SequenceOf[Sequence]):
         return chunk.learnt[here]
 
     def _at(self, i: int) -> tuple[Chunk, slice]:
+        self._looked += 1
+        if self._let_go and self._looked % LOOKS == 0:
+            self._let_go()
         number = bisect_right(self._starts, i) - 1
         chunk, row = self.chunks[number], i - self._starts[number]
         return chunk, slice(int(chunk.offsets[row]), int(chunk.offsets[row + 1]))

@@ -77,12 +77,14 @@ def test_what_was_measured_is_not_measured_again_and_sides_take_turns(tmp_path, 
     assert len(asked) == 6
 
 
-def test_sides_that_make_other_batches_are_no_comparison(tmp_path):
+def test_sides_that_make_other_batches_are_no_comparison(tmp_path, monkeypatch):
     log = WorkLog(tmp_path / "log.jsonl")
-    for name in ("here", "before"):
-        log.add(f"training {name} 0", {"phases": {}, "result": name})
+    monkeypatch.setattr(scale, "measure", lambda checkout, *_: {"phases": {}, "result": checkout})
+    scale.collect({"here": "a", "before": "b"}, ["training"], 1, log, tmp_path, 120, 3)
     with pytest.raises(DeepSpecError, match="other batches of the same data"):
         scale.gathered(log, ["here", "before"], 1)
+    monkeypatch.setattr(scale, "code_digest", lambda *names: "another")
+    assert scale.gathered(log, ["here", "before"], 1) == {}, "what other code took says nothing"
 
 
 def test_a_folder_that_is_no_checkout_is_named(tmp_path, capsys):
