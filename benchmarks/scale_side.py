@@ -16,6 +16,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -238,13 +239,13 @@ def merge(data: Path, length: int, steps: int, phases: Phases) -> str:
     ids: list[str] = []
     with tempfile.TemporaryDirectory(dir=data.parent) as scratch:
         with (
-            pyarrow.parquet.ParquetFile(data / "train.parquet") as file,
+            pyarrow.parquet.ParquetFile(data / "train.parquet", pre_buffer=False) as file,
             (Path(scratch) / "shard-0-of-1.jsonl").open("w") as shard,
         ):
-            for batch in file.iter_batches(1024, columns=names):
-                for row in batch.to_pylist()[: MERGED - len(ids)]:
-                    ids.append(row["id"])
-                    shard.write(json.dumps({"id": row["id"], "rows": [row], "endings": []}) + "\n")
+            rows = (row for batch in file.iter_batches(1024, columns=names) for row in batch.to_pylist())
+            for row in islice(rows, MERGED):
+                ids.append(row["id"])
+                shard.write(json.dumps({"id": row["id"], "rows": [row], "endings": []}) + "\n")
         work = phases.timed("read shards", lambda: read(Path(scratch)), len(ids))
         out = Path(scratch) / "out"
         manifest = phases.timed("merge", lambda: assemble(work, ids, out, settings, DIGEST), len(ids))

@@ -123,7 +123,7 @@ def _chunks(path: Path, max_length: int, supervise: str) -> Iterator[Chunk]:
 def _batches(path: Path, names: list[str]) -> Iterator[Any]:
     import pyarrow.parquet
 
-    with pyarrow.parquet.ParquetFile(path) as file:
+    with pyarrow.parquet.ParquetFile(path, pre_buffer=False) as file:  # else all that was read is kept
         yield from (batch for batch in file.iter_batches(ROWS, columns=names) if batch.num_rows)
 
 

@@ -69,7 +69,7 @@ class Flattener:
         def group(number: int) -> pandas.DataFrame:
             columns: dict[str, list[Any]] = {}
             row_number = int(starts[number])
-            with parquet.ParquetFile(path) as file:
+            with parquet.ParquetFile(path, pre_buffer=False) as file:
                 for batch in file.iter_batches(BATCH_ROWS, row_groups=[number], use_threads=False):
                     for row in batch.to_pylist():
                         whole = bool(sample[row_number])
