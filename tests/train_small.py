@@ -52,9 +52,7 @@ def main(directory: str, work: str, steps: str) -> None:
     store = CachedFeatures(Path(work) / "features", target, sequences, (0, 1), "data")
     share = Share(accelerator.process_index, accelerator.num_processes, accelerator.wait_for_everyone)
     source = Counted(Extractor(target, store.sequences, (0, 1)))
-    with mock.patch.multiple(
-        local, BATCH_TOKENS=80, SHARD_TOKENS=60
-    ):  # a shard is a pass, every process has some
+    with mock.patch.multiple(local, BATCH_TOKENS=80, SHARD_TOKENS=1):  # a shard is a pass
         store.build(lambda: source, share)
     (Path(work) / f"share-{share.rank}").write_text(str(source.passes))
     batches = Batches(store, list(range(3, 20)), 4, 6, 3, seed=0)
