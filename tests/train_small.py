@@ -14,7 +14,6 @@ import torch
 from accelerate import Accelerator
 
 from deepspec.features import local
-from deepspec.features.extract import Extractor, Row
 from deepspec.features.local import CachedFeatures, Share
 from deepspec.features.sequences import Sequence
 from deepspec.target.model import load_target
@@ -23,20 +22,6 @@ from deepspec.training.objective import BlockObjective
 from deepspec.training.params import TrainParams
 from deepspec.training.trainer import Trainer
 from tests.tiny import make_draft
-
-
-class Counted:
-    """A source of states that counts the passes it is asked for."""
-
-    def __init__(self, source: Extractor):
-        self._source, self.passes = source, 0
-
-    def rows(self, indices: list[int]) -> list[Row]:
-        self.passes += 1
-        return self._source.rows(indices)
-
-    def log_norm(self, hidden: torch.Tensor) -> torch.Tensor:
-        return self._source.log_norm(hidden)
 
 
 def main(directory: str, work: str, steps: str) -> None:
@@ -51,10 +36,8 @@ def main(directory: str, work: str, steps: str) -> None:
     model = make_draft(target, draft_vocab_size=128)
     store = CachedFeatures(Path(work) / "features", target, sequences, (0, 1), "data")
     share = Share(accelerator.process_index, accelerator.num_processes, accelerator.wait_for_everyone)
-    source = Counted(Extractor(target, store.sequences, (0, 1)))
-    with mock.patch.multiple(local, BATCH_TOKENS=80, SHARD_TOKENS=1):  # a shard is a pass
-        store.build(lambda: source, share)
-    (Path(work) / f"share-{share.rank}").write_text(str(source.passes))
+    with mock.patch.multiple(local, BATCH_TOKENS=80, SHARD_TOKENS=60):  # every process has some shards
+        store.build(share=share)
     batches = Batches(store, list(range(3, 20)), 4, 6, 3, seed=0)
     trainer = Trainer(BlockObjective(model, params.loss), batches, [0, 1, 2], params, accelerator, Path(work))
     original = trainer.train_step
