@@ -1,11 +1,16 @@
-"""A data set of many conversations up to the first steps: peak memory and rows a second, beside an earlier version.
+"""A data set of many conversations from a prompt file to the first steps: peak memory and rows a second.
 
-Synthetic conversations are written, read as sequences (anew, and again as a second drafter does), counted for the
-draft vocabulary, and sampled into the batches of the first steps. Each side is a process of its own; both must make the
-same vocabulary and the same batches to the byte. What the target and the draft compute is left out.
+Four parts, each a process of its own: `prompts` are made of a file with 1 % of bad rows of twenty kinds; `merge` makes
+a data set of shards of answers; `validation` judges the data set; `training` reads it (anew, and again as a second
+drafter does), counts the draft vocabulary and makes the first batches. What target and draft compute is left out.
+
+Beside another checkout both take turns, who comes first changes, and a ratio is of one turn; both must find the same
+vocabulary and the same batches to the byte. What was measured is kept: a killed benchmark goes on, and `--parts` may
+name some now and others later.
 
     git worktree add ../before 17885f3
-    python -m benchmarks.scale --rows 1000000 --beside ../before
+    python -m benchmarks.scale --rows 20000 --turns 2 --beside ../before
+    python -m benchmarks.scale --rows 1000000
 """
 
 from __future__ import annotations
@@ -13,89 +18,139 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import statistics
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from benchmarks.common import REPORTS, WORK_DIR, command_line, write_report
-from benchmarks.scale_side import VOCABULARY
+from benchmarks.scale_data import write_data
+from benchmarks.scale_side import PARTS, SAMPLE
 from deepspec.errors import DeepSpecError
-from deepspec.files import digest, replacing
+from deepspec.files import digest
+from deepspec.git import git_or_none
+from deepspec.journal import WorkLog
+from deepspec.lineage import code_digest
 from deepspec.markdown import markdown_table
-from deepspec.progress import Progress
 
 ROOT = Path(__file__).parents[1]
-PREFIX = 24  # tokens that all conversations begin with
-_GROUP = 4096  # rows written at once
+HERE, BEFORE = "here", "before"
+CODE = {  # that each part measures
+    "prompts": ("deepspec.prompts.build",),
+    "merge": ("deepspec.answers.shards",),
+    "validation": ("deepspec.guard.suite",),
+    "training": ("deepspec.features.read", "deepspec.drafters.start", "deepspec.training.batches"),
+}
+ALIKE = ("training",)  # parts whose result must be the same on both sides
+ONLY_HERE = ("prompts", "merge")  # a bad row ended the run before, and shards had another form
+WARM = ("read again", "vocabulary", "sampler", "first batch")  # what a start with the file there goes through
+Found = dict[str, dict[str, list[dict[str, Any]]]]  # part → side → what was found, one a turn
 
 
-def write_data(directory: Path, rows: int, length: int) -> None:
-    """Write conversations of random tokens, frequent ones more often, a fifth of each the prompt."""
-    import pyarrow as pa
-    import pyarrow.parquet
-
-    schema = pa.schema([("input_ids", pa.list_(pa.int32())), ("loss_mask", pa.list_(pa.int8()))])
-    rng = np.random.default_rng(0)
-    with replacing(directory) as scratch, Progress("data", rows) as progress:
-        scratch.mkdir()
-        with pyarrow.parquet.ParquetWriter(scratch / "train.parquet", schema) as writer:
-            for start in range(0, rows, _GROUP):
-                count = min(_GROUP, rows - start)
-                lengths = rng.integers(length * 3 // 4, length * 5 // 4 + 1, count)
-                offsets = np.concatenate(([0], np.cumsum(lengths)))
-                ids = (rng.random(offsets[-1]) ** 4 * (VOCABULARY - PREFIX) + PREFIX).astype(np.int32)
-                places = np.arange(offsets[-1]) - np.repeat(offsets[:-1], lengths)
-                ids = np.where(places < PREFIX, places, ids).astype(np.int32)
-                mask = (places >= np.repeat(lengths // 5, lengths)).astype(np.int8)
-                columns = [
-                    pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), pa.array(part))
-                    for part in (ids, mask)
-                ]
-                writer.write_table(pa.table(columns, schema=schema))
-                progress.advance(count)
-        (scratch / "manifest.json").write_text(json.dumps({"digest": digest(f"{rows} {length}")}))
-
-
-def measure(checkout: Path, data: Path, length: int, steps: int) -> dict[str, Any]:
+def measure(checkout: Path, part: str, data: Path, length: int, steps: int) -> dict[str, Any]:
     """What `benchmarks.scale_side` finds in a fresh process over a checkout.
 
     Raises:
         DeepSpecError: it failed.
     """
-    side = [str(Path(__file__).with_name("scale_side.py")), str(data), str(length), str(steps)]
+    side = [str(Path(__file__).with_name("scale_side.py")), part, str(data), str(length), str(steps)]
     ran = subprocess.run(
         [sys.executable, *side],
+        cwd=data.parent,
         env=os.environ | {"PYTHONPATH": str(checkout.resolve())},
         capture_output=True,
         text=True,
         check=False,
     )
     if ran.returncode:
-        last = ran.stderr.strip().splitlines()[-1:] or ["no message"]
-        raise DeepSpecError(f"{checkout}: {last[0]}")
+        last = ran.stderr.strip().splitlines()[-1:] or [f"exit status {ran.returncode}"]
+        raise DeepSpecError(f"{part} of {checkout}: {last[0]}")
     return json.loads(ran.stdout.strip().splitlines()[-1])
 
 
-def table(found: dict[str, dict[str, Any]], rows: int) -> str:
-    """`found` by side; the last side is what the others are compared with."""
-    reference = list(found.values())[-1]["phases"]
+def collect(
+    sides: dict[str, Path], parts: Iterable[str], turns: int, log: WorkLog, data: Path, *of: int
+) -> None:
+    """Measure what the log lacks."""
+    for turn in range(turns):
+        names = list(sides)[:: 1 if turn % 2 == 0 else -1]
+        for part in parts:
+            for name in names:
+                key = _key(part, name, turn)
+                if log.get(key) is None and not (name == BEFORE and part in ONLY_HERE):
+                    log.add(key, measure(sides[name], part, data, *of))
+
+
+def gathered(log: WorkLog, sides: Iterable[str], turns: int) -> Found:
+    """Return what the log has.
+
+    Raises:
+        DeepSpecError: the sides found different things of the same data.
+    """
+    found: Found = {}
+    for part in PARTS:
+        of = {side: [log.get(_key(part, side, turn)) for turn in range(turns)] for side in sides}
+        found[part] = {side: [one for one in runs if one] for side, runs in of.items() if any(runs)}
+        results = {one["result"] for runs in found[part].values() for one in runs}
+        if part in ALIKE and len(results) > 1:
+            raise DeepSpecError("the two versions make other batches of the same data")
+    return {part: of for part, of in found.items() if of}
+
+
+def table(found: Found, rows: int) -> str:
+    """Seconds and rates are medians over turns, peaks the highest."""
     lines = []
-    for side, of in found.items():
-        for phase, figures in of["phases"].items():
-            ratio = reference[phase]["seconds"] / max(figures["seconds"], 1e-9)
-            lines.append(
-                (
-                    f"{side}: {phase}",
-                    f"{figures['seconds']:.2f}",
-                    f"{rows / max(figures['seconds'], 1e-9):.0f}",
-                    f"{ratio:.1f}×" if len(found) > 1 else "",
-                    f"{figures['peak_bytes'] / 2**20:.0f}",
+    for of in found.values():
+        for side, runs in of.items():
+            for phase, seconds in _seconds(runs).items():
+                took = statistics.median(seconds)
+                peaks = [run["phases"][phase]["peak_bytes"] for run in runs if phase in run["phases"]]
+                count = runs[0]["phases"].get(phase, {}).get("rows", rows)
+                ratios = [b / max(a, 1e-9) for a, b in zip(seconds, _other(of, side, phase), strict=False)]
+                lines.append(
+                    (
+                        f"{side}: {phase}",
+                        f"{took:.2f}",
+                        f"{count / max(took, 1e-9):.0f}",
+                        f"{statistics.median(ratios):.1f}×" if ratios else "",
+                        f"{min(ratios):.1f}–{max(ratios):.1f}" if len(ratios) > 1 else "",
+                        f"{max(peaks) / 2**20:.0f}" if peaks else "",
+                    )
                 )
-            )
-    return markdown_table(("phase", "s", "rows/s", "faster", "peak MiB"), lines, "tn")
+    return markdown_table(("phase", "s", "rows/s", "faster", "of turns", "peak MiB"), lines, "tn")
+
+
+def _seconds(runs: list[dict[str, Any]]) -> dict[str, list[float]]:
+    """Return phase → its seconds of each turn, and of a warm start and of the whole part."""
+    phases = {name: [run["phases"][name]["seconds"] for run in runs] for name in runs[0]["phases"]}
+    if set(WARM) <= phases.keys():
+        phases["warm start to the first batch"] = [
+            sum(times) for times in zip(*(phases[name] for name in WARM), strict=True)
+        ]
+        cold = ("read", *WARM[1:], "batches")
+        phases["read to the last batch"] = [
+            sum(times) for times in zip(*(phases[name] for name in cold), strict=True)
+        ]
+    return phases
+
+
+def _other(of: dict[str, list[dict[str, Any]]], side: str, phase: str) -> list[float]:
+    """Return the seconds of the other side, with which this one is compared."""
+    return _seconds(of[BEFORE])[phase] if side == HERE and of.get(BEFORE) else []
+
+
+def results(found: Found) -> str:
+    """What the parts came to, in a line each."""
+    lines = {
+        f"- {part}, {side}: {run['result']}"
+        for part, of in found.items()
+        if part not in ALIKE
+        for side, runs in of.items()
+        for run in runs
+    }
+    return "\n".join(sorted(lines))
 
 
 def arguments() -> argparse.ArgumentParser:
@@ -104,6 +159,8 @@ def arguments() -> argparse.ArgumentParser:
     add("--rows", type=int, default=1_000_000, help="conversations (default: %(default)s)")
     add("--length", type=int, default=800, help="tokens of one, in the mean (default: %(default)s)")
     add("--steps", type=int, default=100, help="batches that are made (default: %(default)s)")
+    add("--parts", nargs="*", choices=list(PARTS), help="what is measured now (default: all)")
+    add("--turns", type=int, default=1, help="of each side (default: %(default)s)")
     add("--beside", type=Path, help="a checkout of an earlier version")
     add("--output", type=Path, default=REPORTS, help="folder of the report")
     return parser
@@ -111,22 +168,36 @@ def arguments() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     flags = arguments().parse_args(argv)
-    data = (WORK_DIR / f"scale-{flags.rows}-{flags.length}").resolve()
+    data = (WORK_DIR / f"conversations-{flags.rows}-{flags.length}").resolve()
     try:
         if flags.beside and not (flags.beside / "deepspec").is_dir():
             raise DeepSpecError(f"--beside {flags.beside}: no checkout of this project there")
         if not data.exists():
             write_data(data, flags.rows, flags.length)
-        sides = {"here": ROOT} | ({"before": flags.beside} if flags.beside else {})
-        found = {name: measure(path, data, 2 * flags.length, flags.steps) for name, path in sides.items()}
-        if len({of["digest"] for of in found.values()}) > 1:
-            raise DeepSpecError("the two versions make other batches of the same data")
+        sides = {HERE: ROOT} | ({BEFORE: flags.beside} if flags.beside else {})
+        log = WorkLog(_log_path(data, flags))
+        parts = list(PARTS) if flags.parts is None else flags.parts
+        collect(sides, parts, flags.turns, log, data, 2 * flags.length, flags.steps)
+        found = gathered(log, sides, flags.turns)
     except DeepSpecError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    body = f"{flags.rows} conversations of {flags.length} tokens.\n\n{table(found, flags.rows)}"
-    write_report(flags.output, "scale", "A large data set up to the first steps", body, found)
+    what = f"{flags.rows} conversations of {flags.length} tokens; {flags.rows // SAMPLE} are validated whole."
+    body = f"{what}\n\n{table(found, flags.rows)}\n\n{results(found)}"
+    name = f"scale-{flags.rows}" + ("-beside" if flags.beside else "")
+    write_report(flags.output, name, "A large data set from prompts to the first steps", body, found)
     return 0
+
+
+def _key(part: str, side: str, turn: int) -> str:
+    """Return the name of a result, which holds for the code that it is of."""
+    return f"{part} {side} {turn} {code_digest(*CODE[part])}"
+
+
+def _log_path(data: Path, flags: argparse.Namespace) -> Path:
+    """Return where results are kept: of this data, these steps and that other checkout."""
+    other = git_or_none(flags.beside, "rev-parse", "HEAD") if flags.beside else ""
+    return data.with_name(f"{data.name}-{digest(f'{other} {flags.steps}')}.jsonl")
 
 
 if __name__ == "__main__":

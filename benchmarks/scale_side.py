@@ -1,6 +1,6 @@
-"""One side of `benchmarks.scale`: reads a data set, counts its vocabulary and makes the first batches.
+"""One side of `benchmarks.scale`: does one part of the work on a data set, and says what each phase of it took.
 
-python benchmarks/scale_side.py DATA MAX_LENGTH STEPS        (PYTHONPATH: the checkout that is measured)
+python benchmarks/scale_side.py PART DATA LENGTH STEPS        (PYTHONPATH: the checkout that is measured)
 
 Run as a file by itself, also over checkouts of before, whose modules had other names and read whole data sets as lists.
 """
@@ -16,6 +16,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,10 @@ import torch
 
 SIZE, ANCHORS, GAMMA, SEED = 8, 40, 5, 0
 COLUMNS, VOCABULARY, HELD_OUT = 8192, 49152, 32
+DIGEST = "0123456789abcdef"  # of the target that is said to have answered
+HELD_OUT_TEXTS, HELD_OUT_WORDS = 1000, 60
+MERGED = 100_000  # rows of shards, at most
+SAMPLE = 20  # of so many rows one is in the validation's sample, as of a million with the default
 
 
 class Store:
@@ -38,6 +43,45 @@ class Store:
         n = max(len(self.sequences[i].ids) for i in indices)
         wide = torch.zeros(len(indices), n, 1)
         return wide, wide, wide[..., 0]
+
+
+class StandIn:
+    """What a target is to the validation: a tokenizer with a template."""
+
+    digest = DIGEST
+    vocab_size = VOCABULARY
+    max_length = 1 << 20
+
+    def __init__(self, data: Path):
+        from transformers import AutoTokenizer
+
+        self.tokenizer = AutoTokenizer.from_pretrained(data / "tokenizer")
+        self.stop_ids = frozenset([self.tokenizer.eos_token_id])
+        self.chat_template_kwargs: dict[str, Any] = {}
+
+    def chat_ids(
+        self, messages: list[dict], add_generation_prompt: bool = True, tools: Any = (), options: Any = None
+    ) -> list[int]:
+        text = self.tokenizer.apply_chat_template(
+            messages, add_generation_prompt=add_generation_prompt, tokenize=False
+        )
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+class Phases:
+    """Seconds and peak memory of each phase."""
+
+    def __init__(self) -> None:
+        self.found: dict[str, dict[str, float]] = {}
+
+    def timed(self, name: str, call: Callable[[], Any], rows: int | None = None) -> Any:
+        """Call it; `rows`: how many it was about, where that is not the whole set."""
+        forget()
+        began = time.perf_counter()
+        result = call()
+        self.found[name] = {"seconds": time.perf_counter() - began, "peak_bytes": peak()}
+        self.found[name] |= {} if rows is None else {"rows": rows}
+        return result
 
 
 def peak() -> int:
@@ -93,27 +137,21 @@ def counter(sequences: Any) -> Callable[[], Any]:
     return lambda: vocabulary(learnt(), COLUMNS, VOCABULARY)
 
 
-def main(data: str, length: str, steps: str) -> None:
+def training(data: Path, length: int, steps: int, phases: Phases) -> str:
+    """Read, count and make the first batches; the digest of the vocabulary and of all batches."""
     from deepspec.training.batches import Batches
 
-    phases: dict[str, dict[str, float]] = {}
-
-    def timed(name: str, call: Callable[[], Any]) -> Any:
-        forget()
-        began = time.perf_counter()
-        result = call()
-        phases[name] = {"seconds": time.perf_counter() - began, "peak_bytes": peak()}
-        return result
-
-    with tempfile.TemporaryDirectory(dir=Path(data).parent) as work:
-        read = reader(Path(data), int(length), Path(work))
-        sequences = timed("read", read)
+    with tempfile.TemporaryDirectory(dir=data.parent) as work:
+        read = reader(data, length, Path(work))
+        sequences = phases.timed("read", read)
         del sequences
-        sequences = timed("read again", read)
-        ids = timed("vocabulary", counter(sequences))
+        sequences = phases.timed("read again", read)
+        ids = phases.timed("vocabulary", counter(sequences))
         members = list(range(HELD_OUT, len(sequences)))
         state = hashlib.sha256(ids.numpy().tobytes())
-        batches = timed("sampler", lambda: Batches(Store(sequences), members, SIZE, ANCHORS, GAMMA, SEED))
+        batches = phases.timed(
+            "sampler", lambda: Batches(Store(sequences), members, SIZE, ANCHORS, GAMMA, SEED)
+        )
 
         def make(numbers: range) -> None:
             for step in numbers:
@@ -121,9 +159,107 @@ def main(data: str, length: str, steps: str) -> None:
                     for part in (batch.tokens, batch.anchors, batch.labels, batch.valid):
                         state.update(part.numpy().tobytes())
 
-        timed("first batch", lambda: make(range(1)))
-        timed("batches", lambda: make(range(1, int(steps))))
-    print(json.dumps({"phases": phases, "digest": state.hexdigest()[:16]}))
+        phases.timed("first batch", lambda: make(range(1)))
+        phases.timed("batches", lambda: make(range(1, steps)))
+    return state.hexdigest()[:16]
+
+
+def held_out(data: Path) -> list[str]:
+    """Texts in the place of evaluation prompts, which the conversations do not share an n-gram with."""
+    words = sorted(word for word in found_words(data) if word.startswith(" "))
+    rng = np.random.default_rng(1)
+    picks = rng.integers(0, len(words), (HELD_OUT_TEXTS, HELD_OUT_WORDS))
+    return ["".join(words[i] for i in row) for row in picks]
+
+
+def found_words(data: Path) -> list[str]:
+    return list(json.loads((data / "tokenizer/tokenizer.json").read_text())["model"]["vocab"])
+
+
+def validation(data: Path, length: int, steps: int, phases: Phases) -> str:
+    """Validate the data set; the digest of what did not pass."""
+    validate = found("deepspec.guard.suite:validate_data", "deepspec.data.quality:validate_data")
+    read = found(
+        "deepspec.messages.prompts:read_prompts",
+        "deepspec.messages.prompt:read_prompts",
+        "deepspec.data.rows:read_prompts",
+    )
+    params = found("deepspec.guard.params:ValidateParams", "deepspec.config:ValidateParams")
+    overlap = found("deepspec.prompts.overlap:Overlap", "deepspec.data.overlap:Overlap")
+    target, hits = StandIn(data), overlap(held_out(data), 8).hits
+    bounds = params()
+    if "sample" in params.model_fields:
+        import pyarrow.parquet
+
+        rows = pyarrow.parquet.read_metadata(data / "train.parquet").num_rows
+        bounds = params(sample=max(1, rows // SAMPLE))
+
+    def run() -> Any:
+        return validate(data, read(data / "prompts.jsonl"), bounds, length, target, hits)
+
+    result = phases.timed("validate", run)
+    return ", ".join(check.name for check in result.failed) or "passed"
+
+
+def prompts(data: Path, length: int, steps: int, phases: Phases) -> str:
+    """Make training prompts of a file with bad rows; what became of its rows."""
+    build = found("deepspec.prompts.build:build_prompts")
+    write = found("deepspec.prompts.build:write_prompts")
+    params = found("deepspec.prompts.params:PromptsParams")
+    texts = held_out(data)
+    with (data / "source.jsonl").open("rb") as file:
+        count = sum(1 for _ in file)
+    source = f"jsonl:{data / 'source.jsonl'}"
+    with tempfile.TemporaryDirectory(dir=data.parent) as work:
+        chosen = params(count=count, mix={source: 1.0})
+
+        def run() -> Any:
+            built = build(chosen, SEED, texts, work_dir=Path(work) / "work")
+            write(built, Path(work) / "out")
+            return built.manifest
+
+        manifest = phases.timed("prompts", run)
+    (of,) = manifest["sources"].values()
+    unusable = [kind["rows"] for kind in of.get("unusable", {}).values()]
+    rejected = sum(manifest["rejected"].values())
+    lost = count - of["accepted"] - sum(unusable) - rejected
+    return (
+        f"{of['accepted']} of {count} rows accepted, {sum(unusable)} of {len(unusable)} kinds cannot be used, "
+        f"{rejected} rejected, {lost} lost"
+    )
+
+
+def merge(data: Path, length: int, steps: int, phases: Phases) -> str:
+    """Make a data set of shards of answers; how many rows it has."""
+    import pyarrow.parquet
+
+    read, assemble = (found(f"deepspec.answers.shards:{name}") for name in ("read_work", "assemble"))
+    settings = {"temperature": 0.7, "top_p": 1.0, "engine": "local"}
+    names = ["id", "source", "messages", "input_ids", "loss_mask", "finish_reasons", "seed"]
+    ids: list[str] = []
+    with tempfile.TemporaryDirectory(dir=data.parent) as scratch:
+        with (
+            pyarrow.parquet.ParquetFile(data / "train.parquet", pre_buffer=False) as file,
+            (Path(scratch) / "shard-0-of-1.jsonl").open("w") as shard,
+        ):
+            rows = (row for batch in file.iter_batches(1024, columns=names) for row in batch.to_pylist())
+            for row in islice(rows, MERGED):
+                ids.append(row["id"])
+                shard.write(json.dumps({"id": row["id"], "rows": [row], "endings": []}) + "\n")
+        work = phases.timed("read shards", lambda: read(Path(scratch)), len(ids))
+        out = Path(scratch) / "out"
+        manifest = phases.timed("merge", lambda: assemble(work, ids, out, settings, DIGEST), len(ids))
+        groups = pyarrow.parquet.read_metadata(out / "train.parquet").num_row_groups
+    return f"{manifest['rows']} of {len(ids)} rows in {groups} row groups"
+
+
+PARTS = {"prompts": prompts, "merge": merge, "validation": validation, "training": training}
+
+
+def main(part: str, data: str, length: str, steps: str) -> None:
+    phases = Phases()
+    result = PARTS[part](Path(data), int(length), int(steps), phases)
+    print(json.dumps({"phases": phases.found, "result": result}))
 
 
 if __name__ == "__main__":

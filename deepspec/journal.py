@@ -30,12 +30,14 @@ class Journal:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    def append(self, entry: dict[str, Any]) -> None:
-        """Write one line, whole."""
+    def append(self, entry: dict[str, Any]) -> int:
+        """Write one line, whole, and return the offset at which it begins."""
+        offset = self._file.seek(0, os.SEEK_END)
         self._file.write(json.dumps(entry).encode() + b"\n")
         self._file.flush()
         if self.fsync:
             os.fsync(self._file.fileno())
+        return offset
 
     def close(self) -> None:
         """Close the file; what was appended stays."""
@@ -56,6 +58,13 @@ def read_journal(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
             if entry is not None:
                 yield offset, entry
             offset += len(line)
+
+
+def read_entry(path: str | Path, offset: int) -> dict[str, Any]:
+    """Return the line of a journal that begins at an offset that `append` or `read_journal` gave."""
+    with Path(path).open("rb") as file:
+        file.seek(offset)
+        return json.loads(file.readline())
 
 
 class WorkLog:

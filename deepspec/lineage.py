@@ -32,6 +32,7 @@ INERT = {
     "deepspec.journal": "keeps finished pieces of work as they are",
     "deepspec.lineage": "says where work is kept",
     "deepspec.markdown": "lays out a table that a person reads",
+    "deepspec.parallel": "gives pieces of work to processes, and their results in order",
     "deepspec.progress": "progress shown to a person",
     "deepspec.provenance": "says which commit and packages a result is of",
     "deepspec.retrying": "says when a request is sent again",

@@ -8,8 +8,9 @@ the company in which it was generated.
 from __future__ import annotations
 
 import json
+from array import array
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -28,7 +29,8 @@ from deepspec.decoding.request import Generation, Request, Sampling
 from deepspec.errors import DeepSpecError
 from deepspec.files import digest, file_digest
 from deepspec.lineage import code_digest
-from deepspec.messages.prompt import Prompt, read_prompts
+from deepspec.messages.prompt import Prompt
+from deepspec.messages.prompts import Prompts, read_prompts
 from deepspec.progress import Progress
 
 if TYPE_CHECKING:
@@ -79,11 +81,10 @@ def generate_data(
     for row in rows:
         if row.chat.tools or len(row.chat.slots()) > 1:
             histories.of(row.chat)
-    ids = [row.id for row in rows]
-    return assemble(read_work(directory), ids, Path(out), settings, target.digest, histories.describe())
+    return assemble(read_work(directory), rows.ids, Path(out), settings, target.digest, histories.describe())
 
 
-def _check_kinds(prompts: list[Prompt], params: GenerateParams) -> None:
+def _check_kinds(prompts: Prompts, params: GenerateParams) -> None:
     """Refuse prompts that the engine cannot do anything with, before time is spent."""
     if params.engine != "given" and (tokens := sum(bool(prompt.chat.input_ids) for prompt in prompts)):
         raise DeepSpecError(
@@ -121,26 +122,27 @@ def generation_settings(params: Params, served: bool = False) -> dict[str, Any]:
     return settings | ({"model": generate.openai.model} if generate.engine == "openai" else {})
 
 
-def longest_first(prompts: list[Prompt]) -> list[Prompt]:
+def longest_first(prompts: Prompts) -> Prompts:
     """Sort prompts by length, longest first: a batch pads little, and what needs most memory comes first."""
 
     def length(prompt: Prompt) -> int:
         slots = prompt.chat.slots()
         return sum(len(message["content"]) for message in slots[0].before) if slots else 0
 
-    return sorted(prompts, key=lambda prompt: (-length(prompt), prompt.id))
+    lengths, ids = array("Q", map(length, prompts)), prompts.ids
+    return prompts.arranged(sorted(range(len(prompts)), key=lambda i: (-lengths[i], ids[i])))
 
 
 def _answer_share(
     target: Any,
     params: Params,
-    share: list[Prompt],
+    share: Prompts,
     directory: Path,
     state: PartialState,
     decode: Stream | None,
 ) -> None:
     work: Work = read_work(directory)
-    todo = [prompt for prompt in share if prompt.id not in work.rows]
+    todo = share.arranged(i for i, id in enumerate(share.ids) if id not in work.rows)
     several = f" (process 1 of {state.num_processes})" if state.num_processes > 1 else ""
     progress = Progress(
         f"generate{several}",
@@ -159,7 +161,7 @@ def _answer_share(
 
 
 def answer_ids(
-    target: Any, prompts: list[Prompt], params: GenerateParams, sink: Sink, decode: Stream | None = None
+    target: Any, prompts: Sequence[Prompt], params: GenerateParams, sink: Sink, decode: Stream | None = None
 ) -> None:
     """Answer prompts by their token ids, in a batch whose free places are filled at once.
 
@@ -168,7 +170,7 @@ def answer_ids(
     Args:
         decode: decodes the requests; None: our own engine.
     """
-    waiting = deque(prompts)
+    waiting = deque(range(len(prompts)))  # numbers: a prompt is read when its turn comes
     histories = Histories(target)
     asked: dict[str, Conversation] = {}
     follow_ups: deque[Conversation] = deque()
@@ -177,7 +179,9 @@ def answer_ids(
 
     def next_request() -> Request | None:
         conversation = (
-            follow_ups.popleft() if follow_ups else _open_next(target, waiting, params, sink, histories)
+            follow_ups.popleft()
+            if follow_ups
+            else _open_next(target, prompts, waiting, params, sink, histories)
         )
         if conversation is None:
             return None
@@ -199,11 +203,16 @@ def answer_ids(
 
 
 def _open_next(
-    target: Any, waiting: deque[Prompt], params: GenerateParams, sink: Sink, histories: Histories
+    target: Any,
+    prompts: Sequence[Prompt],
+    waiting: deque[int],
+    params: GenerateParams,
+    sink: Sink,
+    histories: Histories,
 ) -> Conversation | None:
     """Open the next prompt that fits; those that do not are recorded as failures."""
     while waiting:
-        prompt = waiting.popleft()
+        prompt = prompts[waiting.popleft()]
         try:
             return Conversation(target, prompt, params.max_new_tokens, params.max_length, histories)
         except UnusableError as error:

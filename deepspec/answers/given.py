@@ -7,6 +7,7 @@ every row.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import groupby
 from typing import Any
 
@@ -21,7 +22,7 @@ from deepspec.messages.message import Message
 from deepspec.messages.prompt import Prompt
 
 
-def answer(target: Any, prompts: list[Prompt], params: GenerateParams, sink: Sink) -> None:
+def answer(target: Any, prompts: Sequence[Prompt], params: GenerateParams, sink: Sink) -> None:
     """Write the rows of every prompt that has answers, with how likely the target finds them."""
     histories = Histories(target)
     likelihood = Likelihood(target)

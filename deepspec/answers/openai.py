@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,7 +42,7 @@ class _Job:
     conversation: Conversation | None = None
 
 
-def answer(target: Any, prompts: list[Prompt], params: GenerateParams, sink: Sink) -> None:
+def answer(target: Any, prompts: Sequence[Prompt], params: GenerateParams, sink: Sink) -> None:
     """Answer all prompts, with at most `openai.concurrency` requests in flight at each address.
 
     Raises:
@@ -68,11 +68,13 @@ class _Run:
         self.histories = Histories(target)
         self.reader = Reader(target, self.histories)
         self.textual: set[str] = set()  # addresses that refuse to be asked for token ids
-        self.waiting: deque[_Job] = deque()
+        self.prompts: Sequence[Prompt] = ()
+        self.waiting: deque[int | _Job] = deque()  # a number is a prompt that was never asked
         self.dead: dict[str, str] = {}  # address → why
 
-    async def run(self, endpoints: list[str], prompts: list[Prompt]) -> None:
-        self.waiting.extend(_Job(prompt) for prompt in prompts)
+    async def run(self, endpoints: list[str], prompts: Sequence[Prompt]) -> None:
+        self.prompts = prompts
+        self.waiting.extend(range(len(prompts)))
         workers = self.params.openai.concurrency
         async with httpx.AsyncClient(
             headers=key_header(),
@@ -87,7 +89,8 @@ class _Run:
 
     async def _work(self, client: httpx.AsyncClient, endpoint: str) -> None:
         while self.waiting and endpoint not in self.dead:
-            job = self.waiting.popleft()
+            taken = self.waiting.popleft()
+            job = taken if isinstance(taken, _Job) else _Job(self.prompts[taken])
             try:
                 await self._converse(client, endpoint, job)
             except _UnreachableError as error:

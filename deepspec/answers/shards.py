@@ -23,7 +23,7 @@ from datasets.exceptions import DatasetGenerationError
 from deepspec.answers.conversation import Conversation
 from deepspec.errors import DeepSpecError
 from deepspec.files import digest, file_digest, replacing, write_json
-from deepspec.journal import Journal, read_journal
+from deepspec.journal import Journal, read_entry, read_journal
 from deepspec.progress import Progress
 
 FEATURES = Features(
@@ -115,17 +115,12 @@ class Work:
 
     rows: dict[str, tuple[Path, int]] = field(default_factory=dict)  # prompt → file and offset of its line
     failures: dict[str, str] = field(default_factory=dict)  # prompt → the latest reason; never one in `rows`
-    endings: dict[str, list[str]] = field(
-        default_factory=dict
-    )  # prompt → what happened other than in its source
+    endings: dict[str, list[str]] = field(default_factory=dict)  # prompt → what went other than in its source
     columns: set[str] = field(default_factory=set)  # of the rows
 
     def rows_of(self, id: str) -> list[dict[str, Any]]:
         """Return the rows of a prompt."""
-        path, offset = self.rows[id]
-        with path.open("rb") as file:
-            file.seek(offset)
-            return json.loads(file.readline())["rows"]
+        return read_entry(*self.rows[id])["rows"]
 
 
 def read_work(directory: Path) -> Work:
@@ -134,8 +129,10 @@ def read_work(directory: Path) -> Work:
     for path in sorted(directory.glob("shard-*.jsonl")):
         for offset, entry in read_journal(path):
             if "rows" in entry:
-                work.rows.setdefault(entry["id"], (path, offset))
-                work.endings.setdefault(entry["id"], entry["endings"])
+                if entry["id"] not in work.rows:
+                    work.rows[entry["id"]] = path, offset
+                    if entry["endings"]:
+                        work.endings[entry["id"]] = entry["endings"]
                 work.columns.update(*entry["rows"])
             else:
                 work.failures[entry["id"]] = entry["reason"]
@@ -186,7 +183,7 @@ def assemble(
             "conversations": len(kept),
             "failures": len(failed),
             "failure_reasons": _counted(work.failures[id] for id in failed),
-            "endings": _counted(ending for id in kept for ending in work.endings[id]),
+            "endings": _counted(ending for id in kept for ending in work.endings.get(id, ())),
             "template": histories or [],
             "target": target_digest,
             "settings": settings,

@@ -7,8 +7,11 @@ a second process and a run that goes on read nothing of the data set.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import mmap
+import sys
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +53,7 @@ def read_sequences(
         file = work / f"{digest(repr(what))}.arrow"
         if not file.exists():
             _write(file, _chunks(path, max_length, supervise))
-        sequences = Sequences(_mapped(file))
+        sequences = Sequences(*_mapped(file))
     if not sequences.teaches.any():
         raise DeepSpecError(f"{path}: no token to learn from in {len(sequences)} conversations")
     return sequences, data_digest
@@ -120,7 +123,7 @@ def _chunks(path: Path, max_length: int, supervise: str) -> Iterator[Chunk]:
 def _batches(path: Path, names: list[str]) -> Iterator[Any]:
     import pyarrow.parquet
 
-    with pyarrow.parquet.ParquetFile(path, memory_map=True) as file:
+    with pyarrow.parquet.ParquetFile(path, pre_buffer=False) as file:  # else all that was read is kept
         yield from (batch for batch in file.iter_batches(ROWS, columns=names) if batch.num_rows)
 
 
@@ -194,11 +197,13 @@ def _write(file: Path, chunks: Iterator[Chunk]) -> None:
             writer.write_batch(pa.record_batch([*columns, pa.array(names, pa.string())], schema=schema))
 
 
-def _mapped(file: Path) -> list[Chunk]:
-    """Return the chunks of a file that `_write` wrote, in memory that is the file's."""
+def _mapped(file: Path) -> tuple[list[Chunk], Callable[[], None]]:
+    """Return the chunks of a file that `_write` wrote, in memory that is the file's, and what lets go of its pages."""
     import pyarrow as pa
 
-    reader = pa.ipc.open_file(pa.memory_map(str(file)))
+    with file.open("rb") as opened:
+        pages = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
+    reader = pa.ipc.open_file(pa.py_buffer(pages))
     found = []
     for number in range(reader.num_record_batches):
         batch = reader.get_batch(number)
@@ -213,4 +218,11 @@ def _mapped(file: Path) -> list[Chunk]:
                 names.to_pylist() if names.null_count < batch.num_rows else None,
             )
         )
-    return found
+        _let_go(pages)
+    return found, partial(_let_go, pages)
+
+
+def _let_go(pages: mmap.mmap) -> None:
+    """Take a file's pages off this process; they are read from the file again when they are looked at."""
+    if hasattr(mmap, "MADV_DONTNEED") and sys.platform == "linux":
+        pages.madvise(mmap.MADV_DONTNEED)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 ROWS = 4096  # of a chunk, at most
+LOOKS = 64  # at rows, after which their pages are let go of
 Ints = npt.NDArray[np.int64]
 
 
@@ -85,14 +86,18 @@ class Sequences(SequenceOf[Sequence]):
 
     Args:
         chunks: none of them empty.
+        let_go: called behind every chunk where all are looked at, and after some rows: what lies in a file need not
+            stay in memory. A look at a row can map two mebibytes of the file round it.
 
     Attributes:
         lengths: tokens of each row, int64 [rows].
     """
 
-    def __init__(self, chunks: SequenceOf[Chunk]):
-        self.chunks = chunks
-        self.lengths: Ints = np.concatenate([np.zeros(0, np.int64), *(chunk.lengths for chunk in chunks)])
+    def __init__(self, chunks: SequenceOf[Chunk], let_go: Callable[[], None] | None = None):
+        self.chunks, self._let_go, self._looked = chunks, let_go, 0
+        self.lengths: Ints = np.concatenate(
+            [np.zeros(0, np.int64), *(chunk.lengths for chunk in self._scan())]
+        )
         rows = np.cumsum([0, *(len(chunk.offsets) - 1 for chunk in chunks)])
         self._starts: list[int] = rows.tolist()  # of each chunk its first row
 
@@ -137,19 +142,29 @@ class Sequences(SequenceOf[Sequence]):
         return chunk.learnt[here]
 
     def _at(self, i: int) -> tuple[Chunk, slice]:
+        self._looked += 1
+        if self._let_go and self._looked % LOOKS == 0:
+            self._let_go()
         number = bisect_right(self._starts, i) - 1
         chunk, row = self.chunks[number], i - self._starts[number]
         return chunk, slice(int(chunk.offsets[row]), int(chunk.offsets[row + 1]))
 
+    def _scan(self) -> Iterator[Chunk]:
+        """Yield every chunk, and let go of it."""
+        for chunk in self.chunks:
+            yield chunk
+            if self._let_go:
+                self._let_go()
+
     @cached_property
     def teaches(self) -> npt.NDArray[np.bool_]:
         """Return whether each row has a token to predict that is to be learnt, [rows]."""
-        return np.concatenate([np.zeros(0, bool), *(chunk.marked(chunk.learnt) for chunk in self.chunks)])
+        return np.concatenate([np.zeros(0, bool), *(chunk.marked(chunk.learnt) for chunk in self._scan())])
 
     @cached_property
     def answered(self) -> npt.NDArray[np.bool_]:
         """Return whether each row has a token to predict that is part of an answer, [rows]."""
-        return np.concatenate([np.zeros(0, bool), *(chunk.marked(chunk.answer) for chunk in self.chunks)])
+        return np.concatenate([np.zeros(0, bool), *(chunk.marked(chunk.answer) for chunk in self._scan())])
 
     @cached_property
     def groups(self) -> Ints:
@@ -176,7 +191,7 @@ class Sequences(SequenceOf[Sequence]):
         chosen = np.zeros(len(self), bool)
         chosen[rows] = True
         counts = np.zeros(vocab_size, np.int64)
-        for start, chunk in zip(self._starts, self.chunks, strict=False):
+        for start, chunk in zip(self._starts, self._scan(), strict=False):
             of_rows = chosen[start : start + len(chunk.offsets) - 1]
             counted = chunk.learnt.astype(bool) & np.repeat(of_rows, chunk.lengths)
             counts += np.bincount(chunk.ids[counted], minlength=vocab_size)[:vocab_size]
@@ -186,6 +201,6 @@ class Sequences(SequenceOf[Sequence]):
     def digest(self) -> str:
         """Return the identity of all tokens, 16 hexadecimal digits."""
         state = hashlib.sha256(self.lengths.tobytes())
-        for chunk in self.chunks:
+        for chunk in self._scan():
             state.update(np.ascontiguousarray(chunk.ids).data)
         return state.hexdigest()[:16]

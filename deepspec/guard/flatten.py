@@ -1,30 +1,42 @@
 """The distillation data as a flat table: one row a conversation, with what its columns say about it.
 
 What can be wrong with a row is recomputed here from the stored ids and the target's tokenizer, without the
-code that put the row together.
+code that put the row together. All cores share the row groups of the file; of a row the table has a few hundred bytes.
+What takes a tokenizer or every word (`SAMPLED`) is found of a sample alone, where the set is large.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
+import numpy as np
+import numpy.typing as npt
 import pandas
 from pyarrow import parquet
 
 from deepspec.answers.turns import answer_text, generation_prompt
 from deepspec.errors import DeepSpecError
+from deepspec.files import digest
 from deepspec.guard.facts import script
 from deepspec.messages.prompt import Prompt
+from deepspec.parallel import ALONE, ordered_map
+from deepspec.progress import Progress
 from deepspec.prompts.filters import chat_key, duplicate_key
 
 BATCH_ROWS = 1024
+KEY_CHARS = 120  # of a prompt in the table; of a longer one its beginning and a digest
+SAMPLED = ("repetition", "template_problem", "script")  # and whether masked tokens spell the answer
 OPTIONAL = ("prompt", "chat", "metadata", "logprob", "surprise")  # columns that may be null
-REPEATED = ("target", "roles", "last_role", "source", "script")
 LISTS = ("messages", "input_ids", "loss_mask", "finish_reasons")
+
+
+class Asked(Protocol):
+    """What the target was asked, by id."""
+
+    def get(self, id: str) -> Prompt | None: ...
 
 
 class Flattener:
@@ -32,32 +44,57 @@ class Flattener:
 
     Args:
         target: the target that is said to have answered.
-        prompts: what it was asked, by id.
+        prompts: what it was asked.
         ngram: tokens in the n-grams of which repeats are counted.
         overlap: an n-gram that the text shares with an evaluation prompt, or None.
     """
 
-    def __init__(
-        self, target: Any, prompts: dict[str, Prompt], ngram: int, overlap: Callable[[str], str | None]
-    ) -> None:
+    def __init__(self, target: Any, prompts: Asked, ngram: int, overlap: Callable[[str], str | None]) -> None:
         self.target, self.prompts, self.ngram, self.overlap = target, prompts, ngram, overlap
         self.stop_ids = target.stop_ids
         self.opening = generation_prompt(target)
-        self._seen: set[str] = set()  # prompts of which there was a row
 
-    def table(self, path: Path) -> pandas.DataFrame:
-        """Return the flat rows of a data set, of which a few are held as stored at a time."""
-        columns: dict[str, list[Any]] = {}
-        known: dict[str, str] = {}  # values that many rows have, each held once
-        for batch in parquet.ParquetFile(path).iter_batches(batch_size=BATCH_ROWS):
-            for row in batch.to_pylist():
-                for name, value in self.flat(row).items():
-                    if name in REPEATED and isinstance(value, str):
-                        value = known.setdefault(value, value)
-                    columns.setdefault(name, []).append(value)
-        return pandas.DataFrame(columns)
+    def table(self, path: Path, sample: npt.NDArray[np.bool_]) -> pandas.DataFrame:
+        """Return the flat rows of a data set, of which a few are held as stored at a time.
 
-    def flat(self, row: dict[str, Any]) -> dict[str, Any]:
+        Args:
+            sample: of each row whether `SAMPLED` is found too, [rows].
+
+        Returns:
+            A table with a column `sampled` besides those of `flat`.
+        """
+        sizes = [group.num_rows for group in _groups(path)]
+        starts = np.cumsum([0, *sizes])
+
+        def group(number: int) -> pandas.DataFrame:
+            columns: dict[str, list[Any]] = {}
+            row_number = int(starts[number])
+            with parquet.ParquetFile(path, pre_buffer=False) as file:
+                for batch in file.iter_batches(BATCH_ROWS, row_groups=[number], use_threads=False):
+                    for row in batch.to_pylist():
+                        whole = bool(sample[row_number])
+                        for name, value in (self.flat(row, whole) | {"sampled": whole}).items():
+                            columns.setdefault(name, []).append(value)
+                        row_number += 1
+            return pandas.DataFrame(columns)
+
+        parts: list[pandas.DataFrame] = []
+        with Progress("validation", sum(sizes), shown=len(sizes) > ALONE) as progress:
+            for part in ordered_map(group, range(len(sizes))):
+                parts += [part] if len(part) else []
+                progress.advance(len(part))
+        table = pandas.concat(parts, ignore_index=True) if parts else pandas.DataFrame()
+        if len(table):
+            again = table["generation"] & table["asked"].duplicated()
+            table.loc[again, "prompt"] = None
+        return table
+
+    def flat(self, row: dict[str, Any], whole: bool = True) -> dict[str, Any]:
+        """Return what the columns of a stored row say about it.
+
+        Args:
+            whole: `SAMPLED` too, and whether the masked tokens spell the answers.
+        """
         tokens_only = row["engine"] == "given" and row["messages"] == []
         exempt = (*OPTIONAL, "messages") if tokens_only else OPTIONAL
         missing = [
@@ -65,37 +102,38 @@ class Flattener:
         ]
         row = {**row, **{name: row[name] or [] for name in LISTS}}
         asked = row.get("prompt") or row["id"]
-        again = bool(row.get("prompt")) and asked in self._seen
-        self._seen.add(asked)
         roles = [message["role"] for message in row["messages"]]
         turns = _said(row, "user")
         answers = answer_runs(row["input_ids"], row["loss_mask"])
         prompt = self.prompts.get(asked)
         texts = [self.target.tokenizer.decode(row["input_ids"])] if tokens_only else turns
-        mask_problem = self.mask_problem(row, answers, tokens_only)
+        mask_problem = self.mask_problem(row, answers, tokens_only, whole)
         chat = _chat(row)
         return {
             "id": row["id"],
             "asked": asked,
+            "generation": bool(row.get("prompt")),
             "target": row["target"],
             "missing": ", ".join(missing) or None,
             "roles": None if tokens_only else " ".join(map(str, roles)),
             "last_role": None if tokens_only else roles[-1] if roles else "",
-            "prompt": None if again else chat_key(prompt.chat) if prompt else duplicate_key(turns),
+            "prompt": _short_key(chat_key(prompt.chat) if prompt else duplicate_key(turns)),
             "prompt_problem": _prompt_problem(prompt, turns, row["input_ids"] if tokens_only else None),
             "tokens": len(row["input_ids"]),
             "answer_tokens": sum(row["loss_mask"]),
             "truncated": float("length" in row["finish_reasons"]),
-            "repetition": max((repetition(answer, self.ngram) for _, answer in answers), default=0.0),
+            "repetition": max((repetition(answer, self.ngram) for _, answer in answers), default=0.0)
+            if whole
+            else np.nan,
             "mask_problem": mask_problem,
             "template_problem": None
-            if mask_problem or tokens_only
+            if mask_problem or tokens_only or not whole
             else self.template_problem(row, chat, answers),
             "tool_problem": tool_problem(chat["messages"]),
-            "logprob": row.get("logprob"),
-            "surprise": row.get("surprise"),
+            "logprob": np.nan if row.get("logprob") is None else row["logprob"],
+            "surprise": np.nan if row.get("surprise") is None else row["surprise"],
             "source": row["source"] or "",
-            "script": script(" ".join(turns)),
+            "script": script(" ".join(turns)) if whole else None,
             "system": bool({"system", "developer"} & set(roles)),
             "thinks": _thinks(chat["messages"]),
             "tools": bool(chat.get("tools")),
@@ -124,17 +162,22 @@ class Flattener:
         return None
 
     def mask_problem(
-        self, row: dict[str, Any], answers: list[tuple[int, list[int]]], tokens_only: bool = False
+        self,
+        row: dict[str, Any],
+        answers: list[tuple[int, list[int]]],
+        tokens_only: bool = False,
+        spell: bool = True,
     ) -> str | None:
         """Return why the loss mask does not cover exactly the answers' tokens, or None."""
         ids, mask, reasons = row["input_ids"], row["loss_mask"], row["finish_reasons"]
         texts: list[str | None] = list(_said(row, "assistant")[-len(reasons) :])
-        texts = [None] * len(reasons) if tokens_only else texts
+        if tokens_only or not spell:
+            texts = [None] * (len(reasons) if tokens_only else len(texts))
         if len(ids) != len(mask):
             return f"{len(ids)} tokens but {len(mask)} mask values"
         if not set(mask) <= {0, 1}:
             return "mask values other than 0 and 1"
-        if not all(0 <= token < self.target.vocab_size for token in ids):
+        if ids and not (min(ids) >= 0 and max(ids) < self.target.vocab_size):
             return "token ids outside the vocabulary"
         if not len(answers) == len(texts) == len(reasons):
             return f"{len(answers)} masked runs, {len(texts)} answers, {len(reasons)} finish reasons"
@@ -164,18 +207,24 @@ class Flattener:
 
 def answer_runs(ids: list[int], mask: list[int]) -> list[tuple[int, list[int]]]:
     """Return start and tokens of every unbroken run of masked tokens."""
-    runs = []
-    for masked, group in groupby(range(min(len(ids), len(mask))), key=lambda i: bool(mask[i])):
-        positions = list(group)
-        if masked:
-            runs.append((positions[0], [ids[i] for i in positions]))
-    return runs
+    masked = np.asarray(mask[: len(ids)], dtype=bool)
+    edges = np.flatnonzero(np.diff(masked, prepend=False, append=False)).tolist()
+    return [(start, ids[start:end]) for start, end in zip(edges[::2], edges[1::2], strict=True)]
 
 
 def repetition(tokens: list[int], n: int) -> float:
     """Return the share of n-grams that occurred before: 0 where all differ, near 1 in a loop."""
     ngrams = [tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1)]
     return 1 - len(set(ngrams)) / len(ngrams) if ngrams else 0.0
+
+
+def _groups(path: Path) -> list[Any]:
+    metadata = parquet.read_metadata(path)
+    return [metadata.row_group(i) for i in range(metadata.num_row_groups)]
+
+
+def _short_key(key: str) -> str:
+    return key if len(key) <= KEY_CHARS else f"{key[: KEY_CHARS - 17]} {digest(key)}"
 
 
 def _said(row: dict[str, Any], role: str) -> list[str]:

@@ -1,7 +1,8 @@
 """What the distillation data must be before a draft is trained on it: a Great Expectations suite.
 
 Each `Rule` is one expectation with its meaning in words; `validate_data` applies them all and says, for each,
-what was found and in which rows. Nothing is sent anywhere, and the suite leaves no files.
+what was found and in which rows. Nothing is sent anywhere, and the suite leaves no files. Of a set of more than
+`validate.sample` rows, what takes a tokenizer or every word is judged on a sample; everything else on every row.
 """
 
 from __future__ import annotations
@@ -9,8 +10,8 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ os.environ["GX_ANALYTICS_ENABLED"] = "false"  # read when the library is importe
 
 import great_expectations as gx
 import great_expectations.expectations as gxe
+import numpy as np
 import pandas
 from datasets import Features, LargeList, List, Value
 from great_expectations.data_context.types.base import ProgressBarsConfig
@@ -27,10 +29,11 @@ from deepspec.answers.shards import FEATURES
 from deepspec.errors import DeepSpecError
 from deepspec.files import file_digest
 from deepspec.guard.facts import facts, warnings
-from deepspec.guard.flatten import Flattener
+from deepspec.guard.flatten import Asked, Flattener
 from deepspec.guard.params import ValidateParams
 from deepspec.guard.verdict import Check, Validation
 from deepspec.messages.prompt import Prompt
+from deepspec.messages.prompts import Prompts
 
 EXAMPLES = 5
 # The system first, then whoever asks and the assistant in turn; a tool speaks behind the assistant that called it.
@@ -47,6 +50,7 @@ class Rule:
         bound: what is allowed, in words.
         worst: where the expectation is about a mean, the column whose highest values serve as examples.
         params: keys of params.yaml that set the bound.
+        sampled: it is about the sampled rows alone.
     """
 
     name: str
@@ -55,11 +59,12 @@ class Rule:
     expectation: gxe.Expectation
     worst: str | None = None
     params: tuple[str, ...] = ()
+    sampled: bool = False
 
 
 def validate_data(
     directory: str | Path,
-    prompts: list[Prompt],
+    prompts: Sequence[Prompt],
     bounds: ValidateParams,
     max_length: int,
     target: Any,
@@ -91,13 +96,34 @@ def validate_data(
     found_facts: dict[str, str] = {}
     doubts: list[str] = []
     if checks[0].passed:
-        asked = {prompt.id: prompt for prompt in prompts}
-        table = Flattener(target, asked, bounds.repetition_ngram, overlap).table(path)
+        asked: Asked = prompts if isinstance(prompts, Prompts) else {prompt.id: prompt for prompt in prompts}
+        sample = _sample(rows, bounds.sample)
+        table = Flattener(target, asked, bounds.repetition_ngram, overlap).table(path, sample)
         rules = row_rules(bounds, max_length, target.digest) if rows else [_row_count(bounds)]
-        checks += apply_rules(table, rules)
-        checks += apply_rules(_outcomes(prompts, table, failures), _outcome_rules(bounds))
+        checks += _apply_to_rows(table, rules, bounds.sample)
+        ids = prompts.ids if isinstance(prompts, Prompts) else [prompt.id for prompt in prompts]
+        checks += apply_rules(_outcomes(ids, table, failures), _outcome_rules(bounds))
         found_facts, doubts = facts(table, manifest), warnings(table, manifest)
     return Validation(target.digest, rows, len(failures), checks, found_facts, doubts)
+
+
+def _sample(rows: int, size: int) -> np.ndarray:
+    """Return of each row whether it is in the sample; all are where there are not more than its size, bool [rows]."""
+    chosen = np.ones(rows, bool)
+    if rows > size:
+        chosen[np.random.default_rng(0).choice(rows, rows - size, replace=False)] = False
+    return chosen
+
+
+def _apply_to_rows(table: pandas.DataFrame, rules: list[Rule], size: int) -> list[Check]:
+    """Validate every row, and where the set is large the rules about a sample on the sample."""
+    if len(table) <= size:
+        return apply_rules(table, rules)
+    every = iter(apply_rules(table, [rule for rule in rules if not rule.sampled]))
+    of = f"; of a sample of {size} rows"
+    few = [replace(rule, bound=rule.bound + of) for rule in rules if rule.sampled]
+    some = iter(apply_rules(table[table["sampled"]].reset_index(drop=True), few))
+    return [next(some if rule.sampled else every) for rule in rules]
 
 
 def row_rules(bounds: ValidateParams, max_length: int, target_digest: str) -> list[Rule]:
@@ -197,6 +223,7 @@ def _token_rules(bounds: ValidateParams, max_length: int) -> list[Rule]:
                 "validate.max_repetition",
                 "validate.max_degenerate_share",
             ),
+            sampled=True,
         ),
         Rule(
             "truncated_share",
@@ -217,6 +244,7 @@ def _token_rules(bounds: ValidateParams, max_length: int) -> list[Rule]:
             "the ids before every answer are those that the template makes of the messages",
             "equal",
             gxe.ExpectColumnValuesToBeNull(column="template_problem"),
+            sampled=True,
         ),
         Rule(
             "tool_results",
@@ -357,17 +385,17 @@ def _manifest_facts(manifest: dict, path: Path, rows: int, failures: int) -> pan
     return pandas.DataFrame(facts, columns=["id", "expected", "found"])
 
 
-def _outcomes(prompts: list[Prompt], table: pandas.DataFrame, failures: list[dict]) -> pandas.DataFrame:
+def _outcomes(ids: list[str], table: pandas.DataFrame, failures: list[dict]) -> pandas.DataFrame:
     """Return one row for every prompt: answered, failed or lost."""
     outcome = dict.fromkeys(table.get("asked", []), "row")
     reasons = {failure["id"]: failure["reason"] for failure in failures}
     outcome |= dict.fromkeys(reasons, "failure")
     return pandas.DataFrame(
         {
-            "id": [prompt.id for prompt in prompts],
-            "outcome": [outcome.get(prompt.id, "lost") for prompt in prompts],
-            "failed": [float(prompt.id in reasons) for prompt in prompts],
-            "reason": [reasons.get(prompt.id, "") for prompt in prompts],
+            "id": ids,
+            "outcome": [outcome.get(id, "lost") for id in ids],
+            "failed": [float(id in reasons) for id in ids],
+            "reason": [reasons.get(id, "") for id in ids],
         }
     )
 

@@ -10,7 +10,6 @@ import json
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from deepspec.errors import DeepSpecError
@@ -140,30 +139,6 @@ class Prompt:
         return self.chat.turns
 
 
-def read_prompts(path: str | Path) -> list[Prompt]:
-    """Read every prompt of a file, in its order.
-
-    Raises:
-        DeepSpecError: the file is missing or empty, a line is not a prompt (its number is named), or an id
-            appears twice.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise DeepSpecError(f"{path}: no such prompt file; run the prompts stage first")
-    prompts: dict[str, Prompt] = {}
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            prompt = _parse(line, f"{path}:{number}")
-            if prompt.id in prompts:
-                raise DeepSpecError(f"{path}:{number}: the id {prompt.id!r} was used by an earlier line")
-            prompts[prompt.id] = prompt
-    if not prompts:
-        raise DeepSpecError(f"{path}: no prompt in the file")
-    return list(prompts.values())
-
-
 def chat_of(row: Mapping[str, Any]) -> Chat:
     """Read the fields that `Chat.fields` writes.
 
@@ -245,7 +220,12 @@ def mapping(row: Mapping[str, Any], name: str) -> dict[str, Any]:
     return dict(value)
 
 
-def _parse(line: bytes, where: str) -> Prompt:
+def parse_prompt(line: bytes, where: str) -> Prompt:
+    """Read one line of a prompt file.
+
+    Raises:
+        DeepSpecError: it is not a prompt; `where` it stands is named.
+    """
     try:
         value = json.loads(line)
     except ValueError as error:

@@ -1,7 +1,7 @@
 """Prompts that others wrote: JSONL files and Hugging Face datasets, both read into conversations.
 
-A file is read twice and never held: once to check every line and note where the good ones begin, then line by line in
-an order drawn from the seed.
+A file is read twice and never held: once to check every line and note where the good ones begin, by all cores, then
+line by line in an order drawn from the seed.
 """
 
 from __future__ import annotations
@@ -11,17 +11,19 @@ import gzip
 import io
 import json
 import lzma
+import os
 import random
 import re
 import shutil
 import tempfile
 import zlib
+from abc import ABC, abstractmethod
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 from deepspec.errors import DeepSpecError
 from deepspec.messages.errors import BadRowError, RefusedRowError
@@ -29,12 +31,18 @@ from deepspec.messages.hub import load_split, stored_rows, without_nulls
 from deepspec.messages.presets import Preset
 from deepspec.messages.prompt import Chat
 from deepspec.messages.rows import REQUESTS, USUAL, Columns, Read, read_row
+from deepspec.parallel import ordered_map
+from deepspec.progress import Progress
 
 TABLES = (".parquet", ".arrow", ".feather", ".csv", ".tsv", ".zip")  # no lines of JSON
 LONGEST_LINE = 1 << 26  # bytes; a longer one is not read into memory
 _CHUNK = 1 << 20  # characters of a JSON array that are read at once
 _ARRAY = re.compile(rb"(?:\xef\xbb\xbf)?\s*\[\s*\{")
 _BETWEEN = re.compile(r"[\s,]*")
+_PIECE, _PIECE_BYTES = 512, 1 << 18  # lines that are checked at once, and bytes
+_QUIET = 32  # MiB of a file that is checked without a display
+
+_Line = tuple[int, int, bytes | None]  # number, offset, text; None: too long to be read
 
 
 @dataclass(frozen=True)
@@ -51,6 +59,15 @@ class Candidate:
         return list(self.chat.turns)
 
 
+class _Bad(NamedTuple):
+    """What is wrong with a line; an exception would keep the frames that it went through."""
+
+    line: int
+    kind: str
+    found: str
+    refused: bool
+
+
 @dataclass
 class Faults:
     """Rows of a source that cannot be used: how many of each kind, and where the first is."""
@@ -61,20 +78,56 @@ class Faults:
     first: dict[str, int] = field(default_factory=dict)  # kind → line
     example: tuple[int, str] | None = None  # the first malformed line, and what was found
 
-    def add(self, line: int, error: BadRowError) -> None:
+    def add(self, bad: _Bad) -> None:
         """Count a row."""
-        self.counts[error.kind] += 1
-        self.first.setdefault(error.kind, line)
-        if not isinstance(error, RefusedRowError):
+        self.counts[bad.kind] += 1
+        self.first.setdefault(bad.kind, bad.line)
+        if not bad.refused:
             self.malformed += 1
-            self.example = self.example or (line, str(error))
+            self.example = self.example or (bad.line, bad.found)
 
     def to_dict(self) -> dict[str, dict[str, int]]:
         """Return kind → rows and the number of its first line."""
         return {kind: {"rows": n, "first_line": self.first[kind]} for kind, n in sorted(self.counts.items())}
 
 
-class JsonlSource:
+class Listing(ABC):
+    """Prompts that are there already; what is read of a source, and what becomes of it, which any process may do.
+
+    Attributes:
+        faults: rows that were left out before anything is read.
+    """
+
+    def __init__(self) -> None:
+        self.faults = Faults()
+
+    @abstractmethod
+    def raws(self) -> Iterator[Any]:
+        """Yield rows as they are stored."""
+
+    @abstractmethod
+    def read(self, raw: Any) -> Candidate:
+        """Return what a row is."""
+
+    def __iter__(self) -> Iterator[Candidate]:
+        return map(self.read, self.raws())
+
+
+class Given(Listing):
+    """Candidates of the project's own."""
+
+    def __init__(self, candidates: Iterable[Candidate]) -> None:
+        super().__init__()
+        self._candidates = candidates
+
+    def raws(self) -> Iterator[Candidate]:
+        return iter(self._candidates)
+
+    def read(self, raw: Candidate) -> Candidate:
+        return raw
+
+
+class JsonlSource(Listing):
     """The conversations of a JSONL file (packed ones too), in an order drawn from a seed.
 
     The whole file is checked at once; blank lines are skipped.
@@ -87,27 +140,43 @@ class JsonlSource:
     """
 
     def __init__(self, path: str, seed: int, max_malformed_share: float = 0.0, columns: Columns = USUAL):
+        super().__init__()
         self.path, self._columns = Path(path), columns
-        self.faults = Faults()
         self._file = _plain(self.path)
         self._offsets = array("Q")
-        for number, (offset, line) in enumerate(_lines(self._file, self.path), start=1):
-            if line is not None and not line.strip():
-                continue
-            self.faults.rows += 1
-            try:
-                read_row(_parsed(line), columns)
-                self._offsets.append(offset)
-            except BadRowError as error:
-                self.faults.add(number, error)
+        mebibytes = os.fstat(self._file.fileno()).st_size >> 20
+        with Progress(f"{self.path.name} (MiB)", mebibytes, shown=mebibytes > _QUIET) as progress:
+            for offsets, bad in ordered_map(self._checked, _pieces(_lines(self._file, self.path))):
+                self.faults.rows += len(offsets) + len(bad)
+                self._offsets.extend(offsets)
+                for each in bad:
+                    self.faults.add(each)
+                progress.advance((self._offsets[-1] >> 20) - progress.done if self._offsets else 0)
         self._check(max_malformed_share)
         random.Random(seed).shuffle(self._offsets)  # type: ignore[arg-type]
 
-    def __iter__(self) -> Iterator[Candidate]:
+    def raws(self) -> Iterator[bytes]:
         for offset in self._offsets:
             self._file.seek(offset)
-            found = read_row(_parsed(self._file.readline()), self._columns)
-            yield Candidate(found.chat, left_out=found.left_out)
+            yield self._file.readline()
+
+    def read(self, raw: bytes) -> Candidate:
+        found = read_row(_parsed(raw), self._columns)
+        return Candidate(found.chat, left_out=found.left_out)
+
+    def _checked(self, lines: list[_Line]) -> tuple[array[int], list[_Bad]]:
+        """Return where good lines begin, and what is wrong with the bad ones."""
+        good, bad = array("Q"), list[_Bad]()
+        for number, offset, line in lines:
+            if line is not None and not line.strip():
+                continue
+            try:
+                read_row(_parsed(line), self._columns)
+                good.append(offset)
+            except BadRowError as error:
+                refused = isinstance(error, RefusedRowError)
+                bad.append(_Bad(number, error.kind, str(error), refused))
+        return good, bad
 
     def _check(self, allowed: float) -> None:
         faults = self.faults
@@ -140,8 +209,26 @@ def read_jsonl(path: str | Path) -> list[Read]:
     return prompts
 
 
-def hub_candidates(spec: str, seed: int, columns: Columns = USUAL) -> Iterator[Candidate]:
-    """Yield prompts of `<dataset>[:split]` or `<dataset>:<config>/<split>` in an order drawn from `seed`.
+class TableSource(Listing):
+    """The rows of a dataset; one that cannot be read is a fault, since a user cannot mend a public dataset."""
+
+    def __init__(self, dataset: Any, columns: Columns) -> None:
+        super().__init__()
+        self._dataset, self._columns = dataset, columns
+
+    def raws(self) -> Iterator[Mapping]:
+        return stored_rows(self._dataset)
+
+    def read(self, raw: Mapping) -> Candidate:
+        try:
+            found: Read = read_row(without_nulls(raw), self._columns)
+        except BadRowError as error:
+            return Candidate(Chat(), fault=error.kind)
+        return Candidate(found.chat, left_out=found.left_out)
+
+
+def hub_source(spec: str, seed: int, columns: Columns = USUAL) -> TableSource:
+    """Return the prompts of `<dataset>[:split]` or `<dataset>:<config>/<split>` in an order drawn from `seed`.
 
     The dataset may be a local directory.
 
@@ -157,10 +244,10 @@ def hub_candidates(spec: str, seed: int, columns: Columns = USUAL) -> Iterator[C
             f"hub:{spec}: no column of prompts; found {', '.join(dataset.column_names)}; "
             f"looked for {', '.join(columns.messages)}"
         )
-    return _row_candidates(stored_rows(dataset), columns)
+    return TableSource(dataset, columns)
 
 
-def preset_candidates(spec: str, seed: int, max_malformed_share: float) -> Iterable[Candidate]:
+def preset_source(spec: str, seed: int, max_malformed_share: float) -> Listing:
     """Return the prompts of a preset: `<name>`, or `<name>@<place>` with a copy of its dataset, JSONL or a directory.
 
     Raises:
@@ -172,18 +259,7 @@ def preset_candidates(spec: str, seed: int, max_malformed_share: float) -> Itera
     if (file.with_suffix("") if file.suffix in PACKED else file).suffix in (".jsonl", ".json"):
         return JsonlSource(place, seed, max_malformed_share, preset.columns)
     part = f"{preset.config}/{preset.split}" if preset.config else preset.split
-    return hub_candidates(f"{place or preset.dataset}:{part}", seed, preset.columns)
-
-
-def _row_candidates(dataset: Iterable[Mapping], columns: Columns) -> Iterator[Candidate]:
-    """Yield every row; one that cannot be read is a fault, since a user cannot mend a public dataset."""
-    for row in dataset:
-        try:
-            found: Read = read_row(without_nulls(row), columns)
-        except BadRowError as error:
-            yield Candidate(Chat(), fault=error.kind)
-        else:
-            yield Candidate(found.chat, left_out=found.left_out)
+    return hub_source(f"{place or preset.dataset}:{part}", seed, preset.columns)
 
 
 def _parsed(line: bytes | None) -> Any:
@@ -293,6 +369,20 @@ PACKED: dict[str, Callable[[Path], Any]] = {
     ".xz": lzma.open,
     ".zst": _zstandard,
 }
+
+
+def _pieces(lines: Iterable[tuple[int, bytes | None]]) -> Iterator[list[_Line]]:
+    """Yield lines with their numbers, some hundred at once; long ones fewer."""
+    piece: list[_Line] = []
+    size = 0
+    for number, (offset, line) in enumerate(lines, start=1):
+        piece.append((number, offset, line))
+        size += len(line or b"")
+        if len(piece) == _PIECE or size > _PIECE_BYTES:
+            yield piece
+            piece, size = [], 0
+    if piece:
+        yield piece
 
 
 def _lines(file: IO[bytes], path: Path) -> Iterator[tuple[int, bytes | None]]:

@@ -80,7 +80,7 @@ def _less_memory(estimate: Estimate, plan: Plan, params: Params) -> str:
                 "or gradient_checkpointing: true"
             )
         case "evaluate" if not whole:
-            return "evaluate.lossless_prompts: 0 leaves the float32 copy out"
+            return "a device that holds a float32 copy; deepspec serve-check measures a draft without one"
         case _:
             return f"a device that holds the target, or {ENGINE}"
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from deepspec.messages.prompt import Chat
 from deepspec.messages.sources import Candidate
@@ -23,22 +26,48 @@ REPETITION_NGRAM = 4
 MAX_REPETITION = 0.5
 
 
+@dataclass(frozen=True)
+class Judged:
+    """What was found of a candidate alone.
+
+    Attributes:
+        line: its row, as a line of JSON.
+        key: equal for candidates that ask the same (`chat_key`), 16 bytes.
+        fault: why it cannot be used; None: it can, unless it is there already.
+        left_out: what of it was left out, in words.
+    """
+
+    line: bytes
+    key: bytes
+    fault: str | None
+    left_out: tuple[str, ...]
+
+
 class Sieve:
     """Judges candidates, remembers those it let through (for duplicates) and counts why others fell."""
 
     def __init__(self, params: PromptsParams, overlap: Overlap) -> None:
         self._params = params
         self._overlap = overlap
-        self._seen: set[str] = set()
+        self._seen: set[bytes] = set()  # keys, not texts: of a million prompts they take 0.1 GB
         self.rejected: Counter[str] = Counter()
         self.left_out: Counter[str] = Counter()  # of those let through
 
-    def fault(self, candidate: Candidate) -> str | None:
-        """Return why the candidate cannot be used, or None; changes nothing."""
+    def judge(self, source: str, candidate: Candidate) -> Judged:
+        """Judge a candidate by itself, which any process may do."""
+        fault = self._fault(candidate)
+        if fault:
+            return Judged(b"", b"", fault, ())
+        row = {"id": candidate.chat.id(), "source": source, **candidate.chat.fields()}
+        line = json.dumps(row, ensure_ascii=False).encode() + b"\n"
+        key = hashlib.sha256(chat_key(candidate.chat).encode()).digest()[:16]
+        return Judged(line, key, None, candidate.left_out)
+
+    def _fault(self, candidate: Candidate) -> str | None:
         if candidate.fault:
             return candidate.fault
         if candidate.chat.input_ids:  # no text to judge
-            return "duplicate" if chat_key(candidate.chat) in self._seen else None
+            return None
         turns = candidate.turns
         if not turns or len(turns[0]) < self._params.min_chars:
             return "too short"
@@ -52,15 +81,19 @@ class Sieve:
         for message in candidate.chat.messages:
             if message["role"] != "user" and TEMPLATE_MARKER.search(message["content"]):
                 return "template marker"
-        return "duplicate" if chat_key(candidate.chat) in self._seen else None
+        return None
 
-    def admit(self, candidate: Candidate) -> bool:
+    def fault(self, judged: Judged) -> str | None:
+        """Return why the candidate cannot be used, or None; changes nothing."""
+        return judged.fault or ("duplicate" if judged.key in self._seen else None)
+
+    def admit(self, judged: Judged) -> bool:
         """Let the candidate through, or count the reason against it."""
-        if reason := self.fault(candidate):
+        if reason := self.fault(judged):
             self.rejected[reason] += 1
             return False
-        self._seen.add(chat_key(candidate.chat))
-        self.left_out.update(candidate.left_out)
+        self._seen.add(judged.key)
+        self.left_out.update(judged.left_out)
         return True
 
 

@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING, Any
 
 from deepspec.decoding.request import Generation, Request, Sampling
 from deepspec.files import digest
-from deepspec.journal import Journal, read_journal
+from deepspec.journal import Journal, read_entry, read_journal
 from deepspec.messages.prompt import Chat
 from deepspec.messages.sources import Candidate
 from deepspec.progress import Progress
-from deepspec.prompts.filters import Sieve, chat_key
+from deepspec.prompts.filters import Judged, Sieve
 from deepspec.prompts.params import MagpieParams
 
 if TYPE_CHECKING:
@@ -57,22 +57,24 @@ class Magpie:
             [params.model_dump(), target.digest, seed, *(["served"] if decode else [])], sort_keys=True
         )
         self._work = work_dir / f"{digest(settings)}.jsonl"
-        self._done = {row["index"]: _candidate(row) for _, row in read_journal(self._work)}
+        self._done: dict[int, int | None] = {}  # attempt → where its line begins; None: it failed
+        for offset, row in read_journal(self._work):
+            self._done[row["index"]] = offset
         self._next = 0  # the first attempt not yet handed out
 
-    def candidates(self, need: int, sieve: Sieve) -> Iterator[Candidate]:
+    def offers(self, need: int, sieve: Sieve) -> Iterator[Judged]:
         """Yield attempts in order; missing ones are generated until `need` pass the sieve or the budget is spent."""
         end = self._next + ATTEMPTS_PER_PROMPT * need
         self._generate(end, need, sieve)
         while self._next < end and self._next in self._done:
             self._next += 1
-            yield self._done[self._next - 1]
+            yield self._judged(self._next - 1, sieve)
 
     def _generate(self, end: int, need: int, sieve: Sieve) -> None:
         """Make missing attempts below `end`: first those that an interrupted run left out, then new ones."""
         known = max(self._done, default=-1)
         missing = deque(index for index in range(self._next, end) if index not in self._done)
-        passed: set[str] = set()  # duplicate keys, so that a prompt written twice counts once
+        passed: set[bytes] = set()  # duplicate keys, so that a prompt written twice counts once
 
         def enough() -> bool:
             return not missing or (len(passed) >= need and missing[0] > known)
@@ -80,18 +82,19 @@ class Magpie:
         def next_request() -> Request | None:
             return None if enough() else self._request(missing.popleft())
 
-        def count(candidate: Candidate) -> None:
-            if sieve.fault(candidate) is None:
-                passed.add(chat_key(candidate.chat))
+        def count(index: int) -> None:
+            judged = self._judged(index, sieve)
+            if sieve.fault(judged) is None:
+                passed.add(judged.key)
 
         for index in range(self._next, end):
             if index in self._done:
-                count(self._done[index])
+                count(index)
         if enough():
             return
         with Progress("magpie", need, done=min(len(passed), need)) as progress:
             for generation in self._attempts(next_request):
-                count(self._done[generation.id])
+                count(int(generation.id))
                 progress.tokens(len(generation.tokens))
                 progress.advance(min(len(passed), need) - progress.done)
 
@@ -117,15 +120,17 @@ class Magpie:
         )
 
     def _record(self, generation: Generation, work: Journal) -> None:
-        """Keep an attempt in memory and in the work file; one that failed is left to the next run."""
+        """Keep an attempt in the work file; one that failed is left to the next run."""
         tokens = [token for token in generation.tokens if token not in self._target.stop_ids]
         text = self._target.tokenizer.decode(tokens, skip_special_tokens=False).strip()
         row = {"index": generation.id, "text": text, "finish_reason": generation.finish_reason}
-        if generation.finish_reason != "error":
-            work.append(row)
-        self._done[generation.id] = _candidate(row)
+        failed = generation.finish_reason == "error"
+        self._done[generation.id] = None if failed else work.append(row)
 
-
-def _candidate(row: dict) -> Candidate:
-    faults = {"stop": None, "length": "unfinished"}
-    return Candidate(Chat.of_turns([row["text"]]), fault=faults.get(row["finish_reason"], "failed"))
+    def _judged(self, index: int, sieve: Sieve) -> Judged:
+        offset = self._done[index]
+        if offset is None:
+            return sieve.judge("magpie", Candidate(Chat(), fault="failed"))
+        row = read_entry(self._work, offset)
+        fault = None if row["finish_reason"] == "stop" else "unfinished"
+        return sieve.judge("magpie", Candidate(Chat.of_turns([row["text"]]), fault=fault))

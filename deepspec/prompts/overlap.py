@@ -49,26 +49,25 @@ class Overlap:
         holders = Counter(gram for prompt in prompts for gram in set(_grams(prompt, n)))
         frame = max(FRAME_PROMPTS, math.ceil(FRAME_SHARE * len(prompts)))
         self._grams = {gram for gram, count in holders.items() if count < frame}
-        self._whole: dict[int, set[str]] = {}  # number of words → texts that match as a whole
+        self._whole: dict[int, set[tuple[str, ...]]] = {}  # number of words → texts that match as a whole
         for prompt in prompts:
             if not any(gram in self._grams for gram in _grams(prompt, n)):
-                self._whole.setdefault(len(prompt), set()).add(" ".join(prompt))
+                self._whole.setdefault(len(prompt), set()).add(prompt)
 
     def hits(self, text: str) -> str | None:
         """Return the first n-gram (or whole short prompt) that `text` shares with an evaluation prompt, or None."""
         found = normalise(text)
         for gram in _grams(found, self.n):
             if gram in self._grams:
-                return gram
+                return " ".join(gram)
         for length, whole in self._whole.items():
             if length < SHORTEST_INSIDE and length != len(found):
                 continue
             for gram in _grams(found, length):
                 if gram in whole:
-                    return gram
+                    return " ".join(gram)
         return None
 
 
-def _grams(sequence: Sequence[str], n: int) -> Iterator[str]:
-    for start in range(len(sequence) - n + 1):
-        yield " ".join(sequence[start : start + n])
+def _grams(sequence: Sequence[str], n: int) -> Iterator[tuple[str, ...]]:
+    return zip(*(sequence[start:] for start in range(n)), strict=False)

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from deepspec.entry import guarded, quiet_environment
+from deepspec.errors import DeepSpecError, nearest
 from deepspec.progress import send
 
 if TYPE_CHECKING:
@@ -33,17 +34,35 @@ def stage(
     module = sys.modules[main.__module__]
     parser = argparse.ArgumentParser(description=(module.__doc__ or "").strip().split("\n")[0])
     parser.add_argument("--params", default="params.yaml", help="the parameters (default: %(default)s)")
+    parser.add_argument("--dry-run", action="store_true", help="check parameters and flags, and run nothing")
     if add_flags:
         add_flags(parser)
     flags = parser.parse_args(argv)
     spec = module.__spec__  # has the name by which `python -m` was called
-    send({"stage": _name(spec.name if spec else module.__name__, getattr(flags, "drafter", None) or [])})
+    name = _name(spec.name if spec else module.__name__, _drafters(flags))
+    if not flags.dry_run:
+        send({"stage": name})
     from deepspec.config import Params, load_params  # after --help: it imports torch
 
-    sys.exit(guarded(lambda: main(load_params(flags.params, params or Params), flags)))
+    def run() -> None:
+        read = load_params(flags.params, params or Params)
+        if not flags.dry_run:
+            main(read, flags)
+            return
+        for drafter in _drafters(flags):
+            if drafter not in read.drafters:
+                raise DeepSpecError(f"unknown drafter {drafter!r}{nearest(drafter, read.drafters)}")
+        print(f"{name}: {flags.params} and the flags are right; nothing was run")
+
+    sys.exit(guarded(run))
 
 
-def _name(module: str, drafters: str | list[str]) -> str:
+def _drafters(flags: argparse.Namespace) -> list[str]:
+    """Return the drafters that a stage's flags name."""
+    named = getattr(flags, "drafter", None) or []
+    return [named] if isinstance(named, str) else named
+
+
+def _name(module: str, drafters: list[str]) -> str:
     """Return a stage's name as DVC has it, `train@dspark`."""
-    named = [drafters] if isinstance(drafters, str) else drafters
-    return "@".join([module.rpartition(".")[2], *named])
+    return "@".join([module.rpartition(".")[2], *drafters])

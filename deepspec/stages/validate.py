@@ -21,7 +21,7 @@ def main(params: Params, flags: argparse.Namespace) -> None:
     from deepspec.guard.facts import prompt_facts
     from deepspec.guard.page import render
     from deepspec.guard.suite import validate_data
-    from deepspec.messages.prompt import read_prompts
+    from deepspec.messages.prompts import read_prompts
     from deepspec.prompts.overlap import Overlap
     from deepspec.target.model import load_where_it_runs
     from deepspec.tasks.task import evaluation_texts

@@ -17,7 +17,8 @@ from deepspec.answers.params import GenerateParams
 from deepspec.answers.shards import FEATURES, Shard, Sink, conversation_seed, read_work
 from deepspec.entry import guarded
 from deepspec.errors import DeepSpecError
-from deepspec.messages.prompt import Prompt, read_prompts
+from deepspec.messages.prompt import Prompt
+from deepspec.messages.prompts import read_prompts
 from deepspec.progress import Progress
 from tests.fake_target import FakeTarget, scripted_stream
 
@@ -262,9 +263,14 @@ def test_a_full_disk_is_one_line_and_keeps_what_is_there(
     assert run(monkeypatch, tmp_path, target, prompts)["rows"] == len(PROMPTS)
 
 
-def test_prompts_of_like_length_are_neighbours():
-    prompts = [Prompt.of_turns(str(n), "seed", ("x" * n,)) for n in (3, 9, 1, 5)]
-    assert [prompt.id for prompt in longest_first(prompts)] == ["9", "5", "3", "1"]
+def test_prompts_of_like_length_are_neighbours(tmp_path):
+    lines = [{"id": str(n), "source": "seed", "turns": ["x" * n]} for n in (3, 9, 1, 5)]
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("\n".join(map(json.dumps, lines)) + "\n\n")
+    arranged = longest_first(read_prompts(path))
+    assert [prompt.id for prompt in arranged] == arranged.ids == ["9", "5", "3", "1"]
+    assert [prompt.turns for prompt in arranged[1::2]] == [("xxxxx",), ("x",)]
+    assert arranged[:2].get("5") == Prompt.of_turns("5", "seed", ("xxxxx",)) and arranged[:2].get("3") is None
 
 
 @pytest.mark.parametrize(

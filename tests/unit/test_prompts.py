@@ -11,7 +11,7 @@ from datasets import Dataset, DatasetDict
 from deepspec.errors import DeepSpecError
 from deepspec.files import digest
 from deepspec.messages.prompt import Chat
-from deepspec.messages.sources import Candidate, hub_candidates, read_jsonl
+from deepspec.messages.sources import Candidate, hub_source, read_jsonl
 from deepspec.prompts.build import build_prompts, split_by_weight, write_prompts
 from deepspec.prompts.filters import Sieve, noise
 from deepspec.prompts.magpie import ATTEMPTS_PER_PROMPT
@@ -104,31 +104,31 @@ def test_a_dataset_directory_is_read_by_split_and_bad_rows_are_rejected(tmp_path
     bad = {"messages": [{"role": "assistant", "content": "b"}]}
     splits = {"train": Dataset.from_list([*rows, bad]), "test": Dataset.from_list(rows[:1])}
     DatasetDict(splits).save_to_disk(tmp_path / "saved")
-    candidates = list(hub_candidates(f"{tmp_path}/saved", seed=0))
+    candidates = list(hub_source(f"{tmp_path}/saved", seed=0))
     assert sorted(c.turns[0] for c in candidates if not c.fault) == [f"Question {i} please" for i in range(4)]
     assert [c.fault for c in candidates if c.fault] == ["no user turn"]
-    assert len(list(hub_candidates(f"{tmp_path}/saved:test", seed=0))) == 1
+    assert len(list(hub_source(f"{tmp_path}/saved:test", seed=0))) == 1
 
 
 def test_a_directory_of_data_files_is_a_dataset_too(tmp_path, monkeypatch):
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
     (tmp_path / "raw").mkdir()
     jsonl(tmp_path / "raw" / "train.jsonl", {"question": "Why is the sky blue?", "answer": "b"})
-    assert [c.turns for c in hub_candidates(f"{tmp_path}/raw:train", seed=0)] == [["Why is the sky blue?"]]
+    assert [c.turns for c in hub_source(f"{tmp_path}/raw:train", seed=0)] == [["Why is the sky blue?"]]
 
 
 @pytest.mark.parametrize("spec", ["{}/saved:absent", "{}/nothing-here"])
 def test_a_dataset_that_cannot_be_loaded_is_one_line(tmp_path, spec):
     DatasetDict({"train": Dataset.from_list([{"prompt": "a"}])}).save_to_disk(tmp_path / "saved")
     with pytest.raises(DeepSpecError, match="could not be loaded") as caught:
-        list(hub_candidates(spec.format(tmp_path), seed=0))
+        list(hub_source(spec.format(tmp_path), seed=0))
     assert "\n" not in str(caught.value)
 
 
 def test_a_dataset_without_prompts_names_its_columns(tmp_path):
     Dataset.from_list([{"picture": 1, "label": 2}]).save_to_disk(tmp_path / "saved")
     with pytest.raises(DeepSpecError, match="no column of prompts; found picture, label"):
-        hub_candidates(f"{tmp_path}/saved", seed=0)
+        hub_source(f"{tmp_path}/saved", seed=0)
 
 
 # Filtering
@@ -178,7 +178,7 @@ def test_the_sieve_counts_each_rejection_by_its_reason():
         ["what is a good name   for a cat"],
         ["What is a good name for a cat?", "Why?"],
     ]
-    admitted = [sieve.admit(Candidate(Chat.of_turns(one))) for one in turns]
+    admitted = [sieve.admit(sieve.judge("seed", Candidate(Chat.of_turns(one)))) for one in turns]
     assert admitted == [False, False, False, False, True, False, True]
     assert sieve.rejected == {"too short": 1, "too long": 1, "in evaluation": 2, "duplicate": 1}
 

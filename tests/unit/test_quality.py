@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pandas
 import pyarrow
 import pytest
@@ -17,7 +18,7 @@ from deepspec.entry import guarded
 from deepspec.errors import DeepSpecError
 from deepspec.files import file_digest
 from deepspec.guard import suite as quality
-from deepspec.guard.flatten import answer_runs, repetition
+from deepspec.guard.flatten import Flattener, answer_runs, repetition
 from deepspec.guard.params import ValidateParams
 from deepspec.guard.suite import validate_data
 from deepspec.messages.prompt import Prompt
@@ -481,7 +482,9 @@ def test_no_expectation_is_without_such_data(tmp_path, rows):
 def test_every_bound_is_set_in_params_yaml(tmp_path, rows):
     """The keys that the page names exist, and every bound of the section `validate` is named by some check."""
     named = {key for check in validate(tmp_path, rows).checks for key in check.params}
-    bounds = {f"validate.{key}" for key in ValidateParams.model_fields}
+    bounds = {
+        f"validate.{key}" for key in ValidateParams.model_fields if key != "sample"
+    }  # which bounds nothing
     assert named == bounds | {"generate.max_length", "prompts.overlap_ngram"}
 
 
@@ -542,6 +545,36 @@ def test_repetition_is_the_share_of_repeated_ngrams():
     assert repetition([1, 2, 3, 4, 5], 2) == 0
     assert repetition([1, 2] * 4, 2) == pytest.approx(5 / 7)
     assert repetition([1], 2) == 0
+
+
+def test_of_a_large_set_every_row_is_judged_and_what_takes_a_tokenizer_on_a_sample(tmp_path, rows):
+    bounds = BOUNDS.model_copy(update={"sample": 3})
+    checks = {check.name: check for check in validate(tmp_path / "good", rows, bounds=bounds).checks}
+    assert all(check.passed for check in checks.values())
+    assert (
+        checks["template"].observed == "0 of 3 break it" and "a sample of 3 rows" in checks["template"].bound
+    )
+    assert checks["loss_mask"].observed == "0 of 6 break it" and "sample" not in checks["loss_mask"].bound
+    for row in rows:
+        row["messages"].insert(0, {"role": "system", "content": "Be brief."})
+    rows[5]["loss_mask"][-1] = 0
+    found = {check.name: check.observed for check in validate(tmp_path / "bad", rows, bounds=bounds).failed}
+    assert found.keys() == {"loss_mask", "template"}
+    assert found["loss_mask"] == "1 of 6 break it" and found["template"].endswith("of 3 break it")
+
+
+def test_row_groups_of_one_file_are_one_table(tmp_path, rows):
+    """Rows of a conversation that lie in different groups ask the same once."""
+    several = [
+        {**copy.deepcopy(row), "id": f"{row['id']}-{i}", "prompt": row["id"]} for row in rows for i in (0, 1)
+    ]
+    write(tmp_path, several)
+    path = tmp_path / "train.parquet"
+    table = parquet.read_table(path)
+    parquet.write_table(table, path, row_group_size=1)
+    found = Flattener(TARGET, {p.id: p for p in PROMPTS}, 8, lambda text: None).table(path, np.ones(12, bool))
+    assert list(found["id"]) == [row["id"] for row in several]
+    assert list(found["prompt"].isna()) == [False, True] * 6
 
 
 def test_answer_runs_are_the_masked_stretches():

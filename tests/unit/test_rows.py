@@ -18,7 +18,7 @@ from deepspec.errors import DeepSpecError
 from deepspec.messages.errors import BadRowError, RefusedRowError
 from deepspec.messages.prompt import chat_of
 from deepspec.messages.rows import read_row
-from deepspec.messages.sources import JsonlSource, hub_candidates
+from deepspec.messages.sources import JsonlSource, hub_source
 from deepspec.prompts.build import build_prompts, write_prompts
 from deepspec.prompts.params import PromptsParams
 
@@ -393,7 +393,7 @@ def test_a_directory_of_parquet_files_with_structs_and_large_strings_is_a_datase
         )
         (tmp_path / "set").mkdir(exist_ok=True)
         pyarrow.parquet.write_table(table, tmp_path / f"set/part-{i}.parquet")
-    found = [candidate.chat for candidate in hub_candidates(str(tmp_path / "set"), seed=0)]
+    found = [candidate.chat for candidate in hub_source(str(tmp_path / "set"), seed=0)]
     assert [[message["role"] for message in chat.messages] for chat in found] == [CHAT, CHAT]
     assert {tuple(chat.tools[0]["function"]["parameters"]) for chat in found} == {("place",), ("day",)}
     assert all(chat.metadata == {"at": "2026-11-29 00:00:00"} for chat in found)
@@ -420,7 +420,7 @@ def test_pictures_of_a_dataset_are_refused_without_a_package_that_reads_them(tmp
     )
     data = data.rename_column("more", "images").cast(kinds)
     data.save_to_disk(tmp_path / "saved")
-    faults = Counter(candidate.fault for candidate in hub_candidates(str(tmp_path / "saved"), seed=0))
+    faults = Counter(candidate.fault for candidate in hub_source(str(tmp_path / "saved"), seed=0))
     assert faults == {"an image or another medium": 2, None: 1}
 
 
@@ -437,10 +437,10 @@ def test_a_dataset_may_be_a_log_and_several_configurations_are_named(tmp_path, m
         "---\nconfigs:\n- {config_name: chat, data_files: chat/*.jsonl}\n"
         "- {config_name: code, data_files: code/*.jsonl}\n---\n"
     )
-    (found,) = hub_candidates(f"{tmp_path}/set:chat/train", seed=0)
+    (found,) = hub_source(f"{tmp_path}/set:chat/train", seed=0)
     assert [message["role"] for message in found.chat.messages] == CHAT
     with pytest.raises(DeepSpecError, match=r"could not be loaded \(.*chat.*code.*\); check") as caught:
-        list(hub_candidates(f"{tmp_path}/set", seed=0))
+        list(hub_source(f"{tmp_path}/set", seed=0))
     assert "\n" not in str(caught.value)
 
 

@@ -115,3 +115,23 @@ def test_short_rows_have_no_late_marks():
     marks = np.array([1, 1, 1, 1, 0, 1, 1, 1, 0], np.uint8)
     chunk = Chunk(np.array([0, 0, 1, 3, 5, 9], np.int32), np.zeros(9, np.int32), marks, marks)
     assert chunk.marked(marks).tolist() == [False, False, False, False, True]
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="Linux tells resident memory")
+def test_what_looks_at_all_rows_holds_none_of_the_file(tmp_path):
+    rows = [{"input_ids": [7, *range(9, 2008)], "loss_mask": [0, *[1] * 1999], "prompt": None}] * 4000
+    write(tmp_path / "data", rows, several=False, row_group=500)
+    read_sequences(tmp_path / "data", 4096, "answer", tmp_path / "work")
+    before = resident("RssFile")
+    sequences, _ = read_sequences(tmp_path / "data", 4096, "answer", tmp_path / "work")
+    counts = sequences.learnt_counts(np.arange(4000), 4096)
+    assert counts[10] == 4000 and len(sequences.digest) == 16 and sequences.answered.all()
+    (file,) = (tmp_path / "work").glob("*.arrow")
+    assert file.stat().st_size > 45e6
+    assert resident("RssFile") < before + 10e6
+
+
+def resident(name: str) -> int:
+    """Return a figure of this process's memory, in bytes."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:"))

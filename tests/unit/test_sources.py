@@ -8,12 +8,14 @@ from collections import Counter
 import pytest
 from datasets import Dataset
 
+from benchmarks.bad_rows import KINDS, write_bad_file
 from deepspec.errors import DeepSpecError
 from deepspec.messages.errors import BadRowError, RefusedRowError
 from deepspec.messages.presets import Preset, preset_names
-from deepspec.messages.prompt import Chat, Prompt, read_prompts
+from deepspec.messages.prompt import Chat, Prompt
+from deepspec.messages.prompts import read_prompts
 from deepspec.messages.rows import read_row
-from deepspec.messages.sources import JsonlSource, hub_candidates, preset_candidates
+from deepspec.messages.sources import JsonlSource, hub_source, preset_source
 from deepspec.prompts.build import build_prompts, write_prompts
 from deepspec.prompts.params import PromptsParams
 
@@ -281,44 +283,17 @@ def test_a_prompt_file_that_was_damaged_names_its_line(tmp_path, row, message):
 
 # Bad rows
 
-KINDS = {
-    "not JSON": '{"turns": ["a"',
-    "not an object": '["a"]',
-    "nested too deeply": "[" * 100_000,
-    "no prompt": '{"text": "a"}',
-    "a field of another type": '{"turns": 3}',
-    "a message of another type": '{"turns": [3]}',
-    "an empty user turn": '{"turns": ["a", " "]}',
-    "no user turn": '{"messages": [{"role": "assistant", "content": "a"}]}',
-    "a message without text": '{"messages": [{"role": "user", "content": null}]}',
-    "an unknown role": '{"messages": [{"role": "narrator", "content": "a"}]}',
-    "half a character": '{"turns": ["a \\ud800 b"]}',
-    "malformed tools": '{"turns": ["How is it?"], "tools": "[oops"}',
-    "a malformed tool call": json.dumps({"messages": [ASK, {**CALLING, "tool_calls": "look"}]}),
-    "malformed chat_template_kwargs": '{"turns": ["How is it?"], "chat_template_kwargs": [1]}',
-    "malformed token ids": '{"input_ids": [1, 2], "loss_mask": [1]}',
-    "an image or another medium": json.dumps({"messages": [{"role": "user", "content": [IMAGE]}]}),
-    "a tool call without its result": json.dumps({"messages": [ASK, CALLING, ASK]}),
-    "a tool result without its call": json.dumps({"messages": [ASK, RESULT]}),
-    "two assistant turns in a row": json.dumps({"messages": [ASK, SAY, SAY]}),
-}
-
 
 def bad_file(path, rows):
-    """One line in a hundred is bad, of the kinds in turn; the last kind is bytes that are no UTF-8."""
-    bad = [*(text.encode() for text in KINDS.values()), b'{"prompt": "caf\xe9"}']
-    with path.open("wb") as file:
-        for i in range(rows):
-            line = bad[i // 100 % len(bad)] if i % 100 == 99 else b'{"turns": ["What is fact %d?"]}' % i
-            file.write(line + b"\n")
-    return path
+    """One line in a hundred is bad, of the kinds in turn."""
+    return write_bad_file(path, (f"What is fact {i}?" for i in range(rows)))
 
 
 def test_bad_rows_are_one_summary_and_nothing_else_is_lost(tmp_path):
     built = build(bad_file(tmp_path / "p.jsonl", 4000), count=5000)
     (found,) = built.manifest["sources"].values()
     assert found["accepted"] == 3960 and found["rows"] == 4000
-    assert set(found["unusable"]) == {*KINDS, "not UTF-8"}
+    assert set(found["unusable"]) == set(KINDS)
     assert {kind["rows"] for kind in found["unusable"].values()} == {2}
     assert found["unusable"]["not JSON"] == {"rows": 2, "first_line": 100}
     assert sum("rows cannot be used" in note for note in built.manifest["notes"]) == 1
@@ -355,7 +330,7 @@ def test_refused_rows_do_not_stop_the_run(tmp_path):
 
 
 def test_a_file_of_refused_rows_alone_says_why(tmp_path):
-    path = lines(tmp_path / "p.jsonl", KINDS["an image or another medium"])
+    path = lines(tmp_path / "p.jsonl", KINDS["an image or another medium"].decode())
     with pytest.raises(DeepSpecError, match=r"no training prompt passed .*an image or another medium 1"):
         build(path)
 
@@ -420,14 +395,14 @@ def test_every_preset_says_where_and_what():
 def test_a_preset_reads_a_copy_of_its_dataset(tmp_path):
     row = {**HERMES, "conversations": [*HERMES["conversations"]], "category": "weather"}
     path = lines(tmp_path / "copy.jsonl", row)
-    (candidate,) = preset_candidates(f"hermes-function-calling@{path}", 0, 0.0)
+    (candidate,) = preset_source(f"hermes-function-calling@{path}", 0, 0.0)
     assert roles(candidate.chat) == ["user", "assistant", "tool", "assistant"], "the tools are a column"
     assert candidate.chat.metadata == {"category": "weather"}
 
 
 def test_an_unknown_preset_names_the_nearest():
     with pytest.raises(DeepSpecError, match="unknown preset 'ultrachad'; did you mean 'ultrachat'"):
-        preset_candidates("ultrachad", 0, 0.0)
+        preset_source("ultrachad", 0, 0.0)
 
 
 def test_a_dataset_s_refused_rows_are_rejected_by_their_kind(tmp_path):
@@ -437,7 +412,7 @@ def test_a_dataset_s_refused_rows_are_rejected_by_their_kind(tmp_path):
         {"messages": [{"role": "narrator", "content": "x"}]},
     ]
     Dataset.from_list(rows).save_to_disk(tmp_path / "saved")
-    faults = Counter(candidate.fault for candidate in hub_candidates(f"{tmp_path}/saved", seed=0))
+    faults = Counter(candidate.fault for candidate in hub_source(f"{tmp_path}/saved", seed=0))
     assert faults == {None: 1, "two assistant turns in a row": 1, "an unknown role": 1}
 
 

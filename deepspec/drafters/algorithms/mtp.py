@@ -324,7 +324,7 @@ def _has_experts(directory: Path, prefix: str) -> bool:
     return any(name.startswith(prefix) and ".experts." in name for name in places_of(directory))
 
 
-def read(checkpoint: Checkpoint, target: Target) -> MTPModel:
+def read(checkpoint: Checkpoint, target: Ends) -> MTPModel:
     """Return the network of a directory, in float32: a draft's, or the target's own.
 
     Raises:
