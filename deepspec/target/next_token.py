@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedConfig
 
-from deepspec.target.weights import names_in, read_named, weight_places
+from deepspec.target.weights import indexed_places, names_in, read_named, weight_places
 
 FILE = "next_token_modules.safetensors"
 
@@ -100,13 +100,14 @@ def modules_of(names: Iterable[str]) -> list[Module]:
 
 
 def places_of(directory: Path) -> dict[str, Path]:
-    """Return the file of each weight of a directory, modules in a file of their own among them.
+    """Return the file of each weight of a directory, modules in files that transformers does not read among them.
 
     Raises:
         DeepSpecError: no weights, or files that cannot be read.
     """
     own = directory / FILE
-    return weight_places(directory) | (dict.fromkeys(names_in(own), own) if own.exists() else {})
+    found = indexed_places(directory) | weight_places(directory)
+    return found | (dict.fromkeys(names_in(own), own) if own.exists() else {})
 
 
 def read_module(directory: Path, module: Module) -> Parts:

@@ -98,6 +98,19 @@ def weight_places(directory: Path) -> dict[str, Path]:
     return dict.fromkeys(names_in(path), path)
 
 
+def indexed_places(directory: Path) -> dict[str, Path]:
+    """Return the file of each weight that an index names and that is there, whether transformers reads it or not.
+
+    Raises:
+        DeepSpecError: an index that cannot be read.
+    """
+    found: dict[str, Path] = {}
+    for index in (directory / name for name in INDICES if (directory / name).exists()):
+        places = {weight: directory / file for weight, file in _weight_map(index).items()}
+        found |= {weight: path for weight, path in places.items() if path.exists()}
+    return found
+
+
 def names_in(path: Path) -> list[str]:
     """Return the names of the weights in a file.
 

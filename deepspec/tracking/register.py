@@ -239,7 +239,8 @@ def save(result: Result, folder: Path, model: Model, parts: Parts) -> None:
 
 def _reference(result: Result) -> dict[str, str | None]:
     """Return what fetches the target again: hub commit and pinned day as they were, where its directory says so."""
-    named = result.params.target.model_dump() | {"digest": result.record.target_digest}
+    section = result.params.target.model_dump(exclude={"engine", "vllm"})  # who ran it then
+    named = section | {"digest": result.record.target_digest}
     if not (result.target / RECORD).is_file():
         return named
     made = read_json(result.target / RECORD)
