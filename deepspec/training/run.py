@@ -7,8 +7,8 @@ writes the draft and checks it.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -63,12 +63,25 @@ def train(
         return write_untrained(paths, network.description(), stored_weights(network), target, record)
     with accelerator.main_process_first():
         data = TrainingData.read(params.train)
-    with ExitStack() as during:
+    with tracked_to_its_end(accelerator), ExitStack() as during:
         served = Served(engine, during) if engine else None
         prepared = prepare(params, name, network, target, body, data, accelerator, served)
         trainer = fit(prepared, accelerator)
         if accelerator.is_main_process:
             finish(prepared, trainer, paths)
+
+
+@contextmanager
+def tracked_to_its_end(accelerator: Accelerator) -> Iterator[None]:
+    """End what is tracked, as failed where training fails: MLflow shows it so, and this process may begin anew."""
+    try:
+        yield
+    except BaseException:
+        if any(tracker.name == "mlflow" for tracker in accelerator.trackers):
+            import mlflow
+
+            mlflow.end_run("FAILED")
+        raise
     accelerator.end_training()
 
 

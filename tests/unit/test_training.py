@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from types import SimpleNamespace
 
+import mlflow
 import numpy as np
 import pyarrow
 import pyarrow.parquet
@@ -26,7 +27,7 @@ from deepspec.target.ends import H_LAST
 from deepspec.training.batches import Batches, passes
 from deepspec.training.distribute import CHECKPOINT
 from deepspec.training.prepare import split
-from deepspec.training.run import own_loss
+from deepspec.training.run import make_accelerator, own_loss, tracked_to_its_end
 from deepspec.training.trainer import Trainer, schedule
 from tests.trainers import STEPS, make_trainer, weights_of
 
@@ -290,6 +291,19 @@ def test_metrics_go_to_a_tracker_where_one_is_set(store, tmp_path):
     trainer.run()
     assert [step for step, _ in noted.lines] == [3, 6, 9]
     assert noted.lines[-1][1]["heldout_tau"] == trainer.history[-1]["heldout_tau"]
+
+
+def test_a_training_that_fails_is_failed_in_mlflow_and_the_next_may_begin(tmp_path, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+    params = load_params(ROOT / "params.smoke.yaml")
+    for _ in range(2):
+        accelerator = make_accelerator(params, "dspark")
+        with pytest.raises(DeepSpecError, match="no longer answers"), tracked_to_its_end(accelerator):
+            raise DeepSpecError("vLLM no longer answers")
+    with tracked_to_its_end(make_accelerator(params, "dspark")):
+        pass
+    runs = mlflow.search_runs(experiment_names=["deepspec"], order_by=["start_time"])
+    assert runs["status"].tolist() == ["FAILED", "FAILED", "FINISHED"]
 
 
 def write_data(directory, rows, masks):
