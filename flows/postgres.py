@@ -105,9 +105,15 @@ def _create(folder: Path, secret: Path) -> None:
 def _create_databases(host: str, port: int, password: str, names: tuple[str, ...]) -> None:
     import psycopg
 
-    with psycopg.connect(
-        host=host, port=port, user=USER, password=password, dbname="postgres", autocommit=True
-    ) as connection:
+    try:
+        connection = psycopg.connect(
+            host=host, port=port, user=USER, password=password, dbname="postgres", autocommit=True
+        )
+    except psycopg.OperationalError:  # one that was told to stop still runs while it writes down what it has
+        raise DeepSpecError(
+            f"PostgreSQL runs, but does not answer at {host}:{port}; if it is about to stop, try again in a minute"
+        ) from None
+    with connection:
         there = {name for (name,) in connection.execute("SELECT datname FROM pg_database")}
         for name in set(names) - there:
             connection.execute(f'CREATE DATABASE "{name}"')

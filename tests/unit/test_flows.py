@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import socket
 import subprocess
 import sys
 import threading
@@ -517,6 +518,20 @@ def test_a_taken_port_is_named_with_its_setting(tmp_path: Path):
 def test_without_postgresql_the_reason_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(postgres, "binaries", lambda folder: None)
     assert postgres.unusable(tmp_path) == "PostgreSQL is not installed"
+
+
+def test_a_postgresql_that_is_about_to_stop_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    pytest.importorskip("psycopg")
+    (tmp_path / "db").mkdir()
+    (tmp_path / "db/PG_VERSION").touch()
+    (tmp_path / "db.password").write_text("secret")
+    monkeypatch.setattr(postgres, "runs", lambda folder: True)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    with pytest.raises(DeepSpecError, match=rf"does not answer at 127\.0\.0\.1:{port}; ") as caught:
+        postgres.start(tmp_path / "db", "127.0.0.1", port, ("prefect",))
+    assert "\n" not in str(caught.value)
 
 
 def test_a_history_in_postgresql_is_not_begun_anew_in_sqlite(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
