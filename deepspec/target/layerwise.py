@@ -7,7 +7,7 @@ states that another was given differs by its own doing alone.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -29,16 +29,23 @@ class Layerwise:
         ids: int64 [n].
     """
 
+    @torch.inference_mode()
     def __init__(self, target: Target, model: PreTrainedModel, ids: Tensor):
         self._target, self._model, self._ids = target, model, ids
         self._layers = decoder_layers(text_decoder(model), model.config.get_text_config().num_hidden_layers)
         self.inputs = self._recorded()
         """The states [n, d] that come into each layer of transformers' own."""
+        self.plain = self.own(self.inputs), self.ours(self.inputs)
+        """What each of transformers' own layers and of the target's makes of them."""
 
-    def own(self, inputs: list[Tensor], exact: bool = False) -> list[Tensor]:
-        """Return the outputs [n, d] of each of transformers' own layers; `exact`: in float32, a layer at a time."""
-        with widened(self._layers) if exact else nullcontext():
-            return _outputs(self._layers, self._run_own, inputs)
+    def own(self, inputs: list[Tensor]) -> list[Tensor]:
+        """Return the outputs [n, d] of each of transformers' own layers."""
+        return _outputs(self._layers, self._run_own, inputs)
+
+    def exact(self) -> list[Tensor]:
+        """Return what transformers' own layers make of `inputs` in float32, a layer at a time."""
+        with widened(self._layers):
+            return self.own(self.inputs)
 
     def ours(self, inputs: list[Tensor]) -> list[Tensor]:
         """Return the outputs [n, d] of each of the target's layers, from a prefill in two parts."""

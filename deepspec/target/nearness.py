@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from deepspec.target.layerwise import Layerwise
-from deepspec.target.passes import Reference
+from deepspec.target.passes import Reference, relative_errors
 
 if TYPE_CHECKING:
     from deepspec.target.model import Target
@@ -45,14 +45,17 @@ class Worse:
 @torch.inference_mode()
 def first_worse(both: Layerwise) -> Worse | None:
     """Return the first layer whose outputs are beyond the rounding of transformers' own."""
-    exact = both.own(both.inputs, exact=True)
-    errors = [
-        [_errors(found, right, given) for found, right, given in zip(run, exact, both.inputs, strict=True)]
-        for run in (both.ours(both.inputs), both.own(both.inputs))
-    ]
-    for layer, (ours, theirs) in enumerate(zip(*errors, strict=True)):
+    exact = both.exact()
+    theirs, ours = (
+        [
+            _beside_added(found, right, given)
+            for found, right, given in zip(run, exact, both.inputs, strict=True)
+        ]
+        for run in both.plain
+    )
+    for layer, errors in enumerate(zip(ours, theirs, strict=True)):
         first = 0
-        for mine, own in zip(ours.chunk(PARTS), theirs.chunk(PARTS), strict=True):
+        for mine, own in zip(*(error.chunk(PARTS) for error in errors), strict=True):
             error, rounding = float(mine.median()), float(own.median())
             if not error <= TIMES * max(rounding, LEAST):
                 return Worse(layer, first, error, rounding)
@@ -63,12 +66,11 @@ def first_worse(both: Layerwise) -> Worse | None:
 @torch.inference_mode()
 def head_error(target: Target, theirs: Reference) -> float:
     """Return how far our head's output is from transformers' own for the same states; the median over positions."""
-    expected = theirs.logits.double()
-    found = target.logits(theirs.last.to(target.device)).double().to(expected.device)
-    return float(((found - expected).norm(dim=-1) / expected.norm(dim=-1).clamp_min(1e-30)).median())
+    found = target.logits(theirs.last.to(target.device)).to(theirs.logits.device)
+    return float(relative_errors(found, theirs.logits).median())
 
 
-def _errors(found: Tensor, exact: Tensor, given: Tensor) -> Tensor:
+def _beside_added(found: Tensor, exact: Tensor, given: Tensor) -> Tensor:
     """Return [n]: how far outputs [n, d] are from the exact ones, over the size of what the layer adds."""
     added = (exact - given.float()).norm(dim=-1)
     return (found.float() - exact).norm(dim=-1) / added.clamp_min(1e-30)

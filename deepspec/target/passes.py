@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from deepspec.target.model import Target
 
 SHORTEST, LONGEST = 160, 1280  # prompt tokens
+ROUGH = (torch.bfloat16, torch.float16)
 MARGIN = 40  # tokens beyond the largest window
 
 
@@ -144,7 +145,7 @@ class Tolerance:
     @classmethod
     def of(cls, model: PreTrainedModel, least: float, ids: Tensor, found: Reference) -> Tolerance:
         """Return that of a model, whose forward over ids [n] has been found."""
-        if model.dtype not in (torch.bfloat16, torch.float16):
+        if model.dtype not in ROUGH:
             return cls(least)
         layers = decoder_layers(text_decoder(model), model.config.get_text_config().num_hidden_layers)
         try:
@@ -152,7 +153,9 @@ class Tolerance:
                 exact = reference(model, ids).states
         except Exception:  # quantised weights have no other precision: then the least has to do
             return cls(least, True)
-        return cls(least, True, {where: _errors(x, exact[where]) for where, x in found.states.items()})
+        return cls(
+            least, True, {where: relative_errors(x, exact[where]) for where, x in found.states.items()}
+        )
 
     def error(self, errors: Tensor) -> float:
         """Return the error of a pass, of the errors [n] at its positions."""
@@ -171,7 +174,7 @@ class Tolerance:
         return max([self.limit(where, self.FEW) for where in self.rounding], default=self.least)
 
 
-def _errors(found: Tensor, expected: Tensor) -> Tensor:
+def relative_errors(found: Tensor, expected: Tensor) -> Tensor:
     """Return [n]: how far states [n, d] are from those expected, over their size."""
     found, expected = found.double(), expected.double()
     error = (found - expected).norm(dim=-1) / expected.norm(dim=-1).clamp_min(1e-30)
@@ -186,7 +189,7 @@ def compare(
     largest = 0.0
     for kind, mine, theirs, positions in _passes(target, plan, seed, references):
         for where, found in mine.items():
-            errors, limit = _errors(found, theirs[where]), tolerance.limit(where, len(found))
+            errors, limit = relative_errors(found, theirs[where]), tolerance.limit(where, len(found))
             largest = max(largest, tolerance.error(errors))
             if tolerance.error(errors) > limit:
                 first = int((errors > limit).nonzero()[0])

@@ -23,8 +23,8 @@ Shares = list[Tensor]  # of each layer [n], of each position: the elements that 
 @torch.inference_mode()
 def first_difference(both: Layerwise) -> tuple[int, int, bool] | None:
     """Return the first (layer, position, whether ours sees more) where our reach is another than the model's own."""
-    theirs = [_changed(both.own, both.inputs, turned) for turned in _TURNS]
-    ours = [_changed(both.ours, both.inputs, turned) for turned in _TURNS]
+    runs = zip((both.own, both.ours), both.plain, strict=True)
+    theirs, ours = ([_changed(run, plain, both.inputs, turn) for turn in _TURNS] for run, plain in runs)
     for layer in range(len(both.inputs)):
         if any(float(shares[layer][:FIRST].max()) > 0 for shares in (*theirs, *ours)):
             continue  # what comes later changes it: experts that are run together are rounded together
@@ -56,10 +56,13 @@ _TURNS: tuple[Callable[[Tensor], Tensor], ...] = (_negated, _rolled)
 
 
 def _changed(
-    outputs: Callable[[list[Tensor]], list[Tensor]], inputs: list[Tensor], turn: Callable[[Tensor], Tensor]
+    run: Callable[[list[Tensor]], list[Tensor]],
+    plain: list[Tensor],
+    inputs: list[Tensor],
+    turn: Callable[[Tensor], Tensor],
 ) -> Shares:
     """Of each layer, which share of each position's output changes where its first inputs are turned."""
     turned = [states.clone() for states in inputs]
     for states in turned:
         states[FIRST : FIRST + CHANGED] = turn(states[FIRST : FIRST + CHANGED])
-    return [(a != b).float().mean(-1).cpu() for a, b in zip(outputs(inputs), outputs(turned), strict=True)]
+    return [(a != b).float().mean(-1).cpu() for a, b in zip(plain, run(turned), strict=True)]

@@ -27,7 +27,7 @@ from deepspec.lineage import code_digest
 from deepspec.target.attention import NAME, Unsuited
 from deepspec.target.layerwise import Layerwise
 from deepspec.target.nearness import HEAD, first_worse, head_error
-from deepspec.target.passes import Difference, Plan, Reference, Tolerance, compare, reference
+from deepspec.target.passes import ROUGH, Difference, Plan, Reference, Tolerance, compare, reference
 from deepspec.target.reach import first_difference
 from deepspec.target.reaches import reduced
 from deepspec.target.source import dtype_name
@@ -44,7 +44,6 @@ ATTENTION, STATES, STEPS = (
 BODIES = (ATTENTION, STATES, STEPS)  # what each can do, the one before it can too
 FAILS = "its own forward fails"
 SMALL = 400_000_000  # parameters up to which the test runs in float32, whatever the target's dtype
-ROUGH = (torch.bfloat16, torch.float16)
 # Of a state's difference over its size, the largest at any position; in 16 bits the median over a pass, or more
 # where rounding makes more (`Tolerance`): each layer is then compared by `reach` and `nearness`.
 TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-4, torch.bfloat16: 0.05, torch.float16: 0.02}
