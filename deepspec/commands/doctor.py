@@ -18,6 +18,7 @@ from pathlib import Path
 from deepspec.config import load_params
 from deepspec.entry import TELEMETRY_OFF
 from deepspec.errors import DeepSpecError
+from deepspec.parallel import cores
 from deepspec.provenance import CORE
 
 PYTHON = (3, 11)
@@ -149,12 +150,9 @@ def _torch() -> Check:
         return Check("torch", False, str(error), "install torch")
     if torch.cuda.is_available():
         return Check("torch", True, f"{torch.cuda.device_count()} × {torch.cuda.get_device_name(0)}")
-    threads, cores = (
-        torch.get_num_threads(),
-        len(os.sched_getaffinity(0)) if _has_affinity() else os.cpu_count() or 1,
-    )
-    advice = _unless(threads * 2 >= cores, f"unset OMP_NUM_THREADS: {cores} cores are there")
-    return Check("torch", True, f"CPU, {threads} threads on {cores} cores", advice)
+    threads, there = torch.get_num_threads(), cores()
+    advice = _unless(threads * 2 >= there, f"unset OMP_NUM_THREADS: {there} cores are there")
+    return Check("torch", True, f"CPU, {threads} threads on {there} cores", advice)
 
 
 def _disk(root: Path) -> Check:
@@ -245,10 +243,6 @@ def _pins(path: Path) -> dict[str, str]:
 
 def _normal(name: str) -> str:
     return re.sub(r"[-_.]+", "-", name).lower()
-
-
-def _has_affinity() -> bool:
-    return hasattr(os, "sched_getaffinity")
 
 
 def _unless(fine: bool, advice: str) -> str:

@@ -14,7 +14,8 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from deepspec.errors import DeepSpecError, os_reason
-from deepspec.target.source import is_hub_id
+from deepspec.target.identity import check_readable
+from deepspec.target.source import hub_directory, is_hub_id
 from deepspec.target.weights import read_by_transformers
 
 READ = ("config.json", "generation_config.json", "tokenizer_config.json", "special_tokens_map.json")
@@ -55,6 +56,23 @@ def check_source(source: str) -> None:
         raise DeepSpecError(
             f"{source}: the target has no tokenizer (tokenizer.json); add the one it was trained with"
         )
+
+
+def whole_directory(source: str, revision: str | None) -> tuple[Path, str | None]:
+    """Return the directory of a target's source, its files whole; of a hub id, that of its copy, and its commit.
+
+    Raises:
+        DeepSpecError: no target there, or files that are broken or may not be read.
+    """
+    check_source(source)
+    local = Path(source)
+    if is_hub_id(source):
+        local = hub_directory(source, revision)
+        revision = local.name
+        check_source(str(local))
+    check_readable(local)
+    check_files(local)
+    return local, revision
 
 
 def check_files(directory: Path) -> None:

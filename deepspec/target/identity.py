@@ -78,6 +78,31 @@ def target_record(directory: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) and "digest" in found else {}  # a draft's record has none
 
 
+def write_record(
+    directory: Path,
+    made: Mapping[str, Any],
+    content: str,
+    options: Mapping[str, Any],
+    pinned: str | None,
+    quantization: str | None = None,
+) -> None:
+    """Write beside a target what it was made of.
+
+    Args:
+        made: source, revision and dtype.
+        content: digest of its files.
+        options: arguments of its template.
+        pinned: the day that its template is pinned to.
+        quantization: an engine's own.
+    """
+    record = {**made, "digest": with_arguments(content, options, quantization)}
+    found = {"chat_template_kwargs": options, "quantization": quantization}
+    record |= {name: value for name, value in found.items() if value}
+    if pinned is not None:
+        record["template_date"] = pinned
+    (directory / RECORD).write_text(json.dumps(record, indent=2) + "\n")
+
+
 def check_readable(directory: Path) -> None:
     """Refuse a directory with a file that may not be read, which libraries call missing."""
     for path in sorted(path for path in directory.iterdir() if path.suffix in (*TEXT, *WEIGHTS)):

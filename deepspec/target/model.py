@@ -7,7 +7,6 @@ drafters need: hidden features of chosen decoder layers, the post-norm hidden st
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from deepspec.files import replacing
 from deepspec.target import template
 from deepspec.target.attention import CACHE_LENGTH, NAME, ForwardPass, KVCache
 from deepspec.target.chat import check_renders
-from deepspec.target.checks import check_files, check_source, check_vocabulary
+from deepspec.target.checks import check_files, check_source, check_vocabulary, whole_directory
 from deepspec.target.embedded import PREFIX, write_embedded
 from deepspec.target.ends import H_LAST, Ends, final_norm, load_ends
 from deepspec.target.fused import FusedLayer, Int4Linear, Make, PackedLinear, fuse
@@ -29,11 +28,10 @@ from deepspec.target.graphs import GraphedPasses
 from deepspec.target.head import head_transform
 from deepspec.target.identity import (
     RECORD,
-    check_readable,
     directory_digest,
     kept_date,
     target_record,
-    with_arguments,
+    write_record,
 )
 from deepspec.target.memory import reuse_freed_memory
 from deepspec.target.next_token import keep_modules
@@ -86,14 +84,7 @@ def resolve_target(
         if source.startswith(PREFIX):
             write_embedded(source, torch_dtype, scratch)
         else:
-            check_source(source)
-            local = Path(source)
-            if is_hub_id(source):
-                local = hub_directory(source, revision)
-                revision = local.name
-                check_source(str(local))
-            check_readable(local)
-            check_files(local)
+            local, revision = whole_directory(source, revision)
             tokenizer = from_pretrained(AutoTokenizer, str(local))
             model = load_model(str(local), dtype=torch_dtype)
             check_vocabulary(source, model, tokenizer)
@@ -110,13 +101,8 @@ def resolve_target(
         check_renders(source, written, options)
         verdict = _examine(str(scratch), source, digest, written)
         refuse(source, verdict)
-        record: dict[str, Any] = {"source": source, "revision": revision, "dtype": dtype}
-        record["digest"] = with_arguments(digest, options)
-        if options:
-            record["chat_template_kwargs"] = options
-        if (pinned := template.pinned(written)) is not None:
-            record["template_date"] = pinned
-        (scratch / RECORD).write_text(json.dumps(record, indent=2) + "\n")
+        made = {"source": source, "revision": revision, "dtype": dtype}
+        write_record(scratch, made, digest, options, template.pinned(written))
     return verdict
 
 

@@ -18,20 +18,20 @@ from transformers import AutoConfig, AutoTokenizer
 from deepspec.errors import DeepSpecError
 from deepspec.files import replacing
 from deepspec.target import template
+from deepspec.target.chat import check_renders
 from deepspec.target.checkpoint import skeleton
-from deepspec.target.checks import check_files, check_source, check_vocabulary
+from deepspec.target.checks import check_vocabulary, whole_directory
 from deepspec.target.embedded import PREFIX, write_embedded
 from deepspec.target.ends import Ends, load_ends
 from deepspec.target.identity import (
     RECORD,
     TEXT,
     WEIGHTS,
-    check_readable,
     directory_digest,
     kept_date,
-    with_arguments,
+    write_record,
 )
-from deepspec.target.source import dtype_named, from_pretrained, hub_directory, is_hub_id
+from deepspec.target.source import dtype_named, from_pretrained
 
 
 def resolve_unloaded(
@@ -58,14 +58,7 @@ def resolve_unloaded(
         if source.startswith(PREFIX):
             write_embedded(source, dtype_named(dtype), scratch)
         else:
-            check_source(source)
-            local = Path(source)
-            if is_hub_id(source):
-                local = hub_directory(source, revision)
-                revision = local.name
-                check_source(str(local))
-            check_readable(local)
-            check_files(local)
+            local, revision = whole_directory(source, revision)
             _bring(local, scratch)
             _set_dtype(scratch / "config.json", dtype)
         tokenizer = from_pretrained(AutoTokenizer, str(scratch))
@@ -75,15 +68,11 @@ def resolve_unloaded(
             template.pin(tokenizer, day)
             tokenizer.save_pretrained(scratch)
         options = dict(chat_template_kwargs or {})
-        record: dict[str, Any] = {"source": source, "revision": revision, "dtype": dtype, "engine": "vllm"}
-        record["digest"] = with_arguments(directory_digest(scratch), options, quantization)
-        if options:
-            record["chat_template_kwargs"] = options
-        if quantization:
-            record["quantization"] = quantization
-        if (pinned := template.pinned(tokenizer)) is not None:
-            record["template_date"] = pinned
-        (scratch / RECORD).write_text(json.dumps(record, indent=2) + "\n")
+        check_renders(source, tokenizer, options)
+        made = {"source": source, "revision": revision, "dtype": dtype, "engine": "vllm"}
+        write_record(
+            scratch, made, directory_digest(scratch), options, template.pinned(tokenizer), quantization
+        )
     return load_ends(directory)
 
 

@@ -65,6 +65,14 @@ def test_what_an_engine_quantises_is_another_target(tmp_path):
     assert (record["engine"], record["quantization"]) == ("vllm", "fp8")
 
 
+def test_a_template_that_hides_what_a_user_says_is_refused(tmp_path):
+    source = write_family(tmp_path / "source", "qwen3")
+    (source / "chat_template.jinja").write_text("Hello.")
+    with pytest.raises(DeepSpecError, match="the chat template does not show what a user says"):
+        resolve_unloaded(str(source), None, "float32", tmp_path / "target")
+    assert not (tmp_path / "target").exists()
+
+
 def test_broken_files_and_strange_sources_are_refused(tmp_path):
     source = write_family(tmp_path / "source", "qwen3")
     layer_shards(source)[0].unlink()
