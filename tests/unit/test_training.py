@@ -293,8 +293,17 @@ def test_metrics_go_to_a_tracker_where_one_is_set(store, tmp_path):
     assert noted.lines[-1][1]["heldout_tau"] == trainer.history[-1]["heldout_tau"]
 
 
-def test_a_training_that_fails_is_failed_in_mlflow_and_the_next_may_begin(tmp_path, monkeypatch):
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+@pytest.fixture
+def tracked(tmp_path, monkeypatch):
+    """An empty store; the one that a test before this has set in this process would come before the variable's."""
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    mlflow.set_tracking_uri(uri)
+    yield
+    mlflow.set_tracking_uri(None)
+
+
+def test_a_training_that_fails_is_failed_in_mlflow_and_the_next_may_begin(tracked):
     params = load_params(ROOT / "params.smoke.yaml")
     for _ in range(2):
         accelerator = make_accelerator(params, "dspark")
