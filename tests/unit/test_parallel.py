@@ -57,12 +57,12 @@ def test_a_process_that_is_killed_is_one_line():
         list(ordered_map(work, range(40), processes=2))
 
 
-LONG = """
+LONG = r"""
 import os, time
 from deepspec.parallel import ordered_map
 
 def work(number):
-    print(os.getpid(), flush=True)
+    os.write(1, f"{os.getpid()}\n".encode())  # in one piece: the processes share the pipe
     time.sleep(60 * (number > 4))
 
 list(ordered_map(work, range(20), processes=2))
