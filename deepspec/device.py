@@ -7,14 +7,15 @@ import platform
 import torch
 
 from deepspec.provenance import cpu_facts
+from deepspec.target.native.build import kernels
 
 
 def describe_device(device: torch.device | str) -> str:
-    """Describe a device: `AMD EPYC 9B14, 2 threads, Linux, torch 2.13.0`; a GPU stands with its CUDA version."""
+    """Describe a device: `AMD EPYC 9B14, 2 threads, our kernels, Linux, torch 2.13.0`; a GPU with its CUDA version."""
     device = torch.device(device)
     if device.type == "cuda":
         name = f"{torch.cuda.get_device_name(device)}, CUDA {torch.version.cuda}"
     else:
         cpu = cpu_facts().get("model name") or platform.processor() or platform.machine()
-        name = f"{cpu}, {torch.get_num_threads()} threads"
+        name = f"{cpu}, {torch.get_num_threads()} threads" + (", our kernels" if kernels() else "")
     return f"{name}, {platform.system()}, torch {torch.__version__}"

@@ -18,6 +18,7 @@ from deepspec.files import digest
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("deepspec", "paper")
+NATIVE = "deepspec.target.native.build"
 
 # Modules that cannot change a result, with the reason. The closure does not go through them.
 INERT = {
@@ -82,9 +83,17 @@ def modules() -> dict[str, Path]:
 
 @cache
 def code_digest(*names: str) -> str:
-    """Return the digest of the code that decides what these modules compute (`closure`)."""
-    files = [modules()[name] for name in sorted(closure(*names))]
-    return digest(b"".join(file.read_bytes() for file in files))
+    """Return the digest of the code that decides what these modules compute: `closure`, and kernels where they run."""
+    found = sorted(closure(*names))
+    code = b"".join(modules()[name].read_bytes() for name in found)
+    return digest(code + (_kernels() if NATIVE in found else b""))
+
+
+def _kernels() -> bytes:
+    """Return what else decides how sums are rounded: the kernels' source, and whether this machine uses them."""
+    from deepspec.target.native.build import SOURCE, state
+
+    return SOURCE.read_bytes() + state().encode()
 
 
 def _name(path: Path) -> str:

@@ -182,6 +182,14 @@ class ForwardPass:
             all_values[self._rows, :, self._columns] = values[0].transpose(0, 1)
         return all_keys[self._read, :, : self.length], all_values[self._read, :, : self.length]
 
+    def room(self, layer: int, kv_heads: int, head_dim: int, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the whole cache of a layer, [slots, kv_heads, max_length, head_dim], for keys written elsewhere."""
+        if self.cache is None:
+            raise ValueError("a pass without a cache has no room for keys")
+        self.note(layer)
+        new = like.new_empty(0, kv_heads, 0, head_dim)
+        return self.cache.layer(layer, new, new)
+
     def note(self, layer: int) -> None:
         if layer in self.stored:
             raise Unsuited(f"layer {layer} attends twice in a pass")

@@ -1,15 +1,16 @@
 """Inference layers that spend their time reading weights: prepacked matrices and few operations.
 
-`PackedLinear` holds a weight in oneDNN's own layout, so that a bfloat16 product on a CPU does not repack it every
-time (2× at one row); `Int4Linear` holds it in blocks of 4 bits. `fuse` replaces the decoder layers of Llama-shaped
-targets (Llama, SmolLM, Mistral, Qwen2, Qwen3) by one that joins the q/k/v and gate/up projections and folds the
-residual additions into the products. Layers of any other shape keep their own forward, with packed projections.
+`PackedLinear` holds a weight in the layout of our kernels (`deepspec.target.native`), or where they are not, in
+oneDNN's, so that a bfloat16 product on a CPU does not repack it every time (2× at one row); `Int4Linear` holds it in
+blocks of 4 bits. `fuse` replaces the decoder layers of Llama-shaped targets (Llama, SmolLM, Mistral, Qwen2, Qwen3) by
+one that joins the q/k/v and gate/up projections and folds the residual additions into the products; with our kernels it
+is one call. Layers of any other shape keep their own forward, with packed projections.
 """
 
 from __future__ import annotations
 
 import inspect
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, Protocol, cast
 
 import torch
@@ -17,6 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deepspec.target.attention import ForwardPass, attend
+from deepspec.target.native.layer import NativeLayer, Norm, Parts
+from deepspec.target.native.matrix import Matrix, can_hold, dense, quantised, undone
 
 
 def can_pack(weight: Tensor) -> bool:
@@ -33,20 +36,29 @@ class PackedLinear(nn.Module):
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None):
         super().__init__()
-        self.packed = can_pack(weight)
         self.out_features, self.in_features = weight.shape
         weight = weight.detach()
-        self.weight = (
-            torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), 1) if self.packed else weight
-        )
         self.bias = None if bias is None else bias.detach()
+        takes = weight.dtype == torch.bfloat16 and can_hold(weight)
+        self.native = dense(weight, self.bias) if takes else None
+        self.packed = self.native is None and can_pack(weight)
+        if self.native is not None:
+            self.weight = self.native.weight
+        elif self.packed:
+            self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), 1)
+        else:
+            self.weight = weight
 
     @property
     def dense(self) -> Tensor:
         """W [out, in], as it came."""
+        if self.native is not None:
+            return undone(self.native)
         return self.weight.to_dense() if self.packed else self.weight
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        if self.native is not None:
+            return self.native.product(x, residual)
         if not self.packed:
             out = F.linear(x, self.weight, self.bias)
             return out if residual is None else out + residual
@@ -74,13 +86,19 @@ class Int4Linear(nn.Module):
         low, high = blocks.amin(-1), blocks.amax(-1)
         scale = ((high - low) / 15).clamp_min(1e-8)
         levels = ((blocks - low[..., None]) / scale[..., None]).round().clamp_(0, 15)
-        self.weight = torch.ops.aten._convert_weight_to_int4pack_for_cpu(levels.flatten(1).int(), 1)
-        self.blocks = (
-            torch.stack((scale, low + 8 * scale), -1).transpose(0, 1).to(torch.bfloat16).contiguous()
-        )
+        zero = low + 8 * scale
         self.bias = None if bias is None else bias.detach().to(torch.bfloat16)
+        self.native: Matrix | None = None
+        if can_hold(weight):
+            self.native = quantised(levels.flatten(1), scale, zero, self.bias)
+            self.weight = self.native.weight
+            return
+        self.weight = torch.ops.aten._convert_weight_to_int4pack_for_cpu(levels.flatten(1).int(), 1)
+        self.blocks = torch.stack((scale, zero), -1).transpose(0, 1).to(torch.bfloat16).contiguous()
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        if self.native is not None:
+            return self.native.product(x, residual)
         rows = x.reshape(-1, self.in_features)
         out = torch.ops.aten._weight_int4pack_mm_for_cpu(rows, self.weight, self.BLOCK, self.blocks)
         out = out.view(*x.shape[:-1], self.out_features)
@@ -189,11 +207,41 @@ class FusedLayer(nn.Module):
         norms = qk_norms(attention)
         self.qk_norms = None if norms is None else (_norm(norms[0]), _norm(norms[1]))
 
+    @cached_property
+    def _native(self) -> NativeLayer | None:
+        """The layer as one call; None where a part of it is not the kernels'."""
+        projections = [
+            getattr(part, "native", None) for part in (self.qkv, self.out, self.gate_up, self.down)
+        ]
+        qkv, out, gate_up, down = projections
+        if qkv is None or out is None or gate_up is None or down is None:
+            return None
+        parts = Parts(
+            qkv,
+            out,
+            gate_up,
+            down,
+            (_native_norm(self.norms[0]), _native_norm(self.norms[1])),
+            self.qk_norms and (_native_norm(self.qk_norms[0]), _native_norm(self.qk_norms[1])),
+            self.heads,
+            self.kv_heads,
+            self.head_dim,
+            self.scale,
+            self.window or 0,
+        )
+        return NativeLayer(parts) if parts.suits else None
+
     def forward(self, x: Tensor, position_embeddings=None, *, step: ForwardPass, **_) -> Tensor:
+        if step.cache is not None and (native := self._native):
+            rope = step.once("rope", lambda: _rope_operands(position_embeddings))
+            return native(self.index, None, x, rope, step)
         return self.block(self.norms[0](x), x, position_embeddings, step)
 
     def block(self, normed: Tensor, x: Tensor, position_embeddings, step: ForwardPass) -> Tensor:
         """Run the layer on what its attention reads, normed [batch, n, ·], and what its residuals add to."""
+        if step.cache is not None and (native := self._native):
+            rope = step.once("rope", lambda: _rope_operands(position_embeddings))
+            return native(self.index, normed, x, rope, step)
         batch, n, _ = x.shape
         qkv = self.qkv(normed).view(batch, n, -1, self.head_dim)
         rotated, values = qkv.split((self.heads + self.kv_heads, self.kv_heads), 2)
@@ -219,6 +267,10 @@ def _rope_operands(position_embeddings: tuple[Tensor, Tensor]) -> tuple[Tensor, 
 def _joined(make: Make, *linears: nn.Linear) -> PackedLinear | Int4Linear:
     bias = None if linears[0].bias is None else torch.cat([linear.bias for linear in linears])
     return make(torch.cat([linear.weight for linear in linears]), bias)
+
+
+def _native_norm(norm: partial[Tensor]) -> Norm:
+    return Norm(norm.keywords["weight"], norm.keywords["eps"])
 
 
 def _norm(norm: LlamaNorm) -> partial[Tensor]:

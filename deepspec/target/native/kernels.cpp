@@ -1,0 +1,454 @@
+// Kernels for a decoder layer on CPUs with AVX512-BF16: weights in bfloat16 or in 4 bits, activations in bfloat16, sums in
+// float32. They are made for passes over few tokens, which take as long as reading the weights takes.
+//
+// Every result of a token is computed by the same operations in the same order, whatever other tokens, requests or threads
+// share the pass: so a token that is verified in a tree has, to the bit, the states that it has when it is decoded alone.
+//
+// A matrix [out, in] is stored in blocks of 16 outputs, and in a block by pairs of inputs: [out / 16][in / 2][16][2]. One
+// 64-byte load then has what `vdpbf16ps` multiplies with a pair of inputs of one token. In 4 bits a block has, for each 32
+// inputs, 256 bytes of levels and behind them 16 scales and 16 zeros in bfloat16; a 16-bit word holds the levels of one
+// place in four pairs that follow each other.
+
+#include <immintrin.h>
+#include <omp.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+#include <vector>
+
+namespace {
+
+using bf16 = uint16_t;
+constexpr long LANES = 16;
+constexpr long QUANT = 32;                      // inputs that share a scale
+constexpr long QUANT_BYTES = 256 + 2 * 2 * 16;  // of 16 outputs
+constexpr int TOKENS = 6;                       // of a tile: what 32 registers hold
+
+inline __m512 widen(__m256i x) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16)); }
+inline __m512 load(const bf16* p) { return widen(_mm256_loadu_si256((const __m256i*)p)); }
+inline __m512 load(const bf16* p, __mmask16 m) { return widen(_mm256_maskz_loadu_epi16(m, p)); }
+inline void store(bf16* p, __m512 x) { _mm256_storeu_si256((__m256i*)p, (__m256i)_mm512_cvtneps_pbh(x)); }
+inline void store(bf16* p, __m512 x, __mmask16 m) { _mm256_mask_storeu_epi16(p, m, (__m256i)_mm512_cvtneps_pbh(x)); }
+inline __m512bh pairs(const bf16* p) { return (__m512bh)_mm512_loadu_si512(p); }
+inline __m512bh pair(const bf16* p) {
+  int32_t both;
+  std::memcpy(&both, p, 4);
+  return (__m512bh)_mm512_set1_epi32(both);
+}
+
+// e^x, to a unit in the last place or two.
+inline __m512 exp(__m512 x) {
+  x = _mm512_max_ps(x, _mm512_set1_ps(-104.f));
+  const __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), 8);
+  __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), x);
+  r = _mm512_fnmadd_ps(n, _mm512_set1_ps(-2.12194440e-4f), r);
+  __m512 p = _mm512_set1_ps(1.f / 5040);
+  for (float c : {1.f / 720, 1.f / 120, 1.f / 24, 1.f / 6, 0.5f, 1.f, 1.f}) p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(c));
+  return _mm512_scalef_ps(p, n);
+}
+
+struct Matrix {
+  const void* weight;
+  const bf16* bias;  // or none
+  int64_t out, in, bits;
+
+  long blocks() const { return (out + LANES - 1) / LANES; }
+};
+
+// Sums of T tokens and B blocks of outputs. `sums`: of the inputs of each token in groups of 32, for weights in 4 bits.
+template <int T, int B>
+inline void tile(const Matrix& m, const bf16* x, const float* sums, long block, __m512 (&acc)[T][B]) {
+#pragma GCC unroll 8
+  for (int t = 0; t < T; ++t)
+#pragma GCC unroll 4
+    for (int b = 0; b < B; ++b) acc[t][b] = _mm512_setzero_ps();
+  if (m.bits == 16) {
+    const bf16* w = (const bf16*)m.weight + block * LANES * m.in;
+    for (long k = 0; k < m.in; k += 2) {
+      __m512bh weights[B];
+#pragma GCC unroll 4
+      for (int b = 0; b < B; ++b) weights[b] = pairs(w + b * LANES * m.in + k * LANES);
+#pragma GCC unroll 8
+      for (int t = 0; t < T; ++t) {
+        const __m512bh inputs = pair(x + t * m.in + k);
+#pragma GCC unroll 4
+        for (int b = 0; b < B; ++b) acc[t][b] = _mm512_dpbf16_ps(acc[t][b], inputs, weights[b]);
+      }
+    }
+    return;
+  }
+  // Levels 0..15 become the numbers −8..7; an index has five bits, of which the table ignores the highest.
+  alignas(64) static const bf16 numbers[32] = {
+      0xC100, 0xC0E0, 0xC0C0, 0xC0A0, 0xC080, 0xC040, 0xC000, 0xBF80, 0, 0x3F80, 0x4000, 0x4040, 0x4080, 0x40A0, 0x40C0, 0x40E0,
+      0xC100, 0xC0E0, 0xC0C0, 0xC0A0, 0xC080, 0xC040, 0xC000, 0xBF80, 0, 0x3F80, 0x4000, 0x4040, 0x4080, 0x40A0, 0x40C0, 0x40E0};
+  const __m512i table = _mm512_load_si512(numbers);
+  const long groups = m.in / QUANT, stride = groups * QUANT_BYTES;
+  const uint8_t* w = (const uint8_t*)m.weight + block * stride;
+  for (long g = 0; g < groups; ++g, w += QUANT_BYTES) {
+    __m512 part[T][B];
+#pragma GCC unroll 8
+    for (int t = 0; t < T; ++t)
+#pragma GCC unroll 4
+      for (int b = 0; b < B; ++b) part[t][b] = _mm512_setzero_ps();
+    for (int four = 0; four < 4; ++four) {
+      __m512i levels[B];
+#pragma GCC unroll 4
+      for (int b = 0; b < B; ++b) levels[b] = _mm512_loadu_si512(w + b * stride + 64 * four);
+      for (int k = 0; k < 4; ++k) {
+        __m512bh weights[B];
+#pragma GCC unroll 4
+        for (int b = 0; b < B; ++b) {
+          weights[b] = (__m512bh)_mm512_permutexvar_epi16(levels[b], table);
+          levels[b] = _mm512_srli_epi16(levels[b], 4);
+        }
+#pragma GCC unroll 8
+        for (int t = 0; t < T; ++t) {
+          const __m512bh inputs = pair(x + t * m.in + g * QUANT + 8 * four + 2 * k);
+#pragma GCC unroll 4
+          for (int b = 0; b < B; ++b) part[t][b] = _mm512_dpbf16_ps(part[t][b], inputs, weights[b]);
+        }
+      }
+    }
+#pragma GCC unroll 4
+    for (int b = 0; b < B; ++b) {
+      const bf16* scale = (const bf16*)(w + b * stride + 256);
+      const __m512 scales = load(scale), zeros = load(scale + LANES);
+#pragma GCC unroll 8
+      for (int t = 0; t < T; ++t) {
+        acc[t][b] = _mm512_fmadd_ps(part[t][b], scales, acc[t][b]);
+        acc[t][b] = _mm512_fmadd_ps(_mm512_set1_ps(sums[t * groups + g]), zeros, acc[t][b]);
+      }
+    }
+  }
+}
+
+// Sums of each token's inputs in groups of 32; empty where no weight is in 4 bits.
+const float* group_sums(const Matrix& m, const bf16* x, long tokens) {
+  if (m.bits == 16) return nullptr;
+  static thread_local std::vector<float> sums;
+  const long groups = m.in / QUANT;
+  sums.resize(tokens * groups);
+  const __m512bh ones = (__m512bh)_mm512_set1_epi16(0x3F80);
+  for (long i = 0; i < tokens * groups; ++i)
+    sums[i] = _mm512_reduce_add_ps(_mm512_dpbf16_ps(_mm512_setzero_ps(), pairs(x + i * QUANT), ones));
+  return sums.data();
+}
+
+template <int T, int B, class Put>
+inline void put_tile(const Matrix& m, const bf16* x, const float* sums, long first, long block, Put& put) {
+  __m512 acc[T][B];
+  tile<T, B>(m, x + first * m.in, sums ? sums + first * (m.in / QUANT) : nullptr, block, acc);
+#pragma GCC unroll 8
+  for (int t = 0; t < T; ++t)
+#pragma GCC unroll 4
+    for (int b = 0; b < B; ++b) put(first + t, block + b, acc[t][b]);
+}
+
+template <int B, class Put>
+inline void over_tokens(const Matrix& m, const bf16* x, const float* sums, long tokens, long block, Put& put) {
+  long t = 0;
+  for (; t + TOKENS <= tokens; t += TOKENS) put_tile<TOKENS, B>(m, x, sums, t, block, put);
+  switch (tokens - t) {
+    case 5: put_tile<5, B>(m, x, sums, t, block, put); break;
+    case 4: put_tile<4, B>(m, x, sums, t, block, put); break;
+    case 3: put_tile<3, B>(m, x, sums, t, block, put); break;
+    case 2: put_tile<2, B>(m, x, sums, t, block, put); break;
+    case 1: put_tile<1, B>(m, x, sums, t, block, put); break;
+  }
+}
+
+// x Wᵀ of the blocks of outputs that are this thread's; `put` takes (token, block, 16 sums).
+template <class Put>
+void product(const Matrix& m, const bf16* x, long tokens, int thread, int threads, Put put) {
+  const float* sums = group_sums(m, x, tokens);
+  const long blocks = m.blocks(), end = blocks * (thread + 1) / threads;
+  long block = blocks * thread / threads;
+  if (m.bits == 16)  // in 4 bits each output needs twice the registers
+    for (; block + 4 <= end; block += 4) over_tokens<4>(m, x, sums, tokens, block, put);
+  for (; block + 2 <= end; block += 2) over_tokens<2>(m, x, sums, tokens, block, put);
+  for (; block < end; ++block) over_tokens<1>(m, x, sums, tokens, block, put);
+}
+
+// y [tokens, out] = x Wᵀ + bias + residual
+void linear(const Matrix& m, const bf16* x, const bf16* residual, bf16* y, long tokens, int thread, int threads) {
+  product(m, x, tokens, thread, threads, [&](long t, long block, __m512 sum) {
+    const long first = block * LANES;
+    const __mmask16 there = m.out - first >= LANES ? 0xFFFF : (__mmask16)((1u << (m.out - first)) - 1);
+    if (m.bias) sum = _mm512_add_ps(sum, load(m.bias + first, there));
+    if (residual) sum = _mm512_add_ps(sum, load(residual + t * m.out + first, there));
+    store(y + t * m.out + first, sum, there);
+  });
+}
+
+// y = x / rms(x) · weight, of n numbers, a multiple of 16
+void norm(const bf16* x, const bf16* weight, float eps, bf16* y, long n) {
+  __m512 squares = _mm512_setzero_ps();
+  for (long i = 0; i < n; i += LANES) {
+    const __m512 v = load(x + i);
+    squares = _mm512_fmadd_ps(v, v, squares);
+  }
+  const __m512 scale = _mm512_set1_ps(1.f / __builtin_sqrtf(_mm512_reduce_add_ps(squares) / n + eps));
+  for (long i = 0; i < n; i += LANES)
+    store(y + i, _mm512_mul_ps(_mm512_mul_ps(load(x + i), scale), load(weight + i)));
+}
+
+struct Layer {
+  Matrix qkv, out, gate_up, down;
+  const bf16 *norm, *mlp_norm, *q_norm, *k_norm;  // the last two or none
+  float eps, mlp_eps, q_eps, k_eps, scale;
+  int32_t heads, kv_heads, head_dim, window;  // a window of 0 is none
+};
+
+struct Pass {
+  int64_t tokens, requests, threads, bidirectional, rope_dim;
+  const int64_t *rows, *starts, *counts;        // [requests]
+  const int64_t *hidden, *hidden_from;          // columns that a token does not see: hidden[hidden_from[t] : hidden_from[t + 1]]
+  const int64_t* positions;                     // [tokens]
+  const bf16 *cos, *sin;                        // [tokens, rope_dim], the first half of sin negated
+  bf16 *normed, *projected, *attended, *middle, *gated;  // room for each token
+};
+
+struct Cache {
+  bf16 *keys, *values;  // [slots, kv_heads, length, head_dim]
+  int64_t length;
+};
+
+// Rotate a head in place: its first `dim` numbers by cos and sin.
+void rotate(bf16* x, const bf16* cos, const bf16* sin, long dim) {
+  const long half = dim / 2;
+  for (long i = 0; i < half; i += LANES) {
+    const __mmask16 m = half - i >= LANES ? 0xFFFF : (__mmask16)((1u << (half - i)) - 1);
+    const __m512 low = load(x + i, m), high = load(x + half + i, m);
+    const __m512 first = _mm512_fmadd_ps(high, load(sin + i, m), _mm512_mul_ps(low, load(cos + i, m)));
+    const __m512 second =
+        _mm512_fmadd_ps(low, load(sin + half + i, m), _mm512_mul_ps(high, load(cos + half + i, m)));
+    store(x + i, first, m);
+    store(x + half + i, second, m);
+  }
+}
+
+// Norm and rotate the heads of a token, and put its keys and values into the cache.
+void place(const Layer& l, const Pass& p, const Cache& c, long t, long row, long column) {
+  const long dim = l.head_dim, heads = l.heads + l.kv_heads;
+  bf16* x = p.projected + t * l.qkv.out;
+  for (long h = 0; h < heads; ++h) {
+    bf16* head = x + h * dim;
+    const bool key = h >= l.heads;
+    if (l.q_norm) norm(head, key ? l.k_norm : l.q_norm, key ? l.k_eps : l.q_eps, head, dim);
+    rotate(head, p.cos + t * p.rope_dim, p.sin + t * p.rope_dim, p.rope_dim);
+  }
+  for (long h = 0; h < l.kv_heads; ++h) {
+    const long to = ((row * l.kv_heads + h) * c.length + column) * dim;
+    std::memcpy(c.keys + to, x + (l.heads + h) * dim, dim * sizeof(bf16));
+    std::memcpy(c.values + to, x + (heads + h) * dim, dim * sizeof(bf16));
+  }
+}
+
+// Scores of `Q` groups of 16 queries with `count` keys. queries [dim / 2][16·Q][2], scores [count][16·Q].
+template <int Q>
+void score(const bf16* queries, const bf16* keys, long count, long dim, float* scores) {
+  constexpr int KEYS = Q == 1 ? 8 : 4;
+  auto some = [&](auto number, long j) {
+    constexpr int N = decltype(number)::value;
+    __m512 acc[N][Q];
+#pragma GCC unroll 8
+    for (int n = 0; n < N; ++n)
+#pragma GCC unroll 3
+      for (int q = 0; q < Q; ++q) acc[n][q] = _mm512_setzero_ps();
+    for (long k = 0; k < dim; k += 2) {
+      __m512bh asked[Q];
+#pragma GCC unroll 3
+      for (int q = 0; q < Q; ++q) asked[q] = pairs(queries + (k * Q + q * 2) * LANES);
+#pragma GCC unroll 8
+      for (int n = 0; n < N; ++n) {
+        const __m512bh key = pair(keys + (j + n) * dim + k);
+#pragma GCC unroll 3
+        for (int q = 0; q < Q; ++q) acc[n][q] = _mm512_dpbf16_ps(acc[n][q], asked[q], key);
+      }
+    }
+#pragma GCC unroll 8
+    for (int n = 0; n < N; ++n)
+#pragma GCC unroll 3
+      for (int q = 0; q < Q; ++q) _mm512_storeu_ps(scores + ((j + n) * Q + q) * LANES, acc[n][q]);
+  };
+  long j = 0;
+  for (; j + KEYS <= count; j += KEYS) some(std::integral_constant<int, KEYS>(), j);
+  for (; j < count; ++j) some(std::integral_constant<int, 1>(), j);
+}
+
+// Softmax down the columns of scores [count][width]; sums [width] are what the shares, left undivided, add up to.
+void softmax(float* scores, long count, long width, float scale, float* sums) {
+  const __m512 minus = _mm512_set1_ps(-__builtin_inff()), factor = _mm512_set1_ps(scale);
+  for (long q = 0; q < width; q += LANES) {
+    __m512 most = minus, sum = _mm512_setzero_ps();
+    for (long j = 0; j < count; ++j) most = _mm512_max_ps(most, _mm512_loadu_ps(scores + j * width + q));
+    for (long j = 0; j < count; ++j) {
+      float* at = scores + j * width + q;
+      const __m512 x = _mm512_loadu_ps(at);
+      const __mmask16 seen = _mm512_cmp_ps_mask(x, minus, _CMP_NEQ_OQ);
+      const __m512 share = _mm512_maskz_mov_ps(seen, exp(_mm512_mul_ps(_mm512_sub_ps(x, most), factor)));
+      sum = _mm512_add_ps(sum, share);
+      _mm512_storeu_ps(at, share);
+    }
+    _mm512_storeu_ps(sums + q, sum);
+  }
+}
+
+// N rows of Σ share · value over `count` keys, 16·C numbers of a head; shares [count][width], values [count][dim].
+template <int N, int C>
+inline void mix(const float* shares, long width, const bf16* values, long count, long dim, const float* sums, bf16** to) {
+  __m512 acc[N][C];
+#pragma GCC unroll 6
+  for (int n = 0; n < N; ++n)
+#pragma GCC unroll 4
+    for (int c = 0; c < C; ++c) acc[n][c] = _mm512_setzero_ps();
+  for (long j = 0; j < count; ++j) {
+    __m512 value[C];
+#pragma GCC unroll 4
+    for (int c = 0; c < C; ++c) value[c] = load(values + j * dim + c * LANES);
+#pragma GCC unroll 6
+    for (int n = 0; n < N; ++n) {
+      const __m512 share = _mm512_set1_ps(shares[j * width + n]);
+#pragma GCC unroll 4
+      for (int c = 0; c < C; ++c) acc[n][c] = _mm512_fmadd_ps(share, value[c], acc[n][c]);
+    }
+  }
+#pragma GCC unroll 6
+  for (int n = 0; n < N; ++n)
+#pragma GCC unroll 4
+    for (int c = 0; c < C; ++c) store(to[n] + c * LANES, _mm512_div_ps(acc[n][c], _mm512_set1_ps(sums[n])));
+}
+
+template <int C>
+void mix_all(const float* shares, long lanes, long width, const bf16* values, long count, long dim, const float* sums,
+             bf16** to) {
+  long n = 0;
+  for (; n + 6 <= lanes; n += 6) mix<6, C>(shares + n, width, values, count, dim, sums + n, to + n);
+  for (; n + 3 <= lanes; n += 3) mix<3, C>(shares + n, width, values, count, dim, sums + n, to + n);
+  for (; n < lanes; ++n) mix<1, C>(shares + n, width, values, count, dim, sums + n, to + n);
+}
+
+// Attention of `tokens` tokens of one request under one key head.
+void attend(const Layer& l, const Pass& p, const Cache& c, long request, long first, long tokens, long offset, long head) {
+  const long dim = l.head_dim, group = l.heads / l.kv_heads, lanes = tokens * group;
+  const long blocks = (lanes + LANES - 1) / LANES, width = blocks * LANES;
+  const long start = p.starts[request], all = start + p.counts[request];
+  const long keys = p.bidirectional || p.hidden ? all : start + offset + tokens;
+  static thread_local std::vector<float> scores, sums;
+  static thread_local std::vector<bf16> queries;
+  static thread_local std::vector<bf16*> to;
+  scores.resize(keys * width);
+  sums.resize(width);
+  queries.assign(dim * width, 0);
+  to.resize(lanes);
+  for (long t = 0; t < tokens; ++t)
+    for (long g = 0; g < group; ++g) {
+      const long lane = t * group + g, at = (head * group + g) * dim;
+      const bf16* query = p.projected + (first + t) * l.qkv.out + at;
+      for (long k = 0; k < dim; k += 2) std::memcpy(&queries[(k * width) + lane * 2], query + k, 2 * sizeof(bf16));
+      to[lane] = p.attended + (first + t) * l.heads * dim + at;
+    }
+  const long from = (p.rows[request] * l.kv_heads + head) * c.length * dim;
+  const bf16 *key = c.keys + from, *value = c.values + from;
+  if (blocks == 1) score<1>(queries.data(), key, keys, dim, scores.data());
+  else if (blocks == 2) score<2>(queries.data(), key, keys, dim, scores.data());
+  else score<3>(queries.data(), key, keys, dim, scores.data());
+  const float minus = -__builtin_inff();
+  auto hide = [&](long column, long t) {
+    for (long g = 0; g < group; ++g) scores[column * width + t * group + g] = minus;
+  };
+  for (long t = 0; t < tokens; ++t) {
+    const long token = first + t;
+    if (p.hidden)
+      for (long i = p.hidden_from[token]; i < p.hidden_from[token + 1]; ++i) hide(p.hidden[i], t);
+    else if (!p.bidirectional)
+      for (long column = start + offset + t + 1; column < keys; ++column) hide(column, t);
+    if (l.window) {
+      const long last = p.positions[token] - l.window;  // the last position that is out of sight
+      for (long column = 0; column <= std::min(last, start - 1); ++column) hide(column, t);
+      for (long column = start; column < keys; ++column)
+        if (p.positions[first - offset + column - start] <= last) hide(column, t);
+    }
+  }
+  softmax(scores.data(), keys, width, l.scale, sums.data());
+  long d = 0;
+  auto further = [&](long by) {
+    d += by;
+    for (auto& each : to) each += by;
+  };
+  for (; d + 64 <= dim; further(64)) mix_all<4>(scores.data(), lanes, width, value + d, keys, dim, sums.data(), to.data());
+  for (; d < dim; further(16)) mix_all<1>(scores.data(), lanes, width, value + d, keys, dim, sums.data(), to.data());
+}
+
+void attention(const Layer& l, const Pass& p, const Cache& c, int thread, int threads) {
+  const long group = l.heads / l.kv_heads, most = std::max(1L, 3 * LANES / group);
+  long task = 0, first = 0;
+  for (long r = 0; r < p.requests; first += p.counts[r++])
+    for (long offset = 0; offset < p.counts[r]; offset += most)
+      for (long head = 0; head < l.kv_heads; ++head)
+        if (task++ % threads == thread)
+          attend(l, p, c, r, first + offset, std::min(most, p.counts[r] - offset), offset, head);
+}
+
+// gated [tokens, inner] = silu(gate) · up, the gates rounded in between as the model rounds them. Both products give the
+// same outputs to the same thread.
+void gated(const Layer& l, const Pass& p, int thread, int threads) {
+  const long inner = l.gate_up.out / 2, bytes = l.gate_up.bits == 16 ? l.gate_up.in * 2 : l.gate_up.in / QUANT * QUANT_BYTES / LANES;
+  Matrix gate = l.gate_up, up = l.gate_up;
+  gate.out = up.out = inner;
+  up.weight = (const uint8_t*)up.weight + inner * bytes;
+  if (up.bias) up.bias += inner;
+  linear(gate, p.normed, nullptr, p.gated, p.tokens, thread, threads);
+  const __m512 one = _mm512_set1_ps(1.f), zero = _mm512_setzero_ps();
+  product(up, p.normed, p.tokens, thread, threads, [&](long t, long block, __m512 sum) {
+    if (up.bias) sum = _mm512_add_ps(sum, load(up.bias + block * LANES));
+    bf16* at = p.gated + t * inner + block * LANES;
+    const __m512 x = load(at), silu = _mm512_div_ps(x, _mm512_add_ps(one, exp(_mm512_sub_ps(zero, x))));
+    store(at, _mm512_mul_ps(silu, sum));
+  });
+}
+
+}  // namespace
+
+extern "C" {
+
+// y [tokens, out] = x [tokens, in] Wᵀ + bias + residual [tokens, out]
+void deepspec_linear(const Matrix* matrix, const bf16* x, const bf16* residual, bf16* y, int64_t tokens, int64_t threads) {
+#pragma omp parallel num_threads(threads)
+  linear(*matrix, x, residual, y, tokens, omp_get_thread_num(), omp_get_num_threads());
+}
+
+// One decoder layer over x [tokens, d], to y. `normed`: what its attention reads, where that is not x under its own norm.
+void deepspec_layer(const Layer* layer, const Pass* pass, const Cache* cache, const bf16* normed, const bf16* x, bf16* y) {
+  const Layer& l = *layer;
+  const Pass& p = *pass;
+  const long d = l.out.out;
+#pragma omp parallel num_threads(p.threads)
+  {
+    const int me = omp_get_thread_num(), all = omp_get_num_threads();
+    if (!normed) {
+      for (long t = me; t < p.tokens; t += all) norm(x + t * d, l.norm, l.eps, p.normed + t * d, d);
+#pragma omp barrier
+    }
+    linear(l.qkv, normed ? normed : p.normed, nullptr, p.projected, p.tokens, me, all);
+#pragma omp barrier
+    long first = 0;
+    for (long r = 0; r < p.requests; first += p.counts[r++])
+      for (long i = 0; i < p.counts[r]; ++i)
+        if ((first + i) % all == me) place(l, p, *cache, first + i, p.rows[r], p.starts[r] + i);
+#pragma omp barrier
+    attention(l, p, *cache, me, all);
+#pragma omp barrier
+    linear(l.out, p.attended, x, p.middle, p.tokens, me, all);
+#pragma omp barrier
+    for (long t = me; t < p.tokens; t += all) norm(p.middle + t * d, l.mlp_norm, l.mlp_eps, p.normed + t * d, d);
+#pragma omp barrier
+    gated(l, p, me, all);
+#pragma omp barrier
+    linear(l.down, p.gated, p.middle, y, p.tokens, me, all);
+  }
+}
+
+}

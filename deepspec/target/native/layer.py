@@ -1,0 +1,182 @@
+"""A Llama-shaped decoder layer as one call: norms, projections, RoPE, the cache, attention under any mask, SwiGLU."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+from deepspec.target.attention import ForwardPass
+from deepspec.target.native.build import kernels
+from deepspec.target.native.matrix import LANES, Matrix, _Matrix
+
+MOST_QUERIES = 48  # query heads of a key head
+_Pointer, _Long, _Int, _Float = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32, ctypes.c_float
+
+
+class _Layer(ctypes.Structure):
+    _fields_ = (
+        *((name, _Matrix) for name in ("qkv", "out", "gate_up", "down")),
+        *((name, _Pointer) for name in ("norm", "mlp_norm", "q_norm", "k_norm")),
+        *((name, _Float) for name in ("eps", "mlp_eps", "q_eps", "k_eps", "scale")),
+        *((name, _Int) for name in ("heads", "kv_heads", "head_dim", "window")),
+    )
+
+
+class _Pass(ctypes.Structure):
+    _fields_ = (
+        *((name, _Long) for name in ("tokens", "requests", "threads", "bidirectional", "rope_dim")),
+        *((name, _Pointer) for name in ("rows", "starts", "counts", "hidden", "hidden_from", "positions")),
+        *((name, _Pointer) for name in ("cos", "sin")),
+        *((name, _Pointer) for name in ("normed", "projected", "attended", "middle", "gated")),
+    )
+
+
+class _Cache(ctypes.Structure):
+    _fields_ = (("keys", _Pointer), ("values", _Pointer), ("length", _Long))
+
+
+@dataclass(frozen=True)
+class Norm:
+    """An RMSNorm."""
+
+    weight: Tensor
+    eps: float
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a layer is made of; `window` of 0 is none."""
+
+    qkv: Matrix
+    out: Matrix
+    gate_up: Matrix
+    down: Matrix
+    norms: tuple[Norm, Norm]
+    qk_norms: tuple[Norm, Norm] | None
+    heads: int
+    kv_heads: int
+    head_dim: int
+    scale: float
+    window: int
+
+    @property
+    def suits(self) -> bool:
+        """Whether the kernels take such a layer."""
+        width, inner = self.out.out, self.gate_up.out // 2
+        norms = (*self.norms, *(self.qk_norms or ()))
+        return (
+            not any(size % LANES for size in (width, inner, self.head_dim))
+            and self.heads // self.kv_heads <= MOST_QUERIES
+            and all(norm.weight.dtype == torch.bfloat16 for norm in norms)
+        )
+
+
+class NativeLayer:
+    """Runs a layer of `Parts` that suit."""
+
+    def __init__(self, parts: Parts):
+        library = kernels()
+        if library is None:
+            raise RuntimeError("the kernels are not there")
+        self._run = library.deepspec_layer
+        self.parts = parts
+        norms = [*parts.norms, *(parts.qk_norms or ())]
+        weights = [norm.weight.data_ptr() for norm in norms] + [None] * (4 - len(norms))
+        eps = [norm.eps for norm in norms] + [0.0] * (4 - len(norms))
+        matrices = (parts.qkv.struct, parts.out.struct, parts.gate_up.struct, parts.down.struct)
+        sizes = parts.heads, parts.kv_heads, parts.head_dim, parts.window
+        self._layer = _Layer(*matrices, *weights, *eps, parts.scale, *sizes)
+
+    def __call__(
+        self,
+        index: int,
+        normed: Tensor | None,
+        x: Tensor,
+        rope: tuple[Tensor, Tensor],
+        step: ForwardPass,
+    ) -> Tensor:
+        """Run the layer over x [1, n, d], and write its keys and values into the pass's cache.
+
+        Args:
+            index: of the layer in the cache.
+            normed: [1, n, ·] what attention reads where that is not x under the layer's first norm.
+            rope: cos and signed sin, [1, n, 1, width].
+        """
+        parts = self.parts
+        room = step.room(index, parts.kv_heads, parts.head_dim, x)
+        x = x.contiguous()
+        normed = None if normed is None else normed.contiguous()
+        sizes = (
+            parts.qkv.inputs,
+            parts.qkv.out,
+            parts.heads * parts.head_dim,
+            parts.out.out,
+            parts.down.inputs,
+        )
+        work = step.once((NativeLayer, sizes), lambda: _Work(step, x, rope, sizes))
+        made = torch.empty_like(x)
+        keys, values = room
+        cache = _Cache(keys.data_ptr(), values.data_ptr(), keys.shape[2])
+        self._run(
+            ctypes.byref(self._layer),
+            ctypes.byref(work.struct),
+            ctypes.byref(cache),
+            None if normed is None else _Pointer(normed.data_ptr()),
+            _Pointer(x.data_ptr()),
+            _Pointer(made.data_ptr()),
+        )
+        return made
+
+
+class _Work:
+    """What the layers of one pass share: who goes where, who is hidden from whom, and room to work in."""
+
+    def __init__(self, step: ForwardPass, x: Tensor, rope: tuple[Tensor, Tensor], sizes: Sequence[int]):
+        n, (wide, *others) = x.shape[1], sizes
+        cos, sin = (operand.reshape(n, -1).contiguous() for operand in rope)
+        spans = torch.tensor([step.rows, step.starts, step.counts])
+        hidden, hidden_from = _hidden(step)
+        rooms = [x.new_empty(n, size) for size in (max(wide, x.shape[2]), *others)]
+        self._kept = [
+            cos,
+            sin,
+            spans,
+            hidden,
+            hidden_from,
+            step.positions,
+            *rooms,
+        ]  # as long as their addresses
+        self.struct = _Pass(
+            n,
+            step.requests,
+            torch.get_num_threads(),
+            step.bidirectional,
+            cos.shape[1],
+            *(row.data_ptr() for row in spans),
+            None if hidden is None else hidden.data_ptr(),
+            None if hidden_from is None else hidden_from.data_ptr(),
+            step.positions.data_ptr(),
+            cos.data_ptr(),
+            sin.data_ptr(),
+            *(room.data_ptr() for room in rooms),
+        )
+
+
+def _hidden(step: ForwardPass) -> tuple[Tensor | None, Tensor | None]:
+    """Return the columns that each token of a pass with a mask does not see, end to end, and where a token's begin.
+
+    Both are int64; None for a pass whose tokens see what stands before them, or all of their request.
+    """
+    if not step.given_mask:
+        return None, None
+    columns, counts = [], [0]
+    for row, (start, count) in enumerate(zip(step.starts, step.counts, strict=True)):
+        token, column = (~step.visible[row, :count, : start + count]).nonzero().T
+        columns.append(column)
+        counts += torch.bincount(token, minlength=count).tolist()
+    return torch.cat(columns).contiguous(), torch.tensor(list(accumulate(counts)))

@@ -1,0 +1,88 @@
+"""Weights as the kernels read them: in blocks of 16 outputs, by pairs of inputs, in bfloat16 or in 4 bits."""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from deepspec.target.native.build import kernels
+
+LANES = 16  # outputs of a block
+QUANT = 32  # inputs that share a scale
+
+
+class _Matrix(ctypes.Structure):
+    _fields_ = (
+        ("weight", ctypes.c_void_p),
+        ("bias", ctypes.c_void_p),
+        ("out", ctypes.c_int64),
+        ("inputs", ctypes.c_int64),
+        ("bits", ctypes.c_int64),
+    )
+
+
+class Matrix:
+    """A weight [out, in] in the kernels' layout, with a bias [out] or none."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, out: int, inputs: int, bits: int):
+        self.weight, self.bias, self.out, self.inputs, self.bits = weight, bias, out, inputs, bits
+        pointer = None if bias is None else bias.data_ptr()
+        self.struct = _Matrix(weight.data_ptr(), pointer, out, inputs, bits)
+        self._linear = None if (library := kernels()) is None else library.deepspec_linear
+
+    def product(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """bfloat16 x [..., in] → [..., out]: x Wᵀ + bias + residual, rounded once."""
+        if self._linear is None:
+            raise RuntimeError("the kernels are not there")
+        rows = x.contiguous()
+        added = None if residual is None else residual.contiguous()
+        made = rows.new_empty(*x.shape[:-1], self.out)
+        self._linear(
+            ctypes.byref(self.struct),
+            ctypes.c_void_p(rows.data_ptr()),
+            None if added is None else ctypes.c_void_p(added.data_ptr()),
+            ctypes.c_void_p(made.data_ptr()),
+            ctypes.c_int64(rows.numel() // self.inputs),
+            ctypes.c_int64(torch.get_num_threads()),
+        )
+        return made
+
+
+def can_hold(weight: Tensor) -> bool:
+    """Return whether the kernels are there, and take a weight of this shape."""
+    return weight.device.type == "cpu" and weight.shape[1] % 2 == 0 and kernels() is not None
+
+
+def dense(weight: Tensor, bias: Tensor | None) -> Matrix:
+    """Lay out a weight in bfloat16, its outputs padded with zeros to whole blocks."""
+    out, inputs = weight.shape
+    rows = F.pad(weight.detach(), (0, 0, 0, -out % LANES))
+    packed = rows.view(-1, LANES, inputs // 2, 2).transpose(1, 2).contiguous()
+    return Matrix(packed, None if bias is None else bias.detach().contiguous(), out, inputs, 16)
+
+
+def undone(matrix: Matrix) -> Tensor:
+    """Return the weight [out, in] of a matrix in bfloat16, as it came."""
+    return matrix.weight.transpose(1, 2).reshape(-1, matrix.inputs)[: matrix.out]
+
+
+def quantised(levels: Tensor, scales: Tensor, zeros: Tensor, bias: Tensor | None) -> Matrix:
+    """Lay out a weight (level − 8)·scale + zero in 4 bits.
+
+    Args:
+        levels: 0 to 15, [out, in].
+        scales, zeros: of each 32 inputs of an output, [out, in / 32].
+    """
+    out, inputs = levels.shape
+    padding = (0, 0, 0, -out % LANES)
+    places = F.pad(levels.to(torch.int32), padding).view(-1, LANES, inputs // QUANT, 4, 4, 2)
+    places = places.permute(0, 2, 3, 1, 5, 4)  # [blocks, groups, fours, 16, 2, places in a word]
+    words = (places << torch.tensor([0, 4, 8, 12], dtype=torch.int32)).sum(-1, dtype=torch.int32)
+    words = torch.where(words >= 1 << 15, words - (1 << 16), words).to(torch.int16).flatten(2)
+    ends = torch.stack([F.pad(x.to(torch.bfloat16), padding) for x in (scales, zeros)])  # [2, out, groups]
+    ends = ends.view(2, -1, LANES, inputs // QUANT).permute(1, 3, 0, 2).flatten(2)
+    packed = torch.cat((words, ends.contiguous().view(torch.int16)), -1).contiguous()
+    return Matrix(packed, None if bias is None else bias.detach().to(torch.bfloat16), out, inputs, 4)

@@ -1,0 +1,199 @@
+"""The kernels for CPUs: near exact arithmetic, and to the bit the same whatever else is in a pass."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from deepspec.decoding.engine import Engine, generate
+from deepspec.decoding.request import Request, Sampling
+from deepspec.decoding.shapes import BestFirst
+from deepspec.drafters.algorithms.lookup import LookupDrafter
+from deepspec.lineage import code_digest
+from deepspec.target import fused
+from deepspec.target.attention import ForwardPass, KVCache, tree_mask
+from deepspec.target.fused import FusedLayer, Int4Linear, PackedLinear
+from deepspec.target.model import Target, load_target
+from deepspec.target.native import build
+from tests.tiny import cached_target
+
+needed = pytest.mark.skipif(build.kernels() is None, reason=f"kernels {build.state()}")
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3")  # a window, biases, norms of queries and keys
+
+
+def random(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).bfloat16()
+
+
+@needed
+@pytest.mark.parametrize("kind", [PackedLinear, Int4Linear])
+@pytest.mark.parametrize(("out", "inputs"), [(16, 32), (64, 96), (100, 64), (7, 1536), (272, 576)])
+@pytest.mark.parametrize("biased", [False, True])
+def test_a_product_is_near_the_exact_one_and_a_row_does_not_depend_on_the_others(kind, out, inputs, biased):
+    weight, bias = random(out, inputs), random(out, seed=1) if biased else None
+    linear = kind(weight, bias)
+    assert linear.native is not None
+    exact = linear(torch.eye(inputs).bfloat16()).T.double() if kind is Int4Linear else weight.double()
+    if biased and kind is Int4Linear:
+        exact = kind(weight)(torch.eye(inputs).bfloat16()).T.double()
+    tolerance = inputs**0.5 * (0.02 if kind is Int4Linear else 1e-5)  # `exact` of 4 bits is itself rounded
+    for rows in (1, 2, 5, 6, 7, 13, 40):
+        x, residual = random(1, rows, inputs, seed=rows), random(1, rows, out, seed=99)
+        found = linear(x, residual)
+        wanted = x.double() @ exact.T + (0 if bias is None else bias.double()) + residual.double()
+        assert ((found.double() - wanted).abs() <= tolerance + wanted.abs() / 256).all()
+        for i in range(rows):
+            assert torch.equal(linear(x[:, i : i + 1], residual[:, i : i + 1])[0, 0], found[0, i])
+
+
+@needed
+def test_a_weight_comes_back_as_it_was_and_threads_change_nothing():
+    weight = random(100, 64)
+    linear, x = PackedLinear(weight), random(9, 64, seed=1)
+    assert torch.equal(linear.dense, weight)
+    threads, found = torch.get_num_threads(), []
+    try:
+        for number in (1, 2, 3):
+            torch.set_num_threads(number)
+            found.append(linear(x))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(found[0], other) for other in found)
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def target(request) -> Target:
+    return load_target(cached_target(request.param), dtype="bfloat16", device="cpu")
+
+
+class Passes:
+    """Runs passes of a target over one cache of two slots."""
+
+    def __init__(self, target: Target):
+        self.target, self.cache = target, KVCache(2, 256)
+
+    def __call__(
+        self, *parts: tuple[int, int, list[int]], parents: list[int] | None = None, depths=None
+    ) -> Tensor:
+        """parts: (cache row, start, ids) of each request. Returns h_last [tokens, d]."""
+        counts = [len(ids) for _, _, ids in parts]
+        places = [start + i for _, start, ids in parts for i in range(len(ids))]
+        visible = None
+        if parents is not None:
+            places = [parts[0][1] + depth for depth in depths]
+            visible = tree_mask([parents], [parts[0][1]], counts[0])
+        step = ForwardPass(
+            torch.tensor([places]),
+            visible,
+            cache=self.cache,
+            rows=[row for row, _, _ in parts],
+            starts=[start for _, start, _ in parts],
+            counts=counts,
+        )
+        return self.target.forward(torch.tensor([[token for _, _, ids in parts for token in ids]]), step)[0]
+
+
+@needed
+def test_a_token_has_the_same_bits_alone_in_a_chain_in_a_tree_and_beside_another_request(target):
+    assert all(isinstance(layer, FusedLayer) and layer._native for layer in target.layers)
+    ids = torch.randint(100, 500, (100,), generator=torch.Generator().manual_seed(0)).tolist()
+    passes = Passes(target)
+    passes((0, 0, ids[:70]))
+    alone = [passes((0, i, ids[i : i + 1]))[0] for i in range(70, 90)]
+    passes((1, 0, ids[:70]))
+    together = passes((1, 70, ids[70:90]))
+    assert torch.equal(torch.stack(alone), together)
+    tree = [ids[70], ids[71], 7, ids[72], 8, ids[73], 9]  # two branches in turn
+    found = passes((1, 70, tree), parents=[-1, -1, 0, 1, 2, 3], depths=[0, 1, 1, 2, 2, 3, 3])
+    assert torch.equal(found[[0, 1, 3, 5]], torch.stack(alone[:4]))
+    with torch.inference_mode():
+        passes.cache.compact(1, 70, [0, 1, 3, 5])
+    assert torch.equal(passes((1, 74, ids[74:80])), torch.stack(alone[4:10]))
+    both = passes((0, 80, ids[80:83]), (1, 80, ids[80:90]))
+    assert torch.equal(both, torch.cat((torch.stack(alone[10:13]), torch.stack(alone[10:20]))))
+
+
+@needed
+def test_passes_are_near_those_of_torch(target, monkeypatch):
+    ids = torch.randint(100, 500, (90,), generator=torch.Generator().manual_seed(0)).tolist()
+    ours = Passes(target)
+    found = torch.cat((ours((0, 0, ids[:80])), ours((0, 80, ids[80:]))))
+    monkeypatch.setattr(fused, "can_hold", lambda weight: False)
+    plain = load_target(target.source, dtype="bfloat16", device="cpu")
+    assert plain.layers[0]._native is None
+    theirs = Passes(plain)
+    expected = torch.cat((theirs((0, 0, ids[:80])), theirs((0, 80, ids[80:]))))
+    error = (found - expected).float().norm(dim=-1) / expected.float().norm(dim=-1)
+    assert error.median() < 0.02
+
+
+def decoded(
+    target: Target, prompts: list[list[int]], tree: BestFirst | None, batch: int
+) -> dict[int, list[int]]:
+    """Return the greedy answer of each prompt, drafted by a lookup, so many requests at once."""
+    engine = Engine(target, LookupDrafter(4, 1), batch_size=batch, tree=tree)
+    asked = iter([Request(ids, 24, sampling=Sampling(0.0), seed=0, id=i) for i, ids in enumerate(prompts)])
+    return {result.id: result.tokens for result in engine.run(lambda: next(asked, None))}
+
+
+@needed
+@pytest.mark.parametrize("weights", ["dense", "int4"])
+def test_greedy_text_in_bfloat16_is_the_plain_one_in_any_batch_and_tree(target, weights):
+    target = load_target(target.source, dtype="bfloat16", device="cpu", weights=weights)
+    prompts = [[33 + i, 2, 33, 2, 33, 2, 33 + i] * 3 for i in range(5)]
+    plain = [generate(target, None, prompt, 24)[0].tokens for prompt in prompts]
+    for tree, batch in ((None, 1), (None, 4), (BestFirst(3, None, 12), 1), (BestFirst(3, None, 12), 4)):
+        found = decoded(target, prompts, tree, batch)
+        assert [found[i] for i in range(len(prompts))] == plain
+
+
+def test_the_switch_and_a_missing_compiler_leave_torchs_kernels(tmp_path):
+    code = (
+        "import torch; from deepspec.target.native import build; from deepspec.target.fused import PackedLinear\n"
+        "x = torch.randn(32, 32).bfloat16(); linear = PackedLinear(x)\n"
+        "print(build.state()); print(linear.native, linear(x).shape)"
+    )
+    environment = {"HOME": str(tmp_path), "PATH": "/nowhere", "OMP_NUM_THREADS": "1"}
+    for more, reason in (
+        ({"DEEPSPEC_NATIVE": "0"}, "$DEEPSPEC_NATIVE is 0"),
+        ({}, "no C++ compiler"),
+        ({"CXX": "false"}, "no C++"),
+    ):
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            env=environment | more,
+            capture_output=True,
+            text=True,
+            cwd=Path.cwd(),
+        )
+        assert done.returncode == 0, done.stderr
+        said, made = done.stdout.splitlines()
+        assert said.startswith("not used: ") and (reason in said or "this CPU has" in said)
+        assert made == "None torch.Size([32, 32])"
+
+
+@needed
+def test_a_compiler_that_fails_is_one_line(tmp_path, monkeypatch, caplog):
+    source = tmp_path / "kernels.cpp"
+    source.write_text("this is no C++\n")
+    monkeypatch.setattr(build, "SOURCE", source)
+    monkeypatch.setattr(build, "CACHED", tmp_path / "cache")
+    library, reason = build._found.__wrapped__()
+    assert library is None and "error" in reason and "\n" not in reason
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert not list((tmp_path / "cache").iterdir())
+
+
+@needed
+def test_work_of_other_kernels_is_not_gone_on_with(tmp_path, monkeypatch):
+    before = code_digest.__wrapped__("deepspec.target.fused")
+    source = tmp_path / "kernels.cpp"
+    source.write_bytes(build.SOURCE.read_bytes() + b"\n// another\n")
+    monkeypatch.setattr(build, "SOURCE", source)
+    assert code_digest.__wrapped__("deepspec.target.fused") != before
+    assert code_digest.__wrapped__("deepspec.decoding.params") == code_digest("deepspec.decoding.params")
