@@ -39,7 +39,7 @@ def test_bias_and_residual_are_added():
     with_both = Int4Linear(weight, bias)(x, residual)
     assert with_both.shape == (1, 3, 32)
     expected = Int4Linear(weight)(x) + bias.bfloat16() + residual
-    assert torch.allclose(with_both.float(), expected.float(), rtol=1 / 64, atol=5e-2)  # rounded once, and thrice
+    assert torch.allclose(with_both.float(), expected.float(), rtol=1 / 64, atol=5e-2)
 
 
 def test_a_target_in_four_bits_decodes_and_is_named_so(directory):
