@@ -219,7 +219,8 @@ bucket() { # data of the run to the store and back, in a clone without a cache
 }
 
 pool() { # the pipeline in a container of its own, whose repository is a URL and whose data go to the bucket
-  trap 'kill $(jobs -p) 2>/dev/null || true' EXIT # of this step
+  # At this step's end; a worker that is asked to stop may wait for a server that is gone by then.
+  trap 'kill $(jobs -p) 2>/dev/null || true; sleep 5; kill -9 $(jobs -p) 2>/dev/null || true' EXIT
   local gateway url keys bare=$WORK/origin.git prefect=$WORK/pool/bin/prefect
   rm -rf "$bare" && git clone --quiet --bare "$WORK/checkout" "$bare"
   git -C "$bare" for-each-ref --format='delete %(refname)' 'refs/heads/runs/*' | git -C "$bare" update-ref --stdin
