@@ -300,7 +300,8 @@ def serve_check(
     draws: Annotated[
         int | None,
         typer.Option(
-            help="Sampled answers a prompt for llama.cpp's law at T = 1; 0: none.", show_default="25"
+            help="Sampled answers a question for llama.cpp's law at T = 1; 0: none.",
+            show_default="as many as see 0.15 of a law moved",
         ),
     ] = None,
     params: Annotated[Path, typer.Option(help="Says which tasks and prompts.")] = Path("params.yaml"),
