@@ -304,6 +304,9 @@ def serve_check(
             show_default="as many as see 0.15 of a law moved",
         ),
     ] = None,
+    lengths_only: Annotated[
+        bool, typer.Option("--lengths-only", help="llama.cpp: count accepted tokens alone; time nothing.")
+    ] = False,
     params: Annotated[Path, typer.Option(help="Says which tasks and prompts.")] = Path("params.yaml"),
     output: Annotated[Path, typer.Option(help="Folder of the records.")] = Path("reports/serve"),
 ) -> None:
@@ -315,7 +318,7 @@ def serve_check(
 
     settings = check.Settings(
         engine, tuple(drafter or ()), prompts, max_new_tokens, tuple(tasks.split(",")) if tasks else (),
-        speculative_tokens, exported, base_url, plain_url, dtype, params, output, draws,
+        speculative_tokens, exported, base_url, plain_url, dtype, params, output, draws, lengths_only,
     )  # fmt: skip
     failures: list[str] = []
     status = guarded(lambda: failures.extend(check.run(settings)))

@@ -209,7 +209,7 @@ def _measured(draft: Draft) -> tuple[str, ...]:
     for path in sorted(SERVED.glob(f"{draft.name}-llamacpp-*.json")):
         try:
             found = json.loads(path.read_text())
-            if found["draft_digest"] == draft.digest:
+            if found["draft_digest"] == draft.digest and found["plain_seconds"]:
                 where = (
                     f"{found['engine_version']}, target in {found['precision']}, {found['threads']} threads"
                 )

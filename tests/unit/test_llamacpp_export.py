@@ -191,6 +191,7 @@ def test_the_card_tells_what_was_measured_of_this_very_draft(digest, told, draft
         "precision": "f16",
         "threads": 2,
         "advice": "do not draft here: slow",
+        "plain_seconds": 0.02,
         "fastest": "the fastest of its ways is ngram-simple",
     }
     write_json("reports/serve/dspark-llamacpp-f16.json", found | {"draft_digest": digest or draft.digest})

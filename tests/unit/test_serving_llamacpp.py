@@ -372,6 +372,17 @@ def test_a_check_writes_ways_costs_advice_and_law(project, monkeypatch):
     assert {server.model.name for server in asked} == {f"target-{project.target.digest[:12]}-f16.gguf"}
 
 
+def test_lengths_alone_need_two_servers(project, monkeypatch):
+    asked = play(monkeypatch, accepted=0)
+    done = check("--lengths-only", "--draws", "0")
+    record = LlamaCppRecord.read("reports/serve/dspark-llamacpp-f16.json")
+    assert done.exit_code == 0, done.output
+    assert [server.kind for server in asked] == ["", "draft-dspark"]
+    assert [way.name for way in record.ways] == ["plain", "draft-dspark, 3"]
+    assert record.plain_seconds is None and record.passes == record.expected == []
+    assert record.advice == "costs were not measured" and record.ratio_accepted_length is not None
+
+
 def test_an_engine_that_samples_another_law_with_the_draft_fails(project, monkeypatch):
     play(monkeypatch, accepted=0, law_with_draft=(0.75, 0.15, 0.1))
     done = check("--draws", "100")

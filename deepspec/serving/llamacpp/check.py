@@ -60,7 +60,7 @@ OWN = ("ngram-simple", "ngram-mod", "ngram-cache")  # llama.cpp's lookups
 BEFORE = OWN[0]  # the one that is also asked before the draft
 PLAIN = "plain"
 HERE = "DeepSpec"
-TIMED = 16  # tokens of an answer by which passes are timed
+TIMED = 12  # tokens of an answer by which passes are timed
 MATCH = 1  # tokens that the lookup of timed passes looks for: so few that it nearly always drafts
 CUT = 0.5  # confidence below which the draft is cut in some of the ways
 PILOT = 64  # answers of our engine to each question, from which follows how many are drawn
@@ -96,6 +96,7 @@ class Setting:
     environment: Environment
     model: Path
     precision: str
+    lengths_only: bool
 
 
 def run(settings: Settings, params: Params) -> list[str]:
@@ -154,7 +155,7 @@ def _here(
             raise DeepSpecError(f"{TARGET}: {refusal}") from None
     questions = None if settings.draws == 0 else _questions(target, settings.draws)
     about = conditions(target, settings, work, LlamaCpp.timing)
-    return found, Setting(work, questions, about, environment, model, precision)
+    return found, Setting(work, questions, about, environment, model, precision, settings.lengths_only)
 
 
 def _own_ways(target: Target, drafter: Drafter, tokens: int) -> dict[str, Decode]:
@@ -184,11 +185,16 @@ def _measure(loaded: Loaded, setting: Setting) -> LlamaCppRecord:
     cache = "f32" if precision == "f32" else "f16"
     plain = Server(setting.model, setting.work.max_length + TIMED, threads, cache=cache)
     drafting = replace(plain, kind=draft.config["method"], draft=loaded.file, tokens=draft.tokens)
-    cost = _costs(plain, drafting, setting)
-    expected = costs.choices(cost, sum((one.counts for one in loaded.own), Counts()))
-    said = costs.advice(expected, cost)
-    logger.info("%s, llama.cpp, target in %s: %s", draft.name, precision, said)
-    answers, law_found = _answers(plain, drafting, loaded.ways, setting)
+    cost: costs.Costs | None = None
+    expected: list[costs.Choice] = []
+    said = "costs were not measured"
+    if not setting.lengths_only:
+        cost = _costs(plain, drafting, setting)
+        expected = costs.choices(cost, sum((one.counts for one in loaded.own), Counts()))
+        said = costs.advice(expected, cost)
+        logger.info("%s, llama.cpp, target in %s: %s", draft.name, precision, said)
+    own = {} if setting.lengths_only else loaded.ways
+    answers, law_found = _answers(plain, drafting, own, setting)
     drafted = answers[_name(drafting)]
     check_target(drafted, loaded.own, "llama.cpp")
     measured = Measured(list(setting.work.prompts), drafted, [answers[PLAIN]], loaded.own)
@@ -201,14 +207,14 @@ def _measure(loaded: Loaded, setting: Setting) -> LlamaCppRecord:
         precision=precision,
         draft_file=loaded.file.name,
         threads=threads,
-        passes=_in_seconds(cost.passes, cost.plain),
-        rounds=_in_seconds(cost.rounds, cost.plain),
-        plain_seconds=cost.plain,
+        passes=_in_seconds(cost.passes, cost.plain) if cost else [],
+        rounds=_in_seconds(cost.rounds, cost.plain) if cost else [],
+        plain_seconds=cost.plain if cost else None,
         expected=[
             Expected(drafted=c.drafted, tau=c.tau, speedup=c.speedup, speedup_ci95=c.bounds) for c in expected
         ],
         advice=said,
-        fastest=_fastest([way for way in ways if way.name != PLAIN and way.name not in loaded.ways]),
+        fastest=_fastest([way for way in ways if way.name != PLAIN and way.name not in own]),
         ways=ways,
         law=law_found,
     )
@@ -267,7 +273,7 @@ def _answers(
     plain: Server, drafting: Server, own: dict[str, Decode], setting: Setting
 ) -> tuple[dict[str, list[Answer]], Law | None]:
     """Answer every prompt in every way, the order turned by one from prompt to prompt; then sample with and without."""
-    work, servers = setting.work, _ways(plain, drafting)
+    work, servers = setting.work, [plain, drafting] if setting.lengths_only else _ways(plain, drafting)
     with _clients(setting) as client:
         clients = {_name(server): client(server) for server in servers}
         for one in clients.values():

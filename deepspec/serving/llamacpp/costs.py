@@ -22,7 +22,7 @@ from deepspec.errors import DeepSpecError
 from deepspec.evaluation.parts import Bounds
 from deepspec.serving.protocols import Counts, Turn
 
-TURNS = 9
+TURNS = 7
 LEAST = 3  # turns in which a length was seen
 RESAMPLES = 1000
 Ask = Callable[[], Sequence[Turn]]  # a short answer of one server

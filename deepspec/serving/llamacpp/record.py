@@ -60,7 +60,9 @@ class LlamaCppRecord(ServingRecord):
     threads: int = Field(description="threads of the server")
     passes: list[Cost] = Field(description="what a pass over so many tokens takes")
     rounds: list[Cost] = Field(description="what a round that drafts so many takes")
-    plain_seconds: float = Field(description="median seconds of a plain pass while the costs were measured")
+    plain_seconds: float | None = Field(
+        description="median seconds of a plain pass while the costs were measured; null where they were not"
+    )
     expected: list[Expected] = Field(description="what each length should gain")
     advice: str = Field(description="whether to draft, and how many, said before the answers were timed")
     fastest: str = Field(description="the fastest of llama.cpp's ways as measured, or that none gains")

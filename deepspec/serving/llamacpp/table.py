@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from deepspec.evaluation.parts import Bounds
 from deepspec.serving.llamacpp.record import Cost, LlamaCppRecord
 from deepspec.serving.table import console
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 
 def show(record: LlamaCppRecord) -> None:
@@ -14,17 +19,8 @@ def show(record: LlamaCppRecord) -> None:
     printer = console()
     where = f"{record.engine_version}, target in {record.precision}, {record.threads} threads"
     printer.print(f"{record.drafter}: {where}", highlight=False, soft_wrap=True)
-    printer.print(f"a plain pass takes {1000 * record.plain_seconds:.1f} ms", highlight=False)
-    grid = Table(title="costs in plain passes")
-    for i, column in enumerate(("n", "pass over n", "round that drafts n", "expected × plain")):
-        grid.add_column(column, justify="right" if i else "left")
-    passes, rounds = ({cost.tokens: cost for cost in costs} for costs in (record.passes, record.rounds))
-    gains = {choice.drafted: choice for choice in record.expected}
-    for n in sorted({*passes, *rounds}):
-        gain = gains.get(n)
-        told = _times(gain.speedup, gain.speedup_ci95) if gain else "–"
-        grid.add_row(str(n), _cost(passes.get(n)), _cost(rounds.get(n)), told)
-    printer.print(grid)
+    if record.plain_seconds is not None:
+        _show_costs(record, printer, record.plain_seconds)
     ways = Table(title="greedy, interleaved")
     for i, column in enumerate(
         ("way", "tokens/s", "× plain (95 %)", "tokens a pass", "drafted a pass", "same text")
@@ -47,6 +43,22 @@ def show(record: LlamaCppRecord) -> None:
         seen = f"{law.change:g} of the second tokens moved onto one are seen with probability {law.power:.2f}"
         told = f"{said} ({law.prompts} questions, {law.draws} answers each way: {seen})"
         printer.print(told, highlight=False, soft_wrap=True)
+
+
+def _show_costs(record: LlamaCppRecord, printer: Console, plain: float) -> None:
+    from rich.table import Table
+
+    printer.print(f"a plain pass takes {1000 * plain:.1f} ms", highlight=False)
+    grid = Table(title="costs in plain passes")
+    for i, column in enumerate(("n", "pass over n", "round that drafts n", "expected × plain")):
+        grid.add_column(column, justify="right" if i else "left")
+    passes, rounds = ({cost.tokens: cost for cost in costs} for costs in (record.passes, record.rounds))
+    gains = {choice.drafted: choice for choice in record.expected}
+    for n in sorted({*passes, *rounds}):
+        gain = gains.get(n)
+        told = _times(gain.speedup, gain.speedup_ci95) if gain else "–"
+        grid.add_row(str(n), _cost(passes.get(n)), _cost(rounds.get(n)), told)
+    printer.print(grid)
 
 
 def _cost(cost: Cost | None) -> str:
