@@ -25,7 +25,7 @@ from deepspec.serving.llamacpp.environment import Environment
 from deepspec.serving.llamacpp.launch import Server, serving
 from deepspec.serving.llamacpp.record import LlamaCppRecord
 from deepspec.serving.protocols import Counts, Prompt, Turn
-from deepspec.target.model import load_target
+from deepspec.target.model import Target, load_target
 from tests.engines import FakeEngine
 from tests.exporting import LAYERS, make_draft
 from tests.tiny import cached_target
@@ -431,20 +431,25 @@ def llama_cpp():
     return found or pytest.skip("llama.cpp is not set up; deepspec serve-check --engine llamacpp does it")
 
 
+def exported_pair(kind: str, place: Path) -> tuple[Target, Server, Server]:
+    """A random target and an untrained draft of it in float32, and how llama.cpp serves the one and both."""
+    target = load_target(cached_target(layers=LAYERS), dtype="float32")
+    draft = make_draft(place, target, kind)
+    record = export(draft, ["llamacpp"], place / "exports", Options("f32", with_target=True))
+    assert record["passed"], record["engines"]["llamacpp"]
+    files = place / "exports" / "llamacpp"
+    plain = Server(files / "target-f32.gguf", 256, 1, cache="f32")
+    file = files / "draft-f32.gguf"
+    return target, plain, replace(plain, kind=draft_kind(file), draft=file, tokens=draft.block_size)
+
+
 @pytest.mark.engine
 @pytest.mark.parametrize("kind", ["dspark", "dflash", "eagle3", "lm"])
 def test_the_pinned_wheel_loads_every_kind_of_draft_and_drafts_with_it(
     llama_cpp, kind, tmp_path, monkeypatch
 ):
     monkeypatch.chdir(tmp_path)
-    target = load_target(cached_target(layers=LAYERS), dtype="float32")
-    draft = make_draft(tmp_path, target, kind)
-    record = export(draft, ["llamacpp"], tmp_path / "exports", Options("f32", with_target=True))
-    assert record["passed"], record["engines"]["llamacpp"]
-    place = tmp_path / "exports" / "llamacpp"
-    plain = Server(place / "target-f32.gguf", 256, 1, cache="f32")
-    file = place / "draft-f32.gguf"
-    drafting = replace(plain, kind=draft_kind(file), draft=file, tokens=draft.block_size)
+    target, plain, drafting = exported_pair(kind, tmp_path)
     prompt = Prompt("task", "", target.chat_ids([{"role": "user", "content": "Count to ten."}]))
     (ours,) = generate(target, None, prompt.ids, max_new_tokens=24)
     for server, drafted in ((plain, False), (drafting, True)):
@@ -462,3 +467,24 @@ def test_llama_cpp_accepts_what_our_engine_accepts(llama_cpp, project):
     record = LlamaCppRecord.read("reports/serve/dspark-llamacpp-f32.json")
     assert record.outputs.plain_vs_ours.identical == 2, done.output
     assert record.ratio_accepted_length == pytest.approx(1, abs=0.03)
+
+
+@pytest.mark.engine
+def test_a_law_that_is_changed_in_llama_cpp_is_seen(llama_cpp, tmp_path, monkeypatch):
+    """The random target's law is flat, so what is planted is a server with a draft that samples at another temperature."""
+    monkeypatch.chdir(tmp_path)
+    target, plain, drafting = exported_pair("dspark", tmp_path)
+    asked = ("Count to ten.", "Name a colour.")
+    prompts = [Prompt("law", "", target.chat_ids([{"role": "user", "content": text}])) for text in asked]
+
+    def second(client, temperature, odd):
+        drawn = [
+            [client.sample(prompt, 6, 1 + 2 * i + odd, temperature) for i in range(100)] for prompt in prompts
+        ]
+        return law.second_tokens(drawn)
+
+    with serving(llama_cpp, plain, "plain") as one, serving(llama_cpp, drafting, "draft") as other:
+        without = second(LlamaCpp(one, target.stop_ids), 1.0, 0)
+        drafted = LlamaCpp(other, target.stop_ids)
+        assert law.p_value(without, second(drafted, 1.0, 1)) >= law.LEVEL
+        assert law.p_value(without, second(drafted, 0.25, 1)) < law.LEVEL
