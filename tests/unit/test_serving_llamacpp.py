@@ -471,7 +471,7 @@ def test_llama_cpp_accepts_what_our_engine_accepts(llama_cpp, project):
 
 @pytest.mark.engine
 def test_a_law_that_is_changed_in_llama_cpp_is_seen(llama_cpp, tmp_path, monkeypatch):
-    """The random target's law is flat, so what is planted is a server with a draft that samples at another temperature."""
+    """The random law is flat: what is planted is another temperature in the server with the draft."""
     monkeypatch.chdir(tmp_path)
     target, plain, drafting = exported_pair("dspark", tmp_path)
     asked = ("Count to ten.", "Name a colour.")
