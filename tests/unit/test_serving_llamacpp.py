@@ -340,6 +340,8 @@ def play(monkeypatch, accepted: int, law_with_draft=Sampling.law) -> list[Server
             engine.law = law_with_draft if server.draft else Sampling.law
             yield engine.url
 
+    monkeypatch.setattr(costs, "TURNS", costs.LEAST)
+    monkeypatch.setattr("deepspec.serving.llamacpp.check.PILOT", 16)
     monkeypatch.setattr("deepspec.serving.llamacpp.check.serving", played)
     monkeypatch.setattr(
         "deepspec.serving.llamacpp.check.find_or_set_up", lambda: Environment("xllamacpp 1", "")
