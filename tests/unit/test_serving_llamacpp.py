@@ -219,6 +219,7 @@ def test_a_llama_server_of_ones_own_gets_the_same_as_flags():
     words = " ".join(replace(DRAFT, least=0.5, cache="f32").flags(8080))
     for flags in (
         "--spec-type draft-dspark", "--spec-draft-n-max 5 --spec-draft-p-min 0.5", "-ctk f32 -ctv f32", "--port 8080",
+        "--fit off --cache-ram 0",
         f"-md {Path('draft.gguf').resolve()}",
     ):  # fmt: skip
         assert flags in words

@@ -65,6 +65,10 @@ class Server:
             "--port",
             str(port),
             "--no-webui",
+            "--fit",
+            "off",
+            "--cache-ram",
+            "0",
         ]
         if self.draft:
             found += ["-md", str(self.draft.resolve())]
