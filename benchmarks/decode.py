@@ -4,8 +4,9 @@
 
 Our plain decoding; our engine with each drafter (n-gram lookup, suffix lookup, the given ones, and those behind the
 suffix lookup), controller and tree; Hugging Face's generate plain, with its prompt lookup and with an assistant model;
-llama.cpp through llama-cpp-python, on the GGUF file that an embedded target came from, plain and with its prompt
-lookup. All of them decode greedily with the same number of threads.
+llama.cpp (the pinned wheel, or the server that $DEEPSPEC_LLAMA_SERVER names), plain and with its own lookups, on the
+same weights: in bfloat16, and in 4 bits on the GGUF file that an embedded target came from. All of them decode greedily
+with the same number of threads.
 
 Seconds are wall-clock time of the whole call less the time in which the same engine makes the first token alone,
 without a draft: that takes the prefill off alike on all sides (`deepspec/evaluation/timing.py`). Intervals are 95 %,
@@ -18,6 +19,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -43,7 +45,7 @@ from benchmarks.rivals import (
     LlamaCpp,
     check_idle_threads,
     embedded_gguf,
-    llama_cpp_python,
+    llama_cpp,
 )
 from deepspec.commands.profile import read_bandwidth, weight_bytes
 from deepspec.decoding.drafter import Drafter
@@ -58,10 +60,13 @@ from deepspec.drafters.load import load_drafter
 from deepspec.drafters.lookup_first import LookupFirst
 from deepspec.entry import guarded, quiet_environment
 from deepspec.errors import DeepSpecError, nearest
+from deepspec.export.gguf_model import write_target
+from deepspec.files import replacing
 from deepspec.journal import WorkLog
 from deepspec.target.model import WEIGHTS, Target, load_target
 
-LLAMA_CPP_ENV = Path(".deepspec/llama-cpp")
+GGUF = Path(".deepspec/llama-cpp")  # where its files are
+ROOM = 64  # tokens of llama.cpp's context behind an answer's end, for drafts
 OPTIONS = {"fixed": ("length", int), "threshold": ("least", float)}  # what follows a controller's colon
 FirstToken = dict[str, Callable[[list[int]], Any]]
 
@@ -88,23 +93,25 @@ def run(flags: argparse.Namespace) -> None:
         first_token[weights] = lambda ids, ours=ours: generate(ours, None, ids, max_new_tokens=1)
     if not flags.no_hf:
         configs += hugging_face(target, flags.weights, flags.assistant, first_token)
-    llama = None
-    if flags.llama_cpp or flags.llama_cpp_env:
-        llama, gguf = start_llama_cpp(target, prompts, flags)
-        configs += llama_cpp(llama, gguf, target, flags.weights, first_token)
-    log = WorkLog(WORK_DIR / f"decode-{_key(target, prompts, configs, flags)}.jsonl")
-    runs, bandwidths = interleave(
-        configs,
-        first_token,
-        prompts,
-        flags.max_new_tokens,
-        log,
-        lambda: read_bandwidth(target.device, repeats=3),
-    )
-    data = figures(configs, runs, prompts, bandwidths)
-    if llama:
-        data["idle_cpu"] = llama.idle_cpu()
-        llama.close()
+    with ExitStack() as stack:
+        llama, version = None, None
+        if flags.llama_cpp:
+            models = llama_cpp_models(target, flags)
+            context = max(len(prompt.ids) for prompt in prompts) + flags.max_new_tokens + ROOM
+            llama, version = stack.enter_context(llama_cpp(models, context, target.stop_ids))
+            configs += llama_cpp_configs(llama, models, first_token)
+        log = WorkLog(WORK_DIR / f"decode-{_key(target, prompts, configs, flags)}.jsonl")
+        runs, bandwidths = interleave(
+            configs,
+            first_token,
+            prompts,
+            flags.max_new_tokens,
+            log,
+            lambda: read_bandwidth(target.device, repeats=3),
+        )
+        data = figures(configs, runs, prompts, bandwidths)
+        if llama:
+            data |= {"idle_cpu": llama.idle_cpu(), "llama_cpp": version}
     write_report(flags.output, "decode", "Decoding one request", body(data), data, target)
     log.remove()
 
@@ -197,35 +204,36 @@ def hugging_face(
     ]
 
 
-def start_llama_cpp(
-    target: Target, prompts: Sequence[Prompt], flags: argparse.Namespace
-) -> tuple[LlamaCpp, Path]:
+def llama_cpp_models(target: Target, flags: argparse.Namespace) -> dict[str, Path]:
+    """Return the target as GGUF by our names of the weights: dense in bfloat16, int4 as it was published."""
     if target.device.type != "cpu":
         raise DeepSpecError("llama.cpp is compared on a CPU; run this benchmark on one, or without it")
-    environment = Path(flags.llama_cpp_env or LLAMA_CPP_ENV)
-    python = llama_cpp_python(environment, build=flags.llama_cpp)
-    gguf = Path(flags.gguf) if flags.gguf else embedded_gguf(target, LLAMA_CPP_ENV)
-    context = max(len(prompt.ids) for prompt in prompts) + flags.max_new_tokens + 2 * LOOKUP_TOKENS
-    return LlamaCpp(python, gguf, torch.get_num_threads(), context), gguf
+    models = {}
+    if "dense" in flags.weights:
+        models["dense"] = GGUF / f"{target.digest[:12]}-bf16.gguf"
+        if not models["dense"].exists():
+            GGUF.mkdir(parents=True, exist_ok=True)
+            with replacing(models["dense"]) as scratch:
+                write_target(target, "bf16", scratch)
+    if "int4" in flags.weights:
+        models["int4"] = Path(flags.gguf) if flags.gguf else embedded_gguf(target, GGUF)
+    return models
 
 
-def llama_cpp(
-    engine: LlamaCpp, gguf: Path, target: Target, weights: Sequence[str], first_token: FirstToken
+def llama_cpp_configs(
+    engine: LlamaCpp, models: dict[str, Path], first_token: FirstToken
 ) -> list[DecodingConfig]:
-    """Its plain decoding and its own lookup, compared with our quantised plain decoding where that is measured.
-
-    The two are loaded apart, and with a draft it computes the prompt's logits too: each has its own prefill.
-    """
-    reference = f"{'int4' if 'int4' in weights else weights[0]}: plain"
+    """Every way of llama.cpp's, compared with our plain decoding on the same weights; each has its own prefill."""
     configs = []
-    for mode, name in (("plain", "plain"), ("lookup", "prompt lookup")):
-        runtime = f"llama.cpp: {name}"
+    for way in engine.clients:
+        weights, runtime = way.partition(",")[0], f"llama.cpp: {way}"
 
-        def decode(ids: list[int], max_new_tokens: int, mode: str = mode) -> Answer:
-            return engine.decode(mode, ids, max_new_tokens, target.stop_ids)
+        def decode(ids: list[int], max_new_tokens: int, way: str = way) -> Answer:
+            return engine.decode(way, ids, max_new_tokens)
 
         first_token[runtime] = lambda ids, decode=decode: decode(ids, 1)
-        configs.append(DecodingConfig(runtime, runtime, reference, decode, gguf.stat().st_size))
+        size = models[weights].stat().st_size
+        configs.append(DecodingConfig(runtime, runtime, f"{weights}: plain", decode, size))
     return configs
 
 
@@ -270,12 +278,11 @@ def arguments() -> argparse.ArgumentParser:
     add("--threads", type=int, help="of every engine (default: torch's)")
     add("--no-hf", action="store_true", help="leave Hugging Face's generate out")
     add("--assistant", metavar="DIR", help="a smaller model for Hugging Face's assisted generation")
-    add("--llama-cpp", action="store_true", help="compare llama.cpp; builds it once in its own environment")
-    add("--llama-cpp-env", metavar="DIR", help=f"where that environment is (default {LLAMA_CPP_ENV})")
+    add("--llama-cpp", action="store_true", help="compare llama.cpp; sets it up once in its own environment")
     add(
         "--gguf",
         metavar="FILE",
-        help="the target's weights for llama.cpp (default: the embedded target's own file)",
+        help="the target in 4 bits for llama.cpp (default: the embedded target's own file)",
     )
     add("--output", type=Path, default=REPORTS, help="folder of the report (default %(default)s)")
     return parser

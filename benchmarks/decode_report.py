@@ -68,15 +68,18 @@ def _figures(
 
 
 def _duels(configs: Sequence[DecodingConfig], runs: Mapping[str, Sequence[Run]]) -> list[dict[str, Any]]:
-    """The fastest of ours against the fastest of each other engine on the same weights, by the same reference."""
+    """The fastest of ours against the fastest of each other engine, and plain against plain, on the same weights."""
     duels = []
     for engine in ("Hugging Face", "llama.cpp"):
         theirs = [config for config in configs if config.name.startswith(engine)]
-        if theirs:
-            weights = theirs[0].reference.partition(":")[0]
+        for reference in dict.fromkeys(config.reference for config in theirs):
+            weights = reference.partition(":")[0]
             ours = [config for config in configs if config.runtime == weights]
-            a, b = (max(side, key=lambda config: rate(runs[config.name])).name for side in (ours, theirs))
-            duels.append({"ours": a, "theirs": b, "ratio": _interval(compared(runs[a], runs[b]))})
+            rivals = [config for config in theirs if config.reference == reference]
+            best = [max(side, key=lambda config: rate(runs[config.name])).name for side in (ours, rivals)]
+            plain = [reference, next(config.name for config in rivals if config.name.endswith("plain"))]
+            for a, b in (plain, best):
+                duels.append({"ours": a, "theirs": b, "ratio": _interval(compared(runs[a], runs[b]))})
     return duels
 
 
@@ -122,22 +125,22 @@ def body(data: dict[str, Any]) -> str:
         markdown_table(("× plain", *sources), by_source, "tn"),
     ]
     if duels:
-        lines += ["", "The fastest of each side on these prompts:", "", *duels]
+        lines += ["", "Plain against plain and the fastest of each side on these prompts:", "", *duels]
     return "\n".join(lines)
 
 
 def _notes(data: dict[str, Any]) -> str:
     bandwidth = "{:.1f} GB/s (median; {:.1f} – {:.1f})".format(*(b / 1e9 for b in data["read_bandwidth"]))
     notes = (
-        "× plain: our plain decoding on the same weights (of Hugging Face: dense; of llama.cpp: int4, where measured). "
+        "× plain: our plain decoding on the same weights (of Hugging Face: dense). "
         "A pass is one of the target's with all that belongs to it; the floor is the time in which memory delivers its "
         f"weights once, at the {bandwidth} measured between the runs. Same answers: prompts with exactly the plain "
         "run's tokens."
     )
     if idle := data.get("idle_cpu"):
         notes += (
-            f" While the other side worked, llama.cpp used {idle['llama_cpp']:.3f} of a core and this process "
-            f"{idle['deepspec']:.3f}."
+            f" llama.cpp: {data['llama_cpp']}. While the other side worked, it used {idle['llama_cpp']:.3f} of a core "
+            f"and this process {idle['deepspec']:.3f}."
         )
     return notes
 

@@ -1,16 +1,18 @@
-"""The other engines of `benchmarks/decode.py`: Hugging Face's `generate` here, llama.cpp in a process of its own."""
+"""The other engines of `benchmarks/decode.py`: Hugging Face's `generate` here, llama.cpp in servers of its own."""
 
 from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 import tempfile
 import time
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
@@ -18,13 +20,15 @@ from transformers.utils import logging as transformers_logging
 from benchmarks.common import Answer
 from deepspec.errors import DeepSpecError
 from deepspec.files import file_digest
+from deepspec.serving.llamacpp.check import OWN
+from deepspec.serving.llamacpp.client import LlamaCpp as Client
+from deepspec.serving.llamacpp.environment import described, find_or_set_up
+from deepspec.serving.llamacpp.launch import Server, serving
 from deepspec.target.embedded import EMBEDDED, PREFIX, fetch
 from deepspec.target.identity import RECORD
 from deepspec.target.model import Target
 
-LLAMA_CPP = "llama-cpp-python==0.3.36"
-LOOKUP_TOKENS = 10  # proposed by the prompt lookup of either engine
-WORKER = Path(__file__).with_name("llama_cpp.py")
+LOOKUP_TOKENS = 10  # proposed by Hugging Face's prompt lookup
 
 
 class HuggingFace:
@@ -83,56 +87,63 @@ def _causal_lm(directory: str, target: Target) -> Any:
 
 
 class LlamaCpp:
-    """llama.cpp behind its Python binding, kept alive so that its runs interleave with ours.
+    """llama.cpp's servers, a way of decoding each, alive together so that their runs interleave with ours.
 
-    It takes turns with this process on the same cores. An OpenMP thread spins for a while after its work before it
+    They take turns with this process on the same cores. An OpenMP thread spins for a while after its work before it
     sleeps: by default libgomp gives up within a few milliseconds, but OMP_WAIT_POLICY=active would make the idle side
     take the cores of the other (`check_idle_threads`). `idle_cpu` shows that it did not.
     """
 
-    def __init__(self, python: Path, gguf: Path, threads: int, context: int):
-        flags = {"gguf": gguf, "threads": threads, "context": context, "draft-tokens": LOOKUP_TOKENS}
-        command = [str(python), "-I", str(WORKER), *(f"--{key}={value}" for key, value in flags.items())]
-        self.errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 -- it lives as long as the worker
-        self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors, text=True
-        )
-        self._answer()
-        self.began = time.perf_counter()
-        self.its_turns_s = self.its_idle_cpu_s = self.our_idle_cpu_s = 0.0
+    def __init__(self, addresses: dict[str, str], stop_ids: frozenset[int]):
+        self.clients = {way: Client(address, sorted(stop_ids)) for way, address in addresses.items()}
+        self.began, self.its_cpu_s = time.perf_counter(), self._cpu_s()
+        self.its_turns_s = self.its_turns_cpu_s = self.our_idle_cpu_s = 0.0
 
-    def decode(self, mode: str, ids: list[int], max_new_tokens: int, stop_ids: frozenset[int]) -> Answer:
-        """`mode`: "plain" or "lookup"."""
-        began, cpu = time.perf_counter(), time.process_time()
-        ask = {"mode": mode, "ids": ids, "max_new_tokens": max_new_tokens, "stop_ids": sorted(stop_ids)}
-        print(json.dumps(ask), file=self.process.stdin, flush=True)
-        answer = self._answer()
+    def decode(self, way: str, ids: list[int], max_new_tokens: int) -> Answer:
+        began, cpu, its = time.perf_counter(), time.process_time(), self._cpu_s()
+        tokens, passes = self.clients[way].greedy(ids, max_new_tokens)
         self.its_turns_s += time.perf_counter() - began
         self.our_idle_cpu_s += time.process_time() - cpu
-        self.its_idle_cpu_s += answer["idle_cpu_s"]
-        return Answer(answer["tokens"], answer["passes"])
+        self.its_turns_cpu_s += self._cpu_s() - its
+        return Answer(tokens, passes)
 
     def idle_cpu(self) -> dict[str, float]:
         """Share of a core that either side used on the other one's turns."""
         our_turns_s = time.perf_counter() - self.began - self.its_turns_s
         return {
-            "llama_cpp": self.its_idle_cpu_s / our_turns_s,
+            "llama_cpp": (self._cpu_s() - self.its_cpu_s - self.its_turns_cpu_s) / our_turns_s,
             "deepspec": self.our_idle_cpu_s / max(self.its_turns_s, 1e-9),
         }
 
-    def close(self) -> None:
-        self.process.stdin.close()
-        self.process.wait()
+    def _cpu_s(self) -> float:
+        """CPU seconds of this process's children so far."""
+        times = [child.cpu_times() for child in psutil.Process().children(recursive=True)]
+        return sum(each.user + each.system for each in times)
 
-    def _answer(self) -> dict:
-        line = self.process.stdout.readline()
-        if not line:
-            status = self.process.wait()
-            self.errors.seek(0)
-            raise DeepSpecError(
-                f"the llama.cpp worker ended with status {status}: {_last_line(self.errors.read())}"
-            )
-        return json.loads(line)
+
+@contextmanager
+def llama_cpp(
+    models: Mapping[str, Path], context: int, stop_ids: frozenset[int]
+) -> Iterator[tuple[LlamaCpp, str]]:
+    """Serve each model plainly and with each of llama.cpp's own lookups; yield them, and llama.cpp's version.
+
+    Args:
+        models: GGUF files by the name of their weights; a way is called `<weights>, plain` or `<weights>, ngram-…`.
+        context: tokens of a prompt and its answer.
+
+    Raises:
+        DeepSpecError: llama.cpp cannot be had, or does not serve a model.
+    """
+    environment = find_or_set_up()
+    with ExitStack() as stack:
+        addresses = {}
+        for weights, model in models.items():
+            plain = Server(model, context, torch.get_num_threads())
+            for kind in ("", *OWN):
+                way = f"{weights}, {kind or 'plain'}"
+                log = way.replace(", ", "-")
+                addresses[way] = stack.enter_context(serving(environment, replace(plain, kind=kind), log))
+        yield LlamaCpp(addresses, stop_ids), described(environment)
 
 
 def check_idle_threads() -> None:
@@ -141,41 +152,6 @@ def check_idle_threads() -> None:
         raise DeepSpecError(
             "OMP_WAIT_POLICY=active lets an idle engine take the cores of the measured one: unset it"
         )
-
-
-def llama_cpp_python(folder: Path, build: bool) -> Path:
-    """The interpreter of llama.cpp's virtual environment in `folder`, which `build` makes where it is missing.
-
-    Raises:
-        DeepSpecError: it is missing or of another version, or the build failed.
-    """
-    python = folder / "bin" / "python"
-    if _installed(python):
-        return python
-    if not build:
-        raise DeepSpecError(f"{folder}: no environment with {LLAMA_CPP}; --llama-cpp builds one")
-    print(f"building {LLAMA_CPP} in {folder}: some minutes, once", file=sys.stderr, flush=True)
-    for command in (
-        [sys.executable, "-m", "venv", str(folder)],
-        [str(python), "-m", "pip", "install", "--quiet", LLAMA_CPP],
-    ):
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode:
-            raise DeepSpecError(f"cannot build {LLAMA_CPP}: {_last_line(done.stderr)}")
-    return python
-
-
-def _last_line(text: str) -> str:
-    return (text.strip().splitlines() or ["no output"])[-1]
-
-
-def _installed(python: Path) -> bool:
-    name, _, version = LLAMA_CPP.partition("==")
-    code = f"from importlib.metadata import version; raise SystemExit(version({name!r}) != {version!r})"
-    return (
-        python.exists()
-        and not subprocess.run([str(python), "-I", "-c", code], capture_output=True).returncode
-    )
 
 
 def embedded_gguf(target: Target, folder: Path) -> Path:

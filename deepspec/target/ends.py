@@ -99,6 +99,13 @@ class Ends(Templated, ABC):
         """h_last [..., d] → logits [..., vocab] in the target's dtype."""
         return self.head_transform(self._head(hidden))
 
+    @torch.inference_mode()
+    def log_norm(self, hidden: Tensor) -> Tensor:
+        """h_last [n, d] → float32 [n], the log-normaliser of the law, in chunks."""
+        native = self._head.native if self.head_transform.plain else None
+        log_norm = native.log_norm if native else lambda part: self.logits(part).float().logsumexp(-1)
+        return torch.cat([log_norm(part) for part in hidden.split(256)])
+
     @property
     def precision(self) -> str:
         """How it computes, for records: "bfloat16", or "int4 weights, bfloat16"."""

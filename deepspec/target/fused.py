@@ -208,7 +208,7 @@ class FusedLayer(nn.Module):
         self.qk_norms = None if norms is None else (_norm(norms[0]), _norm(norms[1]))
 
     @cached_property
-    def _native(self) -> NativeLayer | None:
+    def native(self) -> NativeLayer | None:
         """The layer as one call; None where a part of it is not the kernels'."""
         projections = [
             getattr(part, "native", None) for part in (self.qkv, self.out, self.gate_up, self.down)
@@ -232,14 +232,14 @@ class FusedLayer(nn.Module):
         return NativeLayer(parts) if parts.suits else None
 
     def forward(self, x: Tensor, position_embeddings=None, *, step: ForwardPass, **_) -> Tensor:
-        if step.cache is not None and (native := self._native):
+        if step.cache is not None and (native := self.native):
             rope = step.once("rope", lambda: _rope_operands(position_embeddings))
             return native(self.index, None, x, rope, step)
         return self.block(self.norms[0](x), x, position_embeddings, step)
 
     def block(self, normed: Tensor, x: Tensor, position_embeddings, step: ForwardPass) -> Tensor:
         """Run the layer on what its attention reads, normed [batch, n, ·], and what its residuals add to."""
-        if step.cache is not None and (native := self._native):
+        if step.cache is not None and (native := self.native):
             rope = step.once("rope", lambda: _rope_operands(position_embeddings))
             return native(self.index, normed, x, rope, step)
         batch, n, _ = x.shape

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -278,6 +278,11 @@ class Target(Ends):
         if H_LAST in step.wanted:
             step.features[H_LAST] = hidden
         return hidden
+
+    @property
+    def native(self) -> bool:
+        """Whether every layer is one call of our kernels, so that a pass over packed requests costs no padding."""
+        return self._fused and all(cast(FusedLayer, layer).native for layer in self.layers)
 
     def cache(self, slots: int, owner: object) -> KVCache:
         """Return a KV cache of so many slots, in use while `owner` lives."""

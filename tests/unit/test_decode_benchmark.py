@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import sys
-import types
 from types import SimpleNamespace
 
 import pytest
 
-from benchmarks import decode, llama_cpp, rivals
+from benchmarks import decode, rivals
 from benchmarks.common import Answer, DecodingConfig, Prompt, Run, interleave, load_prompts
 from benchmarks.decode_report import body, figures
 from deepspec.decoding.scheduler import Fixed
@@ -97,7 +95,8 @@ def test_the_report_has_ratios_shares_the_floor_and_a_duel():
     assert draft["shares"] == {"draft_s": 0.25, "verify_s": 0.5, "host_s": 0.25} and native["shares"] is None
     assert plain["times_floor"] == pytest.approx(2.0)  # a pass of 1 s, 1000 bytes at 2000 a second
     assert (plain["same_answers"], draft["same_answers"]) == (2, 1)
-    (duel,) = data["duels"]
+    plain_duel, duel = data["duels"]
+    assert (plain_duel["ours"], plain_duel["theirs"]) == ("dense: plain", "Hugging Face: plain")
     assert (duel["ours"], duel["theirs"]) == ("dense: draft", "Hugging Face: plain")
     assert duel["ratio"][0] == pytest.approx(4.0)
     text = body(json.loads(json.dumps(data)))
@@ -140,7 +139,7 @@ def test_the_benchmark_runs_end_to_end(tiny, tmp_path, monkeypatch, capsys):
         (["--controllers", "fixed:many"], "'many' is not a number"),
         (["--controllers", "patient"], "unknown controller 'patient'"),
         (["--prompts", "nowhere.jsonl"], "nowhere.jsonl"),
-        (["--llama-cpp-env", "nowhere"], "no environment with llama-cpp-python"),
+        (["--weights", "int4", "dense", "--llama-cpp"], "int4 weights go with bfloat16 activations"),
     ],
 )
 def test_a_bad_flag_is_one_line(tiny, tmp_path, monkeypatch, capsys, flags, message):
@@ -168,60 +167,36 @@ def test_a_controller_takes_its_value_after_a_colon():
     assert isinstance(controller, Fixed) and controller.length == 3
 
 
-WORKER = """
-import json, sys
-print(json.dumps({"ready": True}), flush=True)
-for line in sys.stdin:
-    ask = json.loads(line)
-    if not ask["ids"]:
-        raise SystemExit("out of ids")
-    tokens = ask["ids"][::-1][:ask["max_new_tokens"]]
-    passes = len(tokens) if ask["mode"] == "plain" else 1
-    print(json.dumps({"tokens": tokens, "passes": passes, "idle_cpu_s": 0.0}), flush=True)
-"""
+def test_llama_cpp_is_asked_way_by_way_and_its_idle_time_is_told(monkeypatch):
+    asked = []
+
+    class Client:
+        def __init__(self, address, stop_ids):
+            self.address = address
+
+        def greedy(self, ids, tokens):
+            asked.append((self.address, ids, tokens))
+            return ids[::-1][:tokens], 1
+
+    monkeypatch.setattr(rivals, "Client", Client)
+    engine = rivals.LlamaCpp({"int4, plain": "here", "int4, ngram-mod": "there"}, frozenset({0}))
+    assert engine.decode("int4, ngram-mod", [1, 2, 3], 2) == Answer([3, 2], 1)
+    assert asked == [("there", [1, 2, 3], 2)]
+    assert set(engine.idle_cpu()) == {"llama_cpp", "deepspec"} and engine.idle_cpu()["llama_cpp"] >= 0
 
 
-def test_the_llama_cpp_worker_is_asked_line_by_line(tmp_path, monkeypatch):
-    script = tmp_path / "worker.py"
-    script.write_text(WORKER)
-    monkeypatch.setattr(rivals, "WORKER", script)
-    engine = rivals.LlamaCpp(sys.executable, tmp_path / "any.gguf", threads=1, context=64)
-    assert engine.decode("plain", [1, 2, 3], 2, frozenset({0})) == Answer([3, 2], 2)
-    assert engine.decode("lookup", [1, 2, 3], 3, frozenset()) == Answer([3, 2, 1], 1)
-    assert engine.idle_cpu()["llama_cpp"] == 0.0
-    with pytest.raises(DeepSpecError, match="worker ended with status 1: out of ids"):
-        engine.decode("plain", [], 1, frozenset())
-
-
-def test_the_worker_counts_passes_and_stops_at_a_stop_token(monkeypatch):
-    class Llama:
-        """Counts up from the last prompt token, two tokens a pass."""
-
-        def __init__(self, path, draft_model, **options):
-            self.fresh = True
-
-        def reset(self):
-            self.fresh = True
-
-        def eval(self, tokens):
-            pass
-
-        def generate(self, ids, temp):
-            assert temp == 0.0 and self.fresh
-            self.fresh = False
-            token = ids[-1]
-            while True:
-                self.eval([token])
-                for _ in range(2):
-                    token += 1
-                    yield token
-
-    speculative = types.SimpleNamespace(LlamaPromptLookupDecoding=lambda num_pred_tokens: num_pred_tokens)
-    monkeypatch.setitem(sys.modules, "llama_cpp", types.SimpleNamespace(Llama=Llama))
-    monkeypatch.setitem(sys.modules, "llama_cpp.llama_speculative", speculative)
-    model = llama_cpp.Model("any.gguf", 1, 64, draft_tokens=4)
-    assert model.decode([1, 5], 3, stop_ids=[]) == {"tokens": [6, 7, 8], "passes": 2}
-    assert model.decode([1, 5], 9, stop_ids=[7]) == {"tokens": [6, 7], "passes": 1}
+def test_llama_cpp_has_a_configuration_for_each_way_and_its_own_prefill(tmp_path):
+    gguf = tmp_path / "model.gguf"
+    gguf.write_bytes(b"12345")
+    engine = SimpleNamespace(
+        clients={"dense, plain": None, "int4, ngram-mod": None}, decode=lambda *asked: asked
+    )
+    first_token: dict = {}
+    plain, lookup = decode.llama_cpp_configs(engine, {"dense": gguf, "int4": gguf}, first_token)
+    assert (plain.name, plain.reference, plain.step_bytes) == ("llama.cpp: dense, plain", "dense: plain", 5)
+    assert (lookup.name, lookup.reference) == ("llama.cpp: int4, ngram-mod", "int4: plain")
+    assert lookup.decode([7], 9) == ("int4, ngram-mod", [7], 9)
+    assert first_token["llama.cpp: dense, plain"]([7]) == ("dense, plain", [7], 1)
 
 
 def test_a_target_that_is_not_embedded_needs_its_gguf_named(tiny, tmp_path):

@@ -14,9 +14,12 @@ from deepspec.decoding.engine import Engine, generate
 from deepspec.decoding.request import Request, Sampling
 from deepspec.decoding.shapes import BestFirst
 from deepspec.drafters.algorithms.lookup import LookupDrafter
+from deepspec.features.extract import LOG_NORM, Extractor
+from deepspec.features.sequences import Sequence, Sequences
 from deepspec.lineage import code_digest
 from deepspec.target import fused
 from deepspec.target.attention import ForwardPass, KVCache, tree_mask
+from deepspec.target.ends import H_LAST
 from deepspec.target.fused import FusedLayer, Int4Linear, PackedLinear
 from deepspec.target.model import Target, load_target
 from deepspec.target.native import build
@@ -66,6 +69,35 @@ def test_a_weight_comes_back_as_it_was_and_threads_change_nothing():
     assert all(torch.equal(found[0], other) for other in found)
 
 
+@needed
+@pytest.mark.parametrize("out", [16, 100, 5000])
+def test_the_log_normaliser_is_that_of_the_rounded_logits_whatever_the_threads(out):
+    linear, x = PackedLinear(random(out, 64), random(out, seed=1)), random(19, 64, seed=2)
+    assert linear.native is not None
+    found = linear.native.log_norm(x)
+    assert torch.allclose(found, linear(x).float().logsumexp(-1), atol=1e-5)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        assert torch.equal(linear.native.log_norm(x), found)
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(linear.native.log_norm(x[3:4]), found[3:4])
+
+
+@needed
+def test_features_are_the_states_of_decoding_to_the_bit(target):
+    lengths = [40, 7, 25]
+    sequences = Sequences.of(Sequence(list(range(100, 100 + n)), [1] * n, [1] * n) for n in lengths)
+    rows = Extractor(target, sequences, (0, 2)).rows([0, 1, 2])
+    for row, n in zip(rows, lengths, strict=True):
+        passes = Passes(target)
+        alone = torch.stack([passes((0, i, [100 + i]))[0] for i in range(n)])
+        assert torch.equal(row[H_LAST], alone)
+        assert torch.allclose(row[LOG_NORM], target.logits(alone).float().logsumexp(-1), atol=1e-5)
+        assert row[0].shape == row[2].shape == (n, 64)
+
+
 @pytest.fixture(scope="module", params=FAMILIES)
 def target(request) -> Target:
     return load_target(cached_target(request.param), dtype="bfloat16", device="cpu")
@@ -100,7 +132,7 @@ class Passes:
 
 @needed
 def test_a_token_has_the_same_bits_alone_in_a_chain_in_a_tree_and_beside_another_request(target):
-    assert all(isinstance(layer, FusedLayer) and layer._native for layer in target.layers)
+    assert all(isinstance(layer, FusedLayer) and layer.native for layer in target.layers)
     ids = torch.randint(100, 500, (100,), generator=torch.Generator().manual_seed(0)).tolist()
     passes = Passes(target)
     passes((0, 0, ids[:70]))
@@ -125,7 +157,7 @@ def test_passes_are_near_those_of_torch(target, monkeypatch):
     found = torch.cat((ours((0, 0, ids[:80])), ours((0, 80, ids[80:]))))
     monkeypatch.setattr(fused, "can_hold", lambda weight: False)
     plain = load_target(target.source, dtype="bfloat16", device="cpu")
-    assert plain.layers[0]._native is None
+    assert plain.layers[0].native is None
     theirs = Passes(plain)
     expected = torch.cat((theirs((0, 0, ids[:80])), theirs((0, 80, ids[80:]))))
     error = (found - expected).float().norm(dim=-1) / expected.float().norm(dim=-1)

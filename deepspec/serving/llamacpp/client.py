@@ -55,6 +55,13 @@ class LlamaCpp(Client):
         )
         return self._until_stop(self._field(reply, "tokens"))
 
+    def greedy(self, ids: list[int], tokens: int) -> tuple[list[int], int]:
+        """Return at most so many tokens and how many passes of the target gave them, without being told of each one."""
+        body = {**_GREEDY, "stream": False, "timings_per_token": False, "prompt": ids, "n_predict": tokens}
+        reply = self._post("/completion", body)
+        made, timings = self._field(reply, "tokens"), self._field(reply, "timings")
+        return self._until_stop(made), timings["predicted_n"] - (timings.get("draft_n_accepted") or 0)
+
     def _until_stop(self, tokens: list[int]) -> list[int]:
         stop = next((i for i, token in enumerate(tokens) if token in self.stop_ids), None)
         return tokens if stop is None else tokens[: stop + 1]

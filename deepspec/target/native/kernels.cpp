@@ -13,6 +13,7 @@
 #include <omp.h>
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
@@ -159,27 +160,82 @@ inline void over_tokens(const Matrix& m, const bf16* x, const float* sums, long 
   }
 }
 
-// x Wᵀ of the blocks of outputs that are this thread's; `put` takes (token, block, 16 sums).
+// x Wᵀ of some blocks of outputs; `put` takes (token, block, 16 sums).
 template <class Put>
-void product(const Matrix& m, const bf16* x, long tokens, int thread, int threads, Put put) {
-  const float* sums = group_sums(m, x, tokens);
-  const long blocks = m.blocks(), end = blocks * (thread + 1) / threads;
-  long block = blocks * thread / threads;
+void over_blocks(const Matrix& m, const bf16* x, const float* sums, long tokens, long block, long end, Put& put) {
   if (m.bits == 16)  // in 4 bits each output needs twice the registers
     for (; block + 4 <= end; block += 4) over_tokens<4>(m, x, sums, tokens, block, put);
   for (; block + 2 <= end; block += 2) over_tokens<2>(m, x, sums, tokens, block, put);
   for (; block < end; ++block) over_tokens<1>(m, x, sums, tokens, block, put);
 }
 
+// Those that are this thread's.
+template <class Put>
+void product(const Matrix& m, const bf16* x, long tokens, int thread, int threads, Put put) {
+  const long blocks = m.blocks();
+  over_blocks(m, x, group_sums(m, x, tokens), tokens, blocks * thread / threads, blocks * (thread + 1) / threads, put);
+}
+
+inline __mmask16 outputs(const Matrix& m, long block) {
+  const long left = m.out - block * LANES;
+  return left >= LANES ? 0xFFFF : (__mmask16)((1u << left) - 1);
+}
+
 // y [tokens, out] = x Wᵀ + bias + residual
 void linear(const Matrix& m, const bf16* x, const bf16* residual, bf16* y, long tokens, int thread, int threads) {
   product(m, x, tokens, thread, threads, [&](long t, long block, __m512 sum) {
     const long first = block * LANES;
-    const __mmask16 there = m.out - first >= LANES ? 0xFFFF : (__mmask16)((1u << (m.out - first)) - 1);
+    const __mmask16 there = outputs(m, block);
     if (m.bias) sum = _mm512_add_ps(sum, load(m.bias + first, there));
     if (residual) sum = _mm512_add_ps(sum, load(residual + t * m.out + first, there));
     store(y + t * m.out + first, sum, there);
   });
+}
+
+// log Σ exp of each token's outputs, rounded to bfloat16 as they are where they are written. Outputs are summed up in runs of
+// the same length whatever the threads.
+void log_norm(const Matrix& m, const bf16* x, float* y, long tokens, long threads) {
+  constexpr long RUN = 32;  // blocks
+  const long blocks = m.blocks(), runs = (blocks + RUN - 1) / RUN;
+  const float least = -1e30f;  // nothing yet
+  std::vector<float> most(runs * tokens), total(runs * tokens);
+#pragma omp parallel num_threads(threads)
+  {
+    std::vector<float> tops(tokens * LANES), sums(tokens * LANES);
+    const float* groups = group_sums(m, x, tokens);
+    auto put = [&](long t, long block, __m512 logits) {
+      const __mmask16 there = outputs(m, block);
+      if (m.bias) logits = _mm512_add_ps(logits, load(m.bias + block * LANES, there));
+      logits = widen((__m256i)_mm512_cvtneps_pbh(logits));
+      logits = _mm512_mask_mov_ps(_mm512_set1_ps(least), there, logits);
+      const __m512 before = _mm512_loadu_ps(&tops[t * LANES]), top = _mm512_max_ps(before, logits);
+      const __m512 sum = _mm512_mul_ps(_mm512_loadu_ps(&sums[t * LANES]), exp(_mm512_sub_ps(before, top)));
+      _mm512_storeu_ps(&tops[t * LANES], top);
+      _mm512_storeu_ps(&sums[t * LANES], _mm512_add_ps(sum, exp(_mm512_sub_ps(logits, top))));
+    };
+#pragma omp for schedule(static, 1)
+    for (long run = 0; run < runs; ++run) {
+      std::fill(tops.begin(), tops.end(), least);
+      std::fill(sums.begin(), sums.end(), 0.f);
+      over_blocks(m, x, groups, tokens, run * RUN, std::min(blocks, (run + 1) * RUN), put);
+      for (long t = 0; t < tokens; ++t) {
+        const __m512 top = _mm512_loadu_ps(&tops[t * LANES]), sum = _mm512_loadu_ps(&sums[t * LANES]);
+        const float highest = _mm512_reduce_max_ps(top);
+        most[run * tokens + t] = highest;
+        total[run * tokens + t] =
+            _mm512_reduce_add_ps(_mm512_mul_ps(sum, exp(_mm512_sub_ps(top, _mm512_set1_ps(highest)))));
+      }
+    }
+#pragma omp for
+    for (long t = 0; t < tokens; ++t) {
+      float highest = least;
+      double sum = 0;
+      for (long run = 0; run < runs; ++run) highest = std::max(highest, most[run * tokens + t]);
+      for (long run = 0; run < runs; ++run)
+        sum += (double)total[run * tokens + t] * std::exp((double)most[run * tokens + t] - highest);
+      y[t] = highest + std::log(sum);
+    }
+  }
 }
 
 // y = x / rms(x) · weight, of n numbers, a multiple of 16
@@ -382,8 +438,16 @@ void attend(const Layer& l, const Pass& p, const Cache& c, long request, long fi
   for (; d < dim; further(16)) mix_all<1>(scores.data(), lanes, width, value + d, keys, dim, sums.data(), to.data());
 }
 
+// The tasks are a key head and some tokens of a request: as many as its queries fill registers for, fewer where there would
+// be too few tasks for the threads.
 void attention(const Layer& l, const Pass& p, const Cache& c, int thread, int threads) {
-  const long group = l.heads / l.kv_heads, most = std::max(1L, 3 * LANES / group);
+  const long room = 3 * LANES / (l.heads / l.kv_heads);
+  long tasks = 0, longest = 0;
+  for (long r = 0; r < p.requests; ++r) {
+    tasks += (p.counts[r] + room - 1) / room * l.kv_heads;
+    longest = std::max<long>(longest, p.counts[r]);
+  }
+  const long most = tasks >= 8 * threads ? room : std::min(room, std::max(1L, longest / threads));
   long task = 0, first = 0;
   for (long r = 0; r < p.requests; first += p.counts[r++])
     for (long offset = 0; offset < p.counts[r]; offset += most)
@@ -418,6 +482,11 @@ extern "C" {
 void deepspec_linear(const Matrix* matrix, const bf16* x, const bf16* residual, bf16* y, int64_t tokens, int64_t threads) {
 #pragma omp parallel num_threads(threads)
   linear(*matrix, x, residual, y, tokens, omp_get_thread_num(), omp_get_num_threads());
+}
+
+// y [tokens] = log Σ exp (x Wᵀ + bias)
+void deepspec_log_norm(const Matrix* matrix, const bf16* x, float* y, int64_t tokens, int64_t threads) {
+  log_norm(*matrix, x, y, tokens, threads);
 }
 
 // One decoder layer over x [tokens, d], to y. `normed`: what its attention reads, where that is not x under its own norm.

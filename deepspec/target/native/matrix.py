@@ -31,24 +31,29 @@ class Matrix:
         self.weight, self.bias, self.out, self.inputs, self.bits = weight, bias, out, inputs, bits
         pointer = None if bias is None else bias.data_ptr()
         self.struct = _Matrix(weight.data_ptr(), pointer, out, inputs, bits)
-        self._linear = None if (library := kernels()) is None else library.deepspec_linear
+        self._library = kernels()
 
     def product(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """bfloat16 x [..., in] → [..., out]: x Wᵀ + bias + residual, rounded once."""
-        if self._linear is None:
-            raise RuntimeError("the kernels are not there")
         rows = x.contiguous()
         added = None if residual is None else residual.contiguous()
         made = rows.new_empty(*x.shape[:-1], self.out)
-        self._linear(
-            ctypes.byref(self.struct),
-            ctypes.c_void_p(rows.data_ptr()),
-            None if added is None else ctypes.c_void_p(added.data_ptr()),
-            ctypes.c_void_p(made.data_ptr()),
-            ctypes.c_int64(rows.numel() // self.inputs),
-            ctypes.c_int64(torch.get_num_threads()),
-        )
+        pointer = None if added is None else ctypes.c_void_p(added.data_ptr())
+        self._call("deepspec_linear", rows, pointer, ctypes.c_void_p(made.data_ptr()))
         return made
+
+    def log_norm(self, x: Tensor) -> Tensor:
+        """bfloat16 x [n, in] → float32 [n]: the log-sum-exp of each row's outputs, which are rounded to bfloat16."""
+        rows = x.contiguous()
+        made = rows.new_empty(len(rows), dtype=torch.float32)
+        self._call("deepspec_log_norm", rows, ctypes.c_void_p(made.data_ptr()))
+        return made
+
+    def _call(self, name: str, rows: Tensor, *rest: ctypes.c_void_p | None) -> None:
+        sizes = rows.numel() // self.inputs, torch.get_num_threads()
+        getattr(self._library, name)(
+            ctypes.byref(self.struct), ctypes.c_void_p(rows.data_ptr()), *rest, *map(ctypes.c_int64, sizes)
+        )
 
 
 def can_hold(weight: Tensor) -> bool:
