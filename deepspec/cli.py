@@ -300,9 +300,13 @@ def serve_check(
     draws: Annotated[
         int | None,
         typer.Option(
-            help="Sampled answers a prompt for llama.cpp's law at T = 1; 0: none.", show_default="25"
+            help="Sampled answers a question for llama.cpp's law at T = 1; 0: none.",
+            show_default="as many as see 0.15 of a law moved",
         ),
     ] = None,
+    lengths_only: Annotated[
+        bool, typer.Option("--lengths-only", help="llama.cpp: count accepted tokens alone; time nothing.")
+    ] = False,
     params: Annotated[Path, typer.Option(help="Says which tasks and prompts.")] = Path("params.yaml"),
     output: Annotated[Path, typer.Option(help="Folder of the records.")] = Path("reports/serve"),
 ) -> None:
@@ -314,7 +318,7 @@ def serve_check(
 
     settings = check.Settings(
         engine, tuple(drafter or ()), prompts, max_new_tokens, tuple(tasks.split(",")) if tasks else (),
-        speculative_tokens, exported, base_url, plain_url, dtype, params, output, draws,
+        speculative_tokens, exported, base_url, plain_url, dtype, params, output, draws, lengths_only,
     )  # fmt: skip
     failures: list[str] = []
     status = guarded(lambda: failures.extend(check.run(settings)))

@@ -205,15 +205,18 @@ def _beside(draft: Draft, layout: Layout, options: Options) -> Layout:
 
 def _measured(draft: Draft) -> tuple[str, ...]:
     """Return what `deepspec serve-check` found that drafting gains in llama.cpp, where it measured this very draft."""
-    path = SERVED / f"{draft.name}-llamacpp.json"
-    try:
-        found = json.loads(path.read_text())
-        if found["draft_digest"] != draft.digest:
-            return ()
-        where = f"{found['engine_version']}, target in {found['precision']}, {found['threads']} threads"
-        return (f"Measured in {where}: {found['advice']}.",)
-    except (OSError, ValueError, KeyError):
-        return ()
+    notes = []
+    for path in sorted(SERVED.glob(f"{draft.name}-llamacpp-*.json")):
+        try:
+            found = json.loads(path.read_text())
+            if found["draft_digest"] == draft.digest and found["plain_seconds"]:
+                where = (
+                    f"{found['engine_version']}, target in {found['precision']}, {found['threads']} threads"
+                )
+                notes.append(f"Measured in {where}: {found['advice']}; {found['fastest']}.")
+        except (OSError, ValueError, KeyError):
+            continue
+    return tuple(notes)
 
 
 def _own_weights(draft: Draft) -> dict[str, Tensor]:

@@ -16,7 +16,7 @@ from deepspec.decoding.shapes import Chain
 from deepspec.drafters.deployment import Deployment
 from deepspec.errors import DeepSpecError
 from deepspec.evaluation.stats import Pair
-from deepspec.serving.protocols import Counts
+from deepspec.serving.protocols import Answer, Counts, Prompt
 
 if TYPE_CHECKING:
     from deepspec.decoding.drafter import Drafter
@@ -37,7 +37,7 @@ def decode(
     target: Target, drafter: Drafter, prompt_ids: list[int], tokens: int, speculative_tokens: int
 ) -> Ours:
     """Decode one prompt without and with the draft, at most `tokens` tokens."""
-    alone, drafting = Deployment(target), Deployment(target, drafter, Chain(speculative_tokens))
+    alone, drafting = deployments(target, drafter, speculative_tokens)
     plain = _run(alone, Request(prompt_ids, tokens))
     first = plain.tokens[:1]
     beyond = tokens - 1 + speculative_tokens + 1
@@ -49,6 +49,17 @@ def decode(
     timed = _run(drafting, Request(prompt_ids, tokens))
     pair = Pair(plain.stats.decode_s, len(plain.tokens), timed.stats.decode_s, len(timed.tokens))
     return Ours(plain.tokens, first + rest, counts, pair)
+
+
+def deployments(target: Target, drafter: Drafter, speculative_tokens: int) -> tuple[Deployment, Deployment]:
+    """Return our engine plain, and with the draft: a chain, all of it verified."""
+    return Deployment(target), Deployment(target, drafter, Chain(speculative_tokens))
+
+
+def timed(deployment: Deployment, prompt: Prompt, tokens: int) -> Answer:
+    """Decode one prompt, at most `tokens` tokens. The rounds are timed, the prompt's pass is not."""
+    done = _run(deployment, Request(prompt.ids, tokens))
+    return Answer(done.tokens, done.stats.decode_s, done.stats.committed)
 
 
 def _run(deployment: Deployment, request: Request) -> Generation:

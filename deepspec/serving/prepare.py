@@ -48,7 +48,8 @@ class Settings:
     dtype: str | None = None
     params: Path = Path("params.yaml")
     output: Path = REPORTS
-    draws: int | None = None  # sampled answers a prompt, where the law at T = 1 is tested
+    draws: int | None = None  # sampled answers a question, where the law at T = 1 is tested
+    lengths_only: bool = False  # accepted lengths alone, which other work on the machine does not change
 
 
 def each(names: Iterable[str], settings: Settings, make: Callable[[str], T]) -> dict[str, T]:

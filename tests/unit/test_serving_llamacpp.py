@@ -24,8 +24,8 @@ from deepspec.serving.llamacpp.client import LlamaCpp
 from deepspec.serving.llamacpp.environment import Environment
 from deepspec.serving.llamacpp.launch import Server, serving
 from deepspec.serving.llamacpp.record import LlamaCppRecord
-from deepspec.serving.protocols import Answer, Counts, Prompt, Turn
-from deepspec.target.model import load_target
+from deepspec.serving.protocols import Counts, Prompt, Turn
+from deepspec.target.model import Target, load_target
 from tests.engines import FakeEngine
 from tests.exporting import LAYERS, make_draft
 from tests.tiny import cached_target
@@ -97,15 +97,45 @@ def test_sampling_is_of_the_whole_law():
     )
 
 
-def draws(shares, random, prompts=3, count=60):
-    return [random.choice(len(shares), size=count, p=shares).tolist() for _ in range(prompts)]
+LAWS = [[0.5, 0.3, 0.1, 0.05, 0.05], [0.35, 0.35, 0.2, 0.1], [0.7, 0.1, 0.1, 0.1], [0.2] * 5]
 
 
-def test_two_samples_of_one_law_are_not_told_apart_and_of_two_they_are():
+def drawn(laws, random, count):
+    return [random.choice(len(of), size=count, p=of).tolist() for of in laws]
+
+
+def moved(of, change):
+    """The likeliest token takes a share of the law from the others."""
+    best = int(np.argmax(of))
+    kept = [share * (1 - change / (1 - of[best])) for share in of]
+    return [of[best] + change if i == best else share for i, share in enumerate(kept)]
+
+
+def test_a_change_of_the_law_is_seen_as_surely_as_is_asked_for(monkeypatch):
+    monkeypatch.setattr(law, "PERMUTATIONS", 2000)
     random = np.random.default_rng(1)
-    same = [law.p_value(draws([0.6, 0.3, 0.1], random), draws([0.6, 0.3, 0.1], random)) for _ in range(5)]
-    other = law.p_value(draws([0.6, 0.3, 0.1], random), draws([0.3, 0.6, 0.1], random))
-    assert min(same) > 0.01 and other < 0.001
+    count, power = law.draws_for(drawn(LAWS, random, 64))
+    assert power >= law.POWER and law.power(drawn(LAWS, random, 64), 25) < 0.5, "25 draws do not see it"
+    first = [drawn(LAWS, random, count) for _ in range(40)]
+    same = [law.p_value(one, drawn(LAWS, random, count)) for one in first]
+    other = [[moved(of, law.CHANGE) for of in LAWS]] * 40
+    seen = [law.p_value(one, drawn(of, random, count)) for one, of in zip(first, other, strict=True)]
+    assert min(same) >= law.LEVEL
+    assert sum(p < law.LEVEL for p in seen) >= 0.8 * law.POWER * 40
+
+
+def test_a_larger_change_and_more_draws_are_seen_more_surely():
+    sample = drawn(LAWS, np.random.default_rng(2), 64)
+    powers = [law.power(sample, draws, change) for draws, change in ((50, 0.1), (50, 0.3), (200, 0.3))]
+    assert powers == sorted(powers) and powers[0] < 0.5 < powers[-1]
+
+
+def test_of_laws_that_no_change_can_sharpen_nothing_is_seen():
+    assert law.draws_for([[7] * 64]) == (law.DRAWS[-1], 0.0)
+
+
+def test_a_p_value_is_the_share_of_splits_that_are_as_uneven():
+    assert law.p_value([["a", "a"]], [["b", "b"]]) == pytest.approx(1 / 3, abs=0.02)
 
 
 def test_the_law_looks_at_second_tokens_and_lengths():
@@ -118,36 +148,78 @@ PLAIN = Server(Path("target.gguf"), 128, 2)
 DRAFT = replace(PLAIN, kind="draft-dspark", draft=Path("draft.gguf"), tokens=5)
 
 
-def timed(server, name):
-    """A pass over n tokens takes 9 + n ms, a draft 2 ms a token."""
-    drafted = server.tokens if server.kind else 0
-    seconds = (10 + drafted + 2 * drafted * server.kind.startswith("draft")) / 1000
-    return Answer([], 0, 0, turns=(Turn(drafted, 0, seconds),) * 4 + (Turn(0, 0, 9.0),))
+class Machine:
+    """Servers that take so many plain passes a turn; every answer finds the machine as slow as `slowness` says."""
+
+    def __init__(self, slowness):
+        self.slowness, self.asked = slowness, 0
+
+    def ask(self, passes, drafted):
+        def turns():
+            self.asked += 1
+            seconds = 0.010 * passes * self.slowness(self.asked)
+            return [Turn(drafted, 0, seconds)] * 4 + [Turn(0, 0, 9.0)] * bool(drafted)
+
+        return turns
+
+    def costs(self, lengths=(1, 2, 3, 5)):
+        """A drafted token makes a pass 0.1 longer, and takes 0.2 to make."""
+        lookups = {k: self.ask(1 + 0.1 * k, k) for k in lengths}
+        return costs.measure(self.ask(1, 0), lookups, {k: self.ask(1 + 0.3 * k, k) for k in lengths})
 
 
-def test_passes_and_rounds_are_timed_at_each_length():
-    found = costs.measure(timed, PLAIN, DRAFT)
-    assert found.passes == pytest.approx({1: 0.010, 2: 0.011, 3: 0.012, 4: 0.013, 6: 0.015})
-    assert found.rounds == pytest.approx({1: 0.013, 2: 0.016, 3: 0.019, 5: 0.025})
+@pytest.mark.parametrize(
+    "slowness",
+    [lambda asked: 1, lambda asked: 1 + asked / 20, lambda asked: 3 if asked % 9 == 0 else 1],
+    ids=["quiet", "slower and slower", "now and then"],
+)
+def test_costs_are_right_whatever_else_the_machine_does(slowness):
+    found = Machine(slowness).costs()
+    passes = {n: ratio.value for n, ratio in found.passes.items()}
+    rounds = {k: ratio.value for k, ratio in found.rounds.items()}
+    assert passes == pytest.approx({2: 1.1, 3: 1.2, 4: 1.3, 6: 1.5}, rel=1e-6)
+    assert rounds == pytest.approx({1: 1.3, 2: 1.6, 3: 1.9, 5: 2.5}, rel=1e-6)
+
+
+def test_the_interval_of_a_cost_tells_an_unsteady_machine():
+    quiet, loaded = (costs.Ratio.of([1.5 + 0.01 * i * by for i in range(-4, 5)]) for by in (1, 10))
+    assert quiet.value == loaded.value == 1.5
+    assert loaded.bounds[0] < quiet.bounds[0] <= 1.5 <= quiet.bounds[1] < loaded.bounds[1]
+
+
+def test_answers_too_short_to_time_are_an_error():
+    def silent():
+        return []
+
+    with pytest.raises(DeepSpecError, match="too few tokens to time a pass"):
+        costs.measure(silent, {1: silent}, {1: silent})
 
 
 @pytest.mark.parametrize(
     ("by_position", "drafted", "says"),
-    [((10, 10, 10, 10, 10), 5, "draft 5: 6.00 tokens a round of 25.0 ms, a plain token 10.0 ms: 2.40× expected"),
+    [((10, 10, 10, 10, 10), 5,
+      "draft 5: 6.00 tokens a round that takes 2.50 plain passes: 2.40× (2.40–2.40) expected"),
      ((8, 1, 0, 0, 0), 1, "draft 1: 1.80 tokens"),
-     ((1, 0, 0, 0, 0), 1, "do not draft here: at best 1 drafted, 1.10 tokens a round of 13.0 ms")],
+     ((1, 0, 0, 0, 0), 1, "do not draft here: at best 1 drafted, 1.10 tokens a round that takes 1.30 plain passes")],
 )  # fmt: skip
 def test_the_advice_follows_from_acceptance_and_costs(by_position, drafted, says):
-    found = costs.measure(timed, PLAIN, DRAFT)
+    found = Machine(lambda asked: 1).costs()
     choices = costs.choices(found, Counts(10, 50, sum(by_position), by_position))
     best = max(choices, key=lambda choice: choice.speedup)
     assert best.drafted == drafted and costs.advice(choices, found).startswith(says)
+
+
+def test_the_advice_does_not_pretend_to_know():
+    found = costs.Costs(0.01, {}, {2: costs.Ratio(1.3, (1.1, 1.5))})
+    (choice,) = costs.choices(found, Counts(10, 20, 4, (3, 1)))
+    assert costs.advice([choice], found).startswith("drafting gains or loses little here: at best 2 drafted")
 
 
 def test_a_llama_server_of_ones_own_gets_the_same_as_flags():
     words = " ".join(replace(DRAFT, least=0.5, cache="f32").flags(8080))
     for flags in (
         "--spec-type draft-dspark", "--spec-draft-n-max 5 --spec-draft-p-min 0.5", "-ctk f32 -ctv f32", "--port 8080",
+        "--fit off --cache-ram 0",
         f"-md {Path('draft.gguf').resolve()}",
     ):  # fmt: skip
         assert flags in words
@@ -155,6 +227,8 @@ def test_a_llama_server_of_ones_own_gets_the_same_as_flags():
     assert "--spec-ngram-simple-size-m 4" in " ".join(
         replace(PLAIN, kind="ngram-simple", match=1, tokens=4).flags(1)
     )
+    both = " ".join(replace(DRAFT, kind="ngram-simple,draft-dspark").flags(1))
+    assert "--spec-type ngram-simple,draft-dspark --spec-draft-n-max 5" in both
 
 
 @pytest.fixture
@@ -239,7 +313,19 @@ def check(*words):
     )
 
 
-def play(monkeypatch, accepted: int) -> list[Server]:
+class Sampling(FakeEngine):
+    """Draws the second token from a law where it is asked to sample."""
+
+    law = (0.5, 0.3, 0.2)
+
+    def _llamacpp_post(self, path, body):
+        if body["temperature"] == 0:
+            return super()._llamacpp_post(path, body)
+        second = np.random.default_rng(body["seed"]).choice(3, p=self.law)
+        return {"tokens": [9, int(second), 10][: body["n_predict"]], "content": "..."}
+
+
+def play(monkeypatch, accepted: int, law_with_draft=Sampling.law) -> list[Server]:
     """Plays every server: the target's own tokens, and so many drafted ones accepted."""
     asked = []
     target = load_target("data/target", dtype="float32")
@@ -251,9 +337,12 @@ def play(monkeypatch, accepted: int) -> list[Server]:
     @contextmanager
     def played(environment, server, name):
         asked.append(server)
-        with FakeEngine("llamacpp", answer, accepted if server.kind else None, server.tokens or K) as engine:
+        with Sampling("llamacpp", answer, accepted if server.kind else None, server.tokens or K) as engine:
+            engine.law = law_with_draft if server.draft else Sampling.law
             yield engine.url
 
+    monkeypatch.setattr(costs, "TURNS", costs.LEAST)
+    monkeypatch.setattr("deepspec.serving.llamacpp.check.PILOT", 16)
     monkeypatch.setattr("deepspec.serving.llamacpp.check.serving", played)
     monkeypatch.setattr(
         "deepspec.serving.llamacpp.check.find_or_set_up", lambda: Environment("xllamacpp 1", "")
@@ -265,20 +354,57 @@ def test_a_check_writes_ways_costs_advice_and_law(project, monkeypatch):
     asked = play(monkeypatch, accepted=0)
     done = check()
     assert done.exit_code == 0, done.output
-    record = LlamaCppRecord.read("reports/serve/dspark-llamacpp.json")
+    record = LlamaCppRecord.read("reports/serve/dspark-llamacpp-f16.json")
     assert record.drafter == "dspark" and record.method == "draft-dspark" and record.precision == "f16"
     names = [way.name for way in record.ways]
-    assert names[:4] == ["plain", "draft-dspark, 3", "draft-dspark, 2", "draft-dspark, 1"]
-    assert {"draft-dspark, 3, p_min 0.5", "ngram-simple", "ngram-mod", "ngram-cache"} <= set(names)
+    assert names == [
+        "plain",
+        *(f"draft-dspark, {k}" for k in (3, 2, 1)),
+        *(f"draft-dspark, {k}, p_min 0.5" for k in (3, 2, 1)),
+        *("ngram-simple", "ngram-mod", "ngram-cache"),
+        "ngram-simple + draft-dspark, 2",
+        *("DeepSpec, plain", "DeepSpec, 3"),
+    ]
     assert all(way.same_as_plain.identical == 2 for way in record.ways)
-    assert {cost.tokens for cost in record.passes} == {1, 2, 3, 4} and {c.tokens for c in record.rounds} == {
-        1,
-        2,
-        3,
-    }
-    assert record.advice in done.output and record.law.p_second_token == 1.0
+    assert all(way.tokens_per_second for way in record.ways)
+    assert [cost.tokens for cost in record.passes] == [2, 3, 4]
+    assert [cost.tokens for cost in record.rounds] == [1, 2, 3]
+    assert record.advice in done.output and record.fastest in done.output
+    assert record.law.draws == 3 and record.law.p_second_token >= law.LEVEL
     assert record.ratio_accepted_length is not None and record.outputs.drafted_vs_plain.identical == 2
     assert {server.model.name for server in asked} == {f"target-{project.target.digest[:12]}-f16.gguf"}
+
+
+def test_lengths_alone_need_two_servers(project, monkeypatch):
+    asked = play(monkeypatch, accepted=0)
+    done = check("--lengths-only", "--draws", "0")
+    record = LlamaCppRecord.read("reports/serve/dspark-llamacpp-f16.json")
+    assert done.exit_code == 0, done.output
+    assert [server.kind for server in asked] == ["", "draft-dspark"]
+    assert [way.name for way in record.ways] == ["plain", "draft-dspark, 3"]
+    assert record.plain_seconds is None and record.passes == record.expected == []
+    assert record.advice == "costs were not measured" and record.ratio_accepted_length is not None
+
+
+def test_an_engine_that_samples_another_law_with_the_draft_fails(project, monkeypatch):
+    play(monkeypatch, accepted=0, law_with_draft=(0.75, 0.15, 0.1))
+    done = check("--draws", "100")
+    assert done.exit_code == 1, done.output
+    assert "llama.cpp samples another law with the draft at T = 1: p = " in done.output
+    play(monkeypatch, accepted=0)
+    assert check("--draws", "100").exit_code == 0
+
+
+def test_draws_follow_from_our_engines_answers(project, monkeypatch):
+    play(monkeypatch, accepted=0)
+    monkeypatch.setattr(law, "DRAWS", (2, 3))
+    done = check("--draws", "0")
+    assert LlamaCppRecord.read("reports/serve/dspark-llamacpp-f16.json").law is None, done.output
+    asked = [word for word in WORK if word not in ("--draws", "3")]
+    done = CliRunner().invoke(app, ["serve-check", "--engine", "llamacpp", "--drafter", "dspark", *asked])
+    found = LlamaCppRecord.read("reports/serve/dspark-llamacpp-f16.json").law
+    assert done.exit_code == 0 and found.draws in law.DRAWS and found.change == law.CHANGE
+    assert f"with probability {found.power:.2f}" in done.output
 
 
 def test_an_export_that_failed_its_checks_is_not_served(project, monkeypatch):
@@ -308,20 +434,25 @@ def llama_cpp():
     return found or pytest.skip("llama.cpp is not set up; deepspec serve-check --engine llamacpp does it")
 
 
+def exported_pair(kind: str, place: Path) -> tuple[Target, Server, Server]:
+    """A random target and an untrained draft of it in float32, and how llama.cpp serves the one and both."""
+    target = load_target(cached_target(layers=LAYERS), dtype="float32")
+    draft = make_draft(place, target, kind)
+    record = export(draft, ["llamacpp"], place / "exports", Options("f32", with_target=True))
+    assert record["passed"], record["engines"]["llamacpp"]
+    files = place / "exports" / "llamacpp"
+    plain = Server(files / "target-f32.gguf", 256, 1, cache="f32")
+    file = files / "draft-f32.gguf"
+    return target, plain, replace(plain, kind=draft_kind(file), draft=file, tokens=draft.block_size)
+
+
 @pytest.mark.engine
 @pytest.mark.parametrize("kind", ["dspark", "dflash", "eagle3", "lm"])
 def test_the_pinned_wheel_loads_every_kind_of_draft_and_drafts_with_it(
     llama_cpp, kind, tmp_path, monkeypatch
 ):
     monkeypatch.chdir(tmp_path)
-    target = load_target(cached_target(layers=LAYERS), dtype="float32")
-    draft = make_draft(tmp_path, target, kind)
-    record = export(draft, ["llamacpp"], tmp_path / "exports", Options("f32", with_target=True))
-    assert record["passed"], record["engines"]["llamacpp"]
-    place = tmp_path / "exports" / "llamacpp"
-    plain = Server(place / "target-f32.gguf", 256, 1, cache="f32")
-    file = place / "draft-f32.gguf"
-    drafting = replace(plain, kind=draft_kind(file), draft=file, tokens=draft.block_size)
+    target, plain, drafting = exported_pair(kind, tmp_path)
     prompt = Prompt("task", "", target.chat_ids([{"role": "user", "content": "Count to ten."}]))
     (ours,) = generate(target, None, prompt.ids, max_new_tokens=24)
     for server, drafted in ((plain, False), (drafting, True)):
@@ -336,6 +467,27 @@ def test_llama_cpp_accepts_what_our_engine_accepts(llama_cpp, project):
     """A random draft of a random target, in float32: the same texts, and as many tokens accepted."""
     assert CliRunner().invoke(app, ["export", "--drafter", "dspark", "--to", "llamacpp"]).exit_code == 0
     done = check("--dtype", "float32")
-    record = LlamaCppRecord.read("reports/serve/dspark-llamacpp.json")
+    record = LlamaCppRecord.read("reports/serve/dspark-llamacpp-f32.json")
     assert record.outputs.plain_vs_ours.identical == 2, done.output
     assert record.ratio_accepted_length == pytest.approx(1, abs=0.03)
+
+
+@pytest.mark.engine
+def test_a_law_that_is_changed_in_llama_cpp_is_seen(llama_cpp, tmp_path, monkeypatch):
+    """The random law is flat: what is planted is another temperature in the server with the draft."""
+    monkeypatch.chdir(tmp_path)
+    target, plain, drafting = exported_pair("dspark", tmp_path)
+    asked = ("Count to ten.", "Name a colour.")
+    prompts = [Prompt("law", "", target.chat_ids([{"role": "user", "content": text}])) for text in asked]
+
+    def second(client, temperature, odd):
+        drawn = [
+            [client.sample(prompt, 6, 1 + 2 * i + odd, temperature) for i in range(100)] for prompt in prompts
+        ]
+        return law.second_tokens(drawn)
+
+    with serving(llama_cpp, plain, "plain") as one, serving(llama_cpp, drafting, "draft") as other:
+        without = second(LlamaCpp(one, target.stop_ids), 1.0, 0)
+        drafted = LlamaCpp(other, target.stop_ids)
+        assert law.p_value(without, second(drafted, 1.0, 1)) >= law.LEVEL
+        assert law.p_value(without, second(drafted, 0.25, 1)) < law.LEVEL

@@ -1,21 +1,25 @@
 """`deepspec serve-check --engine llamacpp`: target and draft as GGUF in llama.cpp, beside our own engine.
 
-All its servers run at once, the idle ones without a share of the processor, so every way of decoding answers a prompt
-before the next prompt is asked: plain, the draft at its own length and shorter, cut by its confidence, and llama.cpp's
-own lookups. Before, passes and rounds are timed, and the advice that follows from them is said.
+All its servers run at once, the idle ones without a share of the processor, and our engine stays loaded, so every way
+of decoding answers a prompt before the next prompt is asked: plain, the draft at its own length and shorter, each also
+cut by its confidence, llama.cpp's own lookups, one of them before the draft, and our engine without and with the draft.
+Before, passes and rounds are timed, and the advice that follows from them is said.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from deepspec.config import Params
+from deepspec.decoding.drafter import Drafter
+from deepspec.decoding.engine import generate
 from deepspec.drafters.checkpoint import draft_digest, draft_directory
 from deepspec.drafters.load import is_trained, load_drafter
 from deepspec.errors import DeepSpecError
@@ -47,26 +51,52 @@ from deepspec.serving.prepare import (
 )
 from deepspec.serving.protocols import Answer, Counts, Prompt
 from deepspec.serving.record import About, Measured, agreement, check_target, compare, tokens_per_second
-from deepspec.target.model import load_target
+from deepspec.target.model import Target, load_target
 
 logger = logging.getLogger(__name__)
 
 PRECISIONS = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
 OWN = ("ngram-simple", "ngram-mod", "ngram-cache")  # llama.cpp's lookups
+BEFORE = OWN[0]  # the one that is also asked before the draft
 PLAIN = "plain"
-TIMED = 24  # tokens of an answer by which passes are timed
-CUT = 0.5  # confidence below which the draft is cut in one of the ways
-SAMPLED_PROMPTS, SAMPLED_TOKENS, DRAWS = 4, 16, 25
-LEAST_P = 1e-3
+HERE = "DeepSpec"
+TIMED = 12  # tokens of an answer by which passes are timed
+MATCH = 1  # tokens that the lookup of timed passes looks for: so few that it nearly always drafts
+CUT = 0.5  # confidence below which the draft is cut in some of the ways
+PILOT = 64  # answers of our engine to each question, from which follows how many are drawn
+Decode = Callable[[Prompt, int], Answer]  # a prompt, and at most so many tokens of it
 
 
 @dataclass(frozen=True, eq=False)
 class Loaded:
-    """A draft with its file and what our engine made of the prompts."""
+    """A draft with its file, what our engine made of the prompts, and our ways of decoding by name."""
 
     draft: Draft
     file: Path
     own: list[ours.Ours]
+    ways: dict[str, Decode]
+
+
+@dataclass(frozen=True, eq=False)
+class Questions:
+    """What is asked at T = 1: prompts, answers to each of either sample, and how surely a change is seen by them."""
+
+    prompts: list[Prompt]
+    draws: int
+    power: float
+
+
+@dataclass(frozen=True, eq=False)
+class Setting:
+    """What every draft is measured in: the work, llama.cpp and the target's file."""
+
+    work: Work
+    questions: Questions | None  # None: the law at T = 1 is not tested
+    about: About
+    environment: Environment
+    model: Path
+    precision: str
+    lengths_only: bool
 
 
 def run(settings: Settings, params: Params) -> list[str]:
@@ -77,12 +107,11 @@ def run(settings: Settings, params: Params) -> list[str]:
     """
     precision = PRECISIONS.get(settings.dtype or "", settings.dtype or "f16")
     files = each(settings.drafters or params.pipeline, settings, lambda name: _file(name, settings))
-    environment = find_or_set_up()
-    loaded, work, about, model = _here(files, settings, params, precision)
+    loaded, setting = _here(files, settings, params, precision, find_or_set_up())
     failures = []
     for one in loaded:
-        record = _measure(one, work, about, model, precision, environment, settings)
-        record.write(settings.output / f"{one.draft.name}-llamacpp.json")
+        record = _measure(one, setting)
+        record.write(settings.output / f"{one.draft.name}-llamacpp-{precision}.json")
         show(record)
         failures += [f"{record.drafter}: {failure}" for failure in record.failures]
     return failures
@@ -103,9 +132,9 @@ def _file(name: str, settings: Settings) -> Path:
 
 
 def _here(
-    files: dict[str, Path], settings: Settings, params: Params, precision: str
-) -> tuple[list[Loaded], Work, About, Path]:
-    """Decode the prompts with our engine and write the target's file. The target is gone when this returns."""
+    files: dict[str, Path], settings: Settings, params: Params, precision: str, environment: Environment
+) -> tuple[list[Loaded], Setting]:
+    """Decode the prompts with our engine and write the target's file."""
     target = load_target(TARGET, dtype="bfloat16" if precision == "bf16" else "float32")
     work = work_of(target, params, settings)
     found = []
@@ -114,7 +143,8 @@ def _here(
         drafter = load_drafter(directory, target)
         tokens = tokens_drafted(directory, drafter, settings)
         draft = Draft(name, draft_digest(directory), tokens, {"method": draft_kind(file)})
-        found.append(Loaded(draft, file, decoded_here(target, drafter, draft, work)))
+        own = decoded_here(target, drafter, draft, work)
+        found.append(Loaded(draft, file, own, _own_ways(target, drafter, tokens)))
     model = LOGS / f"target-{target.digest[:12]}-{precision}.gguf"
     if not model.exists():
         LOGS.mkdir(parents=True, exist_ok=True)
@@ -123,121 +153,184 @@ def _here(
                 gguf_model.write_target(target, precision, scratch)
         except Refused as refusal:
             raise DeepSpecError(f"{TARGET}: {refusal}") from None
-    return found, work, conditions(target, settings, work, LlamaCpp.timing), model
+    questions = None if settings.draws == 0 else _questions(target, settings.draws)
+    about = conditions(target, settings, work, LlamaCpp.timing)
+    return found, Setting(work, questions, about, environment, model, precision, settings.lengths_only)
 
 
-def _measure(
-    loaded: Loaded,
-    work: Work,
-    about: About,
-    model: Path,
-    precision: str,
-    environment: Environment,
-    settings: Settings,
-) -> LlamaCppRecord:
-    draft, threads = loaded.draft, torch.get_num_threads()
-    context = work.max_length + TIMED
-    plain = Server(model, context, threads, cache="f32" if precision == "f32" else "f16")
+def _own_ways(target: Target, drafter: Drafter, tokens: int) -> dict[str, Decode]:
+    """Return our engine's ways of decoding, which are interleaved with llama.cpp's."""
+    plain, drafting = ours.deployments(target, drafter, tokens)
+    return {
+        f"{HERE}, {PLAIN}": partial(ours.timed, plain),
+        f"{HERE}, {tokens}": partial(ours.timed, drafting),
+    }
+
+
+def _questions(target: Target, draws: int | None) -> Questions:
+    """Return what is asked at T = 1, and how often: `draws`, or what our engine's answers say is needed."""
+    prompts = [
+        Prompt("law", asked, target.chat_ids([{"role": "user", "content": asked}])) for asked in law.QUESTIONS
+    ]
+    ids = [prompt.ids for prompt in prompts for _ in range(PILOT)]
+    pilot = [one.tokens for one in generate(target, None, ids, max_new_tokens=law.TOKENS, temperature=1.0)]
+    sample = law.second_tokens([pilot[i : i + PILOT] for i in range(0, len(pilot), PILOT)])
+    if draws is None:
+        return Questions(prompts, *law.draws_for(sample))
+    return Questions(prompts, draws, law.power(sample, draws))
+
+
+def _measure(loaded: Loaded, setting: Setting) -> LlamaCppRecord:
+    draft, threads, precision = loaded.draft, torch.get_num_threads(), setting.precision
+    cache = "f32" if precision == "f32" else "f16"
+    plain = Server(setting.model, setting.work.max_length + TIMED, threads, cache=cache)
     drafting = replace(plain, kind=draft.config["method"], draft=loaded.file, tokens=draft.tokens)
-
-    def timed(server: Server, name: str) -> Answer:
-        with serving(environment, server, f"{draft.name}-{name}") as address:
-            client = LlamaCpp(address, ())  # an answer is not to end early
-            client.answer(work.prompts[0], 4, False)
-            return client.answer(work.prompts[0], TIMED, False)
-
-    found = costs.measure(timed, plain, drafting)
-    expected = costs.choices(found, sum((one.counts for one in loaded.own), Counts()))
-    said = costs.advice(expected, found)
-    logger.info("%s, llama.cpp, target in %s: %s", draft.name, precision, said)
-    ways = _ways(plain, drafting)
-    answers, law_found = _answers(ways, work, environment, settings.draws)
-    main = next(name for name, server in ways.items() if server is drafting)
-    check_target(answers[main], loaded.own, "llama.cpp")
-    measured = Measured(list(work.prompts), answers[main], [answers[PLAIN]], loaded.own)
+    cost: costs.Costs | None = None
+    expected: list[costs.Choice] = []
+    said = "costs were not measured"
+    if not setting.lengths_only:
+        cost = _costs(plain, drafting, setting)
+        expected = costs.choices(cost, sum((one.counts for one in loaded.own), Counts()))
+        said = costs.advice(expected, cost)
+        logger.info("%s, llama.cpp, target in %s: %s", draft.name, precision, said)
+    own = {} if setting.lengths_only else loaded.ways
+    answers, law_found = _answers(plain, drafting, own, setting)
+    drafted = answers[_name(drafting)]
+    check_target(drafted, loaded.own, "llama.cpp")
+    measured = Measured(list(setting.work.prompts), drafted, [answers[PLAIN]], loaded.own)
     figures = compare(measured, "llama.cpp")
+    ways = [_way(name, found, answers[PLAIN]) for name, found in answers.items()]
     failures = figures.failures + _law_failures(law_found)
     return LlamaCppRecord(
-        **dict(about) | draft.identity | dict(figures) | {"failures": failures},
-        engine_version=described(environment),
+        **dict(setting.about) | draft.identity | dict(figures) | {"failures": failures},
+        engine_version=described(setting.environment),
         precision=precision,
         draft_file=loaded.file.name,
         threads=threads,
-        passes=[Cost(tokens=n, seconds=s) for n, s in sorted(found.passes.items())],
-        rounds=[Cost(tokens=n, seconds=s) for n, s in sorted(found.rounds.items())],
-        expected=[Expected(drafted=c.drafted, tau=c.tau, speedup=c.speedup) for c in expected],
+        passes=_in_seconds(cost.passes, cost.plain) if cost else [],
+        rounds=_in_seconds(cost.rounds, cost.plain) if cost else [],
+        plain_seconds=cost.plain if cost else None,
+        expected=[
+            Expected(drafted=c.drafted, tau=c.tau, speedup=c.speedup, speedup_ci95=c.bounds) for c in expected
+        ],
         advice=said,
-        ways=[_way(name, answers[name], answers[PLAIN]) for name in ways],
+        fastest=_fastest([way for way in ways if way.name != PLAIN and way.name not in own]),
+        ways=ways,
         law=law_found,
     )
 
 
-def _ways(plain: Server, drafting: Server) -> dict[str, Server]:
-    """Return the servers by name: plain, the draft, shorter, cut by confidence, and llama.cpp's lookups."""
-    found = {PLAIN: plain, f"{drafting.kind}, {drafting.tokens}": drafting}
-    for tokens in (2, 1):
-        if tokens < drafting.tokens:
-            found[f"{drafting.kind}, {tokens}"] = replace(drafting, tokens=tokens)
-    found[f"{drafting.kind}, {drafting.tokens}, p_min {CUT}"] = replace(drafting, least=CUT)
-    return found | {kind: replace(plain, kind=kind) for kind in OWN}
+def _costs(plain: Server, drafting: Server, setting: Setting) -> costs.Costs:
+    """Time passes and rounds, on the shortest prompt."""
+    prompt = min(setting.work.prompts, key=lambda prompt: len(prompt.ids))
+    with _clients(setting) as client:
+
+        def ask(server: Server) -> costs.Ask:
+            return partial(client(server).turns, prompt, TIMED)
+
+        lengths = costs.lengths(drafting.tokens)
+        lookups = {k: ask(replace(plain, kind="ngram-simple", tokens=k, match=MATCH)) for k in lengths}
+        drafts = {k: ask(replace(drafting, tokens=k)) for k in lengths}
+        return costs.measure(ask(plain), lookups, drafts)
+
+
+@contextmanager
+def _clients(setting: Setting) -> Iterator[Callable[[Server], LlamaCpp]]:
+    """Yield what starts a server and asks it a first time; all of them end on leaving."""
+    with ExitStack() as stack:
+
+        def client(server: Server) -> LlamaCpp:
+            name = _name(server).replace(", ", "-").replace(" ", "-").replace(",", "-")
+            address = stack.enter_context(serving(setting.environment, server, name))
+            found = LlamaCpp(address, setting.work.stop_ids)
+            found.answer(setting.work.prompts[0], 8, False)
+            return found
+
+        yield client
+
+
+def _name(server: Server) -> str:
+    """Return what a way of decoding is called: its kind, tokens drafted, and what else is not the default."""
+    if not server.kind:
+        return PLAIN
+    parts = [server.kind.replace(",", " + ")]
+    parts += [str(server.tokens)] * bool(server.tokens)
+    parts += [f"match {server.match}"] * bool(server.match) + [f"p_min {server.least}"] * bool(server.least)
+    return ", ".join(parts)
+
+
+def _ways(plain: Server, drafting: Server) -> list[Server]:
+    """Return plain decoding, the draft at its length, 2 and 1, uncut and cut, lookups, and one before the draft."""
+    lengths = [drafting.tokens, *(tokens for tokens in (2, 1) if tokens < drafting.tokens)]
+    drafts = [
+        replace(drafting, tokens=tokens, least=least) for least in (drafting.least, CUT) for tokens in lengths
+    ]
+    both = replace(drafting, kind=f"{BEFORE},{drafting.kind}", tokens=min(2, drafting.tokens))
+    return [plain, *drafts, *(replace(plain, kind=kind) for kind in OWN), both]
 
 
 def _answers(
-    ways: dict[str, Server], work: Work, environment: Environment, draws: int | None
+    plain: Server, drafting: Server, own: dict[str, Decode], setting: Setting
 ) -> tuple[dict[str, list[Answer]], Law | None]:
     """Answer every prompt in every way, the order turned by one from prompt to prompt; then sample with and without."""
-    with ExitStack() as stack:
-        clients = {
-            name: LlamaCpp(
-                stack.enter_context(serving(environment, server, name.replace(", ", "-").replace(" ", "-"))),
-                work.stop_ids,
-            )
-            for name, server in ways.items()
-        }
-        for client in clients.values():
-            client.beyond = max(server.tokens for server in ways.values()) + 1
-            client.answer(work.prompts[0], 8, False)
+    work, servers = setting.work, [plain, drafting] if setting.lengths_only else _ways(plain, drafting)
+    with _clients(setting) as client:
+        clients = {_name(server): client(server) for server in servers}
+        for one in clients.values():
+            one.beyond = max(server.tokens for server in servers) + 1
+        ways: dict[str, Decode] = {name: _decoding(one) for name, one in clients.items()} | own
         found: dict[str, list[Answer]] = {name: [] for name in ways}
         names = list(ways)
-        for i, prompt in enumerate(watched(work.prompts, "llama.cpp, all ways")):
-            turned = names[i % len(names) :] + names[: i % len(names)]
-            for name in turned:
-                found[name].append(clients[name].answer(prompt, work.limit, False))
+        for i, prompt in enumerate(watched(work.prompts, "all ways, interleaved")):
+            start = i % len(names)
+            for name in names[start:] + names[:start]:
+                found[name].append(ways[name](prompt, work.limit))
         tested = None
-        if draws != 0:
-            main = next(name for name in names if name != PLAIN)
-            tested = _law(clients[PLAIN].sample, clients[main].sample, work, draws or DRAWS)
+        if setting.questions:
+            tested = _law(clients[PLAIN].sample, clients[_name(drafting)].sample, setting.questions)
     return found, tested
+
+
+def _decoding(client: LlamaCpp) -> Decode:
+    return lambda prompt, limit: client.answer(prompt, limit, False)
 
 
 def _law(
     plain: Callable[[Prompt, int, int], list[int]],
     drafted: Callable[[Prompt, int, int], list[int]],
-    work: Work,
-    draws: int,
+    questions: Questions,
 ) -> Law:
-    prompts, tokens = work.prompts[:SAMPLED_PROMPTS], min(SAMPLED_TOKENS, work.limit)
-    samples = [
+    without, with_draft = (
         [
-            [sample(prompt, tokens, 1 + 2 * i + odd) for i in range(draws)]
-            for prompt in watched(prompts, "T = 1")
+            [sample(prompt, law.TOKENS, 1 + 2 * i + odd) for i in range(questions.draws)]
+            for prompt in watched(questions.prompts, "T = 1")
         ]
         for odd, sample in enumerate((plain, drafted))
-    ]
-    without, with_draft = samples
-    second = law.p_value(law.second_tokens(without), law.second_tokens(with_draft))
-    length = law.p_value(law.answer_lengths(without), law.answer_lengths(with_draft))
+    )
     return Law(
-        prompts=len(prompts), draws=draws, max_new_tokens=tokens, p_second_token=second, p_length=length
+        prompts=len(questions.prompts),
+        draws=questions.draws,
+        max_new_tokens=law.TOKENS,
+        change=law.CHANGE,
+        power=questions.power,
+        p_second_token=law.p_value(law.second_tokens(without), law.second_tokens(with_draft)),
+        p_length=law.p_value(law.answer_lengths(without), law.answer_lengths(with_draft)),
     )
 
 
 def _law_failures(found: Law | None) -> list[str]:
-    if found is None or min(found.p_second_token, found.p_length) >= LEAST_P:
+    if found is None or min(found.p_second_token, found.p_length) >= law.LEVEL:
         return []
     return [
         f"llama.cpp samples another law with the draft at T = 1: p = {found.p_second_token:.2g} of second tokens, "
         f"{found.p_length:.2g} of lengths"
+    ]
+
+
+def _in_seconds(ratios: dict[int, costs.Ratio], plain: float) -> list[Cost]:
+    return [
+        Cost(tokens=n, plain_passes=ratio.value, plain_passes_ci95=ratio.bounds, seconds=plain * ratio.value)
+        for n, ratio in sorted(ratios.items())
     ]
 
 
@@ -257,3 +350,15 @@ def _way(name: str, answers: list[Answer], plain: list[Answer]) -> Way:
         drafted_per_turn=sum(turn.drafted for turn in turns) / len(turns) if turns else None,
         same_as_plain=agreement([a.tokens for a in plain], [a.tokens for a in answers]),
     )
+
+
+def _fastest(ways: list[Way]) -> str:
+    """Say which of llama.cpp's ways of drafting is the fastest."""
+    best = max(ways, key=lambda way: way.speedup or 0.0)
+    if not best.speedup or not best.speedup_ci95:
+        return "no way of drafting could be timed"
+    low, high = best.speedup_ci95
+    said = f"{best.name}, {best.speedup:.2f}× plain ({low:.2f}–{high:.2f})"
+    if best.speedup <= 1:
+        return f"none of its ways of drafting is faster than plain decoding; the least slow is {said}"
+    return f"the fastest of its ways is {said}"

@@ -34,11 +34,16 @@ class LlamaCpp(Client):
         seconds, committed = sum(turn.seconds for turn in counted), sum(turn.accepted + 1 for turn in counted)
         return Answer(made[:tokens], seconds, committed, turn_counts(counted), tuple(counted))
 
-    def sample(self, prompt: Prompt, tokens: int, seed: int) -> list[int]:
-        """Return a continuation drawn at T = 1 from the whole law."""
+    def turns(self, prompt: Prompt, tokens: int) -> list[Turn]:
+        """Return the turns that write so many tokens, whatever they are: none of them ends the answer."""
+        told = self._stream({**_GREEDY, "prompt": prompt.ids, "n_predict": tokens, "ignore_eos": True})
+        return _turns([self._field(event, "timings") for event in told])
+
+    def sample(self, prompt: Prompt, tokens: int, seed: int, temperature: float = 1.0) -> list[int]:
+        """Return a continuation drawn from the whole law."""
         body = {
             **_GREEDY,
-            "temperature": 1.0,
+            "temperature": temperature,
             "top_k": 0,
             "top_p": 1.0,
             "min_p": 0.0,

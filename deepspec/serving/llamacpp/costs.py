@@ -1,41 +1,65 @@
-"""What a round costs in llama.cpp here, and from that whether and how long to draft.
+"""What a round costs in llama.cpp here beside a plain pass, and from that whether and how long to draft.
 
-A pass over n tokens is timed where a lookup drafted n − 1 of them, since finding them takes no time; a round of the
-draft is timed at each length. With E(k) tokens a round of k drafted ones, from our engine's acceptance, drafting k
-gains E(k) T(1) / R(k), R(k) the round's seconds and T(1) a plain pass's.
+A machine's speed drifts, and other work on it comes and goes, by more than what lengths differ by. So all servers run
+at once, every short answer is timed between two plain ones, and a length's cost is the median, over turns in which all
+lengths run, of its ratio to these two. A pass over n tokens is timed where a lookup drafted n − 1 of them, since
+finding them takes no time.
+
+With E(k) tokens a round of k drafted ones, from our engine's acceptance, and R(k) plain passes that such a round takes,
+drafting k gains E(k) / R(k).
 """
 
 from __future__ import annotations
 
-import statistics
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import accumulate
+from statistics import median
+
+import numpy as np
 
 from deepspec.errors import DeepSpecError
-from deepspec.serving.llamacpp.launch import Server
-from deepspec.serving.protocols import Answer, Counts, Turn
+from deepspec.evaluation.parts import Bounds
+from deepspec.serving.protocols import Counts, Turn
 
-MATCH = 1  # tokens that the lookup looks for: so few that it nearly always drafts
-LEAST = 3  # rounds of a length
-REPEATS = 2
+TURNS = 7
+LEAST = 3  # turns in which a length was seen
+RESAMPLES = 1000
+Ask = Callable[[], Sequence[Turn]]  # a short answer of one server
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """A cost in plain passes: the median over turns, and its 95 % interval by turns."""
+
+    value: float
+    bounds: Bounds
+
+    @classmethod
+    def of(cls, turns: Sequence[float]) -> Ratio:
+        random = np.random.default_rng(0)
+        medians = np.median(random.choice(np.array(turns), (RESAMPLES, len(turns))), axis=1)
+        low, high = np.quantile(medians, [0.025, 0.975])
+        return cls(median(turns), (float(low), float(high)))
 
 
 @dataclass(frozen=True)
 class Costs:
-    """Seconds: of a pass over n tokens, and of a round that drafts k, both medians."""
+    """Seconds of a plain pass, and in such passes: a pass over n tokens, a round that drafts k."""
 
-    passes: dict[int, float]
-    rounds: dict[int, float]
+    plain: float
+    passes: dict[int, Ratio]
+    rounds: dict[int, Ratio]
 
 
 @dataclass(frozen=True)
 class Choice:
-    """Drafting so many tokens: tokens a round, and how much faster than plain decoding."""
+    """Drafting so many tokens: tokens a round, and how much faster than plain decoding, with its interval."""
 
     drafted: int
     tau: float
     speedup: float
+    bounds: Bounds
 
 
 def lengths(most: int) -> list[int]:
@@ -43,28 +67,36 @@ def lengths(most: int) -> list[int]:
     return sorted({*range(1, min(most, 3) + 1), most})
 
 
-def measure(answer: Callable[[Server, str], Answer], plain: Server, drafting: Server) -> Costs:
+def measure(plain: Ask, lookups: Mapping[int, Ask], drafts: Mapping[int, Ask]) -> Costs:
     """
-    Time passes and rounds.
+    Time passes and rounds beside plain passes.
 
     Args:
-        answer: what a server makes of a prompt, and the name of its log.
+        lookups, drafts: by the number of tokens that they draft.
 
     Raises:
-        DeepSpecError: the lookup drafted nothing.
+        DeepSpecError: plain answers are too short to time.
     """
-    passes: dict[int, list[Turn]] = {}
-    rounds: dict[int, list[Turn]] = {}
-    for _ in range(REPEATS):  # a load of the machine that comes and goes is spread over all lengths
-        passes.setdefault(1, []).extend(answer(plain, "plain").turns)
-        for k in lengths(drafting.tokens):
-            lookup = replace(plain, kind="ngram-simple", tokens=k, match=MATCH)
-            passes.setdefault(k + 1, []).extend(answer(lookup, f"pass-{k}").turns)
-            rounds.setdefault(k, []).extend(answer(replace(drafting, tokens=k), f"round-{k}").turns)
-    found = _medians({n: _drafted(turns, n - 1) for n, turns in passes.items()})
-    if 1 not in found:
+    asks = {(True, k): ask for k, ask in lookups.items()} | {(False, k): ask for k, ask in drafts.items()}
+    order, plains = list(asks), [_seconds(plain(), 0)]
+    ratios: dict[tuple[bool, int], list[float]] = {key: [] for key in asks}
+    for turn in range(TURNS):
+        start = turn % len(order)
+        for key in order[start:] + order[:start]:
+            seconds = _seconds(asks[key](), key[1])
+            plains.append(_seconds(plain(), 0))
+            before, after = plains[-2:]
+            if seconds and before and after:
+                ratios[key].append(2 * seconds / (before + after))
+    seen = [seconds for seconds in plains if seconds]
+    if len(seen) < LEAST:
         raise DeepSpecError("llama.cpp answered in too few tokens to time a pass; ask another task (--tasks)")
-    return Costs(found, _medians({k: _drafted(turns, k) for k, turns in rounds.items()}))
+    found = {key: Ratio.of(turns) for key, turns in ratios.items() if len(turns) >= LEAST}
+    return Costs(
+        median(seen),
+        {k + 1: ratio for (lookup, k), ratio in found.items() if lookup},
+        {k: ratio for (lookup, k), ratio in found.items() if not lookup},
+    )
 
 
 def choices(costs: Costs, counts: Counts) -> list[Choice]:
@@ -72,11 +104,12 @@ def choices(costs: Costs, counts: Counts) -> list[Choice]:
     if not counts.drafts:
         return []
     taus = list(accumulate((n / counts.drafts for n in counts.by_position), initial=1.0))
-    return [
-        Choice(k, taus[k], taus[k] * costs.passes[1] / seconds)
-        for k, seconds in costs.rounds.items()
-        if k < len(taus)
-    ]
+    found = []
+    for k, ratio in costs.rounds.items():
+        if k < len(taus):
+            low, high = ratio.bounds
+            found.append(Choice(k, taus[k], taus[k] / ratio.value, (taus[k] / high, taus[k] / low)))
+    return found
 
 
 def advice(found: Sequence[Choice], costs: Costs) -> str:
@@ -84,17 +117,17 @@ def advice(found: Sequence[Choice], costs: Costs) -> str:
     if not found:
         return "no round of the draft could be timed"
     best = max(found, key=lambda choice: choice.speedup)
-    said = f"{best.tau:.2f} tokens a round of {1000 * costs.rounds[best.drafted]:.1f} ms"
-    said += f", a plain token {1000 * costs.passes[1]:.1f} ms: {best.speedup:.2f}× expected"
-    if best.speedup <= 1:
+    low, high = best.bounds
+    said = f"{best.tau:.2f} tokens a round that takes {costs.rounds[best.drafted].value:.2f} plain passes"
+    said += f": {best.speedup:.2f}× ({low:.2f}–{high:.2f}) expected"
+    if high <= 1:
         return f"do not draft here: at best {best.drafted} drafted, {said}"
+    if low <= 1:
+        return f"drafting gains or loses little here: at best {best.drafted} drafted, {said}"
     return f"draft {best.drafted}: {said}"
 
 
-def _drafted(turns: Sequence[Turn], tokens: int) -> list[float]:
-    return [turn.seconds for turn in turns if turn.drafted == tokens]
-
-
-def _medians(seconds: dict[int, list[float]]) -> dict[int, float]:
-    """Return medians by length, without lengths of which there were too few."""
-    return {n: statistics.median(found) for n, found in seconds.items() if len(found) >= LEAST}
+def _seconds(turns: Sequence[Turn], drafted: int) -> float | None:
+    """Return the median seconds of the turns that drafted so many tokens; None where there is none."""
+    found = [turn.seconds for turn in turns if turn.drafted == drafted]
+    return median(found) if found else None

@@ -21,7 +21,7 @@ class Server:
     """What is served, and how.
 
     Args:
-        kind: llama.cpp's `--spec-type`; empty decodes plainly.
+        kind: llama.cpp's `--spec-type`, kinds with a comma between them; empty decodes plainly.
         tokens: drafted at most.
         least: `--spec-draft-p-min`; 0 does not cut drafts.
         match: tokens that ngram-simple looks up; 0 leaves it as it is.
@@ -65,12 +65,16 @@ class Server:
             "--port",
             str(port),
             "--no-webui",
+            "--fit",
+            "off",
+            "--cache-ram",
+            "0",
         ]
         if self.draft:
             found += ["-md", str(self.draft.resolve())]
         if self.kind:
             found += ["--spec-type", self.kind]
-        if self.kind.startswith("draft"):
+        if self.draft and self.kind:
             found += ["--spec-draft-n-max", str(self.tokens), "--spec-draft-p-min", str(self.least)]
             found += ["-ctkd", self.cache, "-ctvd", self.cache]
         if self.match:

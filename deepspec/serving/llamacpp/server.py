@@ -30,8 +30,11 @@ def parameters(asked):
     if asked["draft"]:
         draft.mparams.path = asked["draft"]
     if asked["kind"]:
-        name = "COMMON_SPECULATIVE_TYPE_" + asked["kind"].upper().replace("-", "_")
-        found.speculative.types = [getattr(xllamacpp.common_speculative_type, name)]
+        names = asked["kind"].upper().replace("-", "_").split(",")
+        kinds = [
+            getattr(xllamacpp.common_speculative_type, f"COMMON_SPECULATIVE_TYPE_{name}") for name in names
+        ]
+        found.speculative.types = kinds
     simple = found.speculative.ngram_simple
     if asked["match"]:
         simple.size_n, simple.size_m, simple.min_hits = asked["match"], asked["tokens"], 1

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from deepspec.evaluation.parts import Bounds
-from deepspec.serving.llamacpp.record import LlamaCppRecord
+from deepspec.serving.llamacpp.record import Cost, LlamaCppRecord
 from deepspec.serving.table import console
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 
 def show(record: LlamaCppRecord) -> None:
@@ -14,16 +19,8 @@ def show(record: LlamaCppRecord) -> None:
     printer = console()
     where = f"{record.engine_version}, target in {record.precision}, {record.threads} threads"
     printer.print(f"{record.drafter}: {where}", highlight=False, soft_wrap=True)
-    grid = Table(title="costs")
-    for i, column in enumerate(("n", "pass over n", "round that drafts n", "expected")):
-        grid.add_column(column, justify="right" if i else "left")
-    passes, rounds = (
-        {cost.tokens: cost.seconds for cost in costs} for costs in (record.passes, record.rounds)
-    )
-    gains = {choice.drafted: choice.speedup for choice in record.expected}
-    for n in sorted({*passes, *rounds}):
-        grid.add_row(str(n), _ms(passes.get(n)), _ms(rounds.get(n)), _times(gains.get(n), None))
-    printer.print(grid)
+    if record.plain_seconds is not None:
+        _show_costs(record, printer, record.plain_seconds)
     ways = Table(title="greedy, interleaved")
     for i, column in enumerate(
         ("way", "tokens/s", "× plain (95 %)", "tokens a pass", "drafted a pass", "same text")
@@ -36,17 +33,36 @@ def show(record: LlamaCppRecord) -> None:
             way.name, _number(way.tokens_per_second, 1), _times(way.speedup, way.speedup_ci95), *rates, same
         )
     printer.print(ways)
+    printer.print(record.fastest, highlight=False, soft_wrap=True)
     there, here = record.served.mean_accepted_length, record.ours.mean_accepted_length
     ratio = _times(record.ratio_accepted_length, record.ratio_ci95).replace("×", "")
     printer.print(f"accepted: {_number(there, 2)} there, {_number(here, 2)} here: {ratio}", highlight=False)
     if record.law:
         law = record.law
         said = f"T = 1: second tokens p = {law.p_second_token:.3f}, lengths p = {law.p_length:.3f}"
-        printer.print(f"{said} ({law.prompts} prompts, {law.draws} answers each way)", highlight=False)
+        seen = f"{law.change:g} of the second tokens moved onto one are seen with probability {law.power:.2f}"
+        told = f"{said} ({law.prompts} questions, {law.draws} answers each way: {seen})"
+        printer.print(told, highlight=False, soft_wrap=True)
 
 
-def _ms(seconds: float | None) -> str:
-    return "–" if seconds is None else f"{1000 * seconds:.1f} ms"
+def _show_costs(record: LlamaCppRecord, printer: Console, plain: float) -> None:
+    from rich.table import Table
+
+    printer.print(f"a plain pass takes {1000 * plain:.1f} ms", highlight=False)
+    grid = Table(title="costs in plain passes")
+    for i, column in enumerate(("n", "pass over n", "round that drafts n", "expected × plain")):
+        grid.add_column(column, justify="right" if i else "left")
+    passes, rounds = ({cost.tokens: cost for cost in costs} for costs in (record.passes, record.rounds))
+    gains = {choice.drafted: choice for choice in record.expected}
+    for n in sorted({*passes, *rounds}):
+        gain = gains.get(n)
+        told = _times(gain.speedup, gain.speedup_ci95) if gain else "–"
+        grid.add_row(str(n), _cost(passes.get(n)), _cost(rounds.get(n)), told)
+    printer.print(grid)
+
+
+def _cost(cost: Cost | None) -> str:
+    return _times(cost.plain_passes, cost.plain_passes_ci95) if cost else "–"
 
 
 def _number(value: float | None, digits: int) -> str:
