@@ -3,8 +3,8 @@
 The conversations of `data/distill` are of kinds: those that the project wrote are math, code or chat, others are called
 by their source. A draft learns one kind, `--first`, another learns a second, `--then`, for as many steps, and the first
 goes on (`start: <directory>`) on the second kind for a tenth of them; one that had only that tenth stands beside.
-Expected τ at T = 1 is measured in answers of both kinds that no draft has seen, a block at every token. Intervals are
-over conversations, by which ratios are paired. What is trained already is not trained again.
+Expected τ at T = 1 is measured in answers of both kinds that no draft has seen, a block at every third token. Intervals
+are over conversations, by which ratios are paired. What is trained already is not trained again.
 
     python -m benchmarks.finetuning --steps 200
 """
@@ -33,7 +33,7 @@ from deepspec.drafters.loss_params import LossParams
 from deepspec.drafters.registry import algorithms
 from deepspec.errors import DeepSpecError, nearest
 from deepspec.evaluation.stats import Interval, against, bootstrap, quotient
-from deepspec.features.local import OnlineFeatures
+from deepspec.features.local import CachedFeatures
 from deepspec.features.sequences import Sequences
 from deepspec.files import digest
 from deepspec.markdown import markdown_table
@@ -45,11 +45,12 @@ from deepspec.training.finish import finish
 from deepspec.training.losses import expected_tau
 from deepspec.training.objective import BlockObjective
 from deepspec.training.paths import TrainingPaths
-from deepspec.training.prepare import DATA, TrainingData, make_network, prepare
+from deepspec.training.prepare import DATA, WORK, TrainingData, make_network, prepare
 from deepspec.training.run import fit, make_accelerator, own_loss
 
 TARGET = Path("data/target")
 SHARE = 10  # of the steps, the part that the continued draft has
+_EVERY = 3  # tokens from one measured block to the next
 Table = npt.NDArray[np.float64]  # [conversations, 2]: the sum of expected τ over blocks, and blocks
 
 
@@ -156,11 +157,14 @@ def measure(draft: Path, target: Target, rows: Sequences) -> Table:
         raise DeepSpecError(f"{draft}: a {kind} is not trained")
     model = read(checkpoint, target).eval()
     objective = BlockObjective(model, LossParams())
-    features = OnlineFeatures(target, rows, model.config.target_layer_ids)
+    features = CachedFeatures.below(
+        WORK / "features", target, rows, model.config.target_layer_ids, rows.digest
+    )
+    features.build()
     batches = Batches(features, list(range(len(rows))), 1, 1, model.config.block_size, 0)
     table = []
     for i in range(len(rows)):
-        anchors = torch.tensor(batches.starts(i, answers_only=True))
+        anchors = torch.tensor(batches.starts(i, answers_only=True)[::_EVERY])
         batch = batches.at([i], anchors[None], answers_only=True)
         taus = expected_tau(objective.acceptance(batch), batch.valid)
         table.append((float(taus.sum()), taus.numel()))
@@ -211,7 +215,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--params", default="params.yaml", help="seed, section and `train` (default: %(default)s)")
     add("--drafter", default="dspark", help="one of its drafters (default: %(default)s)")
     add("--first", nargs="+", default=["code"], metavar="KIND", help="learnt first (default: code)")
-    add("--then", nargs="+", default=["chat", "magpie"], metavar="KIND", help="default: chat magpie")
+    add("--then", nargs="+", default=["chat"], metavar="KIND", help="learnt then (default: chat)")
     add("--steps", type=int, default=200, help="of a draft from nothing (default 200)")
     add("--measured", type=int, default=40, help="conversations of each kind to measure on (default 40)")
     add("--output", type=Path, default=REPORTS, help="folder of the report")

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from deepspec.decoding.drafter import DraftRequest
 from deepspec.decoding.engine import Engine, generate
 from deepspec.decoding.request import Request, Sampling
 from deepspec.decoding.shapes import BestFirst, Chain, Sampled
@@ -19,7 +20,7 @@ from deepspec.features.local import OnlineFeatures
 from deepspec.features.sequences import Sequence
 from deepspec.target.model import load_target
 from deepspec.training.adapt import Adaptation, AdaptingSession, Learner, load_adapting
-from deepspec.training.batches import Batches
+from deepspec.training.batches import Batch, Batches
 from tests.drafting import make, write
 from tests.laws import Case, exact_law, p_value, taught
 from tests.tiny import cached_target
@@ -67,15 +68,51 @@ def test_learning_changes_no_token(name, shape, llama, drafts, steps):
     assert draft_digest(directory) == before
 
 
-def test_a_draft_that_learns_is_right_more_often(llama, drafts):
-    """A random draft learns the end of a text that it saw the beginning of."""
-    (still,), (adapted,) = (
-        generate(llama, drafter, PROMPT, 300)
-        for drafter in (load_drafter(drafts("dspark"), llama), load_adapting(drafts("dspark"), llama, FAST))
-    )
-    assert adapted.tokens == still.tokens and len(still.tokens) == 300
-    half = adapted.stats.accepted[adapted.stats.rounds // 2 :]
-    assert 1 + sum(half) / len(half) > 1.2 * still.stats.tau
+@pytest.fixture(scope="module")
+def last(llama, drafts) -> tuple[AdaptingSession, Batch]:
+    """A session at the end of an answer, and the blocks of its last step."""
+    kept: list[tuple[AdaptingSession, Batch]] = []
+    real = AdaptingSession._batch
+
+    def batch(self, states):
+        kept.append((self, real(self, states)))
+        return kept[-1][1]
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(AdaptingSession, "_batch", batch)
+        generate(llama, load_adapting(drafts("dspark"), llama, FAST), PROMPT, 48)
+    return kept[-1]
+
+
+def test_a_step_teaches_what_the_target_said(last):
+    session, batch = last
+    learner = Learner(session.drafter)
+
+    def right() -> float:
+        with torch.no_grad():
+            return float(learner.objective.acceptance(batch).mean())
+
+    before = right()
+    for _ in range(30):
+        learner.step(batch)
+    assert right() > before + 0.05
+
+
+def test_it_drafts_by_what_it_has_learnt(last, llama, drafts, tmp_path):
+    """Its law is that of the learnt weights, written down and loaded."""
+    session, _ = last
+    learnt = load_drafter(write(session.learner.network, llama, tmp_path / "learnt"), llama)
+
+    def law(drafter) -> torch.Tensor:
+        own = drafter.session(1)
+        own.begin(0)
+        rng = torch.Generator().manual_seed(0)
+        own.extend(0, PROMPT, torch.randn(len(PROMPT), 2 * 64, generator=rng))
+        (proposal,) = own.propose([DraftRequest(0, 7, Sampling(1.0), rng, 9, Chain())])
+        return torch.stack([proposal.law(k) for k in range(3)])
+
+    torch.testing.assert_close(law(session.inner.drafter), law(learnt), atol=1e-5, rtol=1e-4)
+    assert (law(learnt) - law(load_drafter(drafts("dspark"), llama))).abs().max() > 0.01
 
 
 def test_the_steps_are_those_of_training(llama, drafts, steps):

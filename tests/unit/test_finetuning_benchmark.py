@@ -47,7 +47,7 @@ def test_rows_are_of_the_kind_of_their_prompt(data):
 
 
 def test_the_last_draft_goes_on_from_the_first_and_its_record_says_both(data, monkeypatch):
-    flags = ["--steps", "20", "--measured", "3", "--output", "out"]
+    flags = ["--steps", "20", "--measured", "3", "--then", "chat", "magpie", "--output", "out"]
     assert finetuning.main(flags) == 0
     found = json.loads((data / "out/finetuning.json").read_text())
     runs = found["runs"]
