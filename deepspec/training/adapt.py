@@ -24,6 +24,7 @@ from torch import Tensor
 from deepspec.decoding.drafter import Drafter, DraftRequest, GrowingSession, Proposal, Session
 from deepspec.drafters.load import load_drafter, open_draft
 from deepspec.drafters.loss_params import LossParams
+from deepspec.drafters.module_stack import ModuleStack
 from deepspec.drafters.network import Network
 from deepspec.drafters.registry import algorithms
 from deepspec.drafters.window import for_decoding
@@ -57,14 +58,17 @@ def load_adapting(path: str | Path, target: Target, how: Adaptation = Adaptation
     """Load a draft directory as one that learns while it decodes, a request at a time.
 
     Raises:
-        DeepSpecError: what `load_drafter` refuses, or a draft that has no network which reads the target's states.
+        DeepSpecError: what `load_drafter` refuses, or a draft that is not one network which reads the target's states.
     """
     kind, checkpoint = open_draft(Path(path), target)
     algorithm = algorithms()[kind]
     if algorithm.read is None or algorithm.standalone:
         raise DeepSpecError(f"{path}: a {kind} does not learn while it decodes")
+    draft = load_drafter(path, target)
+    if isinstance(draft, ModuleStack):
+        raise DeepSpecError(f"{path}: several next-token modules do not learn while they decode")
     network = algorithm.read(for_decoding(kind, checkpoint), target)
-    return AdaptingDrafter(load_drafter(path, target), network.eval(), target, how)
+    return AdaptingDrafter(draft, network.eval(), target, how)
 
 
 class AdaptingDrafter(Drafter):
