@@ -134,7 +134,7 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     runs: Runs = {}
     for i, temperature, name in pieces:
-        runs.setdefault((name, temperature), []).append(log.get(str((i, temperature, name))))
+        runs.setdefault((name, temperature), []).append(log.get(str((i, temperature, name))) or {})
     edges = [round(part * flags.tokens / flags.parts) for part in range(flags.parts + 1)]
     table, data = report(runs, flags.temperatures, edges)
     title = f"τ along {flags.tokens} tokens of {len(prompts)} answers, {flags.draft.name}"

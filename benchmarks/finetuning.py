@@ -15,6 +15,7 @@ import json
 import sys
 from collections.abc import Collection
 from dataclasses import asdict, dataclass
+from functools import cache
 from itertools import cycle
 from pathlib import Path
 from typing import Any
@@ -78,6 +79,7 @@ def row_kinds(directory: Path, seed: int) -> list[str]:
     return [written.get(row.get("prompt") or row["id"], row["source"]) for row in rows]
 
 
+@cache
 def seed_kinds(seed: int) -> dict[str, str]:
     """Return id → kind of each prompt that the project writes."""
     names = [module.__name__.rpartition(".")[2] for module in KINDS.values()]

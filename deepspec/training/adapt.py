@@ -88,7 +88,7 @@ class AdaptingDrafter(Drafter):
 
     @property
     def trained(self) -> Drafter:
-        """The draft itself, which costs are measured of."""
+        """Return the draft itself, which costs are measured of."""
         return self.draft
 
     def session(self, slots: int) -> Session:

@@ -95,7 +95,7 @@ def test_a_step_teaches_what_the_target_said(last):
     before = right()
     for _ in range(30):
         learner.step(batch)
-    assert right() > before + 0.05
+    assert right() > 1.1 * before
 
 
 def test_it_drafts_by_what_it_has_learnt(last, llama, drafts, tmp_path):
@@ -140,7 +140,7 @@ def test_the_steps_are_those_of_training(llama, drafts, steps):
     torch.testing.assert_close(found.log_norm[:, first:], expected.log_norm[:, first:], atol=1e-3, rtol=1e-3)
 
 
-CASE = Case(prompt=(77, 5, 9, 140, 3, 20, 8), length=4, sampling=Sampling(1.0, top_k=3), draws=800)
+CASE = Case(prompt=(77, 5, 9, 140, 3, 20, 8), length=3, sampling=Sampling(1.0, top_k=3), draws=400)
 EAGER = Adaptation(every=1, blocks=4, context=16, lr=3e-3)
 
 
@@ -181,7 +181,9 @@ def test_the_same_test_catches_a_law_that_was_not_drawn_from(deeper, learnt, exp
         rng = torch.Generator().manual_seed(0)
         again = self.inner.propose([replace(ask, rng=rng) for ask in asks])
         return [
-            replace(old, probs=torch.cat((new.probs[:1], old.probs[1:]))) if old.tokens else old
+            replace(old, probs=torch.cat((new.probs[:1].clamp(min=1e-3), old.probs[1:])))
+            if old.tokens
+            else old
             for old, new in zip(drawn, again, strict=True)
         ]
 
