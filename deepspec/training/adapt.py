@@ -177,7 +177,7 @@ class AdaptingSession(Session):
             return None
         features, hidden = states.split((states.shape[1] - target.hidden_size, target.hidden_size), 1)
         log_norm = torch.zeros(n, device=states.device)
-        log_norm[first:] = target.logits(hidden[first:]).float().logsumexp(-1)
+        log_norm[first:] = target.log_norm(hidden[first:])
         tokens = torch.tensor(self.tokens, device=states.device)
         places = anchors[:, None] + torch.arange(gamma, device=states.device)
         whole = torch.ones_like(places, dtype=torch.bool)
