@@ -140,7 +140,8 @@ def test_the_steps_are_those_of_training(llama, drafts, steps):
     torch.testing.assert_close(found.log_norm[:, first:], expected.log_norm[:, first:], atol=1e-3, rtol=1e-3)
 
 
-CASE = Case(prompt=(77, 5, 9, 140, 3, 20, 8), length=3, sampling=Sampling(1.0, top_k=3), draws=400)
+CASE = Case(prompt=(77, 5, 9, 140, 3, 20, 8), length=4, sampling=Sampling(1.0, top_k=3), draws=800)
+SHORT = replace(CASE, length=3, draws=400)
 EAGER = Adaptation(every=1, blocks=4, context=16, lr=3e-3)
 
 
@@ -149,29 +150,29 @@ def deeper():
     return load_target(cached_target(vocab=300, layers=3, hidden=32))
 
 
-@pytest.fixture(scope="module")
-def expected(deeper):
-    return exact_law(deeper, CASE)
+@pytest.fixture
+def learnt(deeper, tmp_path):
+    """A taught draft that goes on learning."""
 
+    def of(name: str, case: Case):
+        taught(name, deeper, case, tmp_path / "draft")
+        return load_adapting(tmp_path / "draft", deeper, EAGER)
 
-@pytest.fixture(scope="module")
-def learnt(request, deeper, tmp_path_factory):
-    directory = tmp_path_factory.mktemp("draft") / "draft"
-    taught(request.param, deeper, CASE, directory)
-    return load_adapting(directory, deeper, EAGER)
+    return of
 
 
 @pytest.mark.parametrize(
-    ("shape", "rule"), [(Chain(), "block"), (Sampled((2, 1)), "traversal")], ids=["chain", "tree"]
+    ("name", "shape", "rule"),
+    [("dspark", Chain(), "block"), ("eagle3", Sampled((2, 1)), "traversal")],
+    ids=["chain", "tree"],
 )
-@pytest.mark.parametrize("learnt", ["dspark", "eagle3"], indirect=True)
-def test_the_law_is_the_targets_while_the_draft_learns(deeper, learnt, expected, shape, rule, steps):
-    assert p_value(deeper, learnt, expected, CASE, shape, rule, batch=1) > 0.01
+def test_the_law_is_the_targets_while_the_draft_learns(name, shape, rule, deeper, learnt, steps):
+    drafter = learnt(name, CASE)
+    assert p_value(deeper, drafter, exact_law(deeper, CASE), CASE, shape, rule, batch=1) > 0.01
     assert len(steps) > CASE.draws
 
 
-@pytest.mark.parametrize("learnt", ["dspark"], indirect=True)
-def test_the_same_test_catches_a_law_that_was_not_drawn_from(deeper, learnt, expected, monkeypatch):
+def test_the_same_test_catches_a_law_that_was_not_drawn_from(deeper, learnt, monkeypatch):
     """That of the weights after the step, reported for tokens that were drawn before it."""
 
     def propose(self, asks):
@@ -188,8 +189,9 @@ def test_the_same_test_catches_a_law_that_was_not_drawn_from(deeper, learnt, exp
         ]
 
     monkeypatch.setattr(AdaptingSession, "propose", propose)
-    monkeypatch.setattr(learnt, "how", replace(EAGER, lr=0.1))
-    assert p_value(deeper, learnt, expected, CASE, Chain(), "standard", batch=1) < 1e-6
+    drafter = learnt("dspark", SHORT)
+    drafter.how = replace(EAGER, lr=0.1)
+    assert p_value(deeper, drafter, exact_law(deeper, SHORT), SHORT, Chain(), "standard", batch=1) < 1e-6
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
