@@ -74,6 +74,9 @@ def chat(
         ),
     ] = None,
     no_draft: Annotated[bool, typer.Option("--no-draft", help="Plain decoding, for comparison.")] = False,
+    adapt: Annotated[
+        bool, typer.Option("--adapt", help="The draft goes on learning along an answer (an experiment).")
+    ] = False,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Per answer.")] = 512,
     system: Annotated[str | None, typer.Option(help="A system message to begin with.")] = None,
@@ -88,7 +91,7 @@ def chat(
     Ctrl-C stops an answer."""
     from deepspec.commands.chat import Settings, run
 
-    settings = Settings(target, drafter, no_draft, temperature, max_new_tokens, system, seed, params)
+    settings = Settings(target, drafter, no_draft, adapt, temperature, max_new_tokens, system, seed, params)
     _exit(lambda: run(settings))
 
 

@@ -6,6 +6,7 @@ A module's weights are random, under the names and in the shapes that the family
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,12 +45,16 @@ class Family:
     one: float = 0.0
     hidden_first: bool = False
 
+    def prefix_of(self, number: int) -> str:
+        """Return how the names of a further module begin."""
+        return re.sub(r"\d+", lambda found: str(int(found[0]) + number), self.prefix)
 
-def write(family: Family, directory: Path, parts: int = 2) -> Path:
-    """Write a target whose checkpoint has a module, in two shards.
+
+def write(family: Family, directory: Path, parts: int = 2, modules: int = 1) -> Path:
+    """Write a target whose checkpoint has modules, in two shards.
 
     Args:
-        parts: 1 leaves the module out.
+        parts: 1 leaves the modules out.
     """
     model = tiny_model(
         family.model_type, config=tiny_config(family.model_type, **OWN.get(family.model_type, {}))
@@ -62,16 +67,16 @@ def write(family: Family, directory: Path, parts: int = 2) -> Path:
     rng = torch.Generator().manual_seed(7)
     d = model.config.hidden_size
     last = f"model.layers.{model.config.num_hidden_layers - 1}."
-    shapes = {
-        f"{family.prefix}{family.layer}{name.removeprefix(last)}": weight.shape
-        for name, weight in whole.items()
-        if name.startswith(last)
-    }
-    shapes |= {
-        f"{family.prefix}{name}.weight": torch.Size([d])
-        for name in (family.embedding_norm, family.hidden_norm, family.norm)
-    }
-    shapes[f"{family.prefix}{family.joins}.weight"] = torch.Size([d, 2 * d])
+    shapes: dict[str, torch.Size] = {}
+    for prefix in (family.prefix_of(number) for number in range(modules)):
+        shapes |= {
+            f"{prefix}{family.layer}{name.removeprefix(last)}": weight.shape
+            for name, weight in whole.items()
+            if name.startswith(last)
+        }
+        norms = (family.embedding_norm, family.hidden_norm, family.norm)
+        shapes |= {f"{prefix}{name}.weight": torch.Size([d]) for name in norms}
+        shapes[f"{prefix}{family.joins}.weight"] = torch.Size([d, 2 * d])
     made = {name: _random(name, shape, 1 - family.one, rng) for name, shape in sorted(shapes.items())}
     save_file(made, directory / MODULE, {"format": "pt"})
     files = dict.fromkeys(whole, "model.safetensors") | dict.fromkeys(made, MODULE)
@@ -95,16 +100,17 @@ class Reader:
 
     def __init__(self, family: Family, directory: Path, model: Any):
         self.family, self.config = family, model.config
+        self.prefix = family.prefix
         self.w = {name: w.float() for name, w in load_file(directory / MODULE).items()}
         self.embed = model.get_input_embeddings().weight.detach()
         self.head = model.get_output_embeddings().weight.detach()
 
     def part(self, name: str) -> Tensor:
-        return self.w[f"{self.family.prefix}{name}.weight"]
+        return self.w[f"{self.prefix}{name}.weight"]
 
     def of(self, name: str) -> Tensor:
         """Return a weight of the layer."""
-        return self.w[f"{self.family.prefix}{self.family.layer}{name}"]
+        return self.w[f"{self.prefix}{self.family.layer}{name}"]
 
     def rms(self, x: Tensor, weight: Tensor) -> Tensor:
         scale = torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.config.rms_norm_eps)
@@ -119,21 +125,32 @@ class Reader:
         """
         below, out = states, []
         for _ in range(gamma):
-            embedded = self.embed[torch.tensor(tokens[1 : len(below) + 1])]
-            parts = [
-                self.rms(embedded, self.part(self.family.embedding_norm)),
-                self.rms(below, self.part(self.family.hidden_norm)),
-            ]
-            x = (
-                torch.cat(parts[::-1] if self.family.hidden_first else parts, -1)
-                @ self.part(self.family.joins).T
-            )
-            x = x + self.family.attention(self, self.rms(x, self.of("input_layernorm.weight")))
-            x = x + self.family.mlp(self, self.rms(x, self.of("post_attention_layernorm.weight")))
-            last = self.rms(x[-1:], self.part(self.family.norm))
+            last = self.outputs(tokens[1 : len(below) + 1], below)[-1:]
             out.append((last @ self.head.T).softmax(-1))
             below = torch.cat((below, last))
         return torch.cat(out)
+
+    @torch.no_grad()
+    def laws_of_several(self, tokens: list[int], states: Tensor, modules: int) -> Tensor:
+        """Laws [modules, vocab] behind the anchor, a module for each; module k reads token i + k at place i."""
+        below, out = states, []
+        for number in range(modules):
+            self.prefix = self.family.prefix_of(number)
+            below = self.outputs(tokens[number + 1 : number + 1 + len(states)], below)
+            out.append((below[-1:] @ self.head.T).softmax(-1))
+        return torch.cat(out)
+
+    def outputs(self, tokens: list[int], below: Tensor) -> Tensor:
+        """The module's outputs [n, d] behind its norm, of tokens read beside states [n, d]."""
+        parts = [
+            self.rms(self.embed[torch.tensor(tokens)], self.part(self.family.embedding_norm)),
+            self.rms(below, self.part(self.family.hidden_norm)),
+        ]
+        joined = torch.cat(parts[::-1] if self.family.hidden_first else parts, -1)
+        x = joined @ self.part(self.family.joins).T
+        x = x + self.family.attention(self, self.rms(x, self.of("input_layernorm.weight")))
+        x = x + self.family.mlp(self, self.rms(x, self.of("post_attention_layernorm.weight")))
+        return self.rms(x, self.part(self.family.norm))
 
 
 def attended(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

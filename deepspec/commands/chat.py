@@ -21,6 +21,7 @@ from deepspec.drafters.checkpoint import DRAFTS, draft_directory
 from deepspec.drafters.deployment import Deployment
 from deepspec.errors import DeepSpecError
 from deepspec.target.model import Target, load_target
+from deepspec.training.adapt import load_adapting
 
 ACCEPTED = "green"
 TARGET = "data/target"
@@ -33,6 +34,7 @@ class Settings:
     target: str
     drafter: str | None
     no_draft: bool
+    adapt: bool
     temperature: float
     max_new_tokens: int
     system: str | None
@@ -144,7 +146,9 @@ def deploy(settings: Settings, target: Target) -> Deployment:
         if done == 1:
             notice.print("measuring what a pass costs here, once for this target …", style="dim")
 
-    return Deployment.of(target, find_draft(settings), decode, watch=watch)
+    draft = find_draft(settings)
+    used = load_adapting(draft, target) if settings.adapt else draft
+    return Deployment.of(target, used, decode, watch=watch)
 
 
 def _lines(console: Console) -> Iterator[str]:

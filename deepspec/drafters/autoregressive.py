@@ -98,7 +98,7 @@ class AutoregressiveSession(GrowingSession):
         roots = self._absorb(asks)
         rows = [ask.row for ask in asks]
         lengths = [self.rows[row].length for row in rows]
-        return _Expansion(self.drafter, self.cache, rows, lengths, growths, roots).expand
+        return Expansion(self.drafter, self.cache, rows, lengths, growths, roots).expand
 
     def _absorb(self, asks: list[DraftRequest]) -> Tensor:
         """Take in what was committed since the last proposal, the anchor included; outputs at the anchors [m, d]."""
@@ -141,8 +141,13 @@ class AutoregressiveSession(GrowingSession):
         return [*state.tokens[1:], anchor]
 
 
-class _Expansion:
-    """The trees in the making: outputs of their nodes, and where in the cache their keys lie."""
+class Expansion:
+    """The trees in the making: outputs of their nodes, and where in the cache their keys lie.
+
+    Args:
+        roots: outputs at the anchors [m, d].
+        below: request → node → the state [d] that its children are read with; None: the network's own outputs.
+    """
 
     def __init__(
         self,
@@ -152,10 +157,12 @@ class _Expansion:
         lengths: list[int],
         growths: list[Growth],
         roots: Tensor,
+        below: list[dict[int, Tensor]] | None = None,
     ):
         self.drafter, self.cache, self.rows = drafter, cache, rows
         self.lengths, self.growths = lengths, growths
         self.outputs = [{-1: root} for root in roots]  # request → node → [d]
+        self.below = below or self.outputs
         self.columns: list[dict[int, int]] = [{} for _ in rows]  # request → node → cache column
         self.roots = roots
 
@@ -163,6 +170,10 @@ class _Expansion:
         """Return what `grow` asks for."""
         if parents[0].depth == 0:
             return DraftLogits(self.drafter.logits(self.roots[[parent.growth for parent in parents]]))
+        return DraftLogits(self.drafter.logits(self.step(parents)))
+
+    def step(self, parents: list[Parent]) -> Tensor:
+        """Run the network on nodes of one level, none of them an anchor; outputs [nodes, d]."""
         by_request: dict[int, list[Parent]] = {}
         for parent in parents:
             by_request.setdefault(parent.growth, []).append(parent)
@@ -175,7 +186,7 @@ class _Expansion:
         for r, start in zip(requests, starts, strict=True):
             self.columns[r] |= {parent.node: start + i for i, parent in enumerate(by_request[r])}
         visible = None if chains else self._visible(by_request, max(starts) + max(counts), max(counts))
-        above = [self.outputs[p.growth][self.growths[p.growth].parents[p.node]] for p in parents]
+        above = [self.below[p.growth][self.growths[p.growth].parents[p.node]] for p in parents]
         outputs = self.drafter.run(
             self.cache,
             [self.rows[r] for r in requests],
@@ -188,7 +199,7 @@ class _Expansion:
         )
         for parent, output in zip(parents, outputs, strict=True):
             self.outputs[parent.growth][parent.node] = output
-        return DraftLogits(self.drafter.logits(outputs))
+        return outputs
 
     def _visible(self, by_request: dict[int, list[Parent]], length: int, most: int) -> Tensor:
         """bool [requests, most, length]: each node sees the context, its ancestors and itself."""

@@ -99,6 +99,12 @@ def modules_of(names: Iterable[str]) -> list[Module]:
     return sorted(found, key=lambda module: [int(number) for number in re.findall(r"\d+", module.prefix)])
 
 
+def stack_of(modules: list[Module]) -> list[Module]:
+    """Return the modules that draft together: all of DeepSeek's, each on the states of the last; else the first."""
+    stacked = [module for module in modules if module.style == "deepseek"]
+    return stacked if stacked == modules else modules[:1]
+
+
 def places_of(directory: Path) -> dict[str, Path]:
     """Return the file of each weight of a directory, modules in files that transformers does not read among them.
 

@@ -27,6 +27,7 @@ from deepspec.target.ends import load_ends
 from deepspec.target.model import load_target, resolve_target
 from deepspec.target.next_token import FILE
 from deepspec.target.weights import read_weights
+from deepspec.training.adapt import load_adapting
 from deepspec.training.batches import Batches
 from deepspec.training.objective import BlockObjective
 from tests.drafting import write as write_draft
@@ -210,12 +211,90 @@ def test_modules_alone_are_a_draft(deepseek, tmp_path):
     save_file(module, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text(json.dumps({"architectures": ["DeepseekV3ForCausalLMNextN"]}))
     deepseek.drafts_as_read(load_drafter(tmp_path, deepseek.target))
-    save_file(
-        module | {name.replace("layers.4", "layers.5"): w.clone() for name, w in module.items()},
-        tmp_path / "model.safetensors",
+
+
+@pytest.fixture(scope="module", params=[2, 3])
+def several(request, tmp_path_factory):
+    """A target with several modules, its reader, and what of the first tokens its states are."""
+    family = FAMILIES["DeepSeek-V3"]
+    directory = write(family, tmp_path_factory.mktemp("several"), modules=request.param)
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+    with torch.no_grad():
+        states = model.model(torch.tensor([TEXT])).last_hidden_state[0]
+    return load_target(directory, dtype="float32"), Reader(family, directory, model), states, request.param
+
+
+def proposals(target, states, shape):
+    """What is drafted behind two anchors of a text: the second round takes in what came between."""
+    session = load_drafter(target.source, target).session(1)
+    session.begin(0)
+    start, rng = 0, torch.Generator().manual_seed(0)
+    for anchor in (8, 11):
+        session.extend(0, TEXT[start:anchor], states[start:anchor])
+        (proposal,) = session.propose([DraftRequest(0, TEXT[anchor], Sampling(1.0), rng, 9, shape)])
+        yield anchor, proposal
+        start = anchor
+
+
+@torch.no_grad()
+def test_several_modules_draft_a_token_each_as_an_independent_reader_says(several):
+    target, reader, states, modules = several
+    for anchor, proposal in proposals(target, states, Chain()):
+        assert len(proposal.tokens) == modules
+        found = torch.stack([proposal.law(k) for k in range(modules)])
+        expected = reader.laws_of_several([*TEXT[: anchor + 1], *proposal.tokens], states[:anchor], modules)
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_every_path_of_a_tree_has_the_laws_of_its_own_tokens(several):
+    target, reader, states, _ = several
+    for anchor, proposal in proposals(target, states, BestFirst(3, None, 8)):
+        assert max(proposal.depths) > 1 and not proposal.is_chain
+        for node in range(len(proposal.tokens)):
+            path, at = [], node
+            while at >= 0:
+                path.insert(0, proposal.tokens[at])
+                at = proposal.parents[at]
+            laws = reader.laws_of_several([*TEXT[: anchor + 1], *path], states[:anchor], len(path))
+            chance = torch.stack([law[token] for law, token in zip(laws, path, strict=True)]).prod()
+            assert proposal.survival[node] == pytest.approx(float(chance), rel=1e-3)
+
+
+@pytest.mark.parametrize("shape", [Chain(), BestFirst(3, None, 8)], ids=["chain", "tree"])
+def test_several_modules_change_no_token(several, shape):
+    """Also behind prompts that are shorter than the modules are many."""
+    target, _, _, modules = several
+    drafter = load_drafter(target.source, target)
+    assert drafter.block_size == modules
+    prompts = [TEXT, [8], TEXT[3:9], [8, 9]]
+    plain, drafted = (
+        generate(target, each, prompts, max_new_tokens=20, tree=shape) for each in (None, drafter)
     )
-    assert "not model.layers.5" in examine(tmp_path).assumed[0]
-    deepseek.drafts_as_read(load_drafter(tmp_path, deepseek.target))
+    assert [g.tokens for g in drafted] == [g.tokens for g in plain]
+    assert all(max(g.stats.drafted) > 1 for g in drafted)
+
+
+@torch.no_grad()
+def test_several_modules_alone_are_a_draft(several, tmp_path):
+    target, _, _, modules = several
+    save_file(load_file(f"{target.source}/{MODULE}"), tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps({"architectures": ["DeepseekV3ForCausalLMNextN"]}))
+    assert examine(tmp_path).assumed == ()
+    assert load_drafter(tmp_path, target).block_size == modules
+    with pytest.raises(DeepSpecError, match="several next-token modules do not learn"):
+        load_adapting(target.source, target)
+
+
+@torch.no_grad()
+def test_of_several_modules_of_another_shape_the_first_drafts(tmp_path):
+    directory = write(FAMILIES["MiMo"], tmp_path / "target", modules=2)
+    target = load_target(directory, dtype="float32")
+    assert load_drafter(directory, target).block_size == 3
+    (tmp_path / "alone").mkdir()
+    save_file(load_file(directory / MODULE), tmp_path / "alone/model.safetensors")
+    (tmp_path / "alone/config.json").write_text("{}")
+    assert "not model.mtp_layers.1" in examine(tmp_path / "alone").assumed[0]
 
 
 @torch.no_grad()

@@ -3,7 +3,8 @@
 The module reads W [norm(embed(x_{i+1})); norm(h_i)], h the target's post-norm state, at position i; its decoder layer
 is of the target's own kind (latent attention, experts and gates included), run as transformers has it. The output
 behind its norm gives the logits of x_{i+2} by the target's head, and takes h's place where the target has not been
-yet, so one module drafts several tokens, as engines let it. Of a target with several modules the first is used.
+yet, so one module drafts several tokens, as engines let it. Several modules of DeepSeek's names draft one token each
+(`drafters/module_stack.py`); the first of them alone is trained.
 
 Training unrolls those γ steps from the anchors with the true tokens fed (FastMTP, arXiv 2509.18362), as EAGLE-3's: a
 query of step k sees the first step's keys up to its anchor, and one entry of each later step, its own. Without modules
@@ -28,6 +29,7 @@ from deepspec.drafters.algorithm import Algorithm
 from deepspec.drafters.autoregressive import AutoregressiveDrafter
 from deepspec.drafters.checkpoint import Checkpoint
 from deepspec.drafters.eagle_network import rows
+from deepspec.drafters.module_stack import ModuleStack
 from deepspec.drafters.network import Network, missing_keys
 from deepspec.drafters.origin import open_origin
 from deepspec.drafters.params import MTPParams
@@ -46,6 +48,7 @@ from deepspec.target.next_token import (
     places_of,
     read_layer,
     read_module,
+    stack_of,
 )
 from deepspec.target.source import from_pretrained, local_directory
 
@@ -330,24 +333,34 @@ def read(checkpoint: Checkpoint, target: Ends) -> MTPModel:
     Raises:
         DeepSpecError: no module there, or an unknown, missing or misshapen weight.
     """
-    directory = checkpoint.directory
+    return _read(checkpoint, _modules(checkpoint.directory)[0], target)
+
+
+def _modules(directory: Path) -> list[Module]:
     modules = modules_of(places_of(directory))
     if not modules:
         raise DeepSpecError(f"{directory}: it has no next-token module (MTP)")
+    return modules
+
+
+def _read(checkpoint: Checkpoint, module: Module, target: Ends) -> MTPModel:
+    directory = checkpoint.directory
     config = replace(
         MTPConfig.read(checkpoint.config, target),
-        **asdict(modules[0]),
-        experts=_has_experts(directory, modules[0].prefix),
+        **asdict(module),
+        experts=_has_experts(directory, module.prefix),
     )
     model = MTPModel(config, one_layer(target.config, config.experts))
-    model.origin = ModuleOrigin(directory, modules[0], target.vocab_size, {})
+    model.origin = ModuleOrigin(directory, module, target.vocab_size, {})
     model.share(target, torch.arange(target.vocab_size))
     return model
 
 
-def load(checkpoint: Checkpoint, target: Target) -> MTPDrafter:
-    """Load a module, ours or the target's own."""
-    return MTPDrafter(read(checkpoint, target), target)
+def load(checkpoint: Checkpoint, target: Target) -> MTPDrafter | ModuleStack:
+    """Load a module, ours or the target's own, or several that draft together."""
+    stacked = stack_of(_modules(checkpoint.directory))
+    drafters = [MTPDrafter(_read(checkpoint, module, target), target) for module in stacked]
+    return ModuleStack(drafters, target) if len(drafters) > 1 else drafters[0]
 
 
 def network(params: MTPParams, target: Ends) -> MTPModel:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from fnmatch import fnmatchcase
 
 from deepspec.drafters.published.plan import Found, Plan
-from deepspec.target.next_token import modules_of
+from deepspec.target.next_token import modules_of, stack_of
 
 _MODULES = ("mtp.", "model.mtp.", "mtp_layers.", "model.mtp_layers.")
 _PARTS = (".eh_proj.", ".enorm.", ".hnorm.", ".shared_head.", "nextn")
@@ -45,12 +45,12 @@ def recognise(found: Found) -> Plan | None:
 
 
 def _modules_alone(found: Found) -> Plan:
-    """Recognise the modules of a target without its other layers: the first one drafts."""
+    """Recognise the modules of a target without its other layers."""
     modules = modules_of(found.weights)
     if not modules:
         why = "next-token modules of a target (MTP) under names that are not known here (DeepSeek's, Qwen's, MiMo's)"
         return Plan("the target's own", "MTP", refusal=why)
-    more = [module.prefix.rstrip(".") for module in modules[1:]]
+    more = [module.prefix.rstrip(".") for module in modules[len(stack_of(modules)) :]]
     return Plan(
         "the target's own",
         "MTP",
