@@ -20,11 +20,12 @@ from typing import Any
 import httpx
 import psutil
 
+import deepspec.features.inside
 from deepspec.errors import DeepSpecError
 from deepspec.serving.environment import Environment
 
 LOGS = Path(".deepspec/serve")
-INSIDE = Path(__file__).parent / "inside"  # modules that vLLM loads
+INSIDE = Path(deepspec.features.inside.__path__[0])  # modules that vLLM loads
 OWN = "DEEPSPEC_SERVER"  # in the environment of a server's processes: the path of its log
 MODEL = "target"  # the name it is served under
 START_S = 600  # longest wait for a server
@@ -63,12 +64,15 @@ def speculative_config(directory: Path, tokens: int) -> dict[str, Any]:
     return {"method": name, "model": str(directory.resolve()), "num_speculative_tokens": tokens, **parallel}
 
 
-def states_config(layers: Sequence[int], folder: Path) -> tuple[dict[str, Any], list[str]]:
+def states_config(
+    layers: Sequence[int], folder: Path, form: str = "bf16"
+) -> tuple[dict[str, Any], list[str]]:
     """Return vLLM's `--speculative-config` and further arguments for a server that writes hidden states.
 
     Args:
         layers: the engine's own layer ids.
         folder: where it writes.
+        form: of what it writes, a name in `deepspec.features.codec.CODECS`; in bf16 states stay as they are.
     """
     ids = {"hf_config": {"eagle_aux_hidden_state_layer_ids": list(layers)}}
     method = {"method": "extract_hidden_states", "num_speculative_tokens": 1, "draft_model_config": ids}
@@ -76,7 +80,7 @@ def states_config(layers: Sequence[int], folder: Path) -> tuple[dict[str, Any], 
         "kv_connector": "DeepSpecStates",
         "kv_connector_module_path": "deepspec_states",
         "kv_role": "kv_producer",
-        "kv_connector_extra_config": {"shared_storage_path": str(folder)},
+        "kv_connector_extra_config": {"shared_storage_path": str(folder), "form": form},
     }
     return method, ["--kv-transfer-config", json.dumps(transfer)]
 
