@@ -26,6 +26,7 @@ from deepspec.serving.environment import Environment
 
 LOGS = Path(".deepspec/serve")
 INSIDE = Path(deepspec.features.inside.__path__[0])  # modules that vLLM loads
+STATES = "extract_hidden_states"  # vLLM's method that writes hidden states
 OWN = "DEEPSPEC_SERVER"  # in the environment of a server's processes: the path of its log
 MODEL = "target"  # the name it is served under
 START_S = 600  # longest wait for a server
@@ -75,7 +76,7 @@ def states_config(
         form: of what it writes, a name in `deepspec.features.codec.CODECS`; in bf16 states stay as they are.
     """
     ids = {"hf_config": {"eagle_aux_hidden_state_layer_ids": list(layers)}}
-    method = {"method": "extract_hidden_states", "num_speculative_tokens": 1, "draft_model_config": ids}
+    method = {"method": STATES, "num_speculative_tokens": 1, "draft_model_config": ids}
     transfer = {
         "kv_connector": "DeepSpecStates",
         "kv_connector_module_path": "deepspec_states",
@@ -116,7 +117,9 @@ def serving(
         command += ["--enforce-eager", "--no-enable-chunked-prefill"]
     if speculative:
         command += ["--speculative-config", json.dumps(speculative)]
-    variables = environment.variables() | {"PYTHONPATH": str(INSIDE)}
+    variables = environment.variables()
+    if speculative and speculative["method"] == STATES:
+        variables |= {"PYTHONPATH": str(INSIDE)}
     with started("vLLM", [*command, *more], variables, port, name) as address:
         yield address
 
