@@ -86,7 +86,7 @@ def settings(target: Path, engine: str, mode: str) -> dict[str, Any]:
     raw["prompts"] |= {"count": 48, "mix": {"seed": 1.0}}
     raw["generate"] |= {"max_new_tokens": 48}
     raw["pipeline"] = ["eagle3"]
-    raw["train"] |= {"steps": 40, "eval_every": 20, "save_every": 20, "real_decode": False}
+    raw["train"] |= {"steps": 20, "eval_every": 10, "save_every": 10, "real_decode": False}
     raw["train"]["features"] = {"mode": mode}
     return raw
 
