@@ -134,10 +134,10 @@ class EngineStates:
             layer: states[layer + 1] for layer in self.layers if layer != H_LAST
         }
         last = ends.normed(decoded(states[ends.num_layers], self.codec))
-        found[H_LAST], found[LOG_NORM] = last, (log_norm := self.log_norm(last))
+        log_norm = self.log_norm(last)
         if not bool(torch.isfinite(log_norm).all()):
             raise DeepSpecError(f"{path}: the logits of its last states are not finite")
-        return found
+        return found | {H_LAST: last, LOG_NORM: log_norm}
 
     def _read(self, i: int, path: Path) -> list[Tensor | Encoded]:
         return read_states(path, self.sequences.ids(i).tolist(), self.asked, self.target, self.codec)
