@@ -115,6 +115,8 @@ def serving(
     command += ["--max-num-seqs", str(sequences), "--no-enable-prefix-caching", "--generation-config", "vllm"]
     if not environment.gpu:  # where a seeded request whose prompt is cut into chunks ends vLLM 0.32
         command += ["--enforce-eager", "--no-enable-chunked-prefill"]
+        if latent(target):
+            command += ["--compilation-config", json.dumps({"custom_ops": ["-rotary_embedding"]})]
     if speculative:
         command += ["--speculative-config", json.dumps(speculative)]
     variables = environment.variables()
@@ -122,6 +124,15 @@ def serving(
         variables |= {"PYTHONPATH": str(INSIDE)}
     with started("vLLM", [*command, *more], variables, port, name) as address:
         yield address
+
+
+def latent(target: Path) -> bool:
+    """Check whether a target's attention is latent, for whose queries vLLM 0.32's rotary kernel for CPUs is wrong."""
+    try:
+        config = json.loads((target / "config.json").read_text())
+    except (OSError, ValueError):
+        return False
+    return isinstance(config, dict) and config.get("kv_lora_rank") is not None
 
 
 @contextmanager
