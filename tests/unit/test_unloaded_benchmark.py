@@ -27,8 +27,8 @@ def test_a_target_is_nearly_all_experts(family, tmp_path, monkeypatch):
 
 
 def test_every_way_has_a_row():
-    of = {"peak_bytes": 7e8, "heldout_tau": 1.25, "seconds": 60.4}
-    assert table(dict.fromkeys(WAYS, of)).count("| 700 | 1.250 | 60 |") == len(WAYS)
+    of = {"own_bytes": 7e8, "mapped_bytes": 9e8, "heldout_tau": 1.25, "seconds": 60.4}
+    assert table(dict.fromkeys(WAYS, of)).count("| 700 | 900 | 1.250 | 60 |") == len(WAYS)
 
 
 def test_a_stage_that_fails_says_why(tmp_path, monkeypatch):
