@@ -50,7 +50,7 @@ LATENT = {  # the one size for which vLLM's kernel for CPUs is built
     "scoring_func": "sigmoid",
 }
 FAMILIES: dict[str, dict[str, Any]] = {
-    "qwen3_moe": {"head_dim": 64, "num_key_value_heads": 2, "num_experts": EXPERTS},
+    "qwen3_moe": {"head_dim": 64, "num_key_value_heads": 2, "num_local_experts": EXPERTS},
     "deepseek_v3": LATENT,
 }
 WAYS = {  # → target.engine, train.features.mode

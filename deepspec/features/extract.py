@@ -17,9 +17,8 @@ from deepspec.target.model import Target
 
 LOG_NORM = "log_norm"
 Row = dict[int | str, Tensor]  # layer → [n, d], `H_LAST` among them; LOG_NORM → float32 [n]
-Found = Mapping[
-    int | str, Tensor | Encoded
-]  # a row, the states of its layers as codes where an engine encodes them
+# A row, the states of its layers as codes where an engine has encoded them.
+Found = Mapping[int | str, Tensor | Encoded]
 
 
 class Extractor:

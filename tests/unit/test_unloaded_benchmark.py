@@ -8,6 +8,7 @@ from benchmarks.unloaded import FAMILIES, WAYS, main, make_target, settings, sta
 from deepspec.config import Params
 from deepspec.errors import DeepSpecError
 from deepspec.target.ends import load_ends
+from deepspec.target.weights import stored
 
 
 @pytest.mark.parametrize(("engine", "mode"), WAYS.values())
@@ -24,6 +25,8 @@ def test_a_target_is_nearly_all_experts(family, tmp_path, monkeypatch):
     make_target(tmp_path / "made", family, 2)
     ends = load_ends(tmp_path / "made")
     assert (ends.num_layers, ends.hidden_size, ends.vocab_size) == (2, 64, 512)
+    sizes = {name: weight.size for name, weight in stored(tmp_path / "made").items()}
+    assert sum(size for name, size in sizes.items() if ".experts." in name) > 0.6 * sum(sizes.values())
 
 
 def test_every_way_has_a_row():
