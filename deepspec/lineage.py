@@ -44,12 +44,21 @@ INERT = {
     "deepspec.training.system": "watches the machine while training runs",
 }
 
+# Imports that cannot change what the importing module computes, with the reason. The closure does not follow them.
+PROVEN = {
+    ("deepspec.serving.evaluation", "deepspec.export.draft"): "hands the trained draft to the exporter",
+    (
+        "deepspec.serving.evaluation",
+        "deepspec.export.engines",
+    ): "what it writes is read back and held to the trained draft before it is measured",
+}
+
 
 def closure(*modules: str) -> set[str]:
     """Return the project's modules that the given ones import, directly or not, themselves included.
 
     Imports under `if TYPE_CHECKING` are left out; `pkgutil.iter_modules(package.__path__)` stands for every module of
-    that package. The `INERT` ones are neither included nor followed.
+    that package. The `INERT` ones are neither included nor followed, nor are imports that are `PROVEN`.
 
     Raises:
         KeyError: a module that the project does not have.
@@ -60,7 +69,7 @@ def closure(*modules: str) -> set[str]:
         name = open_.pop()
         if name not in found:
             found.add(name)
-            open_ += [other for other in imports(name) if other not in INERT]
+            open_ += [other for other in imports(name) if other not in INERT and (name, other) not in PROVEN]
     return found
 
 

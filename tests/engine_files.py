@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
+from deepspec.features.inside.deepspec_codec import packed
 from deepspec.target.attention import ForwardPass
 from deepspec.target.model import Target
 
@@ -26,7 +27,10 @@ def engine_states(target: Target, ids: list[int], layers: list[int]) -> torch.Te
     return torch.stack([found[layer] for layer in layers], 1)
 
 
-def write_states(path: Path, target: Target, ids: list[int], layers: list[int], named: bool = False) -> None:
-    """Write a file; `named`: with the layers' ids, as DeepSpec's connector does."""
-    kept = {"hidden_states": engine_states(target, ids, layers), "token_ids": torch.tensor(ids)}
-    save_file(kept, path, {"layer_ids": json.dumps(layers)} if named else None)
+def write_states(
+    path: Path, target: Target, ids: list[int], layers: list[int], named: bool = False, form: str = "bf16"
+) -> None:
+    """Write a file; `named`: with the layers' ids and the form, as DeepSpec's connector does."""
+    kept = packed(engine_states(target, ids, layers), form) | {"token_ids": torch.tensor(ids)}
+    said = {"layer_ids": json.dumps(layers), "form": form}
+    save_file(kept, path, said if named or form != "bf16" else None)

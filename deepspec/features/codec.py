@@ -1,92 +1,24 @@
-"""How hidden states are kept: bfloat16, or with a scale for each token (fp8, int8) or 32 values (int4).
-
-A row of d values is cut into groups; a group's scale is its largest magnitude over the largest code. Codes are stored
-as they are, int4 in pairs (the even value in the low half of a byte, offset by 8).
-"""
+"""The form that params.yaml asks for, among those in which hidden states are kept (`inside/deepspec_codec.py`)."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
-import torch
-from torch import Tensor
-
 from deepspec.errors import DeepSpecError, nearest
-from deepspec.features.params import Form
+from deepspec.features.inside.deepspec_codec import CODECS, Codec, Encoded
 
-Encoded = dict[str, Tensor]  # part → [n, ...]; the parts of a codec are always the same
-
-
-@dataclass(frozen=True)
-class Codec:
-    """One form of storage.
-
-    Args:
-        group: values that share a scale; 0: the whole row; None: no scale.
-        most: the largest code.
-        dtype: of the codes.
-    """
-
-    name: Form
-    group: int | None
-    most: float
-    dtype: torch.dtype
-
-    def encode(self, x: Tensor) -> Encoded:
-        """Encode x [n, d] as codes and scales.
-
-        Raises:
-            DeepSpecError: d is not a multiple of the group.
-        """
-        if self.group is None:
-            return {"codes": x.to(self.dtype)}
-        group = self.group or x.shape[-1]
-        if x.shape[-1] % group:
-            raise DeepSpecError(
-                f"{self.name} features need a hidden size divisible by {group}, found {x.shape[-1]}"
-            )
-        grouped = x.float().unflatten(-1, (-1, group))
-        scales = (grouped.abs().amax(-1) / self.most).clamp(min=1e-12).to(torch.bfloat16)
-        codes = (grouped / scales.float()[..., None]).clamp(-self.most, self.most)
-        if not self.dtype.is_floating_point:
-            codes = codes.round()
-        codes = codes.flatten(-2)
-        if self.dtype == torch.uint8:
-            low, high = (codes + 8).to(torch.uint8).unflatten(-1, (-1, 2)).unbind(-1)
-            return {"codes": low | high << 4, "scales": scales}
-        return {"codes": codes.to(self.dtype), "scales": scales}
-
-    def decode(self, encoded: Encoded) -> Tensor:
-        """Decode to bfloat16 [n, d]."""
-        codes = encoded["codes"]
-        if self.group is None:
-            return codes
-        if self.dtype == torch.uint8:
-            codes = torch.stack((codes & 15, codes >> 4), -1).flatten(-2).to(torch.int8) - 8
-        scales = encoded["scales"]
-        grouped = codes.to(torch.bfloat16).unflatten(-1, (scales.shape[-1], -1))
-        return (grouped * scales[..., None]).flatten(-2)
+__all__ = ["CODECS", "Codec", "Encoded", "codec"]
 
 
-CODECS: dict[str, Codec] = {
-    codec.name: codec
-    for codec in (
-        Codec("bf16", None, 0.0, torch.bfloat16),
-        Codec("fp8", 0, 448.0, torch.float8_e4m3fn),
-        Codec("int8", 0, 127.0, torch.int8),
-        Codec("int4", 32, 7.0, torch.uint8),
-    )
-}
-
-
-def codec(name: str) -> Codec:
-    """Return the codec of a name.
+def codec(name: str, width: int | None = None) -> Codec:
+    """Return the codec of a name, for states of a width.
 
     Raises:
-        DeepSpecError: no codec of that name.
+        DeepSpecError: no codec of that name, or one that cannot cut such a state into its groups.
     """
     if name not in CODECS:
         raise DeepSpecError(
             f"unknown feature format {name!r}{nearest(name, CODECS)}; known: {', '.join(CODECS)}"
         )
-    return CODECS[name]
+    found = CODECS[name]
+    if width and found.group and width % found.group:
+        raise DeepSpecError(f"{name} features need a hidden size divisible by {found.group}, found {width}")
+    return found

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from deepspec.errors import DeepSpecError
+from deepspec.features.codec import Encoded
 from deepspec.features.sequences import Sequences
 from deepspec.target.attention import ForwardPass, KVCache
 from deepspec.target.ends import H_LAST
@@ -16,6 +17,8 @@ from deepspec.target.model import Target
 
 LOG_NORM = "log_norm"
 Row = dict[int | str, Tensor]  # layer → [n, d], `H_LAST` among them; LOG_NORM → float32 [n]
+# A row, the states of its layers as codes where an engine has encoded them.
+Found = Mapping[int | str, Tensor | Encoded]
 
 
 class Extractor:

@@ -13,9 +13,10 @@ from __future__ import annotations
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import numpy as np
 import torch
@@ -26,7 +27,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from deepspec.errors import DeepSpecError
 from deepspec.features.codec import codec
-from deepspec.features.extract import LOG_NORM, Extractor, Row
+from deepspec.features.extract import LOG_NORM, Extractor, Found, Row
 from deepspec.features.sequences import Ints, Sequence, Sequences
 from deepspec.files import digest, file_digest, replacing, write_json
 from deepspec.lineage import code_digest
@@ -106,8 +107,8 @@ class OnlineFeatures(Features):
 class StateSource(Protocol):
     """What has a target's states: one that runs here (`Extractor`), or files of an engine's (`EngineStates`)."""
 
-    def rows(self, indices: list[int]) -> list[Row]:
-        """Return the states of some sequences, in the target's dtype."""
+    def rows(self, indices: list[int]) -> SequenceOf[Found]:
+        """Return the states of some sequences, in the target's dtype or in the form that is wanted."""
 
     def log_norm(self, hidden: Tensor) -> Tensor:
         """Return the log-normaliser of the law at post-norm states [n, d]."""
@@ -148,7 +149,7 @@ class CachedFeatures(Features):
         computed_by: str | None = None,
     ):
         super().__init__(target, sequences, layers)
-        self.directory, self.codec = directory, codec(form)
+        self.directory, self.codec = directory, codec(form, target.hidden_size)
         self.identity = {
             "format": _FORMAT,
             "target": target.digest,
@@ -307,14 +308,15 @@ class CachedFeatures(Features):
             raise TypeError("shards are written by `build`")
         for batch in batches:
             for row in source.rows(batch.tolist()):
+                log_norm = cast(Tensor, row[LOG_NORM])
                 for layer in {*self.layers, H_LAST}:
-                    encoded = self.codec.encode(row[layer])
+                    state = row[layer]
+                    encoded = state if isinstance(state, dict) else self.codec.encode(state)
                     for part, tensor in encoded.items():
                         parts.setdefault(f"{layer}.{part}", []).append(tensor.cpu())
                     if layer == H_LAST and self.codec.group is not None:  # of what will be read back
-                        last = self.codec.decode(encoded).to(self.target.dtype)
-                        row[LOG_NORM] = source.log_norm(last)
-                parts.setdefault(LOG_NORM, []).append(row[LOG_NORM].cpu())
+                        log_norm = source.log_norm(self.codec.decode(encoded).to(self.target.dtype))
+                parts.setdefault(LOG_NORM, []).append(log_norm.cpu())
         path = self._path(number)
         with replacing(path) as scratch:
             save_file({name: torch.cat(tensors) for name, tensors in parts.items()}, scratch)

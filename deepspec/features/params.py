@@ -17,7 +17,7 @@ class FeaturesParams(Section):
     mode: Literal["cached", "online"] = Field(
         "cached", description="`online` runs the target in every step and stores nothing."
     )
-    form: Form = Field("bf16", description="Of the cache: how each hidden state is stored.")
+    form: Form = Field("bf16", description="How each hidden state is stored, by vLLM's servers too.")
     states: str | None = Field(
         None,
         description="Folder of hidden states that a serving engine wrote; null: the target computes them here.",

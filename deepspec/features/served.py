@@ -15,14 +15,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from deepspec.decoding.served import RefusedError, Servers
 from deepspec.errors import DeepSpecError
-from deepspec.features.extract import LOG_NORM, Row
+from deepspec.features.codec import Encoded
+from deepspec.features.extract import LOG_NORM, Found, Row
 from deepspec.features.local import Features
 from deepspec.features.sequences import Sequence, Sequences
 from deepspec.features.states import EngineStates
-from deepspec.target.ends import Ends
+from deepspec.target.ends import H_LAST, Ends
 
 LATE_S = 30.0  # in which a file that a server names is there
 
@@ -34,16 +36,24 @@ class ServedStates(EngineStates):
         servers: with a folder, started with the layers of `engine_layers`.
         target: whose states they are; its layers are not needed.
         layers: our ids of the layers that are wanted beside the post-norm state.
+        form: that the servers were started with, a name in `deepspec.features.codec.CODECS`.
     """
 
-    def __init__(self, servers: Servers, target: Ends, sequences: Sequences, layers: tuple[int, ...]):
+    def __init__(
+        self,
+        servers: Servers,
+        target: Ends,
+        sequences: Sequences,
+        layers: tuple[int, ...],
+        form: str = "bf16",
+    ):
         if servers.folder is None:
             raise TypeError("these servers write no states")
-        super().__init__(servers.folder, target, sequences, layers)
+        super().__init__(servers.folder, target, sequences, layers, form)
         self.servers = servers
         self._pool = ThreadPoolExecutor(servers.room, "states")
 
-    def rows(self, indices: list[int]) -> list[Row]:
+    def rows(self, indices: list[int]) -> list[Found]:
         """Return the states of some sequences, all asked for at once.
 
         Raises:
@@ -65,7 +75,7 @@ class ServedStates(EngineStates):
         finally:
             _remove(path)
 
-    def _of_file(self, i: int, path: Path) -> Row:
+    def _of_file(self, i: int, path: Path) -> Found:
         try:
             return self.row(i, path)
         finally:
@@ -99,14 +109,21 @@ class ServedFeatures(Features):
         self._states = states
 
     def describe(self) -> dict[str, Any]:
-        layers = list(self.layers)
-        return {"mode": "online", "target": self.target.digest, "layers": layers, "computed_by": "engine"}
+        layers, form = list(self.layers), self._states.codec.name
+        said = {"mode": "online", "target": self.target.digest, "layers": layers, "computed_by": "engine"}
+        return said if form == "bf16" else said | {"form": form}
 
     def rows(self, indices: list[int]) -> list[Row]:
-        return [
-            {name: x if name == LOG_NORM else x.to(torch.bfloat16) for name, x in row.items()}
-            for row in self._states.rows(indices)
-        ]
+        return [{name: self._read(name, x) for name, x in row.items()} for row in self._states.rows(indices)]
+
+    def _read(self, name: int | str, x: Tensor | Encoded) -> Tensor:
+        """Return a part of a row, on the CPU, where batches are made; states in the form that is wanted."""
+        codec = self._states.codec
+        if isinstance(x, dict):
+            return codec.decode(x)
+        if name == LOG_NORM:
+            return x.cpu()
+        return (x.to(torch.bfloat16) if name == H_LAST else codec.decode(codec.encode(x))).cpu()
 
 
 def _lock(path: Path) -> Path:

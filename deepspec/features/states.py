@@ -4,6 +4,9 @@ The form is that of vLLM's `extract_hidden_states`: for each conversation a safe
 [tokens, layers, d] and `token_ids` int64 [tokens]. An engine's layer id i is the state *before* layer i: the output of
 our layer i is its id i + 1, the embeddings are its id 0, and its id `num_layers` is the last state before the final
 norm. Id 0 is always asked for: that it is the embedding of each token proves where tokens and layers begin.
+
+DeepSpec's connector may encode them (`inside/deepspec_codec.py`): `codes` and `scales` are then of all layers but the
+last, and `hidden_states` of that one.
 """
 
 from __future__ import annotations
@@ -19,7 +22,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from deepspec.errors import DeepSpecError
-from deepspec.features.extract import LOG_NORM, Row
+from deepspec.features.codec import Codec, Encoded, codec
+from deepspec.features.extract import LOG_NORM, Found
+from deepspec.features.inside.deepspec_codec import packed
 from deepspec.features.proof import check_layers, computed_states
 from deepspec.features.sequences import Sequences
 from deepspec.files import digest, replacing
@@ -44,11 +49,14 @@ class EngineStates:
     Args:
         target: whose states they are said to be; its layers are not needed.
         layers: our ids of the layers that are wanted beside the post-norm state.
+        form: in which the states may be encoded, if they are at all.
     """
 
-    def __init__(self, folder: Path, target: Ends, sequences: Sequences, layers: tuple[int, ...]):
+    def __init__(
+        self, folder: Path, target: Ends, sequences: Sequences, layers: tuple[int, ...], form: str = "bf16"
+    ):
         self.folder, self.target, self.sequences, self.layers = folder, target, sequences, layers
-        self.asked = engine_layers(layers, target.num_layers)
+        self.asked, self.codec = engine_layers(layers, target.num_layers), codec(form, target.hidden_size)
 
     def check_complete(self, requests: Path) -> None:
         """Refuse a folder that lacks conversations, and write what is to be asked of an engine for them.
@@ -77,8 +85,8 @@ class EngineStates:
         ids = self.sequences.ids(i).tolist()
         return {"token_ids": ids, "layer_ids": self.asked, "file": file_name(ids)}
 
-    def rows(self, indices: list[int]) -> list[Row]:
-        """Return the states of some sequences, as `Extractor.rows` does.
+    def rows(self, indices: list[int]) -> list[Found]:
+        """Return the states of some sequences, as `Extractor.rows` does, or codes of them.
 
         Raises:
             DeepSpecError: states of other tokens, of other layers or of another target, or that are not finite.
@@ -102,65 +110,94 @@ class EngineStates:
         """
         ids = self.sequences.ids(0).tolist()
         with self.file(0) as path:
-            states = read_states(path, ids, self.asked, self.target)
+            states = [decoded(x, self.codec) for x in self._read(0, path)]
         computed = computed_states(Path(self.target.source), ids, self.target.num_layers)
         if computed is not None:
-            check_layers(states[: len(computed)], self.asked, computed, str(path))
+            check_layers(torch.stack(states, 1)[: len(computed)], self.asked, computed, str(path))
 
     def log_norm(self, hidden: Tensor) -> Tensor:
         """Compute the log-normaliser of the law at post-norm states [n, d], in chunks."""
         return self.target.log_norm(hidden)
 
-    def row(self, i: int, path: Path) -> Row:
+    def row(self, i: int, path: Path) -> Found:
         """Return the states of a sequence, which are in this file.
 
         Raises:
             DeepSpecError: as `rows`.
         """
-        states = read_states(
-            path, self.sequences.ids(i).tolist(), self.asked, self.target
-        )  # [tokens, layers, d]
-        states = states.to(self.target.device, self.target.dtype)
-        place = {layer: i for i, layer in enumerate(self.asked)}
-        found: Row = {layer: states[:, place[layer + 1]] for layer in self.layers if layer != H_LAST}
-        found[H_LAST] = self.target.normed(states[:, place[self.target.num_layers]])
-        found[LOG_NORM] = self.log_norm(found[H_LAST])
-        if not bool(torch.isfinite(found[LOG_NORM]).all()):
+        ends, read = self.target, zip(self.asked, self._read(i, path), strict=True)
+        states = {
+            layer: state if isinstance(state, dict) else state.to(ends.device, ends.dtype)
+            for layer, state in read
+        }
+        found: dict[int | str, Tensor | Encoded] = {
+            layer: states[layer + 1] for layer in self.layers if layer != H_LAST
+        }
+        last = ends.normed(decoded(states[ends.num_layers], self.codec))
+        log_norm = self.log_norm(last)
+        if not bool(torch.isfinite(log_norm).all()):
             raise DeepSpecError(f"{path}: the logits of its last states are not finite")
-        return found
+        return found | {H_LAST: last, LOG_NORM: log_norm}
+
+    def _read(self, i: int, path: Path) -> list[Tensor | Encoded]:
+        return read_states(path, self.sequences.ids(i).tolist(), self.asked, self.target, self.codec)
 
 
-def read_states(path: Path, ids: list[int], layers: list[int], target: Ends) -> Tensor:
-    """Return the states of a file, [tokens, layers, d], if they are those of these tokens.
+def read_states(
+    path: Path, ids: list[int], layers: list[int], target: Ends, codec: Codec
+) -> list[Tensor | Encoded]:
+    """Return the states of a file, of each layer [tokens, d] or its codes, if they are those of these tokens.
 
     Args:
         layers: the engine's ids that were asked for, 0 first.
+        codec: of states that are encoded.
 
     Raises:
         DeepSpecError: a file that cannot be read, or states of something else.
     """
     try:
         with safe_open(path, "pt") as file:
-            states, tokens = (file.get_tensor(name) for name in ("hidden_states", "token_ids"))
-            written = (file.metadata() or {}).get("layer_ids")  # of DeepSpec's connector
-    except (OSError, SafetensorError) as error:
-        said = " ".join(str(error).split())[:120]
-        raise DeepSpecError(f"{path}: not a file of an engine's states: {said}") from None
-    if tokens.tolist() != ids:
-        raise DeepSpecError(f"{path}: states of other tokens: {_difference(tokens.tolist(), ids)}")
+            kept = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            said = file.metadata() or {}  # of DeepSpec's connector
+        tokens = kept["token_ids"].tolist()
+    except (OSError, SafetensorError, KeyError) as error:
+        reason = " ".join(str(error).split())[:120]
+        raise DeepSpecError(f"{path}: not a file of an engine's states: {reason}") from None
+    if tokens != ids:
+        raise DeepSpecError(f"{path}: states of other tokens: {_difference(tokens, ids)}")
+    written, form = said.get("layer_ids"), said.get("form", "bf16")
     if written is not None and json.loads(written) != layers:
         raise DeepSpecError(f"{path}: states of the engine's layers {written}, and {layers} were asked for")
-    wanted = (len(ids), len(layers), target.hidden_size)
-    if tuple(states.shape) != wanted:
-        raise DeepSpecError(
-            f"{path}: states of shape {list(states.shape)}, and {list(wanted)} was asked for "
-            f"(tokens, layers {', '.join(map(str, layers))}, width)"
-        )
-    lowest = states[:, 0].float()
-    embedded = target.embeddings[tokens.to(target.embeddings.device)].float().to(lowest.device)
+    if form not in ("bf16", codec.name):
+        raise DeepSpecError(f"{path}: states in {form}, and train.features.form is {codec.name}")
+    _check_shapes(path, kept, layers, target.hidden_size, form)
+    whole = kept["hidden_states"].unbind(1)
+    coded = [
+        {part: kept[part][:, i] for part in ("codes", "scales")} for i in range(len(layers) - len(whole))
+    ]
+    states: list[Tensor | Encoded] = [*coded, *whole]
+    lowest = decoded(states[0], codec).float()
+    embedded = target.embeddings[kept["token_ids"].to(target.embeddings.device)].float().to(lowest.device)
     if likeness(lowest, embedded) < SAME:
         raise DeepSpecError(f"{path}: {_misalignment(lowest, embedded)}")
     return states
+
+
+def decoded(state: Tensor | Encoded, codec: Codec) -> Tensor:
+    """Return a state [tokens, d] that may be codes."""
+    return codec.decode(state) if isinstance(state, dict) else state
+
+
+def _check_shapes(path: Path, kept: Encoded, layers: list[int], width: int, form: str) -> None:
+    """Refuse tensors that are not of so many tokens, layers and values."""
+    tokens = len(kept["token_ids"])
+    for name, one in packed(torch.zeros(1, len(layers), width), form).items():
+        found = list(kept[name].shape) if name in kept else None
+        if found != (wanted := [tokens, *one.shape[1:]]):
+            raise DeepSpecError(
+                f"{path}: {name} of shape {found}, and {wanted} was asked for "
+                f"(tokens, layers {', '.join(map(str, layers))}, width)"
+            )
 
 
 def likeness(states: Tensor, embedded: Tensor) -> float:

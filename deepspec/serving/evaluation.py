@@ -96,7 +96,8 @@ def evaluate_served(
     digests = {name: draft_digest(directory) for name, directory in drafts.items()}
     device = describe_device(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     settings = (digests, target.digest, engine.version, params.model_dump(), seed, [t.asked for t in tasks])
-    work = WORK / digest(json.dumps([*settings, device, code_digest(__name__)]))
+    code = code_digest(__name__, "deepspec.export.engines")
+    work = WORK / digest(json.dumps([*settings, device, code]))
     ways = {name: _exported(name, directory, target, work) for name, directory in drafts.items()}
     contest = _Contest(target, tasks, params, seed, engine, work)
     turns, plain = contest.plain()

@@ -20,11 +20,13 @@ from typing import Any
 import httpx
 import psutil
 
+import deepspec.features.inside
 from deepspec.errors import DeepSpecError
 from deepspec.serving.environment import Environment
 
 LOGS = Path(".deepspec/serve")
-INSIDE = Path(__file__).parent / "inside"  # modules that vLLM loads
+INSIDE = Path(deepspec.features.inside.__path__[0])  # modules that vLLM loads
+STATES = "extract_hidden_states"  # vLLM's method that writes hidden states
 OWN = "DEEPSPEC_SERVER"  # in the environment of a server's processes: the path of its log
 MODEL = "target"  # the name it is served under
 START_S = 600  # longest wait for a server
@@ -63,20 +65,23 @@ def speculative_config(directory: Path, tokens: int) -> dict[str, Any]:
     return {"method": name, "model": str(directory.resolve()), "num_speculative_tokens": tokens, **parallel}
 
 
-def states_config(layers: Sequence[int], folder: Path) -> tuple[dict[str, Any], list[str]]:
+def states_config(
+    layers: Sequence[int], folder: Path, form: str = "bf16"
+) -> tuple[dict[str, Any], list[str]]:
     """Return vLLM's `--speculative-config` and further arguments for a server that writes hidden states.
 
     Args:
         layers: the engine's own layer ids.
         folder: where it writes.
+        form: of what it writes, a name in `deepspec.features.codec.CODECS`; in bf16 states stay as they are.
     """
     ids = {"hf_config": {"eagle_aux_hidden_state_layer_ids": list(layers)}}
-    method = {"method": "extract_hidden_states", "num_speculative_tokens": 1, "draft_model_config": ids}
+    method = {"method": STATES, "num_speculative_tokens": 1, "draft_model_config": ids}
     transfer = {
         "kv_connector": "DeepSpecStates",
         "kv_connector_module_path": "deepspec_states",
         "kv_role": "kv_producer",
-        "kv_connector_extra_config": {"shared_storage_path": str(folder)},
+        "kv_connector_extra_config": {"shared_storage_path": str(folder), "form": form},
     }
     return method, ["--kv-transfer-config", json.dumps(transfer)]
 
@@ -110,11 +115,24 @@ def serving(
     command += ["--max-num-seqs", str(sequences), "--no-enable-prefix-caching", "--generation-config", "vllm"]
     if not environment.gpu:  # where a seeded request whose prompt is cut into chunks ends vLLM 0.32
         command += ["--enforce-eager", "--no-enable-chunked-prefill"]
+        if latent(target):
+            command += ["--compilation-config", json.dumps({"custom_ops": ["-rotary_embedding"]})]
     if speculative:
         command += ["--speculative-config", json.dumps(speculative)]
-    variables = environment.variables() | {"PYTHONPATH": str(INSIDE)}
+    variables = environment.variables()
+    if speculative and speculative["method"] == STATES:
+        variables |= {"PYTHONPATH": str(INSIDE)}
     with started("vLLM", [*command, *more], variables, port, name) as address:
         yield address
+
+
+def latent(target: Path) -> bool:
+    """Check whether a target's attention is latent, for whose queries vLLM 0.32's rotary kernel for CPUs is wrong."""
+    try:
+        config = json.loads((target / "config.json").read_text())
+    except (OSError, ValueError):
+        return False
+    return isinstance(config, dict) and config.get("kv_lora_rank") is not None
 
 
 @contextmanager

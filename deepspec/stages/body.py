@@ -35,12 +35,15 @@ def answering(params: Params, target: Ends, max_length: int) -> Iterator[Stream]
 
 
 @contextmanager
-def served_target(target: TargetParams, layers: Sequence[int] | None, max_length: int) -> Iterator[Servers]:
+def served_target(
+    target: TargetParams, layers: Sequence[int] | None, max_length: int, form: str = "bf16"
+) -> Iterator[Servers]:
     """Yield servers of `data/target`, for all processes that were launched together.
 
     Args:
         layers: vLLM's ids of layers whose states the servers are to write; None: no states.
         max_length: of a conversation, in tokens.
+        form: of the states that a server that is started here writes.
 
     Raises:
         DeepSpecError: vLLM cannot be set up or does not start, or no server is at an address.
@@ -55,7 +58,7 @@ def served_target(target: TargetParams, layers: Sequence[int] | None, max_length
         found: list[Any] = [own.base_urls, own.states_folder, None]
         if not own.base_urls and state.is_main_process:
             try:
-                found[:2] = stack.enter_context(_started(target, layers, max_length))
+                found[:2] = stack.enter_context(_started(target, layers, max_length, form))
             except DeepSpecError as error:
                 found[2] = str(error)
         broadcast_object_list(found)
@@ -78,7 +81,7 @@ def served_target(target: TargetParams, layers: Sequence[int] | None, max_length
 
 @contextmanager
 def _started(
-    target: TargetParams, layers: Sequence[int] | None, max_length: int
+    target: TargetParams, layers: Sequence[int] | None, max_length: int, form: str
 ) -> Iterator[tuple[list[str], str | None]]:
     """Start a server; yield its address, and the folder that it writes states to."""
     from deepspec.serving.environment import find_or_set_up
@@ -93,7 +96,7 @@ def _started(
             yield [address], None
     else:
         with _states_folder() as folder:
-            speculative, transfer = states_config(layers, folder)
+            speculative, transfer = states_config(layers, folder, form)
             with server(*what, speculative, max_length, "states", room, transfer) as address:
                 yield [address], str(folder)
 

@@ -60,8 +60,8 @@ class TrainingData:
         return cls(*read_sequences(DATA, train.max_length, train.supervise, WORK / "sequences"))
 
 
-# The engine's own ids of layers and the longest sequence → servers that hand out their states.
-Opens = Callable[[list[int], int], "AbstractContextManager[Servers]"]
+# The engine's own ids of layers, the longest sequence, a form → servers that hand out their states in it.
+Opens = Callable[[list[int], int, str], "AbstractContextManager[Servers]"]
 
 
 @dataclass(frozen=True)
@@ -206,13 +206,12 @@ def _features(
     """Return the target's features, computed when they are needed or, by all processes, here."""
     chosen = train.features
     longest = int(data.sequences.lengths.max()) + 1  # a request answers a token
-    asked = engine_layers(layers, target.num_layers), min(longest, target.max_length)
+    asked = engine_layers(layers, target.num_layers), min(longest, target.max_length), chosen.form
     if chosen.mode == "online":
         if served is None:
             return OnlineFeatures(body(), data.sequences, layers)
-        states = ServedStates(
-            served.during.enter_context(served.open(*asked)), target, data.sequences, layers
-        )
+        servers = served.during.enter_context(served.open(*asked))
+        states = ServedStates(servers, target, data.sequences, layers, chosen.form)
         states.check_layers()
         return ServedFeatures(states, target, data.sequences, layers)
     elsewhere = "engine" if chosen.states or served else None
@@ -226,7 +225,7 @@ def _features(
     def source() -> StateSource:
         if chosen.states is None:
             return Extractor(body(), data.sequences, layers)
-        found = EngineStates(Path(chosen.states), target, data.sequences, layers)
+        found = EngineStates(Path(chosen.states), target, data.sequences, layers, chosen.form)
         found.check_complete(WORK / "states-requests.jsonl")
         found.check_layers()
         return found
@@ -235,7 +234,7 @@ def _features(
         features.build(source, share)
     else:
         with served.open(*asked) as servers:
-            states = ServedStates(servers, target, data.sequences, layers)
+            states = ServedStates(servers, target, data.sequences, layers, chosen.form)
             states.check_layers()
             features.build(lambda: states, share)
     give_back_freed_memory()  # the target's layers, if they were there

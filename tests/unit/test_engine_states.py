@@ -9,7 +9,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from deepspec.errors import DeepSpecError
+from deepspec.features.codec import codec
 from deepspec.features.extract import Extractor
+from deepspec.features.inside.deepspec_codec import packed
 from deepspec.features.local import CachedFeatures
 from deepspec.features.proof import TOKENS, computed_states
 from deepspec.features.sequences import Sequences
@@ -61,6 +63,57 @@ def test_they_become_a_cache_of_their_own_kind(states, folder, target, ends, seq
         CachedFeatures(tmp_path / "local", ends, sequences[:6], LAYERS, "data", computed_by="engine").build()
 
 
+FORMS = ("fp8", "int8", "int4")
+
+
+def encoded(tmp_path, target, ends, sequences, form):
+    """Six sequences as an engine writes them in a form."""
+    folder = tmp_path / form
+    folder.mkdir()
+    for sequence in sequences[:6]:
+        ids = sequence.ids
+        write_states(folder / file_name(ids), target, ids, engine_layers(LAYERS, ends.num_layers), form=form)
+    return EngineStates(folder, ends, Sequences.of(sequences[:6]), LAYERS, form)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_what_the_engine_encodes_is_to_the_byte_what_is_encoded_here(
+    states, folder, target, ends, sequences, form, tmp_path
+):
+    there = encoded(tmp_path, target, ends, sequences, form)
+    there.check_layers()
+    for ours, theirs in zip(there.rows([0, 4]), states.rows([0, 4]), strict=True):
+        assert torch.equal(ours[H_LAST], theirs[H_LAST])
+        for layer in (0, 2):
+            for part, x in codec(form).encode(theirs[layer]).items():
+                assert torch.equal(ours[layer][part].view(torch.uint8), x.view(torch.uint8)), part
+    caches = []
+    for name, source in (("there", there), ("here", states)):
+        cache = CachedFeatures(tmp_path / name, ends, sequences[:6], LAYERS, "data", form, "engine")
+        cache.build(lambda source=source: source)
+        caches.append(cache)
+    assert caches[0].manifest == caches[1].manifest  # checksums of the shards among it
+    name = file_name(sequences[0].ids)
+    sizes = [(place / name).stat().st_size for place in (tmp_path / form, folder)]
+    assert sizes[0] < sizes[1]
+
+
+def test_states_in_another_form_than_is_asked_for_are_refused(target, ends, sequences, tmp_path):
+    there = encoded(tmp_path, target, ends, sequences, "fp8")
+    asked = EngineStates(there.folder, ends, there.sequences, LAYERS)
+    with pytest.raises(DeepSpecError, match=r"states in fp8, and train\.features\.form is bf16"):
+        asked.rows([0])
+
+
+def test_a_middle_layer_that_is_off_is_found_in_codes_too(target, ends, sequences, tmp_path):
+    there = encoded(tmp_path, target, ends, sequences, "fp8")
+    path, ids = there.folder / file_name(sequences[0].ids), sequences[0].ids
+    kept = packed(engine_states(target, ids, [0, 1, 2, 4]), "fp8") | {"token_ids": torch.tensor(ids)}
+    save_file(kept, path, {"layer_ids": "[0, 1, 3, 4]", "form": "fp8"})
+    with pytest.raises(DeepSpecError, match=r"under its layer id 3 are those of id 2 \(-1\)"):
+        there.check_layers()
+
+
 def shifted(kept, sequences):
     kept["hidden_states"] = kept["hidden_states"].roll(1, 0)
     kept["hidden_states"][0] = kept["hidden_states"][1]
@@ -107,11 +160,14 @@ def not_finite(kept, sequences):
         (not_finite, "the logits of its last states are not finite"),
     ],
 )
-def test_states_of_something_else_are_refused(states, folder, sequences, change, said):
+@pytest.mark.parametrize("form", ["bf16", "fp8"])
+def test_states_of_something_else_are_refused(folder, ends, sequences, change, said, form):
+    states = EngineStates(folder, ends, Sequences.of(sequences[:6]), LAYERS, form)
     path = folder / file_name(sequences[2].ids)
     kept = load_file(path)
     change(kept, sequences)
-    save_file({name: x.contiguous() for name, x in kept.items()}, path)
+    parts = packed(kept["hidden_states"], form) | {"token_ids": kept["token_ids"]}
+    save_file({name: x.contiguous() for name, x in parts.items()}, path, {"form": form})
     states.rows([1])
     with pytest.raises(DeepSpecError) as error:
         states.rows([2])

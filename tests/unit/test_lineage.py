@@ -121,9 +121,20 @@ def test_serving_and_commands_rerun_nothing_but_what_is_measured_in_an_engine():
     assert depending("deepspec.cli", *commands) == set()
 
 
+def test_an_exporter_measures_nothing_again():
+    exporters = [m for m in lineage.modules() if m.startswith("deepspec.export.")]
+    assert depending(*exporters) == {"export", "target"}  # where `suitable` says what could serve it
+    assert depending("deepspec.export.vllm", "deepspec.export.engines") == {"export"}
+
+
 def test_inert_modules_are_there_and_have_a_reason():
     for name, reason in lineage.INERT.items():
         assert name in lineage.modules() and reason
+
+
+def test_proven_imports_are_there_and_have_a_reason():
+    for (name, other), reason in lineage.PROVEN.items():
+        assert other in lineage.imports(name) and reason
 
 
 def test_a_module_that_no_dep_covers_is_found():
@@ -165,6 +176,12 @@ def test_imports_inside_functions_count_and_those_for_types_do_not(planted):
         "deepspec.inner.late",
         "deepspec.b",
     }
+
+
+def test_a_proven_import_is_not_followed(planted, monkeypatch):
+    monkeypatch.setattr(lineage, "PROVEN", {("deepspec.inner.late", "deepspec.b"): "a reason"})
+    assert lineage.closure("deepspec.a") == {"deepspec.a", "deepspec.inner.late"}
+    assert lineage.closure("deepspec.inner.late", "deepspec.b") == {"deepspec.inner.late", "deepspec.b"}
 
 
 def test_a_folder_that_is_scanned_counts_whole(planted):

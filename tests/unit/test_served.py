@@ -21,6 +21,7 @@ from deepspec.decoding.engine import generate
 from deepspec.decoding.request import Request, Sampling
 from deepspec.decoding.served import Servers
 from deepspec.errors import DeepSpecError
+from deepspec.features.codec import codec
 from deepspec.features.extract import Extractor
 from deepspec.features.local import OnlineFeatures
 from deepspec.features.sequences import Sequences
@@ -135,8 +136,8 @@ def test_the_rows_are_those_of_our_own_engine(target, tmp_path):
 class Writer:
     """Writes what the engine writes of a target; `change` spoils the n-th file."""
 
-    def __init__(self, target, folder, layers, change=None):
-        self.target, self.folder, self.layers, self.change = target, folder, layers, change
+    def __init__(self, target, folder, layers, change=None, form="bf16"):
+        self.target, self.folder, self.layers, self.change, self.form = target, folder, layers, change, form
         self.numbers, self.most, self.alone = itertools.count(), 0, threading.Lock()
 
     def __call__(self, ids):
@@ -144,17 +145,18 @@ class Writer:
         path.with_name(path.name + ".lock").touch()
         ids, layers = self.change(ids, self.layers) if self.change else (ids, self.layers)
         with self.alone:  # a target records one pass at a time
-            write_states(path, self.target, ids, layers)
+            write_states(path, self.target, ids, layers, form=self.form)
         self.most = max(self.most, len(list(self.folder.glob("*.safetensors"))))
         return f"/elsewhere/{path.name}"
 
 
 @contextmanager
-def served_states(target, ends, sequences, folder, change=None):
+def served_states(target, ends, sequences, folder, change=None, form="bf16"):
     rows = Sequences.of(sequences)
-    writer = Writer(target, folder, engine_layers(LAYERS, ends.num_layers), change)
+    writer = Writer(target, folder, engine_layers(LAYERS, ends.num_layers), change, form)
     with FakeEngine("vllm", lambda ids, most: [0], states=writer) as engine:
-        yield ServedStates(Servers([engine.url], concurrency=3, folder=folder), ends, rows, LAYERS), writer
+        servers = Servers([engine.url], concurrency=3, folder=folder)
+        yield ServedStates(servers, ends, rows, LAYERS, form), writer
 
 
 def test_states_are_asked_for_proven_and_removed(target, ends, sequences, tmp_path):
@@ -226,8 +228,22 @@ def test_batches_of_served_states_are_those_computed_online(target, ends, sequen
     assert served.describe() == online.describe() | {"computed_by": "engine"}
 
 
-class Stopped(Exception):
-    """A kill, as far as a test can play one."""
+@pytest.mark.parametrize("form", ["fp8", "int8", "int4"])
+def test_served_states_that_travel_encoded_are_those_that_are_encoded_here(
+    target, ends, sequences, tmp_path, form
+):
+    rows = {}
+    for name in ("bf16", form):
+        (tmp_path / name).mkdir()
+        with served_states(target, ends, sequences, tmp_path / name, form=name) as (states, _):
+            states.check_layers()
+            served = ServedFeatures(states, ends, sequences, LAYERS)
+            rows[name] = states.rows([3])[0], served.rows([3])[0]
+    assert served.describe()["form"] == form
+    plain, read = rows["bf16"][0], rows[form][1]
+    for layer in (0, 2):
+        assert torch.equal(read[layer], codec(form).decode(codec(form).encode(plain[layer])))
+    assert torch.equal(read[H_LAST], rows["bf16"][1][H_LAST])
 
 
 @pytest.fixture
@@ -244,22 +260,23 @@ def vllm(tmp_path, monkeypatch):
     opened = []
 
     @contextmanager
-    def opens(layers, max_length):
+    def opens(layers, max_length, form):
         folder = tmp_path / f"states-{len(opened)}"
         folder.mkdir()
         opened.append(layers)
-        with FakeEngine("vllm", lambda ids, most: [0], states=Writer(target, folder, layers)) as engine:
+        writer = Writer(target, folder, layers, form=form if opens.encoding else "bf16")
+        with FakeEngine("vllm", lambda ids, most: [0], states=writer) as engine:
             opens.engine = engine
             yield Servers([engine.url], concurrency=4, folder=folder)
             assert list(folder.iterdir()) == []
 
-    opens.opened = opened
+    opens.opened, opens.encoding = opened, True
     return SimpleNamespace(directory=directory, opens=opens)
 
 
-def train(vllm, name, mode="online", **changes):
+def train(vllm, name, mode="online", form="bf16", **changes):
     params = settings()
-    features = params.train.features.model_copy(update={"mode": mode})
+    features = params.train.features.model_copy(update={"mode": mode, "form": form})
     params = params.model_copy(
         update={"train": params.train.model_copy(update={"features": features, **changes})}
     )
@@ -280,6 +297,20 @@ def test_a_draft_is_trained_on_states_that_servers_hand_out(vllm):
     shutil.rmtree(".deepspec/train")
     train(vllm, "again", "cached")
     assert len(vllm.opens.opened) == 2  # the third run finds the cache, and opens no server
+
+
+@pytest.mark.parametrize("mode", ["cached", "online"])
+def test_a_draft_is_the_same_whichever_side_encodes_the_states(vllm, mode):
+    drafts = []
+    for encoding in (
+        True,
+        False,
+    ):  # a server that is started here, and a running one with vLLM's own connector
+        vllm.opens.encoding = encoding
+        paths = train(vllm, f"{encoding}", mode, "fp8")
+        drafts.append((paths.draft / "model.safetensors").read_bytes())
+        shutil.rmtree(".deepspec")
+    assert drafts[0] == drafts[1]
 
 
 def test_a_run_whose_servers_die_goes_on_to_the_same_weights(vllm, monkeypatch):

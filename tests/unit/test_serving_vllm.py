@@ -249,7 +249,7 @@ def test_a_server_is_started_as_it_is_asked(tmp_path, monkeypatch):
         yield "http://127.0.0.1:1"
 
     monkeypatch.setattr(launch, "started", started)
-    speculative, more = launch.states_config([0, 2, 4], tmp_path)
+    speculative, more = launch.states_config([0, 2, 4], tmp_path, "fp8")
     python = Environment(Path("python"), "0.32.0", tmp_path, True)
     with launch.serving(python, tmp_path, "bfloat16", 64, speculative, "states", 32, [*more, "--seed", "1"]):
         command = seen["command"]
@@ -258,9 +258,31 @@ def test_a_server_is_started_as_it_is_asked(tmp_path, monkeypatch):
     assert asked["method"] == "extract_hidden_states"
     assert asked["draft_model_config"]["hf_config"] == {"eagle_aux_hidden_state_layer_ids": [0, 2, 4]}
     transfer = json.loads(command[command.index("--kv-transfer-config") + 1])
-    assert transfer["kv_connector_extra_config"] == {"shared_storage_path": str(tmp_path)}
+    assert transfer["kv_connector_extra_config"] == {"shared_storage_path": str(tmp_path), "form": "fp8"}
     module = Path(seen["variables"]["PYTHONPATH"]) / f"{transfer['kv_connector_module_path']}.py"
     assert f"class {transfer['kv_connector']}(" in module.read_text()
+
+
+@pytest.mark.parametrize(
+    ("config", "gpu", "left_out"),
+    [({"kv_lora_rank": 512}, False, True), ({"kv_lora_rank": 512}, True, False), ({}, False, False)],
+)
+def test_the_rotary_kernel_is_left_out_for_latent_attention_on_a_cpu(
+    config, gpu, left_out, tmp_path, monkeypatch
+):
+    seen = {}
+
+    @contextmanager
+    def started(engine, command, variables, port, name):
+        seen.update(command=command, variables=variables)
+        yield "http://127.0.0.1:1"
+
+    monkeypatch.setattr(launch, "started", started)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    python = Environment(Path("python"), "0.32.0", tmp_path, gpu)
+    with launch.serving(python, tmp_path, "bfloat16", 64, None, "plain"):
+        assert ("-rotary_embedding" in " ".join(seen["command"])) == left_out
+    assert "PYTHONPATH" not in seen["variables"]  # what hands out states is loaded where they are asked for
 
 
 def test_a_server_that_dies_is_reported_with_its_first_error(stand_in):

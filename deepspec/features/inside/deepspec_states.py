@@ -1,7 +1,8 @@
-"""vLLM's connector that writes hidden states, on CPUs too, each file saying which layers are in it.
+"""vLLM's connector that writes hidden states, on CPUs too, each file saying which layers are in it, and in which form.
 
 vLLM loads it by name (`kv_connector_module_path`), with this folder on its path. A file appears whole, under the lock
-that vLLM's own connector holds until it is written.
+that vLLM's own connector holds until it is written. States are encoded before they are written, where
+`kv_connector_extra_config` names a form.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from deepspec_codec import packed
 from safetensors.torch import save_file
 from vllm.distributed.kv_transfer.kv_connector.v1.example_hidden_states_connector import (
     ExampleHiddenStatesConnector,
@@ -55,9 +57,11 @@ class DeepSpecStates(ExampleHiddenStatesConnector):
         """Write a file whole, and let go of its lock."""
         draft = self._vllm_config.speculative_config.draft_model_config.hf_config
         layers = json.dumps(list(draft.eagle_aux_hidden_state_layer_ids))
+        form = self._kv_transfer_config.get_from_extra_config("form", "bf16")
         try:
             event.synchronize()
-            save_file(tensors, f"{filename}.part", {"layer_ids": layers})
+            kept = packed(tensors["hidden_states"], form) | {"token_ids": tensors["token_ids"]}
+            save_file(kept, f"{filename}.part", {"layer_ids": layers, "form": form})
             os.replace(f"{filename}.part", filename)
         finally:
             if lock_fd is not None:
