@@ -28,7 +28,7 @@ COLUMNS, VOCABULARY, HELD_OUT = 8192, 49152, 32
 DIGEST = "0123456789abcdef"  # of the target that is said to have answered
 HELD_OUT_TEXTS, HELD_OUT_WORDS = 1000, 60
 MERGED = 100_000  # rows of shards, at most
-SAMPLE = 20  # of so many rows one is in the validation's sample, as of a million with the default
+SAMPLE = 100  # of so many rows one is in the validation's sample, as of a million with the default
 
 
 class Store:
@@ -186,7 +186,9 @@ def validation(data: Path, length: int, steps: int, phases: Phases) -> str:
     )
     params = found("deepspec.guard.params:ValidateParams", "deepspec.config:ValidateParams")
     overlap = found("deepspec.prompts.overlap:Overlap", "deepspec.data.overlap:Overlap")
-    target, hits = StandIn(data), overlap(held_out(data), 8).hits
+    target, evaluation = StandIn(data), overlap(held_out(data), 8)
+    if "Callable" in str(list(inspect.signature(validate).parameters.values())[-1].annotation):
+        evaluation = evaluation.hits
     bounds = params()
     if "sample" in params.model_fields:
         import pyarrow.parquet
@@ -195,7 +197,7 @@ def validation(data: Path, length: int, steps: int, phases: Phases) -> str:
         bounds = params(sample=max(1, rows // SAMPLE))
 
     def run() -> Any:
-        return validate(data, read(data / "prompts.jsonl"), bounds, length, target, hits)
+        return validate(data, read(data / "prompts.jsonl"), bounds, length, target, evaluation)
 
     result = phases.timed("validate", run)
     return ", ".join(check.name for check in result.failed) or "passed"

@@ -36,8 +36,13 @@ def main(directory: str, work: str, steps: str) -> None:
     model = make_draft(target, draft_vocab_size=128)
     store = CachedFeatures(Path(work) / "features", target, sequences, (0, 1), "data")
     share = Share(accelerator.process_index, accelerator.num_processes, accelerator.wait_for_everyone)
-    with mock.patch.multiple(local, BATCH_TOKENS=80, SHARD_TOKENS=60):  # every process has some shards
+    with (
+        mock.patch.multiple(local, BATCH_TOKENS=80, SHARD_TOKENS=60),  # every process has some shards
+        mock.patch.object(store, "_write", wraps=store._write) as write,
+    ):
         store.build(share=share)
+    computed = [call.args[0] for call in write.call_args_list]
+    Path(work).joinpath(f"shards-{share.rank}.json").write_text(json.dumps(computed))
     batches = Batches(store, list(range(3, 20)), 4, 6, 3, seed=0)
     trainer = Trainer(BlockObjective(model, params.loss), batches, [0, 1, 2], params, accelerator, Path(work))
     original = trainer.train_step

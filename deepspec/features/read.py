@@ -10,7 +10,7 @@ import json
 import mmap
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,11 +19,13 @@ import numpy as np
 import numpy.typing as npt
 
 from deepspec.errors import DeepSpecError
+from deepspec.features.lists import Lists
 from deepspec.features.sequences import ROWS, Chunk, Sequences
 from deepspec.files import digest, replacing
 from deepspec.lineage import code_digest
 
 _COLUMNS = 512  # compared at once for the common beginning
+_START = "start"  # in the metadata of the file's last batch: tokens that all rows begin with
 
 
 def read_sequences(
@@ -46,78 +48,83 @@ def read_sequences(
         raise DeepSpecError(f"{path}: no such data set; run the generate stage first")
     data_digest = json.loads((directory / "manifest.json").read_text())["digest"]
     if work is None:
-        sequences = Sequences(list(_chunks(path, max_length, supervise)))
+        start = _Start()
+        chunks = list(_chunks(path, max_length, supervise, start))
+        sequences = Sequences([_begun(chunk, start.length) for chunk in chunks])
     else:
         state = path.stat()
         what = (data_digest, state.st_size, state.st_mtime_ns, max_length, supervise, code_digest(__name__))
         file = work / f"{digest(repr(what))}.arrow"
         if not file.exists():
-            _write(file, _chunks(path, max_length, supervise))
+            start = _Start()
+            _write(file, _chunks(path, max_length, supervise, start), start)
         sequences = Sequences(*_mapped(file))
     if not sequences.teaches.any():
         raise DeepSpecError(f"{path}: no token to learn from in {len(sequences)} conversations")
     return sequences, data_digest
 
 
-@dataclass(frozen=True)
-class _Lists:
-    """A column of lists: where each begins in `values`."""
+class _Start:
+    """What all rows begin with, narrowed as they are read."""
 
-    offsets: npt.NDArray[np.int64]
-    values: npt.NDArray[Any]
+    def __init__(self) -> None:
+        self.rows = 0
+        self.common: npt.NDArray[Any] = np.zeros(0, np.int32)
 
-    @classmethod
-    def of(cls, column: Any) -> _Lists:
-        offsets = column.offsets.to_numpy().astype(np.int64)
-        values = column.values.to_numpy(zero_copy_only=False)[offsets[0] : offsets[-1]]
-        return cls(offsets - offsets[0], values)
+    @property
+    def length(self) -> int:
+        """Return how many tokens all rows begin with; 0 of a single row."""
+        return len(self.common) if self.rows > 1 else 0
 
-    def cut(self, length: int) -> _Lists:
-        """Return the first `length` values of each list."""
-        lengths = np.diff(self.offsets)
-        if lengths.max(initial=0) <= length:
-            return self
-        kept = np.concatenate(([0], np.cumsum(np.minimum(lengths, length))))
-        return _Lists(kept, self.values[self.places() < length])
-
-    def places(self) -> npt.NDArray[np.int64]:
-        """Return of each value its place in its list."""
-        return np.arange(self.offsets[-1]) - np.repeat(self.offsets[:-1], np.diff(self.offsets))
-
-    def __getitem__(self, row: int) -> npt.NDArray[Any]:
-        return self.values[self.offsets[row] : self.offsets[row + 1]]
+    def narrow(self, ids: Lists) -> None:
+        common = self.common if self.rows else ids[0]
+        self.rows += len(ids.offsets) - 1
+        common = common[: np.diff(ids.offsets).min()]
+        for at in range(0, len(common), _COLUMNS):
+            part = common[at : at + _COLUMNS]
+            same = (ids.values[ids.offsets[:-1, None] + np.arange(at, at + len(part))] == part).all(0)
+            if not same.all():
+                common = common[: at + int(np.argmin(same))]
+                break
+        self.common = common.copy()
 
 
-def _chunks(path: Path, max_length: int, supervise: str) -> Iterator[Chunk]:
+def _chunks(path: Path, max_length: int, supervise: str, start: _Start) -> Iterator[Chunk]:
+    """Yield the rows; what all of them begin with is known, in `start`, when the last was taken."""
     import pyarrow.parquet
 
     names = pyarrow.parquet.read_schema(path).names
     names = ["input_ids", "loss_mask", *(["prompt"] if "prompt" in names else [])]
-    start = _common_start(path, max_length) if supervise == "all" else 0
     last: tuple[str | None, npt.NDArray[Any]] = (None, np.zeros(0, np.int32))  # the row before
     first = 0
     for batch in _batches(path, names):
-        ids, mask = (_Lists.of(batch.column(name)).cut(max_length) for name in names[:2])
+        ids, mask = (Lists.of(batch.column(name)).cut(max_length) for name in names[:2])
         if not np.array_equal(ids.offsets, mask.offsets):
             row = first + int(np.argmax(np.diff(ids.offsets) != np.diff(mask.offsets)))
             raise DeepSpecError(
                 f"{path}: row {row} has not as many mask values as tokens; run generate again"
             )
         prompts = batch.column("prompt").to_pylist() if len(names) > 2 else [None] * batch.num_rows
-        answer = mask.values.astype(np.uint8)
-        learnt = answer
+        known = None
         if supervise == "all":
-            known = _known(ids, prompts, start, last)
-            learnt = (ids.places() >= np.repeat(known, np.diff(ids.offsets))).astype(np.uint8)
+            start.narrow(ids)
+            known = _known(ids, prompts, last)
         last = prompts[-1], ids[batch.num_rows - 1]
         first += batch.num_rows
+        answer = mask.values.astype(np.uint8, copy=False)
         yield Chunk(
             ids.offsets.astype(np.int32),
-            ids.values.astype(np.int32),
+            ids.values.astype(np.int32, copy=False),
             answer,
-            learnt,
+            answer if known is None else None,
             [prompt or "" for prompt in prompts] if any(prompts) else None,
+            known,
         )
+
+
+def _begun(chunk: Chunk, start: int) -> Chunk:
+    """Return a chunk of which what all rows begin with is known, where that is never learnt."""
+    return chunk if chunk.known is None else replace(chunk, known=np.maximum(chunk.known, start))
 
 
 def _batches(path: Path, names: list[str]) -> Iterator[Any]:
@@ -128,19 +135,19 @@ def _batches(path: Path, names: list[str]) -> Iterator[Any]:
 
 
 def _known(
-    ids: _Lists, prompts: list[str | None], start: int, last: tuple[str | None, npt.NDArray[Any]]
-) -> npt.NDArray[np.int64]:
-    """Return how many first tokens of each row are not learnt: those of all, or of the row of its conversation before.
+    ids: Lists, prompts: list[str | None], last: tuple[str | None, npt.NDArray[Any]]
+) -> npt.NDArray[np.int32]:
+    """Return how many first tokens of each row are those of the row of its conversation before.
 
     Args:
-        start: tokens that all rows begin with.
         last: conversation and tokens of the row before the first one.
     """
-    known = np.full(len(prompts), start)
-    for row, prompt in enumerate(prompts):
-        before, tokens = (prompts[row - 1], ids[row - 1]) if row else last
-        if prompt and prompt == before:
-            known[row] = max(start, _shared(tokens, ids[row]))
+    known = np.zeros(len(prompts), np.int32)
+    if any(prompts):
+        for row, prompt in enumerate(prompts):
+            before, tokens = (prompts[row - 1], ids[row - 1]) if row else last
+            if prompt and prompt == before:
+                known[row] = _shared(tokens, ids[row])
     return known
 
 
@@ -151,31 +158,8 @@ def _shared(one: npt.NDArray[Any], other: npt.NDArray[Any]) -> int:
     return n if same.all() else int(np.argmin(same))
 
 
-def _common_start(path: Path, max_length: int) -> int:
-    """Return how many tokens all rows begin with; 0 of a single row."""
-    import pyarrow.parquet
-
-    if pyarrow.parquet.read_metadata(path).num_rows < 2:
-        return 0
-    common: npt.NDArray[Any] | None = None
-    for batch in _batches(path, ["input_ids"]):
-        ids = _Lists.of(batch.column("input_ids"))
-        common = ids[0][:max_length] if common is None else common
-        common = common[: np.diff(ids.offsets).min()]
-        for at in range(0, len(common), _COLUMNS):
-            part = common[at : at + _COLUMNS]
-            rows = ids.values[ids.offsets[:-1, None] + np.arange(at, at + len(part))]  # [rows, part]
-            same = (rows == part).all(0)
-            if not same.all():
-                common = common[: at + int(np.argmin(same))]
-                break
-        if not len(common):
-            break
-    return 0 if common is None else len(common)
-
-
-def _write(file: Path, chunks: Iterator[Chunk]) -> None:
-    """Write chunks as the record batches of an Arrow file."""
+def _write(file: Path, chunks: Iterator[Chunk], start: _Start) -> None:
+    """Write chunks as the record batches of an Arrow file; an empty one behind them says what all rows begin with."""
     import pyarrow as pa
 
     marks = pa.list_(pa.uint8())
@@ -183,18 +167,20 @@ def _write(file: Path, chunks: Iterator[Chunk]) -> None:
         [
             ("input_ids", pa.list_(pa.int32())),
             ("answer", marks),
-            ("learnt", marks),
+            ("known", pa.int32()),
             ("conversation", pa.string()),
         ]
     )
     with replacing(file) as scratch, pa.ipc.new_file(str(scratch), schema) as writer:
         for chunk in chunks:
-            parts = (chunk.ids, chunk.answer, chunk.learnt)
-            offsets = pa.array(chunk.offsets)
-            columns = [pa.ListArray.from_arrays(offsets, pa.array(part)) for part in parts]
-            rows = len(chunk.offsets) - 1
+            offsets, rows = pa.array(chunk.offsets), len(chunk.offsets) - 1
+            lists = [pa.ListArray.from_arrays(offsets, pa.array(part)) for part in (chunk.ids, chunk.answer)]
+            known = pa.nulls(rows, pa.int32()) if chunk.known is None else pa.array(chunk.known)
             names = [None] * rows if chunk.conversations is None else list(chunk.conversations)
-            writer.write_batch(pa.record_batch([*columns, pa.array(names, pa.string())], schema=schema))
+            writer.write_batch(pa.record_batch([*lists, known, pa.array(names, pa.string())], schema=schema))
+        writer.write_batch(
+            pa.RecordBatch.from_pylist([], schema), custom_metadata={_START: str(start.length)}
+        )
 
 
 def _mapped(file: Path) -> tuple[list[Chunk], Callable[[], None]]:
@@ -204,20 +190,23 @@ def _mapped(file: Path) -> tuple[list[Chunk], Callable[[], None]]:
     with file.open("rb") as opened:
         pages = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
     reader = pa.ipc.open_file(pa.py_buffer(pages))
+    last = reader.num_record_batches - 1
+    start = int(reader.get_batch_with_custom_metadata(last).custom_metadata[_START])
     found = []
-    for number in range(reader.num_record_batches):
+    for number in range(last):
         batch = reader.get_batch(number)
-        ids, answer, learnt = (batch.column(name) for name in ("input_ids", "answer", "learnt"))
-        names = batch.column("conversation")
-        found.append(
-            Chunk(
-                ids.offsets.to_numpy(),
-                ids.values.to_numpy(),
-                answer.values.to_numpy(),
-                learnt.values.to_numpy(),
-                names.to_pylist() if names.null_count < batch.num_rows else None,
-            )
+        ids, answer, known, names = (batch.column(name) for name in batch.schema.names)
+        marks = answer.values.to_numpy()
+        whole = known.null_count > 0
+        chunk = Chunk(
+            ids.offsets.to_numpy(),
+            ids.values.to_numpy(),
+            marks,
+            marks if whole else None,
+            names.to_pylist() if names.null_count < batch.num_rows else None,
+            None if whole else known.to_numpy(),
         )
+        found.append(_begun(chunk, start))
         _let_go(pages)
     return found, partial(_let_go, pages)
 

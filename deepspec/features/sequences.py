@@ -40,14 +40,17 @@ class Chunk:
     """Some rows, one after the other.
 
     offsets int32 [rows + 1]: where each begins in ids int32, answer uint8 and learnt uint8 [tokens].
+    learnt: None: all but the first tokens of each row.
     conversations: of each row; None: every row is one.
+    known: int32 [rows]: how many these first ones are.
     """
 
     offsets: npt.NDArray[np.int32]
     ids: npt.NDArray[np.int32]
     answer: npt.NDArray[np.uint8]
-    learnt: npt.NDArray[np.uint8]
+    learnt: npt.NDArray[np.uint8] | None
     conversations: SequenceOf[str] | None = None
+    known: npt.NDArray[np.int32] | None = None
 
     @classmethod
     def of(cls, rows: SequenceOf[Sequence]) -> Chunk:
@@ -70,6 +73,26 @@ class Chunk:
     @property
     def lengths(self) -> Ints:
         return np.diff(self.offsets).astype(np.int64)
+
+    def all_learnt(self) -> npt.NDArray[np.uint8]:
+        """Return of each token whether it is to be learnt, [tokens]."""
+        if self.known is None:
+            assert self.learnt is not None
+            return self.learnt
+        lengths = self.lengths
+        known = np.minimum(self.known, lengths)
+        return np.repeat(
+            np.tile(np.array([0, 1], np.uint8), len(lengths)), np.stack((known, lengths - known), 1).ravel()
+        )
+
+    def learnt_of(self, row: int, here: slice) -> npt.NDArray[np.uint8]:
+        """Return of each token of a row whether it is to be learnt; `here` is its place."""
+        if self.known is None:
+            assert self.learnt is not None
+            return self.learnt[here]
+        found = np.ones(here.stop - here.start, np.uint8)
+        found[: self.known[row]] = 0
+        return found
 
     def marked(self, mask: npt.NDArray[np.uint8]) -> npt.NDArray[np.bool_]:
         """Return whether each row has a mark from its third token on: nothing is predicted before."""
@@ -128,26 +151,26 @@ class Sequences(SequenceOf[Sequence]):
 
     def ids(self, i: int) -> npt.NDArray[np.int32]:
         """Return the tokens of row i, [tokens]."""
-        chunk, here = self._at(i)
+        chunk, _, here = self._at(i)
         return chunk.ids[here]
 
     def answer(self, i: int) -> npt.NDArray[np.uint8]:
         """Return of each token of row i whether it is part of an answer, [tokens]."""
-        chunk, here = self._at(i)
+        chunk, _, here = self._at(i)
         return chunk.answer[here]
 
     def learnt(self, i: int) -> npt.NDArray[np.uint8]:
         """Return of each token of row i whether it is to be learnt, [tokens]."""
-        chunk, here = self._at(i)
-        return chunk.learnt[here]
+        chunk, row, here = self._at(i)
+        return chunk.learnt_of(row, here)
 
-    def _at(self, i: int) -> tuple[Chunk, slice]:
+    def _at(self, i: int) -> tuple[Chunk, int, slice]:
         self._looked += 1
         if self._let_go and self._looked % LOOKS == 0:
             self._let_go()
         number = bisect_right(self._starts, i) - 1
         chunk, row = self.chunks[number], i - self._starts[number]
-        return chunk, slice(int(chunk.offsets[row]), int(chunk.offsets[row + 1]))
+        return chunk, row, slice(int(chunk.offsets[row]), int(chunk.offsets[row + 1]))
 
     def _scan(self) -> Iterator[Chunk]:
         """Yield every chunk, and let go of it."""
@@ -159,7 +182,9 @@ class Sequences(SequenceOf[Sequence]):
     @cached_property
     def teaches(self) -> npt.NDArray[np.bool_]:
         """Return whether each row has a token to predict that is to be learnt, [rows]."""
-        return np.concatenate([np.zeros(0, bool), *(chunk.marked(chunk.learnt) for chunk in self._scan())])
+        return np.concatenate(
+            [np.zeros(0, bool), *(chunk.marked(chunk.all_learnt()) for chunk in self._scan())]
+        )
 
     @cached_property
     def answered(self) -> npt.NDArray[np.bool_]:
@@ -193,7 +218,7 @@ class Sequences(SequenceOf[Sequence]):
         counts = np.zeros(vocab_size, np.int64)
         for start, chunk in zip(self._starts, self._scan(), strict=False):
             of_rows = chosen[start : start + len(chunk.offsets) - 1]
-            counted = chunk.learnt.astype(bool) & np.repeat(of_rows, chunk.lengths)
+            counted = chunk.all_learnt().astype(bool) & np.repeat(of_rows, chunk.lengths)
             counts += np.bincount(chunk.ids[counted], minlength=vocab_size)[:vocab_size]
         return counts
 

@@ -97,7 +97,10 @@ def _strangers(table: pandas.DataFrame, manifest: Mapping[str, Any]) -> list[str
 
 def script(text: str) -> str | None:
     """Return the script that most letters of a text are in; None where it has no letter."""
-    names = Counter(unicodedata.name(char, "").split(" ")[0] for char in text[:2000] if char.isalpha())
+    names: Counter[str] = Counter()
+    for char, count in Counter(text[:2000]).items():
+        if char.isalpha():
+            names[unicodedata.name(char, "").split(" ")[0]] += count
     if not names:
         return None
     most = names.most_common(1)[0][0]

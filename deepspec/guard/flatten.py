@@ -1,32 +1,24 @@
-"""The distillation data as a flat table: one row a conversation, with what its columns say about it.
+"""A stored row as a flat one: what its columns say about a conversation, and what is wrong with it.
 
 What can be wrong with a row is recomputed here from the stored ids and the target's tokenizer, without the
-code that put the row together. All cores share the row groups of the file; of a row the table has a few hundred bytes.
-What takes a tokenizer or every word (`SAMPLED`) is found of a sample alone, where the set is large.
+code that put the row together. What takes a tokenizer or every word (`SAMPLED`) may be left out.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-import numpy.typing as npt
-import pandas
-from pyarrow import parquet
 
 from deepspec.answers.turns import answer_text, generation_prompt
 from deepspec.errors import DeepSpecError
 from deepspec.files import digest
 from deepspec.guard.facts import script
 from deepspec.messages.prompt import Prompt
-from deepspec.parallel import ALONE, ordered_map
-from deepspec.progress import Progress
 from deepspec.prompts.filters import chat_key, duplicate_key
+from deepspec.prompts.overlap import Overlap
 
-BATCH_ROWS = 1024
 KEY_CHARS = 120  # of a prompt in the table; of a longer one its beginning and a digest
 SAMPLED = ("repetition", "template_problem", "script")  # and whether masked tokens spell the answer
 OPTIONAL = ("prompt", "chat", "metadata", "logprob", "surprise")  # columns that may be null
@@ -46,48 +38,13 @@ class Flattener:
         target: the target that is said to have answered.
         prompts: what it was asked.
         ngram: tokens in the n-grams of which repeats are counted.
-        overlap: an n-gram that the text shares with an evaluation prompt, or None.
+        overlap: the evaluation prompts, with which no text may share an n-gram.
     """
 
-    def __init__(self, target: Any, prompts: Asked, ngram: int, overlap: Callable[[str], str | None]) -> None:
+    def __init__(self, target: Any, prompts: Asked, ngram: int, overlap: Overlap) -> None:
         self.target, self.prompts, self.ngram, self.overlap = target, prompts, ngram, overlap
         self.stop_ids = target.stop_ids
         self.opening = generation_prompt(target)
-
-    def table(self, path: Path, sample: npt.NDArray[np.bool_]) -> pandas.DataFrame:
-        """Return the flat rows of a data set, of which a few are held as stored at a time.
-
-        Args:
-            sample: of each row whether `SAMPLED` is found too, [rows].
-
-        Returns:
-            A table with a column `sampled` besides those of `flat`.
-        """
-        sizes = [group.num_rows for group in _groups(path)]
-        starts = np.cumsum([0, *sizes])
-
-        def group(number: int) -> pandas.DataFrame:
-            columns: dict[str, list[Any]] = {}
-            row_number = int(starts[number])
-            with parquet.ParquetFile(path, pre_buffer=False) as file:
-                for batch in file.iter_batches(BATCH_ROWS, row_groups=[number], use_threads=False):
-                    for row in batch.to_pylist():
-                        whole = bool(sample[row_number])
-                        for name, value in (self.flat(row, whole) | {"sampled": whole}).items():
-                            columns.setdefault(name, []).append(value)
-                        row_number += 1
-            return pandas.DataFrame(columns)
-
-        parts: list[pandas.DataFrame] = []
-        with Progress("validation", sum(sizes), shown=len(sizes) > ALONE) as progress:
-            for part in ordered_map(group, range(len(sizes))):
-                parts += [part] if len(part) else []
-                progress.advance(len(part))
-        table = pandas.concat(parts, ignore_index=True) if parts else pandas.DataFrame()
-        if len(table):
-            again = table["generation"] & table["asked"].duplicated()
-            table.loc[again, "prompt"] = None
-        return table
 
     def flat(self, row: dict[str, Any], whole: bool = True) -> dict[str, Any]:
         """Return what the columns of a stored row say about it.
@@ -117,8 +74,8 @@ class Flattener:
             "missing": ", ".join(missing) or None,
             "roles": None if tokens_only else " ".join(map(str, roles)),
             "last_role": None if tokens_only else roles[-1] if roles else "",
-            "prompt": _short_key(chat_key(prompt.chat) if prompt else duplicate_key(turns)),
-            "prompt_problem": _prompt_problem(prompt, turns, row["input_ids"] if tokens_only else None),
+            "prompt": short_key(self.key(row)),
+            "prompt_problem": prompt_problem(prompt, turns, row["input_ids"] if tokens_only else None),
             "tokens": len(row["input_ids"]),
             "answer_tokens": sum(row["loss_mask"]),
             "truncated": float("length" in row["finish_reasons"]),
@@ -138,8 +95,13 @@ class Flattener:
             "thinks": _thinks(chat["messages"]),
             "tools": bool(chat.get("tools")),
             "calls": any(message.get("tool_calls") for message in chat["messages"]),
-            "overlap": next(filter(None, map(self.overlap, texts)), None),
+            "overlap": next(filter(None, map(self.overlap.hits, texts)), None),
         }
+
+    def key(self, row: dict[str, Any]) -> str:
+        """Return a key that is equal for stored rows that ask the same."""
+        prompt = self.prompts.get(row.get("prompt") or row["id"])
+        return chat_key(prompt.chat) if prompt else duplicate_key(_said(row, "user"))
 
     def template_problem(
         self, row: dict[str, Any], chat: dict[str, Any], answers: list[tuple[int, list[int]]]
@@ -218,17 +180,13 @@ def repetition(tokens: list[int], n: int) -> float:
     return 1 - len(set(ngrams)) / len(ngrams) if ngrams else 0.0
 
 
-def _groups(path: Path) -> list[Any]:
-    metadata = parquet.read_metadata(path)
-    return [metadata.row_group(i) for i in range(metadata.num_row_groups)]
-
-
-def _short_key(key: str) -> str:
+def short_key(key: str) -> str:
+    """Return a key as the table has it."""
     return key if len(key) <= KEY_CHARS else f"{key[: KEY_CHARS - 17]} {digest(key)}"
 
 
 def _said(row: dict[str, Any], role: str) -> list[str]:
-    return [message["content"] or "" for message in row["messages"] if message["role"] == role]
+    return [message["content"] or "" for message in row["messages"] or [] if message["role"] == role]
 
 
 def tool_problem(messages: list[dict[str, Any]]) -> str | None:
@@ -258,7 +216,8 @@ def _chat(row: dict[str, Any]) -> dict[str, Any]:
     return json.loads(row["chat"]) if row.get("chat") else {"messages": row["messages"]}
 
 
-def _prompt_problem(prompt: Prompt | None, turns: list[str], ids: list[int] | None) -> str | None:
+def prompt_problem(prompt: Prompt | None, turns: list[str], ids: list[int] | None) -> str | None:
+    """Return why a row's user turns, or its ids where it has no turns, are not those of its prompt, or None."""
     if prompt is None:
         return "no prompt has this id"
     if ids is not None:

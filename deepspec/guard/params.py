@@ -20,7 +20,7 @@ class ValidateParams(Section):
     )
     max_degenerate_share: float = Field(0.2, ge=0, le=1, description="Rows allowed above max_repetition.")
     sample: int = Field(
-        50_000,
+        10_000,
         ge=1,
         description="Rows whose answers are rendered, spelt and searched for repeats; of a larger set a sample.",
     )

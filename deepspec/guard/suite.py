@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -31,9 +31,11 @@ from deepspec.files import file_digest
 from deepspec.guard.facts import facts, warnings
 from deepspec.guard.flatten import Asked, Flattener
 from deepspec.guard.params import ValidateParams
+from deepspec.guard.table import flat_table
 from deepspec.guard.verdict import Check, Validation
 from deepspec.messages.prompt import Prompt
 from deepspec.messages.prompts import Prompts
+from deepspec.prompts.overlap import Overlap
 
 EXAMPLES = 5
 # The system first, then whoever asks and the assistant in turn; a tool speaks behind the assistant that called it.
@@ -68,7 +70,7 @@ def validate_data(
     bounds: ValidateParams,
     max_length: int,
     target: Any,
-    overlap: Callable[[str], str | None],
+    overlap: Overlap,
 ) -> Validation:
     """Check the data set that the generate stage wrote to `directory`.
 
@@ -76,7 +78,7 @@ def validate_data(
         prompts: what the target was asked.
         max_length: of a conversation, in tokens.
         target: anything with `tokenizer`, `digest`, `stop_ids`, `vocab_size` and `chat_ids`.
-        overlap: an n-gram that the text shares with an evaluation prompt, or None.
+        overlap: the evaluation prompts, with which no text may share an n-gram.
 
     Raises:
         DeepSpecError: a file of the data set is missing or cannot be read.
@@ -98,7 +100,7 @@ def validate_data(
     if checks[0].passed:
         asked: Asked = prompts if isinstance(prompts, Prompts) else {prompt.id: prompt for prompt in prompts}
         sample = _sample(rows, bounds.sample)
-        table = Flattener(target, asked, bounds.repetition_ngram, overlap).table(path, sample)
+        table = flat_table(path, sample, Flattener(target, asked, bounds.repetition_ngram, overlap))
         rules = row_rules(bounds, max_length, target.digest) if rows else [_row_count(bounds)]
         checks += _apply_to_rows(table, rules, bounds.sample)
         ids = prompts.ids if isinstance(prompts, Prompts) else [prompt.id for prompt in prompts]

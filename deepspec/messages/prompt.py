@@ -7,9 +7,10 @@ User turns alone are `{"id", "source", "turns": [...]}`. Whatever has more is `{
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from json.encoder import encode_basestring
 from typing import Any
 
 from deepspec.errors import DeepSpecError
@@ -220,12 +221,38 @@ def mapping(row: Mapping[str, Any], name: str) -> dict[str, Any]:
     return dict(value)
 
 
+def plain_line(id: str, source: str, turns: Sequence[str]) -> bytes:
+    """Return the line of a prompt of user turns alone, as the prompts stage writes it."""
+    texts = ", ".join(map(encode_basestring, turns))
+    return f'{{"id": {encode_basestring(id)}, "source": {encode_basestring(source)}, "turns": [{texts}]}}\n'.encode()
+
+
 def parse_prompt(line: bytes, where: str) -> Prompt:
     """Read one line of a prompt file.
 
     Raises:
         DeepSpecError: it is not a prompt; `where` it stands is named.
     """
+    value = _row(line, where)
+    if _is_chat(value):
+        return Prompt(value["id"], value["source"], _chat(value, where))
+    return Prompt.of_turns(value["id"], value["source"], value["turns"])
+
+
+def check_prompt(line: bytes, where: str) -> str:
+    """Return the id of one line of a prompt file, which is known to be a prompt then.
+
+    Raises:
+        DeepSpecError: it is not; `where` it stands is named.
+    """
+    value = _row(line, where)
+    if _is_chat(value):
+        _chat(value, where)
+    return value["id"]
+
+
+def _row(line: bytes, where: str) -> dict[str, Any]:
+    """Read a line's object, and check its id, its source and its user turns where it has no more."""
     try:
         value = json.loads(line)
     except ValueError as error:
@@ -235,15 +262,23 @@ def parse_prompt(line: bytes, where: str) -> Prompt:
     for key in ("id", "source"):
         if not _is_text(value.get(key)):
             raise DeepSpecError(f"{where}: {key!r} must be a non-empty string, found {value.get(key)!r}")
-    if "messages" in value or "input_ids" in value:
-        try:
-            return Prompt(value["id"], value["source"], chat_of(value))
-        except BadRowError as error:
-            raise DeepSpecError(f"{where}: {error} (prompt {value['id']!r})") from None
+    if _is_chat(value):
+        return value
     turns = value.get("turns")
-    if not isinstance(turns, list) or not turns or not all(_is_text(turn) for turn in turns):
+    if not isinstance(turns, list) or not turns or not all(map(_is_text, turns)):
         raise DeepSpecError(f"{where}: 'turns' must be a list of non-empty strings (prompt {value['id']!r})")
-    return Prompt.of_turns(value["id"], value["source"], turns)
+    return value
+
+
+def _is_chat(value: Mapping[str, Any]) -> bool:
+    return "messages" in value or "input_ids" in value
+
+
+def _chat(value: Mapping[str, Any], where: str) -> Chat:
+    try:
+        return chat_of(value)
+    except BadRowError as error:
+        raise DeepSpecError(f"{where}: {error} (prompt {value['id']!r})") from None
 
 
 def _is_text(value: Any) -> bool:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import IO, overload
 
 from deepspec.errors import DeepSpecError
-from deepspec.messages.prompt import Prompt, parse_prompt
+from deepspec.messages.prompt import Prompt, check_prompt, parse_prompt, plain_line
 
 
 class Prompts(Sequence[Prompt]):
@@ -40,10 +40,18 @@ class Prompts(Sequence[Prompt]):
 
     def get(self, id: str) -> Prompt | None:
         """Return the prompt of an id, or None."""
+        number = self._number(id)
+        return None if number is None else self._read(number)
+
+    def written_as(self, id: str, source: str, turns: Sequence[str]) -> bool:
+        """Return whether the line of an id is the one that these user turns alone are written as."""
+        number = self._number(id)
+        return number is not None and self._line(number) == plain_line(id, source, turns)
+
+    def _number(self, id: str) -> int | None:
         if not self._numbers:
             self._numbers = {self._ids[number]: number for number in self._order}
-        number = self._numbers.get(id)
-        return None if number is None else self._read(number)
+        return self._numbers.get(id)
 
     def __len__(self) -> int:
         return len(self._order)
@@ -58,8 +66,11 @@ class Prompts(Sequence[Prompt]):
         return self._read(self._order[i])
 
     def _read(self, number: int) -> Prompt:
+        return parse_prompt(self._line(number), self._ids[number])
+
+    def _line(self, number: int) -> bytes:
         start, end = self._spans[2 * number : 2 * number + 2]
-        return parse_prompt(os.pread(self._file.fileno(), end - start, start), self._ids[number])
+        return os.pread(self._file.fileno(), end - start, start)
 
 
 def read_prompts(path: str | Path) -> Prompts:
@@ -72,6 +83,7 @@ def read_prompts(path: str | Path) -> Prompts:
     path = Path(path)
     if not path.is_file():
         raise DeepSpecError(f"{path}: no such prompt file; run the prompts stage first")
+    name = str(path)
     known: set[str] = set()
     ids: list[str] = []
     spans = array("Q")
@@ -81,11 +93,11 @@ def read_prompts(path: str | Path) -> Prompts:
         start, end = end, end + len(line)
         if not line.strip():
             continue
-        prompt = parse_prompt(line, f"{path}:{number}")
-        if prompt.id in known:
-            raise DeepSpecError(f"{path}:{number}: the id {prompt.id!r} was used by an earlier line")
-        known.add(prompt.id)
-        ids.append(prompt.id)
+        id = check_prompt(line, f"{name}:{number}")
+        if id in known:
+            raise DeepSpecError(f"{name}:{number}: the id {id!r} was used by an earlier line")
+        known.add(id)
+        ids.append(id)
         spans.extend((start, end))
     if not ids:
         raise DeepSpecError(f"{path}: no prompt in the file")

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from deepspec.config import Params
     from deepspec.evaluation.params import EvaluateParams
 
-READING, DECODING, EXTRACTING, TRAINING = 0.8, 0.18, 0.5, 0.7  # of the rates, reached in the demo
+READING, DECODING, EXTRACTING, TRAINING = 0.8, 0.9, 0.5, 0.7  # of the rates, reached in the demo
 ANSWERED = 0.7  # of max_new_tokens, in the mean
 PROMPT = 60  # tokens of a prompt, its template included
 TEXT = 12  # bytes that a token takes in the data set: ids, mask and text, compressed
@@ -129,7 +129,7 @@ def step_seconds(target: TargetSize, rates: Rates, batch: int, context: float) -
     """Return the seconds of a decoding step of so many requests, each with so many tokens in its cache."""
     cache = batch * context * target.kv * target.bytes
     read = (target.read(batch) + cache) / rates.bandwidth
-    return read / READING + 2 * target.active * batch / rates.flops / DECODING
+    return read / READING + 2 * target.active * batch / rates.narrow_flops / DECODING
 
 
 def extract_seconds(target: TargetSize, rates: Rates, tokens: float) -> float:

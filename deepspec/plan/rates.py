@@ -16,8 +16,12 @@ from pydantic import Field, ValidationError
 
 from deepspec.errors import DeepSpecError
 from deepspec.section import Section
+from deepspec.target.fused import PackedLinear
 
+NARROW = 0.2  # of `flops`, where a file of rates does not say it
+ROWS = 64  # of a narrow product
 _SIDE = 2048  # of the matrices that are multiplied
+_WEIGHTS = 32  # of them one after the other, more than a cache holds
 _BLOCK = 1 << 28  # bytes that are read, and written to the disk
 _SECONDS = 0.5  # of each measurement, at least
 
@@ -27,10 +31,20 @@ class Rates(Section):
 
     flops: float = Field(gt=0, description="Floating-point operations a second of a large matrix product.")
     bandwidth: float = Field(gt=0, description="Bytes a second that one device reads of its memory.")
+    narrow: float | None = Field(
+        None,
+        gt=0,
+        description=f"Floating-point operations a second of products of {ROWS} rows; absent: {NARROW:g} of flops.",
+    )
     disk: float = Field(gt=0, description="Bytes a second that the disk takes.")
     memory: float = Field(gt=0, description="Bytes of one device: the GPU's, or the machine's.")
     free_disk: float = Field(gt=0, description="Bytes that the disk has room for.")
     devices: int = Field(1, ge=1, description="That work together (`accelerate launch`).")
+
+    @property
+    def narrow_flops(self) -> float:
+        """Return floating-point operations a second of products as decoding has them: a row for each request."""
+        return NARROW * self.flops if self.narrow is None else self.narrow
 
     @classmethod
     def read(cls, path: Path) -> Rates:
@@ -53,7 +67,7 @@ class Rates(Section):
 
 
 def measure(dtype: torch.dtype, root: Path) -> Rates:
-    """Measure this machine, in about three seconds.
+    """Measure this machine, in about four seconds.
 
     Args:
         dtype: of the target.
@@ -63,10 +77,17 @@ def measure(dtype: torch.dtype, root: Path) -> Rates:
     device = torch.device("cuda" if cuda else "cpu")
     a, b = (torch.randn(_SIDE, _SIDE, device=device).to(dtype) for _ in range(2))
     block = torch.zeros(_BLOCK // 4, device=device)  # a CPU's sum of integers is not bound by memory
+    weights = [PackedLinear(b.clone()) for _ in range(_WEIGHTS)]
     memory = torch.cuda.get_device_properties(device).total_memory if cuda else psutil.virtual_memory().total
+
+    def narrow() -> None:
+        for weight in weights:
+            weight(a[:ROWS])
+
     return Rates(
         flops=2 * _SIDE**3 / _seconds(lambda: a @ b, device),
         bandwidth=_BLOCK / _seconds(lambda: block.sum(), device),
+        narrow=2 * ROWS * _WEIGHTS * _SIDE**2 / _seconds(narrow, device),
         disk=_BLOCK / _written(root),
         memory=memory,
         free_disk=shutil.disk_usage(root).free,

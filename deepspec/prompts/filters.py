@@ -11,8 +11,9 @@ from dataclasses import dataclass
 
 from deepspec.messages.prompt import Chat
 from deepspec.messages.sources import Candidate
-from deepspec.prompts.overlap import Overlap, words
+from deepspec.prompts.overlap import Overlap
 from deepspec.prompts.params import PromptsParams
+from deepspec.prompts.words import words
 
 # Pieces of chat templates: a prompt that carries one would end its own turn.
 TEMPLATE_MARKER = re.compile(

@@ -7,22 +7,20 @@ word problem with other numbers is still the same problem, and two lists of numb
 from __future__ import annotations
 
 import math
-import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
 
-# Scripts written without spaces (kana, Chinese characters, Hangul syllables) count a character as a word.
-UNSPACED = r"\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7af"
-WORD = re.compile(rf"[{UNSPACED}]|\d+(?:[.,]\d+)*|[^\W\d_{UNSPACED}]+(?:['’][^\W\d_]+)?")
+import numpy as np
+import numpy.typing as npt
+
+from deepspec.prompts.words import Ints, Numbers, Words, listed, runs_of, words, words_of
 
 FRAME_SHARE = 0.1  # An n-gram in this share of the evaluation prompts is their frame, not their content ...
 FRAME_PROMPTS = 3  # ... and it takes at least this many prompts to make a frame.
 SHORTEST_INSIDE = 3  # Fewer words than this ("Go on.") match a whole prompt only, never a part of one.
-
-
-def words(text: str) -> list[str]:
-    """Return the words of a text in lower case; punctuation and `_` only separate, `3.5` stays one word."""
-    return WORD.findall(text.lower().replace("’", "'"))
+_BITS = 22  # of an n-gram's number, looked up before the whole number is
+_NUMBER = np.uint64(0x5851F42D4C957F2D)  # stands for every run of numbers
 
 
 def normalise(text: str) -> list[str]:
@@ -67,6 +65,52 @@ class Overlap:
                 if gram in whole:
                     return " ".join(gram)
         return None
+
+    def suspects(self, texts: Words) -> npt.NDArray[np.bool_]:
+        """Return which texts may have a hit, [texts]: all that have one, and hardly any other."""
+        found = np.zeros(len(texts.offsets) - 1, bool)
+        numbers, offsets = _normalised(texts)
+        for length, (beginnings, known) in self._screens.items():
+            grams = runs_of(numbers, length)
+            at = np.flatnonzero(beginnings[grams >> np.uint64(64 - _BITS)])
+            places = np.minimum(np.searchsorted(known, grams[at]), len(known) - 1)
+            at = at[known[places] == grams[at]]
+            text = np.searchsorted(offsets, at, side="right") - 1
+            ends = offsets[text + 1]
+            if length < SHORTEST_INSIDE and length != self.n:
+                found[text[(at == offsets[text]) & (at + length == ends)]] = True
+            else:
+                found[text[at + length <= ends]] = True
+        return found
+
+    @cached_property
+    def _screens(self) -> dict[int, tuple[npt.NDArray[np.bool_], Numbers]]:
+        """Return, for each length of n-grams, which first bits their numbers have, and the numbers in order."""
+        lengths = {self.n: self._grams}
+        for length, whole in self._whole.items():
+            lengths[length] = lengths.get(length, set()) | whole
+        names = sorted({word for grams in lengths.values() for gram in grams for word in gram} - {"#"})
+        number = dict(zip(names, words_of(names).numbers, strict=True)) | {"#": _NUMBER}
+        screens = {}
+        for length, grams in lengths.items():
+            if grams:
+                values = np.array([number[word] for gram in grams for word in gram], np.uint64)
+                known = np.sort(listed(values, np.arange(len(grams) + 1) * length))
+                beginnings = np.zeros(1 << _BITS, bool)
+                beginnings[known >> np.uint64(64 - _BITS)] = True
+                screens[length] = beginnings, known
+        return screens
+
+
+def _normalised(texts: Words) -> tuple[Numbers, Ints]:
+    """Return the numbers of the words of `normalise`, and where each text begins in them."""
+    numbers = np.where(texts.digits, _NUMBER, texts.numbers)
+    again = np.zeros(len(numbers), bool)
+    again[1:] = texts.digits[1:] & texts.digits[:-1]
+    firsts = texts.offsets[:-1]
+    again[firsts[firsts < len(numbers)]] = False
+    kept = np.concatenate(([0], np.cumsum(~again)))
+    return numbers[~again], kept[texts.offsets]
 
 
 def _grams(sequence: Sequence[str], n: int) -> Iterator[tuple[str, ...]]:

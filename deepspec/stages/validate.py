@@ -35,7 +35,7 @@ def main(params: Params, flags: argparse.Namespace) -> None:
         params.validate_,
         min(params.generate.max_length, target.max_length),
         target,
-        overlap.hits,
+        overlap,
     )
     manifest = Path("data/prompts/manifest.json")
     if manifest.exists():

@@ -1,5 +1,7 @@
 """A version loaded in a process of its own and asked for a few tokens, which must be those of plain decoding.
 
+Of a version whose target only a serving engine holds, files, ends and draft are loaded, and nothing can be asked.
+
     python -P deepspec/tracking/fresh.py models:/NAME/VERSION FOLDER
 
 It is run by its path and imports nothing of `deepspec` before the version is loaded: what is tried is the package that
@@ -26,6 +28,10 @@ def ask(uri: str, folder: str) -> None:
 
     model = mlflow.pyfunc.load_model(uri, dst_path=folder, model_config={"dtype": "float32"})
     served = model.unwrap_python_model()
+    if (
+        served.deployment is None
+    ):  # measured in an engine, which alone can hold the target: its ends and the draft load
+        return
 
     from deepspec import generate
     from deepspec.evaluation.identity import check_identity

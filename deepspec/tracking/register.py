@@ -20,6 +20,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import version as installed
 from pathlib import Path
+from typing import Any
 
 import mlflow
 import pandas as pd
@@ -231,19 +232,21 @@ def save(result: Result, folder: Path, model: Model, parts: Parts) -> None:
         input_example=(pd.DataFrame({"prompt": ["Why is the sky blue?"]}), {"max_new_tokens": 32}),
         pip_requirements=requirements(),
         # MLflow takes at loading what is named here, and nothing else.
-        model_config={"reference": reference, "target": None, "dtype": None, "device": None},
+        model_config={"reference": reference, "target": None, "dtype": None, "device": None, "engine": None},
         mlflow_model=model,
     )
     _forget_places(model, folder)
 
 
-def _reference(result: Result) -> dict[str, str | None]:
+def _reference(result: Result) -> dict[str, Any]:
     """Return what fetches the target again: hub commit and pinned day as they were, where its directory says so."""
     section = result.params.target.model_dump(exclude={"engine", "vllm"})  # who ran it then
     named = section | {"digest": result.record.target_digest}
     if not (result.target / RECORD).is_file():
         return named
     made = read_json(result.target / RECORD)
+    if made.get("engine"):  # its files are as they were, and an engine alone holds it
+        named |= {"unloaded": True, "quantization": made.get("quantization")}
     return named | {key: made[key] for key in ("revision", "template_date") if made.get(key)}
 
 

@@ -18,6 +18,10 @@ from mlflow.pyfunc import PythonModel
 EVALUATION = "evaluation.json"  # in the artifact "evidence"
 FILES = "files.json"  # beside it: SHA-256 of every other file of the version's artifacts
 AGAIN = "`deepspec register` makes the version again"
+ELSEWHERE = (
+    "its target was evaluated in a serving engine, so its layers are not loaded here: serve the export there; or load "
+    'the version with model_config={"engine": "local"}, where they fit in memory'
+)
 
 
 class SpeculativeModel(PythonModel):
@@ -27,7 +31,8 @@ class SpeculativeModel(PythonModel):
         """From the version's own files, without a network; `model_config` names another target, dtype or device.
 
         Where the controller decides by measured costs, those of this machine are read from the user's cache, or
-        measured in some seconds and kept there.
+        measured in some seconds and kept there. Of a target that was evaluated in a serving engine the ends alone are
+        loaded, and the draft on them: the version is whole, and answers nothing (`{"engine": "local"}` loads all).
 
         Raises:
             DeepSpecError: a file of the version is missing, cannot be read or is another one.
@@ -40,6 +45,10 @@ class SpeculativeModel(PythonModel):
         check_files(context.artifacts, {"target"} if config.get("target") else set())
         record = json.loads((Path(context.artifacts["evidence"]) / EVALUATION).read_text())
         place = config.get("target") or context.artifacts.get("target") or _resolved(config["reference"])
+        self.deployment: Any = None
+        if record.get("engine") and config.get("engine") != "local":
+            self.target = _ends_with_draft(Path(place), Path(context.artifacts["draft"]))
+            return
         self.target = load_target(place, config.get("dtype"), config.get("device"))
         decode = DecodeParams.model_validate(record["decode"])
         self.deployment = Deployment.of(self.target, context.artifacts["draft"], decode)
@@ -53,6 +62,8 @@ class SpeculativeModel(PythonModel):
         """
         from deepspec.errors import DeepSpecError
 
+        if self.deployment is None:
+            raise MlflowException.invalid_parameter_value(ELSEWHERE)
         prompts = list(model_input["prompt"])
         for row, prompt in enumerate(prompts):
             if not isinstance(prompt, str) or not prompt.strip():
@@ -73,6 +84,22 @@ class SpeculativeModel(PythonModel):
             seed=seed,
         )
         return self.target.tokenizer.decode(out.tokens, skip_special_tokens=True), out.stats.tau
+
+
+def _ends_with_draft(target: Path, draft: Path) -> Any:
+    """Load the ends of a target, and a draft on them to see that it is one of this target; return the ends.
+
+    Raises:
+        DeepSpecError: no target there, or a draft that does not load.
+    """
+    from deepspec.export.draft import load_draft
+    from deepspec.target.ends import load_ends
+
+    ends = load_ends(target)
+    found = load_draft(draft.name, draft, ends)
+    if found.trained:
+        _ = found.network  # reads every weight
+    return ends
 
 
 def check_files(artifacts: dict[str, str], left_out: set[str]) -> None:
@@ -116,10 +143,11 @@ def _resolved(reference: dict[str, Any]) -> Path:
     from deepspec.errors import DeepSpecError
     from deepspec.target.identity import RECORD, directory_digest
     from deepspec.target.model import resolve_target
+    from deepspec.target.unloaded import resolve_unloaded
 
     place = Path.home() / ".cache/deepspec" / f"target-{reference['digest']}"
     if not (place / RECORD).exists():
-        resolve_target(
+        what = (
             reference["source"],
             reference["revision"],
             reference["dtype"],
@@ -127,6 +155,10 @@ def _resolved(reference: dict[str, Any]) -> Path:
             reference.get("template_date"),
             reference.get("chat_template_kwargs"),
         )
+        if reference.get("unloaded"):
+            resolve_unloaded(*what, reference.get("quantization"))
+        else:
+            resolve_target(*what)
     if (found := directory_digest(place)) != reference["digest"]:
         raise DeepSpecError(
             f"{reference['source']}: is target {found} now, but the version is of {reference['digest']}; name a "

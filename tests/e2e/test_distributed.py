@@ -1,4 +1,4 @@
-"""Two processes on this machine (gloo), data parallel and sharded by FSDP2, extract and train as one does."""
+"""Several processes on this machine (gloo), data parallel and sharded by FSDP2, extract and train as one does."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -51,15 +52,19 @@ def single(target, tmp_path_factory):
     return (*json.loads((work / "result.json").read_text()), (work / "features/manifest.json").read_bytes())
 
 
-@pytest.mark.parametrize("sharded", [False, True], ids=["ddp", "fsdp2"])
-def test_two_processes_have_the_loss_curve_of_one(single, target, tmp_path, sharded):
-    launch(target, tmp_path, 2, sharded)
+@pytest.mark.parametrize(("processes", "sharded"), [(4, False), (2, True)], ids=["ddp-4", "fsdp2-2"])
+def test_several_processes_have_the_shards_and_the_loss_curve_of_one(
+    single, target, tmp_path, processes, sharded
+):
+    launch(target, tmp_path, processes, sharded)
+    shares = [json.loads((tmp_path / f"shards-{rank}.json").read_text()) for rank in range(processes)]
+    counts = list(map(len, shares))
+    assert min(counts) >= max(counts) - 1 >= 1, "a process has more than a shard less to do than another"
+    assert sorted(chain(*shares)) == list(range(sum(counts))), "no shard is computed twice"
     history, weights = json.loads((tmp_path / "result.json").read_text())
     manifest = (tmp_path / "features/manifest.json").read_bytes()
-    assert len(json.loads(manifest)["shards"]) > 4
-    assert (
-        manifest == single[2]
-    )  # shards that two processes computed have the bytes, by their checksums, of one's
+    assert len(json.loads(manifest)["shards"]) == sum(counts)
+    assert manifest == single[2], "shards have the bytes, by their checksums, of those of one process"
     assert len(history) == len(single[0]) == 4
     for ours, theirs in zip(history, single[0], strict=True):
         for name in ("loss", "ce", "tv", "confidence", "heldout_tau"):

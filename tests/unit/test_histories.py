@@ -11,6 +11,7 @@ from deepspec.errors import DeepSpecError
 from deepspec.guard.flatten import Flattener
 from deepspec.messages.prompt import Chat, Prompt
 from deepspec.messages.rows import read_row
+from deepspec.prompts.overlap import Overlap
 from tests.chat_templates import FAMILIES
 from tests.fake_target import FakeTarget
 
@@ -77,7 +78,7 @@ def check(target, conversation, seen):
         assert fits and fits[0]["loss_mask"][len(prompt) : length] == [1] * len(tokens)
         masked += len(tokens)
     assert sum(sum(row["loss_mask"]) for row in rows) == masked
-    flat = Flattener(target, {"p": conversation.prompt}, 8, lambda text: None)
+    flat = Flattener(target, {"p": conversation.prompt}, 8, Overlap([], 8))
     for row in rows:
         found = flat.flat({**row, "target": target.digest, "engine": "local", "temperature": 1.0, "seed": 1})
         assert {

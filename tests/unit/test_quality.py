@@ -21,12 +21,15 @@ from deepspec.guard import suite as quality
 from deepspec.guard.flatten import Flattener, answer_runs, repetition
 from deepspec.guard.params import ValidateParams
 from deepspec.guard.suite import validate_data
-from deepspec.messages.prompt import Prompt
+from deepspec.guard.table import flat_table
+from deepspec.messages.prompt import Chat, Prompt
+from deepspec.messages.prompts import read_prompts
 from deepspec.prompts.overlap import Overlap
 from deepspec.stages import validate as stage
 from tests.fake_target import FakeTarget
 
 TARGET = FakeTarget()
+NOTHING = Overlap([], 8)
 PROMPTS = [
     Prompt.of_turns(f"p{i}", "seed", (f"What is {i} plus {i + 1}?", f"And twice {i}?")[: 1 + i % 2])
     for i in range(6)
@@ -79,8 +82,8 @@ def validate(
     tmp_path, rows, failures=(), prompts=PROMPTS, bounds=BOUNDS, eval_texts=("What is the sky made of?",)
 ):
     write(tmp_path / "distill", rows, failures)
-    hits = Overlap(eval_texts, 4).hits
-    return validate_data(tmp_path / "distill", prompts, bounds, MAX_LENGTH, TARGET, hits)
+    overlap = Overlap(eval_texts, 4)
+    return validate_data(tmp_path / "distill", prompts, bounds, MAX_LENGTH, TARGET, overlap)
 
 
 def failed(validation):
@@ -102,7 +105,7 @@ def test_a_missing_column_and_a_wrong_type(tmp_path, rows):
     for row in rows:
         del row["loss_mask"]
     write(tmp_path, rows, features=features)
-    validation = validate_data(tmp_path, PROMPTS, BOUNDS, MAX_LENGTH, TARGET, lambda text: None)
+    validation = validate_data(tmp_path, PROMPTS, BOUNDS, MAX_LENGTH, TARGET, NOTHING)
     assert failed(validation) == {"columns": ["loss_mask", "seed"]}
     assert "missing" in validation.failed[0].examples[0]["found"]
 
@@ -111,7 +114,7 @@ def test_another_parquet_file_than_the_manifest_says(tmp_path, rows):
     write(tmp_path, rows)
     manifest = json.loads((tmp_path / "manifest.json").read_text())
     (tmp_path / "manifest.json").write_text(json.dumps(manifest | {"digest": "0" * 64}))
-    validation = validate_data(tmp_path, PROMPTS, BOUNDS, MAX_LENGTH, TARGET, lambda text: None)
+    validation = validate_data(tmp_path, PROMPTS, BOUNDS, MAX_LENGTH, TARGET, NOTHING)
     assert failed(validation) == {"manifest": ["digest"]}
 
 
@@ -308,7 +311,7 @@ def test_files_that_cannot_be_read_are_one_clear_line(tmp_path, rows, name, cont
     if content:
         (tmp_path / name).write_text(content)
     with pytest.raises(DeepSpecError, match=message):
-        validate_data(tmp_path, PROMPTS, BOUNDS, MAX_LENGTH, TARGET, lambda text: None)
+        validate_data(tmp_path, PROMPTS, BOUNDS, MAX_LENGTH, TARGET, NOTHING)
 
 
 def test_the_stage_writes_its_reports_before_it_fails(tmp_path, rows, monkeypatch, capsys):
@@ -372,7 +375,7 @@ def test_a_parquet_file_of_another_program_is_judged_by_all_checks(tmp_path, row
     parquet.write_table(parquet.read_table(path).cast(pyarrow.schema(wide)), path)
     manifest = {"rows": len(rows), "failures": 0, "digest": file_digest(path)}
     (tmp_path / "manifest.json").write_text(json.dumps(manifest))
-    validation = validate_data(tmp_path, PROMPTS, BOUNDS, MAX_LENGTH, TARGET, lambda text: None)
+    validation = validate_data(tmp_path, PROMPTS, BOUNDS, MAX_LENGTH, TARGET, NOTHING)
     assert len(validation.checks) == 20 and not validation.failed
 
 
@@ -380,13 +383,13 @@ def other_columns(path, rows):
     features = FEATURES.copy()
     del features["source"]
     write(path, [{k: v for k, v in row.items() if k != "source"} for row in rows], features=features)
-    return validate_data(path, PROMPTS, BOUNDS, MAX_LENGTH, TARGET, lambda text: None)
+    return validate_data(path, PROMPTS, BOUNDS, MAX_LENGTH, TARGET, NOTHING)
 
 
 def other_manifest(path, rows):
     write(path, rows)
     (path / "manifest.json").write_text(json.dumps({"rows": 5, "failures": 0}))
-    return validate_data(path, PROMPTS, BOUNDS, MAX_LENGTH, TARGET, lambda text: None)
+    return validate_data(path, PROMPTS, BOUNDS, MAX_LENGTH, TARGET, NOTHING)
 
 
 def no_last_answer(path, rows):
@@ -514,7 +517,7 @@ def test_given_answers_that_the_target_would_not_give_are_a_warning(tmp_path, ro
     write(tmp_path, [{**row, "logprob": -2.0, "surprise": surprise} for row in rows])
     manifest = json.loads((tmp_path / "manifest.json").read_text())
     (tmp_path / "manifest.json").write_text(json.dumps(manifest | {"settings": {"answered_by": author}}))
-    validation = validate_data(tmp_path, PROMPTS, BOUNDS, MAX_LENGTH, TARGET, lambda text: None)
+    validation = validate_data(tmp_path, PROMPTS, BOUNDS, MAX_LENGTH, TARGET, NOTHING)
     assert len(validation.warnings) == warned and not validation.failed
     assert "surprise of a given answer's token" in validation.to_markdown()
 
@@ -525,7 +528,7 @@ def test_tools_that_the_template_does_not_show_are_a_warning(tmp_path, rows):
     manifest = json.loads((tmp_path / "manifest.json").read_text())
     seen = {"chat_template_kwargs": {}, "tools": True, "history": "kept", "shows_calls": False}
     (tmp_path / "manifest.json").write_text(json.dumps(manifest | {"template": [seen]}))
-    validation = validate_data(tmp_path, PROMPTS, BOUNDS, MAX_LENGTH, TARGET, lambda text: None)
+    validation = validate_data(tmp_path, PROMPTS, BOUNDS, MAX_LENGTH, TARGET, NOTHING)
     assert [warning[:18] for warning in validation.warnings] == ["1 rows offer tools"]
     assert validation.facts["history under the template (no arguments, tools)"] == "kept"
 
@@ -563,6 +566,171 @@ def test_of_a_large_set_every_row_is_judged_and_what_takes_a_tokenizer_on_a_samp
     assert found["loss_mask"] == "1 of 6 break it" and found["template"].endswith("of 3 break it")
 
 
+def _mask_off(row):
+    row["loss_mask"][-1] = 0
+
+
+def _mask_on(row):
+    row["loss_mask"][0] = 1
+
+
+def _mask_longer(row):
+    row["loss_mask"].append(1)
+
+
+def _mask_of_two(row):
+    row["loss_mask"][-1] = 2
+
+
+def _unknown_token(row):
+    row["input_ids"][-2] = TARGET.vocab_size
+
+
+def _no_stop(row):
+    row["input_ids"][-1] = row["input_ids"][-2]
+
+
+def _early_stop(row):
+    row["input_ids"][-3] = TARGET.end
+
+
+def _other_reason(row):
+    row["finish_reasons"][-1] = "length"
+
+
+def _one_reason_more(row):
+    row["finish_reasons"].append("stop")
+
+
+def _no_source(row):
+    row["source"] = ""
+
+
+def _no_messages(row):
+    row["messages"] = None
+
+
+def _tool(row):
+    row["messages"].insert(1, {"role": "tool", "content": "rain"})
+
+
+def _system(row):
+    row["messages"].insert(0, {"role": "system", "content": "Be brief."})
+
+
+def _no_user(row):
+    row["messages"][0]["role"] = "developer"
+
+
+def _thought(row):
+    row["messages"][-1]["content"] = "<think>so</think> yes"
+
+
+def _other_turns(row):
+    row["messages"][0]["content"] += "!"
+
+
+def _held_out(row):
+    row["messages"][0]["content"] = "Tell me: what is the sky made of?"
+
+
+def _no_prompt(row):
+    row["id"] = "another"
+
+
+def _with_chat(row):
+    row["chat"] = json.dumps({"messages": row["messages"], "tools": [{"function": {"name": "look"}}]})
+
+
+def _generation(row):
+    row["id"], row["prompt"] = f"{row['id']}-0", row["id"]
+
+
+def _given(row):
+    row["logprob"], row["surprise"] = -2.0, 0.5
+
+
+CHANGES = [
+    _mask_off,
+    _mask_on,
+    _mask_longer,
+    _mask_of_two,
+    _unknown_token,
+    _no_stop,
+    _early_stop,
+    _other_reason,
+    _one_reason_more,
+    _no_source,
+    _no_messages,
+    _tool,
+    _system,
+    _no_user,
+    _thought,
+    _other_turns,
+    _held_out,
+    _no_prompt,
+    _with_chat,
+    _generation,
+    _given,
+]
+
+
+def test_many_rows_at_once_say_what_each_says_alone(tmp_path):
+    """Every fault beside sound rows, in groups of which some have holes and go row by row."""
+    talks = [
+        Prompt("sys", "seed", Chat(({"role": "system", "content": "Be kind."}, *PROMPTS[0].chat.messages))),
+        Prompt.of_turns("like", "seed", ["what is 1 PLUS 2 ?", "And twice 1?"]),
+        Prompt.of_turns("far", "elsewhere", ["Éa 猫 1.5 it's"]),
+    ]
+    sound = [conversation(prompt) for prompt in (*PROMPTS, *talks)]
+    sound[6]["messages"].insert(0, {"role": "system", "content": "Be kind."})
+    rows = []
+    for number, fault in enumerate(CHANGES):
+        broken = copy.deepcopy(sound[number % len(sound)])
+        fault(broken)
+        rows += [*copy.deepcopy(sound), broken]
+    write(tmp_path, rows)
+    path, size = tmp_path / "train.parquet", len(sound) + 1
+    parquet.write_table(parquet.read_table(path), path, row_group_size=size)
+    prompt_file = tmp_path / "prompts.jsonl"
+    prompt_file.write_text(
+        "".join(
+            json.dumps({"id": p.id, "source": p.source, **p.chat.fields()}, ensure_ascii=p.id == "far") + "\n"
+            for p in (*PROMPTS, *talks)
+        )
+    )
+    sample = np.zeros(len(rows), bool)
+    sample[3] = True
+    flattener = Flattener(TARGET, read_prompts(prompt_file), 8, Overlap(["What is the sky made of?"], 4))
+    found = flat_table(path, sample, flattener)
+    stored = parquet.read_table(path).to_pylist()
+    alone = pandas.DataFrame(
+        [
+            flattener.flat(row, bool(of)) | {"sampled": bool(of)}
+            for row, of in zip(stored, sample, strict=True)
+        ]
+    )
+    alone.loc[alone["generation"] & alone["asked"].duplicated(), "prompt"] = None
+    assert set(found) == set(alone)
+    for name in set(alone) - {"prompt"}:
+        ours, theirs = ([None if pandas.isna(x) else x for x in table[name]] for table in (found, alone))
+        assert ours == theirs, name
+    # What is asked once is a number, and a text where somebody else asks the same.
+    several = alone["prompt"].duplicated(keep=False) & alone["prompt"].notna()
+    assert several.sum() > len(CHANGES)
+    assert found["prompt"][several].tolist() == alone["prompt"][several].tolist()
+    assert found["prompt"].isna().tolist() == alone["prompt"].isna().tolist()
+    assert not found["prompt"][~several].duplicated().any()
+
+
+def test_sound_rows_of_a_large_set_are_not_looked_at_one_by_one(tmp_path, rows, monkeypatch):
+    write(tmp_path, rows)
+    flattener = Flattener(TARGET, {p.id: p for p in PROMPTS}, 8, NOTHING)
+    monkeypatch.setattr(flattener, "flat", lambda *row: pytest.fail(f"flattened alone: {row}"))
+    found = flat_table(tmp_path / "train.parquet", np.zeros(6, bool), flattener)
+    assert found["mask_problem"].isna().all() and found["prompt"].is_unique
+
+
 def test_row_groups_of_one_file_are_one_table(tmp_path, rows):
     """Rows of a conversation that lie in different groups ask the same once."""
     several = [
@@ -572,7 +740,7 @@ def test_row_groups_of_one_file_are_one_table(tmp_path, rows):
     path = tmp_path / "train.parquet"
     table = parquet.read_table(path)
     parquet.write_table(table, path, row_group_size=1)
-    found = Flattener(TARGET, {p.id: p for p in PROMPTS}, 8, lambda text: None).table(path, np.ones(12, bool))
+    found = flat_table(path, np.ones(12, bool), Flattener(TARGET, {p.id: p for p in PROMPTS}, 8, NOTHING))
     assert list(found["id"]) == [row["id"] for row in several]
     assert list(found["prompt"].isna()) == [False, True] * 6
 

@@ -6,17 +6,23 @@ import json
 import shutil
 from pathlib import Path
 
+import mlflow
+import pandas as pd
 import pytest
 import yaml
 from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
 from typer.testing import CliRunner
 
 from deepspec.cli import app
+from deepspec.drafters.checkpoint import draft_digest
 from deepspec.errors import DeepSpecError
 from deepspec.evaluation.record import EVAL_VERSION
 from deepspec.target.model import resolve_target
-from deepspec.tracking.register import REQUIREMENTS, Parts, register
-from deepspec.tracking.result import read_result
+from deepspec.target.unloaded import resolve_unloaded
+from deepspec.tracking import served
+from deepspec.tracking.register import REQUIREMENTS, Parts, _reference, register
+from deepspec.tracking.result import read_result, target_digest
 from deepspec.tracking.store import connect
 from tests.tracked import MODEL, NAME, lay_out, lock, write_export
 
@@ -133,6 +139,55 @@ def test_a_target_by_reference_is_named_not_copied(tree: Path, tiny_target: Path
         "chat_template_kwargs": {},
         "digest": record["target_digest"],
     }
+
+
+def test_of_a_target_that_only_an_engine_holds_the_ends_are_loaded(
+    tree: Path, tiny_target: Path, monkeypatch
+):
+    """Through register and promote; the version answers where somebody says that the target fits."""
+    lay_out(tree, tiny_target, engine="vllm 0.32.0")
+    with monkeypatch.context() as patch:
+        patch.setattr("deepspec.target.model.load_target", lambda *what: pytest.fail("the target was loaded"))
+        patch.setattr(
+            "deepspec.load_target", lambda *what: pytest.fail("the target was loaded"), raising=False
+        )
+        for command in ("register", "promote"):
+            assert run(command)[0] == 0
+        assert aliases() == {"champion": "1"}
+        asked = pd.DataFrame({"prompt": ["Why?"]})
+        with connect():
+            uri = f"models:/{MODEL}@champion"
+            with pytest.raises(MlflowException, match="serve the export there"):
+                mlflow.pyfunc.load_model(uri).predict(asked)
+    with connect():
+        model = mlflow.pyfunc.load_model(uri, model_config={"engine": "local"})
+    assert model.predict(asked, params={"max_new_tokens": 4})["tau"][0] >= 1
+
+
+def test_a_draft_of_another_target_is_refused_on_the_ends_too(tree: Path, tiny_target: Path):
+    lay_out(tree, tiny_target, engine="vllm 0.32.0")
+    record = Path(f"data/drafts/{NAME}/deepspec.json")
+    record.write_text(json.dumps(json.loads(record.read_text()) | {"target_digest": "another"}))
+    changed = json.loads(Path(f"reports/eval/{NAME}.json").read_text())
+    changed["draft_digest"] = draft_digest(Path(f"data/drafts/{NAME}"))
+    Path(f"reports/eval/{NAME}.json").write_text(json.dumps(changed))
+    shutil.rmtree("data/exports")
+    write_export(tree, True)
+    lock(tree)
+    code, said = run("register")
+    assert code == 2 and "not registered, since what was uploaded fails" in said
+
+
+def test_a_target_of_an_engine_is_fetched_again_as_its_files_are(tree: Path, tiny_target: Path, monkeypatch):
+    """By reference: resolving it as one that is run here would write other files, and load it."""
+    monkeypatch.setenv("HOME", str(tree / "home"))
+    resolve_unloaded(str(tiny_target), None, "float32", tree / "data/target")
+    lock(tree, source=str(tiny_target))
+    reference = _reference(read_result(NAME))
+    assert reference["unloaded"] is True and reference["quantization"] is None
+    reference["digest"] = target_digest(tree / "data/target")
+    monkeypatch.setattr("deepspec.target.model.resolve_target", lambda *what: pytest.fail("it was loaded"))
+    assert target_digest(served._resolved(reference)) == reference["digest"]
 
 
 def test_a_registration_that_was_cut_off_leaves_one_version_and_one_model(tree: Path, monkeypatch):
