@@ -28,11 +28,11 @@ from benchmarks.common import REPORTS, command_line, write_report
 from deepspec.commands.profile import read_bandwidth, weight_bytes
 from deepspec.entry import guarded, quiet_environment
 from deepspec.errors import DeepSpecError
+from deepspec.kernels import kernels, state
 from deepspec.markdown import markdown_table
 from deepspec.progress import watched
 from deepspec.target.attention import ForwardPass, KVCache, tree_mask
 from deepspec.target.model import WEIGHTS, Target, load_target
-from deepspec.target.native.build import kernels, state
 
 CONTEXT = 300
 UNTIMED = 2  # turns

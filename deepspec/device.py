@@ -6,8 +6,8 @@ import platform
 
 import torch
 
+from deepspec.kernels import kernels
 from deepspec.provenance import cpu_facts
-from deepspec.target.native.build import kernels
 
 
 def describe_device(device: torch.device | str) -> str:

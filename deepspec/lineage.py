@@ -18,7 +18,7 @@ from deepspec.files import digest
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("deepspec", "paper")
-NATIVE = "deepspec.target.native.build"
+NATIVE = "deepspec.kernels"
 
 # Modules that cannot change a result, with the reason. The closure does not go through them.
 INERT = {
@@ -100,7 +100,7 @@ def code_digest(*names: str) -> str:
 
 def _kernels() -> bytes:
     """Return what else decides how sums are rounded: the kernels' source, and whether this machine uses them."""
-    from deepspec.target.native.build import SOURCE, state
+    from deepspec.kernels import SOURCE, state
 
     return SOURCE.read_bytes() + state().encode()
 

@@ -157,7 +157,7 @@ def _torch() -> Check:
 
 
 def _kernels() -> Check:
-    from deepspec.target.native.build import kernels, state
+    from deepspec.kernels import kernels, state
 
     unused = kernels() is None and "compiler" in state()
     advice = "install g++: decoding in bfloat16 is then about twice as fast" if unused else ""

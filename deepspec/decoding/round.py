@@ -11,7 +11,7 @@ import torch
 
 from deepspec.decoding.slot import Slot
 from deepspec.decoding.tree import Proposal
-from deepspec.target.native.build import kernels
+from deepspec.kernels import kernels
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import pytest
 
 from benchmarks import kernels
 from benchmarks.kernels import Shape
-from deepspec.target.native import build
+from deepspec import kernels as build
 from tests.tiny import cached_target
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from deepspec import kernels as build
 from deepspec.decoding.engine import Engine, generate
 from deepspec.decoding.request import Request, Sampling
 from deepspec.decoding.shapes import BestFirst
@@ -22,7 +23,6 @@ from deepspec.target.attention import ForwardPass, KVCache, tree_mask
 from deepspec.target.ends import H_LAST
 from deepspec.target.fused import FusedLayer, Int4Linear, PackedLinear
 from deepspec.target.model import Target, load_target
-from deepspec.target.native import build
 from tests.tiny import cached_target
 
 needed = pytest.mark.skipif(build.kernels() is None, reason=f"kernels {build.state()}")
@@ -186,7 +186,7 @@ def test_greedy_text_in_bfloat16_is_the_plain_one_in_any_batch_and_tree(target, 
 
 def test_the_switch_and_a_missing_compiler_leave_torchs_kernels(tmp_path):
     code = (
-        "import torch; from deepspec.target.native import build; from deepspec.target.fused import PackedLinear\n"
+        "import torch; from deepspec import kernels as build; from deepspec.target.fused import PackedLinear\n"
         "x = torch.randn(32, 32).bfloat16(); linear = PackedLinear(x)\n"
         "print(build.state()); print(linear.native, linear(x).shape)"
     )

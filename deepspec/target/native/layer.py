@@ -10,8 +10,8 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
+from deepspec.kernels import kernels
 from deepspec.target.attention import ForwardPass
-from deepspec.target.native.build import kernels
 from deepspec.target.native.matrix import LANES, Matrix, _Matrix
 
 MOST_QUERIES = 48  # query heads of a key head

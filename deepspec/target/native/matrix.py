@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from deepspec.target.native.build import kernels
+from deepspec.kernels import kernels
 
 LANES = 16  # outputs of a block
 QUANT = 32  # inputs that share a scale

@@ -1,4 +1,4 @@
-"""The library of `kernels.cpp`: compiled by this machine's C++ compiler, once, into the user's cache."""
+"""Our kernels for CPUs, `target/native/kernels.cpp`: compiled by the machine's own compiler into the user's cache."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 
 SWITCH = "DEEPSPEC_NATIVE"  # 0 leaves the kernels out
 CACHED = Path.home() / ".cache" / "deepspec" / "native"
-SOURCE = Path(__file__).with_name("kernels.cpp")
+SOURCE = Path(__file__).parent / "target" / "native" / "kernels.cpp"
 COMPILERS = ("g++", "c++", "clang++")
 NEEDED = ("avx512_f", "avx512_bw", "avx512_dq", "avx512_vl", "avx512_bf16")
 FLAGS = (
