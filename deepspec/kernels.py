@@ -19,7 +19,7 @@ from deepspec.errors import DeepSpecError
 logger = logging.getLogger(__name__)
 
 SWITCH = "DEEPSPEC_NATIVE"  # 0 leaves the kernels out
-CACHED = Path.home() / ".cache" / "deepspec" / "native"
+CACHED = ".cache", "deepspec", "native"  # in the home directory
 SOURCE = Path(__file__).parent / "target" / "native" / "kernels.cpp"
 COMPILERS = ("g++", "c++", "clang++")
 NEEDED = ("avx512_f", "avx512_bw", "avx512_dq", "avx512_vl", "avx512_bf16")
@@ -57,7 +57,7 @@ def _found() -> tuple[ctypes.CDLL | None, str]:
         return None, reason
     try:
         return ctypes.CDLL(str(_compiled())), ""
-    except (DeepSpecError, OSError) as error:
+    except (DeepSpecError, OSError, RuntimeError) as error:  # the last where a user has no home directory
         logger.warning("the kernels for this CPU cannot be had, torch's own are used: %s", error)
         return None, str(error)
 
@@ -80,23 +80,31 @@ def _compiled() -> Path:
         DeepSpecError: no compiler, or it failed.
     """
     key = hashlib.sha256("\0".join((SOURCE.read_text(), *FLAGS)).encode()).hexdigest()[:16]
-    library = CACHED / f"{key}.so"
+    cached = Path.home().joinpath(*CACHED)
+    library = cached / f"{key}.so"
     if not library.exists():
-        named = os.environ.get("CXX")
-        compiler = next(filter(None, map(shutil.which, (named,) if named else COMPILERS)), None)
-        if compiler is None:
-            raise DeepSpecError(f"no C++ compiler ({named or ', '.join(COMPILERS)})")
-        CACHED.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=CACHED) as scratch:
+        named = os.environ.get("CXX", "").split()  # may have arguments, as in "ccache g++"
+        compiler, *more = named or [next(filter(shutil.which, COMPILERS), COMPILERS[0])]
+        if shutil.which(compiler) is None:
+            raise DeepSpecError(f"no C++ compiler ({compiler if named else ', '.join(COMPILERS)})")
+        cached.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=cached) as scratch:
             made = Path(scratch) / library.name
-            _run([compiler, *FLAGS, "-o", str(made), str(SOURCE)])
+            _run([compiler, *more, *FLAGS, "-o", str(made), str(SOURCE)])
+            try:
+                ctypes.CDLL(str(made))  # what does not load is not kept
+            except OSError as error:
+                raise DeepSpecError(
+                    f"what {compiler} made does not load: {str(error).removeprefix(f'{made}: ')}"
+                ) from None
             os.replace(made, library)
     return library
 
 
 def _run(command: list[str]) -> None:
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=LONGEST_S)
+        english = os.environ | {"LC_ALL": "C"}  # its errors are looked for below
+        done = subprocess.run(command, capture_output=True, text=True, timeout=LONGEST_S, env=english)
     except subprocess.TimeoutExpired:
         raise DeepSpecError(f"{command[0]} did not end within {LONGEST_S} s") from None
     if done.returncode:

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import pickle
+import re
+import stat
 import subprocess
 import sys
+from copy import deepcopy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from transformers import LlamaConfig, MistralConfig, Qwen3Config
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+from transformers.models.mistral.modeling_mistral import MistralDecoderLayer
+from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
 
 from deepspec import kernels as build
 from deepspec.decoding.engine import Engine, generate
@@ -83,6 +92,15 @@ def test_the_log_normaliser_is_that_of_the_rounded_logits_whatever_the_threads(o
     finally:
         torch.set_num_threads(threads)
     assert torch.equal(linear.native.log_norm(x[3:4]), found[3:4])
+
+
+@needed
+@pytest.mark.parametrize("row", [0, 40, 99])
+def test_a_logit_that_is_not_a_number_is_seen_in_the_log_normaliser(row):
+    weight = random(100, 64)
+    weight[row, 5] = torch.nan
+    native = PackedLinear(weight).native
+    assert native is not None and native.log_norm(random(3, 64)).isnan().all()
 
 
 @needed
@@ -164,6 +182,112 @@ def test_passes_are_near_those_of_torch(target, monkeypatch):
     assert error.median() < 0.02
 
 
+LAYERS: dict[str, tuple[Any, Any]] = {
+    "biases": (LlamaDecoderLayer, lambda **sizes: LlamaConfig(attention_bias=True, mlp_bias=True, **sizes)),
+    "window": (MistralDecoderLayer, lambda **sizes: MistralConfig(sliding_window=9, **sizes)),
+    "norms": (Qwen3DecoderLayer, Qwen3Config),
+}
+# width, inner width, heads, key heads, numbers of a head, those of them that turn
+SIZES = [(48, 80, 2, 2, 16, 16), (112, 16, 7, 1, 48, 48), (80, 112, 5, 1, 80, 20), (96, 96, 48, 1, 16, 16)]
+SIZES += [(112, 48, 14, 2, 256, 64), (48, 48, 16, 1, 96, 96)]
+PARENTS, DEPTHS = [-1, -1, 0, 1, 2, 3], [0, 1, 1, 2, 2, 3, 3]
+
+
+def layer_of(kind: str, width: int, inner: int, heads: int, key_heads: int, head: int) -> Any:
+    """Make a random layer in bfloat16."""
+    made, configuration = LAYERS[kind]
+    config = configuration(
+        hidden_size=width,
+        intermediate_size=inner,
+        num_attention_heads=heads,
+        num_key_value_heads=key_heads,
+        head_dim=head,
+        num_hidden_layers=1,
+    )
+    torch.manual_seed(0)
+    layer = made(config, 0).bfloat16()
+    with torch.no_grad():
+        for name, weight in layer.named_parameters():
+            weight.normal_(1.0 if "norm" in name else 0.0, weight.shape[-1] ** -0.5)
+    return layer
+
+
+def turned(places: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """Return cos and sin of RoPE, [1, n, width] in bfloat16."""
+    angles = places[..., None] * 10000.0 ** (-torch.arange(0, width, 2) / width)
+    angles = torch.cat((angles, angles), -1)
+    return angles.cos().bfloat16(), angles.sin().bfloat16()
+
+
+@needed
+@pytest.mark.parametrize("kind", LAYERS)
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+def test_a_layer_of_any_shape_is_near_exact_arithmetic_under_any_mask(kind, sizes):
+    *shape, turning = sizes
+    layer = layer_of(kind, *shape)
+    ours, exact = FusedLayer(layer), FusedLayer(deepcopy(layer).double())
+    assert ours.native is not None and exact.native is None
+    tree, everything = tree_mask([PARENTS], [20], 7), torch.ones(1, 7, 27, dtype=torch.bool)
+    branches = (20 + torch.tensor(DEPTHS))[None]
+    x = random(1, 27, shape[0])
+    for places, options in (
+        (torch.arange(20, 27)[None], {}),
+        (branches, {"visible": tree}),
+        (torch.arange(20, 27)[None], {"bidirectional": True}),
+        (torch.arange(20, 27)[None], {"visible": everything}),
+    ):
+        found = []
+        for run, dtype in ((ours, torch.bfloat16), (exact, torch.float64)):
+            cache = KVCache(3, 32)
+            with torch.inference_mode():
+                for part, at, more in ((x[:, :20], torch.arange(20)[None], {}), (x[:, 20:], places, options)):
+                    rope = tuple(operand.to(dtype) for operand in turned(at, turning))
+                    start, count = (0, 20) if part.shape[1] == 20 else (20, 7)
+                    step = ForwardPass(at, cache=cache, rows=[1], starts=[start], counts=[count], **more)
+                    states = run(part.to(dtype), rope, step=step)
+            keys, values = cache.layer(0, x, x)  # made by now
+            found.append((states, keys[1, :, :27], values[1, :, :27]))
+            assert not keys[[0, 2]].any() and not keys[1, :, 27:].any()
+        for name, mine, wanted in zip(("states", "keys", "values"), *found, strict=True):
+            error = (mine.double() - wanted).norm() / wanted.norm()
+            assert error < 0.01, (name, options)
+
+
+@needed
+@pytest.mark.parametrize("copy", [deepcopy, lambda layer: pickle.loads(pickle.dumps(layer))])
+def test_a_copy_of_a_layer_reads_its_own_weights(copy):
+    layer, x = FusedLayer(layer_of("norms", *SIZES[0][:-1])), random(1, 5, 48)
+    found = []
+    assert layer.native is not None  # made by now
+    for each in (layer, copied := copy(layer)):
+        step = ForwardPass(torch.arange(5)[None], cache=KVCache(1, 8))
+        found.append(each(x, turned(step.positions, 16), step=step))
+        with torch.no_grad():
+            layer.down.weight.zero_()
+            layer.norms[0].keywords["weight"].zero_()
+    assert torch.equal(*found)
+    assert copied.native.parts.down is copied.down.native
+
+
+@needed
+def test_what_the_kernels_cannot_read_is_refused():
+    linear = PackedLinear(random(32, 64))
+    for x, said in (
+        (random(3, 64).float(), "read x as bfloat16 [3, 64], not float32 [3, 64]"),
+        (random(3, 32), "not bfloat16 [3, 32]"),
+        (random(3, 64).requires_grad_(), "x asks for a gradient"),
+    ):
+        with pytest.raises(ValueError, match=re.escape(said)):
+            linear(x)
+    with pytest.raises(ValueError, match="the residual as bfloat16"):
+        linear(random(3, 64), random(1, 32))
+    with torch.no_grad():
+        assert not linear(random(3, 64).requires_grad_()).requires_grad
+    bias = random(32, seed=1)
+    wanted = PackedLinear(random(32, 64), bias)(random(3, 64))
+    assert torch.equal(PackedLinear(random(32, 64), bias.float())(random(3, 64)), wanted)
+
+
 def decoded(
     target: Target, prompts: list[list[int]], tree: BestFirst | None, batch: int
 ) -> dict[int, list[int]]:
@@ -214,11 +338,34 @@ def test_a_compiler_that_fails_is_one_line(tmp_path, monkeypatch, caplog):
     source = tmp_path / "kernels.cpp"
     source.write_text("this is no C++\n")
     monkeypatch.setattr(build, "SOURCE", source)
-    monkeypatch.setattr(build, "CACHED", tmp_path / "cache")
+    monkeypatch.setenv("HOME", str(tmp_path))
     library, reason = build._found.__wrapped__()
     assert library is None and "error" in reason and "\n" not in reason
     assert [record.levelname for record in caplog.records] == ["WARNING"]
-    assert not list((tmp_path / "cache").iterdir())
+    assert not list(tmp_path.joinpath(*build.CACHED).iterdir())
+
+
+@needed
+@pytest.mark.parametrize("content", [None, "no library"])
+def test_a_library_that_does_not_load_is_not_kept(content, tmp_path, monkeypatch):
+    compiler = tmp_path / "compiler"
+    write = "" if content is None else 'while [ "$1" != -o ]; do shift; done; echo no library > "$2"'
+    compiler.write_text(f"#!/bin/sh\n{write}\n")
+    compiler.chmod(stat.S_IRWXU)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("CXX", f"{compiler} -m64")  # with an argument
+    reasons = {build._found.__wrapped__()[1] for _ in range(2)}
+    assert len(reasons) == 1 and f"{compiler} made does not load" in reasons.pop()
+    assert not list(tmp_path.joinpath(*build.CACHED).iterdir())
+
+
+@needed
+def test_a_user_without_a_home_directory_has_torchs_kernels(monkeypatch):
+    def none() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", none)
+    assert build._found.__wrapped__() == (None, "Could not determine home directory.")
 
 
 @needed
@@ -228,4 +375,9 @@ def test_work_of_other_kernels_is_not_gone_on_with(tmp_path, monkeypatch):
     source.write_bytes(build.SOURCE.read_bytes() + b"\n// another\n")
     monkeypatch.setattr(build, "SOURCE", source)
     assert code_digest.__wrapped__("deepspec.target.fused") != before
+    left_out = set()
+    for reason in ("no C++ compiler", "this CPU has no avx512_f"):
+        monkeypatch.setattr(build, "_found", lambda reason=reason: (None, reason))
+        left_out.add(code_digest.__wrapped__("deepspec.target.fused"))
+    assert len(left_out) == 1 and before not in left_out
     assert code_digest.__wrapped__("deepspec.decoding.params") == code_digest("deepspec.decoding.params")

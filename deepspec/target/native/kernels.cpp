@@ -39,9 +39,9 @@ inline __m512bh pair(const bf16* p) {
   return (__m512bh)_mm512_set1_epi32(both);
 }
 
-// e^x, to a unit in the last place or two.
+// e^x, to a unit in the last place or two; of what is not a number, the same.
 inline __m512 exp(__m512 x) {
-  x = _mm512_max_ps(x, _mm512_set1_ps(-104.f));
+  x = _mm512_max_ps(_mm512_set1_ps(-104.f), x);  // of two of which one is not a number, the second
   const __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), 8);
   __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), x);
   r = _mm512_fnmadd_ps(n, _mm512_set1_ps(-2.12194440e-4f), r);
@@ -125,7 +125,7 @@ inline void tile(const Matrix& m, const bf16* x, const float* sums, long block, 
   }
 }
 
-// Sums of each token's inputs in groups of 32; empty where no weight is in 4 bits.
+// Sums of each token's inputs in groups of 32; none for a weight in bfloat16, which needs none.
 const float* group_sums(const Matrix& m, const bf16* x, long tokens) {
   if (m.bits == 16) return nullptr;
   static thread_local std::vector<float> sums;
@@ -169,7 +169,7 @@ void over_blocks(const Matrix& m, const bf16* x, const float* sums, long tokens,
   for (; block < end; ++block) over_tokens<1>(m, x, sums, tokens, block, put);
 }
 
-// Those that are this thread's.
+// x Wᵀ of this thread's share of the blocks.
 template <class Put>
 void product(const Matrix& m, const bf16* x, long tokens, int thread, int threads, Put put) {
   const long blocks = m.blocks();
@@ -260,7 +260,8 @@ struct Layer {
 struct Pass {
   int64_t tokens, requests, threads, bidirectional, rope_dim;
   const int64_t *rows, *starts, *counts;        // [requests]
-  const int64_t *hidden, *hidden_from;          // columns that a token does not see: hidden[hidden_from[t] : hidden_from[t + 1]]
+  const int64_t *hidden, *hidden_from;          // columns that a token does not see: hidden[hidden_from[t] : hidden_from[t + 1]];
+                                                // the latter is none for a pass without a mask, the former also where all is seen
   const int64_t* positions;                     // [tokens]
   const bf16 *cos, *sin;                        // [tokens, rope_dim], the first half of sin negated
   bf16 *normed, *projected, *attended, *middle, *gated;  // room for each token
@@ -391,7 +392,7 @@ void attend(const Layer& l, const Pass& p, const Cache& c, long request, long fi
   const long dim = l.head_dim, group = l.heads / l.kv_heads, lanes = tokens * group;
   const long blocks = (lanes + LANES - 1) / LANES, width = blocks * LANES;
   const long start = p.starts[request], all = start + p.counts[request];
-  const long keys = p.bidirectional || p.hidden ? all : start + offset + tokens;
+  const long keys = p.bidirectional || p.hidden_from ? all : start + offset + tokens;
   static thread_local std::vector<float> scores, sums;
   static thread_local std::vector<bf16> queries;
   static thread_local std::vector<bf16*> to;
@@ -417,7 +418,7 @@ void attend(const Layer& l, const Pass& p, const Cache& c, long request, long fi
   };
   for (long t = 0; t < tokens; ++t) {
     const long token = first + t;
-    if (p.hidden)
+    if (p.hidden_from)
       for (long i = p.hidden_from[token]; i < p.hidden_from[token + 1]; ++i) hide(p.hidden[i], t);
     else if (!p.bidirectional)
       for (long column = start + offset + t + 1; column < keys; ++column) hide(column, t);

@@ -6,13 +6,14 @@ import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from deepspec.kernels import kernels
 from deepspec.target.attention import ForwardPass
-from deepspec.target.native.matrix import LANES, Matrix, _Matrix
+from deepspec.target.native.matrix import LANES, Matrix, _Matrix, readable
 
 MOST_QUERIES = 48  # query heads of a key head
 _Pointer, _Long, _Int, _Float = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32, ctypes.c_float
@@ -92,6 +93,10 @@ class NativeLayer:
         sizes = parts.heads, parts.kv_heads, parts.head_dim, parts.window
         self._layer = _Layer(*matrices, *weights, *eps, parts.scale, *sizes)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copy what it is made of; addresses are the copy's own."""
+        return NativeLayer, (self.parts,)
+
     def __call__(
         self,
         index: int,
@@ -106,11 +111,15 @@ class NativeLayer:
             index: of the layer in the cache.
             normed: [1, n, ·] what attention reads where that is not x under the layer's first norm.
             rope: cos and signed sin, [1, n, 1, width].
+
+        Raises:
+            ValueError: an operand of another dtype or shape, or one that asks for a gradient.
         """
         parts = self.parts
         room = step.room(index, parts.kv_heads, parts.head_dim, x)
-        x = x.contiguous()
-        normed = None if normed is None else normed.contiguous()
+        x = readable("x", x, (1, sum(step.counts), parts.out.out))
+        if normed is not None:
+            normed = readable("what attention reads", normed, (*x.shape[:2], parts.qkv.inputs))
         sizes = (
             parts.qkv.inputs,
             parts.qkv.out,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -33,10 +35,18 @@ class Matrix:
         self.struct = _Matrix(weight.data_ptr(), pointer, out, inputs, bits)
         self._library = kernels()
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copy what it is made of; addresses are the copy's own."""
+        return Matrix, (self.weight, self.bias, self.out, self.inputs, self.bits)
+
     def product(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """bfloat16 x [..., in] → [..., out]: x Wᵀ + bias + residual, rounded once."""
-        rows = x.contiguous()
-        added = None if residual is None else residual.contiguous()
+        """bfloat16 x [..., in] → [..., out]: x Wᵀ + bias + residual, rounded once.
+
+        Raises:
+            ValueError: an operand of another dtype or shape, or one that asks for a gradient.
+        """
+        rows = readable("x", x, (*x.shape[:-1], self.inputs))
+        added = None if residual is None else readable("the residual", residual, (*x.shape[:-1], self.out))
         made = rows.new_empty(*x.shape[:-1], self.out)
         pointer = None if added is None else ctypes.c_void_p(added.data_ptr())
         self._call("deepspec_linear", rows, pointer, ctypes.c_void_p(made.data_ptr()))
@@ -44,7 +54,7 @@ class Matrix:
 
     def log_norm(self, x: Tensor) -> Tensor:
         """bfloat16 x [n, in] → float32 [n]: the log-sum-exp of each row's outputs, which are rounded to bfloat16."""
-        rows = x.contiguous()
+        rows = readable("x", x, (len(x), self.inputs))
         made = rows.new_empty(len(rows), dtype=torch.float32)
         self._call("deepspec_log_norm", rows, ctypes.c_void_p(made.data_ptr()))
         return made
@@ -54,6 +64,20 @@ class Matrix:
         getattr(self._library, name)(
             ctypes.byref(self.struct), ctypes.c_void_p(rows.data_ptr()), *rest, *map(ctypes.c_int64, sizes)
         )
+
+
+def readable(name: str, x: Tensor, shape: Sequence[int]) -> Tensor:
+    """Return a tensor as the kernels read it, which know only where it begins.
+
+    Raises:
+        ValueError: another dtype or shape, or one that asks for a gradient, of which they have none.
+    """
+    if x.dtype != torch.bfloat16 or x.shape != tuple(shape):
+        found = f"{str(x.dtype).removeprefix('torch.')} {list(x.shape)}"
+        raise ValueError(f"the kernels read {name} as bfloat16 {list(shape)}, not {found}")
+    if x.requires_grad and torch.is_grad_enabled():
+        raise ValueError(f"{name} asks for a gradient, which the kernels do not compute")
+    return x.contiguous()
 
 
 def can_hold(weight: Tensor) -> bool:
@@ -66,7 +90,7 @@ def dense(weight: Tensor, bias: Tensor | None) -> Matrix:
     out, inputs = weight.shape
     rows = F.pad(weight.detach(), (0, 0, 0, -out % LANES))
     packed = rows.view(-1, LANES, inputs // 2, 2).transpose(1, 2).contiguous()
-    return Matrix(packed, None if bias is None else bias.detach().contiguous(), out, inputs, 16)
+    return Matrix(packed, _taken(bias), out, inputs, 16)
 
 
 def undone(matrix: Matrix) -> Tensor:
@@ -90,4 +114,8 @@ def quantised(levels: Tensor, scales: Tensor, zeros: Tensor, bias: Tensor | None
     ends = torch.stack([F.pad(x.to(torch.bfloat16), padding) for x in (scales, zeros)])  # [2, out, groups]
     ends = ends.view(2, -1, LANES, inputs // QUANT).permute(1, 3, 0, 2).flatten(2)
     packed = torch.cat((words, ends.contiguous().view(torch.int16)), -1).contiguous()
-    return Matrix(packed, None if bias is None else bias.detach().to(torch.bfloat16), out, inputs, 4)
+    return Matrix(packed, _taken(bias), out, inputs, 4)
+
+
+def _taken(bias: Tensor | None) -> Tensor | None:
+    return None if bias is None else bias.detach().to(torch.bfloat16).contiguous()
