@@ -57,7 +57,11 @@ def measure(checkout: Path, part: str, data: Path, length: int, steps: int) -> d
     """
     side = [str(Path(__file__).with_name("scale_side.py")), part, str(data), str(length), str(steps)]
     ran = subprocess.run(
-        [sys.executable, *side],
+        [
+            sys.executable,
+            "-P",
+            *side,
+        ],  # without this folder, whose `kernels` transformers would take for a package
         cwd=data.parent,
         env=os.environ | {"PYTHONPATH": str(checkout.resolve())},
         capture_output=True,
