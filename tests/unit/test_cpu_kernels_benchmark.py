@@ -1,4 +1,4 @@
-"""benchmarks/kernels.py on a tiny target: both sides run every pass, and it tells which keep a token's bits."""
+"""benchmarks/cpu_kernels.py on a tiny target: both sides run every pass, and it tells which keep a token's bits."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import json
 
 import pytest
 
-from benchmarks import kernels
-from benchmarks.kernels import Shape
+from benchmarks import cpu_kernels
+from benchmarks.cpu_kernels import Shape
 from deepspec import kernels as build
 from tests.tiny import cached_target
 
@@ -15,8 +15,8 @@ from tests.tiny import cached_target
 @pytest.mark.skipif(build.kernels() is None, reason=f"kernels {build.state()}")
 def test_every_pass_is_timed_on_both_sides_and_ours_keep_a_tokens_bits(tmp_path, monkeypatch, capsys):
     shapes = (Shape(1), Shape(4), Shape(6, tree=True), Shape(2, 3))
-    monkeypatch.setattr(kernels, "SHAPES", shapes)
-    monkeypatch.setattr(kernels, "read_bandwidth", lambda device, repeats: 1e9)
+    monkeypatch.setattr(cpu_kernels, "SHAPES", shapes)
+    monkeypatch.setattr(cpu_kernels, "read_bandwidth", lambda device, repeats: 1e9)
     flags = [
         "--target",
         str(cached_target()),
@@ -28,19 +28,19 @@ def test_every_pass_is_timed_on_both_sides_and_ours_keep_a_tokens_bits(tmp_path,
         "--output",
         str(tmp_path),
     ]
-    assert kernels.main(flags) == 0
-    found = json.loads((tmp_path / "kernels.json").read_text())
+    assert cpu_kernels.main(flags) == 0
+    found = json.loads((tmp_path / "cpu_kernels.json").read_text())
     for weights in ("dense", "int4"):
         passes = found[weights]["passes"]
         assert list(passes) == ["1", "4", "6, a tree", "2 of 3 requests"]
         assert all(
             row["same_bits"][0] and row["ours_s"] > 0 and row["torch_s"] > 0 for row in passes.values()
         )
-    assert "| 6, a tree |" in (tmp_path / "kernels.md").read_text() and "gain" in capsys.readouterr().out
+    assert "| 6, a tree |" in (tmp_path / "cpu_kernels.md").read_text() and "gain" in capsys.readouterr().out
 
 
 def test_without_the_kernels_it_says_why(monkeypatch, capsys):
-    monkeypatch.setattr(kernels, "kernels", lambda: None)
-    monkeypatch.setattr(kernels, "state", lambda: "not used: $DEEPSPEC_NATIVE is 0")
-    assert kernels.main([]) == 2
+    monkeypatch.setattr(cpu_kernels, "kernels", lambda: None)
+    monkeypatch.setattr(cpu_kernels, "state", lambda: "not used: $DEEPSPEC_NATIVE is 0")
+    assert cpu_kernels.main([]) == 2
     assert "our kernels are not used: $DEEPSPEC_NATIVE is 0" in capsys.readouterr().err

@@ -1,6 +1,6 @@
 """What our kernels for CPUs gain over torch's own: passes of one target on both, in turns, in one process.
 
-    python -m benchmarks.kernels --target data/target --weights dense int4
+    python -m benchmarks.cpu_kernels --target data/target --weights dense int4
 
 Each row is a pass over so many new tokens of so many requests, the head's logits among it, behind a context of 300
 tokens. The ratio is the median of those of the turns, in which both sides run one after the other, in changing order;
@@ -143,7 +143,7 @@ def run(flags: argparse.Namespace) -> None:
         rows = {str(shape): measure(ours, torchs, shape, flags.turns) for shape in watched(SHAPES, weights)}
         bandwidth = read_bandwidth(target.device, repeats=3)
         data[weights] = {"floor_s": size / bandwidth, "bandwidth": bandwidth, "passes": rows}
-    write_report(flags.output, "kernels", "Our kernels beside torch's", body(data), data, target)
+    write_report(flags.output, "cpu_kernels", "Our kernels beside torch's", body(data), data, target)
 
 
 def body(data: dict[str, Any]) -> str:
@@ -175,7 +175,7 @@ def body(data: dict[str, Any]) -> str:
 
 
 def arguments() -> argparse.ArgumentParser:
-    parser = command_line("kernels", __doc__)
+    parser = command_line("cpu_kernels", __doc__)
     add = parser.add_argument
     add("--target", default="data/target", help="target directory (default %(default)s)")
     add("--weights", nargs="+", choices=list(WEIGHTS), default=["dense"], help="default: dense")
