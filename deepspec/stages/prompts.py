@@ -6,16 +6,21 @@ import argparse
 import sys
 from collections.abc import Callable
 from functools import partial
+from typing import TYPE_CHECKING
 
 from deepspec.config import Params
-from deepspec.prompts.build import PromptSet, build_prompts, write_prompts
 from deepspec.stages.common import stage
 from deepspec.tasks.task import evaluation_texts
+
+if TYPE_CHECKING:
+    from deepspec.prompts.build import PromptSet
 
 OUT = "data/prompts"
 
 
 def main(params: Params, flags: argparse.Namespace) -> None:
+    from deepspec.prompts.build import build_prompts, write_prompts
+
     build = partial(
         build_prompts,
         params.prompts,
