@@ -47,7 +47,7 @@ from deepspec.training.losses import expected_tau
 from deepspec.training.objective import BlockObjective
 from deepspec.training.paths import TrainingPaths
 from deepspec.training.prepare import DATA, WORK, TrainingData, make_network, prepare
-from deepspec.training.run import fit, make_accelerator, own_loss
+from deepspec.training.run import fit, make_accelerator, own_loss, tracked_to_its_end
 
 TARGET = Path("data/target")
 SHARE = 10  # of the steps, the part that the continued draft has
@@ -145,8 +145,9 @@ def trained(
     if not paths.history.exists():
         accelerator = make_accelerator(params, name)
         network = make_network(params, name, target)
-        prepared = prepare(params, name, network, target, lambda: target, data, accelerator)
-        finish(prepared, fit(prepared, accelerator), paths)
+        with tracked_to_its_end(accelerator):
+            prepared = prepare(params, name, network, target, lambda: target, data, accelerator)
+            finish(prepared, fit(prepared, accelerator), paths)
     return place
 
 

@@ -46,7 +46,10 @@ def test_rows_are_of_the_kind_of_their_prompt(data):
     assert found == ["code"] * 12 + ["chat"] * 12 + ["math"] * 12 + ["magpie"] * 12
 
 
-def test_the_last_draft_goes_on_from_the_first_and_its_record_says_both(data, monkeypatch):
+def test_the_last_draft_goes_on_from_the_first_and_its_record_says_both(data, monkeypatch, empty_store):
+    shutil.copy(empty_store, "mlflow.db")
+    # Each training is a run of MLflow's that ends, or the next could not begin.
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{data}/mlflow.db")
     flags = ["--steps", "20", "--measured", "3", "--then", "chat", "magpie", "--output", "out"]
     assert finetuning.main(flags) == 0
     found = json.loads((data / "out/finetuning.json").read_text())
