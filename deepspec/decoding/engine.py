@@ -217,8 +217,8 @@ class Engine:
             turn.offset = len(ids)
             ids += [turn.slot.anchor, *turn.proposal.tokens]
             positions += [turn.slot.cached + depth for depth in (0, *turn.proposal.depths)]
-        # A kernel is made for each new number of tokens; the padding lies behind the last request's own tokens.
-        padding = padded_size(len(ids)) - len(ids)
+        # torch makes a kernel for each new number of tokens; the padding lies behind the last request's own tokens.
+        padding = 0 if self.target.native else padded_size(len(ids)) - len(ids)
         counts[-1] += padding
         ids += [0] * padding
         positions += [starts[-1]] * padding

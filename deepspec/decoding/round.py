@@ -11,7 +11,6 @@ import torch
 
 from deepspec.decoding.slot import Slot
 from deepspec.decoding.tree import Proposal
-from deepspec.kernels import kernels
 
 
 @dataclass(frozen=True)
@@ -90,12 +89,6 @@ class RoundClock:
 
 
 def padded_size(tokens: int) -> int:
-    """Return the tokens that a pass over so many computes.
-
-    Ours are any number's; torch makes a kernel for each number, so there it is the next of 1 ... 8, 10, 12, 14, 16, 20,
-    24, 28, 32, 40, ...: four to an octave.
-    """
-    if kernels() is not None:
-        return tokens
+    """Return the next of the sizes 1 ... 8, 10, 12, 14, 16, 20, 24, 28, 32, 40, ...: four to an octave."""
     step = 1 << max((tokens - 1).bit_length() - 3, 0)
     return -(-tokens // step) * step

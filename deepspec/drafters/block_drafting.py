@@ -61,6 +61,7 @@ class BlockDrafter(Drafter, Generic[M]):
         self._rope = RopeTable(Rope.of(self.config), self.device, self.dtype)
         self._embed = model.embed_tokens.weight
         self._fc, self._hidden_norm = PackedLinear(model.fc.folded_weight()), model.hidden_norm
+        self._pads = self._fc.native is None
         self._skip = None if model.context_skip is None else PackedLinear(model.context_skip.weight)
         attentions = [layer.self_attn for layer in model.decoder_layers()]
         self._kv = PackedLinear(torch.cat([w.weight for a in attentions for w in (a.k_proj, a.v_proj)]))
@@ -72,8 +73,9 @@ class BlockDrafter(Drafter, Generic[M]):
     def absorb(self, cache: KVCache, rows: list[int], starts: list[int], features: list[Tensor]) -> None:
         """Write context keys and values of new features [m_i, layers·d] behind what each row holds."""
         counts = [len(part) for part in features]
-        # As in the target's passes: a kernel is made for each new number of tokens.
-        padded = F.pad(torch.cat(features), (0, 0, 0, padded_size(sum(counts)) - sum(counts)))
+        # As in the target's passes: torch makes a kernel for each new number of tokens.
+        padding = padded_size(sum(counts)) - sum(counts) if self._pads else 0
+        padded = F.pad(torch.cat(features), (0, 0, 0, padding))
         context = self._hidden_norm(self._fc(padded))[None]
         places = [start + i for start, count in zip(starts, counts, strict=True) for i in range(count)]
         positions = torch.tensor([places], device=self.device)
