@@ -1,7 +1,7 @@
 """`deepspec reproduce TAG`: a published result brought back in an empty directory, and each figure beside the old one.
 
 The repository is cloned at the tag, or at the commit of a milestone (`milestones.py`). What DVC keeps (data, drafts) is
-pulled, or with `--recompute` made again from nothing; what git keeps (evaluation records, metrics, the report) is
+pulled, or with `--recompute` made again; what git keeps (evaluation records, metrics, the report) is
 always measured again, by the stages of the tag's own dvc.yaml. `tolerance.py` then judges every metric that DVC knows.
 `--drafter` trains one draft again and judges that alone. A run that was interrupted goes on where it stopped.
 """
@@ -96,12 +96,19 @@ def _judged(work: Work, pipeline: Pipeline, then: Figures, chosen: dict[str, flo
 
 
 def _todo(work: Work, stages: list[Stage]) -> list[str]:
-    """Return the stages to run. Without data to make: those whose outputs are all in git, which are the claim."""
+    """Return the stages to run. Without data to make: those whose outputs are all in git, which are the claim.
+
+    The small data of a milestone, which git has, are made again only where their stage is named.
+    """
     settings = work.settings
     if settings.drafter:
         return _training(work, stages)
     if not settings.stages:
-        found = [stage.address for stage in stages if settings.recompute or not stage.kept]
+        found = [
+            stage.address
+            for stage in stages
+            if not stage.kept or (settings.recompute and not _is_given(work, stage))
+        ]
         if not found:
             raise DeepSpecError(f"{work.pipeline}: DVC keeps every output; name what to run with --stages")
         return found
@@ -115,7 +122,7 @@ def _todo(work: Work, stages: list[Stage]) -> list[str]:
 
 
 def _training(work: Work, stages: list[Stage]) -> list[str]:
-    """Return the stage that trains the chosen draft and all before it, but (without `--recompute`) what git has."""
+    """Return the stage that trains the chosen draft and all before it, but what git has."""
     settings = work.settings
     drafts = {draft: stage for stage in stages if (draft := draft_of(stage))}
     wanted = [draft for draft in drafts if settings.drafter in (draft, drafts[draft].name.rpartition("@")[2])]
@@ -134,8 +141,6 @@ def _training(work: Work, stages: list[Stage]) -> list[str]:
 
 def _is_given(work: Work, stage: Stage) -> bool:
     """Check whether git has all that a stage writes: in the commit, or among the small data of the milestone."""
-    if work.settings.recompute:
-        return False
     return all(small_data(work.root, work.settings.tag, path, md5) for path, md5 in stage.kept.items())
 
 

@@ -18,7 +18,7 @@ from deepspec.cli import app
 from deepspec.errors import DeepSpecError
 from deepspec.reproduce import draft as drafts
 from deepspec.reproduce.checkout import Settings
-from deepspec.reproduce.milestones import read_milestones, take_files
+from deepspec.reproduce.milestones import read_milestones, small_data, take_files
 from deepspec.reproduce.run import RESULT, run
 from tests.dvc_here import make_repository
 from tests.repositories import commit, sh, succeed
@@ -100,6 +100,7 @@ def main(tmp_path_factory) -> Path:
     (root / "milestones/wrong/data").mkdir(parents=True)
     (root / "milestones/wrong/data/prompts.txt").write_text("What?")
     known = {name: milestone(first) for name in ("first", "wrong")}
+    known["bare"] = milestone(first)  # without small data
     known["gone"] = milestone(40 * "0")
     known["v1"] = milestone(40 * "1")  # a tag of the same name goes first
     (root / "milestones.yaml").write_text(yaml.safe_dump(known))
@@ -164,7 +165,7 @@ def test_a_commit_without_a_milestone_says_what_works_too(main, settings):
         ("gone", "lacks the commit 0000000 of gone; it is on the main branch: `git fetch --unshallow`"),
         (
             "frist",
-            "has no tag 'frist'; did you mean 'first'? (tags: none; milestones: first, gone, v1, wrong)",
+            "has no tag 'frist'; did you mean 'first'? (tags: none; milestones: bare, first, gone, v1, wrong)",
         ),
     ],
 )
@@ -174,7 +175,7 @@ def test_each_mistake_is_one_line(settings, name, message):
 
 def test_one_draft_is_trained_again_and_judged_by_its_weights(settings, monkeypatch):
     monkeypatch.setattr(drafts, "provenance", lambda: {"cpu": "this one", "packages": {"torch": "2"}})
-    chosen = settings("first", recompute=True, drafter="b")
+    chosen = settings("bare", recompute=True, drafter="b")
     assert run(chosen) is True
     assert ran(chosen) == ["prompts", "train b"]
     found = rows(chosen)
@@ -210,12 +211,22 @@ def test_an_unknown_draft_and_one_that_is_only_pulled_are_refused(settings):
     assert "--drafter goes without --stages" in refused(settings("first", drafter="a", stages=("table",)))
 
 
-def test_a_draft_is_trained_from_the_data_in_git_without_making_them_again(settings, caplog):
+@pytest.mark.parametrize("recompute", [False, True])
+def test_a_draft_is_trained_from_the_data_in_git_without_making_them_again(settings, caplog, recompute):
     caplog.set_level("INFO", "deepspec")
-    chosen = settings("first", drafter="a")
+    chosen = settings("first", drafter="a", recompute=recompute)
     assert run(chosen) is True
     assert ran(chosen) == ["train a"] and "from git: data/prompts.txt" in caplog.text
     assert rows(chosen)["a.weights"]["verdict"] == "same"
+
+
+def test_all_is_made_again_but_the_data_in_git_which_are_made_where_they_are_named(main, tmp_path):
+    whole = Settings("first", str(main), tmp_path / "whole", recompute=True)
+    assert run(whole) is True
+    assert ran(whole) == ["train a", "train b", "evaluate", "table"]
+    named = Settings("first", str(main), tmp_path / "named", recompute=True, stages=("prompts",))
+    assert run(named) is True
+    assert ran(named) == ["prompts"]
 
 
 @pytest.mark.parametrize(
@@ -294,6 +305,14 @@ def test_the_projects_milestones_are_commits_of_this_history_with_their_pipeline
         if sh(ROOT, "git", "rev-parse", "--is-shallow-repository").strip() == "true":
             pytest.skip("a shallow clone")
         assert sh(ROOT, "git", "merge-base", "--is-ancestor", found.commit, "HEAD") == ""
-        lock = str(Path(found.pipeline).with_suffix(".lock"))
-        assert sh(ROOT, "git", "show", f"{found.commit}:{lock}"), name
         assert found.ways[0].remote is False
+        pipeline = Path(found.pipeline)
+        lock = yaml.safe_load(sh(ROOT, "git", "show", f"{found.commit}:{pipeline.with_suffix('.lock')}"))
+        written = {
+            str(pipeline.parent / out["path"]): out["md5"]
+            for stage in lock["stages"].values()
+            for out in stage["outs"]
+        }
+        for folder in ("data/prompts", "data/distill"):
+            path = str(pipeline.parent / folder)
+            assert small_data(ROOT, name, path, written[path]), path  # what that commit's dvc.lock names
