@@ -68,18 +68,18 @@ def block(proposal: Proposal, law: Law, uniform: Uniform, pick: Pick) -> tuple[l
     chance, best = 1.0, 0
     rest: Tensor | None = None
     for i in range(gamma + 1):
-        p = law(i - 1)
-        if i == gamma:
+        p, q = law(i - 1), proposal.law(i) if i < gamma else None
+        if q is None:
             h, residual = chance, p
         else:
-            residual = (chance * p - proposal.law(i)).clamp_(min=0)
+            residual = (chance * p - q).clamp_(min=0)
             mass = float(residual.sum())
             h = mass / (mass + 1 - chance) if mass + 1 - chance > 0 else 1.0
         if rest is None or uniform() < h:
             best, rest = i, residual
-        if i < gamma:
+        if q is not None:
             token = proposal.tokens[i]
-            chance = min(1.0, chance * float(p[token]) / float(proposal.law(i)[token]))
+            chance = min(1.0, chance * float(p[token]) / float(q[token]))
     if rest is None or float(rest.sum()) <= 0:  # p equals q, the block was certain to go on: rounding alone
         rest = law(best - 1)
     return list(range(best)), pick(rest)

@@ -54,6 +54,14 @@ def served_target(
     from deepspec.decoding.served import Servers
 
     own, state = target.vllm, PartialState()
+    if (
+        not own.base_urls
+        and int(os.environ.get("LOCAL_WORLD_SIZE", state.num_processes)) < state.num_processes
+    ):
+        raise DeepSpecError(
+            "a server that is started here answers this machine alone; for processes on several, name running ones "
+            "in target.vllm.base_urls, or store the features on one machine first (train --features-only)"
+        )
     with ExitStack() as stack:
         found: list[Any] = [own.base_urls, own.states_folder, None]
         if not own.base_urls and state.is_main_process:

@@ -203,17 +203,35 @@ def _features(
     accelerator: Accelerator,
     served: Served | None,
 ) -> Features:
-    """Return the target's features, computed when they are needed or, by all processes, here."""
+    """Return the target's features, computed when they are needed or stored."""
+    if train.features.mode == "cached":
+        return stored_features(train, target, body, data, layers, accelerator, served)
+    if served is None:
+        return OnlineFeatures(body(), data.sequences, layers)
+    servers = served.during.enter_context(served.open(*_asked(train, target, data, layers)))
+    states = ServedStates(servers, target, data.sequences, layers, train.features.form)
+    states.check_layers()
+    return ServedFeatures(states, target, data.sequences, layers)
+
+
+def stored_features(
+    train: TrainParams,
+    target: Ends,
+    body: Callable[[], Target],
+    data: TrainingData,
+    layers: tuple[int, ...],
+    accelerator: Accelerator,
+    served: Served | None = None,
+) -> CachedFeatures:
+    """Return the target's features from their shards, of which all processes compute what is not there.
+
+    Args:
+        body, served: as for `prepare`.
+
+    Raises:
+        DeepSpecError: another target's or another data set's shards, or states that are not this target's.
+    """
     chosen = train.features
-    longest = int(data.sequences.lengths.max()) + 1  # a request answers a token
-    asked = engine_layers(layers, target.num_layers), min(longest, target.max_length), chosen.form
-    if chosen.mode == "online":
-        if served is None:
-            return OnlineFeatures(body(), data.sequences, layers)
-        servers = served.during.enter_context(served.open(*asked))
-        states = ServedStates(servers, target, data.sequences, layers, chosen.form)
-        states.check_layers()
-        return ServedFeatures(states, target, data.sequences, layers)
     elsewhere = "engine" if chosen.states or served else None
     what = (target, data.sequences, layers, data.digest, chosen.form, elsewhere)
     if chosen.directory:
@@ -233,9 +251,17 @@ def _features(
     if served is None or chosen.states or features.complete:
         features.build(source, share)
     else:
-        with served.open(*asked) as servers:
+        with served.open(*_asked(train, target, data, layers)) as servers:
             states = ServedStates(servers, target, data.sequences, layers, chosen.form)
             states.check_layers()
             features.build(lambda: states, share)
     give_back_freed_memory()  # the target's layers, if they were there
     return features
+
+
+def _asked(
+    train: TrainParams, target: Ends, data: TrainingData, layers: tuple[int, ...]
+) -> tuple[list[int], int, str]:
+    """Return what servers are asked for: layers by the engine's ids, the longest sequence, and a form."""
+    longest = int(data.sequences.lengths.max()) + 1  # a request answers a token
+    return engine_layers(layers, target.num_layers), min(longest, target.max_length), train.features.form

@@ -6,6 +6,7 @@ writes the draft and checks it.
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -25,11 +26,22 @@ from deepspec.target.model import Target, load_target
 from deepspec.training.finish import finish, training_record, write_untrained
 from deepspec.training.objective import BlockObjective
 from deepspec.training.paths import TrainingPaths
-from deepspec.training.prepare import WORK, Opens, Prepared, Served, TrainingData, make_network, prepare
+from deepspec.training.prepare import (
+    WORK,
+    Opens,
+    Prepared,
+    Served,
+    TrainingData,
+    make_network,
+    prepare,
+    stored_features,
+)
 from deepspec.training.trainer import Trainer
 
 if TYPE_CHECKING:
     from deepspec.config import Params
+
+logger = logging.getLogger(__name__)
 
 
 def train(
@@ -47,8 +59,7 @@ def train(
     Raises:
         DeepSpecError: no such drafter, no usable data, or a loss that is not finite.
     """
-    if name not in params.drafters:
-        raise DeepSpecError(f"params.yaml has no drafter {name!r}; it has {', '.join(params.drafters)}")
+    _check_named(params, name)
     drafter, params = params.drafters[name], own_loss(params, name)
     algorithm = algorithms()[drafter.type]
     if algorithm.network is None:
@@ -69,6 +80,35 @@ def train(
         trainer = fit(prepared, accelerator)
         if accelerator.is_main_process:
             finish(prepared, trainer, paths)
+
+
+def store_features(params: Params, name: str, target_directory: Path, engine: Opens | None = None) -> None:
+    """Compute and store the features that drafter `name` is trained on, by all processes; train nothing.
+
+    Args:
+        engine: as for `train`.
+
+    Raises:
+        DeepSpecError: no such drafter, features that nothing stores, or no usable data.
+    """
+    _check_named(params, name)
+    if (mode := params.train.features.mode) != "cached":
+        raise DeepSpecError(f"train.features.mode: {mode} stores no features")
+    accelerator = make_accelerator(params)
+    target, body = open_target(target_directory, False, str(accelerator.device))
+    layers = make_network(params, name, target).config.target_layer_ids
+    with accelerator.main_process_first():
+        data = TrainingData.read(params.train)
+    with ExitStack() as during:
+        served = Served(engine, during) if engine else None
+        found = stored_features(params.train, target, body, data, layers, accelerator, served)
+    if accelerator.is_main_process:
+        logger.info("features of %d conversations are in %s", len(data.sequences), found.directory)
+
+
+def _check_named(params: Params, name: str) -> None:
+    if name not in params.drafters:
+        raise DeepSpecError(f"params.yaml has no drafter {name!r}; it has {', '.join(params.drafters)}")
 
 
 @contextmanager
@@ -107,8 +147,11 @@ def own_loss(params: Params, name: str) -> Params:
     )
 
 
-def make_accelerator(params: Params, name: str) -> Accelerator:
+def make_accelerator(params: Params, name: str | None = None) -> Accelerator:
     """Return accelerate's state, with metrics to MLflow where its environment variable names a server.
+
+    Args:
+        name: of the drafter that is trained; None: nothing is, and nothing is tracked.
 
     Raises:
         DeepSpecError: the variable is set and MLflow cannot be used.
@@ -116,7 +159,7 @@ def make_accelerator(params: Params, name: str) -> Accelerator:
     patience = InitProcessGroupKwargs(
         timeout=timedelta(days=7)
     )  # the quickest to extract waits for the slowest
-    tracked = bool(os.environ.get("MLFLOW_TRACKING_URI"))
+    tracked = name is not None and bool(os.environ.get("MLFLOW_TRACKING_URI"))
     try:
         accelerator = Accelerator(
             mixed_precision=params.train.mixed_precision,
