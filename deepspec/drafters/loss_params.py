@@ -33,6 +33,11 @@ class LossParams(Section):
         """Check whether any term needs KL(p ‖ q)."""
         return bool(self.kl or self.lk_mixed)
 
+    @property
+    def with_overlap(self) -> bool:
+        """Check whether any term needs α, the overlap of p and q."""
+        return bool(self.tv or self.lk or self.lk_mixed)
+
     @model_validator(mode="after")
     def _some(self) -> LossParams:
         if not any((self.ce, self.kl, self.tv, self.lk, self.lk_mixed)):

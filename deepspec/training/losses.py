@@ -97,6 +97,7 @@ class HeadLoss(NamedTuple):
     alpha: Tensor  # [N]
     terms: Tensor  # [N, 3]: CE, KL (zero unless asked for) and TV
     weights: Tensor  # [N]
+    measured: bool  # whether α and TV are known; else both are NaN
 
 
 class _HeadLoss(torch.autograd.Function):
@@ -111,10 +112,11 @@ class _HeadLoss(torch.autograd.Function):
         valid,
         budget: int,
         candidates: int | None,
+        measured: bool,
         *factors,
     ):
         inputs, matrices = factors[::2], factors[1::2]
-        wanted = ctx.needs_input_grad[6:]
+        wanted = ctx.needs_input_grad[7:]
         n, gamma = len(law.labels), valid.shape[-1]
         x_grads = [torch.empty_like(x) if wanted[2 * i] else None for i, x in enumerate(inputs)]
         w_grads = [
@@ -132,10 +134,11 @@ class _HeadLoss(torch.autograd.Function):
             kept = None if candidates is None else largest(logits, candidates)
             for x, w in zip(inputs[1:], matrices[1:], strict=True):
                 logits.addmm_(x[part], w.T)
-            both = (logits, *law.at(part, mixture.with_kl), law.labels[part])
+            theirs = law.at(part, mixture.with_kl) if measured or mixture.with_kl else None
+            both = (logits, theirs, law.labels[part])
             if kept is not None:
                 both = _among(kept, *both)
-            dz, terms[part], alpha[part], chances = _position_losses(*both, mixture)
+            dz, terms[part], alpha[part], chances = _position_losses(*both, mixture, measured)
             here = valid[start // gamma : start // gamma + blocks]
             weights[part] = weigh(chances.view(-1, gamma), here).flatten()
             dz = dz.to(inputs[0].dtype)
@@ -157,20 +160,30 @@ class _HeadLoss(torch.autograd.Function):
             None if saved is None else (saved * grad).to(dtype)
             for saved, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         ]
-        return None, None, None, None, None, None, *scaled
+        return None, None, None, None, None, None, None, *scaled
 
 
-def _among(kept: Tensor, logits: Tensor, p: Tensor, inside: Tensor, negentropy: Tensor, labels: Tensor):
-    """Return logits, p, Σ p, Σ p log p and labels where a position's vocabulary is `kept` [n, V] alone."""
+Law = tuple[Tensor, Tensor, Tensor]  # p [n, V], Σ p and Σ p log p, [n] both
+
+
+def _among(
+    kept: Tensor, logits: Tensor, law: Law | None, labels: Tensor
+) -> tuple[Tensor, Law | None, Tensor]:
+    """Return logits, the target's law and labels where a position's vocabulary is `kept` [n, V] alone."""
     logits = logits.masked_fill_(~kept, torch.finfo(logits.dtype).min / 2)
-    p = p.masked_fill_(~kept, 0.0)
     known = (labels >= 0) & kept.gather(1, labels.clamp(min=0)[:, None])[:, 0]
-    return logits, p, p.sum(-1), torch.special.xlogy(p, p).sum(-1), labels.masked_fill(~known, -1)
+    labels = labels.masked_fill(~known, -1)
+    if law is None:
+        return logits, None, labels
+    p = law[0].masked_fill_(~kept, 0.0)
+    return logits, (p, p.sum(-1), torch.special.xlogy(p, p).sum(-1)), labels
 
 
 def _value(terms: Tensor, alpha: Tensor, mixture: LossParams) -> Tensor:
     """Return the loss of each position [n], from its terms [n, 3] and α."""
     ce, kl, distance = terms.unbind(-1)
+    if not mixture.with_overlap:
+        return mixture.ce * ce + mixture.kl * kl
     alpha = alpha.clamp(min=_LEAST_ALPHA)
     blend = torch.exp(-LK_DECAY * alpha)
     mixed = blend * kl + (1 - blend) * distance / 2
@@ -178,12 +191,18 @@ def _value(terms: Tensor, alpha: Tensor, mixture: LossParams) -> Tensor:
     return total - mixture.lk * alpha.log() + mixture.lk_mixed * mixed
 
 
-def _position_losses(logits, p, inside, negentropy, labels, mixture: LossParams):
-    """Return ∂loss/∂logits [n, V], terms [n, 3], α [n] and q(x*) [n] of a chunk, in p's dtype. Overwrites p.
+def _position_losses(
+    logits: Tensor, law: Law | None, labels: Tensor, mixture: LossParams, measured: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return ∂loss/∂logits [n, V], terms [n, 3], α [n] and q(x*) [n] of a chunk, in float32 or more. Overwrites p.
 
     Nearly all of the time goes to passes over [n, V], so what can be done in place is, and row-wise factors stay out.
+
+    Args:
+        law: the target's; None where only labels count.
+        measured: whether α and TV are asked for, which CE and KL do not need.
     """
-    precise = p.dtype
+    precise = torch.promote_types(logits.dtype, torch.float32)
     known = (labels >= 0).to(precise)
     index = labels.clamp(min=0)[:, None]
     q = logits.softmax(-1, dtype=precise)
@@ -191,20 +210,27 @@ def _position_losses(logits, p, inside, negentropy, labels, mixture: LossParams)
     norm = logits.gather(1, place).to(precise) - largest.log()  # log-sum-exp of the logits
     log_chances = (logits.gather(1, index).to(precise) - norm)[:, 0]
     with_kl = mixture.with_kl
+    p, inside, negentropy = law if law is not None else (q, torch.zeros_like(known), torch.zeros_like(known))
     divergence = torch.zeros_like(inside)
     if with_kl:
         divergence = negentropy - _dot(p, logits.to(precise)) + norm[:, 0] * inside
-    difference = q - p if with_kl else torch.sub(q, p, out=p)
-    # ‖q − p‖₁ = 2 − 2 Σ min(p, q), both laws summing to one
-    distance = torch.linalg.vector_norm(difference, 1, -1) + (1 - inside).clamp_(min=0)
-    alpha = 1 - distance / 2
-    sign = difference.sign_()
-    by_ce, by_kl, by_tv = _coefficients(alpha, known, mixture)
-    centre = by_ce + by_kl * inside - by_tv * _dot(q, sign)
-    if mixture.lk or mixture.lk_mixed:
-        dz = sign.mul_(by_tv[:, None]).add_(centre[:, None]).mul_(q)
+    if measured:
+        difference = q - p if with_kl else torch.sub(q, p, out=p)
+        # ‖q − p‖₁ = 2 − 2 Σ min(p, q), both laws summing to one
+        distance = torch.linalg.vector_norm(difference, 1, -1) + (1 - inside).clamp_(min=0)
+        alpha = 1 - distance / 2
     else:
-        dz = torch.add(centre[:, None], sign, alpha=mixture.tv, out=sign).mul_(q)
+        distance = alpha = torch.full_like(inside, torch.nan)
+    by_ce, by_kl, by_tv = _coefficients(alpha, known, mixture)
+    if not mixture.with_overlap:
+        dz = q.mul_((by_ce + by_kl * inside)[:, None])
+    else:
+        sign = difference.sign_()
+        centre = by_ce + by_kl * inside - by_tv * _dot(q, sign)
+        if mixture.lk or mixture.lk_mixed:
+            dz = sign.mul_(by_tv[:, None]).add_(centre[:, None]).mul_(q)
+        else:
+            dz = torch.add(centre[:, None], sign, alpha=mixture.tv, out=sign).mul_(q)
     if with_kl:
         dz.sub_(p.mul_(by_kl[:, None]))
     dz.scatter_add_(1, index, -by_ce[:, None])
@@ -214,6 +240,8 @@ def _position_losses(logits, p, inside, negentropy, labels, mixture: LossParams)
 
 def _coefficients(alpha: Tensor, known: Tensor, mixture: LossParams) -> tuple[Tensor, Tensor, Tensor]:
     """Return the coefficients [n] of q − 1[x*], P q − p and g in ∂loss/∂z."""
+    if not mixture.with_overlap:
+        return mixture.ce * known, torch.full_like(known, mixture.kl), torch.zeros_like(known)
     alpha = alpha.clamp(min=_LEAST_ALPHA)
     blend = torch.exp(-LK_DECAY * alpha)
     by_kl = mixture.kl + mixture.lk_mixed * blend
@@ -234,6 +262,7 @@ def head_loss(
     valid: Tensor,
     budget: int | None = None,
     candidates: int | None = None,
+    measured: bool = True,
 ) -> HeadLoss:
     """Compute the mixture of losses over N = blocks·γ positions, block by block.
 
@@ -245,10 +274,15 @@ def head_loss(
         valid: bool [blocks, γ]; others do not count.
         budget: bytes of the largest tensor over the vocabulary; None: 20 MiB on a CPU, 256 MiB on a GPU.
         candidates: the draft's vocabulary at a position is so many tokens, those of the largest x₁ W₁ᵀ; None: all.
+        measured: whether α and TV are asked for where the loss does not need them. Without them the target's law is
+            not computed for CE, and fewer passes over it are made for KL.
     """
+    measured = measured or mixture.with_overlap
     budget = budget or BUDGET.get(valid.device.type, GPU_BUDGET)
     flat = [tensor for pair in factors for tensor in pair]
-    return HeadLoss(*_HeadLoss.apply(law, mixture, weigh, valid, budget, candidates, *flat))
+    return HeadLoss(
+        *_HeadLoss.apply(law, mixture, weigh, valid, budget, candidates, measured, *flat), measured
+    )
 
 
 def confidence_loss(scores: Tensor, alpha: Tensor, weights: Tensor) -> Tensor:

@@ -42,7 +42,10 @@ class BlockObjective(nn.Module):
         return self.params.positions.total(batch.valid)
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the weighted sum of losses over the batch's positions, and sums to report."""
+        """Return the weighted sum of losses over the batch's positions, and sums to report.
+
+        In a training step of a loss that does not need them, TV and expected τ are not among the sums.
+        """
         found, scores = self._head_loss(batch)
         valid = batch.valid.flatten(0, 1)
         loss, confidence = found.loss, found.loss.new_zeros(())
@@ -53,12 +56,12 @@ class BlockObjective(nn.Module):
             sums = {
                 "ce": ce,
                 "kl": kl,
-                "tv": tv,
                 "confidence": confidence.detach(),
-                "tau": expected_tau(found.alpha.view(valid.shape), valid).sum(),
                 "blocks": loss.new_tensor(len(valid)),
                 "positions": valid.sum().to(loss.dtype),
             }
+            if found.measured:
+                sums |= {"tv": tv, "tau": expected_tau(found.alpha.view(valid.shape), valid).sum()}
         return loss + self.params.confidence * confidence, sums
 
     def acceptance(self, batch: Batch) -> Tensor:
@@ -104,9 +107,11 @@ class BlockObjective(nn.Module):
         )
         with torch.autocast(device, enabled=False):
             mixture = self.params, self.params.positions, batch.valid.flatten(0, 1), self.budget
-            found = head_loss(factors, law, *mixture, outputs.candidates)
+            measured = outputs.confidence is not None or not torch.is_grad_enabled()
+            found = head_loss(factors, law, *mixture, outputs.candidates, measured)
             if outputs.candidates is not None:  # whose choice the first product alone decides
-                found = found._replace(loss=found.loss + head_loss(factors[:1], law, *mixture).loss)
+                first = head_loss(factors[:1], law, *mixture, measured=measured)
+                found = found._replace(loss=found.loss + first.loss)
         return found, outputs.confidence
 
     def _previous(self, batch: Batch) -> Tensor:

@@ -174,13 +174,12 @@ class Trainer:
     def _report(self, window: dict[str, float]) -> str:
         """Evaluate, keep the figures of the steps since the last report, and return them in words."""
         heldout_tau = self.evaluate()
-        per_weight = {
-            name: window[name] / window["weight"] for name in ("loss", "ce", "kl", "tv", "confidence")
-        }
+        names = [name for name in ("loss", "ce", "kl", "tv", "confidence") if name in window]
+        train_tau = {"train_tau": round(window["tau"] / window["blocks"], 4)} if "tau" in window else {}
         line = {
             "step": self.step,
-            **{name: round(value, 5) for name, value in per_weight.items()},
-            "train_tau": round(window["tau"] / window["blocks"], 4),
+            **{name: round(window[name] / window["weight"], 5) for name in names},
+            **train_tau,
             "heldout_tau": round(heldout_tau, 4),
             "gradient_norm": round(window["norm"] / window["steps"], 5),
             "lr": self.params.lr * schedule(self.step, self.params.steps, self.params.warmup),
@@ -191,8 +190,9 @@ class Trainer:
         self.history.append(line)
         self.accelerator.log({name: value for name, value in line.items() if name != "step"}, self.step)
         self._best(heldout_tau)
+        told = "".join(f"train τ {tau:.3f}, " for tau in train_tau.values())
         return (
-            f"loss {line['loss']:.3f}, train τ {line['train_tau']:.3f}, held-out τ {heldout_tau:.3f}, "
+            f"loss {line['loss']:.3f}, {told}held-out τ {heldout_tau:.3f}, "
             f"{window['steps'] / window['seconds']:.2f} steps/s"
         )
 

@@ -63,9 +63,10 @@ class Case:
         weigh=WEIGHINGS["geometric"],
         budget: int | None = None,
         candidates: int | None = None,
+        measured: bool = True,
     ):
         factors = [tuple(self.leaves[:2]), tuple(self.leaves[2:])]
-        return head_loss(factors, self.law, mixture, weigh, self.valid, budget, candidates)
+        return head_loss(factors, self.law, mixture, weigh, self.valid, budget, candidates, measured)
 
     def reference(self, mixture: LossParams, weigh, candidates: int | None = None):
         """The definitions, written with autograd and the whole logits at once: loss and α."""
@@ -118,6 +119,21 @@ def test_a_law_among_candidates_is_learnt_as_one_of_a_vocabulary_of_their_own(na
     gradients = torch.autograd.grad(3 * found.loss, case.leaves)
     for mine, theirs in zip(gradients, torch.autograd.grad(3 * expected, case.leaves), strict=True):
         assert torch.allclose(mine, theirs, atol=1e-9)
+
+
+@pytest.mark.parametrize("candidates", [None, 5])
+@pytest.mark.parametrize("name", ["ce", "kl", "dspark"])
+def test_what_a_loss_does_not_need_is_left_out_of_its_steps_and_changes_no_bit(name, candidates, monkeypatch):
+    case, asked, original = Case(), [], TargetLaw.at
+    whole = case.loss(MIXTURES[name], candidates=candidates)
+    gradients = torch.autograd.grad(whole.loss, case.leaves)
+    monkeypatch.setattr(TargetLaw, "at", lambda *of: asked.append(of) or original(*of))
+    found = case.loss(MIXTURES[name], candidates=candidates, measured=False)
+    assert bool(asked) == (name != "ce"), "labels need no law of the target"
+    assert found.measured == (name == "dspark") != bool(found.alpha.isnan().all())
+    assert torch.equal(found.loss, whole.loss) and torch.equal(found.weights, whole.weights)
+    for mine, theirs in zip(torch.autograd.grad(found.loss, case.leaves), gradients, strict=True):
+        assert torch.equal(mine, theirs)
 
 
 TRANSFORMS = {
