@@ -19,6 +19,8 @@ from accelerate import Accelerator
 from accelerate.tracking import GeneralTracker
 
 from deepspec.config import load_params
+from deepspec.drafters.algorithms.dspark import DSparkModel
+from deepspec.drafters.network import Outputs
 from deepspec.drafters.start import channel_std, draft_vocabulary
 from deepspec.errors import DeepSpecError
 from deepspec.features.read import read_sequences
@@ -281,6 +283,15 @@ class Noted(GeneralTracker):
 
     def log(self, values, step=None, **_):
         self.lines.append((step, values))
+
+
+def test_steps_on_labels_alone_measure_no_overlap_and_held_out_text_does(store, tmp_path, monkeypatch):
+    monkeypatch.setattr(DSparkModel, "outputs", lambda self, hidden, _: Outputs([(hidden, self.head)], None))
+    trainer = make_trainer(store, tmp_path / "work", loss={"ce": 1.0, "tv": 0.0})
+    trainer.run()
+    for line in trainer.history:
+        assert line["loss"] == line["ce"] > 0 and line["heldout_tau"] >= 1
+        assert not {"tv", "train_tau"} & set(line), "not measured, so not told"
 
 
 def test_metrics_go_to_a_tracker_where_one_is_set(store, tmp_path):
