@@ -375,6 +375,20 @@ def test_a_check_writes_ways_costs_advice_and_law(project, monkeypatch):
     assert {server.model.name for server in asked} == {f"target-{project.target.digest[:12]}-f16.gguf"}
 
 
+@pytest.mark.parametrize(("dtype", "status"), [("f16", 1), ("q8_0", 0)])
+def test_a_quantised_target_is_another_one_to_whose_lengths_ours_are_not_held(
+    project, monkeypatch, dtype, status
+):
+    play(monkeypatch, accepted=0)
+    monkeypatch.setattr("deepspec.serving.record.LEAST_RATIO", 9.0)
+    done = check("--lengths-only", "--draws", "0", "--dtype", dtype)
+    assert done.exit_code == status, done.output
+    record = LlamaCppRecord.read(f"reports/serve/dspark-llamacpp-{dtype}.json")
+    said = record.failures if status else record.warnings
+    assert any("at least 9.0 is asked for" in line for line in said)
+    assert status or (not record.failures and any("--dtype f16 tells" in line for line in said))
+
+
 def test_lengths_alone_need_two_servers(project, monkeypatch):
     asked = play(monkeypatch, accepted=0)
     done = check("--lengths-only", "--draws", "0")
