@@ -27,16 +27,34 @@ class ChainGrowth(Growth):
         self.survival: list[float] | None = []
 
     def feed(self, laws: DraftLogits) -> None:
-        logits = laws.logits[0]
-        chance = None if laws.confidence is None else laws.confidence[0]
-        if self.sampling.temperature == 0:
-            (column,), _ = best(logits[None])
-            if chance is None:
-                chance = float(logits[column].float().sub(logits.float().logsumexp(0)).exp())
-        else:
-            law = probabilities(logits, self.sampling)
-            uniform = torch.rand(1, generator=self.rng, dtype=torch.float64).to(law.device)
-            column = int(draw(law[None], uniform))
+        self.feed_all([(self, laws)])
+
+    @classmethod
+    def feed_all(cls, fed: Sequence[tuple[ChainGrowth, DraftLogits]]) -> None:
+        """Rank or draw the next token of several chains in one call a sampler."""
+        together: dict[Sampling, list[tuple[ChainGrowth, DraftLogits]]] = {}
+        for growth, laws in fed:
+            together.setdefault(growth.sampling, []).append((growth, laws))
+        for sampling, own in together.items():
+            logits = own[0][1].logits if len(own) == 1 else torch.cat([laws.logits for _, laws in own])
+            chances = [None if laws.confidence is None else laws.confidence[0] for _, laws in own]
+            probs: Sequence[Tensor | None] = [None] * len(own)
+            if sampling.temperature == 0:
+                columns, highest = best(logits)
+                if None in chances:
+                    own_chances = (highest.float() - logits.float().logsumexp(-1)).exp().tolist()
+                    chances = [b if a is None else a for a, b in zip(chances, own_chances, strict=True)]
+            else:
+                drawn_from = probabilities(logits, sampling)
+                uniforms = [torch.rand(1, generator=growth.rng, dtype=torch.float64) for growth, _ in own]
+                columns = draw(drawn_from, torch.cat(uniforms).to(drawn_from.device)).tolist()
+                probs = drawn_from.unbind()
+            for (growth, _), column, law, chance in zip(own, columns, probs, chances, strict=True):
+                growth._extend(column, law, chance)
+
+    def _extend(self, column: int, law: Tensor | None, chance: float | None) -> None:
+        """Add a token, the law that it was drawn from and the chance that it stands below its parent."""
+        if law is not None:
             self.probs.append(law)
         if chance is None or self.survival is None:
             self.survival = None

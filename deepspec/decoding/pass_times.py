@@ -6,12 +6,13 @@ passes over one token, and medians of ratios over turns are taken.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
-from statistics import median
+from statistics import median, quantiles
 
 import torch
 from torch import Tensor
@@ -26,10 +27,13 @@ from deepspec.target.attention import ForwardPass, KVCache
 from deepspec.target.model import Target
 from deepspec.target.states import MOST_AGAIN, StateCache
 
+logger = logging.getLogger(__name__)
+
 BATCHES = (1, 4, 16)
 WIDTHS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)  # new tokens a request
 CONTEXT = 256
 _TURNS, _FEWEST, _SECONDS = 30, 7, 15.0  # a batch; see `_turns`
+_STEADY = 2.0  # times the quickest tenth that the slowest tenth of equal passes may take
 _DRAFT = 0  # what is tried beside passes of 1 token
 FED = MOST_AGAIN // 2  # accepted tokens that a target with a state runs again in a pass of a chain
 _COMMITTED = 3  # tokens that a drafter takes in before it proposes again
@@ -163,6 +167,14 @@ def _turns(seconds_of: Callable[[int], float], tried: Sequence[int]) -> list[_Tu
         if len(turns) >= _FEWEST and time.perf_counter() - began > _SECONDS:
             break
         turns.append(turn())
+    low, *_, high = quantiles([seconds for turn in turns for seconds in turn.plain], n=10)
+    if high > _STEADY * low:
+        logger.warning(
+            "the same pass took %.1f to %.1f ms while costs were measured: something else runs on this machine, and "
+            "the cost controller will decide by what it left; `deepspec profile --force` measures again",
+            1e3 * low,
+            1e3 * high,
+        )
     return turns
 
 

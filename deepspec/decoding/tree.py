@@ -7,7 +7,7 @@ nodes at once (`grow`), so a sequential head runs once a depth, however wide the
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -139,6 +139,12 @@ class Growth(ABC):
     def feed(self, laws: DraftLogits) -> None:
         """Take the laws of the frontier, add children, set the next frontier."""
 
+    @classmethod
+    def feed_all(cls, fed: Sequence[tuple[Any, DraftLogits]]) -> None:
+        """Feed several growths of this kind, each its laws; a kind that can takes all laws at once."""
+        for growth, laws in fed:
+            growth.feed(laws)
+
     @abstractmethod
     def proposal(self) -> Proposal:
         """Return what has grown."""
@@ -156,10 +162,14 @@ def grow(
     ]:
         logits, confidence = expand(parents)
         start = 0
+        fed: dict[type[Growth], list[tuple[Growth, DraftLogits]]] = {}
         for growth in growths:
             end = start + len(growth.frontier)
             if end > start:
-                growth.feed(DraftLogits(logits[start:end], confidence and confidence[start:end]))
+                laws = DraftLogits(logits[start:end], confidence and confidence[start:end])
+                fed.setdefault(type(growth), []).append((growth, laws))
             start = end
+        for kind, own in fed.items():
+            kind.feed_all(own)
         depth += 1
     return [growth.proposal() for growth in growths]

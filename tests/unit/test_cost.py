@@ -113,6 +113,14 @@ class Machine:
         self.passes += 1
 
 
+@pytest.mark.parametrize("slow", [False, True])
+def test_a_machine_that_does_other_work_is_named(target, monkeypatch, caplog, slow):
+    machine = Machine(monkeypatch, {1: 0.010, 2: 0.011})
+    machine.passes = 160 if slow else 10_000
+    pass_times.measure_passes(target, (1,), (1, 2), 16)
+    assert ("the same pass took 10.0 to 30.0 ms" in caplog.text) == slow
+
+
 def test_a_slow_minute_does_not_bend_the_curve(target, monkeypatch):
     costs = {1: 0.010, 2: 0.0104, 4: 0.0106, 8: 0.011, 16: 0.0117}
     Machine(monkeypatch, costs)

@@ -162,6 +162,20 @@ def test_trees_grown_together_are_those_grown_alone():
         )
 
 
+@pytest.mark.parametrize("confident", [False, True])
+@pytest.mark.parametrize("sampling", [GREEDY, DRAWN, CUT])
+def test_chains_that_are_ranked_or_drawn_in_one_call_are_to_the_bit_those_of_one_alone(sampling, confident):
+    draft = Draft(3, columns=8192)
+    shapes = [Chain(3), Chain(), Chain(1)]
+    together = draft.propose(*shapes, sampling=sampling, confident=confident)
+    for seed, (shape, chain) in enumerate(zip(shapes, together, strict=True)):
+        (alone,) = draft.propose(shape, sampling=sampling, confident=confident, seeds=[seed])
+        assert (chain.tokens, chain.parents) == (alone.tokens, alone.parents)
+        assert chain.survival == alone.survival
+        assert (chain.probs is None) == (sampling.temperature == 0)
+        assert chain.probs is None or torch.equal(chain.probs, alone.probs)
+
+
 def test_a_static_tree_has_the_ranks_of_its_paths():
     shape = Static([[1, 2], [0], [1], [0, 0], [0, 0, 1]])
     draft = Draft(1)
