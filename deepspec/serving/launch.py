@@ -132,7 +132,8 @@ def latent(target: Path) -> bool:
         config = json.loads((target / "config.json").read_text())
     except (OSError, ValueError):
         return False
-    return isinstance(config, dict) and config.get("kv_lora_rank") is not None
+    nested = config.get("text_config") if isinstance(config, dict) else None
+    return any(isinstance(part, dict) and part.get("kv_lora_rank") is not None for part in (config, nested))
 
 
 @contextmanager

@@ -317,3 +317,17 @@ def test_vllm_accepts_what_our_engine_accepts(tmp_path, monkeypatch):
     record = json.loads(Path("reports/serve/twin-vllm.json").read_text())
     assert record["served"]["mean_accepted_length"] == pytest.approx(4.0)
     assert record["outputs"]["drafted_vs_ours"]["identical"] == 2
+
+
+@pytest.mark.parametrize(
+    ("config", "found"),
+    [
+        ({"kv_lora_rank": 512}, True),
+        ({"text_config": {"kv_lora_rank": 512}}, True),  # of a model that also reads images
+        ({"kv_lora_rank": None, "text_config": {"hidden_size": 64}}, False),
+        ([], False),
+    ],
+)
+def test_latent_attention_is_seen_wherever_a_configuration_says_it(tmp_path, config, found):
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert launch.latent(tmp_path) is found

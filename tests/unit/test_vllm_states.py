@@ -79,10 +79,11 @@ def test_its_states_are_those_computed_here_and_a_wrong_layer_is_refused(served,
     same(found, Extractor(target, rows, LAYERS).rows(list(range(len(rows)))))
 
 
-def test_states_that_are_encoded_inside_it_are_near_those_computed_here(served, sequences):
-    rows, ends, form = Sequences.of(sequences[:4]), load_ends("data/target"), codec("fp8")
-    with body.served_target(served, engine_layers(LAYERS, ends.num_layers), 64, "fp8") as servers:
-        states = ServedStates(servers, ends, rows, LAYERS, "fp8")
+@pytest.mark.parametrize("name", ["fp8", "int8"])
+def test_states_that_are_encoded_inside_it_are_near_those_computed_here(served, sequences, name):
+    rows, ends, form = Sequences.of(sequences[:4]), load_ends("data/target"), codec(name)
+    with body.served_target(served, engine_layers(LAYERS, ends.num_layers), 64, name) as servers:
+        states = ServedStates(servers, ends, rows, LAYERS, name)
         states.check_layers()
         found = states.rows([0, 1, 2, 3])
     for ours, theirs in zip(
