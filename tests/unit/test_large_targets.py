@@ -62,7 +62,7 @@ def test_the_page_goes_from_the_target_to_a_served_draft():
     said = [words_of(command)[:2] for command in COMMANDS]
     stages = [words[1] for words in said if words[0] == "deepspec" and words[1] in STAGES]
     assert stages == ["target", "prompts", "generate", "validate", "export", "evaluate"]
-    assert [words[0] for words in said].count("accelerate") == 4 and ["deepspec", "serve-check"] in said
+    assert [words[0] for words in said].count("accelerate") == 4
 
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if words_of(c)[0] == "deepspec"])
