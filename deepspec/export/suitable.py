@@ -31,13 +31,14 @@ SPLITS = {  # pre-tokenizer of tokenizer.json, with its pattern → llama.cpp's 
 }
 GGUF_ARCHITECTURES = ("llama", "qwen3")  # which of llama.cpp's carry the same name
 CONVERT = "convert it with llama.cpp's convert_hf_to_gguf.py"
+UNTRAINED = ("lookup", "suffix")
 NO_METHOD = {
-    "hf": "transformers has no use for a draft of type {kind}; train an lm",
-    "vllm": "vLLM has no method for a draft of type {kind}; train eagle3, dflash, dspark, medusa or lm",
-    "speculators": "the speculators format has no {kind}; train eagle3, dflash or dspark, or export --to vllm",
-    "sglang": "SGLang has no method for a draft of type {kind}; train eagle3, dflash, dspark or lm",
-    "tgi": "TGI knows Medusa and n-gram drafts, not {kind}; train medusa",
-    "llamacpp": "llama.cpp has no method for a draft of type {kind}; train dspark, dflash, dflash2, eagle3 or lm",
+    "hf": "transformers has no use for a draft of type {kind}",
+    "vllm": "vLLM has no method for a draft of type {kind}",
+    "speculators": "the speculators format has no {kind}; export --to vllm",
+    "sglang": "SGLang has no method for a draft of type {kind}",
+    "tgi": "TGI knows Medusa and n-gram drafts, not {kind}",
+    "llamacpp": "llama.cpp has no method for a draft of type {kind}",
 }
 
 
@@ -102,7 +103,11 @@ def check(engine: str, draft: Described) -> None:
     """Raise Refused, one line, if an engine cannot serve a draft."""
     checks = CHECKS[engine].get(draft.kind)
     if checks is None:
-        raise Refused(NOT_YET.get((engine, draft.kind)) or NO_METHOD[engine].format(kind=draft.kind))
+        *others, last = (kind for kind in CHECKS[engine] if kind not in UNTRAINED)
+        kinds = f"{', '.join(others)} or {last}" if others else last
+        raise Refused(
+            NOT_YET.get((engine, draft.kind)) or f"{NO_METHOD[engine].format(kind=draft.kind)}; train {kinds}"
+        )
     for each in checks:
         each(draft)
 

@@ -93,7 +93,7 @@ def _evaluate_served(drafts: dict[str, Path], params: Params, chosen: EvaluatePa
     if params.target.vllm.base_urls:
         raise DeepSpecError(
             "evaluate starts vLLM with each draft, and target.vllm.base_urls names servers without; leave it empty for "
-            "this stage, or measure a server that has the draft: deepspec serve-check --base-url"
+            "this stage"
         )
     environment = find_or_set_up()
 
