@@ -48,6 +48,11 @@ def run(settings: Settings) -> list[str]:
     """
     _check_settings(settings)
     params = load_params(settings.params)
+    if params.target.engine != "local":
+        raise DeepSpecError(
+            f"target.engine: {params.target.engine}: serve-check decodes in this project's engine as well, which would "
+            "load the whole target; deepspec evaluate measures drafts in vLLM alone"
+        )
     if settings.engine == "llamacpp" and not settings.base_url:
         return llamacpp.run(settings, params)
     loads = each(settings.drafters or params.pipeline, settings, lambda name: _directory(name, settings))

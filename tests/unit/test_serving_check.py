@@ -198,3 +198,13 @@ def test_a_block_drafter_drafts_its_whole_block(project, monkeypatch):
     write_json(project / "exported" / "config.json", {"architectures": ["DFlashDraftModel"]})
     done = check("--drafter", "twin", "--exported", "exported", "--speculative-tokens", "2")
     assert done.exit_code == 2 and "a block is drafted whole, 3 tokens" in done.output
+
+
+def test_a_target_that_this_engine_is_not_to_load_is_not_loaded(project, monkeypatch):
+    params = Path("params.yaml").read_text()
+    monkeypatch.setattr("deepspec.serving.check.load_target", lambda *_, **__: pytest.fail("it is loaded"))
+    Path("params.yaml").write_text(params.replace("target: {", "target: {engine: vllm, ", 1))
+    done = check("--drafter", "twin", *WORK)
+    assert done.exit_code == 2 and "deepspec evaluate measures drafts in vLLM alone" in done.output, (
+        done.output
+    )
