@@ -33,7 +33,9 @@ BATCHES = (1, 4, 16)
 WIDTHS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)  # new tokens a request
 CONTEXT = 256
 _TURNS, _FEWEST, _SECONDS = 30, 7, 15.0  # a batch; see `_turns`
-_STEADY = 2.0  # times the quickest tenth that the slowest tenth of equal passes may take
+# How many times the quickest tenth of equal passes the slowest may take, where they are no shorter than a turn of the
+# system's scheduler.
+_STEADY, _SHORT_S = 2.0, 0.005
 _DRAFT = 0  # what is tried beside passes of 1 token
 FED = MOST_AGAIN // 2  # accepted tokens that a target with a state runs again in a pass of a chain
 _COMMITTED = 3  # tokens that a drafter takes in before it proposes again
@@ -168,7 +170,7 @@ def _turns(seconds_of: Callable[[int], float], tried: Sequence[int]) -> list[_Tu
             break
         turns.append(turn())
     low, *_, high = quantiles([seconds for turn in turns for seconds in turn.plain], n=10)
-    if high > _STEADY * low:
+    if high > _STEADY * low and low > _SHORT_S:
         logger.warning(
             "the same pass took %.1f to %.1f ms while costs were measured: something else runs on this machine, and "
             "the cost controller will decide by what it left; `deepspec profile --force` measures again",

@@ -280,9 +280,9 @@ def head_loss(
     measured = measured or mixture.with_overlap
     budget = budget or BUDGET.get(valid.device.type, GPU_BUDGET)
     flat = [tensor for pair in factors for tensor in pair]
-    return HeadLoss(
-        *_HeadLoss.apply(law, mixture, weigh, valid, budget, candidates, measured, *flat), measured
-    )
+    found = _HeadLoss.apply(law, mixture, weigh, valid, budget, candidates, measured, *flat)
+    loss, alpha, terms, weights = found
+    return HeadLoss(loss, alpha, terms, weights, measured)
 
 
 def confidence_loss(scores: Tensor, alpha: Tensor, weights: Tensor) -> Tensor:

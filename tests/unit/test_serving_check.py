@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+import yaml
 from typer.testing import CliRunner
 
 from deepspec.cli import app
@@ -201,9 +202,10 @@ def test_a_block_drafter_drafts_its_whole_block(project, monkeypatch):
 
 
 def test_a_target_that_this_engine_is_not_to_load_is_not_loaded(project, monkeypatch):
-    params = Path("params.yaml").read_text()
+    params = yaml.safe_load(Path("params.yaml").read_text())
+    params["target"]["engine"], params["train"]["real_decode"] = "vllm", False
     monkeypatch.setattr("deepspec.serving.check.load_target", lambda *_, **__: pytest.fail("it is loaded"))
-    Path("params.yaml").write_text(params.replace("target: {", "target: {engine: vllm, ", 1))
+    Path("params.yaml").write_text(yaml.safe_dump(params))
     done = check("--drafter", "twin", *WORK)
     assert done.exit_code == 2 and "deepspec evaluate measures drafts in vLLM alone" in done.output, (
         done.output
