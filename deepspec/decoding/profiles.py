@@ -110,7 +110,8 @@ def kept(
     path = folder and folder / file_name(identity)
     table = _read(path, identity, parse) if path and not force else {}
     if missing := [requests for requests in batches if requests not in table]:
-        table |= measure(missing)
+        # As it will be read, in floats: what is keyed by a curve finds the same one in the next run.
+        table |= {requests: parse(value) for requests, value in measure(missing).items()}
         if path:
             _write(path, {"identity": identity, "measured": keyed(table)})
     return table

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from deepspec.config import Params
     from deepspec.evaluation.params import EvaluateParams
 
-READING, DECODING, EXTRACTING, TRAINING = 0.8, 0.9, 0.5, 0.7  # of the rates, reached in the demo
+READING, DECODING, EXTRACTING, TRAINING = 0.8, 0.9, 0.75, 0.7  # of the rates, reached in the demo
 ANSWERED = 0.7  # of max_new_tokens, in the mean
 PROMPT = 60  # tokens of a prompt, its template included
 TEXT = 12  # bytes that a token takes in the data set: ids, mask and text, compressed

@@ -164,6 +164,7 @@ def test_a_curve_is_measured_once(target, measured, tmp_path):
     first = load_or_measure(target, Trained(4, 1), tmp_path, (1, 2))
     second = load_or_measure(target, Trained(4, 1), tmp_path, (1, 2))
     assert first == second
+    assert json.dumps(first.to_json()) == json.dumps(second.to_json()), "1 and 1.0 make two keys of one curve"
     assert measured == {"passes": [(1, 2)], "drafts": [(1, 2)]}
 
 
