@@ -280,8 +280,8 @@ def head_loss(
     measured = measured or mixture.with_overlap
     budget = budget or BUDGET.get(valid.device.type, GPU_BUDGET)
     flat = [tensor for pair in factors for tensor in pair]
-    found = _HeadLoss.apply(law, mixture, weigh, valid, budget, candidates, measured, *flat)
-    loss, alpha, terms, weights = found
+    whole = law, mixture, weigh, valid, budget, candidates, measured
+    loss, alpha, terms, weights = _HeadLoss.apply(*whole, *flat)
     return HeadLoss(loss, alpha, terms, weights, measured)
 
 

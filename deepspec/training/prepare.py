@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -137,7 +137,12 @@ def prepare(
         DeepSpecError: too few conversations, or features that are the same for every token.
     """
     config, sequences = network.config, data.sequences
-    features = _features(params.train, target, body, data, config.target_layer_ids, accelerator, served)
+    layers, chosen = config.target_layer_ids, params.train.features
+    features: Features = (
+        stored_features(params.train, target, body, data, layers, accelerator, served)
+        if chosen.mode == "cached"
+        else _online(chosen.form, target, body, data, layers, served)
+    )
     heldout, members = split(sequences, params.train.heldout, params.seed)
     network.share(target, _vocabulary(network, sequences, members, target))
     if network.start and accelerator.is_main_process:
@@ -194,23 +199,18 @@ def _vocabulary(network: Network, sequences: Sequences, members: Ints, target: E
     return draft_vocabulary(counts, config.draft_vocab_size, target.stop_ids)
 
 
-def _features(
-    train: TrainParams,
+def _online(
+    form: str,
     target: Ends,
     body: Callable[[], Target],
     data: TrainingData,
     layers: tuple[int, ...],
-    accelerator: Accelerator,
     served: Served | None,
 ) -> Features:
-    """Return the target's features, computed when they are needed or stored."""
-    if train.features.mode == "cached":
-        return stored_features(train, target, body, data, layers, accelerator, served)
+    """Return the target's features, computed when they are needed."""
     if served is None:
         return OnlineFeatures(body(), data.sequences, layers)
-    servers = served.during.enter_context(served.open(*_asked(train, target, data, layers)))
-    states = ServedStates(servers, target, data.sequences, layers, train.features.form)
-    states.check_layers()
+    states = served.during.enter_context(_served_states(served, form, target, data, layers))
     return ServedFeatures(states, target, data.sequences, layers)
 
 
@@ -251,17 +251,20 @@ def stored_features(
     if served is None or chosen.states or features.complete:
         features.build(source, share)
     else:
-        with served.open(*_asked(train, target, data, layers)) as servers:
-            states = ServedStates(servers, target, data.sequences, layers, chosen.form)
-            states.check_layers()
+        with _served_states(served, chosen.form, target, data, layers) as states:
             features.build(lambda: states, share)
     give_back_freed_memory()  # the target's layers, if they were there
     return features
 
 
-def _asked(
-    train: TrainParams, target: Ends, data: TrainingData, layers: tuple[int, ...]
-) -> tuple[list[int], int, str]:
-    """Return what servers are asked for: layers by the engine's ids, the longest sequence, and a form."""
+@contextmanager
+def _served_states(
+    served: Served, form: str, target: Ends, data: TrainingData, layers: tuple[int, ...]
+) -> Iterator[ServedStates]:
+    """Open servers that hand out the states of these layers, and hold them to the target's own."""
     longest = int(data.sequences.lengths.max()) + 1  # a request answers a token
-    return engine_layers(layers, target.num_layers), min(longest, target.max_length), train.features.form
+    asked = engine_layers(layers, target.num_layers), min(longest, target.max_length), form
+    with served.open(*asked) as servers:
+        states = ServedStates(servers, target, data.sequences, layers, form)
+        states.check_layers()
+        yield states
