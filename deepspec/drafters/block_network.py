@@ -20,7 +20,7 @@ from deepspec.drafters.params import BlockParams
 from deepspec.drafters.rope import Scaling, read_rope, written_rope
 from deepspec.drafters.start import init_from_target
 from deepspec.errors import DeepSpecError
-from deepspec.target.attention import attend
+from deepspec.target.attention import OneWay, attend
 from deepspec.target.ends import Ends
 from deepspec.target.fused import rotate
 
@@ -156,17 +156,6 @@ def spread_layers(count: int, wanted: int = 5) -> list[int]:
     return sorted({round(first + i * (last - first) / max(wanted - 1, 1)) for i in range(wanted)})
 
 
-@dataclass(frozen=True)
-class Within:
-    """What a causal layer's place sees: itself and what is before it, within a window where there is one."""
-
-    window: int | None
-
-    def __call__(self, request: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        seen = key <= query
-        return seen if self.window is None else seen & (query - key < self.window)
-
-
 class Attention(nn.Module):
     """Over the context and, both ways, the block; the attributes are those of transformers' own (see `FusedLayer`)."""
 
@@ -174,7 +163,7 @@ class Attention(nn.Module):
         super().__init__()
         self.layer_idx = index
         self.window, self.causal = config.window(index), config.one_way(index)
-        self.sliding_window = Within(self.window) if self.causal else self.window
+        self.sliding_window = OneWay(self.window) if self.causal else self.window
         self.head_dim = config.head_dim
         self.scaling = config.head_dim**-0.5
         q, kv = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim

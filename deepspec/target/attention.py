@@ -10,6 +10,7 @@ have made the mask. A model that asks for anything else is `Unsuited`; `deepspec
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -48,6 +49,21 @@ _HARMLESS = frozenset(  # what models hand to attention functions besides, and w
 
 class Unsuited(DeepSpecError):
     """The model asks its attention for something that ours does not know."""
+
+
+@dataclass(frozen=True)
+class OneWay:
+    """The rule of a causal layer in a pass that sees both ways: a token sees itself and what is before it.
+
+    Args:
+        window: the token itself and those less than so many positions before it; None: all.
+    """
+
+    window: int | None = None
+
+    def __call__(self, request: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        seen = key <= query
+        return seen if self.window is None else seen & (query - key < self.window)
 
 
 class KVCache:

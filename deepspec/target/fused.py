@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from deepspec.target.attention import ForwardPass, attend
+from deepspec.target.attention import ForwardPass, OneWay, Rule, attend
 from deepspec.target.native.layer import NativeLayer, Norm, Parts
 from deepspec.target.native.matrix import Matrix, can_hold, dense, quantised, undone
 
@@ -175,10 +175,11 @@ def signed(sin: Tensor) -> Tensor:
     return torch.cat((-sin[..., :half], sin[..., half:]), -1)
 
 
-def _window(attention: LlamaAttention) -> int | None:
-    """Return the sliding window of an attention: Qwen's keeps its own, Mistral's asks the configuration at call time.
+def _window(attention: LlamaAttention) -> int | Rule | None:
+    """Return the sliding window of an attention, or a rule in its place.
 
-    One that never speaks of a window has none, whatever its configuration says (Llama's).
+    Qwen's keeps its own, Mistral's asks the configuration at call time. One that never speaks of a window has none,
+    whatever its configuration says (Llama's).
     """
     module = cast(nn.Module, attention)
     code = inspect.unwrap(type(module).forward).__code__
@@ -214,7 +215,9 @@ class FusedLayer(nn.Module):
             getattr(part, "native", None) for part in (self.qkv, self.out, self.gate_up, self.down)
         ]
         qkv, out, gate_up, down = projections
-        if qkv is None or out is None or gate_up is None or down is None:
+        rule = self.window
+        window = rule.window if isinstance(rule, OneWay) else rule
+        if qkv is None or out is None or gate_up is None or down is None or callable(window):
             return None
         parts = Parts(
             qkv,
@@ -227,7 +230,8 @@ class FusedLayer(nn.Module):
             self.kv_heads,
             self.head_dim,
             self.scale,
-            self.window or 0,
+            window or 0,
+            isinstance(rule, OneWay),
         )
         return NativeLayer(parts) if parts.suits else None
 

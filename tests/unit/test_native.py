@@ -28,7 +28,7 @@ from deepspec.features.extract import LOG_NORM, Extractor
 from deepspec.features.sequences import Sequence, Sequences
 from deepspec.lineage import code_digest
 from deepspec.target import fused
-from deepspec.target.attention import ForwardPass, KVCache, tree_mask
+from deepspec.target.attention import ForwardPass, KVCache, OneWay, tree_mask
 from deepspec.target.ends import H_LAST
 from deepspec.target.fused import FusedLayer, Int4Linear, PackedLinear
 from deepspec.target.model import Target, load_target
@@ -186,7 +186,10 @@ LAYERS: dict[str, tuple[Any, Any]] = {
     "biases": (LlamaDecoderLayer, lambda **sizes: LlamaConfig(attention_bias=True, mlp_bias=True, **sizes)),
     "window": (MistralDecoderLayer, lambda **sizes: MistralConfig(sliding_window=9, **sizes)),
     "norms": (Qwen3DecoderLayer, Qwen3Config),
+    "one way": (LlamaDecoderLayer, LlamaConfig),
+    "one way in a window": (LlamaDecoderLayer, LlamaConfig),
 }
+RULES = {"one way": OneWay(), "one way in a window": OneWay(9)}
 # width, inner width, heads, key heads, numbers of a head, those of them that turn
 SIZES = [(48, 80, 2, 2, 16, 16), (112, 16, 7, 1, 48, 48), (80, 112, 5, 1, 80, 20), (96, 96, 48, 1, 16, 16)]
 SIZES += [(112, 48, 14, 2, 256, 64), (48, 48, 16, 1, 96, 96)]
@@ -206,6 +209,8 @@ def layer_of(kind: str, width: int, inner: int, heads: int, key_heads: int, head
     )
     torch.manual_seed(0)
     layer = made(config, 0).bfloat16()
+    if kind in RULES:
+        layer.self_attn.sliding_window = RULES[kind]
     with torch.no_grad():
         for name, weight in layer.named_parameters():
             weight.normal_(1.0 if "norm" in name else 0.0, weight.shape[-1] ** -0.5)

@@ -51,7 +51,7 @@ class Norm:
 
 @dataclass(frozen=True)
 class Parts:
-    """What a layer is made of; `window` of 0 is none."""
+    """What a layer is made of; `window` of 0 is none, and `one_way` is causal where a pass sees both ways."""
 
     qkv: Matrix
     out: Matrix
@@ -64,6 +64,7 @@ class Parts:
     head_dim: int
     scale: float
     window: int
+    one_way: bool = False
 
     @property
     def suits(self) -> bool:
@@ -127,7 +128,8 @@ class NativeLayer:
             parts.out.out,
             parts.down.inputs,
         )
-        work = step.once((NativeLayer, sizes), lambda: _Work(step, x, rope, sizes))
+        one_way = parts.one_way
+        work = step.once((NativeLayer, sizes, one_way), lambda: _Work(step, x, rope, sizes, one_way))
         made = torch.empty_like(x)
         keys, values = room
         cache = _Cache(keys.data_ptr(), values.data_ptr(), keys.shape[2])
@@ -145,11 +147,18 @@ class NativeLayer:
 class _Work:
     """What the layers of one pass share: who goes where, who is hidden from whom, and room to work in."""
 
-    def __init__(self, step: ForwardPass, x: Tensor, rope: tuple[Tensor, Tensor], sizes: Sequence[int]):
+    def __init__(
+        self,
+        step: ForwardPass,
+        x: Tensor,
+        rope: tuple[Tensor, Tensor],
+        sizes: Sequence[int],
+        one_way: bool,
+    ):
         n, (wide, *others) = x.shape[1], sizes
         cos, sin = (operand.reshape(n, -1).contiguous() for operand in rope)
         spans = torch.tensor([step.rows, step.starts, step.counts])
-        hidden, hidden_from = _hidden(step)
+        hidden, hidden_from = _hidden(step, one_way)
         rooms = [x.new_empty(n, size) for size in (max(wide, x.shape[2]), *others)]
         self._kept = [
             cos,
@@ -164,7 +173,7 @@ class _Work:
             n,
             step.requests,
             torch.get_num_threads(),
-            step.bidirectional,
+            step.bidirectional and not one_way,
             cos.shape[1],
             *(row.data_ptr() for row in spans),
             None if hidden is None else hidden.data_ptr(),
@@ -176,16 +185,21 @@ class _Work:
         )
 
 
-def _hidden(step: ForwardPass) -> tuple[Tensor | None, Tensor | None]:
+def _hidden(step: ForwardPass, one_way: bool) -> tuple[Tensor | None, Tensor | None]:
     """Return the columns that each token of a pass with a mask does not see, end to end, and where a token's begin.
 
     Both are int64; None for a pass whose tokens see what stands before them, or all of their request.
     """
     if not step.given_mask:
         return None, None
-    columns, counts = [], [0]
+    columns, counts, first = [], [0], 0
     for row, (start, count) in enumerate(zip(step.starts, step.counts, strict=True)):
-        token, column = (~step.visible[row, :count, : start + count]).nonzero().T
+        unseen = ~step.visible[row, :count, : start + count]
+        if one_way:
+            own = step.positions[0, first : first + count]
+            unseen[:, start:] |= own > own[:, None]
+        token, column = unseen.nonzero().T
         columns.append(column)
         counts += torch.bincount(token, minlength=count).tolist()
+        first += count
     return torch.cat(columns).contiguous(), torch.tensor(list(accumulate(counts)))
