@@ -19,12 +19,11 @@ def judge(turns: list[Turn], logits: Tensor, rule: str | None) -> None:
         logits: [total, vocab] of all anchors and proposals, one after the other.
         rule: for sampled proposals; see `Engine`.
     """
+    tokens, highest = best(logits)
     if all(turn.slot.request.sampling.temperature == 0 for turn in turns):
-        tokens, highest = best(logits)
         for turn in turns:
             turn.nodes, turn.token = _walk_best(turn.proposal, tokens[turn.offset :])
     else:
-        highest = logits.amax(-1)
         _judge_sampled(turns, logits, rule)
     finite = torch.isfinite(highest).tolist()
     for turn in turns:

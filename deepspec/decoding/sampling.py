@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from deepspec.decoding.request import Sampling
+from deepspec.target.native import laws
 
 _RUN = 256
 _PARTIAL = 1024  # how many of the largest probabilities are sorted before a full sort is tried
@@ -20,16 +21,23 @@ def probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
 
     Cuts are applied in the order top-k, top-p, min-p, each on the renormalised rest; the result sums to 1.
     """
-    scaled = logits.to(torch.float32, copy=True).div_(sampling.temperature)
-    if sampling.top_k and sampling.top_k < scaled.shape[-1]:
+    if sampling.top_k and sampling.top_k < logits.shape[-1]:
+        scaled = logits.to(torch.float32) / sampling.temperature
         kept = scaled.topk(sampling.top_k, -1).values[..., -1:]
-        scaled = scaled.masked_fill(scaled < kept, float("-inf"))
-    probs = scaled.softmax(-1)
+        probs = _softmax(scaled.masked_fill(scaled < kept, float("-inf")), 1.0)
+    else:
+        probs = _softmax(logits, sampling.temperature)
     if sampling.top_p < 1:
         probs = _renormalised(probs, probs >= _top_p_threshold(probs, sampling.top_p))
     if sampling.min_p > 0:
         probs = _renormalised(probs, probs >= sampling.min_p * probs.amax(-1, keepdim=True))
     return probs
+
+
+def _softmax(logits: Tensor, temperature: float) -> Tensor:
+    if laws.can_read(logits):
+        return laws.probabilities(logits, temperature)
+    return logits.to(torch.float32, copy=True).div_(temperature).softmax(-1)
 
 
 def sample(logits: Tensor, sampling: Sampling, uniform: Callable[[int], float]) -> list[int]:
@@ -39,13 +47,16 @@ def sample(logits: Tensor, sampling: Sampling, uniform: Callable[[int], float]) 
     below top_p, else drawn again, which is the nucleus' own law. No vocabulary is sorted on the way.
     """
     probs = probabilities(logits, replace(sampling, top_p=1.0, min_p=0.0))
-    least = sampling.min_p * probs.amax(-1)
+    cut = sampling.top_p < 1 or sampling.min_p > 0
+    least = sampling.min_p * probs.amax(-1) if cut else None
     tokens = [-1] * len(probs)
     rows = list(range(len(probs)))
     while rows:
         part = probs if len(rows) == len(probs) else probs[rows]
         uniforms = torch.tensor([uniform(row) for row in rows], dtype=torch.float64, device=probs.device)
         drawn = draw(part, uniforms)
+        if least is None:
+            return drawn.tolist()
         own = part.gather(1, drawn[:, None])
         kept = ~(own[:, 0] < least[rows])  # a NaN is kept: the engine reports it
         if sampling.top_p < 1:
@@ -61,6 +72,9 @@ def best(logits: Tensor) -> tuple[list[int], Tensor]:
 
     In two levels, like `draw`: the largest of each run is found by vector instructions, an argmax over it all is not.
     """
+    if laws.can_read(logits):
+        columns, highest = laws.best(logits)
+        return columns.tolist(), highest
     runs = F.pad(logits, (0, -logits.shape[-1] % _RUN), value=float("-inf")).unflatten(-1, (-1, _RUN))
     tops = runs.amax(-1)  # [n, runs]
     highest, run = tops.max(-1)
@@ -73,6 +87,8 @@ def draw(probs: Tensor, uniform: Tensor) -> Tensor:
 
     In two levels, runs of tokens and then tokens of the run: one pass over the vocabulary instead of a full cumsum.
     """
+    if probs.dtype == torch.float32 and laws.can_read(probs):
+        return laws.draw(probs, uniform)
     vocab = probs.shape[-1]
     runs = F.pad(probs, (0, -vocab % _RUN)).unflatten(-1, (-1, _RUN))  # [batch, runs, _RUN]
     before = runs.sum(-1).double().cumsum(-1)  # [batch, runs]

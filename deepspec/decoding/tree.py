@@ -84,16 +84,25 @@ class Proposal:
             for i, (parent, token) in enumerate(zip(self.parents, self.tokens, strict=True))
         }
 
-    def law(self, node: int) -> Tensor:
-        """Return the probabilities [vocab] that node's token was drawn from (before elder siblings were taken out)."""
+    def row(self, node: int) -> Tensor:
+        """Return the row of `probs` [columns] that node's token was drawn from (before elder siblings were taken out)."""
         if self.probs is None:
             raise ValueError("a deterministic proposal was drawn from no law")
-        row = self.probs[node if self.laws is None else self.laws[node]]
+        return self.probs[node if self.laws is None else self.laws[node]]
+
+    def law(self, node: int) -> Tensor:
+        """Return the same over the whole vocabulary, [vocab]."""
+        row = self.row(node)
         if self.columns is None:
             return row
         full = row.new_zeros(self.vocab_size)
         full[self.columns] = row
         return full
+
+    def chance(self, node: int) -> float:
+        """Return the probability that node's token had where it was drawn."""
+        token = self.tokens[node]
+        return float(self.row(node)[token if self.columns is None else self.columns == token])
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from deepspec.decoding.shapes import Chain, Shape
@@ -50,9 +51,9 @@ def drawn_walk(proposal: Proposal, law: Law, uniform: Uniform, pick: Pick) -> tu
 def standard(proposal: Proposal, law: Law, uniform: Uniform, pick: Pick) -> tuple[list[int], int]:
     """Token-wise rejection of a sampled chain (Leviathan 2023, Chen 2023): accept x with min(1, p(x)/q(x))."""
     for k, token in enumerate(proposal.tokens):
-        p, q = law(k - 1), proposal.law(k)
-        if uniform() >= float(p[token]) / float(q[token]):
-            rest = (p - q).clamp_(min=0)
+        p = law(k - 1)
+        if uniform() >= float(p[token]) / proposal.chance(k):
+            rest = (p - proposal.law(k)).clamp_(min=0)
             return list(range(k)), pick(rest if float(rest.sum()) > 0 else p)  # p equals q, but for rounding
     last = len(proposal.tokens)
     return list(range(last)), pick(law(last - 1))
@@ -61,28 +62,44 @@ def standard(proposal: Proposal, law: Law, uniform: Uniform, pick: Pick) -> tupl
 def block(proposal: Proposal, law: Law, uniform: Uniform, pick: Pick) -> tuple[list[int], int]:
     """Block verification of a sampled chain (arXiv 2403.10444): never worse than token-wise, optimal for one path.
 
-    P_i is the chance that the first i tokens stand as a block; the longest i whose own uniform falls below h_i is
-    accepted, then the next token comes from norm((P_i p_{i+1} − q_{i+1})₊), or from p after a whole block.
+    P_i is the chance that the first i tokens stand as a block, and m_i the mass of (P_i p_{i+1} − q_{i+1})₊. The longest
+    i whose own uniform falls below h_i = m_i / (m_i + 1 − P_i) is accepted, then the next token comes from that excess,
+    normalised; a whole block stands with P_γ, and the next token comes from p.
     """
     gamma = len(proposal.tokens)
-    chance, best = 1.0, 0
-    rest: Tensor | None = None
-    for i in range(gamma + 1):
-        p, q = law(i - 1), proposal.law(i) if i < gamma else None
-        if q is None:
-            h, residual = chance, p
-        else:
-            residual = (chance * p - q).clamp_(min=0)
-            mass = float(residual.sum())
-            h = mass / (mass + 1 - chance) if mass + 1 - chance > 0 else 1.0
-        if rest is None or uniform() < h:
-            best, rest = i, residual
-        if q is not None:
-            token = proposal.tokens[i]
-            chance = min(1.0, chance * float(p[token]) / float(q[token]))
-    if rest is None or float(rest.sum()) <= 0:  # p equals q, the block was certain to go on: rounding alone
-        rest = law(best - 1)
-    return list(range(best)), pick(rest)
+    chances = [1.0]
+    for i, token in enumerate(proposal.tokens):
+        chances.append(min(1.0, chances[-1] * float(law(i - 1)[token]) / proposal.chance(i)))
+    best = 0
+    for i, mass in enumerate([*_excess_masses(proposal, law, chances), 0.0]):
+        remaining = mass + 1 - chances[i]
+        h = chances[i] if i == gamma else mass / remaining if remaining > 0 else 1.0
+        if i and uniform() < h:
+            best = i
+    p = law(best - 1)
+    if best < gamma:
+        rest = (chances[best] * p - proposal.law(best)).clamp_(min=0)
+        if float(rest.sum()) > 0:  # else p equals q and the block was certain to go on: rounding alone
+            p = rest
+    return list(range(best)), pick(p)
+
+
+def _excess_masses(proposal: Proposal, law: Law, chances: list[float]) -> list[float]:
+    """Return Σ (P_i p_{i+1} − q_{i+1})₊ for each token of a sampled chain.
+
+    Tokens that the draft cannot propose are not looked at one by one: theirs is what of p is not its tokens'.
+    """
+    if not proposal.tokens:
+        return []
+    places = range(-1, len(proposal.tokens) - 1)
+    columns = proposal.columns
+    p = torch.stack([law(i) if columns is None else law(i)[columns] for i in places])
+    q = torch.stack([proposal.row(i + 1) for i in places])
+    scale = torch.tensor(chances[:-1], dtype=p.dtype)[:, None]
+    mass = (scale * p).sub_(q).clamp_(min=0).sum(-1)
+    if columns is not None:
+        mass += scale[:, 0] * (1 - p.sum(-1)).clamp_(min=0)
+    return mass.tolist()
 
 
 def recursive(proposal: Proposal, law: Law, uniform: Uniform, pick: Pick) -> tuple[list[int], int]:

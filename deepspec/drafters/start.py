@@ -79,7 +79,7 @@ def init_from_target(
 
 def _begin(mine: LlamaLayer, theirs: FusedLayer) -> None:
     attention, mlp = mine.self_attn, mine.mlp
-    before, between = (norm.keywords["weight"].float() for norm in theirs.norms)
+    before, between = (norm.weight.float() for norm in theirs.norms)
     heads, kv_heads = theirs.heads * theirs.head_dim, theirs.kv_heads * theirs.head_dim
     qkv = (_dense(theirs.qkv).float() * before).split((heads, kv_heads, kv_heads))
     for into, weight in zip((attention.q_proj, attention.k_proj, attention.v_proj), qkv, strict=True):
@@ -94,7 +94,7 @@ def _begin(mine: LlamaLayer, theirs: FusedLayer) -> None:
         for norm, own, weight in zip(mine_norms, norms, qkv[:2], strict=True):
             # Without such norms in the target: the size that its queries and keys have of an input of random signs.
             size = weight.square().sum(1).mean().sqrt()
-            norm.weight.copy_(own.keywords["weight"] if own else size.expand_as(norm.weight))
+            norm.weight.copy_(own.weight if own else size.expand_as(norm.weight))
 
 
 @torch.no_grad()

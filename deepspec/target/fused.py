@@ -10,7 +10,7 @@ is one call. Layers of any other shape keep their own forward, with packed proje
 from __future__ import annotations
 
 import inspect
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any, Protocol, cast
 
 import torch
@@ -204,9 +204,9 @@ class FusedLayer(nn.Module):
         self.out = _joined(make, attention.o_proj)
         self.gate_up = _joined(make, mlp.gate_proj, mlp.up_proj)
         self.down = _joined(make, mlp.down_proj)
-        self.norms = (_norm(layer.input_layernorm), _norm(layer.post_attention_layernorm))
+        self.norms = (frozen_norm(layer.input_layernorm), frozen_norm(layer.post_attention_layernorm))
         norms = qk_norms(attention)
-        self.qk_norms = None if norms is None else (_norm(norms[0]), _norm(norms[1]))
+        self.qk_norms = None if norms is None else (frozen_norm(norms[0]), frozen_norm(norms[1]))
 
     @cached_property
     def native(self) -> NativeLayer | None:
@@ -224,8 +224,8 @@ class FusedLayer(nn.Module):
             out,
             gate_up,
             down,
-            (_native_norm(self.norms[0]), _native_norm(self.norms[1])),
-            self.qk_norms and (_native_norm(self.qk_norms[0]), _native_norm(self.qk_norms[1])),
+            self.norms,
+            self.qk_norms,
             self.heads,
             self.kv_heads,
             self.head_dim,
@@ -273,13 +273,9 @@ def _joined(make: Make, *linears: nn.Linear) -> PackedLinear | Int4Linear:
     return make(torch.cat([linear.weight for linear in linears]), bias)
 
 
-def _native_norm(norm: partial[Tensor]) -> Norm:
-    return Norm(norm.keywords["weight"], norm.keywords["eps"])
-
-
-def _norm(norm: LlamaNorm) -> partial[Tensor]:
-    weight = norm.weight.detach()
-    return partial(F.rms_norm, normalized_shape=weight.shape, weight=weight, eps=norm.variance_epsilon)
+def frozen_norm(norm: LlamaNorm) -> Norm:
+    """Take an RMSNorm for inference."""
+    return Norm(norm.weight.detach(), norm.variance_epsilon)
 
 
 LLAMA_SHAPED = {"LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer"}

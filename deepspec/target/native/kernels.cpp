@@ -475,6 +475,143 @@ void gated(const Layer& l, const Pass& p, int thread, int threads) {
   });
 }
 
+// Laws of tokens: rows of logits or of probabilities, read in runs of the same length whatever the threads. A row that is long
+// is shared by the threads; its parts are added up in their order.
+constexpr long RUN = 256;
+
+template <class Number>
+inline __m512 logits16(const Number* p, __mmask16 m) {
+  if constexpr (std::is_same_v<Number, float>) return _mm512_maskz_loadu_ps(m, p);
+  else return load(p, m);
+}
+
+inline __mmask16 lanes(long left) { return left >= LANES ? 0xFFFF : (__mmask16)((1u << left) - 1); }
+
+// The largest of a run, and whether all are numbers.
+template <class Number>
+inline float largest(const Number* x, long count, bool& numbers) {
+  const __m512 minus = _mm512_set1_ps(-__builtin_inff());
+  __m512 most = minus;
+  __mmask16 none = 0;
+  for (long i = 0; i < count; i += LANES) {
+    const __mmask16 there = lanes(count - i);
+    const __m512 v = _mm512_mask_mov_ps(minus, there, logits16(x + i, there));
+    none |= _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
+    most = _mm512_max_ps(most, v);
+  }
+  numbers = !none;
+  return _mm512_reduce_max_ps(most);
+}
+
+// probs = softmax(logits / temperature); what is −∞ has none, and a row with what is not a number has no number.
+template <class Number>
+void probabilities(const Number* logits, float* probs, long rows, long columns, float temperature, long threads) {
+  const long runs = (columns + RUN - 1) / RUN;
+  std::vector<float> tops(rows * runs), sums(rows * runs), highest(rows), factors(rows);
+  const __m512 minus = _mm512_set1_ps(-__builtin_inff()), sharp = _mm512_set1_ps(1 / temperature);
+#pragma omp parallel num_threads(threads)
+  {
+#pragma omp for
+    for (long i = 0; i < rows * runs; ++i) {
+      const long row = i / runs, from = i % runs * RUN;
+      bool numbers;
+      const float most = largest(logits + row * columns + from, std::min(RUN, columns - from), numbers);
+      tops[i] = numbers ? most : __builtin_nanf("");
+    }
+#pragma omp for
+    for (long row = 0; row < rows; ++row) {
+      float most = -__builtin_inff();
+      for (long i = row * runs; i < (row + 1) * runs; ++i) most = tops[i] > most || tops[i] != tops[i] ? tops[i] : most;
+      highest[row] = most;
+    }
+#pragma omp for
+    for (long i = 0; i < rows * runs; ++i) {
+      const long row = i / runs, from = row * columns + i % runs * RUN, count = std::min(RUN, columns - i % runs * RUN);
+      const __m512 most = _mm512_set1_ps(highest[row]);
+      __m512 sum = _mm512_setzero_ps();
+      for (long k = 0; k < count; k += LANES) {
+        const __mmask16 there = lanes(count - k);
+        const __m512 x = logits16(logits + from + k, there);
+        const __mmask16 seen = there & _mm512_cmp_ps_mask(x, minus, _CMP_NEQ_UQ);
+        const __m512 share = _mm512_maskz_mov_ps(seen, exp(_mm512_mul_ps(_mm512_sub_ps(x, most), sharp)));
+        sum = _mm512_add_ps(sum, share);
+        _mm512_mask_storeu_ps(probs + from + k, there, share);
+      }
+      sums[i] = _mm512_reduce_add_ps(sum);
+    }
+#pragma omp for
+    for (long row = 0; row < rows; ++row) {
+      double sum = 0;
+      for (long i = row * runs; i < (row + 1) * runs; ++i) sum += sums[i];
+      factors[row] = (float)(1 / sum);
+    }
+#pragma omp for
+    for (long i = 0; i < rows * runs; ++i) {
+      const long row = i / runs, from = row * columns + i % runs * RUN, count = std::min(RUN, columns - i % runs * RUN);
+      const __m512 factor = _mm512_set1_ps(factors[row]);
+      for (long k = 0; k < count; k += LANES) {
+        const __mmask16 there = lanes(count - k);
+        float* at = probs + from + k;
+        _mm512_mask_storeu_ps(at, there, _mm512_mul_ps(_mm512_maskz_loadu_ps(there, at), factor));
+      }
+    }
+  }
+}
+
+// The column at which the sum of a row's weights first passes `uniform` of all of them; one of weight 0 never is it, unless
+// all are.
+int64_t drawn(const float* weights, long columns, double uniform) {
+  const long runs = (columns + RUN - 1) / RUN;
+  static thread_local std::vector<double> before;
+  before.resize(runs + 1);
+  before[0] = 0;
+  for (long i = 0; i < runs; ++i) {
+    const float* run = weights + i * RUN;
+    const long count = std::min(RUN, columns - i * RUN);
+    __m512 sum = _mm512_setzero_ps();
+    for (long k = 0; k < count; k += LANES) sum = _mm512_add_ps(sum, _mm512_maskz_loadu_ps(lanes(count - k), run + k));
+    before[i + 1] = before[i] + _mm512_reduce_add_ps(sum);
+  }
+  const double point = uniform * before[runs];
+  long run = std::min<long>(std::upper_bound(before.begin() + 1, before.end(), point) - before.begin() - 1, runs - 1);
+  while (run > 0 && !(before[run + 1] > before[run])) --run;  // rounded to the very end, where there may be nothing
+  const long end = std::min((run + 1) * RUN, columns);
+  long last = columns - 1;
+  double sum = before[run];
+  for (long k = run * RUN; k < end; ++k) {
+    if (!(weights[k] > 0)) continue;
+    last = k;
+    if ((sum += weights[k]) > point) break;
+  }
+  return last;  // rounding between the sums may leave the point behind the run: its last one then
+}
+
+// The first of a row's largest numbers, and what it is; not a number where one of them is not.
+template <class Number>
+int64_t first_largest(const Number* x, long columns, float* value) {
+  float most = -__builtin_inff();
+  long best = 0;
+  bool all = true;
+  for (long from = 0; from < columns; from += RUN) {
+    bool numbers;
+    const float top = largest(x + from, std::min(RUN, columns - from), numbers);
+    all &= numbers;
+    if (top > most) most = top, best = from;
+  }
+  *value = all ? most : __builtin_nanf("");
+  const __m512 sought = _mm512_set1_ps(most);
+  for (long k = best; k < columns; k += LANES)
+    if (const __mmask16 at = _mm512_mask_cmp_ps_mask(lanes(columns - k), logits16(x + k, lanes(columns - k)), sought, _CMP_EQ_OQ))
+      return k + __builtin_ctz(at);
+  return best;
+}
+
+template <class Number>
+void likeliest(const Number* logits, int64_t* columns, float* values, long rows, long width, long threads) {
+#pragma omp parallel for num_threads(threads)
+  for (long row = 0; row < rows; ++row) columns[row] = first_largest(logits + row * width, width, values + row);
+}
+
 }  // namespace
 
 extern "C" {
@@ -483,6 +620,11 @@ extern "C" {
 void deepspec_linear(const Matrix* matrix, const bf16* x, const bf16* residual, bf16* y, int64_t tokens, int64_t threads) {
 #pragma omp parallel num_threads(threads)
   linear(*matrix, x, residual, y, tokens, omp_get_thread_num(), omp_get_num_threads());
+}
+
+// y [rows, width] = x / rms(x) · weight
+void deepspec_norm(const bf16* x, const bf16* weight, bf16* y, float eps, int64_t rows, int64_t width) {
+  for (long i = 0; i < rows; ++i) norm(x + i * width, weight, eps, y + i * width, width);
 }
 
 // y [tokens] = log Σ exp (x Wᵀ + bias)
@@ -519,6 +661,26 @@ void deepspec_layer(const Layer* layer, const Pass* pass, const Cache* cache, co
 #pragma omp barrier
     linear(l.down, p.gated, p.middle, y, p.tokens, me, all);
   }
+}
+
+// probs [rows, columns] = softmax(logits / temperature), of float32 logits (bits 32) or bfloat16 ones
+void deepspec_probabilities(const void* logits, int64_t bits, float* probs, int64_t rows, int64_t columns, float temperature,
+                            int64_t threads) {
+  if (bits == 32) probabilities((const float*)logits, probs, rows, columns, temperature, threads);
+  else probabilities((const bf16*)logits, probs, rows, columns, temperature, threads);
+}
+
+// tokens [rows]: one drawn from each row of weights [rows, columns], by its number in [0, 1)
+void deepspec_draw(const float* weights, const double* uniforms, int64_t* tokens, int64_t rows, int64_t columns, int64_t threads) {
+#pragma omp parallel for num_threads(threads)
+  for (long row = 0; row < rows; ++row) tokens[row] = drawn(weights + row * columns, columns, uniforms[row]);
+}
+
+// tokens, values [rows]: the first of the largest of each row of logits [rows, columns]
+void deepspec_best(const void* logits, int64_t bits, int64_t* tokens, float* values, int64_t rows, int64_t columns,
+                   int64_t threads) {
+  if (bits == 32) likeliest((const float*)logits, tokens, values, rows, columns, threads);
+  else likeliest((const bf16*)logits, tokens, values, rows, columns, threads);
 }
 
 }

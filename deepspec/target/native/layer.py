@@ -9,6 +9,7 @@ from itertools import accumulate
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from deepspec.kernels import kernels
@@ -43,10 +44,31 @@ class _Cache(ctypes.Structure):
 
 @dataclass(frozen=True)
 class Norm:
-    """An RMSNorm."""
+    """An RMSNorm over the last dimension."""
 
     weight: Tensor
     eps: float
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x / rms(x) · weight, rounded once."""
+        library = kernels() if self.takes(x) else None
+        if library is None:
+            return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        rows = x.contiguous()
+        made, width = torch.empty_like(rows), len(self.weight)
+        sizes = _Long(rows.numel() // width), _Long(width)
+        pointers = (_Pointer(each.data_ptr()) for each in (rows, self.weight, made))
+        library.deepspec_norm(*pointers, _Float(self.eps), *sizes)
+        return made
+
+    def takes(self, x: Tensor) -> bool:
+        """Whether this is for the kernels, if they are there."""
+        return (
+            x.device.type == "cpu"
+            and x.dtype == self.weight.dtype == torch.bfloat16
+            and len(self.weight) % LANES == 0
+            and not (x.requires_grad and torch.is_grad_enabled())
+        )
 
 
 @dataclass(frozen=True)
