@@ -85,7 +85,10 @@ class Proposal:
         }
 
     def row(self, node: int) -> Tensor:
-        """Return the row of `probs` [columns] that node's token was drawn from (before elder siblings were taken out)."""
+        """Return the row of `probs`, [columns], that node's token was drawn from.
+
+        A younger sibling was drawn once its elders were taken out of it.
+        """
         if self.probs is None:
             raise ValueError("a deterministic proposal was drawn from no law")
         return self.probs[node if self.laws is None else self.laws[node]]

@@ -62,9 +62,9 @@ def standard(proposal: Proposal, law: Law, uniform: Uniform, pick: Pick) -> tupl
 def block(proposal: Proposal, law: Law, uniform: Uniform, pick: Pick) -> tuple[list[int], int]:
     """Block verification of a sampled chain (arXiv 2403.10444): never worse than token-wise, optimal for one path.
 
-    P_i is the chance that the first i tokens stand as a block, and m_i the mass of (P_i p_{i+1} − q_{i+1})₊. The longest
-    i whose own uniform falls below h_i = m_i / (m_i + 1 − P_i) is accepted, then the next token comes from that excess,
-    normalised; a whole block stands with P_γ, and the next token comes from p.
+    P_i is the chance that the first i tokens stand as a block, and m_i the mass of (P_i p_{i+1} − q_{i+1})₊. The
+    longest i whose own uniform falls below h_i = m_i / (m_i + 1 − P_i) is accepted, then the next token comes from that
+    excess, normalised; a whole block stands with P_γ, and the next token comes from p.
     """
     gamma = len(proposal.tokens)
     chances = [1.0]

@@ -7,6 +7,8 @@ import re
 import stat
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -32,10 +34,22 @@ from deepspec.target.attention import ForwardPass, KVCache, OneWay, tree_mask
 from deepspec.target.ends import H_LAST
 from deepspec.target.fused import FusedLayer, Int4Linear, PackedLinear
 from deepspec.target.model import Target, load_target
+from deepspec.target.native import laws
+from deepspec.target.native.layer import Norm
 from tests.tiny import cached_target
 
 needed = pytest.mark.skipif(build.kernels() is None, reason=f"kernels {build.state()}")
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")  # a window, biases, norms of queries and keys
+
+
+@contextmanager
+def with_threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:
@@ -68,13 +82,10 @@ def test_a_weight_comes_back_as_it_was_and_threads_change_nothing():
     weight = random(100, 64)
     linear, x = PackedLinear(weight), random(9, 64, seed=1)
     assert torch.equal(linear.dense, weight)
-    threads, found = torch.get_num_threads(), []
-    try:
-        for number in (1, 2, 3):
-            torch.set_num_threads(number)
+    found = []
+    for number in (1, 2, 3):
+        with with_threads(number):
             found.append(linear(x))
-    finally:
-        torch.set_num_threads(threads)
     assert all(torch.equal(found[0], other) for other in found)
 
 
@@ -85,12 +96,8 @@ def test_the_log_normaliser_is_that_of_the_rounded_logits_whatever_the_threads(o
     assert linear.native is not None
     found = linear.native.log_norm(x)
     assert torch.allclose(found, linear(x).float().logsumexp(-1), atol=1e-5)
-    threads = torch.get_num_threads()
-    try:
-        torch.set_num_threads(3)
+    with with_threads(3):
         assert torch.equal(linear.native.log_norm(x), found)
-    finally:
-        torch.set_num_threads(threads)
     assert torch.equal(linear.native.log_norm(x[3:4]), found[3:4])
 
 
@@ -256,6 +263,69 @@ def test_a_layer_of_any_shape_is_near_exact_arithmetic_under_any_mask(kind, size
         for name, mine, wanted in zip(("states", "keys", "values"), *found, strict=True):
             error = (mine.double() - wanted).norm() / wanted.norm()
             assert error < 0.01, (name, options)
+
+
+@needed
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("columns", [1, 15, 256, 257, 8192, 40_000])
+def test_a_law_is_the_exact_softmax_and_a_row_does_not_depend_on_the_others_or_the_threads(columns, dtype):
+    logits = (random(3, columns) * 4).to(dtype)
+    logits[1, columns // 2] = -torch.inf
+    exact = (logits.double() / 0.7).softmax(-1)
+    with with_threads(2):
+        found = laws.probabilities(logits, 0.7)
+    torch.testing.assert_close(found.double(), exact, rtol=1e-5, atol=1e-9, equal_nan=True)
+    with with_threads(1):
+        assert torch.equal(laws.probabilities(logits, 0.7).nan_to_num(), found.nan_to_num())
+        assert torch.equal(laws.probabilities(logits[2:], 0.7), found[2:])
+    assert columns == 1 or found[1, columns // 2] == 0
+
+
+@needed
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_a_logit_that_is_not_finite_makes_no_law_and_is_no_likeliest_token(bad):
+    logits = random(2, 700).float()
+    logits[1, 300] = bad
+    found = laws.probabilities(logits, 1.0)
+    assert found[0].isfinite().all() and found[1].isnan().all()
+    assert laws.best(logits)[1].isfinite().tolist() == [True, False]
+    assert 0 <= int(laws.draw(found, torch.tensor([0.5, 0.5]))[1]) < 700
+
+
+@needed
+def test_a_draw_is_the_exact_inverse_cdf_and_what_cannot_come_never_does():
+    rng = torch.Generator().manual_seed(0)
+    weights = torch.rand(400, 3000, generator=rng) * (torch.rand(400, 3000, generator=rng) < 0.01)
+    uniform = torch.rand(400, generator=rng, dtype=torch.float64)
+    uniform[:4] = torch.tensor([0.0, 1 - 2**-53, 0.0, 1 - 2**-53], dtype=torch.float64)
+    cumulated = weights.double().cumsum(-1)
+    exact = torch.searchsorted(cumulated, (uniform * cumulated[:, -1])[:, None], right=True)[:, 0]
+    found = laws.draw(weights, uniform)
+    assert (weights.gather(1, found[:, None]) > 0).all()
+    assert int((found != exact).sum()) <= 2  # a point that rounding moves over an edge
+    assert torch.equal(found[7:8], laws.draw(weights[7:8], uniform[7:8]))
+    last = torch.zeros(1, 2000)
+    last[0, 5] = 1
+    assert laws.draw(last, torch.tensor([1 - 2**-53], dtype=torch.float64)).tolist() == [5]
+
+
+@needed
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_likeliest_token_is_the_first_of_equals(dtype):
+    logits = random(5, 1000).to(dtype)
+    logits[0, [900, 300, 299]] = logits[0].max() + 1
+    logits[1] = -torch.inf
+    columns, values = laws.best(logits)
+    assert columns[0] == 299 and columns[1] == 0
+    assert torch.equal(columns, logits.float().argmax(-1)) and torch.equal(values, logits.float().amax(-1))
+
+
+@needed
+@pytest.mark.parametrize("shape", [(1, 1, 64), (3, 5, 576)])
+def test_a_norm_is_near_the_exact_one(shape):
+    norm, x = Norm(random(shape[-1], seed=1), 1e-5), random(*shape)
+    exact = torch.nn.functional.rms_norm(x.double(), shape[-1:], norm.weight.double(), 1e-5)
+    assert norm.takes(x) and ((norm(x).double() - exact).abs() <= 0.004 * exact.abs() + 1e-12).all()
 
 
 @needed

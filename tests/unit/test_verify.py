@@ -105,6 +105,25 @@ def test_every_rule_preserves_the_target_law_on_sampled_chains(rule, gamma, spar
         assert largest_error(results, tables, gamma + 1) < 1e-12
 
 
+@pytest.mark.parametrize("rule", [standard, block, recursive, traversal])
+def test_a_reduced_vocabulary_decides_as_the_whole_one(rule):
+    tables, columns = Tables(5, False), torch.tensor([2, 0])  # in no order
+    q = torch.zeros(2, VOCAB, dtype=torch.float64)
+    q[:, columns] = torch.tensor([[0.3, 0.7], [0.6, 0.4]], dtype=torch.float64)
+    for tokens in itertools.product(columns.tolist(), repeat=2):
+        whole = Proposal.chain(list(tokens), probs=q)
+        reduced = Proposal.chain(list(tokens), probs=q[:, columns], columns=columns, vocab_size=VOCAB)
+        assert reduced.chance(1) == whole.chance(1) == float(q[1, tokens[1]])
+        assert totals(verified(rule, reduced, tables)) == pytest.approx(totals(verified(rule, whole, tables)))
+
+
+def totals(results) -> dict[tuple[int, ...], float]:
+    found: dict[tuple[int, ...], float] = {}
+    for probability, committed in results:
+        found[committed] = found.get(committed, 0.0) + probability
+    return found
+
+
 @pytest.mark.parametrize("branching", [(2,), (3,), (2, 1), (1, 2), (2, 2), (3, 2), (2, 1, 1), (1, 2, 1)])
 @pytest.mark.parametrize("rule", [recursive, traversal])
 @pytest.mark.parametrize("sparse", [False, True])
