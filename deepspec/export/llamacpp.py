@@ -10,6 +10,7 @@ A next-token module has the target's architecture, and llama.cpp's own converter
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 from collections.abc import Callable, Mapping
 from copy import deepcopy
@@ -170,7 +171,7 @@ def _mtp(draft: Draft, where: str, tokens: int, options: Options) -> Layout:
         found.run(model, path / file, options.precision, *given)
         shutil.rmtree(model)
 
-    run = " ".join(["TARGET", *found.arguments(file, options.precision, *given)])
+    run = shlex.join([found.script.name, "TARGET", *found.arguments(file, options.precision, *given)])
     layout = Layout(
         "GGUF next-token module",
         "gguf-next-token",
@@ -178,7 +179,7 @@ def _mtp(draft: Draft, where: str, tokens: int, options: Options) -> Layout:
         config=whole.config,
         make=make,
         copies=draft.tokenizer_files,
-        notes=(f"Written by llama.cpp's converter ({found.identity}): {found.script.name} {run}.",),
+        notes=(f"Written by llama.cpp's converter ({found.identity}): `{run}`.",),
         network=lambda: _rounded_module(draft, options.precision),
     )
     return _beside(draft, layout, options)
