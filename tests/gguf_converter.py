@@ -81,7 +81,8 @@ def _keys(writer: GGUFWriter, model: Path, config: dict, module: bool) -> None:
     writer.add_block_count(config["num_hidden_layers"] + module)
     writer.add_head_count(config["num_attention_heads"])
     writer.add_head_count_kv(config["num_key_value_heads"])
-    writer.add_key_length(dim)
+    if "head_dim" in config:
+        writer.add_key_length(dim)
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
     writer.add_rope_freq_base(rope["rope_theta"])
     writer.add_rope_dimension_count(int(dim * rope.get("partial_rotary_factor", 1)))

@@ -203,11 +203,18 @@ def test_sizes_that_are_not_the_targets_are_named(key, value, says, parity):
     assert says in failed(parity(keys=change))["readable"]
 
 
-def test_other_embeddings_than_the_targets_are_named(parity):
-    def change(held):
-        held["token_embd.weight"] = held["token_embd.weight"][::-1]
+def another(held) -> None:
+    held["token_embd.weight"] = held["token_embd.weight"][::-1]
 
-    assert failed(parity(tensors=change))["readable"].startswith("token_embd.weight is not the target's")
+
+@pytest.mark.parametrize(
+    ("change", "name"),
+    [(another, "token_embd"), (lambda held: held.pop("output.weight"), "output")],
+    ids=["embeddings", "head"],
+)
+def test_other_embeddings_and_another_head_than_the_targets_are_named(change, name, parity):
+    """Without a head llama.cpp takes the embeddings for it."""
+    assert failed(parity(tensors=change))["readable"].startswith(f"{name}.weight is not the target's")
 
 
 def test_another_block_than_the_modules_is_read_nowhere(parity):

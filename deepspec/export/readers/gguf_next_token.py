@@ -48,7 +48,6 @@ _LAYER = LAYER | {
 }
 _EXPERTS = {f"ffn_{name}_exps": f"{name}_proj" for name in ("gate", "up", "down")}
 _CORRECTION = "mlp.gate.e_score_correction_bias"  # exp_probs_b.bias
-_TOP = ("token_embd.weight", "output_norm.weight", "output.weight")  # the target's own
 
 
 def open_module(path: Path) -> Directory:
@@ -76,10 +75,12 @@ def open_module(path: Path) -> Directory:
 
 def read(source: Directory, sample: Sample) -> Reading:
     """Compute what llama.cpp's `draft-mtp` drafts."""
-    for name, own in zip(_TOP, (sample.embeddings, None, sample.head), strict=True):
-        weight = source.optional(name)
-        if weight is not None and own is not None and not _alike(weight, own):
-            raise Unreadable(f"{name} is not the target's: llama.cpp would draft with another one")
+    source.take("output_norm.weight", sample.last.shape[-1])
+    embeddings, head = source.take("token_embd.weight"), source.optional("output.weight")
+    head = embeddings if head is None else head  # as llama.cpp does
+    for name, found, own in (("token_embd", embeddings, sample.embeddings), ("output", head, sample.head)):
+        if not _alike(found, own):
+            raise Unreadable(f"{name}.weight is not the target's: llama.cpp would draft with another one")
     reading = next_token.stitched(source, sample)
     return replace(reading, facts=Facts(max_position_embeddings=source.want("context_length")))
 
@@ -90,7 +91,8 @@ def _alike(found: Tensor, own: Tensor) -> bool:
 
 def _check_sizes(known: dict[str, Any], arch: str, config: Any) -> None:
     rope = config.rope_parameters
-    dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    default = config.hidden_size // config.num_attention_heads  # of llama.cpp and transformers
+    dim = getattr(config, "head_dim", None) or default
     wanted = {
         "nextn_predict_layers": 1,
         "block_count": config.num_hidden_layers + 1,
@@ -105,7 +107,7 @@ def _check_sizes(known: dict[str, Any], arch: str, config: Any) -> None:
         "expert_used_count": getattr(config, "num_experts_per_tok", None),
     }
     for key, value in wanted.items():
-        found = known.get(f"{arch}.{key}")
+        found = known.get(f"{arch}.{key}", default if key == "attention.key_length" else None)
         found = short(found) if isinstance(found, float) else found
         if value is not None and found != value:
             raise Unreadable(f"{arch}.{key} is {found}, the target with one next-token module has {value}")
