@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 
 from deepspec.drafters.network import Network
-from deepspec.export import gguf_checks, reference
+from deepspec.export import gguf_checks, gguf_model, reference
 from deepspec.export.checks import Check
 from deepspec.export.draft import Draft
 from deepspec.export.layout import TOKENIZER_FILES, Layout
-from deepspec.export.readers import block, causal_lm, eagle3, gguf, medusa, next_token
+from deepspec.export.readers import block, causal_lm, eagle3, gguf, gguf_next_token, medusa, next_token
 from deepspec.export.readers.directory import Directory, Facts, Reading, Unreadable
 from deepspec.export.readers.sample import Sample
 
@@ -46,11 +46,13 @@ READERS: dict[str, Read] = {
     "next-token": next_token.stitched,
     "gguf-dflash": gguf.dflash,
     "gguf-eagle3": gguf.draft_eagle3,
+    "gguf-next-token": gguf_next_token.read,
 }
 # Where the engine's files are not a config.json and safetensors: what opens the directory.
 OPENERS: dict[str, Callable[[Path], Directory]] = {
     "gguf-dflash": gguf.open_dflash,
     "gguf-eagle3": gguf.open_eagle3,
+    "gguf-next-token": gguf_next_token.open_module,
 }
 # Read by transformers, which accounts for weights.
 MODELS: dict[str, Callable[[Path, Sample], Reading]] = {
@@ -116,7 +118,7 @@ def _compare(draft: Draft, layout: Layout, path: Path, samples: list[Sample]) ->
         readings = [read(source, sample) for sample in samples]
         checks += [_weights(source), *_facts(draft, readings[0].facts)]
         if layout.reader in OPENERS:
-            checks += gguf_checks.confidence(draft, source)
+            checks += gguf_checks.confidence(draft, source) + gguf_checks.module(draft, network, source)
         explain = lambda: _explain(draft, network, source, read, samples[0], wanted[0])  # noqa: E731
     checks.append(_length(draft, readings[0].facts))
     errors = [_error(draft, r, w) for r, w in zip(readings, wanted, strict=True)]
@@ -131,7 +133,10 @@ def _compare(draft: Draft, layout: Layout, path: Path, samples: list[Sample]) ->
 
 
 def _gguf(draft: Draft, path: Path, sample: Sample) -> list[Check]:
-    return gguf_checks.tokenizer(draft, gguf.draft_file(path)) + gguf_checks.target(path, sample)
+    checks = gguf_checks.tokenizer(draft, gguf.draft_file(path), splits=draft.kind != "mtp")
+    if gguf_model.is_converted(draft.target):  # by llama.cpp's converter, to what no reader here knows
+        return checks
+    return checks + gguf_checks.target(path, sample)
 
 
 def _error(draft: Draft, reading: Reading, wanted: Tensor) -> float:
