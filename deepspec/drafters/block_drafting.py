@@ -67,7 +67,7 @@ class BlockDrafter(Drafter, Generic[M]):
         self._kv = PackedLinear(torch.cat([w.weight for a in attentions for w in (a.k_proj, a.v_proj)]))
         self._k_norms = [frozen_norm(a.k_norm) for a in attentions]
         self._blocks = [self.fused(layer) for layer in model.decoder_layers()]
-        self._norm, self.head = frozen_norm(model.norm), PackedLinear(model.head)
+        self._norm, self.head = frozen_norm(model.norm), model.packed_head()
         self.vocabulary = model.vocabulary()
 
     def absorb(self, cache: KVCache, rows: list[int], starts: list[int], features: list[Tensor]) -> None:

@@ -26,6 +26,7 @@ from deepspec.export.readers.directory import Directory, Facts, Reading, Unreada
 from deepspec.export.readers.sample import Sample
 
 TOLERANCE = 1e-3
+ROUNDED = 0.02  # distance of two laws in the mean, of the same head rounded in two ways
 Read = Callable[[Directory, Sample], Reading]
 READERS: dict[str, Read] = {
     "vllm-eagle3": eagle3.vllm,
@@ -119,6 +120,8 @@ def _compare(draft: Draft, layout: Layout, path: Path, samples: list[Sample]) ->
             checks += gguf_checks.confidence(draft, source)
         explain = lambda: _explain(draft, network, source, read, samples[0], wanted[0])  # noqa: E731
     checks.append(_length(draft, readings[0].facts))
+    if layout.network and draft.config.get("head_rank"):
+        checks.append(_product(draft, samples))
     errors = [_error(draft, r, w) for r, w in zip(readings, wanted, strict=True)]
     error = max(errors)
     places = sum(len(sample.anchors) * sample.gamma for sample in samples)
@@ -142,6 +145,18 @@ def _error(draft: Draft, reading: Reading, wanted: Tensor) -> float:
             f"the engine drafts {list(found.shape)} logits, the trained draft {list(wanted.shape)}"
         )
     return float((found - wanted).detach().abs().nan_to_num(torch.inf, torch.inf).max())
+
+
+def _product(draft: Draft, samples: list[Sample]) -> Check:
+    """Check that a head of low rank says the same when it is multiplied out and rounded."""
+    dense = reference.with_dense_head(draft.network, draft.dtype)
+    laws = [
+        torch.cat([reference.logits(model, sample).flatten(0, 1) for sample in samples]).softmax(-1)
+        for model in (draft.network, dense)
+    ]
+    apart = float((laws[0] - laws[1]).abs().sum(-1).mean() / 2)
+    said = f"multiplied out in {draft.dtype_name} the head takes {apart:.1e} from an accepted token's chance"
+    return Check("head", apart <= ROUNDED, said if apart <= ROUNDED else f"{said} ({ROUNDED:g} allowed)")
 
 
 def _weights(source: Directory) -> Check:

@@ -305,6 +305,15 @@ def whole_context(draft: Described) -> None:
         )
 
 
+def targets_head(draft: Described) -> None:
+    """Refuse a block drafter with a head of its own, where SGLang's have the target's."""
+    if draft.network.config.head_rank:
+        raise Refused(
+            "SGLang drafts blocks with the target's head, and this draft's is its own, of low rank; train with "
+            "head_rank: null, or export to vllm or llamacpp"
+        )
+
+
 def layers_alike(draft: Described) -> None:
     """Refuse a block drafter whose layers see different parts of the context."""
     config = draft.network.config
@@ -360,8 +369,8 @@ CHECKS: dict[str, dict[str, tuple[Check, ...]]] = {
     "sglang": {
         "eagle3": (*EAGLE3, plain_norms, three_layers, above_layer_0),
         "mtp": (of_a_known_family,),
-        "dflash": (*DFLASH, whole_context),
-        "dspark": (*DSPARK, whole_context, from_anchor),
+        "dflash": (*DFLASH, whole_context, targets_head),
+        "dspark": (*DSPARK, whole_context, from_anchor, targets_head),
         **dict.fromkeys(("lm", "lookup", "suffix"), ()),
     },
     "tgi": dict.fromkeys(("medusa", "lookup", "suffix"), ()),

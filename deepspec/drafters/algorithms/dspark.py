@@ -7,8 +7,8 @@ they predict). A Markov head adds B_k = W₂ W₁[x_{k−1}], so token k is draw
 confidence head predicts c_k, the chance that token k survives verification, without seeing it.
 
 Directories have the format of DeepSeek's releases (`Qwen3DSparkModel`, embeddings left to the target); a draft that
-they do not have, with `context_skip`, causal or windowed layers, or masks that alone predict, names another
-architecture.
+they do not have, with `context_skip`, causal or windowed layers, a head of low rank, or masks that alone predict, names
+another architecture.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ class DSparkModel(BlockModel):
             self.markov_head.set_scale()
 
     def outputs(self, hidden: Tensor, previous: Tensor) -> Outputs:
-        factors, embedded, confidence = [(hidden, self.head)], None, None
+        factors, embedded, confidence = [self.head_factor(hidden)], None, None
         if self.markov_head is not None:
             embedded = self.markov_head.markov_w1(previous)
             factors.append((self.markov_head.unrolled(embedded, hidden), self.markov_head.markov_w2.weight))
