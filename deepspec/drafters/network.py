@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import MISSING, fields
 from functools import reduce
 from operator import add
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, Self
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +19,8 @@ from deepspec.drafters.rope import Rope, followed_rope
 from deepspec.target.ends import Ends
 from deepspec.target.fused import PackedLinear
 from deepspec.target.head import PLAIN
+from deepspec.target.model import Target
+from deepspec.target.native.layer import Norm
 
 SHARED = frozenset({"embed_tokens.weight", "lm_head.weight"})  # absent from a draft's file: the target's own
 
@@ -29,8 +31,11 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(size))
         self.variance_epsilon = eps
 
+    drafts = False  # in our kernels, where they are
+
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.variance_epsilon)
+        norm = Norm(self.weight.to(x.dtype), self.variance_epsilon)
+        return norm(x) if self.drafts else norm.by_torch(x)
 
 
 class MLP(nn.Module):
@@ -156,6 +161,13 @@ class Network(nn.Module):
     def looked_up(self) -> list[Tensor]:
         """Its weights of which a pass reads some rows and multiplies none."""
         return [module.weight for module in self.modules() if isinstance(module, nn.Embedding)]
+
+    def for_drafting(self, target: Target) -> Self:
+        """Take it to a target's device and precision, for inference alone."""
+        for module in self.modules():
+            if isinstance(module, RMSNorm):
+                module.drafts = True
+        return self.to(target.device, target.dtype)
 
     def outputs(self, hidden: Tensor, previous: Tensor) -> Outputs:
         """For hidden states [..., γ, d] of blocks and the tokens before each, int64 [..., γ]."""
