@@ -32,7 +32,6 @@ SPLITS = {  # pre-tokenizer of tokenizer.json, with its pattern → llama.cpp's 
 GGUF_ARCHITECTURES = ("llama", "qwen3")  # which of llama.cpp's carry the same name
 GGUF_MODULES = (
     "qwen3_5_text",
-    "qwen3_5_moe_text",
     "qwen3_next",
     "glm4_moe",
 )  # whose next-token modules llama.cpp runs
