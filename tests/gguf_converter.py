@@ -17,7 +17,6 @@ from safetensors.torch import load_file
 
 ARCHITECTURES = {
     "Qwen3_5ForCausalLM": "qwen35",
-    "Qwen3_5MoeForCausalLM": "qwen35moe",
     "Qwen3NextForCausalLM": "qwen3next",
     "Glm4MoeForCausalLM": "glm4moe",
 }

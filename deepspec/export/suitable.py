@@ -30,12 +30,7 @@ SPLITS = {  # pre-tokenizer of tokenizer.json, with its pattern → llama.cpp's 
     ("Split", "ByteLevel", _LLAMA3.replace("{1,3}", "")): "qwen2",
 }
 GGUF_ARCHITECTURES = ("llama", "qwen3")  # which of llama.cpp's carry the same name
-GGUF_MODULES = (
-    "qwen3_5_text",
-    "qwen3_5_moe_text",
-    "qwen3_next",
-    "glm4_moe",
-)  # whose next-token modules llama.cpp runs
+GGUF_MODULES = ("qwen3_5_text", "qwen3_next", "glm4_moe")  # whose next-token modules llama.cpp runs
 CONVERT = "convert it with llama.cpp's convert_hf_to_gguf.py"
 UNTRAINED = ("lookup", "suffix")
 NO_METHOD = {

@@ -40,7 +40,7 @@ class _Family:
 
 _QWEN = _Family(next_token.QWEN, "mtp.", "shared_expert", 1.0)
 _GLM = _Family(next_token.DEEPSEEK, "model.layers.{n}.", "shared_experts")
-_FAMILIES = {"qwen35": _QWEN, "qwen35moe": _QWEN, "qwen3next": _QWEN, "glm4moe": _GLM}
+_FAMILIES = {"qwen35": _QWEN, "qwen3next": _QWEN, "glm4moe": _GLM}
 _LAYER = LAYER | {
     "post_attention_norm": "post_attention_layernorm",
     "ffn_gate_inp": "mlp.gate",
