@@ -14,7 +14,7 @@ import torch
 from accelerate import Accelerator
 
 from deepspec.drafters.network import Network, NormalisedLinear
-from deepspec.drafters.origin import keep_scale
+from deepspec.drafters.origin import Origin, keep_scale
 from deepspec.drafters.registry import algorithms
 from deepspec.drafters.start import channel_std, draft_vocabulary, match_head
 from deepspec.errors import DeepSpecError
@@ -202,7 +202,8 @@ def _vocabulary(network: Network, sequences: Sequences, members: Ints, target: E
 
 def _begin_low_rank(network: Network, features: Features, sequences: Sequences, members: Ints) -> None:
     """Give a head of low rank its first weights, unless they are those of the draft that it goes on from."""
-    if network.low_rank_head is None or (network.origin and network.origin.config.get("head_rank")):
+    origin = network.origin
+    if network.low_rank_head is None or (isinstance(origin, Origin) and origin.config.get("head_rank")):
         return
     states = [features.rows([i])[0][H_LAST].float() for i in members[:_STD_SEQUENCES].tolist()]
     counts = sequences.learnt_counts(members, network.config.vocab_size)
