@@ -20,6 +20,23 @@ DRAFTS = {
         "selector_top_k": 6,
         **SMALL,
     },
+    "dspark-low-rank": {
+        "layers": 1,
+        "block_size": 3,
+        "markov_rank": 4,
+        "target_layer_ids": [0, 1],
+        "head_rank": 8,
+        "draft_vocab_size": 0,
+    },
+    "dflash2-low-rank": {
+        "layers": 1,
+        "block_size": 3,
+        "target_layer_ids": [0, 1],
+        "selector_rank": 8,
+        "selector_top_k": 6,
+        "head_rank": 8,
+        "draft_vocab_size": 0,
+    },
     "dspark-causal": {
         "layers": 2,
         "block_size": 3,

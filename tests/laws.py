@@ -106,7 +106,8 @@ def taught(name: str, target: Target, case: Case, directory: Path, steps: int = 
         hidden = model(features, rows, torch.full((len(rows), 1), anchor))
         outputs = model.outputs(hidden, rows[:, None, anchor:-1])
         total = outputs._replace(candidates=None).logits()[:, 0]  # [rows, γ, vocab]
-        kinds = [total] if outputs.candidates is None else [total, outputs.factors[0][0][:, 0] @ model.head.T]
+        alone, head = outputs.factors[0]
+        kinds = [total] if outputs.candidates is None else [total, alone[:, 0] @ head.T]
         coming = rows[:, anchor + 1 :].flatten()
         losses = [F.cross_entropy(x.flatten(0, 1), coming, reduction="none") for x in kinds]
         loss = (sum(losses) * weights.repeat_interleave(case.length - 1)).mean()

@@ -78,6 +78,8 @@ def rows(directory: Path, plan: Plan) -> Iterator[tuple[str, str]]:
     columns, vocab = config.get("draft_vocab_size"), config.get("vocab_size")
     if columns and vocab and columns < vocab:
         yield "vocabulary", f"{columns} of {vocab} tokens"
+    if config.get("head_rank"):
+        yield "head", f"its own, of rank {config['head_rank']}"
     if scaling := config.get("rope_scaling"):
         said = ", ".join(f"{key} {value}" for key, value in scaling.items())
         yield "rotary embedding", f"base {config['rope_theta']:g}, {said}"
@@ -102,7 +104,8 @@ def _weights(directory: Path, plan: Plan) -> Iterator[tuple[str, str]]:
     )
     names = set(plan.names.values()) if plan.names else set(weights)
     if plan.kind in ("eagle3", "peagle", "dspark", "dflash2"):
-        lacking = [name for name in ("embed_tokens.weight", "lm_head.weight") if name not in names]
+        head = "low_rank_head.up.weight" if plan.config.get("head_rank") else "lm_head.weight"
+        lacking = [name for name in ("embed_tokens.weight", head) if name not in names]
         if lacking:
             yield "from the target", ", ".join(lacking)
     if plan.left_out:

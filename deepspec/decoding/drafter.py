@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from deepspec.decoding.growths import ChainGrowth, ChainLaws
 from deepspec.decoding.request import Sampling
 from deepspec.decoding.shapes import CHAIN, Shape
 from deepspec.decoding.tree import DraftLogits, Growth, Parent, Proposal, grow
@@ -86,7 +87,10 @@ class GrowingSession(Session):
             ask.shape.growth(drafter.vocabulary, ask.sampling, min(ask.room, drafter.block_size), ask.rng)
             for ask in asks
         ]
-        return grow(growths, [ask.anchor for ask in asks], self.laws(asks, growths))
+        anchors, laws = [ask.anchor for ask in asks], self.laws(asks, growths)
+        if isinstance(laws, ChainLaws) and ChainGrowth.draw_at_once(growths, anchors, laws):
+            return [growth.proposal() for growth in growths]
+        return grow(growths, anchors, laws)
 
 
 class Drafter(ABC):

@@ -6,17 +6,37 @@ Each level of a growth costs one ranking or one drawing for all its open nodes t
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from deepspec.decoding.request import Sampling
 from deepspec.decoding.sampling import best, draw, probabilities
-from deepspec.decoding.tree import DraftLogits, Growth, Proposal, Vocabulary
+from deepspec.decoding.tree import DraftLogits, Growth, Parent, Proposal, Vocabulary
 
 _PLAIN = Sampling(temperature=1.0)
 _RUN = 64
 _GUESS = 0.5  # the confidence of a law that comes without one, for choosing among nodes
+
+
+@runtime_checkable
+class ChainLaws(Protocol):
+    """Laws of chains whose tokens can all be drawn at once."""
+
+    def draw(
+        self, rows: list[int], depth: int, anchors: list[int], uniforms: Tensor | None, temperature: float
+    ) -> tuple[list[list[int]], Tensor | None]:
+        """Return columns of tokens, [depth][rows], and the laws [depth, rows, columns] that they were drawn from.
+
+        Args:
+            rows: which requests.
+            uniforms: float64 [depth, rows]; None takes the likeliest tokens, and returns no laws.
+        """
+
+    def confidence(self, parent: Parent) -> float:
+        """Return the chance that a token drawn below a node survives."""
 
 
 class ChainGrowth(Growth):
@@ -24,6 +44,7 @@ class ChainGrowth(Growth):
         super().__init__(vocabulary, sampling, depth)
         self.rng = rng
         self.probs: list[Tensor] = []
+        self.places: list[int] = []
         self.survival: list[float] | None = []
 
     def feed(self, laws: DraftLogits) -> None:
@@ -52,10 +73,37 @@ class ChainGrowth(Growth):
             for (growth, _), column, law, chance in zip(own, columns, probs, chances, strict=True):
                 growth._extend(column, law, chance)
 
+    @classmethod
+    def draw_at_once(cls, growths: Sequence[Growth], anchors: Sequence[int], chains: ChainLaws) -> bool:
+        """Grow fresh chains to their ends, in one call a sampler; False leaves them as they are, where one cannot."""
+        own = [growth for growth in growths if type(growth) is cls]
+        if len(own) < len(growths) or any(growth.sampling.cuts for growth in own):
+            return False
+        together: dict[Sampling, list[int]] = {}
+        for i, growth in enumerate(own):
+            if growth.depth:
+                together.setdefault(growth.sampling, []).append(i)
+        for sampling, rows in together.items():
+            depth, uniforms = max(own[i].depth for i in rows), None
+            if sampling.temperature:
+                drawn = [torch.rand(own[i].depth, generator=own[i].rng, dtype=torch.float64) for i in rows]
+                uniforms = pad_sequence(drawn)  # what is drawn behind a chain's end is not looked at
+            columns, probs = chains.draw(
+                rows, depth, [anchors[i] for i in rows], uniforms, sampling.temperature
+            )
+            for place, i in enumerate(rows):
+                growth, above = own[i], anchors[i]
+                for k in range(growth.depth):
+                    law = None if probs is None else probs[k, place]
+                    growth._extend(columns[k][place], law, chains.confidence(Parent(i, k - 1, above, k)))
+                    above = growth.tokens[-1]
+        return True
+
     def _extend(self, column: int, law: Tensor | None, chance: float | None) -> None:
         """Add a token, the law that it was drawn from and the chance that it stands below its parent."""
         if law is not None:
             self.probs.append(law)
+            self.places.append(column)
         if chance is None or self.survival is None:
             self.survival = None
         else:
@@ -71,6 +119,7 @@ class ChainGrowth(Growth):
             self.tokens,
             probs=torch.stack(self.probs).cpu(),
             columns=self.vocabulary.columns,
+            places=self.places,
             vocab_size=self.vocabulary.size,
             survival=self.survival,
         )

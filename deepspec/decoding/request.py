@@ -31,6 +31,11 @@ class Sampling:
         if not 0 <= self.min_p <= 1:
             raise DeepSpecError(f"min_p must be in [0, 1], found {self.min_p}")
 
+    @property
+    def cuts(self) -> bool:
+        """Whether tokens are left out."""
+        return self.top_k > 0 or self.top_p < 1 or self.min_p > 0
+
 
 @dataclass
 class Request:

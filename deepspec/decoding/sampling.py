@@ -47,16 +47,19 @@ def sample(logits: Tensor, sampling: Sampling, uniform: Callable[[int], float]) 
     below top_p, else drawn again, which is the nucleus' own law. No vocabulary is sorted on the way.
     """
     probs = probabilities(logits, replace(sampling, top_p=1.0, min_p=0.0))
-    cut = sampling.top_p < 1 or sampling.min_p > 0
-    least = sampling.min_p * probs.amax(-1) if cut else None
-    tokens = [-1] * len(probs)
     rows = list(range(len(probs)))
+
+    def drawn_of(part: Tensor) -> Tensor:
+        uniforms = torch.tensor([uniform(row) for row in rows], dtype=torch.float64, device=probs.device)
+        return draw(part, uniforms)
+
+    if sampling.top_p == 1 and sampling.min_p == 0:
+        return drawn_of(probs).tolist()
+    least = sampling.min_p * probs.amax(-1)
+    tokens = [-1] * len(probs)
     while rows:
         part = probs if len(rows) == len(probs) else probs[rows]
-        uniforms = torch.tensor([uniform(row) for row in rows], dtype=torch.float64, device=probs.device)
-        drawn = draw(part, uniforms)
-        if least is None:
-            return drawn.tolist()
+        drawn = drawn_of(part)
         own = part.gather(1, drawn[:, None])
         kept = ~(own[:, 0] < least[rows])  # a NaN is kept: the engine reports it
         if sampling.top_p < 1:

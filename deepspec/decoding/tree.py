@@ -37,6 +37,7 @@ class Proposal:
     probs: Tensor | None = None  # [laws, vocab or len(columns)]
     laws: list[int] | None = None  # node → the row of `probs` it was drawn from; None: node i from row i
     columns: Tensor | None = None  # target id of each column of probs
+    places: list[int] | None = None  # node → the column of its token; None: looked for in `columns`
     vocab_size: int = 0
     survival: list[float] | None = None
     free: bool = False
@@ -70,6 +71,7 @@ class Proposal:
             tokens=[self.tokens[i] for i in nodes],
             parents=[place[self.parents[i]] for i in nodes],
             laws=None if self.probs is None else [laws[i] for i in nodes],
+            places=None if self.places is None else [self.places[i] for i in nodes],
             survival=None if self.survival is None else [self.survival[i] for i in nodes],
         )
 
@@ -104,6 +106,8 @@ class Proposal:
 
     def chance(self, node: int) -> float:
         """Return the probability that node's token had where it was drawn."""
+        if self.places is not None:
+            return float(self.row(node)[self.places[node]])
         token = self.tokens[node]
         return float(self.row(node)[token if self.columns is None else self.columns == token])
 

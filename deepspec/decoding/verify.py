@@ -19,6 +19,7 @@ from torch import Tensor
 from deepspec.decoding.shapes import Chain, Shape
 from deepspec.decoding.tree import Proposal
 from deepspec.errors import DeepSpecError, nearest
+from deepspec.target.native import laws
 
 Law = Callable[[int], Tensor]
 Uniform = Callable[[], float]
@@ -71,10 +72,13 @@ def block(proposal: Proposal, law: Law, uniform: Uniform, pick: Pick) -> tuple[l
     for i, token in enumerate(proposal.tokens):
         chances.append(min(1.0, chances[-1] * float(law(i - 1)[token]) / proposal.chance(i)))
     best = 0
-    for i, mass in enumerate([*_excess_masses(proposal, law, chances), 0.0]):
-        remaining = mass + 1 - chances[i]
-        h = chances[i] if i == gamma else mass / remaining if remaining > 0 else 1.0
-        if i and uniform() < h:
+    for i in range(1, gamma + 1):
+        h = chances[i]
+        if i < gamma:
+            mass = _excess_mass(law(i - 1), proposal.row(i), proposal.columns, h)
+            remaining = mass + 1 - h
+            h = mass / remaining if remaining > 0 else 1.0
+        if uniform() < h:
             best = i
     p = law(best - 1)
     if best < gamma:
@@ -84,22 +88,16 @@ def block(proposal: Proposal, law: Law, uniform: Uniform, pick: Pick) -> tuple[l
     return list(range(best)), pick(p)
 
 
-def _excess_masses(proposal: Proposal, law: Law, chances: list[float]) -> list[float]:
-    """Return Σ (P_i p_{i+1} − q_{i+1})₊ for each token of a sampled chain.
+def _excess_mass(p: Tensor, q: Tensor, columns: Tensor | None, scale: float) -> float:
+    """Return Σ (scale·p − q)₊, q of these columns of p, or of all.
 
-    Tokens that the draft cannot propose are not looked at one by one: theirs is what of p is not its tokens'.
+    Tokens that a draft cannot propose are not looked at one by one: theirs is what of p is not its columns'.
     """
-    if not proposal.tokens:
-        return []
-    places = range(-1, len(proposal.tokens) - 1)
-    columns = proposal.columns
-    p = torch.stack([law(i) if columns is None else law(i)[columns] for i in places])
-    q = torch.stack([proposal.row(i + 1) for i in places])
-    scale = torch.tensor(chances[:-1], dtype=p.dtype)[:, None]
-    mass = (scale * p).sub_(q).clamp_(min=0).sum(-1)
-    if columns is not None:
-        mass += scale[:, 0] * (1 - p.sum(-1)).clamp_(min=0)
-    return mass.tolist()
+    if p.dtype == q.dtype == torch.float32 and laws.can_read(p) and laws.can_read(q):
+        return laws.excess(p, q, columns, scale)
+    own = p if columns is None else p[columns]
+    mass = float((scale * own).sub_(q).clamp_(min=0).sum())
+    return mass if columns is None else mass + scale * max(0.0, 1 - float(own.sum()))
 
 
 def recursive(proposal: Proposal, law: Law, uniform: Uniform, pick: Pick) -> tuple[list[int], int]:

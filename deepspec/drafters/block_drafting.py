@@ -17,7 +17,7 @@ from deepspec.decoding.tree import DraftLogits, Growth, Parent
 from deepspec.drafters.block_network import BlockModel, Layer, normed_by_layer
 from deepspec.drafters.rope import Rope, RopeTable
 from deepspec.target.attention import ForwardPass, KVCache
-from deepspec.target.fused import FusedLayer, PackedLinear, frozen_norm, rotate
+from deepspec.target.fused import FusedLayer, PackedLinear, rotate
 from deepspec.target.model import Target
 
 M = TypeVar("M", bound=BlockModel)
@@ -36,7 +36,7 @@ class BlockDrafter(Drafter, Generic[M]):
         self.vocab_size = target.vocab_size
         self.device, self.dtype = target.device, target.dtype
         with torch.no_grad():
-            model = model.to(self.device, self.dtype)
+            model = model.for_drafting(target)
             self._freeze(model)
             self.freeze_heads(model)
 
@@ -60,14 +60,14 @@ class BlockDrafter(Drafter, Generic[M]):
         """Take weights in the form that reads fastest: joined, packed."""
         self._rope = RopeTable(Rope.of(self.config), self.device, self.dtype)
         self._embed = model.embed_tokens.weight
-        self._fc, self._hidden_norm = PackedLinear(model.fc.folded_weight()), frozen_norm(model.hidden_norm)
+        self._fc, self._hidden_norm = PackedLinear(model.fc.folded_weight()), model.hidden_norm
         self._pads = self._fc.native is None
         self._skip = None if model.context_skip is None else PackedLinear(model.context_skip.weight)
         attentions = [layer.self_attn for layer in model.decoder_layers()]
         self._kv = PackedLinear(torch.cat([w.weight for a in attentions for w in (a.k_proj, a.v_proj)]))
-        self._k_norms = [frozen_norm(a.k_norm) for a in attentions]
+        self._k_norms = [a.k_norm for a in attentions]
         self._blocks = [self.fused(layer) for layer in model.decoder_layers()]
-        self._norm, self.head = frozen_norm(model.norm), PackedLinear(model.head)
+        self._norm, self.head = model.norm, model.packed_head()
         self.vocabulary = model.vocabulary()
 
     def absorb(self, cache: KVCache, rows: list[int], starts: list[int], features: list[Tensor]) -> None:

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from deepspec.drafters.low_rank import LowRankHead
 from deepspec.drafters.network import MLP, Network, NormalisedLinear, RMSNorm, like_target, missing_keys
 from deepspec.drafters.params import BlockParams
 from deepspec.drafters.rope import Scaling, read_rope, written_rope
@@ -55,6 +56,7 @@ class BlockConfig:
     windows: tuple[int, ...] = ()  # of each layer, in places; 0, or none named: the whole context
     # Whether a layer's places see only those before them; none named: both ways.
     causal: tuple[bool, ...] = ()
+    head_rank: int | None = None
 
     @property
     def query_size(self) -> int:
@@ -88,6 +90,7 @@ class BlockConfig:
             mask_token_id=target.vocab_size - 1,
             context_skip=params.context_skip,
             sample_from_anchor=params.sample_from_anchor,
+            head_rank=params.head_rank,
             **seen(params, params.layers),
             **cls.own_sizes(params),
         )
@@ -99,7 +102,7 @@ class BlockConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the `config.json` of DeepSeek's format, every key written out."""
-        last = ("rope_scaling", "windows", "causal")
+        last = ("rope_scaling", "windows", "causal", "head_rank")
         sizes: dict[str, Any] = {}
         for each in fields(BlockConfig):
             sizes |= {} if each.name in last else {each.name: getattr(self, each.name)}
@@ -121,6 +124,7 @@ class BlockConfig:
             "tie_word_embeddings": False,
             **({"windows": list(self.windows)} if self.windows else {}),
             **({"causal": list(self.causal)} if self.causal else {}),
+            **({"head_rank": self.head_rank} if self.head_rank else {}),
         }
 
     def parts(self) -> Mapping[str, Any]:
@@ -130,7 +134,8 @@ class BlockConfig:
     @property
     def architecture(self) -> str:
         """Return what a `config.json` calls it: DeepSeek's class where that can run it."""
-        plain = self.sample_from_anchor and not (self.context_skip or self.windows or self.causal)
+        own = self.context_skip or self.windows or self.causal or self.head_rank
+        plain = self.sample_from_anchor and not own
         return DEEPSEEK if plain else OURS
 
     def window(self, layer: int) -> int | None:
@@ -218,6 +223,7 @@ class BlockModel(Network):
         self.hidden_norm = RMSNorm(d, config.rms_norm_eps)
         self.layers = nn.ModuleList(self.LAYER(config, i) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(d, config.rms_norm_eps)
+        self.low_rank_head = LowRankHead(config) if config.head_rank else None
         self.add_heads()
         self.context_skip = nn.Linear(self.fc.in_features, d, bias=False) if config.context_skip else None
         self.initialise()

@@ -34,6 +34,10 @@ def backbone_as_asked(
     for key, name in (("sliding_window", "windows"), ("causal", "causal")):
         if key in asked:
             changed[name] = wanted[name]
+    if "head_rank" in asked:
+        if config.head_rank:
+            check_kept({"head_rank": params.head_rank}, origin)
+        changed["head_rank"] = params.head_rank
     if "draft_vocab_size" in asked:
         changed["draft_vocab_size"] = min(params.draft_vocab_size or config.vocab_size, config.vocab_size)
     return changed

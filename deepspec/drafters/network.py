@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import MISSING, fields
 from functools import reduce
 from operator import add
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, Self
 
 import torch
 import torch.nn.functional as F
@@ -14,9 +14,13 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from deepspec.decoding.tree import Vocabulary
+from deepspec.drafters.low_rank import LowRankHead
 from deepspec.drafters.rope import Rope, followed_rope
 from deepspec.target.ends import Ends
+from deepspec.target.fused import PackedLinear
 from deepspec.target.head import PLAIN
+from deepspec.target.model import Target
+from deepspec.target.native.layer import Norm
 
 SHARED = frozenset({"embed_tokens.weight", "lm_head.weight"})  # absent from a draft's file: the target's own
 
@@ -27,8 +31,11 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(size))
         self.variance_epsilon = eps
 
+    drafts = False  # in our kernels, where they are
+
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.variance_epsilon)
+        norm = Norm(self.weight.to(x.dtype), self.variance_epsilon)
+        return norm(x) if self.drafts else norm.by_torch(x)
 
 
 class MLP(nn.Module):
@@ -114,6 +121,7 @@ class Network(nn.Module):
     Attributes:
         own_head: a head that is not the target's, of a draft that was published with one; frozen too. `lm_head` stays
             the target's, whose law a loss needs.
+        low_rank_head: a head of low rank, trained, in the place of either.
         own_embeddings: whether `embed_tokens` are such.
         origin: the draft that it begins as (`start: <directory>`).
     """
@@ -127,6 +135,7 @@ class Network(nn.Module):
         self.lm_head = nn.Linear(config.hidden_size, config.draft_vocab_size, bias=False)
         self.register_buffer("draft_ids", torch.arange(config.draft_vocab_size))
         self.own_head: nn.Linear | None = None
+        self.low_rank_head: LowRankHead | None = None
         self.own_embeddings = False
 
     target_transform = PLAIN  # what the target makes of its head's product, for the draft's columns
@@ -151,14 +160,44 @@ class Network(nn.Module):
         """Its weights of which a pass reads some rows and multiplies none."""
         return [module.weight for module in self.modules() if isinstance(module, nn.Embedding)]
 
+    def for_drafting(self, target: Target) -> Self:
+        """Take it to a target's device and precision, for inference alone."""
+        for module in self.modules():
+            if isinstance(module, RMSNorm):
+                module.drafts = True
+        return self.to(target.device, target.dtype)
+
     def outputs(self, hidden: Tensor, previous: Tensor) -> Outputs:
         """For hidden states [..., γ, d] of blocks and the tokens before each, int64 [..., γ]."""
-        return Outputs([(hidden, self.head)])
+        return Outputs([self.head_factor(hidden)])
 
     @property
     def head(self) -> Tensor:
-        """Return the head [draft_vocab, d] that makes its logits."""
+        """Return the head [draft_vocab, d] that makes its logits, where none of low rank does."""
         return (self.own_head or self.lm_head).weight
+
+    def head_factor(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """Return x [..., m] and W [draft_vocab, m] of states [..., d]: the head's logits are x Wᵀ."""
+        if self.low_rank_head is None:
+            return hidden, self.head
+        return self.low_rank_head.down(hidden), self.low_rank_head.up.weight
+
+    def packed_head(self) -> nn.Module:
+        """Return the head for inference: states [..., d] → logits [..., draft_vocab]."""
+        if self.low_rank_head is None:
+            return PackedLinear(self.head)
+        factors = self.low_rank_head.down, self.low_rank_head.up
+        return nn.Sequential(*(PackedLinear(factor.weight) for factor in factors))
+
+    def begin_low_rank(self, states: Tensor, counts: Tensor) -> None:
+        """Begin a head of low rank as what comes nearest to the head that it is in the place of.
+
+        Args:
+            states, counts: see `LowRankHead.begin`.
+        """
+        if self.low_rank_head is not None:
+            self.low_rank_head.begin(self.head, states, counts)
+            self.own_head = None
 
     def take_head(self, weight: Tensor) -> None:
         """Take a head of its own [draft_vocab, d], unless it is the target's but for rounding."""
@@ -191,6 +230,8 @@ class Network(nn.Module):
         if self.own_embeddings:
             left_out.discard("embed_tokens.weight")
         state = self.state_dict()
+        if self.low_rank_head is not None:
+            left_out.add("lm_head.weight")
         if self.own_head is not None:
             left_out.discard("lm_head.weight")
             state["lm_head.weight"] = state.pop("own_head.weight")

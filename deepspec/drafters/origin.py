@@ -41,6 +41,7 @@ NEW = (
     "mlp_conv.",
     "fc_norm.",
     "mask_hidden",
+    "low_rank_head.",
 )
 
 

@@ -22,7 +22,12 @@ from deepspec.target.ends import Ends
 from deepspec.target.weights import read_weights
 
 # A row for each token of the draft vocabulary, and a row for each of the target's.
-BY_COLUMN = ("lm_head.weight", "markov_head.markov_w2.weight", "candidate_selector.successor_codebook")
+BY_COLUMN = (
+    "lm_head.weight",
+    "low_rank_head.up.weight",
+    "markov_head.markov_w2.weight",
+    "candidate_selector.successor_codebook",
+)
 _BY_TOKEN = (
     "embed_tokens.weight",
     "markov_head.markov_w1.weight",

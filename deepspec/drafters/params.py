@@ -17,6 +17,9 @@ START = (
 )
 
 WINDOW = "The draft's layers see so many tokens back, each itself among them; null: the whole context."
+HEAD_RANK = (
+    "A trained head of this rank over the whole vocabulary (`draft_vocab_size: 0`); null: the target's rows."
+)
 ROPE = "Scaled as the target's rotary embedding where that is linear, llama3 or yarn; or `plain`."
 
 
@@ -33,6 +36,7 @@ class BlockParams(TrainedParams):
     block_size: int = Field(7, ge=1, description="γ: tokens drafted per block.")
     target_layer_ids: list[int] | None = Field(None, description="None spreads five over the depth.")
     draft_vocab_size: int = Field(8192, ge=0, description="Most frequent tokens kept; 0 keeps them all.")
+    head_rank: int | None = Field(None, ge=1, description=HEAD_RANK)
     context_skip: bool = Field(
         False, description="Feed the newest target feature into the block's input (our engine only)."
     )

@@ -18,7 +18,7 @@ from deepspec.drafters.registry import algorithms
 from deepspec.errors import DeepSpecError
 from deepspec.evaluation.record import Record
 from deepspec.export.layout import tokenizer_files
-from deepspec.export.reference import network
+from deepspec.export.reference import network, with_dense_head
 from deepspec.target.embedded import EMBEDDED, PREFIX
 from deepspec.target.ends import Ends
 from deepspec.target.identity import target_record
@@ -35,6 +35,7 @@ class Draft:
         checkpoint: the directory as its algorithm loads it.
         record: its deepspec.json; empty for a published draft.
         evaluation: its evaluation record, if there is one.
+        dense_head: whether a head of low rank is seen multiplied out, as engines read one.
     """
 
     name: str
@@ -45,6 +46,7 @@ class Draft:
     digest: str
     target: Ends
     evaluation: Record | None = None
+    dense_head: bool = False
 
     @property
     def config(self) -> dict[str, Any]:
@@ -54,7 +56,8 @@ class Draft:
     @cached_property
     def network(self) -> Network:
         """Load the network as it was trained, in float32."""
-        return network(self.kind, self.checkpoint, self.target, self.dtype)
+        found = network(self.kind, self.checkpoint, self.target, self.dtype)
+        return with_dense_head(found, self.dtype) if self.dense_head else found
 
     @cached_property
     def dtype(self) -> torch.dtype:

@@ -120,6 +120,10 @@ def _export(
     }
 
 
+MULTIPLIED_OUT = (
+    "Its head of low rank is multiplied out, as this engine reads a head: each pass reads the whole matrix, where "
+    "DeepSpec reads two small ones."
+)
 TEMPLATE_FLAGS = {
     "vllm": "--chat-template",
     "speculators": "--chat-template",
@@ -138,7 +142,13 @@ def plan(
     """
     suitable.check(engine, draft)
     plans = llamacpp.plans(options) if options and engine == "llamacpp" else ENGINES[engine]
-    return plans[draft.kind](draft, where, tokens)
+    make = plans[draft.kind]
+    if engine == "hf" or not draft.config.get("head_rank"):
+        return make(draft, where, tokens)
+    dense = replace(draft, dense_head=True)
+    layout = make(dense, where, tokens)
+    network = layout.network or (lambda: dense.network)
+    return replace(layout, network=network, notes=(*layout.notes, MULTIPLIED_OUT))
 
 
 def with_template(layout: Layout, engine: str, where: str) -> Layout:

@@ -9,8 +9,9 @@ from typing import Any
 from safetensors.torch import load_file
 from torch import Tensor
 
+from deepspec.export import converter
 from deepspec.export.gguf import Gguf, Key, interleaved, tokenizer_keys
-from deepspec.export.suitable import gguf_model
+from deepspec.export.suitable import GGUF_ARCHITECTURES, GGUF_MODULES, gguf_model
 from deepspec.target.ends import Ends
 
 LAYER = {
@@ -45,15 +46,33 @@ def model(
     )
 
 
+def check_target(target: Ends, precision: str) -> None:
+    """Refuse a target that cannot be written as GGUF."""
+    if is_converted(target):
+        converter.find(precision)
+    else:
+        gguf_model(target.config.to_dict(), "the target")
+
+
+def is_converted(target: Ends) -> bool:
+    """Return whether llama.cpp's converter writes it, and not we."""
+    kind = target.config.model_type
+    return kind in GGUF_MODULES or (kind not in GGUF_ARCHITECTURES and converter.named())
+
+
 def write_target(target: Ends, precision: str, path: Path) -> None:
-    """Write the target as one GGUF file.
+    """Write the target as one GGUF file, without next-token modules.
 
     Raises:
         Refused: its architecture or tokenizer is not written here.
     """
     source = Path(target.source)
+    check_target(target, precision)
+    if is_converted(target):
+        part = converter.WITHOUT if target.config.model_type in GGUF_MODULES else None
+        converter.find(precision).run(source, path, precision, "target", part)
+        return
     config = json.loads((source / "config.json").read_text())
-    gguf_model(config, "the target")
     weights: dict[str, Tensor] = {}
     for file in sorted(source.glob("*.safetensors")):
         weights |= load_file(file)

@@ -67,23 +67,32 @@ def write(layout: Layout, directory: Path, card: str) -> dict[str, str]:
     """Write the directory in one rename; return name → SHA-256 of its files."""
     with replacing(directory) as scratch:
         scratch.mkdir()
-        for name, source in sorted(layout.copies.items()):
-            shutil.copyfile(source, scratch / name)
-        texts = {"config.json": layout.config, "settings.json": layout.settings, **layout.texts}
-        for name, value in texts.items():
-            if value is not None:
-                (scratch / name).write_text(_json(value))
-        if layout.weights:
-            contiguous = {name: layout.weights[name].contiguous() for name in sorted(layout.weights)}
-            save_file(contiguous, scratch / layout.weights_file, {"format": "pt"})
-        if layout.make:
-            layout.make(scratch)
+        fill(layout, scratch)
         (scratch / CARD).write_text(card)
         for path in scratch.iterdir():
             path.chmod(0o644)
         sums = {path.name: file_digest(path) for path in sorted(scratch.iterdir())}
         (scratch / SUMS).write_text("".join(f"{digest}  {name}\n" for name, digest in sums.items()))
     return sums
+
+
+def fill(layout: Layout, directory: Path, put: Callable[[Path, Path], object] = shutil.copyfile) -> None:
+    """Write a layout's files into an empty directory.
+
+    Args:
+        put: lays a further file, (source, place).
+    """
+    for name, source in sorted(layout.copies.items()):
+        put(source, directory / name)
+    texts = {"config.json": layout.config, "settings.json": layout.settings, **layout.texts}
+    for name, value in texts.items():
+        if value is not None:
+            (directory / name).write_text(_json(value))
+    if layout.weights:
+        contiguous = {name: layout.weights[name].contiguous() for name in sorted(layout.weights)}
+        save_file(contiguous, directory / layout.weights_file, {"format": "pt"})
+    if layout.make:
+        layout.make(directory)
 
 
 def tokenizer_files(target: Path) -> dict[str, Path]:

@@ -4,28 +4,39 @@ DSpark, DFlash and DFlash 2 are its architecture `dflash`, DSpark with a Markov 
 is `eagle3`; a draft LM is a model of its own. Layer ids are inputs of layers, one more than ours; `d2t` holds target
 ids. `dflash` rotates halves as transformers does; `eagle3` and `llama` rotate neighbouring pairs, so the rows of their
 query and key projections go in another order. Embeddings, and a head over the whole vocabulary, are the target's.
+A next-token module has the target's architecture, and llama.cpp's own converter writes it.
 """
 
 from __future__ import annotations
 
 import json
+import shlex
+import shutil
 from collections.abc import Callable, Mapping
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import cast
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from deepspec.decoding.calibration import CALIBRATION
+from deepspec.drafters.algorithms.mtp import MTPModel
 from deepspec.drafters.block_network import BlockConfig
+from deepspec.drafters.checkpoint import stored_weights
 from deepspec.drafters.network import Network
-from deepspec.export import gguf_model, reference, suitable
+from deepspec.export import converter, gguf_model, reference
 from deepspec.export.draft import Draft
 from deepspec.export.formats import lm_of_target_size
 from deepspec.export.gguf import Gguf, Key, check_precision, interleaved, rounded
 from deepspec.export.gguf_model import LAYER
-from deepspec.export.layout import Layout
+from deepspec.export.layout import WEIGHTS, Layout, fill
+from deepspec.export.next_token import stitched
 from deepspec.export.readers.dflash2 import SIZES as SELECTOR
+from deepspec.target.next_token import read_module
 
 ENGINE = "llama.cpp b11549"
 TOP = {
@@ -67,6 +78,7 @@ def plans(options: Options) -> Mapping[str, Plan]:
         "dflash": lambda draft, where, tokens: _dflash(draft, where, tokens, options),
         "dflash2": lambda draft, where, tokens: _dflash(draft, where, tokens, options),
         "eagle3": lambda draft, where, tokens: _eagle3(draft, where, tokens, options),
+        "mtp": lambda draft, where, tokens: _mtp(draft, where, tokens, options),
         "lm": lambda draft, where, tokens: _lm(draft, where, tokens, options),
     }
 
@@ -146,6 +158,47 @@ def _lm(draft: Draft, where: str, tokens: int, options: Options) -> Layout:
     return _beside(draft, replace(layout, network=_rounded(draft, matrices, options.precision)), options)
 
 
+def _mtp(draft: Draft, where: str, tokens: int, options: Options) -> Layout:
+    """Lay out a next-token module: the converter takes it out of a target that has it in the place of its own."""
+    found = converter.find(options.precision)
+    whole, file = stitched(draft, ""), f"draft-{options.precision}.gguf"
+    given = f"{draft.name} draft", converter.MODULE
+
+    def make(path: Path) -> None:
+        model = path / "model"
+        model.mkdir()
+        fill(whole, model, lambda source, place: place.symlink_to(source.resolve()))
+        found.run(model, path / file, options.precision, *given)
+        shutil.rmtree(model)
+
+    run = shlex.join([found.script.name, "TARGET", *found.arguments(file, options.precision, *given)])
+    layout = Layout(
+        "GGUF next-token module",
+        "gguf-next-token",
+        _command(draft, where, file, "draft-mtp", tokens, options),
+        config=whole.config,
+        make=make,
+        copies=draft.tokenizer_files,
+        notes=(f"Written by llama.cpp's converter ({found.identity}): `{run}`.",),
+        network=lambda: _rounded_module(draft, options.precision),
+    )
+    return _beside(draft, layout, options)
+
+
+def _rounded_module(draft: Draft, precision: str) -> Network:
+    """Return the module with its matrices rounded, but those that choose experts, which the converter leaves exact."""
+    network = cast(MTPModel, deepcopy(draft.network))
+    exact = ("mlp.gate.weight", "mlp.shared_expert_gate.weight")
+    weights = {
+        name: rounded(x, precision) if x.dim() == 2 and not name.endswith(exact) else x.float()
+        for name, x in stored_weights(network).items()
+    }
+    with TemporaryDirectory() as directory:
+        save_file(weights, Path(directory) / WEIGHTS)
+        network.take(read_module(Path(directory), network.config.module), draft.name)
+    return network
+
+
 def _layout(
     draft: Draft,
     where: str,
@@ -192,7 +245,7 @@ def _beside(draft: Draft, layout: Layout, options: Options) -> Layout:
     layout = replace(layout, notes=layout.notes + _measured(draft))
     if not options.with_target:
         return layout
-    suitable.gguf_model(draft.target.config.to_dict(), "the target")
+    gguf_model.check_target(draft.target, options.precision)
     make = layout.make
 
     def both(path: Path) -> None:

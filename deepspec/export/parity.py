@@ -17,15 +17,16 @@ import torch
 from torch import Tensor
 
 from deepspec.drafters.network import Network
-from deepspec.export import gguf_checks, reference
+from deepspec.export import gguf_checks, gguf_model, reference
 from deepspec.export.checks import Check
 from deepspec.export.draft import Draft
 from deepspec.export.layout import TOKENIZER_FILES, Layout
-from deepspec.export.readers import block, causal_lm, eagle3, gguf, medusa, next_token
+from deepspec.export.readers import block, causal_lm, eagle3, gguf, gguf_next_token, medusa, next_token
 from deepspec.export.readers.directory import Directory, Facts, Reading, Unreadable
 from deepspec.export.readers.sample import Sample
 
 TOLERANCE = 1e-3
+ROUNDED = 0.02  # distance of two laws in the mean, of the same head rounded in two ways
 Read = Callable[[Directory, Sample], Reading]
 READERS: dict[str, Read] = {
     "vllm-eagle3": eagle3.vllm,
@@ -46,11 +47,13 @@ READERS: dict[str, Read] = {
     "next-token": next_token.stitched,
     "gguf-dflash": gguf.dflash,
     "gguf-eagle3": gguf.draft_eagle3,
+    "gguf-next-token": gguf_next_token.read,
 }
 # Where the engine's files are not a config.json and safetensors: what opens the directory.
 OPENERS: dict[str, Callable[[Path], Directory]] = {
     "gguf-dflash": gguf.open_dflash,
     "gguf-eagle3": gguf.open_eagle3,
+    "gguf-next-token": gguf_next_token.open_module,
 }
 # Read by transformers, which accounts for weights.
 MODELS: dict[str, Callable[[Path, Sample], Reading]] = {
@@ -116,9 +119,11 @@ def _compare(draft: Draft, layout: Layout, path: Path, samples: list[Sample]) ->
         readings = [read(source, sample) for sample in samples]
         checks += [_weights(source), *_facts(draft, readings[0].facts)]
         if layout.reader in OPENERS:
-            checks += gguf_checks.confidence(draft, source)
+            checks += gguf_checks.confidence(draft, source) + gguf_checks.module(draft, network, source)
         explain = lambda: _explain(draft, network, source, read, samples[0], wanted[0])  # noqa: E731
     checks.append(_length(draft, readings[0].facts))
+    if layout.network and draft.config.get("head_rank"):
+        checks.append(_product(draft, samples))
     errors = [_error(draft, r, w) for r, w in zip(readings, wanted, strict=True)]
     error = max(errors)
     places = sum(len(sample.anchors) * sample.gamma for sample in samples)
@@ -131,7 +136,10 @@ def _compare(draft: Draft, layout: Layout, path: Path, samples: list[Sample]) ->
 
 
 def _gguf(draft: Draft, path: Path, sample: Sample) -> list[Check]:
-    return gguf_checks.tokenizer(draft, gguf.draft_file(path)) + gguf_checks.target(path, sample)
+    checks = gguf_checks.tokenizer(draft, gguf.draft_file(path), splits=draft.kind != "mtp")
+    if gguf_model.is_converted(draft.target):  # by llama.cpp's converter, to what no reader here knows
+        return checks
+    return checks + gguf_checks.target(path, sample)
 
 
 def _error(draft: Draft, reading: Reading, wanted: Tensor) -> float:
@@ -142,6 +150,18 @@ def _error(draft: Draft, reading: Reading, wanted: Tensor) -> float:
             f"the engine drafts {list(found.shape)} logits, the trained draft {list(wanted.shape)}"
         )
     return float((found - wanted).detach().abs().nan_to_num(torch.inf, torch.inf).max())
+
+
+def _product(draft: Draft, samples: list[Sample]) -> Check:
+    """Check that a head of low rank says the same when it is multiplied out and rounded."""
+    dense = reference.with_dense_head(draft.network, draft.dtype)
+    laws = [
+        torch.cat([reference.logits(model, sample).flatten(0, 1) for sample in samples]).softmax(-1)
+        for model in (draft.network, dense)
+    ]
+    apart = float((laws[0] - laws[1]).abs().sum(-1).mean() / 2)
+    said = f"multiplied out in {draft.dtype_name} the head takes {apart:.1e} from an accepted token's chance"
+    return Check("head", apart <= ROUNDED, said if apart <= ROUNDED else f"{said} ({ROUNDED:g} allowed)")
 
 
 def _weights(source: Directory) -> Check:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection
 from copy import deepcopy
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -40,6 +41,17 @@ def rounded(model: Network, names: Collection[str], rounding: Callable[[Tensor],
         stored = name.removeprefix("model.") if isinstance(copy, LMModel) else copy.stored_name(name)
         if stored in names:
             parameter.data = rounding(parameter.data)
+    return copy
+
+
+@torch.no_grad()
+def with_dense_head(model: Network, dtype: torch.dtype) -> Network:
+    """Return a copy of the network whose head of low rank is multiplied out and rounded to `dtype`."""
+    copy = deepcopy(model)
+    if (factors := copy.low_rank_head) is not None:
+        copy.lm_head.weight.data = (factors.up.weight @ factors.down.weight).to(dtype).float()
+        copy.low_rank_head = None
+        copy.config = replace(copy.config, head_rank=None)
     return copy
 
 

@@ -30,6 +30,7 @@ SPLITS = {  # pre-tokenizer of tokenizer.json, with its pattern → llama.cpp's 
     ("Split", "ByteLevel", _LLAMA3.replace("{1,3}", "")): "qwen2",
 }
 GGUF_ARCHITECTURES = ("llama", "qwen3")  # which of llama.cpp's carry the same name
+GGUF_MODULES = ("qwen3_5_text", "qwen3_next", "glm4_moe")  # whose next-token modules llama.cpp runs
 CONVERT = "convert it with llama.cpp's convert_hf_to_gguf.py"
 UNTRAINED = ("lookup", "suffix")
 NO_METHOD = {
@@ -56,11 +57,6 @@ NOT_YET = {
         "speculators",
         "mtp",
     ): "a next-token module is served from the target's own checkpoint; export --to vllm",
-    (
-        "llamacpp",
-        "mtp",
-    ): "llama.cpp takes a next-token module inside the target's GGUF, which is not written here; "
-    f"export --to vllm, and {CONVERT}",
 }
 
 
@@ -305,6 +301,15 @@ def whole_context(draft: Described) -> None:
         )
 
 
+def targets_head(draft: Described) -> None:
+    """Refuse a block drafter with a head of its own, where SGLang's have the target's."""
+    if draft.network.config.head_rank:
+        raise Refused(
+            "SGLang drafts blocks with the target's head, and this draft's is its own, of low rank; train with "
+            "head_rank: null, or export to vllm or llamacpp"
+        )
+
+
 def layers_alike(draft: Described) -> None:
     """Refuse a block drafter whose layers see different parts of the context."""
     config = draft.network.config
@@ -334,6 +339,17 @@ def of_a_known_family(draft: Described) -> None:
         )
 
 
+def module_in_gguf(draft: Described) -> None:
+    """Refuse a next-token module of a family whose modules llama.cpp does not run, or that is not read back here."""
+    kind = draft.target.config.model_type
+    if kind not in GGUF_MODULES:
+        why = " (its converter leaves them out)" if kind == "deepseek_v3" else ""
+        raise Refused(
+            f"llama.cpp's next-token modules are written for {', '.join(GGUF_MODULES)}, not for a {kind}{why}; train "
+            "eagle3, or export --to vllm"
+        )
+
+
 Check = Callable[[Described], None]
 PEAGLE: tuple[Check, ...] = (plain_layer, no_window, whole_rope, layers_in_order)
 EAGLE3: tuple[Check, ...] = (*PEAGLE, one_layer)
@@ -360,8 +376,8 @@ CHECKS: dict[str, dict[str, tuple[Check, ...]]] = {
     "sglang": {
         "eagle3": (*EAGLE3, plain_norms, three_layers, above_layer_0),
         "mtp": (of_a_known_family,),
-        "dflash": (*DFLASH, whole_context),
-        "dspark": (*DSPARK, whole_context, from_anchor),
+        "dflash": (*DFLASH, whole_context, targets_head),
+        "dspark": (*DSPARK, whole_context, from_anchor, targets_head),
         **dict.fromkeys(("lm", "lookup", "suffix"), ()),
     },
     "tgi": dict.fromkeys(("medusa", "lookup", "suffix"), ()),
@@ -370,6 +386,7 @@ CHECKS: dict[str, dict[str, tuple[Check, ...]]] = {
         "dflash": (*DFLASH, layers_alike, plain_rope, gguf_tokenizer),
         "dflash2": (*DFLASH, layers_alike, whole_vocabulary, plain_rope, gguf_tokenizer),
         "dspark": (*DSPARK, layers_alike, plain_rope, gguf_tokenizer),
+        "mtp": (of_a_known_family, module_in_gguf),
         "lm": (gguf_draft, gguf_tokenizer),
     },
 }

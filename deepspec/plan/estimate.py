@@ -238,9 +238,9 @@ def _training(params: Params, target: TargetSize, name: str, draft: DraftSize, r
     tokens = rows * length  # of a step
     positions = rows * train.anchors * draft.block * 0.9  # some blocks end with their conversation
     backbone = 6.0 * draft.multiplied * (tokens + positions)
-    laws = (
-        8.0 * target.hidden * draft.columns * positions
-    )  # the draft's forward and backward, the target's forward
+    # Forward and backward of the draft's law, forward of the target's.
+    a_column = 8.0 * target.hidden if draft.head_rank is None else 2.0 * target.hidden + 6.0 * draft.head_rank
+    laws = a_column * draft.columns * positions
     seconds = (backbone + laws) / (rates.flops * TRAINING * rates.devices)
     online = train.features.mode == "online"
     local = online and params.target.engine == "local"

@@ -67,10 +67,12 @@ class DraftSize:
 
     Attributes:
         trained: parameters with gradients.
-        multiplied: those of them that are not looked up (`Network.looked_up`).
+        multiplied: those of them that every token and place multiplies: neither looked up (`Network.looked_up`) nor a
+            head of low rank.
         columns: of its vocabulary.
         block: γ.
         features: layers whose states it reads, the post-norm one left out.
+        head_rank: of a head of its own that is trained; None: the target's.
     """
 
     trained: int
@@ -78,6 +80,7 @@ class DraftSize:
     columns: int
     block: int
     features: int
+    head_rank: int | None = None
 
 
 def measure_target(name: str, config: Any, dtype: torch.dtype) -> TargetSize:
@@ -143,7 +146,10 @@ def measure_draft(section: Any, config: Any, target: TargetSize) -> DraftSize | 
     layers = [layer for layer in sizes.target_layer_ids if layer >= -1]
     trained = sum(p.numel() for p in network.parameters() if p.requires_grad)
     looked_up = sum(p.numel() for p in network.looked_up() if p.requires_grad)
-    return DraftSize(trained, trained - looked_up, sizes.draft_vocab_size, block, len(layers))
+    factors = network.low_rank_head
+    head = 0 if factors is None else factors.up.weight.numel()
+    rank = None if factors is None else factors.up.in_features
+    return DraftSize(trained, trained - looked_up - head, sizes.draft_vocab_size, block, len(layers), rank)
 
 
 def _standalone(section: LMParams, target: TargetSize) -> DraftSize:

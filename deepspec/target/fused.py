@@ -204,9 +204,9 @@ class FusedLayer(nn.Module):
         self.out = _joined(make, attention.o_proj)
         self.gate_up = _joined(make, mlp.gate_proj, mlp.up_proj)
         self.down = _joined(make, mlp.down_proj)
-        self.norms = (frozen_norm(layer.input_layernorm), frozen_norm(layer.post_attention_layernorm))
+        self.norms = (_norm(layer.input_layernorm), _norm(layer.post_attention_layernorm))
         norms = qk_norms(attention)
-        self.qk_norms = None if norms is None else (frozen_norm(norms[0]), frozen_norm(norms[1]))
+        self.qk_norms = None if norms is None else (_norm(norms[0]), _norm(norms[1]))
 
     @cached_property
     def native(self) -> NativeLayer | None:
@@ -273,7 +273,7 @@ def _joined(make: Make, *linears: nn.Linear) -> PackedLinear | Int4Linear:
     return make(torch.cat([linear.weight for linear in linears]), bias)
 
 
-def frozen_norm(norm: LlamaNorm) -> Norm:
+def _norm(norm: LlamaNorm) -> Norm:
     """Take an RMSNorm for inference."""
     return Norm(norm.weight.detach(), norm.variance_epsilon)
 

@@ -14,7 +14,7 @@ import torch
 from accelerate import Accelerator
 
 from deepspec.drafters.network import Network, NormalisedLinear
-from deepspec.drafters.origin import keep_scale
+from deepspec.drafters.origin import Origin, keep_scale
 from deepspec.drafters.registry import algorithms
 from deepspec.drafters.start import channel_std, draft_vocabulary, match_head
 from deepspec.errors import DeepSpecError
@@ -24,7 +24,7 @@ from deepspec.features.read import read_sequences
 from deepspec.features.sequences import Ints, Sequences
 from deepspec.features.served import ServedFeatures, ServedStates
 from deepspec.features.states import EngineStates, engine_layers
-from deepspec.target.ends import Ends
+from deepspec.target.ends import H_LAST, Ends
 from deepspec.target.memory import give_back_freed_memory
 from deepspec.target.model import Target
 from deepspec.training.batches import Batches
@@ -40,7 +40,7 @@ logger = logging.getLogger(__name__)
 WORK = Path(".deepspec")
 DATA = Path("data/distill")
 _BEGINS = {"target": "as the target's last layers", "random": "at random"}
-_STD_SEQUENCES = 48  # over which the deviation of the features' channels is taken
+_STD_SEQUENCES = 48  # over which deviations of states are taken
 
 
 @dataclass(frozen=True)
@@ -145,6 +145,7 @@ def prepare(
     )
     heldout, members = split(sequences, params.train.heldout, params.seed)
     network.share(target, _vocabulary(network, sequences, members, target))
+    _begin_low_rank(network, features, sequences, members)
     if network.start and accelerator.is_main_process:
         logger.info("%s begins %s", name, _BEGINS.get(network.start, f"as {network.start}"))
     joins: object = getattr(network, "fc", None)
@@ -197,6 +198,16 @@ def _vocabulary(network: Network, sequences: Sequences, members: Ints, target: E
         return origin.ids
     counts = sequences.learnt_counts(members, config.vocab_size)
     return draft_vocabulary(counts, config.draft_vocab_size, target.stop_ids)
+
+
+def _begin_low_rank(network: Network, features: Features, sequences: Sequences, members: Ints) -> None:
+    """Give a head of low rank its first weights, unless they are those of the draft that it goes on from."""
+    origin = network.origin
+    if network.low_rank_head is None or (isinstance(origin, Origin) and origin.config.get("head_rank")):
+        return
+    states = [features.rows([i])[0][H_LAST].float() for i in members[:_STD_SEQUENCES].tolist()]
+    counts = sequences.learnt_counts(members, network.config.vocab_size)
+    network.begin_low_rank(torch.cat(states), torch.from_numpy(counts))
 
 
 def _online(

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from deepspec.decoding.drafter import DraftRequest
+from deepspec.decoding.growths import ChainGrowth
 from deepspec.decoding.request import Sampling
 from deepspec.decoding.shapes import BestFirst, Chain
 from deepspec.drafters.algorithms.dspark import DSparkConfig, DSparkDrafter, DSparkModel
@@ -22,6 +23,7 @@ from deepspec.drafters.checkpoint import (
 )
 from deepspec.drafters.load import load_drafter
 from deepspec.errors import DeepSpecError
+from deepspec.kernels import kernels
 from deepspec.target.model import load_target
 from tests.tiny import cached_target, make_draft
 
@@ -245,3 +247,51 @@ def test_feature_layers_never_include_the_last():
 def test_saved_weights_are_safetensors_without_the_embeddings(published, tmp_path):
     save_file(stored_weights(make_draft(published)), tmp_path / "x.safetensors")
     assert "embed_tokens.weight" not in load_file(tmp_path / "x.safetensors")
+
+
+@pytest.fixture(scope="module")
+def drawing():
+    if kernels() is None:
+        pytest.skip("no kernels here")
+    target = load_target(cached_target("llama"), dtype="bfloat16", device="cpu")
+    model = make_draft(target, block_size=5, markov_rank=8, draft_vocab_size=128)
+    model.markov_head.markov_w2.weight.data.normal_()
+    drafter = DSparkDrafter(model, target)
+    assert drafter.chains is not None
+    return drafter
+
+
+class TestChainsAtOnce:
+    """Where the kernels run, all tokens of all chains are drawn in one call."""
+
+    def proposals(self, drafter, samplings, at_once, monkeypatch):
+        if not at_once:
+            monkeypatch.setattr(ChainGrowth, "draw_at_once", lambda *_: False)
+        session, asks = drafter.session(len(samplings)), []
+        rng = torch.Generator().manual_seed(1)
+        width = len(drafter.layers) * drafter.config.hidden_size
+        for row, sampling in enumerate(samplings):
+            session.begin(row)
+            session.extend(row, list(range(7)), torch.randn(7, width, generator=rng).bfloat16())
+            generator = torch.Generator().manual_seed(row)
+            asks.append(DraftRequest(row, 20 + row, sampling, generator, room=9 if row else 3, shape=Chain()))
+        found = session.propose(asks)
+        return found, [float(torch.rand((), generator=ask.rng)) for ask in asks]
+
+    @pytest.mark.parametrize("temperatures", [(0.0,), (1.0,), (0.0, 0.7, 1.0, 0.7, 0.0)])
+    def test_they_are_those_grown_place_by_place(self, drawing, temperatures, monkeypatch):
+        samplings = [Sampling(temperature) for temperature in temperatures]
+        (ours, after), (theirs, then) = (
+            self.proposals(drawing, samplings, at_once, monkeypatch) for at_once in (True, False)
+        )
+        assert after == then  # each took as many numbers from its generator
+        for mine, wanted in zip(ours, theirs, strict=True):
+            assert mine.tokens == wanted.tokens and mine.survival == wanted.survival
+            assert (mine.probs is None) == (wanted.probs is None)
+            assert mine.probs is None or torch.equal(mine.probs, wanted.probs)
+        assert len(ours[0].tokens) == 3 and all(len(other.tokens) == 5 for other in ours[1:])
+
+    def test_a_sampler_that_cuts_is_grown_place_by_place(self, drawing, monkeypatch):
+        found, _ = self.proposals(drawing, [Sampling(1.0, top_k=1), Sampling(1.0)], True, monkeypatch)
+        assert ((found[0].probs > 0).sum(-1) < 5).all()  # but for equals, one
+        assert len(found[1].tokens) == 5

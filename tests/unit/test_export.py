@@ -117,7 +117,7 @@ def test_two_exports_of_a_draft_have_the_same_bytes(kind, target, tmp_path):
         ("mtp", "vllm", {}, "engines run next-token modules of families whose checkpoints bring them"),
         ("mtp", "tgi", {}, "train medusa"),
         ("mtp", "speculators", {}, "export --to vllm"),
-        ("mtp", "llamacpp", {}, "convert_hf_to_gguf"),
+        ("mtp", "llamacpp", {}, "engines run next-token modules of families whose checkpoints bring them"),
         ("eagle3", "vllm", {"sliding_window": 9}, "its attention has a window"),
         ("dflash", "sglang", {"causal": True}, "causal: false"),
         ("dspark", "vllm", {"sliding_window": 9}, "no sliding_window"),

@@ -223,7 +223,7 @@ def test_a_gguf_has_the_targets_tokens_and_template(drafts, target, tmp_path):
         ("eagle3", {"version": "3.1"}, 'version: "3"'),
         ("dflash2", {"draft_vocab_size": 64}, "draft_vocab_size: 0"),
         ("dflash2", {"selector_top_k": 16}, "wants a width of 272 for selector_top_k 16"),
-        ("medusa", {}, "train eagle3, dflash, dflash2, dspark or lm"),
+        ("medusa", {}, "train eagle3, dflash, dflash2, dspark, mtp or lm"),
     ],
 )
 def test_what_llama_cpp_cannot_run_is_refused_in_a_line(kind, sizes, says, target, tmp_path):

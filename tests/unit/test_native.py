@@ -310,6 +310,22 @@ def test_a_draw_is_the_exact_inverse_cdf_and_what_cannot_come_never_does():
 
 
 @needed
+@pytest.mark.parametrize("width", [1, 15, 300, 2000])
+def test_the_mass_above_a_drafts_law_is_the_exact_one(width):
+    rng = torch.Generator().manual_seed(0)
+    p = torch.rand(3000, generator=rng) ** 4
+    p /= p.sum()
+    columns = torch.randperm(3000, generator=rng)[:width]
+    q = torch.rand(width, generator=rng)
+    q /= q.sum()
+    whole = torch.zeros(3000).index_put((columns,), q)
+    for scale in (1.0, 0.3):
+        exact = float((scale * p.double() - whole.double()).clamp(min=0).sum())
+        assert laws.excess(p, q, columns, scale) == pytest.approx(exact, abs=1e-6)
+        assert laws.excess(p, whole, None, scale) == pytest.approx(exact, abs=1e-6)
+
+
+@needed
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_likeliest_token_is_the_first_of_equals(dtype):
     logits = random(5, 1000).to(dtype)

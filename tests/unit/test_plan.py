@@ -109,6 +109,24 @@ def test_rows_that_are_looked_up_are_not_multiplied():
         assert found.trained - found.multiplied == rank * config.vocab_size
 
 
+def test_a_head_of_low_rank_is_multiplied_by_what_is_drafted_alone():
+    """It is trained, so it has the memory of what is; its work is that of its rank, beside the target's law."""
+    config = AutoConfig.for_model(**CONFIGS["smollm2"])
+    target = measure_target("smollm2", config, torch.bfloat16)
+    section = {"type": "dspark", "draft_vocab_size": 0}
+    plain, low = (
+        measure_draft(algorithms()["dspark"].params(**section, head_rank=rank), config, target)
+        for rank in (None, 64)
+    )
+    assert low.trained - plain.trained == 64 * (config.vocab_size + config.hidden_size)
+    assert low.multiplied - plain.multiplied == 64 * config.hidden_size
+    changes = {"dspark": {"draft_vocab_size": 0}}, {"dspark": {"draft_vocab_size": 0, "head_rank": 64}}
+    whole, cheaper = (
+        planned("smollm2", OURS, changed(drafters=sizes)).of("train dspark") for sizes in changes
+    )
+    assert cheaper.seconds < whole.seconds and cheaper.memory > whole.memory
+
+
 @pytest.mark.parametrize(
     ("rates", "took"),
     [

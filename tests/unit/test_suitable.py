@@ -31,6 +31,8 @@ VARIANTS = {
     "dspark within a window": {"sliding_window": 9},
     "dflash2": {},
     "dflash2 of a few tokens": {"draft_vocab_size": 64},
+    "dflash with a head of low rank": {"draft_vocab_size": 0, "head_rank": 8, "sample_from_anchor": False},
+    "dspark with a head of low rank": {"draft_vocab_size": 0, "head_rank": 8},
     "peagle": {},
     "peagle within a window": {"sliding_window": 9},
     "eagle3 3.1": {"version": "3.1"},

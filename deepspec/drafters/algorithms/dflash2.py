@@ -165,7 +165,7 @@ class DFlash2Model(BlockModel):
     def outputs(self, hidden: Tensor, previous: Tensor) -> Outputs:
         selector = self.candidate_selector
         pairs = (selector.latent(previous, hidden), selector.successor_codebook)
-        return Outputs([(hidden, self.head), pairs], candidates=self.config.selector_top_k)
+        return Outputs([self.head_factor(hidden), pairs], candidates=self.config.selector_top_k)
 
 
 class _Into(nn.Module):

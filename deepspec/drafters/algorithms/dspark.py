@@ -7,8 +7,8 @@ they predict). A Markov head adds B_k = W₂ W₁[x_{k−1}], so token k is draw
 confidence head predicts c_k, the chance that token k survives verification, without seeing it.
 
 Directories have the format of DeepSeek's releases (`Qwen3DSparkModel`, embeddings left to the target); a draft that
-they do not have, with `context_skip`, causal or windowed layers, or masks that alone predict, names another
-architecture.
+they do not have, with `context_skip`, causal or windowed layers, a head of low rank, or masks that alone predict, names
+another architecture.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ from deepspec.drafters.start import resolve_start
 from deepspec.target.ends import Ends
 from deepspec.target.fused import PackedLinear
 from deepspec.target.model import Target
+from deepspec.target.native.laws import Chains
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,7 +92,7 @@ class DSparkModel(BlockModel):
             self.markov_head.set_scale()
 
     def outputs(self, hidden: Tensor, previous: Tensor) -> Outputs:
-        factors, embedded, confidence = [(hidden, self.head)], None, None
+        factors, embedded, confidence = [self.head_factor(hidden)], None, None
         if self.markov_head is not None:
             embedded = self.markov_head.markov_w1(previous)
             factors.append((self.markov_head.unrolled(embedded, hidden), self.markov_head.markov_w2.weight))
@@ -118,58 +119,88 @@ class DSparkDrafter(BlockDrafter[DSparkModel]):
 
     def freeze_heads(self, model: DSparkModel) -> None:
         """Take the Markov head packed, and what the confidence head makes of each token in a table."""
-        self._markov = model.markov_head
-        if self._markov is not None:
-            self._w1 = self._markov.markov_w1.weight
-            self._w2 = PackedLinear(self._markov.markov_w2.weight)
+        self.markov = model.markov_head
+        self.chains: Chains | None = None
+        if self.markov is not None:
+            self.w1 = self.markov.markov_w1.weight
+            self.w2 = PackedLinear(self.markov.markov_w2.weight)
+            if (
+                self.markov.kind == "vanilla"
+                and self.w2.native is not None
+                and model.confidence_head is not None
+            ):
+                self.chains = Chains(self.w1, self.w2.native, self.vocabulary.columns)
         head = model.confidence_head
-        self._confident = head is not None
+        self.confident = head is not None
         if head is not None:
             proj = head.proj
             weight, bias = proj.weight[0].float(), float(proj.bias)
-            self._of_hidden, of_token = weight[: self.config.hidden_size], weight[self.config.hidden_size :]
+            self.of_hidden, of_token = weight[: self.config.hidden_size], weight[self.config.hidden_size :]
             if head.with_markov:
-                self._of_token = (self._w1.float() @ of_token + bias).tolist()  # [vocab]
+                self.of_token = (self.w1.float() @ of_token + bias).tolist()  # [vocab]
             else:
-                self._of_token = [bias] * self.vocab_size
+                self.of_token = [bias] * self.vocab_size
 
     def laws(
         self, hidden: Tensor, asks: list[DraftRequest], growths: list[Growth]
     ) -> Callable[[list[Parent]], DraftLogits]:
         """Return what `grow` asks: the laws of children, from hidden [requests, γ, d] and each parent's token."""
-        base = self.head(hidden)  # [requests, γ, columns]
-        doubts = (hidden.float() @ self._of_hidden).tolist() if self._confident else None  # [requests, γ]
-        states: dict[tuple[int, int], Tensor] = {}  # of the rnn head, after (request, node)
+        return (_Laws if self.chains is None else _ChainLaws)(self, hidden, asks, growths)
 
-        def expand(parents: list[Parent]) -> DraftLogits:
-            depth = parents[0].depth
-            every = len(parents) == len(asks) == 1
-            requests = slice(None) if every else [parent.growth for parent in parents]
-            logits = base[requests, depth]
-            if self._markov is not None:
-                embedded = self._w1[[parent.token for parent in parents]]
-                before = None
-                if self._markov.kind == "rnn" and depth:
-                    before = torch.stack(
-                        [states[p.growth, growths[p.growth].parents[p.node]] for p in parents]
-                    )
-                latents, after = self._markov.step(embedded, hidden[requests, depth], before)
-                if self._markov.kind == "rnn":
-                    states.update({(p.growth, p.node): s for p, s in zip(parents, after, strict=True)})
-                logits = self._w2(latents, logits)
-            if doubts is None:
-                return DraftLogits(logits)
-            return DraftLogits(logits, [self._confidence(doubts, asks[p.growth], p) for p in parents])
 
-        return expand
+class _Laws:
+    """The laws of one proposal each for some requests."""
 
-    def _confidence(self, doubts: list[list[float]], ask: DraftRequest, parent: Parent) -> float:
+    def __init__(
+        self, drafter: DSparkDrafter, hidden: Tensor, asks: list[DraftRequest], growths: list[Growth]
+    ):
+        self.drafter, self.hidden, self.asks, self.growths = drafter, hidden, asks, growths
+        self.base = drafter.head(hidden)  # [requests, γ, columns]
+        self.doubts = (hidden.float() @ drafter.of_hidden).tolist() if drafter.confident else None
+        self.states: dict[tuple[int, int], Tensor] = {}  # of the rnn head, after (request, node)
+
+    def __call__(self, parents: list[Parent]) -> DraftLogits:
+        drafter, depth = self.drafter, parents[0].depth
+        every = len(parents) == len(self.asks) == 1
+        requests = slice(None) if every else [parent.growth for parent in parents]
+        logits = self.base[requests, depth]
+        if drafter.markov is not None:
+            embedded = drafter.w1[[parent.token for parent in parents]]
+            before = None
+            if drafter.markov.kind == "rnn" and depth:
+                before = torch.stack(
+                    [self.states[p.growth, self.growths[p.growth].parents[p.node]] for p in parents]
+                )
+            latents, after = drafter.markov.step(embedded, self.hidden[requests, depth], before)
+            if drafter.markov.kind == "rnn":
+                self.states.update({(p.growth, p.node): s for p, s in zip(parents, after, strict=True)})
+            logits = drafter.w2(latents, logits)
+        if self.doubts is None:
+            return DraftLogits(logits)
+        return DraftLogits(logits, [self.confidence(parent) for parent in parents])
+
+    def confidence(self, parent: Parent) -> float:
         """c_k = σ(wᵀ[h_k; W₁[x_{k−1}]] / t_k)"""
-        logit = doubts[parent.growth][parent.depth] + self._of_token[parent.token]
-        temperatures = self.temperatures.get("greedy" if ask.sampling.temperature == 0 else "sampled")
+        assert self.doubts is not None
+        logit = self.doubts[parent.growth][parent.depth] + self.drafter.of_token[parent.token]
+        greedy = self.asks[parent.growth].sampling.temperature == 0
+        temperatures = self.drafter.temperatures.get("greedy" if greedy else "sampled")
         if temperatures:
             logit /= temperatures[parent.depth]
         return 1 / (1 + math.exp(-min(max(logit, -60.0), 60.0)))
+
+
+class _ChainLaws(_Laws):
+    """The same where the kernels draw whole chains (`decoding.growths.ChainLaws`)."""
+
+    def draw(
+        self, rows: list[int], depth: int, anchors: list[int], uniforms: Tensor | None, temperature: float
+    ) -> tuple[list[list[int]], Tensor | None]:
+        assert self.drafter.chains is not None
+        base = self.base if len(rows) == len(self.base) else self.base[rows]
+        logits = base[:, :depth].transpose(0, 1).contiguous()
+        columns, probs = self.drafter.chains(logits, torch.tensor(anchors), uniforms, temperature)
+        return columns.tolist(), probs
 
 
 def read(checkpoint: Checkpoint, target: Ends) -> DSparkModel:

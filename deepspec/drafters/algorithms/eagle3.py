@@ -300,7 +300,7 @@ class Eagle3Drafter(AutoregressiveDrafter):
         self.vocab_size = target.vocab_size
         self.device, self.dtype = target.device, target.dtype
         with torch.no_grad():
-            model = model.to(self.device, self.dtype)
+            model = model.for_drafting(target)
             self._embed, self._fc = model.embed_tokens.weight, PackedLinear(model.fc.folded_weight())
             self._normed, self._first = model.normed, model.decoder_layers()[0]
             self._layer, *self._further = [FusedLayer(layer) for layer in model.decoder_layers()]

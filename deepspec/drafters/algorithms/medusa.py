@@ -144,7 +144,7 @@ class MedusaDrafter(Drafter):
         self.block_size = model.config.medusa_num_heads
         self.vocab_size = target.vocab_size
         with torch.no_grad():
-            model = model.to(target.device, target.dtype)
+            model = model.for_drafting(target)
             self._states = model.states
             heads: list[Tensor] = [head.get_parameter("weight") for head in model.own_heads] or [model.head]
             self._heads = [PackedLinear(head) for head in heads]

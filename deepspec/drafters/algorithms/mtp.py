@@ -260,7 +260,7 @@ class MTPDrafter(AutoregressiveDrafter):
         self.vocab_size = target.vocab_size
         self.device, self.dtype = target.device, target.dtype
         with torch.no_grad():
-            model = model.to(self.device, self.dtype).eval()
+            model = model.for_drafting(target).eval()
             self._embed, self._head = model.embed_tokens.weight, PackedLinear(model.head)
             self._joined, self._decoder = model.joined, model.decoder
             self._decoder.set_attn_implementation(NAME)

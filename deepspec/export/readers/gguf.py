@@ -75,9 +75,11 @@ def draft_kind(file: Path) -> str:
     from gguf import GGUFReader
 
     arch = keys(file).get("general.architecture")
+    names = {tensor.name for tensor in GGUFReader(file).tensors}
     if arch == "dflash":
-        names = {tensor.name for tensor in GGUFReader(file).tensors}
         return "draft-dspark" if "markov_w1.weight" in names else "draft-dflash"
+    if any(".nextn." in name for name in names):
+        return "draft-mtp"
     return "draft-eagle3" if arch == "eagle3" else "draft-simple"
 
 
@@ -86,6 +88,21 @@ def keys(file: Path) -> dict[str, Any]:
     from gguf import GGUFReader
 
     return {name: field.contents() for name, field in GGUFReader(file).fields.items()}
+
+
+def tensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Read the tensors of a GGUF file by llama.cpp's names, floats in float32, and their types."""
+    from gguf import GGUFReader
+    from gguf.quants import dequantize
+
+    found, kinds = {}, {}
+    for tensor in GGUFReader(file).tensors:
+        kinds[tensor.name] = tensor.tensor_type.name
+        whole = tensor.tensor_type.name.startswith("I")
+        plain = tensor.data if whole else dequantize(tensor.data, tensor.tensor_type)
+        shape = tuple(int(n) for n in tensor.shape[::-1])
+        found[tensor.name] = torch.from_numpy(plain.copy()).reshape(shape)
+    return found, kinds
 
 
 def open_dflash(path: Path) -> Directory:
@@ -174,21 +191,11 @@ ORDERS = {  # what mends the rows of queries and keys → what was wrong with th
 
 def _open(file: Path, arch: str) -> Directory:
     """Read keys and tensors by the readers' names, llama.cpp's defaults filled in."""
-    from gguf import GGUFReader
-    from gguf.quants import dequantize
-
-    reader = GGUFReader(file)
-    known = {name: field.contents() for name, field in reader.fields.items()}
+    known = keys(file)
     if known.get("general.architecture") != arch:
         raise Unreadable(f"general.architecture is {known.get('general.architecture')!r}, not {arch!r}")
-    weights, kinds = {}, {}
-    for tensor in reader.tensors:
-        kinds[tensor.name] = tensor.tensor_type.name
-        whole = tensor.tensor_type.name.startswith("I")
-        plain = tensor.data if whole else dequantize(tensor.data, tensor.tensor_type)
-        weights[_name(tensor.name)] = torch.from_numpy(plain.copy()).reshape(
-            tuple(int(n) for n in tensor.shape[::-1])
-        )
+    held, kinds = tensors(file)
+    weights = {_name(name): weight for name, weight in held.items()}
     for name, kind in kinds.items():
         if (
             (weights[_name(name)].dim() == 1 or name.startswith("conf_proj"))
@@ -208,7 +215,7 @@ def _config(known: dict[str, Any], arch: str) -> dict[str, Any]:
         return known[f"{arch}.{key}"]
 
     config = {ours: want(theirs) for theirs, ours in SIZES.items()}
-    config["rms_norm_eps"] = _short(config["rms_norm_eps"])
+    config["rms_norm_eps"] = short(config["rms_norm_eps"])
     optional = lambda key, default: known.get(f"{arch}.{key}", default)  # noqa: E731
     heads = config["num_attention_heads"]
     dim = optional("attention.key_length", config["hidden_size"] // heads)
@@ -225,7 +232,7 @@ def _config(known: dict[str, Any], arch: str) -> dict[str, Any]:
         "arch": arch,
         "num_key_value_heads": optional("attention.head_count_kv", heads),
         "head_dim": dim,
-        "rope_theta": _short(optional("rope.freq_base", 10000.0)),
+        "rope_theta": short(optional("rope.freq_base", 10000.0)),
         "vocab_size": len(tokens),
         "target_layer_ids": [int(i) - 1 for i in want("target_layers")],
         "block_size": optional("block_size", None),
@@ -311,7 +318,7 @@ def _check_target(source: Directory, sample: Sample) -> None:
         )
 
 
-def _short(value: Any) -> float:
+def short(value: Any) -> float:
     """Return the shortest number that is the same in float32: what was written."""
     return float(str(np.float32(value)))
 

@@ -15,7 +15,7 @@ from deepspec.export.readers.sample import Sample
 
 
 @dataclass(frozen=True)
-class _Names:
+class Names:
     """What engines call the parts of a module, below its prefix."""
 
     joins: str
@@ -26,11 +26,9 @@ class _Names:
     hidden_first: bool = False
 
 
-_STYLES = (
-    _Names("eh_proj", "enorm", "hnorm", "shared_head.norm"),
-    _Names("fc", "pre_fc_norm_embedding", "pre_fc_norm_hidden", "norm", "layers.0."),
-    _Names("input_proj", "token_layernorm", "hidden_layernorm", "final_layernorm", hidden_first=True),
-)
+DEEPSEEK = Names("eh_proj", "enorm", "hnorm", "shared_head.norm")  # GLM's too
+QWEN = Names("fc", "pre_fc_norm_embedding", "pre_fc_norm_hidden", "norm", "layers.0.")
+MIMO = Names("input_proj", "token_layernorm", "hidden_layernorm", "final_layernorm", hidden_first=True)
 
 
 class _Module:
@@ -42,8 +40,8 @@ class _Module:
         config = AutoConfig.from_pretrained(source.path).get_text_config()
         self.decoder: Any = self._decoder(config)
 
-    def _found(self) -> tuple[_Names, str]:
-        for names in _STYLES:
+    def _found(self) -> tuple[Names, str]:
+        for names in (DEEPSEEK, QWEN, MIMO):
             for name in self.source.weights:
                 prefix = name.removesuffix(f".{names.joins}.weight") + "."
                 if prefix != f"{name}." and f"{prefix}{names.hidden_norm}.weight" in self.source.weights:

@@ -139,13 +139,18 @@ class Layer:
 
 
 class Head:
-    """Logits of the draft's columns at their target ids: the file's own head and d2t, or the target's whole head."""
+    """Logits of the draft's columns at their target ids: the file's own head and d2t, or the target's whole head.
+
+    DeepSpec's own directories may have a head of low rank, a product of two matrices.
+    """
 
     def __init__(self, source: Directory, vocab: int, shared: Tensor):
         reduced = (source.config.get("draft_vocab_size") or vocab) < vocab
         self.vocab = vocab
         self.ids: Tensor | None = None
-        own = source.optional("lm_head.weight")
+        rank = source.config.get("head_rank")
+        self.down = source.take("low_rank_head.down.weight", rank, shared.shape[1]) if rank else None
+        own = source.optional("low_rank_head.up.weight" if rank else "lm_head.weight")
         if reduced and own is None:
             raise Unreadable("lm_head.weight is missing: a reduced vocabulary cannot share the target's head")
         if reduced and not source.has("d2t"):
@@ -167,7 +172,8 @@ class Head:
 
     def logits(self, hidden: Tensor, correction: Tensor | float = 0.0) -> Tensor:
         """Return logits [..., vocab] of hidden [..., d]."""
-        columns = hidden @ self.weight.T + correction
+        read = hidden if self.down is None else hidden @ self.down.T
+        columns = read @ self.weight.T + correction
         if self.ids is None:
             return columns
         return columns.new_full((*columns.shape[:-1], self.vocab), -torch.inf).index_copy(

@@ -503,59 +503,74 @@ inline float largest(const Number* x, long count, bool& numbers) {
   return _mm512_reduce_max_ps(most);
 }
 
-// probs = softmax(logits / temperature); what is −∞ has none, and a row with what is not a number has no number.
+// What `softmax_rows` keeps of rows between its parts.
+struct Softmax {
+  long rows, columns, runs;
+  std::vector<float> tops, sums, highest, factors;
+
+  Softmax(long rows, long columns)
+      : rows(rows), columns(columns), runs((columns + RUN - 1) / RUN), tops(rows * runs), sums(rows * runs), highest(rows),
+        factors(rows) {}
+};
+
+// probs = softmax(logits / temperature), by all threads of a team; what is −∞ has none, and a row with what is not a number
+// has no number.
 template <class Number>
-void probabilities(const Number* logits, float* probs, long rows, long columns, float temperature, long threads) {
-  const long runs = (columns + RUN - 1) / RUN;
-  std::vector<float> tops(rows * runs), sums(rows * runs), highest(rows), factors(rows);
+void softmax_rows(const Number* logits, float* probs, float temperature, Softmax& s) {
+  const long rows = s.rows, columns = s.columns, runs = s.runs;
   const __m512 minus = _mm512_set1_ps(-__builtin_inff()), sharp = _mm512_set1_ps(1 / temperature);
-#pragma omp parallel num_threads(threads)
-  {
 #pragma omp for
-    for (long i = 0; i < rows * runs; ++i) {
-      const long row = i / runs, from = i % runs * RUN;
-      bool numbers;
-      const float most = largest(logits + row * columns + from, std::min(RUN, columns - from), numbers);
-      tops[i] = numbers ? most : __builtin_nanf("");
+  for (long i = 0; i < rows * runs; ++i) {
+    const long row = i / runs, from = i % runs * RUN;
+    bool numbers;
+    const float most = largest(logits + row * columns + from, std::min(RUN, columns - from), numbers);
+    s.tops[i] = numbers ? most : __builtin_nanf("");
+  }
+#pragma omp for
+  for (long row = 0; row < rows; ++row) {
+    float most = -__builtin_inff();
+    for (long i = row * runs; i < (row + 1) * runs; ++i)
+      most = s.tops[i] > most || s.tops[i] != s.tops[i] ? s.tops[i] : most;
+    s.highest[row] = most;
+  }
+#pragma omp for
+  for (long i = 0; i < rows * runs; ++i) {
+    const long row = i / runs, from = row * columns + i % runs * RUN, count = std::min(RUN, columns - i % runs * RUN);
+    const __m512 most = _mm512_set1_ps(s.highest[row]);
+    __m512 sum = _mm512_setzero_ps();
+    for (long k = 0; k < count; k += LANES) {
+      const __mmask16 there = lanes(count - k);
+      const __m512 x = logits16(logits + from + k, there);
+      const __mmask16 seen = there & _mm512_cmp_ps_mask(x, minus, _CMP_NEQ_UQ);
+      const __m512 share = _mm512_maskz_mov_ps(seen, exp(_mm512_mul_ps(_mm512_sub_ps(x, most), sharp)));
+      sum = _mm512_add_ps(sum, share);
+      _mm512_mask_storeu_ps(probs + from + k, there, share);
     }
+    s.sums[i] = _mm512_reduce_add_ps(sum);
+  }
 #pragma omp for
-    for (long row = 0; row < rows; ++row) {
-      float most = -__builtin_inff();
-      for (long i = row * runs; i < (row + 1) * runs; ++i) most = tops[i] > most || tops[i] != tops[i] ? tops[i] : most;
-      highest[row] = most;
-    }
+  for (long row = 0; row < rows; ++row) {
+    double sum = 0;
+    for (long i = row * runs; i < (row + 1) * runs; ++i) sum += s.sums[i];
+    s.factors[row] = (float)(1 / sum);
+  }
 #pragma omp for
-    for (long i = 0; i < rows * runs; ++i) {
-      const long row = i / runs, from = row * columns + i % runs * RUN, count = std::min(RUN, columns - i % runs * RUN);
-      const __m512 most = _mm512_set1_ps(highest[row]);
-      __m512 sum = _mm512_setzero_ps();
-      for (long k = 0; k < count; k += LANES) {
-        const __mmask16 there = lanes(count - k);
-        const __m512 x = logits16(logits + from + k, there);
-        const __mmask16 seen = there & _mm512_cmp_ps_mask(x, minus, _CMP_NEQ_UQ);
-        const __m512 share = _mm512_maskz_mov_ps(seen, exp(_mm512_mul_ps(_mm512_sub_ps(x, most), sharp)));
-        sum = _mm512_add_ps(sum, share);
-        _mm512_mask_storeu_ps(probs + from + k, there, share);
-      }
-      sums[i] = _mm512_reduce_add_ps(sum);
-    }
-#pragma omp for
-    for (long row = 0; row < rows; ++row) {
-      double sum = 0;
-      for (long i = row * runs; i < (row + 1) * runs; ++i) sum += sums[i];
-      factors[row] = (float)(1 / sum);
-    }
-#pragma omp for
-    for (long i = 0; i < rows * runs; ++i) {
-      const long row = i / runs, from = row * columns + i % runs * RUN, count = std::min(RUN, columns - i % runs * RUN);
-      const __m512 factor = _mm512_set1_ps(factors[row]);
-      for (long k = 0; k < count; k += LANES) {
-        const __mmask16 there = lanes(count - k);
-        float* at = probs + from + k;
-        _mm512_mask_storeu_ps(at, there, _mm512_mul_ps(_mm512_maskz_loadu_ps(there, at), factor));
-      }
+  for (long i = 0; i < rows * runs; ++i) {
+    const long row = i / runs, from = row * columns + i % runs * RUN, count = std::min(RUN, columns - i % runs * RUN);
+    const __m512 factor = _mm512_set1_ps(s.factors[row]);
+    for (long k = 0; k < count; k += LANES) {
+      const __mmask16 there = lanes(count - k);
+      float* at = probs + from + k;
+      _mm512_mask_storeu_ps(at, there, _mm512_mul_ps(_mm512_maskz_loadu_ps(there, at), factor));
     }
   }
+}
+
+template <class Number>
+void probabilities(const Number* logits, float* probs, long rows, long columns, float temperature, long threads) {
+  Softmax softmax(rows, columns);
+#pragma omp parallel num_threads(threads)
+  softmax_rows(logits, probs, temperature, softmax);
 }
 
 // The column at which the sum of a row's weights first passes `uniform` of all of them; one of weight 0 never is it, unless
@@ -604,6 +619,76 @@ int64_t first_largest(const Number* x, long columns, float* value) {
     if (const __mmask16 at = _mm512_mask_cmp_ps_mask(lanes(columns - k), logits16(x + k, lanes(columns - k)), sought, _CMP_EQ_OQ))
       return k + __builtin_ctz(at);
   return best;
+}
+
+// Σ (scale·p − q)₊ over a vocabulary of which a draft knows some columns: q [width] are theirs, the others have none. p [vocab]
+// sums to 1, so what it has elsewhere is what it lacks here.
+double excess(const float* p, const int64_t* columns, const float* q, long width, float scale) {
+  const __m512 factor = _mm512_set1_ps(scale), zero = _mm512_setzero_ps();
+  double above = 0, here = 0;
+  for (long from = 0; from < width; from += RUN) {
+    __m512 sum = zero, seen = zero;
+    for (long k = from; k < std::min(from + RUN, width); k += LANES) {
+      const __mmask16 there = lanes(width - k);
+      __m512 own;
+      if (columns) {
+        const __mmask8 low = (__mmask8)there, high = (__mmask8)(there >> 8);
+        const __m256 first = _mm512_mask_i64gather_ps(_mm256_setzero_ps(), low, _mm512_maskz_loadu_epi64(low, columns + k), p, 4);
+        const __m256 second =
+            _mm512_mask_i64gather_ps(_mm256_setzero_ps(), high, _mm512_maskz_loadu_epi64(high, columns + k + 8), p, 4);
+        own = _mm512_insertf32x8(_mm512_castps256_ps512(first), second, 1);
+      } else {
+        own = _mm512_maskz_loadu_ps(there, p + k);
+      }
+      seen = _mm512_add_ps(seen, own);
+      const __m512 over = _mm512_sub_ps(_mm512_mul_ps(factor, own), _mm512_maskz_loadu_ps(there, q + k));
+      sum = _mm512_add_ps(sum, _mm512_max_ps(zero, over));  // of two of which one is not a number, the second
+    }
+    above += _mm512_reduce_add_ps(sum);
+    here += _mm512_reduce_add_ps(seen);
+  }
+  return columns ? above + scale * std::max(0., 1 - here) : above;
+}
+
+// What chains are drawn from: logits of each place, to which each token adds a row of a product of two matrices.
+struct Chains {
+  Matrix second;             // [columns, rank]
+  const bf16* first;         // [vocab, rank]
+  const int64_t* ids;        // of the columns, or none where a column is a token
+  const bf16* logits;        // [depth, requests, columns]
+  const int64_t* anchors;    // [requests]
+  const double* uniforms;    // [depth, requests], or none: the likeliest tokens
+  int64_t requests, depth;
+  float temperature;
+  int64_t* columns;          // [depth, requests], of the chains' tokens
+  float* probs;              // [depth, requests, columns] that they were drawn from
+};
+
+// Each token of the chains of all requests, one place after the other.
+void draw_chains(const Chains& c, long threads) {
+  const long width = c.second.out, rank = c.second.in, requests = c.requests;
+  std::vector<bf16> latents(requests * rank), logits(requests * width);
+  std::vector<int64_t> tokens(c.anchors, c.anchors + requests);
+  Softmax softmax(c.uniforms ? requests : 0, width);
+#pragma omp parallel num_threads(threads)
+  for (long k = 0; k < c.depth; ++k) {
+#pragma omp for
+    for (long r = 0; r < requests; ++r)
+      std::memcpy(&latents[r * rank], c.first + tokens[r] * rank, rank * sizeof(bf16));
+    linear(c.second, latents.data(), c.logits + k * requests * width, logits.data(), requests, omp_get_thread_num(),
+           omp_get_num_threads());
+#pragma omp barrier
+    float* probs = c.uniforms ? c.probs + k * requests * width : nullptr;
+    if (probs) softmax_rows(logits.data(), probs, c.temperature, softmax);
+#pragma omp for
+    for (long r = 0; r < requests; ++r) {
+      float unread;
+      const int64_t column = probs ? drawn(probs + r * width, width, c.uniforms[k * requests + r])
+                                   : first_largest(&logits[r * width], width, &unread);
+      c.columns[k * requests + r] = column;
+      tokens[r] = c.ids ? c.ids[column] : column;
+    }
+  }
 }
 
 template <class Number>
@@ -681,6 +766,14 @@ void deepspec_best(const void* logits, int64_t bits, int64_t* tokens, float* val
                    int64_t threads) {
   if (bits == 32) likeliest((const float*)logits, tokens, values, rows, columns, threads);
   else likeliest((const bf16*)logits, tokens, values, rows, columns, threads);
+}
+
+// Chains of all requests, in one call
+void deepspec_chains(const Chains* chains, int64_t threads) { draw_chains(*chains, threads); }
+
+// mass = Σ (scale·p − q)₊ with p [vocab] and q [width] of these columns, or of all
+void deepspec_excess(const float* p, const int64_t* columns, const float* q, int64_t width, float scale, double* mass) {
+  *mass = excess(p, columns, q, width, scale);
 }
 
 }

@@ -6,11 +6,24 @@ A row's results do not depend on the other rows nor on the number of threads, to
 from __future__ import annotations
 
 import ctypes
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from deepspec.kernels import kernels
+from deepspec.target.native.matrix import Matrix, _Matrix, readable
+
+
+class _Chains(ctypes.Structure):
+    _fields_ = (
+        ("second", _Matrix),
+        *((name, ctypes.c_void_p) for name in ("first", "ids", "logits", "anchors", "uniforms")),
+        *((name, ctypes.c_int64) for name in ("requests", "depth")),
+        ("temperature", ctypes.c_float),
+        *((name, ctypes.c_void_p) for name in ("columns", "probs")),
+    )
+
 
 _SHARED = 1 << 15  # numbers from which on threads share the work
 
@@ -58,8 +71,66 @@ def best(logits: Tensor) -> tuple[Tensor, Tensor]:
     return columns, values
 
 
+def excess(p: Tensor, q: Tensor, columns: Tensor | None, scale: float) -> float:
+    """Return Σ (scale·p − q)₊, float32 p [vocab] and q [columns] of these columns, int64, or of all; p sums to 1."""
+    whole, own = p.contiguous(), q.contiguous()
+    known = None if columns is None else columns.data_ptr()
+    mass = ctypes.c_double()
+    _function("excess")(
+        _Pointer(whole.data_ptr()),
+        _Pointer(known),
+        _Pointer(own.data_ptr()),
+        _Long(len(own)),
+        _Float(scale),
+        ctypes.byref(mass),
+    )
+    return mass.value
+
+
+class Chains:
+    """Draws chains from laws softmax(U_k + W₂ W₁[x_{k−1}]), all places of all requests in one call.
+
+    Args:
+        first: W₁, bfloat16 [vocab, rank].
+        second: W₂ [columns, rank].
+        ids: int64, the token of each column; None: the column itself.
+    """
+
+    def __init__(self, first: Tensor, second: Matrix, ids: Tensor | None):
+        self.first = readable("the first factor", first.detach(), (len(first), second.inputs))
+        self.second, self.ids = second, ids
+
+    def __call__(
+        self, logits: Tensor, anchors: Tensor, uniforms: Tensor | None, temperature: float = 1.0
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return the columns of the tokens, int64 [depth, requests], and the laws [depth, requests, columns].
+
+        Args:
+            logits: U, bfloat16 [depth, requests, columns].
+            anchors: int64 [requests].
+            uniforms: float64 [depth, requests] in [0, 1); None takes the likeliest tokens, and returns no laws.
+        """
+        depth, requests, width = logits.shape
+        logits = readable("logits", logits, (depth, requests, self.second.out))
+        columns = anchors.new_empty(depth, requests)
+        probs = None if uniforms is None else logits.new_empty(logits.shape, dtype=torch.float32)
+        given = (
+            None if each is None else each.data_ptr()
+            for each in (self.first, self.ids, logits, anchors, uniforms)
+        )
+        made = columns.data_ptr(), None if probs is None else probs.data_ptr()
+        struct = _Chains(self.second.struct, *given, requests, depth, temperature, *made)
+        threads = torch.get_num_threads() if requests * width * self.second.inputs >= _SHARED else 1
+        _function("chains")(ctypes.byref(struct), _Long(threads))
+        return columns, probs
+
+
 def _call(name: str, rows: Tensor, *rest: ctypes._SimpleCData, heat: ctypes.c_float | None = None) -> None:
     columns = rows.shape[-1]
     threads = torch.get_num_threads() if rows.numel() >= _SHARED else 1
     sizes = _Long(rows.numel() // columns), _Long(columns), *(() if heat is None else (heat,)), _Long(threads)
-    getattr(kernels(), f"deepspec_{name}")(_Pointer(rows.data_ptr()), *rest, *sizes)
+    _function(name)(_Pointer(rows.data_ptr()), *rest, *sizes)
+
+
+def _function(name: str) -> Any:
+    return getattr(kernels(), f"deepspec_{name}")

@@ -53,7 +53,7 @@ class Norm:
         """x / rms(x) · weight, rounded once."""
         library = kernels() if self.takes(x) else None
         if library is None:
-            return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+            return self.by_torch(x)
         rows = x.contiguous()
         made, width = torch.empty_like(rows), len(self.weight)
         sizes = _Long(rows.numel() // width), _Long(width)
@@ -61,13 +61,17 @@ class Norm:
         library.deepspec_norm(*pointers, _Float(self.eps), *sizes)
         return made
 
+    def by_torch(self, x: Tensor) -> Tensor:
+        """Return the same as torch computes it."""
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
     def takes(self, x: Tensor) -> bool:
         """Whether this is for the kernels, if they are there."""
         return (
             x.device.type == "cpu"
             and x.dtype == self.weight.dtype == torch.bfloat16
             and len(self.weight) % LANES == 0
-            and not (x.requires_grad and torch.is_grad_enabled())
+            and not (torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad))
         )
 
 
