@@ -53,7 +53,7 @@ def standard(proposal: Proposal, law: Law, uniform: Uniform, pick: Pick) -> tupl
     """Token-wise rejection of a sampled chain (Leviathan 2023, Chen 2023): accept x with min(1, p(x)/q(x))."""
     for k, token in enumerate(proposal.tokens):
         p = law(k - 1)
-        if uniform() >= float(p[token]) / proposal.chance(k):
+        if not uniform() < float(p[token]) / proposal.chance(k):  # a law that has no numbers accepts nothing
             rest = (p - proposal.law(k)).clamp_(min=0)
             return list(range(k)), pick(rest if float(rest.sum()) > 0 else p)  # p equals q, but for rounding
     last = len(proposal.tokens)
@@ -70,14 +70,15 @@ def block(proposal: Proposal, law: Law, uniform: Uniform, pick: Pick) -> tuple[l
     gamma = len(proposal.tokens)
     chances = [1.0]
     for i, token in enumerate(proposal.tokens):
-        chances.append(min(1.0, chances[-1] * float(law(i - 1)[token]) / proposal.chance(i)))
+        # In this order what is no number stays none, and nothing is accepted by it.
+        chances.append(min(chances[-1] * float(law(i - 1)[token]) / proposal.chance(i), 1.0))
     best = 0
     for i in range(1, gamma + 1):
         h = chances[i]
         if i < gamma:
             mass = _excess_mass(law(i - 1), proposal.row(i), proposal.columns, h)
             remaining = mass + 1 - h
-            h = mass / remaining if remaining > 0 else 1.0
+            h = 1.0 if remaining <= 0 else mass / remaining
         if uniform() < h:
             best = i
     p = law(best - 1)

@@ -201,10 +201,14 @@ def above_layer_0(draft: Described) -> None:
         raise Refused("SGLang has no id for the output of layer 0; train with target_layer_ids from 1 on")
 
 
-def gguf_tokenizer(draft: Described) -> None:
-    """Refuse a tokenizer that llama.cpp has no name for, and a missing package gguf."""
+def gguf_package(draft: Described) -> None:
+    """Refuse where the package gguf is missing."""
     if importlib.util.find_spec("gguf") is None:
         raise Refused("GGUF needs the package gguf; pip install 'deepspec[pipeline]'")
+
+
+def gguf_tokenizer(draft: Described) -> None:
+    """Refuse a tokenizer that llama.cpp has no name for."""
     split_name(json.loads((Path(draft.target.source) / "tokenizer.json").read_text()))
 
 
@@ -356,6 +360,7 @@ EAGLE3: tuple[Check, ...] = (*PEAGLE, one_layer)
 BLOCK: tuple[Check, ...] = (no_skip, whole_rope, layers_in_order)
 DFLASH: tuple[Check, ...] = (*BLOCK, masks_alone)
 DSPARK: tuple[Check, ...] = (*BLOCK, vanilla_markov)
+GGUF: tuple[Check, ...] = (gguf_package, gguf_tokenizer)
 CHECKS: dict[str, dict[str, tuple[Check, ...]]] = {
     "hf": dict.fromkeys(
         ("lm", "eagle3", "peagle", "mtp", "dspark", "dflash", "dflash2", "medusa", "lookup", "suffix"), ()
@@ -382,11 +387,11 @@ CHECKS: dict[str, dict[str, tuple[Check, ...]]] = {
     },
     "tgi": dict.fromkeys(("medusa", "lookup", "suffix"), ()),
     "llamacpp": {
-        "eagle3": (*EAGLE3, plain_norms, three_layers, plain_rope, gguf_tokenizer),
-        "dflash": (*DFLASH, layers_alike, plain_rope, gguf_tokenizer),
-        "dflash2": (*DFLASH, layers_alike, whole_vocabulary, plain_rope, gguf_tokenizer),
-        "dspark": (*DSPARK, layers_alike, plain_rope, gguf_tokenizer),
-        "mtp": (of_a_known_family, module_in_gguf),
-        "lm": (gguf_draft, gguf_tokenizer),
+        "eagle3": (*EAGLE3, plain_norms, three_layers, plain_rope, *GGUF),
+        "dflash": (*DFLASH, layers_alike, plain_rope, *GGUF),
+        "dflash2": (*DFLASH, layers_alike, whole_vocabulary, plain_rope, *GGUF),
+        "dspark": (*DSPARK, layers_alike, plain_rope, *GGUF),
+        "mtp": (of_a_known_family, module_in_gguf, gguf_package),
+        "lm": (gguf_draft, *GGUF),
     },
 }

@@ -117,6 +117,39 @@ def test_a_reduced_vocabulary_decides_as_the_whole_one(rule):
         assert totals(verified(rule, reduced, tables)) == pytest.approx(totals(verified(rule, whole, tables)))
 
 
+@pytest.mark.parametrize("gamma", [1, 2, 3])
+@pytest.mark.parametrize("rule", [standard, block])
+def test_a_reduced_vocabulary_in_single_precision_preserves_the_target_law(rule, gamma):
+    tables, columns = Tables(7), torch.tensor([2, 0])
+
+    def rows(tokens: list[int]) -> torch.Tensor:
+        kept = tables("q", tuple(tokens))[columns]
+        return (kept / kept.sum()).float()
+
+    def run(decisions: Branching) -> Proposal:
+        tokens: list[int] = []
+        places: list[int] = []
+        for _ in range(gamma):
+            places.append(decisions.pick(rows(tokens)))
+            tokens.append(int(columns[places[-1]]))
+        probs = torch.stack([rows(tokens[:k]) for k in range(gamma)])
+        return Proposal.chain(tokens, probs=probs, columns=columns, places=places, vocab_size=VOCAB)
+
+    def single(proposal, law, uniform, pick):
+        return rule(proposal, lambda node: law(node).float(), uniform, pick)
+
+    results = outcomes(single, enumerate_runs(run), tables)
+    assert largest_error(results, tables, gamma + 1) < 1e-6
+
+
+@pytest.mark.parametrize("rule", [standard, block])
+def test_a_draft_whose_law_has_no_numbers_decides_nothing(rule):
+    law = torch.tensor([0.2, 0.3, 0.5], dtype=torch.float64)
+    proposal = Proposal.chain([1, 1], probs=torch.full((2, VOCAB), torch.nan, dtype=torch.float64))
+    accepted, _ = rule(proposal, lambda node: law, lambda: 0.5, lambda weights: int(weights.argmax()))
+    assert accepted == []
+
+
 def totals(results) -> dict[tuple[int, ...], float]:
     found: dict[tuple[int, ...], float] = {}
     for probability, committed in results:

@@ -52,7 +52,7 @@ def probabilities(logits: Tensor, temperature: float) -> Tensor:
 
 def draw(probs: Tensor, uniform: Tensor) -> Tensor:
     """float32 probs [rows, columns] and uniform [rows] in [0, 1) → int64 columns [rows], by inverse CDF."""
-    rows, uniforms = probs.contiguous(), uniform.to(torch.float64).contiguous()
+    rows, uniforms = probs.contiguous(), uniform.to(torch.float64).expand(len(probs)).contiguous()
     made = rows.new_empty(len(rows), dtype=torch.int64)
     _call("draw", rows, _Pointer(uniforms.data_ptr()), _Pointer(made.data_ptr()))
     return made
@@ -98,7 +98,7 @@ class Chains:
 
     def __init__(self, first: Tensor, second: Matrix, ids: Tensor | None):
         self.first = readable("the first factor", first.detach(), (len(first), second.inputs))
-        self.second, self.ids = second, ids
+        self.second, self.ids = second, None if ids is None else ids.contiguous()
 
     def __call__(
         self, logits: Tensor, anchors: Tensor, uniforms: Tensor | None, temperature: float = 1.0
@@ -112,6 +112,7 @@ class Chains:
         """
         depth, requests, width = logits.shape
         logits = readable("logits", logits, (depth, requests, self.second.out))
+        anchors, uniforms = anchors.contiguous(), None if uniforms is None else uniforms.contiguous()
         columns = anchors.new_empty(depth, requests)
         probs = None if uniforms is None else logits.new_empty(logits.shape, dtype=torch.float32)
         given = (
