@@ -59,6 +59,7 @@ class LMModel(Network):
         columns = config.draft_vocab_size
         self.lm_head = nn.Linear(config.hidden_size, columns, bias=False).requires_grad_(False)
         self.register_buffer("draft_ids", torch.arange(columns))
+        self.low_rank_head = None
 
     maps_columns = False  # they are the target's ids, the padding of its vocabulary left out
 
