@@ -9,6 +9,8 @@ os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TRANSFORMERS_OFFL
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import shutil
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,6 +19,14 @@ from deepspec.entry import quiet_environment
 from tests.network import replacements
 
 quiet_environment()
+
+
+@pytest.fixture(autouse=True)
+def no_store_left() -> Iterator[None]:
+    """Forget the store of history that a test named, which MLflow keeps for the process: its server is gone by then."""
+    yield
+    if (mlflow := sys.modules.get("mlflow")) is not None:
+        mlflow.set_tracking_uri(None)
 
 
 @pytest.fixture(scope="session")
