@@ -8,6 +8,7 @@ import os
 os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TRANSFORMERS_OFFLINE="1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import json
 import shutil
 import sys
 from collections.abc import Iterator
@@ -35,6 +36,24 @@ def tiny_target() -> Path:
     from tests.tiny import cached_target
 
     return cached_target()
+
+
+@pytest.fixture
+def answered(tiny_target: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The present directory with a tiny target and 24 random answers, where training looks for them."""
+    import pyarrow as pa
+    import pyarrow.parquet
+    import torch
+
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(tiny_target, "data/target")
+    rng = torch.Generator().manual_seed(0)
+    rows = [torch.randint(2, 500, (24,), generator=rng).tolist() for _ in range(24)]
+    Path("data/distill").mkdir()
+    table = pa.table({"input_ids": rows, "loss_mask": [[0] * 6 + [1] * 18] * len(rows)})
+    pyarrow.parquet.write_table(table, "data/distill/train.parquet")
+    Path("data/distill/manifest.json").write_text(json.dumps({"digest": "d"}))
+    return tmp_path
 
 
 @pytest.fixture(scope="session")

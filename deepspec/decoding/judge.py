@@ -24,14 +24,14 @@ def judge(turns: list[Turn], logits: Tensor, rule: str | None) -> None:
         for turn in turns:
             turn.nodes, turn.token = _walk_best(turn.proposal, tokens[turn.offset :])
     else:
-        _judge_sampled(turns, logits, rule)
+        _judge_sampled(turns, logits, tokens, rule)
     finite = torch.isfinite(highest).tolist()
     for turn in turns:
         if not all(finite[turn.offset : turn.offset + turn.size]):
             turn.slot.error = "the target's logits are not finite"
 
 
-def _judge_sampled(turns: list[Turn], logits: Tensor, rule: str | None) -> None:
+def _judge_sampled(turns: list[Turn], logits: Tensor, likeliest: list[int], rule: str | None) -> None:
     samplings = {turn.slot.request.sampling for turn in turns}
     if not any(turn.proposal.tokens for turn in turns) and len(samplings) == 1:
         tokens = sample(logits, samplings.pop(), lambda row: turns[row].slot.uniform())
@@ -40,8 +40,11 @@ def _judge_sampled(turns: list[Turn], logits: Tensor, rule: str | None) -> None:
         return
     laws = _laws(turns, logits)
     for turn in turns:
-        own = logits[turn.offset : turn.offset + turn.size]
-        turn.nodes, turn.token = _verify(turn, own, laws.get(turn.row), rule)
+        if turn.slot.request.sampling.temperature == 0:
+            turn.nodes, turn.token = _walk_best(turn.proposal, likeliest[turn.offset :])
+        else:
+            own = logits[turn.offset : turn.offset + turn.size]
+            turn.nodes, turn.token = _verify(turn, own, laws.get(turn.row), rule)
 
 
 def _laws(turns: list[Turn], logits: Tensor) -> dict[int, Tensor]:
@@ -62,10 +65,11 @@ def _laws(turns: list[Turn], logits: Tensor) -> dict[int, Tensor]:
 
 
 def _verify(turn: Turn, logits: Tensor, laws: Tensor | None, rule: str | None) -> tuple[list[int], int]:
-    """By the rule that fits the proposal. logits [1 + nodes, vocab]; row node + 1 is the node's, in `laws` too."""
+    """By the rule that fits a sampled request's proposal.
+
+    Row node + 1 of logits [1 + nodes, vocab] is the node's, in `laws` too.
+    """
     slot, proposal, sampling = turn.slot, turn.proposal, turn.slot.request.sampling
-    if sampling.temperature == 0:
-        return _walk_best(proposal, best(logits)[0])
     if laws is None:
         return walk(proposal, lambda node: slot.pick(probabilities(logits[node + 1], sampling)))
     return rule_for(proposal, rule)(proposal, lambda node: laws[node + 1], slot.uniform, slot.pick)

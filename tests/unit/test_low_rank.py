@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 
-import pyarrow as pa
-import pyarrow.parquet
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -216,16 +213,8 @@ def test_inspect_tells_the_rank(target, tmp_path):
 
 
 @pytest.fixture
-def params(tiny_target, tmp_path, monkeypatch) -> Params:
+def params(answered) -> Params:
     """The smoke profile for a few steps of a draft with such a head, where there are a tiny target and answers."""
-    monkeypatch.chdir(tmp_path)
-    shutil.copytree(tiny_target, TARGET)
-    rng = torch.Generator().manual_seed(0)
-    rows = [torch.randint(2, 500, (24,), generator=rng).tolist() for _ in range(24)]
-    Path("data/distill").mkdir()
-    table = pa.table({"input_ids": rows, "loss_mask": [[0] * 6 + [1] * 18] * len(rows)})
-    pyarrow.parquet.write_table(table, "data/distill/train.parquet")
-    Path("data/distill/manifest.json").write_text(json.dumps({"digest": "d"}))
     read = load_params(ROOT / "params.smoke.yaml")
     whole = read.model_dump(by_alias=True)
     whole["drafters"] = {

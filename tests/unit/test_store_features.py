@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import json
-import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
 import accelerate
-import pyarrow as pa
-import pyarrow.parquet
 import pytest
-import torch
 
 from deepspec.config import Params, load_params
 from deepspec.errors import DeepSpecError
@@ -26,16 +21,8 @@ TARGET = Path("data/target")
 
 
 @pytest.fixture
-def params(tiny_target, tmp_path, monkeypatch) -> Params:
+def params(answered) -> Params:
     """The smoke profile for six steps, in a directory with a tiny target and random answers."""
-    monkeypatch.chdir(tmp_path)
-    shutil.copytree(tiny_target, TARGET)
-    rng = torch.Generator().manual_seed(0)
-    rows = [torch.randint(2, 500, (24,), generator=rng).tolist() for _ in range(24)]
-    Path("data/distill").mkdir()
-    table = pa.table({"input_ids": rows, "loss_mask": [[0] * 6 + [1] * 18] * len(rows)})
-    pyarrow.parquet.write_table(table, "data/distill/train.parquet")
-    Path("data/distill/manifest.json").write_text(json.dumps({"digest": "d"}))
     read = load_params(ROOT / "params.smoke.yaml")
     changes = {"steps": 6, "eval_every": 6, "save_every": 6, "real_decode": False}
     return read.model_copy(update={"train": read.train.model_copy(update=changes)})

@@ -27,6 +27,9 @@ constexpr long QUANT = 32;                      // inputs that share a scale
 constexpr long QUANT_BYTES = 256 + 2 * 2 * 16;  // of 16 outputs
 constexpr int TOKENS = 6;                       // of a tile: what 32 registers hold
 
+// Which of 16 lanes are there where `left` numbers are.
+inline __mmask16 lanes(long left) { return left >= LANES ? 0xFFFF : (__mmask16)((1u << left) - 1); }
+
 inline __m512 widen(__m256i x) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16)); }
 inline __m512 load(const bf16* p) { return widen(_mm256_loadu_si256((const __m256i*)p)); }
 inline __m512 load(const bf16* p, __mmask16 m) { return widen(_mm256_maskz_loadu_epi16(m, p)); }
@@ -177,8 +180,7 @@ void product(const Matrix& m, const bf16* x, long tokens, int thread, int thread
 }
 
 inline __mmask16 outputs(const Matrix& m, long block) {
-  const long left = m.out - block * LANES;
-  return left >= LANES ? 0xFFFF : (__mmask16)((1u << left) - 1);
+  return lanes(m.out - block * LANES);
 }
 
 // y [tokens, out] = x Wᵀ + bias + residual
@@ -276,7 +278,7 @@ struct Cache {
 void rotate(bf16* x, const bf16* cos, const bf16* sin, long dim) {
   const long half = dim / 2;
   for (long i = 0; i < half; i += LANES) {
-    const __mmask16 m = half - i >= LANES ? 0xFFFF : (__mmask16)((1u << (half - i)) - 1);
+    const __mmask16 m = lanes(half - i);
     const __m512 low = load(x + i, m), high = load(x + half + i, m);
     const __m512 first = _mm512_fmadd_ps(high, load(sin + i, m), _mm512_mul_ps(low, load(cos + i, m)));
     const __m512 second =
@@ -484,8 +486,6 @@ inline __m512 logits16(const Number* p, __mmask16 m) {
   if constexpr (std::is_same_v<Number, float>) return _mm512_maskz_loadu_ps(m, p);
   else return load(p, m);
 }
-
-inline __mmask16 lanes(long left) { return left >= LANES ? 0xFFFF : (__mmask16)((1u << left) - 1); }
 
 // The largest of a run, and whether all are numbers.
 template <class Number>
