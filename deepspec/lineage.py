@@ -46,6 +46,10 @@ INERT = {
 
 # Imports that cannot change what the importing module computes, with the reason. The closure does not follow them.
 PROVEN = {
+    (
+        "deepspec.stages.generate",
+        "deepspec.features.kept",
+    ): "keeps states beside the answers, which are the same",
     ("deepspec.serving.evaluation", "deepspec.export.draft"): "hands the trained draft to the exporter",
     (
         "deepspec.serving.evaluation",

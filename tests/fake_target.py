@@ -83,7 +83,7 @@ Answer = Callable[[Request], tuple[list[int], str]]
 def scripted_stream(answer: Answer) -> Callable[..., Iterator[Generation]]:
     """Stands in for the engine's `stream`: up to batch_size requests in flight, the newest finishes first."""
 
-    def stream(target, drafter, next_request, batch_size) -> Iterator[Generation]:
+    def stream(target, drafter, next_request, batch_size, recorder=None) -> Iterator[Generation]:
         active: list[Request] = []
         while True:
             while len(active) < batch_size and (request := next_request()) is not None:

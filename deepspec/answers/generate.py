@@ -36,6 +36,7 @@ from deepspec.progress import Progress
 if TYPE_CHECKING:
     from deepspec.config import Params
     from deepspec.decoding.served import Stream
+    from deepspec.features.kept import Keeper
 
 WORK_ROOT = Path(".deepspec/generate")
 
@@ -47,6 +48,7 @@ def generate_data(
     out: str | Path,
     work_root: Path = WORK_ROOT,
     decode: Stream | None = None,
+    keeper: Keeper | None = None,
 ) -> dict | None:
     """Answer `prompts` and write the data set to `out`; an earlier run that was cut off is continued.
 
@@ -54,6 +56,7 @@ def generate_data(
 
     Args:
         decode: decodes the requests of engine `local`; None: the target does it here.
+        keeper: keeps the states of the tokens, where the target answers here.
 
     Returns:
         The manifest; None in all processes but the main one.
@@ -73,7 +76,7 @@ def generate_data(
     }
     directory = Path(work_root) / digest(json.dumps(key, sort_keys=True))
     share = longest_first(rows)[state.process_index :: state.num_processes]
-    _answer_share(target, params, share, directory, state, decode)
+    _answer_share(target, params, share, directory, state, decode, keeper)
     state.wait_for_everyone()
     if not state.is_main_process:
         return None
@@ -140,6 +143,7 @@ def _answer_share(
     directory: Path,
     state: PartialState,
     decode: Stream | None,
+    keeper: Keeper | None,
 ) -> None:
     work: Work = read_work(directory)
     todo = share.arranged(i for i, id in enumerate(share.ids) if id not in work.rows)
@@ -151,7 +155,7 @@ def _answer_share(
         shown=state.is_main_process,
     )
     kinds: dict[str, Callable[..., None]] = {
-        "local": partial(answer_ids, decode=decode),
+        "local": partial(answer_ids, decode=decode, keeper=keeper),
         "openai": openai.answer,
         "given": given.answer,
     }
@@ -161,7 +165,12 @@ def _answer_share(
 
 
 def answer_ids(
-    target: Any, prompts: Sequence[Prompt], params: GenerateParams, sink: Sink, decode: Stream | None = None
+    target: Any,
+    prompts: Sequence[Prompt],
+    params: GenerateParams,
+    sink: Sink,
+    decode: Stream | None = None,
+    keeper: Keeper | None = None,
 ) -> None:
     """Answer prompts by their token ids, in a batch whose free places are filled at once.
 
@@ -169,13 +178,15 @@ def answer_ids(
 
     Args:
         decode: decodes the requests; None: our own engine.
+        keeper: of our own engine's states.
     """
     waiting = deque(range(len(prompts)))  # numbers: a prompt is read when its turn comes
     histories = Histories(target)
     asked: dict[str, Conversation] = {}
     follow_ups: deque[Conversation] = deque()
     sampling = Sampling(params.temperature, params.top_k, params.top_p)
-    decode = decode or partial(stream, target, None, batch_size=params.batch_size)
+    recorder = keeper.recorder if keeper else None
+    decode = decode or partial(stream, target, None, batch_size=params.batch_size, recorder=recorder)
 
     def next_request() -> Request | None:
         conversation = (
@@ -198,7 +209,7 @@ def answer_ids(
     while waiting or follow_ups:
         for generation in decode(next_request):
             conversation = asked.pop(generation.id)
-            if _take(conversation, generation, sink):
+            if _take(conversation, generation, sink, keeper):
                 follow_ups.append(conversation)
 
 
@@ -220,8 +231,11 @@ def _open_next(
     return None
 
 
-def _take(conversation: Conversation, generation: Generation, sink: Sink) -> bool:
+def _take(
+    conversation: Conversation, generation: Generation, sink: Sink, keeper: Keeper | None = None
+) -> bool:
     """Add the answer to its conversation; return whether there is another turn to answer."""
+    recorded = keeper.recorder.take(generation.id) if keeper else None
     try:
         if generation.finish_reason == "error":
             raise UnusableError(generation.error or "the engine reported an error")
@@ -230,6 +244,8 @@ def _take(conversation: Conversation, generation: Generation, sink: Sink) -> boo
         sink.failed(conversation.prompt.id, str(error))
         return False
     if conversation.prompt_ids is None:
+        if keeper and recorded:
+            keeper.keep(conversation.input_ids, recorded)
         sink.finished(conversation)
         return False
     return True

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from deepspec.decoding.drafter import Drafter, DraftRequest
 from deepspec.decoding.judge import judge
+from deepspec.decoding.recorder import Recorder
 from deepspec.decoding.request import Generation, Request, Sampling, Stats
 from deepspec.decoding.round import Round, RoundClock, Turn, padded_size
 from deepspec.decoding.scheduler import Controller
@@ -42,6 +43,7 @@ class Engine:
         on_round: called at the end of each round, for each of its requests.
         timed: wait for a GPU at the end of each part of a round, so that the seconds in `Stats` are of that part;
             it costs speed there. On a CPU they always are.
+        recorder: keeps the states of every token, where nothing is drafted.
     """
 
     def __init__(
@@ -56,9 +58,12 @@ class Engine:
         max_length: int | None = None,
         on_round: Callable[[Round], None] | None = None,
         timed: bool = False,
+        recorder: Recorder | None = None,
     ):
         if batch_size < 1:
             raise DeepSpecError(f"batch_size must be >= 1, found {batch_size}")
+        if drafter and recorder:
+            raise ValueError("states are recorded where nothing is drafted")
         self.target = target
         self.tree = tree or Chain()
         check_rule(verify, self.tree)
@@ -73,7 +78,8 @@ class Engine:
         self.on_round = on_round
         self.timed = timed
         self.session = drafter.session(batch_size) if drafter else None
-        self.layers = drafter.layers if drafter else ()
+        self.recorder = recorder
+        self.layers = drafter.layers if drafter else recorder.layers if recorder else ()
         self.cache = target.cache(batch_size, self)
         self.slots: list[Slot] = []
 
@@ -119,6 +125,8 @@ class Engine:
         began = clock.last
         if self.session:
             self.session.begin(row)
+        if self.recorder:
+            self.recorder.begin(row)
         self.cache.reserve(len(slot.tokens) + slot.limit + MAX_NODES)
         for start in range(self._shared_prefix(slot, row), slot.cached, PREFILL):
             ids = slot.tokens[start : min(start + PREFILL, slot.cached)]
@@ -136,6 +144,8 @@ class Engine:
                 absorbing = clock.now()
                 self.session.extend(row, ids, self._features(run))
                 slot.stats.draft_s += clock.now() - absorbing
+            if self.recorder:
+                self.recorder.prompt(row, cast(Tensor, self._features(run)))
         self.slots.append(slot)
         slot.stats.prefill_s = clock.now() - began - slot.stats.draft_s
 
@@ -144,13 +154,15 @@ class Engine:
 
         Templates and system prompts repeat. A drafter that reads features needs every token's pass, so not then.
         """
-        if self.layers or not self.slots:
+        if (self.layers and not self.recorder) or not self.slots:
             return 0
         lengths = [_common(slot.tokens, other.tokens, min(slot.cached, other.cached)) for other in self.slots]
         source = max(range(len(lengths)), key=lengths.__getitem__)
         self.cache.move(source, row, lengths[source])
         if self.session:
             self.session.extend(row, slot.tokens[: lengths[source]], None)
+        if self.recorder:
+            self.recorder.share(source, row, lengths[source])
         return lengths[source]
 
     def _clock(self) -> RoundClock:
@@ -165,16 +177,22 @@ class Engine:
         4. Commit: tokens to the request, the accepted path to the cache, both and the features to the drafter.
         """
         turns = [Turn(row, slot) for row, slot in enumerate(self.slots)]
+        turns.sort(
+            key=lambda turn: turn.slot.finish_reason is not None
+        )  # those whose last token is left: last
         clock = self._clock()
         if self.session:
             self._draft(turns)
         clock.lap("draft_s")
         run, hidden = self._run_target(turns)
         logits = self.target.logits(hidden[: turns[-1].offset + turns[-1].size])
-        judge(turns, logits, self.verify)
+        open_ = [turn for turn in turns if not turn.slot.finish_reason]
+        judge(open_, logits[: sum(turn.size for turn in open_)], self.verify)
         clock.lap("verify_s")
         features = self._features(run)
-        for turn in turns:
+        if self.recorder and features is not None:
+            self.recorder.step([turn.row for turn in turns], features[: len(turns)], logits)
+        for turn in open_:
             if not turn.slot.error:
                 self._commit(turn, features)
         clock.lap("host_s")
@@ -232,6 +250,7 @@ class Engine:
             torch.tensor([positions], device=device),
             None if chains else tree_mask(parents, starts, max(counts)).to(device),
             cache=self.cache,
+            rows=[turn.row for turn in turns],
             starts=starts,
             counts=counts,
             wanted=self.layers,
@@ -281,14 +300,29 @@ class Engine:
             slot = self.slots[row]
             if not (slot.finish_reason or slot.error):
                 continue
+            if self.recorder and not self._recorded(row, self.recorder):
+                continue
             last = len(self.slots) - 1
             if row != last:
                 self.cache.move(last, row, self.slots[last].cached)
                 if self.session:
                     self.session.move(last, row)
+                if self.recorder:
+                    self.recorder.move(last, row)
                 self.slots[row] = self.slots[last]
             self.slots.pop()
             yield slot.result()
+
+    def _recorded(self, row: int, recorder: Recorder) -> bool:
+        """Close the record of a request that has ended; False: its last token has not been through the target."""
+        slot = self.slots[row]
+        if slot.error:
+            recorder.drop(row)
+        elif not recorder.has_all(row, len(slot.tokens)):
+            return False
+        else:
+            recorder.finish(row, slot.request.id)
+        return True
 
 
 def stream(
@@ -296,9 +330,10 @@ def stream(
     drafter: Drafter | None,
     next_request: Callable[[], Request | None],
     batch_size: int = 1,
+    recorder: Recorder | None = None,
 ) -> Iterator[Generation]:
-    """Decode requests as they come, `batch_size` at once; see `Engine.run`."""
-    return Engine(target, drafter, batch_size=batch_size).run(next_request)
+    """Decode requests as they come, `batch_size` at once; see `Engine`."""
+    return Engine(target, drafter, batch_size=batch_size, recorder=recorder).run(next_request)
 
 
 def generate(

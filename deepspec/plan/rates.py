@@ -41,6 +41,8 @@ class Rates(Section):
     free_disk: float = Field(gt=0, description="Bytes that the disk has room for.")
     devices: int = Field(1, ge=1, description="That work together (`accelerate launch`).")
 
+    kernels: bool = Field(False, description="Our kernels run the target (bfloat16 on such a CPU).")
+
     @property
     def narrow_flops(self) -> float:
         """Return floating-point operations a second of products as decoding has them: a row for each request."""
@@ -92,6 +94,7 @@ def measure(dtype: torch.dtype, root: Path) -> Rates:
         memory=memory,
         free_disk=shutil.disk_usage(root).free,
         devices=torch.cuda.device_count() if cuda else 1,
+        kernels=weights[0].native is not None and not cuda,
     )
 
 

@@ -10,6 +10,7 @@ from deepspec.stages.common import stage
 
 def main(params: Params, flags: argparse.Namespace) -> None:
     from deepspec.answers.generate import generate_data, process_state
+    from deepspec.features.kept import keeper
     from deepspec.stages.body import answering
     from deepspec.target.model import load_where_it_runs
 
@@ -20,7 +21,7 @@ def main(params: Params, flags: argparse.Namespace) -> None:
         with answering(params, target, params.generate.max_length) as decode:
             manifest = generate_data(target, params, *paths, decode=decode)
     else:
-        manifest = generate_data(target, params, *paths)
+        manifest = generate_data(target, params, *paths, keeper=keeper(params, target))
     state.destroy_process_group()
     if manifest:
         print(

@@ -30,6 +30,7 @@ from deepspec.target.checks import check_source, stop_tokens
 from deepspec.target.fused import FusedLayer, LlamaLayer, PackedLinear, is_llama_shaped
 from deepspec.target.head import HeadTransform, head_transform
 from deepspec.target.identity import directory_digest, target_record
+from deepspec.target.native import laws
 from deepspec.target.selftest import STATES, Verdict, kept_verdict, refuse
 from deepspec.target.source import (
     decoder_layers,
@@ -105,6 +106,13 @@ class Ends(Templated, ABC):
         native = self._head.native if self.head_transform.plain else None
         log_norm = native.log_norm if native else lambda part: self.logits(part).float().logsumexp(-1)
         return torch.cat([log_norm(part) for part in hidden.split(256)])
+
+    @torch.inference_mode()
+    def log_norm_of(self, logits: Tensor) -> Tensor:
+        """Logits [n, vocab] of states → float32 [n], to the bit what `log_norm` makes of the states."""
+        if self._head.native and self.head_transform.plain:
+            return laws.log_norm(logits)
+        return logits.float().logsumexp(-1)
 
     @property
     def precision(self) -> str:

@@ -19,6 +19,7 @@ from deepspec.drafters.registry import algorithms
 from deepspec.drafters.start import channel_std, draft_vocabulary, match_head
 from deepspec.errors import DeepSpecError
 from deepspec.features.extract import Extractor
+from deepspec.features.kept import KeptStates
 from deepspec.features.local import CachedFeatures, Features, OnlineFeatures, Share, StateSource
 from deepspec.features.read import read_sequences
 from deepspec.features.sequences import Ints, Sequences
@@ -245,11 +246,17 @@ def stored_features(
     chosen = train.features
     elsewhere = "engine" if chosen.states or served else None
     what = (target, data.sequences, layers, data.digest, chosen.form, elsewhere)
+    share = Share(accelerator.process_index, accelerator.num_processes, accelerator.wait_for_everyone)
     if chosen.directory:
         features = CachedFeatures(Path(chosen.directory), *what)
     else:
         features = CachedFeatures.below(WORK / "features", *what)
-    share = Share(accelerator.process_index, accelerator.num_processes, accelerator.wait_for_everyone)
+        if (
+            elsewhere is None
+            and not features.complete
+            and _stored_kept(target, body, data, layers, chosen.form, share)
+        ):
+            features = CachedFeatures.below(WORK / "features", *what)
 
     def source() -> StateSource:
         if chosen.states is None:
@@ -266,6 +273,27 @@ def stored_features(
             features.build(lambda: states, share)
     give_back_freed_memory()  # the target's layers, if they were there
     return features
+
+
+def _stored_kept(
+    target: Ends,
+    body: Callable[[], Target],
+    data: TrainingData,
+    layers: tuple[int, ...],
+    form: str,
+    share: Share,
+) -> bool:
+    """Make shards of the states that were kept while the target answered, of all their layers; False: none were."""
+    kept = KeptStates.find(target, body, data.sequences, layers, form)
+    share.wait()  # until all have looked
+    if kept is None:
+        return False
+    what = (target, data.sequences, kept.layers, data.digest, form)
+    CachedFeatures.below(WORK / "features", *what).build(lambda: kept, share)
+    share.wait()
+    if share.rank == 0:
+        kept.remove()
+    return True
 
 
 @contextmanager

@@ -99,6 +99,8 @@ def test_the_log_normaliser_is_that_of_the_rounded_logits_whatever_the_threads(o
     with with_threads(3):
         assert torch.equal(linear.native.log_norm(x), found)
     assert torch.equal(linear.native.log_norm(x[3:4]), found[3:4])
+    assert torch.equal(laws.log_norm(linear(x)), found)
+    assert torch.equal(laws.log_norm(linear(x)[3:4]), found[3:4])
 
 
 @needed

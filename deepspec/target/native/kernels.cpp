@@ -194,12 +194,38 @@ void linear(const Matrix& m, const bf16* x, const bf16* residual, bf16* y, long 
   });
 }
 
-// log Σ exp of each token's outputs, rounded to bfloat16 as they are where they are written. Outputs are summed up in runs of
-// the same length whatever the threads.
+// log Σ exp of a token's logits, in any parts: 16 sums of a run of blocks, then a sum of the run, then of the token. Runs have
+// one length whatever the threads and wherever the logits come from, so the bits are always the same.
+constexpr long NORM_RUN = 32;  // blocks
+constexpr float LEAST = -1e30f;  // a logit that is not there
+
+inline void add_exps(float* tops, float* sums, __m512 logits, __mmask16 there) {
+  logits = _mm512_mask_mov_ps(_mm512_set1_ps(LEAST), there, logits);
+  const __m512 before = _mm512_loadu_ps(tops), top = _mm512_max_ps(before, logits);
+  const __m512 sum = _mm512_mul_ps(_mm512_loadu_ps(sums), exp(_mm512_sub_ps(before, top)));
+  _mm512_storeu_ps(tops, top);
+  _mm512_storeu_ps(sums, _mm512_add_ps(sum, exp(_mm512_sub_ps(logits, top))));
+}
+
+inline void sum_of_run(const float* tops, const float* sums, float& most, float& total) {
+  const __m512 top = _mm512_loadu_ps(tops), sum = _mm512_loadu_ps(sums);
+  most = _mm512_reduce_max_ps(top);
+  total = _mm512_reduce_add_ps(_mm512_mul_ps(sum, exp(_mm512_sub_ps(top, _mm512_set1_ps(most)))));
+}
+
+// most, total: of each run, `stride` apart
+inline float log_sum(const float* most, const float* total, long runs, long stride) {
+  float highest = LEAST;
+  double sum = 0;
+  for (long run = 0; run < runs; ++run) highest = std::max(highest, most[run * stride]);
+  for (long run = 0; run < runs; ++run)
+    sum += (double)total[run * stride] * std::exp((double)most[run * stride] - highest);
+  return highest + std::log(sum);
+}
+
+// log Σ exp of each token's outputs, rounded to bfloat16 as they are where they are written.
 void log_norm(const Matrix& m, const bf16* x, float* y, long tokens, long threads) {
-  constexpr long RUN = 32;  // blocks
-  const long blocks = m.blocks(), runs = (blocks + RUN - 1) / RUN;
-  const float least = -1e30f;  // nothing yet
+  const long blocks = m.blocks(), runs = (blocks + NORM_RUN - 1) / NORM_RUN;
   std::vector<float> most(runs * tokens), total(runs * tokens);
 #pragma omp parallel num_threads(threads)
   {
@@ -208,35 +234,37 @@ void log_norm(const Matrix& m, const bf16* x, float* y, long tokens, long thread
     auto put = [&](long t, long block, __m512 logits) {
       const __mmask16 there = outputs(m, block);
       if (m.bias) logits = _mm512_add_ps(logits, load(m.bias + block * LANES, there));
-      logits = widen((__m256i)_mm512_cvtneps_pbh(logits));
-      logits = _mm512_mask_mov_ps(_mm512_set1_ps(least), there, logits);
-      const __m512 before = _mm512_loadu_ps(&tops[t * LANES]), top = _mm512_max_ps(before, logits);
-      const __m512 sum = _mm512_mul_ps(_mm512_loadu_ps(&sums[t * LANES]), exp(_mm512_sub_ps(before, top)));
-      _mm512_storeu_ps(&tops[t * LANES], top);
-      _mm512_storeu_ps(&sums[t * LANES], _mm512_add_ps(sum, exp(_mm512_sub_ps(logits, top))));
+      add_exps(&tops[t * LANES], &sums[t * LANES], widen((__m256i)_mm512_cvtneps_pbh(logits)), there);
     };
 #pragma omp for schedule(static, 1)
     for (long run = 0; run < runs; ++run) {
-      std::fill(tops.begin(), tops.end(), least);
+      std::fill(tops.begin(), tops.end(), LEAST);
       std::fill(sums.begin(), sums.end(), 0.f);
-      over_blocks(m, x, groups, tokens, run * RUN, std::min(blocks, (run + 1) * RUN), put);
-      for (long t = 0; t < tokens; ++t) {
-        const __m512 top = _mm512_loadu_ps(&tops[t * LANES]), sum = _mm512_loadu_ps(&sums[t * LANES]);
-        const float highest = _mm512_reduce_max_ps(top);
-        most[run * tokens + t] = highest;
-        total[run * tokens + t] =
-            _mm512_reduce_add_ps(_mm512_mul_ps(sum, exp(_mm512_sub_ps(top, _mm512_set1_ps(highest)))));
-      }
+      over_blocks(m, x, groups, tokens, run * NORM_RUN, std::min(blocks, (run + 1) * NORM_RUN), put);
+      for (long t = 0; t < tokens; ++t)
+        sum_of_run(&tops[t * LANES], &sums[t * LANES], most[run * tokens + t], total[run * tokens + t]);
     }
 #pragma omp for
-    for (long t = 0; t < tokens; ++t) {
-      float highest = least;
-      double sum = 0;
-      for (long run = 0; run < runs; ++run) highest = std::max(highest, most[run * tokens + t]);
-      for (long run = 0; run < runs; ++run)
-        sum += (double)total[run * tokens + t] * std::exp((double)most[run * tokens + t] - highest);
-      y[t] = highest + std::log(sum);
+    for (long t = 0; t < tokens; ++t) y[t] = log_sum(&most[t], &total[t], runs, tokens);
+  }
+}
+
+// The same of logits that are written [rows, width].
+void log_norm_of(const bf16* logits, float* y, long rows, long width, long threads) {
+  const long blocks = (width + LANES - 1) / LANES, runs = (blocks + NORM_RUN - 1) / NORM_RUN;
+#pragma omp parallel for num_threads(threads)
+  for (long row = 0; row < rows; ++row) {
+    std::vector<float> most(runs), total(runs);
+    for (long run = 0; run < runs; ++run) {
+      float tops[LANES], sums[LANES] = {};
+      std::fill_n(tops, LANES, LEAST);
+      for (long block = run * NORM_RUN; block < std::min(blocks, (run + 1) * NORM_RUN); ++block) {
+        const __mmask16 there = lanes(width - block * LANES);
+        add_exps(tops, sums, load(logits + row * width + block * LANES, there), there);
+      }
+      sum_of_run(tops, sums, most[run], total[run]);
     }
+    y[row] = log_sum(most.data(), total.data(), runs, 1);
   }
 }
 
@@ -715,6 +743,11 @@ void deepspec_norm(const bf16* x, const bf16* weight, bf16* y, float eps, int64_
 // y [tokens] = log Σ exp (x Wᵀ + bias)
 void deepspec_log_norm(const Matrix* matrix, const bf16* x, float* y, int64_t tokens, int64_t threads) {
   log_norm(*matrix, x, y, tokens, threads);
+}
+
+// y [rows] = log Σ exp of logits [rows, width]
+void deepspec_log_norm_of(const bf16* logits, float* y, int64_t rows, int64_t width, int64_t threads) {
+  log_norm_of(logits, y, rows, width, threads);
 }
 
 // One decoder layer over x [tokens, d], to y. `normed`: what its attention reads, where that is not x under its own norm.

@@ -71,6 +71,14 @@ def best(logits: Tensor) -> tuple[Tensor, Tensor]:
     return columns, values
 
 
+def log_norm(logits: Tensor) -> Tensor:
+    """bfloat16 logits [rows, columns] → their log-sum-exp, float32 [rows], to the bit that of `Matrix.log_norm`."""
+    rows = readable("logits", logits, logits.shape)
+    made = rows.new_empty(len(rows), dtype=torch.float32)
+    _call("log_norm_of", rows, _Pointer(made.data_ptr()))
+    return made
+
+
 def excess(p: Tensor, q: Tensor, columns: Tensor | None, scale: float) -> float:
     """Return Σ (scale·p − q)₊, float32 p [vocab] and q [columns] of these columns, int64, or of all; p sums to 1."""
     whole, own = p.contiguous(), q.contiguous()

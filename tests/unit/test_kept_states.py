@@ -1,0 +1,206 @@
+"""States that are kept while the target answers: to the bit those that a pass over the conversations computes."""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from deepspec import kernels as build
+from deepspec.answers.generate import generate_data
+from deepspec.config import Params, load_params
+from deepspec.decoding.engine import Engine, stream
+from deepspec.decoding.recorder import Recorder
+from deepspec.decoding.request import Request, Sampling
+from deepspec.features import kept
+from deepspec.features.extract import LOG_NORM, Extractor
+from deepspec.features.kept import KEPT, Keeper, keeper
+from deepspec.features.sequences import Sequence, Sequences
+from deepspec.target.ends import H_LAST, load_ends
+from deepspec.target.model import Target, load_target
+from deepspec.training.prepare import TrainingData, stored_features
+from deepspec.training.run import make_accelerator
+from tests.drafting import Guesser
+from tests.tiny import cached_target
+
+ROOT = Path(__file__).parents[2]
+LAYERS = (0, 2)
+pytestmark = pytest.mark.skipif(build.kernels() is None, reason=f"kernels {build.state()}")
+
+
+@pytest.fixture(scope="module", params=["llama", "mistral", "qwen3"])
+def target(request) -> Target:
+    return load_target(cached_target(request.param), dtype="bfloat16", device="cpu")
+
+
+def requests() -> list[Request]:
+    """Prompts that begin alike and a long one, sampled and greedy, that end early, at once and at their limit."""
+    shared = list(range(5, 40))
+    prompts = [[*shared, 50], [*shared, 51, 52], [7], list(range(100, 400)), shared, [9, 10]]
+    return [
+        Request(ids, (1, 9, 30, 4, 17, 25)[i], sampling=Sampling((0.0, 1.0)[i % 2]), seed=i, id=i)
+        for i, ids in enumerate(prompts)
+    ]
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 4])
+def test_what_decoding_leaves_is_what_a_pass_over_the_finished_text_computes(target, batch_size):
+    waiting, recorder = iter(requests()), Recorder(target, LAYERS)
+    found = list(stream(target, None, lambda: next(waiting, None), batch_size, recorder))
+    plain = iter(requests())
+    expected = {one.id: one.tokens for one in stream(target, None, lambda: next(plain, None), batch_size)}
+    assert {one.id: one.tokens for one in found} == expected
+    texts = {one.id: [*one.prompt_ids, *one.tokens] for one in found}
+    rows = Sequences.of(Sequence(ids, [1] * len(ids), [1] * len(ids)) for ids in texts.values())
+    computed = Extractor(target, rows, LAYERS).rows(list(range(len(texts))))
+    for id, row in zip(texts, computed, strict=True):
+        recorded = recorder.take(id)
+        assert recorded is not None and recorder.take(id) is None
+        assert torch.equal(recorded.log_norm, row[LOG_NORM])
+        for layer in (*LAYERS, H_LAST):
+            assert torch.equal(recorded.states[layer], row[layer]), (id, layer)
+
+
+def test_a_failed_request_leaves_nothing_and_the_others_all(target, monkeypatch):
+    recorder, broken = Recorder(target, LAYERS), list(range(30, 60))
+    real = target.logits
+
+    def logits(hidden):
+        found = real(hidden)
+        return found.index_fill(0, torch.tensor([0]), torch.nan) if engine.slots[0].request.id == 1 else found
+
+    monkeypatch.setattr(target, "logits", logits)
+    engine = Engine(target, recorder=recorder)
+    waiting = iter([Request(broken, 4, id=1), Request(broken, 4, id=2), Request([], 4, id=3)])
+    ends = {one.id: one.finish_reason for one in engine.run(lambda: next(waiting, None))}
+    assert ends == {1: "error", 2: "length", 3: "error"}
+    recorded = recorder.take(2)
+    assert recorded is not None and len(recorded.log_norm) == 34
+    assert recorder.take(1) is None and recorder.take(3) is None
+
+
+def test_states_are_recorded_of_plain_decoding_alone(target):
+    with pytest.raises(ValueError, match="nothing is drafted"):
+        Engine(target, Guesser({}), recorder=Recorder(target, LAYERS))
+
+
+@pytest.fixture
+def params() -> Params:
+    """The smoke profile with two drafters that want different layers."""
+    whole = load_params(ROOT / "params.smoke.yaml").model_dump(by_alias=True)
+    whole["drafters"] = {
+        "block": {
+            "type": "dspark",
+            "layers": 1,
+            "block_size": 3,
+            "markov_rank": 4,
+            "target_layer_ids": [0, 1],
+        },
+        "heads": {"type": "medusa", "heads": 3},
+    }
+    whole["pipeline"] = ["block", "heads"]
+    whole["train"] |= {"heldout": 2, "max_length": 256}
+    whole["generate"] |= {"batch_size": 3, "max_new_tokens": 12, "max_length": 256}
+    return Params.model_validate(whole)
+
+
+@pytest.fixture
+def answered(tmp_path, monkeypatch) -> Target:
+    """A target in bfloat16 and prompts, some of two turns, where the stages look for them."""
+    monkeypatch.chdir(tmp_path)
+    Path("data").mkdir()
+    Path("data/target").symlink_to(cached_target("llama", dtype=torch.bfloat16))
+    turns = [["one word"], ["two words", "and then?"], ["one word more"], ["a longer one, of several words"]]
+    rows = [{"id": f"p{i}", "source": "seed", "turns": turns[i % 4]} for i in range(12)]
+    Path("prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return load_target("data/target")
+
+
+def answer(params: Params, target: Target, keeping: Keeper | None) -> str:
+    """Answer the prompts anew; return the digest of the data set."""
+    found = generate_data(target, params, "prompts.jsonl", "data/distill", Path("work"), keeper=keeping)
+    assert found is not None and found["failures"] == 0
+    return found["digest"]
+
+
+def stored(params: Params, layers: tuple[int, ...]) -> dict:
+    """Store features as training does; return the checksums of its shards and the layers that they are of."""
+    ends, accelerator = load_ends("data/target"), make_accelerator(params)
+    body, data = (lambda: load_target("data/target")), TrainingData.read(params.train)
+    return stored_features(params.train, ends, body, data, layers, accelerator).manifest
+
+
+def test_training_stores_what_was_kept_and_computes_what_was_not(params, answered, monkeypatch):
+    without = answer(params, answered, None)
+    computed = {layers: stored(params, layers) for layers in ((0, 1), (H_LAST,))}
+    shutil.rmtree(".deepspec/features")
+    shutil.rmtree("work")
+    assert answer(params, answered, keeper(params, answered)) == without
+    (folder,) = KEPT.iterdir()
+    files = sorted(folder.glob("*.safetensors"))
+    assert len(files) == 12 and json.loads((folder / "layers.json").read_text()) == [0, 1]
+    files[0].unlink()
+    files[1].write_bytes(files[1].read_bytes()[:100])
+    passed = []
+    real = Extractor.rows
+    monkeypatch.setattr(
+        Extractor, "rows", lambda self, indices: passed.extend(indices) or real(self, indices)
+    )
+    found = stored(params, (0, 1))
+    assert len(passed) == 2 and found == computed[0, 1]  # checksums too
+    assert not folder.exists()
+    assert stored(params, (H_LAST,))["layers"] == [0, 1] and len(passed) == 2  # of the same shards
+
+
+def test_layers_that_were_not_kept_are_computed(params, answered):
+    answer(params, answered, keeper(params, answered))
+    assert stored(params, (0, 2))["layers"] == [0, 2]
+    assert len(list(KEPT.glob("*/*.safetensors"))) == 12  # for the drafters that were named
+
+
+def test_codes_are_kept_where_features_are_stored_as_codes(params, answered):
+    compact = params.model_copy(deep=True)
+    compact.train.features.__dict__["form"] = "int8"
+    answer(compact, answered, None)
+    computed = stored(compact, (0, 1))
+    shutil.rmtree(".deepspec/features")
+    shutil.rmtree("work")
+    answer(compact, answered, keeper(compact, answered))
+    assert stored(compact, (0, 1)) == computed and not list(KEPT.iterdir())
+
+
+def test_a_full_disk_ends_the_keeping_with_one_warning_and_no_answer_is_lost(
+    params, answered, monkeypatch, caplog
+):
+    def full(*args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(kept, "save_file", full)
+    with caplog.at_level(logging.WARNING):
+        answer(params, answered, keeper(params, answered))
+    assert [r.getMessage() for r in caplog.records if "kept" in r.getMessage()] == [
+        f"{next(KEPT.iterdir())}: no more states are kept, training computes the others: "
+        "[Errno 28] No space left on device"
+    ]
+    assert stored(params, (0, 1))["shards"]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"mode": "online"},
+        {"directory": "elsewhere"},
+        {"states": "somewhere"},
+    ],
+)
+def test_nothing_is_kept_where_training_reads_none_of_it(params, answered, change):
+    features = params.train.features.model_copy(update=change)
+    other = params.model_copy(update={"train": params.train.model_copy(update={"features": features})})
+    assert keeper(other, answered) is None
+    assert keeper(params, load_target("data/target", dtype="float32")) is None  # no kernels
+    assert keeper(params.model_copy(update={"pipeline": []}), answered) is None
