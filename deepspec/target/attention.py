@@ -73,6 +73,13 @@ class KVCache:
         self.slots = slots
         self.max_length = max_length
         self._layers: dict[int, tuple[Tensor, Tensor]] = {}
+        self._derived: dict[Any, Any] = {}
+
+    def derived(self, key: Any, make: Callable[[], Any]) -> Any:
+        """Return what follows from where keys and values lie, made anew when they move."""
+        if key not in self._derived:
+            self._derived[key] = make()
+        return self._derived[key]
 
     def layer(self, index: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Return the keys and values of a layer; new ones [batch, kv_heads, n, width] give sizes, dtype and device."""
@@ -85,6 +92,7 @@ class KVCache:
         if length <= self.max_length:
             return
         self.max_length = max(length, 2 * self.max_length)
+        self._derived.clear()
         for index, (keys, values) in self._layers.items():
             self._layers[index] = self._grown(keys), self._grown(values)
 
@@ -197,14 +205,6 @@ class ForwardPass:
             all_keys[self._rows, :, self._columns] = keys[0].transpose(0, 1)
             all_values[self._rows, :, self._columns] = values[0].transpose(0, 1)
         return all_keys[self._read, :, : self.length], all_values[self._read, :, : self.length]
-
-    def room(self, layer: int, kv_heads: int, head_dim: int, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the whole cache of a layer, [slots, kv_heads, max_length, head_dim], for keys written elsewhere."""
-        if self.cache is None:
-            raise ValueError("a pass without a cache has no room for keys")
-        self.note(layer)
-        new = like.new_empty(0, kv_heads, 0, head_dim)
-        return self.cache.layer(layer, new, new)
 
     def note(self, layer: int) -> None:
         if layer in self.stored:

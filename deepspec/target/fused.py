@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deepspec.target.attention import ForwardPass, OneWay, Rule, attend
-from deepspec.target.native.layer import NativeLayer, Norm, Parts
+from deepspec.target.native.layer import NativeLayers, Norm, Parts
 from deepspec.target.native.matrix import Matrix, can_hold, dense, quantised, undone
 
 
@@ -209,7 +209,7 @@ class FusedLayer(nn.Module):
         self.qk_norms = None if norms is None else (_norm(norms[0]), _norm(norms[1]))
 
     @cached_property
-    def native(self) -> NativeLayer | None:
+    def native(self) -> NativeLayers | None:
         """The layer as one call; None where a part of it is not the kernels'."""
         projections = [
             getattr(part, "native", None) for part in (self.qkv, self.out, self.gate_up, self.down)
@@ -233,26 +233,26 @@ class FusedLayer(nn.Module):
             window or 0,
             isinstance(rule, OneWay),
         )
-        return NativeLayer(parts) if parts.suits else None
+        return NativeLayers((parts,), self.index) if parts.suits else None
 
     def forward(self, x: Tensor, position_embeddings=None, *, step: ForwardPass, **_) -> Tensor:
         if step.cache is not None and (native := self.native):
-            rope = step.once("rope", lambda: _rope_operands(position_embeddings))
-            return native(self.index, None, x, rope, step)
+            rope = step.once("rope", lambda: rope_operands(position_embeddings))
+            return native(None, x, rope, step)[0]
         return self.block(self.norms[0](x), x, position_embeddings, step)
 
     def block(self, normed: Tensor, x: Tensor, position_embeddings, step: ForwardPass) -> Tensor:
         """Run the layer on what its attention reads, normed [batch, n, ·], and what its residuals add to."""
         if step.cache is not None and (native := self.native):
-            rope = step.once("rope", lambda: _rope_operands(position_embeddings))
-            return native(self.index, normed, x, rope, step)
+            rope = step.once("rope", lambda: rope_operands(position_embeddings))
+            return native(normed, x, rope, step)[0]
         batch, n, _ = x.shape
         qkv = self.qkv(normed).view(batch, n, -1, self.head_dim)
         rotated, values = qkv.split((self.heads + self.kv_heads, self.kv_heads), 2)
         if self.qk_norms is not None:
             queries, keys = rotated.split((self.heads, self.kv_heads), 2)
             rotated = torch.cat((self.qk_norms[0](queries), self.qk_norms[1](keys)), 2)
-        cos, sin = step.once("rope", lambda: _rope_operands(position_embeddings))
+        cos, sin = step.once("rope", lambda: rope_operands(position_embeddings))
         queries, keys = rotate(rotated, cos, sin).split((self.heads, self.kv_heads), 2)
         keys, values = step.store(self.index, keys.transpose(1, 2), values.transpose(1, 2))
         mask = step.mask(x.dtype, self.heads // self.kv_heads, self.window)
@@ -263,7 +263,8 @@ class FusedLayer(nn.Module):
         return self.down(F.silu(gate).mul_(up), x)
 
 
-def _rope_operands(position_embeddings: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+def rope_operands(position_embeddings: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Return cos and signed sin as layers rotate with them, [batch, n, 1, width]."""
     cos, sin = position_embeddings  # [batch, n, head_dim]
     return cos[:, :, None], signed(sin)[:, :, None]
 
@@ -279,6 +280,7 @@ def _norm(norm: LlamaNorm) -> Norm:
 
 
 LLAMA_SHAPED = {"LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer"}
+BARE = {"LlamaModel", "MistralModel", "Qwen2Model", "Qwen3Model"}
 
 
 def fuse(layers: nn.ModuleList, make: Make = PackedLinear) -> None:
@@ -296,6 +298,12 @@ def is_llama_shaped(layer: nn.Module) -> bool:
         return False
     config: Any = layer.get_submodule("self_attn").config
     return config.hidden_act == "silu"
+
+
+def is_bare(decoder: nn.Module) -> bool:
+    """Return whether a decoder of transformers' embeds, runs its layers and norms, and does nothing else."""
+    kind = type(decoder)
+    return kind.__module__.startswith("transformers.models.") and kind.__name__ in BARE
 
 
 def pack(module: nn.Module, make: Make = PackedLinear) -> None:

@@ -8,6 +8,7 @@ drafters need: hidden features of chosen decoder layers, the post-norm hidden st
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
@@ -23,7 +24,7 @@ from deepspec.target.chat import check_renders
 from deepspec.target.checks import check_files, check_source, check_vocabulary, whole_directory
 from deepspec.target.embedded import PREFIX, write_embedded
 from deepspec.target.ends import H_LAST, Ends, final_norm, load_ends
-from deepspec.target.fused import FusedLayer, Int4Linear, Make, PackedLinear, fuse
+from deepspec.target.fused import FusedLayer, Int4Linear, Make, PackedLinear, fuse, is_bare, rope_operands
 from deepspec.target.graphs import GraphedPasses
 from deepspec.target.head import head_transform
 from deepspec.target.identity import (
@@ -34,6 +35,7 @@ from deepspec.target.identity import (
     write_record,
 )
 from deepspec.target.memory import reuse_freed_memory
+from deepspec.target.native.layer import NativeLayers
 from deepspec.target.next_token import keep_modules
 from deepspec.target.reaches import resized
 from deepspec.target.selftest import STEPS, Verdict, examine, refuse
@@ -279,10 +281,18 @@ class Target(Ends):
             step.features[H_LAST] = hidden
         return hidden
 
-    @property
+    @cached_property
     def native(self) -> bool:
-        """Whether every layer is one call of our kernels, so that a pass over packed requests costs no padding."""
+        """Whether our kernels run every layer, so that a pass over packed requests costs no padding."""
         return self._fused and all(cast(FusedLayer, layer).native for layer in self.layers)
+
+    @cached_property
+    def _stack(self) -> NativeLayers | None:
+        """All layers as one call; None where they are not the kernels', or not all that the decoder does."""
+        if not self.native or not is_bare(self._model):
+            return None
+        parts = [native.parts[0] for layer in self.layers if (native := cast(FusedLayer, layer).native)]
+        return NativeLayers(parts, 0) if len({each.sizes for each in parts}) == 1 else None
 
     def cache(self, slots: int, owner: object) -> KVCache:
         """Return a KV cache of so many slots, in use while `owner` lives."""
@@ -291,6 +301,8 @@ class Target(Ends):
         return self._graphs.cache(slots, owner) if self._graphs else KVCache(slots, CACHE_LENGTH)
 
     def _run(self, ids: Tensor, step: ForwardPass) -> Tensor:
+        if step.cache is not None and self._stack:
+            return self._run_stack(self._stack, ids, step)
         self._record(step)
         # Fused layers ask the step for masks; others hand on what transformers makes of one that hides nothing.
         mask = _FOUR_DIMENSIONAL if self._fused else torch.ones_like(ids)
@@ -302,6 +314,15 @@ class Target(Ends):
             step=step,
         )
         return output.last_hidden_state
+
+    def _run_stack(self, stack: NativeLayers, ids: Tensor, step: ForwardPass) -> Tensor:
+        """Do what the decoder does with a pass, its layers as one call."""
+        model: Any = self._model
+        x = model.embed_tokens(ids)
+        rope = rope_operands(model.rotary_emb(x, step.positions))
+        made = stack(None, x, rope, step)
+        step.features |= {layer: made[layer] if layer >= 0 else x for layer in step.wanted - {H_LAST}}
+        return model.norm(made[-1])
 
     def _record(self, step: Any) -> None:
         self._recording = step

@@ -113,6 +113,32 @@ def test_a_logit_that_is_not_a_number_is_seen_in_the_log_normaliser(row):
 
 
 @needed
+@pytest.mark.parametrize("tree", [False, True])
+def test_all_layers_in_one_call_are_the_layers_one_by_one(target, tree, monkeypatch):
+    ids, wanted = (
+        torch.randint(2, 500, (1, 19), generator=torch.Generator().manual_seed(3)),
+        (-1, 0, 2, H_LAST),
+    )
+    found: list[list[Tensor]] = []
+    for whole in (True, False):
+        monkeypatch.setitem(vars(target), "_stack", None) if not whole else vars(target).pop("_stack", None)
+        assert not whole or target._stack is not None
+        cache, states = KVCache(3, 16), []
+        for start, counts in ((0, [4, 9]), (9, [5, 1])):  # the cache grows in between
+            cache.reserve(start + 20)
+            mask = tree_mask([[-1] * (n - 1) for n in counts], [start, start], max(counts)) if tree else None
+            n = sum(counts)
+            positions = torch.cat([torch.arange(start, start + c) for c in counts])[None]
+            step = ForwardPass(
+                positions, mask, cache=cache, rows=[2, 0], starts=[start] * 2, counts=counts, wanted=wanted
+            )
+            states += [target.forward(ids[:, :n], step), *(step.features[layer] for layer in wanted)]
+            assert len(step.stored) == target.num_layers
+        found.append(states)
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+
+
+@needed
 def test_features_are_the_states_of_decoding_to_the_bit(target):
     lengths = [40, 7, 25]
     sequences = Sequences.of(Sequence(list(range(100, 100 + n)), [1] * n, [1] * n) for n in lengths)
@@ -359,7 +385,7 @@ def test_a_copy_of_a_layer_reads_its_own_weights(copy):
             layer.down.weight.zero_()
             layer.norms[0].weight.zero_()
     assert torch.equal(*found)
-    assert copied.native.parts.down is copied.down.native
+    assert copied.native.parts[0].down is copied.down.native
 
 
 @needed

@@ -505,6 +505,32 @@ void gated(const Layer& l, const Pass& p, int thread, int threads) {
   });
 }
 
+// One decoder layer over x [tokens, d], to y, by all threads together.
+void decoder_layer(const Layer& l, const Pass& p, const Cache& cache, const bf16* normed, const bf16* x, bf16* y, int me,
+                   int all) {
+  const long d = l.out.out;
+  if (!normed) {
+    for (long t = me; t < p.tokens; t += all) norm(x + t * d, l.norm, l.eps, p.normed + t * d, d);
+#pragma omp barrier
+  }
+  linear(l.qkv, normed ? normed : p.normed, nullptr, p.projected, p.tokens, me, all);
+#pragma omp barrier
+  long first = 0;
+  for (long r = 0; r < p.requests; first += p.counts[r++])
+    for (long i = 0; i < p.counts[r]; ++i)
+      if ((first + i) % all == me) place(l, p, cache, first + i, p.rows[r], p.starts[r] + i);
+#pragma omp barrier
+  attention(l, p, cache, me, all);
+#pragma omp barrier
+  linear(l.out, p.attended, x, p.middle, p.tokens, me, all);
+#pragma omp barrier
+  for (long t = me; t < p.tokens; t += all) norm(p.middle + t * d, l.mlp_norm, l.mlp_eps, p.normed + t * d, d);
+#pragma omp barrier
+  gated(l, p, me, all);
+#pragma omp barrier
+  linear(l.down, p.gated, p.middle, y, p.tokens, me, all);
+}
+
 // Laws of tokens: rows of logits or of probabilities, read in runs of the same length whatever the threads. A row that is long
 // is shared by the threads; its parts are added up in their order.
 constexpr long RUN = 256;
@@ -750,34 +776,17 @@ void deepspec_log_norm_of(const bf16* logits, float* y, int64_t rows, int64_t wi
   log_norm_of(logits, y, rows, width, threads);
 }
 
-// One decoder layer over x [tokens, d], to y. `normed`: what its attention reads, where that is not x under its own norm.
-void deepspec_layer(const Layer* layer, const Pass* pass, const Cache* cache, const bf16* normed, const bf16* x, bf16* y) {
-  const Layer& l = *layer;
-  const Pass& p = *pass;
-  const long d = l.out.out;
-#pragma omp parallel num_threads(p.threads)
+// Decoder layers one after the other, over x [tokens, d]; made: what each hands on. `normed`: what the first one's attention
+// reads, where that is not x under its own norm.
+void deepspec_layers(const Layer* const* layers, const Pass* pass, const Cache* caches, const bf16* normed, const bf16* x,
+                     bf16* const* made, int64_t count) {
+#pragma omp parallel num_threads(pass->threads)
   {
     const int me = omp_get_thread_num(), all = omp_get_num_threads();
-    if (!normed) {
-      for (long t = me; t < p.tokens; t += all) norm(x + t * d, l.norm, l.eps, p.normed + t * d, d);
+    for (long i = 0; i < count; ++i) {
+      decoder_layer(*layers[i], *pass, caches[i], i ? nullptr : normed, i ? made[i - 1] : x, made[i], me, all);
 #pragma omp barrier
     }
-    linear(l.qkv, normed ? normed : p.normed, nullptr, p.projected, p.tokens, me, all);
-#pragma omp barrier
-    long first = 0;
-    for (long r = 0; r < p.requests; first += p.counts[r++])
-      for (long i = 0; i < p.counts[r]; ++i)
-        if ((first + i) % all == me) place(l, p, *cache, first + i, p.rows[r], p.starts[r] + i);
-#pragma omp barrier
-    attention(l, p, *cache, me, all);
-#pragma omp barrier
-    linear(l.out, p.attended, x, p.middle, p.tokens, me, all);
-#pragma omp barrier
-    for (long t = me; t < p.tokens; t += all) norm(p.middle + t * d, l.mlp_norm, l.mlp_eps, p.normed + t * d, d);
-#pragma omp barrier
-    gated(l, p, me, all);
-#pragma omp barrier
-    linear(l.down, p.gated, p.middle, y, p.tokens, me, all);
   }
 }
 

@@ -1,4 +1,4 @@
-"""A Llama-shaped decoder layer as one call: norms, projections, RoPE, the cache, attention under any mask, SwiGLU."""
+"""Llama-shaped decoder layers as one call: norms, projections, RoPE, the cache, attention under any mask, SwiGLU."""
 
 from __future__ import annotations
 
@@ -103,71 +103,101 @@ class Parts:
             and all(norm.weight.dtype == torch.bfloat16 for norm in norms)
         )
 
+    @property
+    def sizes(self) -> tuple[int, int, int, int, int, bool]:
+        """Return what the room that a pass works in depends on."""
+        inner = self.heads * self.head_dim
+        return self.qkv.inputs, self.qkv.out, inner, self.out.out, self.down.inputs, self.one_way
 
-class NativeLayer:
-    """Runs a layer of `Parts` that suit."""
+    def struct(self) -> _Layer:
+        """Return them as the kernels read them."""
+        norms = [*self.norms, *(self.qk_norms or ())]
+        weights = [norm.weight.data_ptr() for norm in norms] + [None] * (4 - len(norms))
+        eps = [norm.eps for norm in norms] + [0.0] * (4 - len(norms))
+        matrices = (self.qkv.struct, self.out.struct, self.gate_up.struct, self.down.struct)
+        sizes = self.heads, self.kv_heads, self.head_dim, self.window
+        return _Layer(*matrices, *weights, *eps, self.scale, *sizes)
 
-    def __init__(self, parts: Parts):
+
+class NativeLayers:
+    """Runs layers of `Parts` that suit, one after the other in one call.
+
+    Args:
+        parts: of each layer.
+        first: index of the first one in the cache.
+
+    Raises:
+        ValueError: layers of several sizes.
+    """
+
+    def __init__(self, parts: Sequence[Parts], first: int):
         library = kernels()
         if library is None:
             raise RuntimeError("the kernels are not there")
-        self._run = library.deepspec_layer
-        self.parts = parts
-        norms = [*parts.norms, *(parts.qk_norms or ())]
-        weights = [norm.weight.data_ptr() for norm in norms] + [None] * (4 - len(norms))
-        eps = [norm.eps for norm in norms] + [0.0] * (4 - len(norms))
-        matrices = (parts.qkv.struct, parts.out.struct, parts.gate_up.struct, parts.down.struct)
-        sizes = parts.heads, parts.kv_heads, parts.head_dim, parts.window
-        self._layer = _Layer(*matrices, *weights, *eps, parts.scale, *sizes)
+        if len({each.sizes for each in parts}) != 1:
+            raise ValueError("layers of several sizes are not run in one call")
+        self._run = library.deepspec_layers
+        self.parts, self.first = tuple(parts), first
+        self._layers = [each.struct() for each in parts]
+        self._pointers = (_Pointer * len(parts))(*map(ctypes.addressof, self._layers))
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Copy what it is made of; addresses are the copy's own."""
-        return NativeLayer, (self.parts,)
+        return NativeLayers, (self.parts, self.first)
 
     def __call__(
-        self,
-        index: int,
-        normed: Tensor | None,
-        x: Tensor,
-        rope: tuple[Tensor, Tensor],
-        step: ForwardPass,
-    ) -> Tensor:
-        """Run the layer over x [1, n, d], and write its keys and values into the pass's cache.
+        self, normed: Tensor | None, x: Tensor, rope: tuple[Tensor, Tensor], step: ForwardPass
+    ) -> list[Tensor]:
+        """Run the layers over x [1, n, d], and write their keys and values into the pass's cache.
 
         Args:
-            index: of the layer in the cache.
-            normed: [1, n, ·] what attention reads where that is not x under the layer's first norm.
+            normed: [1, n, ·] what the first attention reads where that is not x under the layer's first norm.
             rope: cos and signed sin, [1, n, 1, width].
+
+        Returns:
+            What each layer hands on, [1, n, d]; two take turns with the memory of those that the pass does not keep.
 
         Raises:
             ValueError: an operand of another dtype or shape, or one that asks for a gradient.
         """
-        parts = self.parts
-        room = step.room(index, parts.kv_heads, parts.head_dim, x)
-        x = readable("x", x, (1, sum(step.counts), parts.out.out))
+        one, count = self.parts[0], len(self.parts)
+        x = readable("x", x, (1, sum(step.counts), one.out.out))
         if normed is not None:
-            normed = readable("what attention reads", normed, (*x.shape[:2], parts.qkv.inputs))
-        sizes = (
-            parts.qkv.inputs,
-            parts.qkv.out,
-            parts.heads * parts.head_dim,
-            parts.out.out,
-            parts.down.inputs,
-        )
-        one_way = parts.one_way
-        work = step.once((NativeLayer, sizes, one_way), lambda: _Work(step, x, rope, sizes, one_way))
-        made = torch.empty_like(x)
-        keys, values = room
-        cache = _Cache(keys.data_ptr(), values.data_ptr(), keys.shape[2])
+            normed = readable("what attention reads", normed, (*x.shape[:2], one.qkv.inputs))
+        caches = self._caches(step, x)
+        work = step.once((NativeLayers, one.sizes), lambda: _Work(step, x, rope, one.sizes[:-1], one.one_way))
+        spare = torch.empty_like(x), torch.empty_like(x) if count > 1 else x
+        last = count - 1
+        made = [
+            torch.empty_like(x) if self.first + i in step.wanted and i != last else spare[(last - i) % 2]
+            for i in range(count)
+        ]
         self._run(
-            ctypes.byref(self._layer),
+            self._pointers,
             ctypes.byref(work.struct),
-            ctypes.byref(cache),
+            caches,
             None if normed is None else _Pointer(normed.data_ptr()),
             _Pointer(x.data_ptr()),
-            _Pointer(made.data_ptr()),
+            (_Pointer * count)(*(each.data_ptr() for each in made)),
+            _Long(count),
         )
         return made
+
+    def _caches(self, step: ForwardPass, x: Tensor) -> Any:
+        """Return where the keys and values of each layer lie."""
+        cache, one = step.cache, self.parts[0]
+        if cache is None:
+            raise ValueError("a pass without a cache has no room for keys")
+        indices = range(self.first, self.first + len(self.parts))
+        for index in indices:
+            step.note(index)
+
+        def made() -> Any:
+            new = x.new_empty(0, one.kv_heads, 0, one.head_dim)
+            rooms = [cache.layer(index, new, new) for index in indices]
+            return (_Cache * len(rooms))(*(_Cache(k.data_ptr(), v.data_ptr(), k.shape[2]) for k, v in rooms))
+
+        return cache.derived((NativeLayers, self.first, len(self.parts)), made)
 
 
 class _Work:
