@@ -19,6 +19,8 @@ from deepspec.drafters.rope import Rope, RopeTable
 from deepspec.target.attention import ForwardPass, KVCache
 from deepspec.target.fused import FusedLayer, PackedLinear, rotate
 from deepspec.target.model import Target
+from deepspec.target.native.context import NativeContext
+from deepspec.target.native.layer import Norm, as_one
 
 M = TypeVar("M", bound=BlockModel)
 
@@ -66,24 +68,40 @@ class BlockDrafter(Drafter, Generic[M]):
         attentions = [layer.self_attn for layer in model.decoder_layers()]
         self._kv = PackedLinear(torch.cat([w.weight for a in attentions for w in (a.k_proj, a.v_proj)]))
         self._k_norms = [a.k_norm for a in attentions]
+        self._context = self._native_context()
         self._blocks = [self.fused(layer) for layer in model.decoder_layers()]
+        self._stack = as_one([layer.native for layer in self._blocks])
         self._norm, self.head = model.norm, model.packed_head()
         self.vocabulary = model.vocabulary()
+
+    def _native_context(self) -> NativeContext | None:
+        """Return what writes the context as one call; None where the kernels do not."""
+        join, kv = self._fc.native, self._kv.native
+        norm, *k_norms = (
+            Norm(each.weight.detach().to(self.dtype), each.variance_epsilon)
+            for each in (self._hidden_norm, *self._k_norms)
+        )
+        if join is None or kv is None or not NativeContext.suits(norm, k_norms, self.config.head_dim):
+            return None
+        return NativeContext(join, norm, kv, k_norms, self.config.head_dim)
 
     def absorb(self, cache: KVCache, rows: list[int], starts: list[int], features: list[Tensor]) -> None:
         """Write context keys and values of new features [m_i, layers·d] behind what each row holds."""
         counts = [len(part) for part in features]
+        places = [start + i for start, count in zip(starts, counts, strict=True) for i in range(count)]
+        positions = torch.tensor([places], device=self.device)
+        step = ForwardPass(positions, cache=cache, rows=rows, starts=starts, counts=counts)
+        rope = self._rope(positions, max(places))
+        if self._context is not None:
+            self._context(torch.cat(features), rope, step)
+            return
         # As in the target's passes: torch makes a kernel for each new number of tokens.
         padding = padded_size(sum(counts)) - sum(counts) if self._pads else 0
         padded = F.pad(torch.cat(features), (0, 0, 0, padding))
         context = self._hidden_norm(self._fc(padded))[None]
-        places = [start + i for start, count in zip(starts, counts, strict=True) for i in range(count)]
-        positions = torch.tensor([places], device=self.device)
-        step = ForwardPass(positions, cache=cache, rows=rows, starts=starts, counts=counts)
         kv = self._kv(context)[:, : sum(counts)].unflatten(
             -1, (len(self._blocks), 2, -1, self.config.head_dim)
         )
-        rope = self._rope(positions, max(places))
         for i, norm in enumerate(self._k_norms):
             keys, values = kv[:, :, i].unbind(2)
             step.store(i, rotate(norm(keys), *rope).transpose(1, 2), values.transpose(1, 2))
@@ -110,8 +128,11 @@ class BlockDrafter(Drafter, Generic[M]):
         rope = self._rope(positions, max(starts) + size)
         step.once("rope", lambda: rope)
         x = x.flatten(0, 1)[None]
-        for layer in self._blocks:
-            x = layer(x, step=step)
+        if self._stack is not None:
+            x = self._stack(None, x, rope, step)[-1]
+        else:
+            for layer in self._blocks:
+                x = layer(x, step=step)
         return self._norm(x).view(len(rows), size, -1)[:, size - self.block_size :]
 
 

@@ -204,9 +204,9 @@ class FusedLayer(nn.Module):
         self.out = _joined(make, attention.o_proj)
         self.gate_up = _joined(make, mlp.gate_proj, mlp.up_proj)
         self.down = _joined(make, mlp.down_proj)
-        self.norms = (_norm(layer.input_layernorm), _norm(layer.post_attention_layernorm))
+        self.norms = (inference_norm(layer.input_layernorm), inference_norm(layer.post_attention_layernorm))
         norms = qk_norms(attention)
-        self.qk_norms = None if norms is None else (_norm(norms[0]), _norm(norms[1]))
+        self.qk_norms = None if norms is None else (inference_norm(norms[0]), inference_norm(norms[1]))
 
     @cached_property
     def native(self) -> NativeLayers | None:
@@ -269,12 +269,35 @@ def rope_operands(position_embeddings: tuple[Tensor, Tensor]) -> tuple[Tensor, T
     return cos[:, :, None], signed(sin)[:, :, None]
 
 
+class RotaryTable:
+    """Operands of `rotate` of a decoder's rotary embedding, from a table that grows by doubling.
+
+    Where the rates change with the length of a text (dynamic, longrope) they are computed for every pass.
+    """
+
+    def __init__(self, rotary: Any):
+        self._rotary = rotary
+        self._static = rotary.rope_type not in ("dynamic", "longrope")
+        self._table: tuple[Tensor, ...] = ()
+
+    def __call__(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Return cos and signed sin, [1, n, 1, width], in the dtype of x, for positions [1, n]."""
+        if not self._static:
+            return rope_operands(self._rotary(x, positions))
+        largest = int(positions.max())
+        if not self._table or largest >= self._table[0].shape[1]:
+            places = torch.arange(max(512, 2 * largest), device=x.device)[None]
+            self._table = rope_operands(self._rotary(x, places))
+        cos, sin = self._table
+        return cos[0, positions], sin[0, positions]
+
+
 def _joined(make: Make, *linears: nn.Linear) -> PackedLinear | Int4Linear:
     bias = None if linears[0].bias is None else torch.cat([linear.bias for linear in linears])
     return make(torch.cat([linear.weight for linear in linears]), bias)
 
 
-def _norm(norm: LlamaNorm) -> Norm:
+def inference_norm(norm: LlamaNorm) -> Norm:
     """Take an RMSNorm for inference."""
     return Norm(norm.weight.detach(), norm.variance_epsilon)
 

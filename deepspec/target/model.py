@@ -24,7 +24,16 @@ from deepspec.target.chat import check_renders
 from deepspec.target.checks import check_files, check_source, check_vocabulary, whole_directory
 from deepspec.target.embedded import PREFIX, write_embedded
 from deepspec.target.ends import H_LAST, Ends, final_norm, load_ends
-from deepspec.target.fused import FusedLayer, Int4Linear, Make, PackedLinear, fuse, is_bare, rope_operands
+from deepspec.target.fused import (
+    FusedLayer,
+    Int4Linear,
+    Make,
+    PackedLinear,
+    RotaryTable,
+    fuse,
+    inference_norm,
+    is_bare,
+)
 from deepspec.target.graphs import GraphedPasses
 from deepspec.target.head import head_transform
 from deepspec.target.identity import (
@@ -35,7 +44,7 @@ from deepspec.target.identity import (
     write_record,
 )
 from deepspec.target.memory import reuse_freed_memory
-from deepspec.target.native.layer import NativeLayers
+from deepspec.target.native.layer import NativeLayers, Norm, as_one
 from deepspec.target.next_token import keep_modules
 from deepspec.target.reaches import resized
 from deepspec.target.selftest import STEPS, Verdict, examine, refuse
@@ -291,8 +300,7 @@ class Target(Ends):
         """All layers as one call; None where they are not the kernels', or not all that the decoder does."""
         if not self.native or not is_bare(self._model):
             return None
-        parts = [native.parts[0] for layer in self.layers if (native := cast(FusedLayer, layer).native)]
-        return NativeLayers(parts, 0) if len({each.sizes for each in parts}) == 1 else None
+        return as_one([cast(FusedLayer, layer).native for layer in self.layers])
 
     def cache(self, slots: int, owner: object) -> KVCache:
         """Return a KV cache of so many slots, in use while `owner` lives."""
@@ -317,12 +325,19 @@ class Target(Ends):
 
     def _run_stack(self, stack: NativeLayers, ids: Tensor, step: ForwardPass) -> Tensor:
         """Do what the decoder does with a pass, its layers as one call."""
-        model: Any = self._model
-        x = model.embed_tokens(ids)
-        rope = rope_operands(model.rotary_emb(x, step.positions))
+        x = cast(Any, self._model).embed_tokens(ids)
+        rope = self._rope(x, step.positions)
         made = stack(None, x, rope, step)
         step.features |= {layer: made[layer] if layer >= 0 else x for layer in step.wanted - {H_LAST}}
-        return model.norm(made[-1])
+        return self._last_norm(made[-1])
+
+    @cached_property
+    def _rope(self) -> RotaryTable:
+        return RotaryTable(cast(Any, self._model).rotary_emb)
+
+    @cached_property
+    def _last_norm(self) -> Norm:
+        return inference_norm(cast(Any, self._model).norm)
 
     def _record(self, step: Any) -> None:
         self._recording = step

@@ -24,6 +24,7 @@ from deepspec.drafters.checkpoint import (
 from deepspec.drafters.load import load_drafter
 from deepspec.errors import DeepSpecError
 from deepspec.kernels import kernels
+from deepspec.target.attention import KVCache
 from deepspec.target.model import load_target
 from tests.tiny import cached_target, make_draft
 
@@ -259,6 +260,28 @@ def drawing():
     drafter = DSparkDrafter(model, target)
     assert drafter.chains is not None
     return drafter
+
+
+def test_the_context_is_written_in_one_call_as_it_is_part_by_part(drawing, monkeypatch):
+    """To a rounding; a request's own part does not depend on the others', to the bit."""
+    counts, rng = [1, 6, 3], torch.Generator().manual_seed(2)
+    width = len(drawing.layers) * drawing.config.hidden_size
+    parts = [torch.randn(n, width, generator=rng).bfloat16() for n in counts]
+
+    def written(rows: list[int], starts: list[int]) -> list[torch.Tensor]:
+        cache = KVCache(4, 16)
+        with torch.no_grad():
+            drawing.absorb(cache, rows, starts, [parts[row] for row in rows])
+        return [x for i in range(len(drawing._k_norms)) for x in cache._layers[i]]
+
+    assert drawing._context is not None
+    together = written([0, 1, 2], [5, 0, 9])
+    alone = written([1], [0])
+    assert all(torch.equal(one[1], other[1]) for one, other in zip(together, alone, strict=True))
+    assert all(x[0, :, 5].any() and x[2, :, 9:12].any() and not x[3].any() for x in together)
+    monkeypatch.setattr(drawing, "_context", None)
+    for ours, torchs in zip(together, written([0, 1, 2], [5, 0, 9]), strict=True):
+        torch.testing.assert_close(ours.float(), torchs.float(), rtol=0.02, atol=0.02)
 
 
 class TestChainsAtOnce:

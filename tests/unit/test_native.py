@@ -17,7 +17,7 @@ import pytest
 import torch
 from torch import Tensor
 from transformers import LlamaConfig, MistralConfig, Qwen3Config
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
 from transformers.models.mistral.modeling_mistral import MistralDecoderLayer
 from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
 
@@ -32,11 +32,11 @@ from deepspec.lineage import code_digest
 from deepspec.target import fused
 from deepspec.target.attention import ForwardPass, KVCache, OneWay, tree_mask
 from deepspec.target.ends import H_LAST
-from deepspec.target.fused import FusedLayer, Int4Linear, PackedLinear
+from deepspec.target.fused import FusedLayer, Int4Linear, PackedLinear, RotaryTable, rope_operands
 from deepspec.target.model import Target, load_target
 from deepspec.target.native import laws
 from deepspec.target.native.layer import Norm
-from tests.tiny import cached_target
+from tests.tiny import SCALINGS, cached_target, make_model
 
 needed = pytest.mark.skipif(build.kernels() is None, reason=f"kernels {build.state()}")
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")  # a window, biases, norms of queries and keys
@@ -112,6 +112,21 @@ def test_a_logit_that_is_not_a_number_is_seen_in_the_log_normaliser(row):
     assert native is not None and native.log_norm(random(3, 64)).isnan().all()
 
 
+@pytest.mark.parametrize("scaling", [None, "llama3", "yarn", "dynamic"])
+def test_a_table_of_rotations_has_those_of_every_position(scaling, tmp_path):
+    """Beyond its first length too; rates that change with the length are asked for anew."""
+    scalings = {**SCALINGS, "dynamic": {"rope_type": "dynamic", "factor": 2.0}}
+    model = make_model("llama")
+    if scaling:
+        model.config.rope_parameters = {"rope_theta": 10000.0, **scalings[scaling]}
+    rotary = LlamaRotaryEmbedding(model.config)
+    table, x = RotaryTable(rotary), torch.zeros(1, dtype=torch.bfloat16)
+    for positions in ([0, 1, 2], [7, 511], [512, 3, 3], [5000], [1]):
+        places = torch.tensor([positions])
+        for ours, theirs in zip(table(x, places), rope_operands(rotary(x, places)), strict=True):
+            assert torch.equal(ours, theirs)
+
+
 @needed
 @pytest.mark.parametrize("tree", [False, True])
 def test_all_layers_in_one_call_are_the_layers_one_by_one(target, tree, monkeypatch):
@@ -120,6 +135,7 @@ def test_all_layers_in_one_call_are_the_layers_one_by_one(target, tree, monkeypa
         (-1, 0, 2, H_LAST),
     )
     found: list[list[Tensor]] = []
+    final: list[Tensor] = []
     for whole in (True, False):
         monkeypatch.setitem(vars(target), "_stack", None) if not whole else vars(target).pop("_stack", None)
         assert not whole or target._stack is not None
@@ -132,10 +148,15 @@ def test_all_layers_in_one_call_are_the_layers_one_by_one(target, tree, monkeypa
             step = ForwardPass(
                 positions, mask, cache=cache, rows=[2, 0], starts=[start] * 2, counts=counts, wanted=wanted
             )
-            states += [target.forward(ids[:, :n], step), *(step.features[layer] for layer in wanted)]
+            last = target.forward(ids[:, :n], step)  # under a norm of ours where all is one call
+            assert step.features[H_LAST] is last
+            final.append(last)
+            states += [step.features[layer] for layer in wanted[:-1]]
             assert len(step.stored) == target.num_layers
         found.append(states)
     assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+    for ours, theirs in zip(final[:2], final[2:], strict=True):
+        assert torch.allclose(ours.float(), theirs.float(), rtol=2**-7)  # rounded once, and twice
 
 
 @needed

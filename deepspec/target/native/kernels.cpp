@@ -302,6 +302,14 @@ struct Cache {
   int64_t length;
 };
 
+// What a block draft makes of the target's features: keys and values of its layers.
+struct Context {
+  Matrix join, kv;  // kv: of each layer its keys, then its values
+  const bf16 *norm, *k_norms;  // k_norms [layers, head_dim]
+  float eps, k_eps;
+  int64_t layers, kv_heads, head_dim;
+};
+
 // Rotate a head in place: its first `dim` numbers by cos and sin.
 void rotate(bf16* x, const bf16* cos, const bf16* sin, long dim) {
   const long half = dim / 2;
@@ -529,6 +537,21 @@ void decoder_layer(const Layer& l, const Pass& p, const Cache& cache, const bf16
   gated(l, p, me, all);
 #pragma omp barrier
   linear(l.down, p.gated, p.middle, y, p.tokens, me, all);
+}
+
+// Norm and rotate a token's keys of all layers of a block draft, and put them and its values into their caches.
+void place_context(const Context& c, const Pass& p, const Cache* caches, long t, long row, long column) {
+  const long dim = c.head_dim, width = c.kv_heads * dim;
+  bf16* x = p.projected + t * c.kv.out;
+  for (long i = 0; i < c.layers; ++i, x += 2 * width)
+    for (long h = 0; h < c.kv_heads; ++h) {
+      bf16* key = x + h * dim;
+      norm(key, c.k_norms + i * dim, c.k_eps, key, dim);
+      rotate(key, p.cos + t * p.rope_dim, p.sin + t * p.rope_dim, p.rope_dim);
+      const long to = ((row * c.kv_heads + h) * caches[i].length + column) * dim;
+      std::memcpy(caches[i].keys + to, key, dim * sizeof(bf16));
+      std::memcpy(caches[i].values + to, key + width, dim * sizeof(bf16));
+    }
 }
 
 // Laws of tokens: rows of logits or of probabilities, read in runs of the same length whatever the threads. A row that is long
@@ -787,6 +810,27 @@ void deepspec_layers(const Layer* const* layers, const Pass* pass, const Cache* 
       decoder_layer(*layers[i], *pass, caches[i], i ? nullptr : normed, i ? made[i - 1] : x, made[i], me, all);
 #pragma omp barrier
     }
+  }
+}
+
+// Keys and values of a draft's layers from the target's features [tokens, join.in]
+void deepspec_context(const Context* context, const Pass* pass, const Cache* caches, const bf16* features) {
+  const Context& c = *context;
+  const Pass& p = *pass;
+  const long d = c.join.out;
+#pragma omp parallel num_threads(p.threads)
+  {
+    const int me = omp_get_thread_num(), all = omp_get_num_threads();
+    linear(c.join, features, nullptr, p.middle, p.tokens, me, all);
+#pragma omp barrier
+    for (long t = me; t < p.tokens; t += all) norm(p.middle + t * d, c.norm, c.eps, p.normed + t * d, d);
+#pragma omp barrier
+    linear(c.kv, p.normed, nullptr, p.projected, p.tokens, me, all);
+#pragma omp barrier
+    long first = 0;
+    for (long r = 0; r < p.requests; first += p.counts[r++])
+      for (long i = 0; i < p.counts[r]; ++i)
+        if ((first + i) % all == me) place_context(c, p, caches, first + i, p.rows[r], p.starts[r] + i);
   }
 }
 

@@ -6,7 +6,7 @@ import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -164,8 +164,9 @@ class NativeLayers:
         x = readable("x", x, (1, sum(step.counts), one.out.out))
         if normed is not None:
             normed = readable("what attention reads", normed, (*x.shape[:2], one.qkv.inputs))
-        caches = self._caches(step, x)
-        work = step.once((NativeLayers, one.sizes), lambda: _Work(step, x, rope, one.sizes[:-1], one.one_way))
+        layers = range(self.first, self.first + count)
+        caches = rooms(step, layers, one.kv_heads, one.head_dim, x)
+        work = step.once((NativeLayers, one.sizes), lambda: Work(step, x, rope, one.sizes[:-1], one.one_way))
         spare = torch.empty_like(x), torch.empty_like(x) if count > 1 else x
         last = count - 1
         made = [
@@ -183,25 +184,38 @@ class NativeLayers:
         )
         return made
 
-    def _caches(self, step: ForwardPass, x: Tensor) -> Any:
-        """Return where the keys and values of each layer lie."""
-        cache, one = step.cache, self.parts[0]
-        if cache is None:
-            raise ValueError("a pass without a cache has no room for keys")
-        indices = range(self.first, self.first + len(self.parts))
-        for index in indices:
-            step.note(index)
 
-        def made() -> Any:
-            new = x.new_empty(0, one.kv_heads, 0, one.head_dim)
-            rooms = [cache.layer(index, new, new) for index in indices]
-            return (_Cache * len(rooms))(*(_Cache(k.data_ptr(), v.data_ptr(), k.shape[2]) for k, v in rooms))
-
-        return cache.derived((NativeLayers, self.first, len(self.parts)), made)
+def as_one(layers: Sequence[NativeLayers | None]) -> NativeLayers | None:
+    """Join layers that follow one another into one call; None where one is not the kernels', or of another size."""
+    parts = [each for layer in layers if layer is not None for each in layer.parts]
+    if not layers or None in layers or len({each.sizes for each in parts}) != 1:
+        return None
+    return NativeLayers(parts, cast(NativeLayers, layers[0]).first)
 
 
-class _Work:
-    """What the layers of one pass share: who goes where, who is hidden from whom, and room to work in."""
+def rooms(step: ForwardPass, layers: range, kv_heads: int, head_dim: int, like: Tensor) -> Any:
+    """Return where the keys and values of layers lie, for a pass that writes them."""
+    cache = step.cache
+    if cache is None:
+        raise ValueError("a pass without a cache has no room for keys")
+    for index in layers:
+        step.note(index)
+
+    def made() -> Any:
+        new = like.new_empty(0, kv_heads, 0, head_dim)
+        found = [cache.layer(index, new, new) for index in layers]
+        return (_Cache * len(found))(*(_Cache(k.data_ptr(), v.data_ptr(), k.shape[2]) for k, v in found))
+
+    return cache.derived((rooms, layers), made)
+
+
+class Work:
+    """What the layers of one pass share: who goes where, who is hidden from whom, and room to work in.
+
+    Args:
+        x: [1, n, d]
+        sizes: widths of the room for what is normed, projected, attended, in between and gated.
+    """
 
     def __init__(
         self,
