@@ -5,8 +5,8 @@ Each level of a growth costs one ranking or one drawing for all its open nodes t
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -21,10 +21,10 @@ _RUN = 64
 _GUESS = 0.5  # the confidence of a law that comes without one, for choosing among nodes
 
 
-@runtime_checkable
-class ChainLaws(Protocol):
+class ChainLaws(ABC):
     """Laws of chains whose tokens can all be drawn at once."""
 
+    @abstractmethod
     def draw(
         self, rows: list[int], depth: int, anchors: list[int], uniforms: Tensor | None, temperature: float
     ) -> tuple[list[list[int]], Tensor | None]:
@@ -35,6 +35,7 @@ class ChainLaws(Protocol):
             uniforms: float64 [depth, rows]; None takes the likeliest tokens, and returns no laws.
         """
 
+    @abstractmethod
     def confidence(self, parent: Parent) -> float:
         """Return the chance that a token drawn below a node survives."""
 

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from deepspec.decoding.drafter import DraftRequest
+from deepspec.decoding.growths import ChainLaws
 from deepspec.decoding.tree import DraftLogits, Growth, Parent
 from deepspec.drafters.algorithm import Algorithm
 from deepspec.drafters.block_drafting import BlockDrafter
@@ -190,7 +191,7 @@ class _Laws:
         return 1 / (1 + math.exp(-min(max(logit, -60.0), 60.0)))
 
 
-class _ChainLaws(_Laws):
+class _ChainLaws(_Laws, ChainLaws):
     """The same where the kernels draw whole chains (`decoding.growths.ChainLaws`)."""
 
     def draw(
