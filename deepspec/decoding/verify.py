@@ -54,8 +54,7 @@ def standard(proposal: Proposal, law: Law, uniform: Uniform, pick: Pick) -> tupl
     for k, token in enumerate(proposal.tokens):
         p = law(k - 1)
         if not uniform() < float(p[token]) / proposal.chance(k):  # a law that has no numbers accepts nothing
-            rest = (p - proposal.law(k)).clamp_(min=0)
-            return list(range(k)), pick(rest if float(rest.sum()) > 0 else p)  # p equals q, but for rounding
+            return list(range(k)), pick(_rest(p, proposal, k))
     last = len(proposal.tokens)
     return list(range(last)), pick(law(last - 1))
 
@@ -82,11 +81,18 @@ def block(proposal: Proposal, law: Law, uniform: Uniform, pick: Pick) -> tuple[l
         if uniform() < h:
             best = i
     p = law(best - 1)
-    if best < gamma:
-        rest = (chances[best] * p - proposal.law(best)).clamp_(min=0)
-        if float(rest.sum()) > 0:  # else p equals q and the block was certain to go on: rounding alone
-            p = rest
-    return list(range(best)), pick(p)
+    return list(range(best)), pick(_rest(p, proposal, best, chances[best]) if best < gamma else p)
+
+
+def _rest(p: Tensor, proposal: Proposal, node: int, scale: float = 1.0) -> Tensor:
+    """Return (scale·p − q)₊ with q a node's law; p where nothing is above: they are equal, but for rounding."""
+    q = proposal.row(node)
+    if p.dtype == q.dtype == torch.float32 and laws.can_read(p) and laws.can_read(q):
+        rest, mass = laws.remainder(p, q, proposal.columns, scale)
+    else:
+        rest = (scale * p - proposal.law(node)).clamp_(min=0)
+        mass = float(rest.sum())
+    return rest if mass > 0 else p
 
 
 def _excess_mass(p: Tensor, q: Tensor, columns: Tensor | None, scale: float) -> float:

@@ -372,6 +372,22 @@ def test_the_mass_above_a_drafts_law_is_the_exact_one(width):
         exact = float((scale * p.double() - whole.double()).clamp(min=0).sum())
         assert laws.excess(p, q, columns, scale) == pytest.approx(exact, abs=1e-6)
         assert laws.excess(p, whole, None, scale) == pytest.approx(exact, abs=1e-6)
+        rest = (scale * p - whole).clamp(min=0)
+        for found, mass in (
+            laws.remainder(p, q, columns, scale),
+            laws.remainder(p, whole, None, scale),
+        ):
+            assert torch.equal(found, rest) and mass == pytest.approx(exact, abs=1e-6)
+
+
+@needed
+def test_what_is_left_of_laws_that_are_equal_or_no_numbers_has_no_mass():
+    p = torch.full((40,), 1 / 40)
+    rest, mass = laws.remainder(p, p.clone(), None, 1.0)
+    assert mass == 0 and not rest.any()
+    p[3] = torch.nan
+    rest, mass = laws.remainder(p, p.clone(), None, 1.0)
+    assert not mass > 0 and rest[3].isnan()
 
 
 @needed

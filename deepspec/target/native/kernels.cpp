@@ -727,6 +727,24 @@ double excess(const float* p, const int64_t* columns, const float* q, long width
   return columns ? above + scale * std::max(0., 1 - here) : above;
 }
 
+// rest [vocab] = (scale·p − q)₊, q [width] of these columns, or of all; returns its sum.
+double remainder(const float* p, const int64_t* columns, const float* q, long width, long vocab, float scale, float* rest) {
+  auto over = [&](long at, long k) {
+    const float found = scale * p[at] - q[k];
+    rest[at] = found < 0 ? 0 : found;  // what is not a number stays none
+  };
+  if (columns) {
+    for (long i = 0; i < vocab; ++i) rest[i] = scale * p[i];
+    for (long k = 0; k < width; ++k) over(columns[k], k);
+  } else {
+    for (long i = 0; i < vocab; ++i) over(i, i);
+  }
+  double total = 0;
+  for (long i = 0; i < vocab; i += LANES)
+    total += _mm512_reduce_add_ps(_mm512_maskz_loadu_ps(lanes(vocab - i), rest + i));
+  return total;
+}
+
 // What chains are drawn from: logits of each place, to which each token adds a row of a product of two matrices.
 struct Chains {
   Matrix second;             // [columns, rank]
@@ -860,6 +878,12 @@ void deepspec_chains(const Chains* chains, int64_t threads) { draw_chains(*chain
 // mass = Σ (scale·p − q)₊ with p [vocab] and q [width] of these columns, or of all
 void deepspec_excess(const float* p, const int64_t* columns, const float* q, int64_t width, float scale, double* mass) {
   *mass = excess(p, columns, q, width, scale);
+}
+
+// rest [vocab] = (scale·p − q)₊, and its sum
+void deepspec_remainder(const float* p, const int64_t* columns, const float* q, int64_t width, int64_t vocab, float scale,
+                        float* rest, double* mass) {
+  *mass = remainder(p, columns, q, width, vocab, scale, rest);
 }
 
 }

@@ -95,6 +95,24 @@ def excess(p: Tensor, q: Tensor, columns: Tensor | None, scale: float) -> float:
     return mass.value
 
 
+def remainder(p: Tensor, q: Tensor, columns: Tensor | None, scale: float) -> tuple[Tensor, float]:
+    """Return (scale·p − q)₊ [vocab] and its sum; operands as those of `excess`."""
+    whole, own = p.contiguous(), q.contiguous()
+    known = None if columns is None else columns.data_ptr()
+    rest, mass = torch.empty_like(whole), ctypes.c_double()
+    _function("remainder")(
+        _Pointer(whole.data_ptr()),
+        _Pointer(known),
+        _Pointer(own.data_ptr()),
+        _Long(len(own)),
+        _Long(len(whole)),
+        _Float(scale),
+        _Pointer(rest.data_ptr()),
+        ctypes.byref(mass),
+    )
+    return rest, mass.value
+
+
 class Chains:
     """Draws chains from laws softmax(U_k + W₂ W₁[x_{k−1}]), all places of all requests in one call.
 
