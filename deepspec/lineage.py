@@ -48,7 +48,7 @@ INERT = {
 PROVEN = {
     (
         "deepspec.stages.generate",
-        "deepspec.features.kept",
+        "deepspec.training.keeping",
     ): "keeps states beside the answers, which are the same",
     ("deepspec.serving.evaluation", "deepspec.export.draft"): "hands the trained draft to the exporter",
     (

@@ -12,16 +12,13 @@ import logging
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from deepspec.decoding.recorder import Recorded, Recorder
-from deepspec.drafters.registry import algorithms
-from deepspec.drafters.start import WAYS
 from deepspec.features.codec import codec
 from deepspec.features.extract import LOG_NORM, Extractor, Found
 from deepspec.features.sequences import Sequences
@@ -31,47 +28,13 @@ from deepspec.lineage import code_digest
 from deepspec.target.ends import H_LAST, Ends
 from deepspec.target.model import Target
 
-if TYPE_CHECKING:
-    from deepspec.config import Params
-
 logger = logging.getLogger(__name__)
 
 KEPT = Path(".deepspec/kept")
 LAYERS = "layers.json"  # in a folder: whose outputs its files have
 
 
-def keeper(params: Params, target: Ends) -> Keeper | None:
-    """Return what keeps the states that the pipeline's drafters are trained on; None where none are to be kept."""
-    features = params.train.features
-    stored = features.mode == "cached" and features.states is None and features.directory is None
-    if params.generate.engine != "local" or not stored:
-        return None
-    if not (isinstance(target, Target) and Recorder.can_record(target)):
-        return None
-    trained = [_layers(params.drafters[name], target) for name in params.pipeline]
-    layers = sorted({layer for own in trained if own is not None for layer in own if layer != H_LAST})
-    if not any(own is not None for own in trained):
-        return None
-    return Keeper(_folder(KEPT, target, features.form), Recorder(target, layers), features.form)
-
-
-def _layers(section: Any, target: Target) -> Sequence[int] | None:
-    """Return the layers that a drafter is trained on; None where it is not trained, or goes on from a draft."""
-    algorithm = algorithms()[section.type]
-    if algorithm.network is None or not getattr(section, "finetune", True):
-        return None
-    if algorithm.standalone:
-        return ()
-    if getattr(section, "start", None) is not None:
-        if section.start not in WAYS:
-            return None
-        section = section.model_copy(update={"start": "random"})
-    with torch.device("meta"):
-        network = algorithm.network(section, target)
-    return cast(Any, network.config).target_layer_ids
-
-
-def _folder(root: Path, target: Ends, form: str) -> Path:
+def folder_of(target: Ends, form: str, root: Path = KEPT) -> Path:
     """Return the folder of a target's states in a form, as this code makes them."""
     code = code_digest("deepspec.decoding.engine", __name__)
     return root / digest(json.dumps([target.digest, target.precision, form, code]))
@@ -148,7 +111,7 @@ class KeptStates:
         root: Path = KEPT,
     ) -> KeptStates | None:
         """Return the kept states of a target; None where none are, or one of these layers is not among them."""
-        folder = _folder(root, target, form)
+        folder = folder_of(target, form, root)
         try:
             kept = tuple(json.loads((folder / LAYERS).read_text()))
         except (OSError, ValueError):

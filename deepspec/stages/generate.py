@@ -10,9 +10,9 @@ from deepspec.stages.common import stage
 
 def main(params: Params, flags: argparse.Namespace) -> None:
     from deepspec.answers.generate import generate_data, process_state
-    from deepspec.features.kept import keeper
     from deepspec.stages.body import answering
     from deepspec.target.model import load_where_it_runs
+    from deepspec.training.keeping import keeper
 
     state = process_state()
     paths = "data/prompts/train.jsonl", "data/distill"

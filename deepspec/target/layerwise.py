@@ -6,7 +6,7 @@ states that another was given differs by its own doing alone.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -49,19 +49,36 @@ class Layerwise:
 
     def ours(self, inputs: list[Tensor]) -> list[Tensor]:
         """Return the outputs [n, d] of each of the target's layers, from a prefill in two parts."""
-        return _outputs(self._target.layers, self._run_ours, inputs)
+        with self._target.one_by_one():
+            return _outputs(self._target.layers, self._run_ours, inputs)
+
+    @torch.inference_mode()
+    def joined_unlike(self) -> int | None:
+        """Return the first of the target's layers whose output depends on whether all run as one call."""
+        if not self._target.joined:
+            return None
+        wanted = range(self._target.num_layers - 1)
+        together = self._run_ours(wanted)
+        with self._target.one_by_one():
+            apart = self._run_ours(wanted)
+        return next((layer for layer in wanted if not torch.equal(together[layer], apart[layer])), None)
 
     def _run_own(self) -> None:
         self._model(input_ids=self._ids[None].to(self._model.device), use_cache=False)
 
-    def _run_ours(self) -> None:
+    def _run_ours(self, wanted: Sequence[int] = ()) -> list[Tensor]:
+        """Prefill in two parts; return the outputs [n, d] of these layers."""
         target, ids = self._target, self._ids
+        found: list[list[Tensor]] = [[] for _ in wanted]
         cache, half = target.cache(1, self), len(ids) // 2
         for first, last in ((0, half), (half, len(ids))):
             cache.reserve(last + 16)
             places = torch.arange(first, last, device=target.device)[None]
-            step = ForwardPass(places, cache=cache, starts=[first], counts=[last - first])
+            step = ForwardPass(places, cache=cache, starts=[first], counts=[last - first], wanted=wanted)
             target.forward(ids[None, first:last].to(target.device), step)
+            for layer, parts in zip(wanted, found, strict=True):
+                parts.append(step.features[layer][0])
+        return [torch.cat(parts) for parts in found]
 
     def _recorded(self) -> list[Tensor]:
         found: list[Tensor] = []
@@ -78,7 +95,7 @@ class Layerwise:
         return found
 
 
-def _outputs(layers: nn.ModuleList, run: Callable[[], None], inputs: list[Tensor]) -> list[Tensor]:
+def _outputs(layers: nn.ModuleList, run: Callable[[], object], inputs: list[Tensor]) -> list[Tensor]:
     """Each layer's outputs [n, d] for these inputs, whatever the layer below hands out."""
     found: list[list[Tensor]] = [[] for _ in layers]
     with _given(layers, inputs, found):

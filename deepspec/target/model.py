@@ -7,7 +7,8 @@ drafters need: hidden features of chosen decoder layers, the post-norm hidden st
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
@@ -265,6 +266,7 @@ class Target(Ends):
         self._states = (
             None if self.verdict.trees else OwnPasses(self._model, self._record, self.verdict.body == STEPS)
         )
+        self._joined = True  # unless somebody looks between layers
         self.graphs = graphs
         self._graphs = GraphedPasses(self._run) if graphs else None
 
@@ -302,6 +304,20 @@ class Target(Ends):
             return None
         return as_one([cast(FusedLayer, layer).native for layer in self.layers])
 
+    @property
+    def joined(self) -> bool:
+        """Whether all layers of a pass are one call."""
+        return self._joined and self._stack is not None
+
+    @contextmanager
+    def one_by_one(self) -> Iterator[None]:
+        """Run every layer by itself, for hooks that stand between them."""
+        before, self._joined = self._joined, False
+        try:
+            yield
+        finally:
+            self._joined = before
+
     def cache(self, slots: int, owner: object) -> KVCache:
         """Return a KV cache of so many slots, in use while `owner` lives."""
         if self._states:
@@ -309,8 +325,8 @@ class Target(Ends):
         return self._graphs.cache(slots, owner) if self._graphs else KVCache(slots, CACHE_LENGTH)
 
     def _run(self, ids: Tensor, step: ForwardPass) -> Tensor:
-        if step.cache is not None and self._stack:
-            return self._run_stack(self._stack, ids, step)
+        if step.cache is not None and self.joined:
+            return self._run_stack(cast(NativeLayers, self._stack), ids, step)
         self._record(step)
         # Fused layers ask the step for masks; others hand on what transformers makes of one that hides nothing.
         mask = _FOUR_DIMENSIONAL if self._fused else torch.ones_like(ids)

@@ -210,6 +210,10 @@ def _by_layer(
         found = first_difference(both)
     except Exception:  # layers that a state of one's own cannot be given to
         return replace(verdict, unreached=(*verdict.unreached, "what each layer sees"))
+    if (layer := both.joined_unlike()) is not None:
+        return replace(
+            verdict, refusal=f"layer {layer} computes something else as one call with the others{end}"
+        )
     if found is not None:
         layer, position, more = found
         seen = "more tokens" if more else "fewer tokens"

@@ -19,10 +19,11 @@ from deepspec.decoding.recorder import Recorder
 from deepspec.decoding.request import Request, Sampling
 from deepspec.features import kept
 from deepspec.features.extract import LOG_NORM, Extractor
-from deepspec.features.kept import KEPT, Keeper, keeper
+from deepspec.features.kept import KEPT, Keeper
 from deepspec.features.sequences import Sequence, Sequences
 from deepspec.target.ends import H_LAST, load_ends
 from deepspec.target.model import Target, load_target
+from deepspec.training.keeping import keeper
 from deepspec.training.prepare import TrainingData, stored_features
 from deepspec.training.run import make_accelerator
 from tests.drafting import Guesser

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,9 +34,11 @@ from deepspec.target import fused
 from deepspec.target.attention import ForwardPass, KVCache, OneWay, tree_mask
 from deepspec.target.ends import H_LAST
 from deepspec.target.fused import FusedLayer, Int4Linear, PackedLinear, RotaryTable, rope_operands
+from deepspec.target.layerwise import Layerwise
 from deepspec.target.model import Target, load_target
 from deepspec.target.native import laws
-from deepspec.target.native.layer import Norm
+from deepspec.target.native.layer import NativeLayers, Norm
+from deepspec.target.source import load_model
 from tests.tiny import SCALINGS, cached_target, make_model
 
 needed = pytest.mark.skipif(build.kernels() is None, reason=f"kernels {build.state()}")
@@ -157,6 +160,21 @@ def test_all_layers_in_one_call_are_the_layers_one_by_one(target, tree, monkeypa
     assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
     for ours, theirs in zip(final[:2], final[2:], strict=True):
         assert torch.allclose(ours.float(), theirs.float(), rtol=2**-7)  # rounded once, and twice
+
+
+@needed
+def test_one_call_that_differs_from_its_layers_is_found(target):
+    model = load_model(target.source, dtype="bfloat16")
+    both = Layerwise(target, model, torch.arange(100, 130))
+    assert target.joined and both.joined_unlike() is None
+    parts = list(target._stack.parts)
+    vars(target)["_stack"] = NativeLayers(
+        [parts[0], replace(parts[1], scale=parts[1].scale * 1.1), *parts[2:]], 0
+    )
+    try:
+        assert both.joined_unlike() == 1
+    finally:
+        del vars(target)["_stack"]
 
 
 @needed
