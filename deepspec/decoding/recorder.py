@@ -62,6 +62,11 @@ class Recorder:
         self._rows: dict[int, _Row] = {}
         self._done: dict[Any, Recorded] = {}
 
+    @property
+    def bytes_a_token(self) -> int:
+        """Return the memory that a token of a request in flight takes."""
+        return len(self.layers) * self.target.hidden_size * self.target.dtype.itemsize
+
     @staticmethod
     def can_record(target: Target) -> bool:
         """Return whether a token's states and law are the same, to the bit, in every pass."""

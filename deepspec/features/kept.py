@@ -7,6 +7,7 @@ them is the one that a pass over the finished conversations makes. What is missi
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import shutil
@@ -31,6 +32,7 @@ from deepspec.target.model import Target
 logger = logging.getLogger(__name__)
 
 KEPT = Path(".deepspec/kept")
+SPARE = 1 << 30  # bytes of the disk that are left to everybody else
 LAYERS = "layers.json"  # in a folder: whose outputs its files have
 
 
@@ -50,24 +52,35 @@ class Keeper:
     def __init__(self, folder: Path, recorder: Recorder, form: str):
         self.recorder, self._folder = recorder, folder
         self._codec = codec(form, recorder.target.hidden_size)
-        self._full = False
+        self._written, self._ended = 0, False
 
     def keep(self, ids: list[int], found: Recorded) -> None:
         """Write what all tokens of a conversation left.
 
-        Where the disk takes no more, a warning says so once, and training computes what is missing.
+        Where the disk has no room for it and for the shards that training makes of all, a warning says so once, and
+        training computes what is missing.
         """
-        if self._full:
+        if self._ended:
             return
         try:
-            self._folder.mkdir(parents=True, exist_ok=True)
-            write_json(self._folder / LAYERS, [layer for layer in self.recorder.layers if layer != H_LAST])
+            if not self._written:
+                self._folder.mkdir(parents=True, exist_ok=True)
+                layers = [layer for layer in self.recorder.layers if layer != H_LAST]
+                write_json(self._folder / LAYERS, layers)
+            tensors = self._tensors(found)
+            self._written += sum(x.nbytes for x in tensors.values())
+            free = shutil.disk_usage(self._folder).free
+            if free < self._written + SPARE:
+                raise OSError(
+                    errno.ENOSPC, f"{free >> 20} MiB are free, and training needs as much room again"
+                )
             with replacing(self._folder / file_name(ids)) as scratch:
-                save_file(self._tensors(found), scratch)
+                save_file(tensors, scratch)
         except (OSError, SafetensorError) as error:
-            self._full = True
+            self._ended = True
+            reason = error.strerror if isinstance(error, OSError) else error
             logger.warning(
-                "%s: no more states are kept, training computes the others: %s", self._folder, error
+                "%s: no more states are kept, training computes the others: %s", self._folder, reason
             )
 
     def _tensors(self, found: Recorded) -> dict[str, Tensor]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, cast
 
+import psutil
 import torch
 
 from deepspec.decoding.recorder import Recorder
@@ -16,6 +18,10 @@ from deepspec.target.model import Target
 
 if TYPE_CHECKING:
     from deepspec.config import Params
+
+logger = logging.getLogger(__name__)
+
+SHARE = 0.25  # of the memory that is free, which the states of requests in flight may take
 
 
 def keeper(params: Params, target: Ends) -> Keeper | None:
@@ -30,7 +36,12 @@ def keeper(params: Params, target: Ends) -> Keeper | None:
     layers = sorted({layer for own in trained if own is not None for layer in own if layer != H_LAST})
     if not any(own is not None for own in trained):
         return None
-    return Keeper(folder_of(target, features.form), Recorder(target, layers), features.form)
+    recorder = Recorder(target, layers)
+    needed = recorder.bytes_a_token * params.generate.batch_size * params.generate.max_length
+    if needed > SHARE * psutil.virtual_memory().available:
+        logger.info("states are not kept for training: %.1f GB of memory would be needed", needed / 1e9)
+        return None
+    return Keeper(folder_of(target, features.form), recorder, features.form)
 
 
 def _layers(section: Any, target: Target) -> Sequence[int] | None:

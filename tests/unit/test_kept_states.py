@@ -7,6 +7,7 @@ import json
 import logging
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -23,6 +24,7 @@ from deepspec.features.kept import KEPT, Keeper
 from deepspec.features.sequences import Sequence, Sequences
 from deepspec.target.ends import H_LAST, load_ends
 from deepspec.target.model import Target, load_target
+from deepspec.training import keeping
 from deepspec.training.keeping import keeper
 from deepspec.training.prepare import TrainingData, stored_features
 from deepspec.training.run import make_accelerator
@@ -175,20 +177,37 @@ def test_codes_are_kept_where_features_are_stored_as_codes(params, answered):
     assert stored(compact, (0, 1)) == computed and not list(KEPT.iterdir())
 
 
-def test_a_full_disk_ends_the_keeping_with_one_warning_and_no_answer_is_lost(
-    params, answered, monkeypatch, caplog
-):
+def out_of_room(monkeypatch) -> str:
     def full(*args):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(kept, "save_file", full)
+    return "No space left on device"
+
+
+def nearly_out_of_room(monkeypatch) -> str:
+    monkeypatch.setattr(kept.shutil, "disk_usage", lambda _: SimpleNamespace(free=kept.SPARE))
+    return "1024 MiB are free, and training needs as much room again"
+
+
+@pytest.mark.parametrize("disk", [out_of_room, nearly_out_of_room])
+def test_a_full_disk_ends_the_keeping_with_one_warning_and_no_answer_is_lost(
+    params, answered, monkeypatch, caplog, disk
+):
+    why = disk(monkeypatch)
     with caplog.at_level(logging.WARNING):
         answer(params, answered, keeper(params, answered))
     assert [r.getMessage() for r in caplog.records if "kept" in r.getMessage()] == [
-        f"{next(KEPT.iterdir())}: no more states are kept, training computes the others: "
-        "[Errno 28] No space left on device"
+        f"{next(KEPT.iterdir())}: no more states are kept, training computes the others: {why}"
     ]
     assert stored(params, (0, 1))["shards"]
+
+
+def test_states_that_would_fill_the_memory_are_not_kept(params, answered, monkeypatch, caplog):
+    monkeypatch.setattr(keeping.psutil, "virtual_memory", lambda: SimpleNamespace(available=1 << 20))
+    with caplog.at_level(logging.INFO):
+        assert keeper(params, answered) is None
+    assert "of memory would be needed" in caplog.text
 
 
 @pytest.mark.parametrize(
