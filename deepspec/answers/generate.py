@@ -75,6 +75,8 @@ def generate_data(
         "code": code_digest(__name__),
     }
     directory = Path(work_root) / digest(json.dumps(key, sort_keys=True))
+    if keeper:
+        keeper.begin(directory.name)
     share = longest_first(rows)[state.process_index :: state.num_processes]
     _answer_share(target, params, share, directory, state, decode, keeper)
     state.wait_for_everyone()
@@ -84,7 +86,10 @@ def generate_data(
     for row in rows:
         if row.chat.tools or len(row.chat.slots()) > 1:
             histories.of(row.chat)
-    return assemble(read_work(directory), rows.ids, Path(out), settings, target.digest, histories.describe())
+    made = assemble(read_work(directory), rows.ids, Path(out), settings, target.digest, histories.describe())
+    if keeper:
+        keeper.finish(made["digest"])
+    return made
 
 
 def _check_kinds(prompts: Prompts, params: GenerateParams) -> None:

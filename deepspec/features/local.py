@@ -174,7 +174,7 @@ class CachedFeatures(Features):
         """
         found = cls(root, *what)
         found.directory = root / found._name(found.identity)
-        if not found.directory.exists():
+        if not found.complete:
             for path in sorted(root.glob(f"*/{MANIFEST}")):
                 if found._serves(path):
                     found.directory = path.parent

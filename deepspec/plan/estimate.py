@@ -219,12 +219,13 @@ def _features(
         how = f"{tokens:.3g} tokens read from an engine's files, whose time is its own"
         yield Estimate("features", tokens, written, RUNTIME + target.ends * target.bytes, disk, how)
         return
-    if rates.kernels and params.target.engine == params.generate.engine == "local":
+    local = params.target.engine == params.generate.engine == "local"
+    if rates.kernels and local and params.train.features.directory is None:
         # Written by the answers, read, and written in shards.
         how = (
             f"{tokens:.3g} tokens, kept while the target answers and put in order, if its layers are Llama's"
         )
-        yield Estimate("features", tokens, 3 * written, extraction_memory(target, layers), 2 * disk, how)
+        yield Estimate("features", tokens, 3 * written, extraction_memory(target, layers), disk, how)
         return
     seconds = extract_seconds(target, rates, tokens) + written
     yield Estimate(

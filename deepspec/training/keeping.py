@@ -12,7 +12,7 @@ import torch
 from deepspec.decoding.recorder import Recorder
 from deepspec.drafters.registry import algorithms
 from deepspec.drafters.start import WAYS
-from deepspec.features.kept import Keeper, folder_of
+from deepspec.features.kept import Keeper
 from deepspec.target.ends import H_LAST, Ends
 from deepspec.target.model import Target
 
@@ -41,7 +41,7 @@ def keeper(params: Params, target: Ends) -> Keeper | None:
     if needed > SHARE * psutil.virtual_memory().available:
         logger.info("states are not kept for training: %.1f GB of memory would be needed", needed / 1e9)
         return None
-    return Keeper(folder_of(target, features.form), recorder, features.form)
+    return Keeper(recorder, features.form)
 
 
 def _layers(section: Any, target: Target) -> Sequence[int] | None:

@@ -250,13 +250,9 @@ def stored_features(
     if chosen.directory:
         features = CachedFeatures(Path(chosen.directory), *what)
     else:
+        if elsewhere is None:
+            _store_kept(target, body, data, layers, chosen.form, share)
         features = CachedFeatures.below(WORK / "features", *what)
-        if (
-            elsewhere is None
-            and not features.complete
-            and _stored_kept(target, body, data, layers, chosen.form, share)
-        ):
-            features = CachedFeatures.below(WORK / "features", *what)
 
     def source() -> StateSource:
         if chosen.states is None:
@@ -275,25 +271,28 @@ def stored_features(
     return features
 
 
-def _stored_kept(
+def _store_kept(
     target: Ends,
     body: Callable[[], Target],
     data: TrainingData,
     layers: tuple[int, ...],
     form: str,
     share: Share,
-) -> bool:
-    """Make shards of the states that were kept while the target answered, of all their layers; False: none were."""
-    kept = KeptStates.find(target, body, data.sequences, layers, form)
+) -> None:
+    """Make shards of the states that were kept while the target answered, of all their layers; they go then."""
+    kept = KeptStates.find(data.digest, target, body, data.sequences, layers, form)
+    there = CachedFeatures.below(
+        WORK / "features", target, data.sequences, layers, data.digest, form
+    ).complete
     share.wait()  # until all have looked
     if kept is None:
-        return False
-    what = (target, data.sequences, kept.layers, data.digest, form)
-    CachedFeatures.below(WORK / "features", *what).build(lambda: kept, share)
-    share.wait()
+        return
+    if not there:
+        what = (target, data.sequences, kept.layers, data.digest, form)
+        CachedFeatures.below(WORK / "features", *what).build(lambda: kept, share)
+        share.wait()
     if share.rank == 0:
         kept.remove()
-    return True
 
 
 @contextmanager

@@ -16,11 +16,11 @@ from deepspec import kernels as build
 from deepspec.answers.generate import generate_data
 from deepspec.config import Params, load_params
 from deepspec.decoding.engine import Engine, stream
-from deepspec.decoding.recorder import Recorder
+from deepspec.decoding.recorder import Recorded, Recorder
 from deepspec.decoding.request import Request, Sampling
 from deepspec.features import kept
 from deepspec.features.extract import LOG_NORM, Extractor
-from deepspec.features.kept import KEPT, Keeper
+from deepspec.features.kept import KEPT, RECORD, Keeper
 from deepspec.features.sequences import Sequence, Sequences
 from deepspec.target.ends import H_LAST, load_ends
 from deepspec.target.model import Target, load_target
@@ -146,7 +146,8 @@ def test_training_stores_what_was_kept_and_computes_what_was_not(params, answere
     assert answer(params, answered, keeper(params, answered)) == without
     (folder,) = KEPT.iterdir()
     files = sorted(folder.glob("*.safetensors"))
-    assert len(files) == 12 and json.loads((folder / "layers.json").read_text()) == [0, 1]
+    assert folder.name == without and len(files) == 12
+    assert json.loads((folder / RECORD).read_text())["layers"] == [0, 1]
     files[0].unlink()
     files[1].write_bytes(files[1].read_bytes()[:100])
     passed = []
@@ -177,6 +178,59 @@ def test_codes_are_kept_where_features_are_stored_as_codes(params, answered):
     assert stored(compact, (0, 1)) == computed and not list(KEPT.iterdir())
 
 
+def test_kept_states_go_where_features_are_there_already(params, answered):
+    answer(params, answered, None)
+    computed = stored(params, (0, 1))
+    shutil.rmtree("work")
+    answer(params, answered, keeper(params, answered))
+    assert list(KEPT.iterdir())
+    assert stored(params, (0, 1)) == computed and not list(KEPT.iterdir())
+    assert len(list(Path(".deepspec/features").iterdir())) == 1
+
+
+def test_a_finished_data_set_leaves_no_states_of_another(params, answered):
+    others = params.model_copy(update={"seed": 5})
+    first = answer(others, answered, keeper(others, answered))
+    assert [folder.name for folder in KEPT.iterdir()] == [first]
+    second = answer(params, answered, keeper(params, answered))
+    assert [folder.name for folder in KEPT.iterdir()] == [second] != [first]
+    assert answer(params, answered, keeper(params, answered)) == second  # again, with nothing left to answer
+    assert len(list((KEPT / second).glob("*.safetensors"))) == 12
+
+
+@pytest.mark.parametrize("changed", ["form", "code"])
+def test_states_that_training_cannot_use_any_more_go(params, answered, monkeypatch, changed):
+    answer(params, answered, keeper(params, answered))
+    if changed == "code":
+        monkeypatch.setattr(kept, "code_digest", lambda *_: "other")
+    else:
+        params = params.model_copy(deep=True)
+        params.train.features.__dict__["form"] = "fp8"
+    assert stored(params, (0, 1))["shards"] and not list(KEPT.iterdir())
+
+
+def test_states_that_are_no_numbers_are_not_kept(params, answered):
+    own = keeper(params, answered)
+    assert own is not None
+    own.begin("work")
+    states = {layer: torch.zeros(3, 64).bfloat16() for layer in own.recorder.layers}
+    own.keep([1, 2, 3], Recorded(states, torch.tensor([1.0, torch.nan, 2.0])))
+    assert not KEPT.exists()
+    own.keep([1, 2, 3], Recorded(states, torch.tensor([1.0, 1.5, 2.0])))
+    assert len(list((KEPT / "work").glob("*.safetensors"))) == 1
+
+
+def test_shards_of_more_layers_are_read_before_unfinished_ones_of_fewer(params, answered):
+    answer(params, answered, None)
+    manifest = stored(params, (0,))
+    (narrow,) = Path(".deepspec/features").iterdir()
+    answer_to = json.loads((narrow / "manifest.json").read_text())
+    (narrow / "manifest.json").write_text(json.dumps(answer_to | {"shards": []}))  # as a killed run leaves it
+    wide = stored(params, (0, 1))
+    assert wide["layers"] == [0, 1] and manifest["layers"] == [0]
+    assert stored(params, (0,)) == wide
+
+
 def out_of_room(monkeypatch) -> str:
     def full(*args):
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -186,8 +240,8 @@ def out_of_room(monkeypatch) -> str:
 
 
 def nearly_out_of_room(monkeypatch) -> str:
-    monkeypatch.setattr(kept.shutil, "disk_usage", lambda _: SimpleNamespace(free=kept.SPARE))
-    return "1024 MiB are free, and training needs as much room again"
+    monkeypatch.setattr(kept.shutil, "disk_usage", lambda _: SimpleNamespace(free=kept.SPARE - 1))
+    return "no more than 1023 MiB of the disk are free"
 
 
 @pytest.mark.parametrize("disk", [out_of_room, nearly_out_of_room])
@@ -198,7 +252,7 @@ def test_a_full_disk_ends_the_keeping_with_one_warning_and_no_answer_is_lost(
     with caplog.at_level(logging.WARNING):
         answer(params, answered, keeper(params, answered))
     assert [r.getMessage() for r in caplog.records if "kept" in r.getMessage()] == [
-        f"{next(KEPT.iterdir())}: no more states are kept, training computes the others: {why}"
+        f"{KEPT / next(Path('work').iterdir()).name}: no more states are kept, training computes the others: {why}"
     ]
     assert stored(params, (0, 1))["shards"]
 
