@@ -177,22 +177,21 @@ class Engine:
         4. Commit: tokens to the request, the accepted path to the cache, both and the features to the drafter.
         """
         turns = [Turn(row, slot) for row, slot in enumerate(self.slots)]
-        turns.sort(
-            key=lambda turn: turn.slot.finish_reason is not None
-        )  # those whose last token is left: last
+        # What has ended and waits for the pass of its last token stands behind the others.
+        turns.sort(key=lambda turn: turn.slot.finish_reason is not None)
         clock = self._clock()
         if self.session:
             self._draft(turns)
         clock.lap("draft_s")
         run, hidden = self._run_target(turns)
         logits = self.target.logits(hidden[: turns[-1].offset + turns[-1].size])
-        open_ = [turn for turn in turns if not turn.slot.finish_reason]
-        judge(open_, logits[: sum(turn.size for turn in open_)], self.verify)
+        live = [turn for turn in turns if not turn.slot.finish_reason]
+        judge(live, logits[: sum(turn.size for turn in live)], self.verify)
         clock.lap("verify_s")
         features = self._features(run)
         if self.recorder and features is not None:
             self.recorder.step([turn.row for turn in turns], features[: len(turns)], logits)
-        for turn in open_:
+        for turn in live:
             if not turn.slot.error:
                 self._commit(turn, features)
         clock.lap("host_s")

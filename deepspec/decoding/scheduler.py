@@ -20,6 +20,7 @@ from deepspec.decoding.tree import Proposal
 _CREDIT = 1.0  # plain rounds that drafting may lose before it has to earn them
 _MOST_KEPT = 6.0  # of what it has earned
 _FIRST_PAUSE, _LONGEST_PAUSE = 4, 64
+_LONGEST_LOOK = 16  # tokens of a draft
 _FIRST_GUESS = 0.8  # chance that a token without an estimate follows its accepted parent, before any was seen
 _FOLLOW = 0.05  # how fast that guess follows what is seen
 
@@ -187,16 +188,34 @@ class PrefixScheduler(CostStop):
 
     The levels (r, j) of all requests are sorted by survival a_{r,j} = Π_{i≤j} c_{r,i} and admitted in that order while
     Θ = (R + Σa) · SPS(R, R + admitted) rises, SPS being 1 / (T_draft + T); the first drop ends the search. Drafting
-    pauses for all requests together: the draft's pass is shared, and so is the decision whether it pays.
+    pauses for all requests together: the draft's pass is shared, and so is the decision whether it pays. Once the first
+    round has shown whether proposals are free, nothing is drafted that could not pay even if most of it stood.
     """
 
     def reset(self) -> None:
         super().reset()
         self._pacer = _SharedPacer(lambda: self.cost)
+        self._begun = self._free = False
 
     def round(self, requests: int) -> None:
         self._pacer.close()
-        self._pacer.open(requests)
+        self._pacer.open(requests, not self._begun or self._may_pay(requests))
+        self._begun = True
+
+    def select(self, proposals: list[Proposal]) -> list[Proposal]:
+        self._free = self._free or any(proposal.free for proposal in proposals)
+        return super().select(proposals)
+
+    def _may_pay(self, requests: int) -> bool:
+        """Whether a round could pay in which every token follows an accepted parent with `_FIRST_GUESS`."""
+        draft_s = 0.0 if self._free else self.curve.draft(requests)
+        plain_s, stands, expected = self.curve.verify(requests, requests), 1.0, 1.0
+        for length in range(1, _LONGEST_LOOK + 1):
+            stands *= _FIRST_GUESS
+            expected += stands
+            if expected * plain_s > draft_s + self.hull.verify(requests, requests * (1 + length)):
+                return True
+        return False
 
     def pacer(self) -> DraftPacer | None:
         return self._pacer
@@ -276,9 +295,14 @@ class _SharedPacer(DraftPacer):
         super().__init__(cost)
         self.committed: list[float] = []
         self.paused = 0  # requests of the round that began the pause
+        self.may_pay = True
 
-    def open(self, requests: int) -> None:
-        """Begin a round."""
+    def drafts(self) -> bool:
+        return self.may_pay and super().drafts()
+
+    def open(self, requests: int, may_pay: bool = True) -> None:
+        """Begin a round, in which a draft may pay or not."""
+        self.may_pay = may_pay
         if self.wait and 2 * requests <= self.paused:
             self.wait, self.pause = 0, _FIRST_PAUSE
 

@@ -324,6 +324,27 @@ def test_the_scheduler_gains_where_drafting_pays_and_loses_next_to_nothing_elsew
         assert requests < 16 or max(drafted) <= 1 + rounds // 64
 
 
+@pytest.mark.parametrize("free", [False, True])
+def test_nothing_is_drafted_that_could_not_pay_if_most_of_it_stood(free):
+    """Sixteen tokens more cost what sixteen requests do; a lookup costs no draft, and four requests are cheaper."""
+    curve = CostCurve({1: [(1, 1.0), (6, 1.1)], 16: [(16, 2.4), (96, 9.6)]}, {1: 0.2, 16: 0.9})
+    scheduler = PrefixScheduler(curve)
+    pace = scheduler.pacer()
+
+    def drafts(requests: int) -> bool:
+        scheduler.round(requests)
+        drafting = pace.drafts()
+        proposal = Proposal.chain([1, 2], free=free, survival=[0.1, 0.01]) if drafting else Proposal()
+        scheduler.select([proposal] * requests)
+        for _ in range(requests):
+            pace.observe(1)
+        return drafting
+
+    tried = [drafts(16) for _ in range(300)]
+    assert tried[0] and any(tried[1:]) == free
+    assert any(drafts(1) for _ in range(70))
+
+
 def test_a_pause_ends_where_half_of_the_requests_have_gone():
     scheduler = PrefixScheduler(BATCHES)
     pace = scheduler.pacer()
