@@ -45,6 +45,13 @@ class Session(ABC):
     def extend(self, row: int, tokens: list[int], features: Tensor | None) -> None:
         """Tokens whose target pass is done were committed; features [len(tokens), len(layers)·d] are theirs."""
 
+    def share(self, source: int, row: int, tokens: list[int]) -> bool:
+        """Take the first tokens of another row's request for those of a fresh row, as `extend` would have.
+
+        At least one more token of the fresh row comes with features. False, and nothing taken: it wants theirs too.
+        """
+        return False
+
     @abstractmethod
     def propose(self, asks: list[DraftRequest]) -> list[Proposal]:
         """One proposal for each ask (possibly empty), in their order; the rows differ."""

@@ -152,18 +152,25 @@ class Engine:
     def _shared_prefix(self, slot: Slot, row: int) -> int:
         """Copy the cache of the longest prompt beginning shared with a request in flight; returns its length.
 
-        Templates and system prompts repeat. A drafter that reads features needs every token's pass, so not then.
+        Templates and system prompts repeat. A drafter that reads features needs every token's pass, unless its session
+        can take from another request what it made of them.
         """
-        if (self.layers and not self.recorder) or not self.slots:
+        most = slot.cached - bool(
+            self.session and self.layers
+        )  # a token is left for the features of the newest
+        lengths = [_common(slot.tokens, other.tokens, min(most, other.cached)) for other in self.slots]
+        if not max(lengths, default=0):
             return 0
-        lengths = [_common(slot.tokens, other.tokens, min(slot.cached, other.cached)) for other in self.slots]
         source = max(range(len(lengths)), key=lengths.__getitem__)
-        self.cache.move(source, row, lengths[source])
-        if self.session:
-            self.session.extend(row, slot.tokens[: lengths[source]], None)
+        shared = slot.tokens[: lengths[source]]
+        if self.session and not self.layers:
+            self.session.extend(row, shared, None)
+        elif self.session and not self.session.share(source, row, shared):
+            return 0
         if self.recorder:
-            self.recorder.share(source, row, lengths[source])
-        return lengths[source]
+            self.recorder.share(source, row, len(shared))
+        self.cache.move(source, row, len(shared))
+        return len(shared)
 
     def _clock(self) -> RoundClock:
         return RoundClock(self.target.device, self.timed)

@@ -159,6 +159,15 @@ class BlockSession(GrowingSession):
             self.rows[row].pending.append(features)
             self.rows[row].newest = features[-1]
 
+    def share(self, source: int, row: int, tokens: list[int]) -> bool:
+        other, own = self.rows[source], self.rows[row]
+        own.length = min(other.length, len(tokens))
+        if own.length:
+            self.cache.move(source, row, own.length)
+        if left := len(tokens) - own.length:
+            own.pending.append(torch.cat(other.pending)[:left])
+        return True
+
     def move(self, source: int, destination: int) -> None:
         self.cache.move(source, destination, self.rows[source].length)
         self.rows[destination] = self.rows[source]

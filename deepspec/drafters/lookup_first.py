@@ -51,6 +51,12 @@ class LookupFirstSession(Session):
         self.lookup.extend(row, tokens, None)
         self.trained.extend(row, tokens, features)
 
+    def share(self, source: int, row: int, tokens: list[int]) -> bool:
+        if not self.trained.share(source, row, tokens):
+            return False
+        self.lookup.extend(row, tokens, None)
+        return True
+
     def propose(self, asks: list[DraftRequest]) -> list[Proposal]:
         proposals = self.lookup.propose(asks)
         unmatched = [i for i, proposal in enumerate(proposals) if not proposal.tokens]

@@ -9,10 +9,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from deepspec.decoding.drafter import DraftRequest
+from deepspec.decoding.engine import generate
 from deepspec.decoding.growths import ChainGrowth
 from deepspec.decoding.request import Sampling
 from deepspec.decoding.shapes import BestFirst, Chain
 from deepspec.drafters.algorithms.dspark import DSparkConfig, DSparkDrafter, DSparkModel
+from deepspec.drafters.algorithms.lookup import LookupDrafter
+from deepspec.drafters.block_drafting import BlockSession
 from deepspec.drafters.block_network import spread_layers
 from deepspec.drafters.checkpoint import (
     Checkpoint,
@@ -22,6 +25,7 @@ from deepspec.drafters.checkpoint import (
     write_drafter,
 )
 from deepspec.drafters.load import load_drafter
+from deepspec.drafters.lookup_first import LookupFirst
 from deepspec.errors import DeepSpecError
 from deepspec.kernels import kernels
 from deepspec.target.attention import KVCache
@@ -282,6 +286,30 @@ def test_the_context_is_written_in_one_call_as_it_is_part_by_part(drawing, monke
     monkeypatch.setattr(drawing, "_context", None)
     for ours, torchs in zip(together, written([0, 1, 2], [5, 0, 9]), strict=True):
         torch.testing.assert_close(ours.float(), torchs.float(), rtol=0.02, atol=0.02)
+
+
+@pytest.mark.parametrize("before", ["lookup", "nothing"])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_prompts_that_begin_alike_share_what_the_draft_made_of_it(drawing, monkeypatch, temperature, before):
+    """What is accepted of every round is what it is when each prompt is read whole."""
+    target = load_target(cached_target("llama"), dtype="bfloat16", device="cpu")
+    drafter = drawing if before == "nothing" else LookupFirst(LookupDrafter(4, 3), drawing)
+    shared = list(range(30, 70))
+    prompts = [[*shared, 5, 6, 7], [*shared, 8], [*shared[:9], 5, 5], [*shared, 5, 6, 7], [11, 12], shared]
+    took = []
+    real = BlockSession.share
+    monkeypatch.setattr(
+        BlockSession, "share", lambda self, *args: took.append(len(args[2])) or real(self, *args)
+    )
+
+    def decoded() -> list[tuple[list[int], list[int], list[int]]]:
+        found = generate(target, drafter, prompts, 24, temperature=temperature, seed=3, batch_size=3)
+        return [(each.tokens, each.stats.accepted, each.stats.drafted) for each in found]
+
+    together = decoded()
+    assert sorted(took)[-1] >= 39 and len(took) >= 3
+    monkeypatch.setattr(BlockSession, "share", lambda *_: False)
+    assert together == decoded()
 
 
 class TestChainsAtOnce:
