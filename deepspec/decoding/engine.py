@@ -155,9 +155,9 @@ class Engine:
         Templates and system prompts repeat. A drafter that reads features needs every token's pass, unless its session
         can take from another request what it made of them.
         """
-        most = slot.cached - bool(
-            self.session and self.layers
-        )  # a token is left for the features of the newest
+        most = slot.cached
+        if self.session and self.layers:
+            most -= 1  # a token is left for the features of the newest
         lengths = [_common(slot.tokens, other.tokens, min(most, other.cached)) for other in self.slots]
         if not max(lengths, default=0):
             return 0

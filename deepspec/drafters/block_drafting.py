@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Generic, TypeVar
 
 import torch
@@ -15,9 +16,9 @@ from deepspec.decoding.drafter import Drafter, DraftRequest, GrowingSession
 from deepspec.decoding.round import padded_size
 from deepspec.decoding.tree import DraftLogits, Growth, Parent
 from deepspec.drafters.block_network import BlockModel, Layer, normed_by_layer
-from deepspec.drafters.rope import Rope, RopeTable
+from deepspec.drafters.rope import Rope
 from deepspec.target.attention import ForwardPass, KVCache
-from deepspec.target.fused import FusedLayer, PackedLinear, rotate
+from deepspec.target.fused import FusedLayer, PackedLinear, RotaryTable, rotate
 from deepspec.target.model import Target
 from deepspec.target.native.context import NativeContext
 from deepspec.target.native.layer import Norm, as_one
@@ -60,7 +61,7 @@ class BlockDrafter(Drafter, Generic[M]):
 
     def _freeze(self, model: M) -> None:
         """Take weights in the form that reads fastest: joined, packed."""
-        self._rope = RopeTable(Rope.of(self.config), self.device, self.dtype)
+        self._rope = RotaryTable(partial(Rope.of(self.config).operands, dtype=self.dtype), self.device)
         self._embed = model.embed_tokens.weight
         self._fc, self._hidden_norm = PackedLinear(model.fc.folded_weight()), model.hidden_norm
         self._pads = self._fc.native is None

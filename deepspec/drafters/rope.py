@@ -83,22 +83,6 @@ class Rope:
         return float(str((self.scaling or {}).get("partial_rotary_factor", 1.0)))
 
 
-class RopeTable:
-    """`Rope.operands` for inference, from a table that grows by doubling."""
-
-    def __init__(self, rope: Rope, device: torch.device, dtype: torch.dtype):
-        self.rope, self.device, self.dtype = rope, device, dtype
-        self._table: tuple[Tensor, ...] = ()
-
-    def __call__(self, positions: Tensor, largest: int) -> tuple[Tensor, Tensor]:
-        """positions [b, n], none above `largest`."""
-        if not self._table or largest >= self._table[0].shape[1]:
-            places = torch.arange(max(512, 2 * largest), device=self.device)[None]
-            self._table = self.rope.operands(places, self.dtype)
-        cos, sin = self._table
-        return cos[0, positions], sin[0, positions]
-
-
 def read_rope(config: Mapping[str, object], theta: float = 10000.0) -> tuple[float, Scaling | None]:
     """
     Read the rotary embedding of a `config.json`: its base, and its scaling (None: plain).

@@ -40,7 +40,6 @@ class Rates(Section):
     memory: float = Field(gt=0, description="Bytes of one device: the GPU's, or the machine's.")
     free_disk: float = Field(gt=0, description="Bytes that the disk has room for.")
     devices: int = Field(1, ge=1, description="That work together (`accelerate launch`).")
-
     kernels: bool = Field(False, description="Our kernels run the target (bfloat16 on such a CPU).")
 
     @property

@@ -10,6 +10,7 @@ is one call. Layers of any other shape keep their own forward, with packed proje
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from functools import cached_property
 from typing import Any, Protocol, cast
 
@@ -270,26 +271,41 @@ def rope_operands(position_embeddings: tuple[Tensor, Tensor]) -> tuple[Tensor, T
 
 
 class RotaryTable:
-    """Operands of `rotate` of a decoder's rotary embedding, from a table that grows by doubling.
+    """Operands of `rotate` for inference, from a table that grows by doubling.
+
+    Args:
+        operands: positions [1, n] → cos and signed sin, each [1, n, 1, width].
+    """
+
+    def __init__(self, operands: Callable[[Tensor], tuple[Tensor, Tensor]], device: torch.device):
+        self._operands, self._device = operands, device
+        self._table: tuple[Tensor, ...] = ()
+
+    def __call__(self, positions: Tensor, largest: int) -> tuple[Tensor, Tensor]:
+        """Return the operands of positions [b, n], none above `largest`."""
+        if not self._table or largest >= self._table[0].shape[1]:
+            self._table = self._operands(torch.arange(max(512, 2 * largest), device=self._device)[None])
+        cos, sin = self._table
+        return cos[0, positions], sin[0, positions]
+
+
+class DecoderRotary:
+    """Operands of `rotate` of a decoder's rotary embedding.
 
     Where the rates change with the length of a text (dynamic, longrope) they are computed for every pass.
     """
 
-    def __init__(self, rotary: Any):
-        self._rotary = rotary
-        self._static = rotary.rope_type not in ("dynamic", "longrope")
-        self._table: tuple[Tensor, ...] = ()
+    def __init__(self, rotary: Any, like: Tensor):
+        self._rotary, self._like = rotary, like[:0]
+        static = rotary.rope_type not in ("dynamic", "longrope")
+        self._table = RotaryTable(self._computed, like.device) if static else None
 
-    def __call__(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Return cos and signed sin, [1, n, 1, width], in the dtype of x, for positions [1, n]."""
-        if not self._static:
-            return rope_operands(self._rotary(x, positions))
-        largest = int(positions.max())
-        if not self._table or largest >= self._table[0].shape[1]:
-            places = torch.arange(max(512, 2 * largest), device=x.device)[None]
-            self._table = rope_operands(self._rotary(x, places))
-        cos, sin = self._table
-        return cos[0, positions], sin[0, positions]
+    def __call__(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Return cos and signed sin, [1, n, 1, width], for positions [1, n]."""
+        return self._table(positions, int(positions.max())) if self._table else self._computed(positions)
+
+    def _computed(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        return rope_operands(self._rotary(self._like, positions))
 
 
 def _joined(make: Make, *linears: nn.Linear) -> PackedLinear | Int4Linear:

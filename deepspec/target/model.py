@@ -26,11 +26,11 @@ from deepspec.target.checks import check_files, check_source, check_vocabulary, 
 from deepspec.target.embedded import PREFIX, write_embedded
 from deepspec.target.ends import H_LAST, Ends, final_norm, load_ends
 from deepspec.target.fused import (
+    DecoderRotary,
     FusedLayer,
     Int4Linear,
     Make,
     PackedLinear,
-    RotaryTable,
     fuse,
     inference_norm,
     is_bare,
@@ -342,14 +342,14 @@ class Target(Ends):
     def _run_stack(self, stack: NativeLayers, ids: Tensor, step: ForwardPass) -> Tensor:
         """Do what the decoder does with a pass, its layers as one call."""
         x = cast(Any, self._model).embed_tokens(ids)
-        rope = self._rope(x, step.positions)
+        rope = self._rope(step.positions)
         made = stack(None, x, rope, step)
         step.features |= {layer: made[layer] if layer >= 0 else x for layer in step.wanted - {H_LAST}}
         return self._last_norm(made[-1])
 
     @cached_property
-    def _rope(self) -> RotaryTable:
-        return RotaryTable(cast(Any, self._model).rotary_emb)
+    def _rope(self) -> DecoderRotary:
+        return DecoderRotary(cast(Any, self._model).rotary_emb, self.embeddings)
 
     @cached_property
     def _last_norm(self) -> Norm:

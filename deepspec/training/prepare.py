@@ -281,15 +281,17 @@ def _store_kept(
 ) -> None:
     """Make shards of the states that were kept while the target answered, of all their layers; they go then."""
     kept = KeptStates.find(data.digest, target, body, data.sequences, layers, form)
-    there = CachedFeatures.below(
-        WORK / "features", target, data.sequences, layers, data.digest, form
-    ).complete
     share.wait()  # until all have looked
     if kept is None:
         return
+
+    def cache(layers: tuple[int, ...]) -> CachedFeatures:
+        return CachedFeatures.below(WORK / "features", target, data.sequences, layers, data.digest, form)
+
+    there = cache(layers).complete
+    share.wait()
     if not there:
-        what = (target, data.sequences, kept.layers, data.digest, form)
-        CachedFeatures.below(WORK / "features", *what).build(lambda: kept, share)
+        cache(kept.layers).build(lambda: kept, share)
         share.wait()
     if share.rank == 0:
         kept.remove()

@@ -33,7 +33,7 @@ from deepspec.lineage import code_digest
 from deepspec.target import fused
 from deepspec.target.attention import ForwardPass, KVCache, OneWay, tree_mask
 from deepspec.target.ends import H_LAST
-from deepspec.target.fused import FusedLayer, Int4Linear, PackedLinear, RotaryTable, rope_operands
+from deepspec.target.fused import DecoderRotary, FusedLayer, Int4Linear, PackedLinear, rope_operands
 from deepspec.target.layerwise import Layerwise
 from deepspec.target.model import Target, load_target
 from deepspec.target.native import laws
@@ -123,10 +123,11 @@ def test_a_table_of_rotations_has_those_of_every_position(scaling, tmp_path):
     if scaling:
         model.config.rope_parameters = {"rope_theta": 10000.0, **scalings[scaling]}
     rotary = LlamaRotaryEmbedding(model.config)
-    table, x = RotaryTable(rotary), torch.zeros(1, dtype=torch.bfloat16)
+    x = torch.zeros(1, dtype=torch.bfloat16)
+    table = DecoderRotary(rotary, x)
     for positions in ([0, 1, 2], [7, 511], [512, 3, 3], [5000], [1]):
         places = torch.tensor([positions])
-        for ours, theirs in zip(table(x, places), rope_operands(rotary(x, places)), strict=True):
+        for ours, theirs in zip(table(places), rope_operands(rotary(x, places)), strict=True):
             assert torch.equal(ours, theirs)
 
 

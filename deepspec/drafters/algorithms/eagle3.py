@@ -19,6 +19,7 @@ Directories: `LlamaForCausalLMEagle3`, which engines serve, and DeepSeek's `Qwen
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from typing import Any, Self, cast
 
 import torch
@@ -32,12 +33,12 @@ from deepspec.drafters.eagle_network import Layer, attend_with_own, rows
 from deepspec.drafters.network import Network, NormalisedLinear, RMSNorm, like_target, missing_keys
 from deepspec.drafters.origin import Origin, check_kept, open_origin
 from deepspec.drafters.params import Eagle3Params, EagleParams
-from deepspec.drafters.rope import Rope, RopeTable, Scaling, read_rope, written_rope
+from deepspec.drafters.rope import Rope, Scaling, read_rope, written_rope
 from deepspec.drafters.start import init_from_target, resolve_start
 from deepspec.errors import DeepSpecError
 from deepspec.target.attention import ForwardPass
 from deepspec.target.ends import Ends
-from deepspec.target.fused import FusedLayer, PackedLinear
+from deepspec.target.fused import FusedLayer, PackedLinear, RotaryTable
 from deepspec.target.model import Target
 
 SERVED, DEEPSEEK = "LlamaForCausalLMEagle3", "Qwen3Eagle3Model"
@@ -306,7 +307,7 @@ class Eagle3Drafter(AutoregressiveDrafter):
             self._layer, *self._further = [FusedLayer(layer) for layer in model.decoder_layers()]
             self._norm, self._head = model.norm, PackedLinear(model.head)
             self.vocabulary = model.vocabulary()
-        self._rope = RopeTable(Rope.of(config), self.device, self.dtype)
+        self._rope = RotaryTable(partial(Rope.of(config).operands, dtype=self.dtype), self.device)
 
     def fuse(self, features: Tensor) -> Tensor:
         """Target features [n, layers·d] → g [n, d]."""
