@@ -4,10 +4,11 @@
 // Every result of a token is computed by the same operations in the same order, whatever other tokens, requests or threads
 // share the pass: so a token that is verified in a tree has, to the bit, the states that it has when it is decoded alone.
 //
-// A matrix [out, in] is stored in blocks of 16 outputs, and in a block by pairs of inputs: [out / 16][in / 2][16][2]. One
-// 64-byte load then has what `vdpbf16ps` multiplies with a pair of inputs of one token. In 4 bits a block has, for each 32
-// inputs, 256 bytes of levels and behind them 16 scales and 16 zeros in bfloat16; a 16-bit word holds the levels of one
-// place in four pairs that follow each other.
+// A matrix [out, in] is stored in blocks of 16 outputs, four of them side by side, by pairs of inputs:
+// [out / 64][in / 2][4][16][2]. One 64-byte load then has what `vdpbf16ps` multiplies with a pair of inputs of one token, and
+// four blocks are read as one stream. In 4 bits each block stands alone, and has for each 32 inputs 256 bytes of levels and
+// behind them 16 scales and 16 zeros in bfloat16; a 16-bit word holds the levels of one place in four pairs that follow each
+// other.
 
 #include <immintrin.h>
 #include <omp.h>
@@ -23,6 +24,7 @@ namespace {
 
 using bf16 = uint16_t;
 constexpr long LANES = 16;
+constexpr long SIDE = 4;                        // blocks side by side
 constexpr long QUANT = 32;                      // inputs that share a scale
 constexpr long QUANT_BYTES = 256 + 2 * 2 * 16;  // of 16 outputs
 constexpr int TOKENS = 6;                       // of a tile: what 32 registers hold
@@ -61,19 +63,27 @@ struct Matrix {
   long blocks() const { return (out + LANES - 1) / LANES; }
 };
 
-// Sums of T tokens and B blocks of outputs. `sums`: of the inputs of each token in groups of 32, for weights in 4 bits.
+// Which lines of the next blocks, of the four that a pair of inputs has there, a tile asks for while it computes. Where several
+// tiles read the same blocks, memory would wait for all but the first.
+struct Ahead {
+  long from, to;
+};
+
+// Sums of T tokens and B blocks of outputs, which stand side by side. `sums`: of the inputs of each token in groups of 32, for weights in 4 bits.
 template <int T, int B>
-inline void tile(const Matrix& m, const bf16* x, const float* sums, long block, __m512 (&acc)[T][B]) {
+inline void tile(const Matrix& m, const bf16* x, const float* sums, long block, Ahead ahead, __m512 (&acc)[T][B]) {
 #pragma GCC unroll 8
   for (int t = 0; t < T; ++t)
 #pragma GCC unroll 4
     for (int b = 0; b < B; ++b) acc[t][b] = _mm512_setzero_ps();
   if (m.bits == 16) {
-    const bf16* w = (const bf16*)m.weight + block * LANES * m.in;
+    const bf16* w = (const bf16*)m.weight + (block / SIDE * m.in * SIDE + block % SIDE * 2) * LANES;
     for (long k = 0; k < m.in; k += 2) {
       __m512bh weights[B];
 #pragma GCC unroll 4
-      for (int b = 0; b < B; ++b) weights[b] = pairs(w + b * LANES * m.in + k * LANES);
+      for (int b = 0; b < B; ++b) weights[b] = pairs(w + (k * SIDE + b * 2) * LANES);
+      for (long line = ahead.from; line < ahead.to; ++line)
+        _mm_prefetch((const char*)(w + ((m.in + k) * SIDE + line * 2) * LANES), _MM_HINT_T1);
 #pragma GCC unroll 8
       for (int t = 0; t < T; ++t) {
         const __m512bh inputs = pair(x + t * m.in + k);
@@ -141,9 +151,9 @@ const float* group_sums(const Matrix& m, const bf16* x, long tokens) {
 }
 
 template <int T, int B, class Put>
-inline void put_tile(const Matrix& m, const bf16* x, const float* sums, long first, long block, Put& put) {
+inline void put_tile(const Matrix& m, const bf16* x, const float* sums, long first, long block, Ahead ahead, Put& put) {
   __m512 acc[T][B];
-  tile<T, B>(m, x + first * m.in, sums ? sums + first * (m.in / QUANT) : nullptr, block, acc);
+  tile<T, B>(m, x + first * m.in, sums ? sums + first * (m.in / QUANT) : nullptr, block, ahead, acc);
 #pragma GCC unroll 8
   for (int t = 0; t < T; ++t)
 #pragma GCC unroll 4
@@ -152,31 +162,40 @@ inline void put_tile(const Matrix& m, const bf16* x, const float* sums, long fir
 
 template <int B, class Put>
 inline void over_tokens(const Matrix& m, const bf16* x, const float* sums, long tokens, long block, Put& put) {
-  long t = 0;
-  for (; t + TOKENS <= tokens; t += TOKENS) put_tile<TOKENS, B>(m, x, sums, t, block, put);
-  switch (tokens - t) {
-    case 5: put_tile<5, B>(m, x, sums, t, block, put); break;
-    case 4: put_tile<4, B>(m, x, sums, t, block, put); break;
-    case 3: put_tile<3, B>(m, x, sums, t, block, put); break;
-    case 2: put_tile<2, B>(m, x, sums, t, block, put); break;
-    case 1: put_tile<1, B>(m, x, sums, t, block, put); break;
+  const long tiles = (tokens + TOKENS - 1) / TOKENS;
+  for (long i = 0; i < tiles; ++i) {
+    const long t = tokens * i / tiles;
+    const Ahead ahead = tiles > 1 && B == SIDE ? Ahead{SIDE * i / tiles, SIDE * (i + 1) / tiles} : Ahead{0, 0};
+    switch (tokens * (i + 1) / tiles - t) {
+      case 6: put_tile<6, B>(m, x, sums, t, block, ahead, put); break;
+      case 5: put_tile<5, B>(m, x, sums, t, block, ahead, put); break;
+      case 4: put_tile<4, B>(m, x, sums, t, block, ahead, put); break;
+      case 3: put_tile<3, B>(m, x, sums, t, block, ahead, put); break;
+      case 2: put_tile<2, B>(m, x, sums, t, block, ahead, put); break;
+      case 1: put_tile<1, B>(m, x, sums, t, block, ahead, put); break;
+    }
   }
 }
 
 // x Wᵀ of some blocks of outputs; `put` takes (token, block, 16 sums).
 template <class Put>
 void over_blocks(const Matrix& m, const bf16* x, const float* sums, long tokens, long block, long end, Put& put) {
-  if (m.bits == 16)  // in 4 bits each output needs twice the registers
-    for (; block + 4 <= end; block += 4) over_tokens<4>(m, x, sums, tokens, block, put);
-  for (; block + 2 <= end; block += 2) over_tokens<2>(m, x, sums, tokens, block, put);
-  for (; block < end; ++block) over_tokens<1>(m, x, sums, tokens, block, put);
+  const long most = m.bits == 16 ? SIDE : 2;  // in 4 bits each output needs twice the registers
+  while (block < end) {
+    const long left = std::min(end - block, most - block % most);
+    if (left == SIDE) over_tokens<SIDE>(m, x, sums, tokens, block, put);
+    else if (left > 1) over_tokens<2>(m, x, sums, tokens, block, put);
+    else over_tokens<1>(m, x, sums, tokens, block, put);
+    block += left == SIDE ? SIDE : std::min(left, 2L);
+  }
 }
 
-// x Wᵀ of this thread's share of the blocks.
+// x Wᵀ of this thread's share of `blocks` of them, from the first on. Blocks that stand side by side stay together: half a
+// stream is read hardly sooner than the whole.
 template <class Put>
-void product(const Matrix& m, const bf16* x, long tokens, int thread, int threads, Put put) {
-  const long blocks = m.blocks();
-  over_blocks(m, x, group_sums(m, x, tokens), tokens, blocks * thread / threads, blocks * (thread + 1) / threads, put);
+void product(const Matrix& m, const bf16* x, long tokens, long first, long blocks, int thread, int threads, Put put) {
+  auto share = [&](long i) { return first + (i < threads ? blocks * i / threads / SIDE * SIDE : blocks); };
+  over_blocks(m, x, group_sums(m, x, tokens), tokens, share(thread), share(thread + 1), put);
 }
 
 inline __mmask16 outputs(const Matrix& m, long block) {
@@ -185,7 +204,7 @@ inline __mmask16 outputs(const Matrix& m, long block) {
 
 // y [tokens, out] = x Wᵀ + bias + residual
 void linear(const Matrix& m, const bf16* x, const bf16* residual, bf16* y, long tokens, int thread, int threads) {
-  product(m, x, tokens, thread, threads, [&](long t, long block, __m512 sum) {
+  product(m, x, tokens, 0, m.blocks(), thread, threads, [&](long t, long block, __m512 sum) {
     const long first = block * LANES;
     const __mmask16 there = outputs(m, block);
     if (m.bias) sum = _mm512_add_ps(sum, load(m.bias + first, there));
@@ -341,9 +360,10 @@ void place(const Layer& l, const Pass& p, const Cache& c, long t, long row, long
   }
 }
 
-// Scores of `Q` groups of 16 queries with `count` keys. queries [dim / 2][16·Q][2], scores [count][16·Q].
+// Scores of `Q` groups of 16 queries with `count` keys. queries [dim / 2][16·Q][2], scores [count][16·Q]. The keys' values are
+// asked for meanwhile.
 template <int Q>
-void score(const bf16* queries, const bf16* keys, long count, long dim, float* scores) {
+void score(const bf16* queries, const bf16* keys, const bf16* values, long count, long dim, float* scores) {
   constexpr int KEYS = Q == 1 ? 8 : 4;
   auto some = [&](auto number, long j) {
     constexpr int N = decltype(number)::value;
@@ -352,6 +372,7 @@ void score(const bf16* queries, const bf16* keys, long count, long dim, float* s
     for (int n = 0; n < N; ++n)
 #pragma GCC unroll 3
       for (int q = 0; q < Q; ++q) acc[n][q] = _mm512_setzero_ps();
+    for (long k = j * dim; k < (j + N) * dim; k += 2 * LANES) _mm_prefetch((const char*)(values + k), _MM_HINT_T1);
     for (long k = 0; k < dim; k += 2) {
       __m512bh asked[Q];
 #pragma GCC unroll 3
@@ -373,56 +394,89 @@ void score(const bf16* queries, const bf16* keys, long count, long dim, float* s
   for (; j < count; ++j) some(std::integral_constant<int, 1>(), j);
 }
 
-// Softmax down the columns of scores [count][width]; sums [width] are what the shares, left undivided, add up to.
+// Two rows of 16-bit numbers as pairs of one of each. `vdpbf16ps` adds the product of a pair's second numbers first, then that
+// of its first ones, each with a rounding of its own: so with an earlier key second, sums over keys are taken in the keys'
+// order, however they fall into pairs.
+inline __m512i paired(__m512i second, __m512i first, bool high) {
+  return high ? _mm512_unpackhi_epi16(first, second) : _mm512_unpacklo_epi16(first, second);
+}
+
+// Softmax down the columns of scores [count][width], which become shares in bfloat16, [count / 2][width] pairs of keys; sums
+// [width] are what the shares, left undivided, add up to.
 void softmax(float* scores, long count, long width, float scale, float* sums) {
+  alignas(64) static const uint16_t turns[32] = {0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23,
+                                                 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
   const __m512 minus = _mm512_set1_ps(-__builtin_inff()), factor = _mm512_set1_ps(scale);
+  const __m512i order = _mm512_load_si512(turns);
   for (long q = 0; q < width; q += LANES) {
     __m512 most = minus, sum = _mm512_setzero_ps();
     for (long j = 0; j < count; ++j) most = _mm512_max_ps(most, _mm512_loadu_ps(scores + j * width + q));
-    for (long j = 0; j < count; ++j) {
-      float* at = scores + j * width + q;
-      const __m512 x = _mm512_loadu_ps(at);
+    auto share = [&](long j) {
+      const __m512 x = _mm512_loadu_ps(scores + j * width + q);
       const __mmask16 seen = _mm512_cmp_ps_mask(x, minus, _CMP_NEQ_OQ);
-      const __m512 share = _mm512_maskz_mov_ps(seen, exp(_mm512_mul_ps(_mm512_sub_ps(x, most), factor)));
-      sum = _mm512_add_ps(sum, share);
-      _mm512_storeu_ps(at, share);
+      const __m512 found = _mm512_maskz_mov_ps(seen, exp(_mm512_mul_ps(_mm512_sub_ps(x, most), factor)));
+      sum = _mm512_add_ps(sum, found);
+      return found;
+    };
+    for (long j = 0; j < count; j += 2) {
+      const __m512 earlier = share(j), later = j + 1 < count ? share(j + 1) : _mm512_setzero_ps();
+      const __m512i both = (__m512i)_mm512_cvtne2ps_pbh(earlier, later);
+      _mm512_storeu_si512(scores + j / 2 * width + q, _mm512_permutexvar_epi16(order, both));
     }
     _mm512_storeu_ps(sums + q, sum);
   }
 }
 
-// N rows of Σ share · value over `count` keys, 16·C numbers of a head; shares [count][width], values [count][dim].
+// N rows of Σ share · value over `count` keys, 32·C numbers of a head, or the first `left` of them where there are fewer;
+// shares [count / 2][width] pairs, values [count][dim].
 template <int N, int C>
-inline void mix(const float* shares, long width, const bf16* values, long count, long dim, const float* sums, bf16** to) {
-  __m512 acc[N][C];
+inline void mix(const float* shares, long width, const bf16* values, long count, long dim, long left, const float* sums,
+                bf16** to) {
+  const __mmask32 there = left >= 2 * LANES ? 0xFFFFFFFF : (1u << left) - 1;
+  __m512 acc[N][2 * C];
 #pragma GCC unroll 6
   for (int n = 0; n < N; ++n)
 #pragma GCC unroll 4
-    for (int c = 0; c < C; ++c) acc[n][c] = _mm512_setzero_ps();
-  for (long j = 0; j < count; ++j) {
-    __m512 value[C];
-#pragma GCC unroll 4
-    for (int c = 0; c < C; ++c) value[c] = load(values + j * dim + c * LANES);
+    for (int c = 0; c < 2 * C; ++c) acc[n][c] = _mm512_setzero_ps();
+  for (long j = 0; j < count; j += 2) {
+    const bf16 *earlier = values + j * dim, *later = earlier + dim;
+    __m512i value[2 * C];
+#pragma GCC unroll 2
+    for (int c = 0; c < C; ++c) {
+      const __m512i one = _mm512_maskz_loadu_epi16(there, earlier + c * 2 * LANES);
+      const __m512i other = _mm512_maskz_loadu_epi16(j + 1 < count ? there : 0, later + c * 2 * LANES);
+      value[2 * c] = paired(one, other, false), value[2 * c + 1] = paired(one, other, true);
+    }
 #pragma GCC unroll 6
     for (int n = 0; n < N; ++n) {
-      const __m512 share = _mm512_set1_ps(shares[j * width + n]);
+      const __m512bh share = pair((const bf16*)(shares + j / 2 * width + n));
 #pragma GCC unroll 4
-      for (int c = 0; c < C; ++c) acc[n][c] = _mm512_fmadd_ps(share, value[c], acc[n][c]);
+      for (int c = 0; c < 2 * C; ++c) acc[n][c] = _mm512_dpbf16_ps(acc[n][c], share, (__m512bh)value[c]);
     }
   }
+  // Numbers 4 to 7 of each eight came into the second sum.
+  const __m512i low = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
+  const __m512i high = _mm512_add_epi32(low, _mm512_set1_epi32(8));
 #pragma GCC unroll 6
-  for (int n = 0; n < N; ++n)
-#pragma GCC unroll 4
-    for (int c = 0; c < C; ++c) store(to[n] + c * LANES, _mm512_div_ps(acc[n][c], _mm512_set1_ps(sums[n])));
+  for (int n = 0; n < N; ++n) {
+    const __m512 sum = _mm512_set1_ps(sums[n]);
+#pragma GCC unroll 2
+    for (int c = 0; c < C; ++c) {
+      const __m512 one = _mm512_div_ps(acc[n][2 * c], sum), other = _mm512_div_ps(acc[n][2 * c + 1], sum);
+      bf16* at = to[n] + c * 2 * LANES;
+      store(at, _mm512_permutex2var_ps(one, low, other));
+      if (left > LANES) store(at + LANES, _mm512_permutex2var_ps(one, high, other));
+    }
+  }
 }
 
 template <int C>
-void mix_all(const float* shares, long lanes, long width, const bf16* values, long count, long dim, const float* sums,
-             bf16** to) {
+void mix_all(const float* shares, long lanes, long width, const bf16* values, long count, long dim, long left,
+             const float* sums, bf16** to) {
   long n = 0;
-  for (; n + 6 <= lanes; n += 6) mix<6, C>(shares + n, width, values, count, dim, sums + n, to + n);
-  for (; n + 3 <= lanes; n += 3) mix<3, C>(shares + n, width, values, count, dim, sums + n, to + n);
-  for (; n < lanes; ++n) mix<1, C>(shares + n, width, values, count, dim, sums + n, to + n);
+  for (; n + 6 <= lanes; n += 6) mix<6, C>(shares + n, width, values, count, dim, left, sums + n, to + n);
+  for (; n + 3 <= lanes; n += 3) mix<3, C>(shares + n, width, values, count, dim, left, sums + n, to + n);
+  for (; n < lanes; ++n) mix<1, C>(shares + n, width, values, count, dim, left, sums + n, to + n);
 }
 
 // Attention of `tokens` tokens of one request under one key head.
@@ -447,9 +501,9 @@ void attend(const Layer& l, const Pass& p, const Cache& c, long request, long fi
     }
   const long from = (p.rows[request] * l.kv_heads + head) * c.length * dim;
   const bf16 *key = c.keys + from, *value = c.values + from;
-  if (blocks == 1) score<1>(queries.data(), key, keys, dim, scores.data());
-  else if (blocks == 2) score<2>(queries.data(), key, keys, dim, scores.data());
-  else score<3>(queries.data(), key, keys, dim, scores.data());
+  if (blocks == 1) score<1>(queries.data(), key, value, keys, dim, scores.data());
+  else if (blocks == 2) score<2>(queries.data(), key, value, keys, dim, scores.data());
+  else score<3>(queries.data(), key, value, keys, dim, scores.data());
   const float minus = -__builtin_inff();
   auto hide = [&](long column, long t) {
     for (long g = 0; g < group; ++g) scores[column * width + t * group + g] = minus;
@@ -468,48 +522,47 @@ void attend(const Layer& l, const Pass& p, const Cache& c, long request, long fi
     }
   }
   softmax(scores.data(), keys, width, l.scale, sums.data());
-  long d = 0;
-  auto further = [&](long by) {
-    d += by;
+  for (long d = 0, by; d < dim; d += by) {
+    const long left = dim - d;
+    by = left >= 64 ? 64 : 32;
+    (by == 64 ? mix_all<2> : mix_all<1>)(scores.data(), lanes, width, value + d, keys, dim, left, sums.data(), to.data());
     for (auto& each : to) each += by;
-  };
-  for (; d + 64 <= dim; further(64)) mix_all<4>(scores.data(), lanes, width, value + d, keys, dim, sums.data(), to.data());
-  for (; d < dim; further(16)) mix_all<1>(scores.data(), lanes, width, value + d, keys, dim, sums.data(), to.data());
+  }
 }
 
 // The tasks are a key head and some tokens of a request: as many as its queries fill registers for, fewer where there would
-// be too few tasks for the threads.
+// be too few tasks for the threads. Those of a head follow one another, so few heads are read by two threads.
 void attention(const Layer& l, const Pass& p, const Cache& c, int thread, int threads) {
   const long room = 3 * LANES / (l.heads / l.kv_heads);
-  long tasks = 0, longest = 0;
-  for (long r = 0; r < p.requests; ++r) {
-    tasks += (p.counts[r] + room - 1) / room * l.kv_heads;
-    longest = std::max<long>(longest, p.counts[r]);
-  }
-  const long most = tasks >= 8 * threads ? room : std::min(room, std::max(1L, longest / threads));
+  auto tasks = [&](long most) {
+    long count = 0;
+    for (long r = 0; r < p.requests; ++r) count += (p.counts[r] + most - 1) / most * l.kv_heads;
+    return count;
+  };
+  const long longest = *std::max_element(p.counts, p.counts + p.requests);
+  const long most = tasks(room) >= 8 * threads ? room : std::min(room, std::max(1L, longest / threads));
+  const long all = tasks(most), begin = all * thread / threads, end = all * (thread + 1) / threads;
   long task = 0, first = 0;
   for (long r = 0; r < p.requests; first += p.counts[r++])
-    for (long offset = 0; offset < p.counts[r]; offset += most)
-      for (long head = 0; head < l.kv_heads; ++head)
-        if (task++ % threads == thread)
+    for (long head = 0; head < l.kv_heads; ++head)
+      for (long offset = 0; offset < p.counts[r]; offset += most, ++task)
+        if (begin <= task && task < end)
           attend(l, p, c, r, first + offset, std::min(most, p.counts[r] - offset), offset, head);
 }
 
 // gated [tokens, inner] = silu(gate) · up, the gates rounded in between as the model rounds them. Both products give the
 // same outputs to the same thread.
 void gated(const Layer& l, const Pass& p, int thread, int threads) {
-  const long inner = l.gate_up.out / 2, bytes = l.gate_up.bits == 16 ? l.gate_up.in * 2 : l.gate_up.in / QUANT * QUANT_BYTES / LANES;
-  Matrix gate = l.gate_up, up = l.gate_up;
-  gate.out = up.out = inner;
-  up.weight = (const uint8_t*)up.weight + inner * bytes;
-  if (up.bias) up.bias += inner;
-  linear(gate, p.normed, nullptr, p.gated, p.tokens, thread, threads);
+  const Matrix& m = l.gate_up;
+  const long inner = m.out / 2, blocks = inner / LANES;
+  auto added = [&](__m512 sum, long block) { return m.bias ? _mm512_add_ps(sum, load(m.bias + block * LANES)) : sum; };
+  product(m, p.normed, p.tokens, 0, blocks, thread, threads,
+          [&](long t, long block, __m512 sum) { store(p.gated + t * inner + block * LANES, added(sum, block)); });
   const __m512 one = _mm512_set1_ps(1.f), zero = _mm512_setzero_ps();
-  product(up, p.normed, p.tokens, thread, threads, [&](long t, long block, __m512 sum) {
-    if (up.bias) sum = _mm512_add_ps(sum, load(up.bias + block * LANES));
-    bf16* at = p.gated + t * inner + block * LANES;
+  product(m, p.normed, p.tokens, blocks, blocks, thread, threads, [&](long t, long block, __m512 sum) {
+    bf16* at = p.gated + t * inner + (block - blocks) * LANES;
     const __m512 x = load(at), silu = _mm512_div_ps(x, _mm512_add_ps(one, exp(_mm512_sub_ps(zero, x))));
-    store(at, _mm512_mul_ps(silu, sum));
+    store(at, _mm512_mul_ps(silu, added(sum, block)));
   });
 }
 

@@ -11,8 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from deepspec.kernels import kernels
+from deepspec.target.memory import in_large_pages
 
 LANES = 16  # outputs of a block
+SIDE = 4  # blocks side by side, in bfloat16
 QUANT = 32  # inputs that share a scale
 
 
@@ -86,16 +88,16 @@ def can_hold(weight: Tensor) -> bool:
 
 
 def dense(weight: Tensor, bias: Tensor | None) -> Matrix:
-    """Lay out a weight in bfloat16, its outputs padded with zeros to whole blocks."""
+    """Lay out a weight in bfloat16, its outputs padded with zeros to whole groups of blocks."""
     out, inputs = weight.shape
-    rows = F.pad(weight.detach(), (0, 0, 0, -out % LANES))
-    packed = rows.view(-1, LANES, inputs // 2, 2).transpose(1, 2).contiguous()
-    return Matrix(packed, _taken(bias), out, inputs, 16)
+    rows = F.pad(weight.detach(), (0, 0, 0, -out % (SIDE * LANES)))
+    packed = rows.view(-1, SIDE, LANES, inputs // 2, 2).permute(0, 3, 1, 2, 4)
+    return Matrix(in_large_pages(packed), _taken(bias), out, inputs, 16)
 
 
 def undone(matrix: Matrix) -> Tensor:
     """Return the weight [out, in] of a matrix in bfloat16, as it came."""
-    return matrix.weight.transpose(1, 2).reshape(-1, matrix.inputs)[: matrix.out]
+    return matrix.weight.permute(0, 2, 3, 1, 4).reshape(-1, matrix.inputs)[: matrix.out]
 
 
 def quantised(levels: Tensor, scales: Tensor, zeros: Tensor, bias: Tensor | None) -> Matrix:
@@ -113,8 +115,8 @@ def quantised(levels: Tensor, scales: Tensor, zeros: Tensor, bias: Tensor | None
     words = torch.where(words >= 1 << 15, words - (1 << 16), words).to(torch.int16).flatten(2)
     ends = torch.stack([F.pad(x.to(torch.bfloat16), padding) for x in (scales, zeros)])  # [2, out, groups]
     ends = ends.view(2, -1, LANES, inputs // QUANT).permute(1, 3, 0, 2).flatten(2)
-    packed = torch.cat((words, ends.contiguous().view(torch.int16)), -1).contiguous()
-    return Matrix(packed, _taken(bias), out, inputs, 4)
+    packed = torch.cat((words, ends.contiguous().view(torch.int16)), -1)
+    return Matrix(in_large_pages(packed), _taken(bias), out, inputs, 4)
 
 
 def _taken(bias: Tensor | None) -> Tensor | None:
