@@ -291,7 +291,7 @@ class Engine:
         passed = [0, *(node + 1 for node in turn.nodes)]  # tokens of this pass that are now context
         self.cache.compact(turn.row, start, passed)
         if self.session:
-            own = None if features is None else features[[turn.offset + i for i in passed]]
+            own = None if features is None else _rows(features, turn.offset, passed)
             self.session.extend(turn.row, [anchor, *path], own)
 
     def _features(self, run: ForwardPass) -> Tensor | None:
@@ -426,6 +426,13 @@ def _check_drafter(drafter: Drafter, tree: Shape, target: Target) -> None:
         )
     if (tree.nodes or 0) > MAX_NODES:
         raise DeepSpecError(f"a tree of {tree.nodes} nodes is too large; a pass takes {MAX_NODES}")
+
+
+def _rows(features: Tensor, first: int, kept: list[int]) -> Tensor:
+    """Return the rows first + kept[i] of features; of a chain they stand side by side."""
+    if kept == list(range(len(kept))):
+        return features[first : first + len(kept)]
+    return features[[first + i for i in kept]]
 
 
 def _common(one: list[int], other: list[int], most: int) -> int:

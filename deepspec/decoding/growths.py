@@ -45,6 +45,7 @@ class ChainGrowth(Growth):
         super().__init__(vocabulary, sampling, depth)
         self.rng = rng
         self.probs: list[Tensor] = []
+        self.laws: Tensor | None = None  # all of `probs`, where they came together
         self.places: list[int] = []
         self.survival: list[float] | None = []
 
@@ -72,7 +73,9 @@ class ChainGrowth(Growth):
                 columns = draw(drawn_from, torch.cat(uniforms).to(drawn_from.device)).tolist()
                 probs = drawn_from.unbind()
             for (growth, _), column, law, chance in zip(own, columns, probs, chances, strict=True):
-                growth._extend(column, law, chance)
+                if law is not None:
+                    growth.probs.append(law)
+                growth._extend(column, chance)
 
     @classmethod
     def draw_at_once(cls, growths: Sequence[Growth], anchors: Sequence[int], chains: ChainLaws) -> bool:
@@ -88,23 +91,23 @@ class ChainGrowth(Growth):
             depth, uniforms = max(own[i].depth for i in rows), None
             if sampling.temperature:
                 drawn = [torch.rand(own[i].depth, generator=own[i].rng, dtype=torch.float64) for i in rows]
-                uniforms = pad_sequence(drawn)  # what is drawn behind a chain's end is not looked at
+                # What is drawn behind a chain's end is not looked at.
+                uniforms = pad_sequence(drawn) if len(rows) > 1 else drawn[0][:, None]
             columns, probs = chains.draw(
                 rows, depth, [anchors[i] for i in rows], uniforms, sampling.temperature
             )
             for place, i in enumerate(rows):
                 growth, above = own[i], anchors[i]
                 for k in range(growth.depth):
-                    law = None if probs is None else probs[k, place]
-                    growth._extend(columns[k][place], law, chains.confidence(Parent(i, k - 1, above, k)))
+                    growth._extend(columns[k][place], chains.confidence(Parent(i, k - 1, above, k)))
                     above = growth.tokens[-1]
+                if probs is not None:
+                    growth.laws = probs[: growth.depth, place]
         return True
 
-    def _extend(self, column: int, law: Tensor | None, chance: float | None) -> None:
-        """Add a token, the law that it was drawn from and the chance that it stands below its parent."""
-        if law is not None:
-            self.probs.append(law)
-            self.places.append(column)
+    def _extend(self, column: int, chance: float | None) -> None:
+        """Add a token, and the chance that it stands below its parent."""
+        self.places.append(column)
         if chance is None or self.survival is None:
             self.survival = None
         else:
@@ -114,11 +117,12 @@ class ChainGrowth(Growth):
         self.frontier = [len(self.tokens) - 1] if len(self.tokens) < self.depth else []
 
     def proposal(self) -> Proposal:
-        if not self.probs:
+        laws = torch.stack(self.probs) if self.probs else self.laws
+        if laws is None:
             return Proposal.chain(self.tokens, survival=self.survival)
         return Proposal.chain(
             self.tokens,
-            probs=torch.stack(self.probs).cpu(),
+            probs=laws.cpu(),
             columns=self.vocabulary.columns,
             places=self.places,
             vocab_size=self.vocabulary.size,

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import torch
+import math
+
 from torch import Tensor
 
 from deepspec.decoding.request import Sampling
 from deepspec.decoding.round import Turn
 from deepspec.decoding.sampling import best, probabilities, sample
 from deepspec.decoding.tree import Proposal
-from deepspec.decoding.verify import rule_for, walk
+from deepspec.decoding.verify import block_at_once, rule_for, takes_at_once, walk
 
 
 def judge(turns: list[Turn], logits: Tensor, rule: str | None) -> None:
@@ -25,7 +26,7 @@ def judge(turns: list[Turn], logits: Tensor, rule: str | None) -> None:
             turn.nodes, turn.token = _walk_best(turn.proposal, tokens[turn.offset :])
     else:
         _judge_sampled(turns, logits, tokens, rule)
-    finite = torch.isfinite(highest).tolist()
+    finite = [math.isfinite(each) for each in highest.tolist()]
     for turn in turns:
         if not all(finite[turn.offset : turn.offset + turn.size]):
             turn.slot.error = "the target's logits are not finite"
@@ -72,7 +73,10 @@ def _verify(turn: Turn, logits: Tensor, laws: Tensor | None, rule: str | None) -
     slot, proposal, sampling = turn.slot, turn.proposal, turn.slot.request.sampling
     if laws is None:
         return walk(proposal, lambda node: slot.pick(probabilities(logits[node + 1], sampling)))
-    return rule_for(proposal, rule)(proposal, lambda node: laws[node + 1], slot.uniform, slot.pick)
+    verify = rule_for(proposal, rule)
+    if takes_at_once(verify, proposal, laws):
+        return block_at_once(proposal, laws, slot.uniforms)
+    return verify(proposal, lambda node: laws[node + 1], slot.uniform, slot.pick)
 
 
 def _walk_best(proposal: Proposal, tokens: list[int]) -> tuple[list[int], int]:

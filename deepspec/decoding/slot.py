@@ -44,7 +44,11 @@ class Slot:
         return self.limit - len(self.tokens) + len(self.request.prompt_ids)
 
     def uniform(self) -> float:
-        return float(torch.rand((), generator=self.rng, dtype=torch.float64))
+        return float(self.uniforms(1))
+
+    def uniforms(self, count: int) -> Tensor:
+        """Return the next numbers in [0, 1) of the request's own randomness, float64 [count]."""
+        return torch.rand(count, generator=self.rng, dtype=torch.float64)
 
     def pick(self, weights: Tensor) -> int:
         """Draw a token with probability proportional to `weights` [vocab]."""

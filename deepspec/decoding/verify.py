@@ -84,6 +84,35 @@ def block(proposal: Proposal, law: Law, uniform: Uniform, pick: Pick) -> tuple[l
     return list(range(best)), pick(_rest(p, proposal, best, chances[best]) if best < gamma else p)
 
 
+def block_at_once(proposal: Proposal, p: Tensor, uniforms: Callable[[int], Tensor]) -> tuple[list[int], int]:
+    """`block` as one call, where the kernels take it: the same draws give the same tokens.
+
+    Args:
+        p: the target's laws, [1 + nodes, vocab].
+        uniforms: n → the next n numbers of the request's own randomness, float64 [n].
+    """
+    assert proposal.probs is not None and proposal.places is not None
+    count = len(proposal.tokens)
+    rows = proposal.laws
+    q = proposal.probs if rows is None or rows == list(range(count)) else proposal.probs[rows]
+    drawn = proposal.tokens, proposal.places, uniforms(count + 1)
+    accepted, token = laws.block(p, q, proposal.columns, *drawn)
+    return list(range(accepted)), token
+
+
+def takes_at_once(rule: Rule, proposal: Proposal, p: Tensor) -> bool:
+    """Return whether `block_at_once` can stand for a rule."""
+    q = proposal.probs
+    return (
+        rule is block
+        and q is not None
+        and proposal.places is not None
+        and p.dtype == q.dtype == torch.float32
+        and laws.can_read(p)
+        and laws.can_read(q)
+    )
+
+
 def _rest(p: Tensor, proposal: Proposal, node: int, scale: float = 1.0) -> Tensor:
     """Return (scale·p − q)₊ with q a node's law; p where nothing is above: they are equal, but for rounding."""
     q = proposal.row(node)

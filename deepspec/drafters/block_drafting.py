@@ -88,17 +88,17 @@ class BlockDrafter(Drafter, Generic[M]):
 
     def absorb(self, cache: KVCache, rows: list[int], starts: list[int], features: list[Tensor]) -> None:
         """Write context keys and values of new features [m_i, layers·d] behind what each row holds."""
-        counts = [len(part) for part in features]
+        counts = [part.shape[0] for part in features]
         places = [start + i for start, count in zip(starts, counts, strict=True) for i in range(count)]
         positions = torch.tensor([places], device=self.device)
         step = ForwardPass(positions, cache=cache, rows=rows, starts=starts, counts=counts)
         rope = self._rope(positions, max(places))
         if self._context is not None:
-            self._context(torch.cat(features), rope, step)
+            self._context(_joined(features), rope, step)
             return
         # As in the target's passes: torch makes a kernel for each new number of tokens.
         padding = padded_size(sum(counts)) - sum(counts) if self._pads else 0
-        padded = F.pad(torch.cat(features), (0, 0, 0, padding))
+        padded = F.pad(_joined(features), (0, 0, 0, padding))
         context = self._hidden_norm(self._fc(padded))[None]
         kv = self._kv(context)[:, : sum(counts)].unflatten(
             -1, (len(self._blocks), 2, -1, self.config.head_dim)
@@ -156,7 +156,7 @@ class BlockSession(GrowingSession):
         self.rows[row] = _Row()
 
     def extend(self, row: int, tokens: list[int], features: Tensor | None) -> None:
-        if features is not None and len(features):
+        if features is not None and features.shape[0]:
             self.rows[row].pending.append(features)
             self.rows[row].newest = features[-1]
 
@@ -166,7 +166,7 @@ class BlockSession(GrowingSession):
         if own.length:
             self.cache.move(source, row, own.length)
         if left := len(tokens) - own.length:
-            own.pending.append(torch.cat(other.pending)[:left])
+            own.pending.append(_joined(other.pending)[:left])
         return True
 
     def move(self, source: int, destination: int) -> None:
@@ -194,11 +194,16 @@ class BlockSession(GrowingSession):
         late = [row for row in rows if self.rows[row].pending]
         if not late:
             return
-        features = [torch.cat(self.rows[row].pending) for row in late]
-        starts = [self.rows[row].length for row in late]
-        longest = max(start + len(part) for start, part in zip(starts, features, strict=True))
-        self.cache.reserve(longest + max(len(part) for part in features) + self.drafter.config.query_size)
+        features = [_joined(self.rows[row].pending) for row in late]
+        starts, counts = [self.rows[row].length for row in late], [part.shape[0] for part in features]
+        longest = max(start + count for start, count in zip(starts, counts, strict=True))
+        self.cache.reserve(longest + max(counts) + self.drafter.config.query_size)
         self.drafter.absorb(self.cache, late, starts, features)
-        for row, part in zip(late, features, strict=True):
-            self.rows[row].length += len(part)
-            self.rows[row].pending.clear()
+        for row, count in zip(late, counts, strict=True):
+            self.rows[row].length += count
+            self.rows[row].pending = []
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    """Return parts [m_i, ·] one behind the other."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts)

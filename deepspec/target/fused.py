@@ -279,14 +279,16 @@ class RotaryTable:
 
     def __init__(self, operands: Callable[[Tensor], tuple[Tensor, Tensor]], device: torch.device):
         self._operands, self._device = operands, device
-        self._table: tuple[Tensor, ...] = ()
+        self._table = torch.empty(2, 0, 0, device=device)
 
     def __call__(self, positions: Tensor, largest: int) -> tuple[Tensor, Tensor]:
         """Return the operands of positions [b, n], none above `largest`."""
-        if not self._table or largest >= self._table[0].shape[1]:
-            self._table = self._operands(torch.arange(max(512, 2 * largest), device=self._device)[None])
-        cos, sin = self._table
-        return cos[0, positions], sin[0, positions]
+        if largest >= self._table.shape[1]:
+            every = torch.arange(max(512, 2 * largest), device=self._device)[None]
+            self._table = torch.stack(self._operands(every))[:, 0, :, 0]  # [2, positions, width]
+        cos, sin = self._table.index_select(1, positions.flatten()).unbind()
+        shape = (*positions.shape, 1, -1)
+        return cos.view(shape), sin.view(shape)
 
 
 class DecoderRotary:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -341,7 +342,7 @@ class Target(Ends):
 
     def _run_stack(self, stack: NativeLayers, ids: Tensor, step: ForwardPass) -> Tensor:
         """Do what the decoder does with a pass, its layers as one call."""
-        x = cast(Any, self._model).embed_tokens(ids)
+        x = F.embedding(ids, self.embeddings)
         rope = self._rope(step.positions)
         made = stack(None, x, rope, step)
         step.features |= {layer: made[layer] if layer >= 0 else x for layer in step.wanted - {H_LAST}}

@@ -25,7 +25,10 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
 from deepspec import kernels as build
 from deepspec.decoding.engine import Engine, generate
 from deepspec.decoding.request import Request, Sampling
+from deepspec.decoding.sampling import draw
 from deepspec.decoding.shapes import BestFirst
+from deepspec.decoding.tree import Proposal
+from deepspec.decoding.verify import block, block_at_once, takes_at_once
 from deepspec.drafters.algorithms.lookup import LookupDrafter
 from deepspec.features.extract import LOG_NORM, Extractor
 from deepspec.features.sequences import Sequence, Sequences
@@ -556,3 +559,40 @@ def test_work_of_other_kernels_is_not_gone_on_with(tmp_path, monkeypatch):
         left_out.add(code_digest.__wrapped__("deepspec.target.fused"))
     assert len(left_out) == 1 and before not in left_out
     assert code_digest.__wrapped__("deepspec.decoding.params") == code_digest("deepspec.decoding.params")
+
+
+@pytest.mark.parametrize("reduced", [False, True])
+def test_a_block_is_judged_at_once_as_it_is_token_by_token(reduced):
+    vocab, width, drafted = 300, 40, 5
+    rng = torch.Generator().manual_seed(1)
+    seen = set()
+    for case in range(60):
+        p = (torch.randn(drafted + 1, vocab, generator=rng) * 2).softmax(-1)
+        columns = p.mean(0).topk(width).indices.sort().values if reduced else None
+        own = p[:drafted] if columns is None else p[:drafted][:, columns]
+        q = (own.log() + 0.2 * torch.randn(own.shape, generator=rng)).softmax(-1)
+        if case == 0:
+            q[2] = own[2] / own[2].sum()
+        if case == 1:
+            p[3, 7] = float("nan")
+        places = torch.multinomial(q, 1, generator=rng)[:, 0].tolist()
+        tokens = places if columns is None else columns[places].tolist()
+        proposal = Proposal.chain(tokens, probs=q, columns=columns, places=places, vocab_size=vocab)
+        proposal = proposal.cut(case % drafted + 1)
+        one, other = torch.Generator().manual_seed(case), torch.Generator().manual_seed(case)
+        law = p[: len(proposal.tokens) + 1]
+
+        def uniform(one=one):
+            return float(torch.rand((), generator=one, dtype=torch.float64))
+
+        def pick(weights, uniform=uniform):
+            return int(draw(weights[None], torch.tensor([uniform()], dtype=torch.float64)))
+
+        assert takes_at_once(block, proposal, law)
+        at_once = block_at_once(
+            proposal, law, lambda n, other=other: torch.rand(n, generator=other, dtype=torch.float64)
+        )
+        assert at_once == block(proposal, lambda node, law=law: law[node + 1], uniform, pick)
+        assert one.get_state().equal(other.get_state())
+        seen.add(len(at_once[0]))
+    assert len(seen) > 3

@@ -798,6 +798,45 @@ double remainder(const float* p, const int64_t* columns, const float* q, long wi
   return total;
 }
 
+// A drawn chain of `drafted` tokens under its target's laws, to be judged as a block (arXiv 2403.10444).
+struct Block {
+  const float *p, *q;        // [1 + drafted, vocab] of the target, [drafted, width] that tokens were drawn from
+  const int64_t* columns;    // of q, or none: all
+  const int64_t *tokens, *places;  // [drafted], and in which column of q each stands
+  const double* uniforms;    // [1 + drafted]
+  int64_t drafted, vocab, width;
+};
+
+// How many tokens of a block stand, and the one that follows them; the same numbers as `block` in verify.py.
+void judge_block(const Block& b, int64_t* accepted, int64_t* next, long threads) {
+  const long drafted = b.drafted;
+  std::vector<double> chances(drafted + 1, 1), masses(drafted + 1, 0);
+  for (long i = 0; i < drafted; ++i) {
+    const double chance = chances[i] * b.p[i * b.vocab + b.tokens[i]] / b.q[i * b.width + b.places[i]];
+    chances[i + 1] = 1. < chance ? 1. : chance;  // what is no number stays none, and nothing is accepted by it
+  }
+#pragma omp parallel for num_threads(threads)
+  for (long i = 1; i < drafted; ++i)
+    masses[i] = excess(b.p + i * b.vocab, b.columns, b.q + i * b.width, b.width, chances[i]);
+  long best = 0;
+  for (long i = 1; i <= drafted; ++i) {
+    double h = chances[i];
+    if (i < drafted) {
+      const double remaining = masses[i] + 1 - h;
+      h = remaining <= 0 ? 1 : masses[i] / remaining;
+    }
+    if (b.uniforms[i - 1] < h) best = i;
+  }
+  const float* law = b.p + best * b.vocab;
+  std::vector<float> rest;
+  if (best < drafted) {
+    rest.resize(b.vocab);
+    if (remainder(law, b.columns, b.q + best * b.width, b.width, b.vocab, chances[best], rest.data()) > 0) law = rest.data();
+  }
+  *accepted = best;
+  *next = drawn(law, b.vocab, b.uniforms[drafted]);
+}
+
 // What chains are drawn from: logits of each place, to which each token adds a row of a product of two matrices.
 struct Chains {
   Matrix second;             // [columns, rank]
@@ -931,6 +970,11 @@ void deepspec_chains(const Chains* chains, int64_t threads) { draw_chains(*chain
 // mass = Σ (scale·p − q)₊ with p [vocab] and q [width] of these columns, or of all
 void deepspec_excess(const float* p, const int64_t* columns, const float* q, int64_t width, float scale, double* mass) {
   *mass = excess(p, columns, q, width, scale);
+}
+
+// How many tokens of a drawn chain stand, and the token that follows them
+void deepspec_block(const Block* block, int64_t* accepted, int64_t* next, int64_t threads) {
+  judge_block(*block, accepted, next, threads);
 }
 
 // rest [vocab] = (scale·p − q)₊, and its sum

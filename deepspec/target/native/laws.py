@@ -25,6 +25,13 @@ class _Chains(ctypes.Structure):
     )
 
 
+class _Block(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("p", "q", "columns", "tokens", "places", "uniforms")),
+        *((name, ctypes.c_int64) for name in ("drafted", "vocab", "width")),
+    )
+
+
 _SHARED = 1 << 15  # numbers from which on threads share the work
 
 _Pointer, _Long, _Float = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
@@ -52,8 +59,8 @@ def probabilities(logits: Tensor, temperature: float) -> Tensor:
 
 def draw(probs: Tensor, uniform: Tensor) -> Tensor:
     """float32 probs [rows, columns] and uniform [rows] in [0, 1) → int64 columns [rows], by inverse CDF."""
-    rows, uniforms = probs.contiguous(), uniform.to(torch.float64).expand(len(probs)).contiguous()
-    made = rows.new_empty(len(rows), dtype=torch.int64)
+    rows, uniforms = probs.contiguous(), uniform.to(torch.float64).expand(probs.shape[0]).contiguous()
+    made = rows.new_empty(rows.shape[0], dtype=torch.int64)
     _call("draw", rows, _Pointer(uniforms.data_ptr()), _Pointer(made.data_ptr()))
     return made
 
@@ -64,8 +71,8 @@ def best(logits: Tensor) -> tuple[Tensor, Tensor]:
     The logit is not a number where a row has one that is none.
     """
     rows = logits.contiguous()
-    columns = rows.new_empty(len(rows), dtype=torch.int64)
-    values = rows.new_empty(len(rows), dtype=torch.float32)
+    columns = rows.new_empty(rows.shape[0], dtype=torch.int64)
+    values = rows.new_empty(rows.shape[0], dtype=torch.float32)
     bits = rows.element_size() * 8
     _call("best", rows, _Long(bits), _Pointer(columns.data_ptr()), _Pointer(values.data_ptr()))
     return columns, values
@@ -74,7 +81,7 @@ def best(logits: Tensor) -> tuple[Tensor, Tensor]:
 def log_norm(logits: Tensor) -> Tensor:
     """bfloat16 logits [rows, columns] → their log-sum-exp, float32 [rows], to the bit that of `Matrix.log_norm`."""
     rows = readable("logits", logits, logits.shape)
-    made = rows.new_empty(len(rows), dtype=torch.float32)
+    made = rows.new_empty(rows.shape[0], dtype=torch.float32)
     _call("log_norm_of", rows, _Pointer(made.data_ptr()))
     return made
 
@@ -111,6 +118,41 @@ def remainder(p: Tensor, q: Tensor, columns: Tensor | None, scale: float) -> tup
         ctypes.byref(mass),
     )
     return rest, mass.value
+
+
+def block(
+    p: Tensor, q: Tensor, columns: Tensor | None, tokens: list[int], places: list[int], uniforms: Tensor
+) -> tuple[int, int]:
+    """Return how many tokens of a drawn chain stand by block verification, and the one that follows them.
+
+    Args:
+        p: float32 [1 + drafted, vocab], the target's laws at the anchor and behind each token.
+        q: float32 [drafted or more, columns], the laws that the tokens were drawn from.
+        columns: int64, the tokens that q's columns are; None: all.
+        places: which column each token is.
+        uniforms: float64 [1 + drafted] in [0, 1).
+    """
+    whole, own = p.contiguous(), q.contiguous()
+    asked = torch.tensor([tokens, places])
+    kept = None if columns is None else columns.data_ptr()
+    drafted = len(tokens)
+    struct = _Block(
+        whole.data_ptr(),
+        own.data_ptr(),
+        kept,
+        asked.data_ptr(),
+        asked.data_ptr() + drafted * asked.element_size(),
+        uniforms.data_ptr(),
+        drafted,
+        p.shape[1],
+        q.shape[1],
+    )
+    accepted, following = ctypes.c_int64(), ctypes.c_int64()
+    threads = torch.get_num_threads() if own.numel() >= _SHARED else 1
+    _function("block")(
+        ctypes.byref(struct), ctypes.byref(accepted), ctypes.byref(following), _Long(threads)
+    )
+    return accepted.value, following.value
 
 
 class Chains:

@@ -55,7 +55,7 @@ class Norm:
         if library is None:
             return self.by_torch(x)
         rows = x.contiguous()
-        made, width = torch.empty_like(rows), len(self.weight)
+        made, width = torch.empty_like(rows), self.weight.shape[0]
         sizes = _Long(rows.numel() // width), _Long(width)
         pointers = (_Pointer(each.data_ptr()) for each in (rows, self.weight, made))
         library.deepspec_norm(*pointers, _Float(self.eps), *sizes)
@@ -70,7 +70,7 @@ class Norm:
         return (
             x.device.type == "cpu"
             and x.dtype == self.weight.dtype == torch.bfloat16
-            and len(self.weight) % LANES == 0
+            and self.weight.shape[0] % LANES == 0
             and not (torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad))
         )
 
@@ -167,12 +167,12 @@ class NativeLayers:
         layers = range(self.first, self.first + count)
         caches = rooms(step, layers, one.kv_heads, one.head_dim, x)
         work = step.once((NativeLayers, one.sizes), lambda: Work(step, x, rope, one.sizes[:-1], one.one_way))
-        spare = torch.empty_like(x), torch.empty_like(x) if count > 1 else x
         last = count - 1
-        made = [
-            torch.empty_like(x) if self.first + i in step.wanted and i != last else spare[(last - i) % 2]
-            for i in range(count)
-        ]
+        kept = [i for i in range(last) if self.first + i in step.wanted]
+        *own, even, odd = x.new_empty(len(kept) + 2, *x.shape).unbind()
+        made = [odd if (last - i) % 2 else even for i in range(count)]
+        for i, room in zip(kept, own, strict=True):
+            made[i] = room
         self._run(
             self._pointers,
             ctypes.byref(work.struct),
@@ -229,29 +229,25 @@ class Work:
         cos, sin = (operand.reshape(n, -1).contiguous() for operand in rope)
         spans = torch.tensor([step.rows, step.starts, step.counts])
         hidden, hidden_from = _hidden(step, one_way)
-        rooms = [x.new_empty(n, size) for size in (max(wide, x.shape[2]), *others)]
-        self._kept = [
-            cos,
-            sin,
-            spans,
-            hidden,
-            hidden_from,
-            step.positions,
-            *rooms,
-        ]  # as long as their addresses
+        widths = max(wide, x.shape[2]), *others
+        room = x.new_empty(n * sum(widths))
+        # As long as their addresses are in use.
+        self._kept = cos, sin, spans, hidden, hidden_from, step.positions, room
+        begins = accumulate(widths[:-1], initial=0)
+        span = spans.data_ptr()
         self.struct = _Pass(
             n,
             step.requests,
             torch.get_num_threads(),
             step.bidirectional and not one_way,
             cos.shape[1],
-            *(row.data_ptr() for row in spans),
+            *(span + i * step.requests * spans.element_size() for i in range(3)),
             None if hidden is None else hidden.data_ptr(),
             None if hidden_from is None else hidden_from.data_ptr(),
             step.positions.data_ptr(),
             cos.data_ptr(),
             sin.data_ptr(),
-            *(room.data_ptr() for room in rooms),
+            *(room.data_ptr() + n * begin * room.element_size() for begin in begins),
         )
 
 
