@@ -23,6 +23,8 @@ _FIRST_PAUSE, _LONGEST_PAUSE = 4, 64
 _LONGEST_LOOK = 16  # tokens of a draft
 _FIRST_GUESS = 0.8  # chance that a token without an estimate follows its accepted parent, before any was seen
 _FOLLOW = 0.05  # how fast that guess follows what is seen
+_HOPED = 4.0  # tokens that the guess counts for
+_FORGOTTEN = 1 / 256  # of what was seen, a round: contexts change, and a draft that lost is tried again
 
 
 class Controller:
@@ -189,29 +191,46 @@ class PrefixScheduler(CostStop):
     The levels (r, j) of all requests are sorted by survival a_{r,j} = Π_{i≤j} c_{r,i} and admitted in that order while
     Θ = (R + Σa) · SPS(R, R + admitted) rises, SPS being 1 / (T_draft + T); the first drop ends the search. Drafting
     pauses for all requests together: the draft's pass is shared, and so is the decision whether it pays. Once the first
-    round has shown whether proposals are free, nothing is drafted that could not pay even if most of it stood.
+    round has shown whether proposals are free, nothing is drafted that could not pay if as much of it stood as has so far.
     """
 
     def reset(self) -> None:
         super().reset()
         self._pacer = _SharedPacer(lambda: self.cost)
         self._begun = self._free = False
+        self._stood, self._judged = _HOPED * _FIRST_GUESS, _HOPED  # drafted tokens whose parent was accepted
+
+    def observe(self, proposal: Proposal, accepted: int) -> None:
+        super().observe(proposal, accepted)
+        self._stood += accepted
+        self._judged += min(accepted + 1, max(proposal.depths))
 
     def round(self, requests: int) -> None:
+        self._stood += _FORGOTTEN * (_HOPED * _FIRST_GUESS - self._stood)
+        self._judged += _FORGOTTEN * (_HOPED - self._judged)
         self._pacer.close()
         self._pacer.open(requests, not self._begun or self._may_pay(requests))
         self._begun = True
 
     def select(self, proposals: list[Proposal]) -> list[Proposal]:
         self._free = self._free or any(proposal.free for proposal in proposals)
-        return super().select(proposals)
+        selected = super().select(proposals)
+        for proposal, kept in zip(proposals, selected, strict=True):
+            if proposal.tokens and not kept.tokens:  # what the draft itself expects is all that is known of it
+                self._stood += self.survival(proposal)[0]
+                self._judged += 1
+        return selected
 
     def _may_pay(self, requests: int) -> bool:
-        """Whether a round could pay in which every token follows an accepted parent with `_FIRST_GUESS`."""
+        """Whether a round could pay in which as large a share of the tokens stands as has so far.
+
+        Of what is looked up, which costs nothing to ask for, most may stand.
+        """
+        follows = _FIRST_GUESS if self._free else self._stood / self._judged
         draft_s = 0.0 if self._free else self.curve.draft(requests)
         plain_s, stands, expected = self.curve.verify(requests, requests), 1.0, 1.0
         for length in range(1, _LONGEST_LOOK + 1):
-            stands *= _FIRST_GUESS
+            stands *= follows
             expected += stands
             if expected * plain_s > draft_s + self.hull.verify(requests, requests * (1 + length)):
                 return True

@@ -324,6 +324,25 @@ def test_the_scheduler_gains_where_drafting_pays_and_loses_next_to_nothing_elsew
         assert requests < 16 or max(drafted) <= 1 + rounds // 64
 
 
+def test_a_draft_that_has_not_paid_is_tried_again_only_once_that_is_long_ago():
+    """If four of five tokens stood it would pay; of these hardly any does, of which one round tells enough."""
+    curve = CostCurve({16: [(16, 2.4), (96, 4.0)]}, {16: 0.9})
+    scheduler = PrefixScheduler(curve)
+    pace = scheduler.pacer()
+    drafted = []
+    for i in range(1500):
+        scheduler.round(16)
+        if drafting := pace.drafts():
+            drafted.append(i)
+        selected = scheduler.select([chain(0.6, 0.3) if drafting else Proposal()] * 16)
+        for proposal in selected:
+            if proposal.tokens:
+                scheduler.observe(proposal, 0)
+            pace.observe(1)
+    assert drafted[0] == 0
+    assert len(drafted) > 1 and min(b - a for a, b in itertools.pairwise(drafted)) > 200
+
+
 @pytest.mark.parametrize("free", [False, True])
 def test_nothing_is_drafted_that_could_not_pay_if_most_of_it_stood(free):
     """Sixteen tokens more cost what sixteen requests do; a lookup costs no draft, and four requests are cheaper."""
