@@ -58,10 +58,12 @@ def _laws(turns: list[Turn], logits: Tensor) -> dict[int, Tensor]:
     laws: dict[int, Tensor] = {}
     for sampling, own in together.items():
         places = [turn.offset + place for turn in own for place in range(turn.size)]
-        whole = places == list(range(len(logits)))
+        whole = places == list(range(logits.shape[0]))
         found = probabilities(logits if whole else logits[places], sampling).cpu()
-        parts = found.split([turn.size for turn in own])
-        laws |= {turn.row: part for turn, part in zip(own, parts, strict=True)}
+        begin = 0
+        for turn in own:
+            laws[turn.row] = found[begin : begin + turn.size]
+            begin += turn.size
     return laws
 
 

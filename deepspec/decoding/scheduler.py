@@ -191,7 +191,8 @@ class PrefixScheduler(CostStop):
     The levels (r, j) of all requests are sorted by survival a_{r,j} = Π_{i≤j} c_{r,i} and admitted in that order while
     Θ = (R + Σa) · SPS(R, R + admitted) rises, SPS being 1 / (T_draft + T); the first drop ends the search. Drafting
     pauses for all requests together: the draft's pass is shared, and so is the decision whether it pays. Once the first
-    round has shown whether proposals are free, nothing is drafted that could not pay if as much of it stood as has so far.
+    round has shown whether proposals are free, nothing is drafted that could not pay if as much of it stood as has of
+    what came before.
     """
 
     def reset(self) -> None:
@@ -216,7 +217,9 @@ class PrefixScheduler(CostStop):
         self._free = self._free or any(proposal.free for proposal in proposals)
         selected = super().select(proposals)
         for proposal, kept in zip(proposals, selected, strict=True):
-            if proposal.tokens and not kept.tokens:  # what the draft itself expects is all that is known of it
+            if (
+                proposal.tokens and not kept.tokens
+            ):  # what the draft itself expects is all that is known of it
                 self._stood += self.survival(proposal)[0]
                 self._judged += 1
         return selected

@@ -16,6 +16,7 @@ from deepspec.decoding.drafter import Drafter, DraftRequest, GrowingSession
 from deepspec.decoding.round import padded_size
 from deepspec.decoding.tree import DraftLogits, Growth, Parent
 from deepspec.drafters.block_network import BlockModel, Layer, normed_by_layer
+from deepspec.drafters.network import RMSNorm
 from deepspec.drafters.rope import Rope
 from deepspec.target.attention import ForwardPass, KVCache
 from deepspec.target.fused import FusedLayer, PackedLinear, RotaryTable, rotate
@@ -72,16 +73,17 @@ class BlockDrafter(Drafter, Generic[M]):
         self._context = self._native_context()
         self._blocks = [self.fused(layer) for layer in model.decoder_layers()]
         self._stack = as_one([layer.native for layer in self._blocks])
-        self._norm, self.head = model.norm, model.packed_head()
+        self._norm, self.head = self._taken(model.norm), model.packed_head()
         self.vocabulary = model.vocabulary()
+
+    def _taken(self, norm: RMSNorm) -> Norm:
+        """Return a norm for inference."""
+        return Norm(norm.weight.detach().to(self.dtype), norm.variance_epsilon)
 
     def _native_context(self) -> NativeContext | None:
         """Return what writes the context as one call; None where the kernels do not."""
         join, kv = self._fc.native, self._kv.native
-        norm, *k_norms = (
-            Norm(each.weight.detach().to(self.dtype), each.variance_epsilon)
-            for each in (self._hidden_norm, *self._k_norms)
-        )
+        norm, *k_norms = (self._taken(each) for each in (self._hidden_norm, *self._k_norms))
         if join is None or kv is None or not NativeContext.suits(norm, k_norms, self.config.head_dim):
             return None
         return NativeContext(join, norm, kv, k_norms, self.config.head_dim)

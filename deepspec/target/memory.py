@@ -1,8 +1,8 @@
 """Where tensors lie: memory of freed ones is kept for the next one, and weights lie in large pages.
 
 By default glibc gives every large block back to the kernel and faults it in again page by page: on a CPU, the
-temporaries of one softmax over a vocabulary then cost ten times the softmax. And a CPU that reads ahead stops at the end
-of a page, so weights in pages of 2 MiB arrive sooner than in those of 4 KiB.
+temporaries of one softmax over a vocabulary then cost ten times the softmax. And a CPU that reads ahead stops at the
+end of a page, so weights in pages of 2 MiB arrive sooner than in those of 4 KiB.
 """
 
 from __future__ import annotations

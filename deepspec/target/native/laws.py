@@ -149,9 +149,7 @@ def block(
     )
     accepted, following = ctypes.c_int64(), ctypes.c_int64()
     threads = torch.get_num_threads() if own.numel() >= _SHARED else 1
-    _function("block")(
-        ctypes.byref(struct), ctypes.byref(accepted), ctypes.byref(following), _Long(threads)
-    )
+    _function("block")(ctypes.byref(struct), ctypes.byref(accepted), ctypes.byref(following), _Long(threads))
     return accepted.value, following.value
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import accumulate
 from typing import Any, cast
 
@@ -68,11 +69,15 @@ class Norm:
     def takes(self, x: Tensor) -> bool:
         """Whether this is for the kernels, if they are there."""
         return (
-            x.device.type == "cpu"
-            and x.dtype == self.weight.dtype == torch.bfloat16
-            and self.weight.shape[0] % LANES == 0
+            self._suits
+            and x.dtype == torch.bfloat16
+            and x.device.type == "cpu"
             and not (torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad))
         )
+
+    @cached_property
+    def _suits(self) -> bool:
+        return self.weight.dtype == torch.bfloat16 and self.weight.shape[0] % LANES == 0
 
 
 @dataclass(frozen=True)
@@ -227,21 +232,21 @@ class Work:
     ):
         n, (wide, *others) = x.shape[1], sizes
         cos, sin = (operand.reshape(n, -1).contiguous() for operand in rope)
-        spans = torch.tensor([step.rows, step.starts, step.counts])
+        spans = (_Long * (3 * step.requests))(*step.rows, *step.starts, *step.counts)
         hidden, hidden_from = _hidden(step, one_way)
         widths = max(wide, x.shape[2]), *others
         room = x.new_empty(n * sum(widths))
         # As long as their addresses are in use.
         self._kept = cos, sin, spans, hidden, hidden_from, step.positions, room
         begins = accumulate(widths[:-1], initial=0)
-        span = spans.data_ptr()
+        span = ctypes.addressof(spans)
         self.struct = _Pass(
             n,
             step.requests,
             torch.get_num_threads(),
             step.bidirectional and not one_way,
             cos.shape[1],
-            *(span + i * step.requests * spans.element_size() for i in range(3)),
+            *(span + i * step.requests * ctypes.sizeof(_Long) for i in range(3)),
             None if hidden is None else hidden.data_ptr(),
             None if hidden_from is None else hidden_from.data_ptr(),
             step.positions.data_ptr(),
