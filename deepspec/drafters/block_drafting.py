@@ -72,8 +72,8 @@ class BlockDrafter(Drafter, Generic[M]):
         self._k_norms = [a.k_norm for a in attentions]
         self._context = self._native_context()
         self._blocks = [self.fused(layer) for layer in model.decoder_layers()]
-        self._stack = as_one([layer.native for layer in self._blocks])
         self._norm, self.head = self._taken(model.norm), model.packed_head()
+        self._stack = as_one([layer.native for layer in self._blocks]) if self._norm.suits else None
         self.vocabulary = model.vocabulary()
 
     def _taken(self, norm: RMSNorm) -> Norm:
@@ -114,10 +114,8 @@ class BlockDrafter(Drafter, Generic[M]):
     ) -> Tensor:
         """Return the states [requests, γ, d] after the final norm, of the blocks that start at the anchors."""
         size = self.config.query_size
-        ids = [[anchor] + [self.config.mask_token_id] * (size - 1) for anchor in anchors]
-        x = F.embedding(torch.tensor(ids, device=self.device), self._embed)
-        if self._skip is not None:
-            x = x + self._skip(normed_by_layer(torch.stack(newest), self.config))[:, None]
+        masks = [self.config.mask_token_id] * (size - 1)
+        ids = torch.tensor([[anchor, *masks] for anchor in anchors], device=self.device)
         places = [start + k for start in starts for k in range(size)]
         positions = torch.tensor([places], device=self.device)
         step = ForwardPass(
@@ -129,14 +127,18 @@ class BlockDrafter(Drafter, Generic[M]):
             bidirectional=True,
         )
         rope = self._rope(positions, max(starts) + size)
-        step.once("rope", lambda: rope)
-        x = x.flatten(0, 1)[None]
-        if self._stack is not None:
-            x = self._stack(None, x, rope, step)[-1]
+        if self._stack is not None and self._skip is None:
+            last = self._stack.decode(ids, self._embed, self._norm, rope, step)[2]
         else:
+            step.once("rope", lambda: rope)
+            x = F.embedding(ids, self._embed)
+            if self._skip is not None:
+                x = x + self._skip(normed_by_layer(torch.stack(newest), self.config))[:, None]
+            x = x.flatten(0, 1)[None]
             for layer in self._blocks:
                 x = layer(x, step=step)
-        return self._norm(x).view(len(rows), size, -1)[:, size - self.block_size :]
+            last = self._norm(x)
+        return last.view(len(rows), size, -1)[:, size - self.block_size :]
 
 
 @dataclass

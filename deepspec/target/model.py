@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -301,7 +300,7 @@ class Target(Ends):
     @cached_property
     def _stack(self) -> NativeLayers | None:
         """All layers as one call; None where they are not the kernels', or not all that the decoder does."""
-        if not self.native or not is_bare(self._model):
+        if not self.native or not is_bare(self._model) or not self._last_norm.suits:
             return None
         return as_one([cast(FusedLayer, layer).native for layer in self.layers])
 
@@ -342,11 +341,10 @@ class Target(Ends):
 
     def _run_stack(self, stack: NativeLayers, ids: Tensor, step: ForwardPass) -> Tensor:
         """Do what the decoder does with a pass, its layers as one call."""
-        x = F.embedding(ids, self.embeddings)
         rope = self._rope(step.positions)
-        made = stack(None, x, rope, step)
+        x, made, last = stack.decode(ids, self.embeddings, self._last_norm, rope, step)
         step.features |= {layer: made[layer] if layer >= 0 else x for layer in step.wanted - {H_LAST}}
-        return self._last_norm(made[-1])
+        return last
 
     @cached_property
     def _rope(self) -> DecoderRotary:

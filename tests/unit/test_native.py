@@ -596,3 +596,11 @@ def test_a_block_is_judged_at_once_as_it_is_token_by_token(reduced):
         assert one.get_state().equal(other.get_state())
         seen.add(len(at_once[0]))
     assert len(seen) > 3
+
+
+def test_a_token_outside_the_vocabulary_is_refused_before_anything_is_read(target: Target):
+    step = ForwardPass(torch.arange(2)[None], cache=KVCache(1, 8), starts=[0])
+    for token in (-1, target.embeddings.shape[0]):
+        with pytest.raises(IndexError, match="vocabulary"):
+            target.forward(torch.tensor([[1, token]]), step)
+        step.clear()

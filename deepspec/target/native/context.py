@@ -11,7 +11,7 @@ from torch import Tensor
 
 from deepspec.kernels import kernels
 from deepspec.target.attention import ForwardPass
-from deepspec.target.native.layer import Norm, Work, rooms
+from deepspec.target.native.layer import Norm, Work, places
 from deepspec.target.native.matrix import LANES, Matrix, _Matrix, readable
 
 _Pointer, _Long, _Float = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
@@ -85,7 +85,7 @@ class NativeContext:
         """
         join, _, kv, _, _ = self._made_of
         rows = readable("features", features, (sum(step.counts), join.inputs))
-        caches = rooms(step, range(self.layers), self.kv_heads, self.head_dim, rows)
+        caches = places(step, range(self.layers), self.kv_heads, self.head_dim, rows)
         work = Work(
             step, rows.new_empty(1, len(rows), join.out), rope, (join.out, kv.out, 0, join.out, 0), False
         )

@@ -321,6 +321,15 @@ struct Cache {
   int64_t length;
 };
 
+// What stands before the layers of a decoder and behind them.
+struct Ends {
+  const int64_t* ids;             // [tokens]
+  const bf16 *embeddings, *norm;  // [vocab, d], [d]
+  bf16* last;                     // [tokens, d], the last layer's states under the norm
+  int64_t vocab;
+  float eps;
+};
+
 // What a block draft makes of the target's features: keys and values of its layers.
 struct Context {
   Matrix join, kv;  // kv: of each layer its keys, then its values
@@ -910,17 +919,28 @@ void deepspec_log_norm_of(const bf16* logits, float* y, int64_t rows, int64_t wi
 }
 
 // Decoder layers one after the other, over x [tokens, d]; made: what each hands on. `normed`: what the first one's attention
-// reads, where that is not x under its own norm.
-void deepspec_layers(const Layer* const* layers, const Pass* pass, const Cache* caches, const bf16* normed, const bf16* x,
-                     bf16* const* made, int64_t count) {
+// reads, where that is not x under its own norm. `ends`, or none: what x is made of, and made of the last one's states.
+// Returns 1 where a token is not in the vocabulary, and has done nothing then.
+int64_t deepspec_layers(const Layer* const* layers, const Pass* pass, const Cache* caches, const bf16* normed, bf16* x,
+                        bf16* const* made, int64_t count, const Ends* ends) {
+  const long tokens = pass->tokens, d = layers[0]->out.out;
+  for (long t = 0; ends && t < tokens; ++t)
+    if (ends->ids[t] < 0 || ends->ids[t] >= ends->vocab) return 1;
 #pragma omp parallel num_threads(pass->threads)
   {
     const int me = omp_get_thread_num(), all = omp_get_num_threads();
+    if (ends) {
+      for (long t = me; t < tokens; t += all) std::memcpy(x + t * d, ends->embeddings + ends->ids[t] * d, d * sizeof(bf16));
+#pragma omp barrier
+    }
     for (long i = 0; i < count; ++i) {
       decoder_layer(*layers[i], *pass, caches[i], i ? nullptr : normed, i ? made[i - 1] : x, made[i], me, all);
 #pragma omp barrier
     }
+    if (ends)
+      for (long t = me; t < tokens; t += all) norm(made[count - 1] + t * d, ends->norm, ends->eps, ends->last + t * d, d);
   }
+  return 0;
 }
 
 // Keys and values of a draft's layers from the target's features [tokens, join.in]

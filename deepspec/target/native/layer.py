@@ -43,6 +43,14 @@ class _Cache(ctypes.Structure):
     _fields_ = (("keys", _Pointer), ("values", _Pointer), ("length", _Long))
 
 
+class _Ends(ctypes.Structure):
+    _fields_ = (
+        *((name, _Pointer) for name in ("ids", "embeddings", "norm", "last")),
+        ("vocab", _Long),
+        ("eps", _Float),
+    )
+
+
 @dataclass(frozen=True)
 class Norm:
     """An RMSNorm over the last dimension."""
@@ -69,14 +77,15 @@ class Norm:
     def takes(self, x: Tensor) -> bool:
         """Whether this is for the kernels, if they are there."""
         return (
-            self._suits
+            self.suits
             and x.dtype == torch.bfloat16
             and x.device.type == "cpu"
             and not (torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad))
         )
 
     @cached_property
-    def _suits(self) -> bool:
+    def suits(self) -> bool:
+        """Whether the kernels take its weight."""
         return self.weight.dtype == torch.bfloat16 and self.weight.shape[0] % LANES == 0
 
 
@@ -142,6 +151,7 @@ class NativeLayers:
         if len({each.sizes for each in parts}) != 1:
             raise ValueError("layers of several sizes are not run in one call")
         self._run = library.deepspec_layers
+        self._run.restype = _Long
         self.parts, self.first = tuple(parts), first
         self._layers = [each.struct() for each in parts]
         self._pointers = (_Pointer * len(parts))(*map(ctypes.addressof, self._layers))
@@ -165,28 +175,72 @@ class NativeLayers:
         Raises:
             ValueError: an operand of another dtype or shape, or one that asks for a gradient.
         """
-        one, count = self.parts[0], len(self.parts)
+        one = self.parts[0]
         x = readable("x", x, (1, sum(step.counts), one.out.out))
         if normed is not None:
             normed = readable("what attention reads", normed, (*x.shape[:2], one.qkv.inputs))
-        layers = range(self.first, self.first + count)
-        caches = rooms(step, layers, one.kv_heads, one.head_dim, x)
+        rooms = x.new_empty(self._rooms(step), *x.shape).unbind()
+        return self._over(x, normed, rooms, rope, step, None)
+
+    def decode(
+        self, ids: Tensor, embeddings: Tensor, norm: Norm, rope: tuple[Tensor, Tensor], step: ForwardPass
+    ) -> tuple[Tensor, list[Tensor], Tensor]:
+        """Run what a decoder is: embeddings, the layers, and the last norm.
+
+        Args:
+            ids: int64, n of them.
+            embeddings: bfloat16 [vocab, d].
+            norm: one that suits.
+
+        Returns:
+            The tokens' embeddings, what each layer hands on, and the last of it under the norm; each [1, n, d].
+
+        Raises:
+            IndexError: a token that is not in the vocabulary.
+            ValueError: embeddings of another dtype or shape.
+        """
+        n, d = sum(step.counts), self.parts[0].out.out
+        ids, table = ids.reshape(n).contiguous(), readable("embeddings", embeddings, (embeddings.shape[0], d))
+        x, last, *rooms = table.new_empty(2 + self._rooms(step), 1, n, d).unbind()
+        pointers = (each.data_ptr() for each in (ids, table, norm.weight, last))
+        made = self._over(x, None, rooms, rope, step, _Ends(*pointers, table.shape[0], norm.eps))
+        return x, made, last
+
+    def _rooms(self, step: ForwardPass) -> int:
+        """Return how many layers' states are held at once."""
+        return 2 + sum(self.first + i in step.wanted for i in range(len(self.parts) - 1))
+
+    def _over(
+        self,
+        x: Tensor,
+        normed: Tensor | None,
+        rooms: Sequence[Tensor],
+        rope: tuple[Tensor, Tensor],
+        step: ForwardPass,
+        ends: _Ends | None,
+    ) -> list[Tensor]:
+        """Run the layers over x, states in these rooms, and return what each hands on."""
+        one, last = self.parts[0], len(self.parts) - 1
+        caches = places(step, range(self.first, self.first + last + 1), one.kv_heads, one.head_dim, x)
         work = step.once((NativeLayers, one.sizes), lambda: Work(step, x, rope, one.sizes[:-1], one.one_way))
-        last = count - 1
-        kept = [i for i in range(last) if self.first + i in step.wanted]
-        *own, even, odd = x.new_empty(len(kept) + 2, *x.shape).unbind()
-        made = [odd if (last - i) % 2 else even for i in range(count)]
-        for i, room in zip(kept, own, strict=True):
-            made[i] = room
-        self._run(
+        even, odd, *own = rooms
+        kept = iter(own)
+        made = [
+            next(kept) if self.first + i in step.wanted and i < last else odd if (last - i) % 2 else even
+            for i in range(last + 1)
+        ]
+        unknown = self._run(
             self._pointers,
             ctypes.byref(work.struct),
             caches,
             None if normed is None else _Pointer(normed.data_ptr()),
             _Pointer(x.data_ptr()),
-            (_Pointer * count)(*(each.data_ptr() for each in made)),
-            _Long(count),
+            (_Pointer * (last + 1))(*(each.data_ptr() for each in made)),
+            _Long(last + 1),
+            None if ends is None else ctypes.byref(ends),
         )
+        if unknown:
+            raise IndexError("a token is not in the vocabulary")
         return made
 
 
@@ -198,7 +252,7 @@ def as_one(layers: Sequence[NativeLayers | None]) -> NativeLayers | None:
     return NativeLayers(parts, cast(NativeLayers, layers[0]).first)
 
 
-def rooms(step: ForwardPass, layers: range, kv_heads: int, head_dim: int, like: Tensor) -> Any:
+def places(step: ForwardPass, layers: range, kv_heads: int, head_dim: int, like: Tensor) -> Any:
     """Return where the keys and values of layers lie, for a pass that writes them."""
     cache = step.cache
     if cache is None:
@@ -211,7 +265,7 @@ def rooms(step: ForwardPass, layers: range, kv_heads: int, head_dim: int, like: 
         found = [cache.layer(index, new, new) for index in layers]
         return (_Cache * len(found))(*(_Cache(k.data_ptr(), v.data_ptr(), k.shape[2]) for k, v in found))
 
-    return cache.derived((rooms, layers), made)
+    return cache.derived((places, layers), made)
 
 
 class Work:
