@@ -111,7 +111,9 @@ def test_an_old_python_and_a_full_disk_must_be_mended(checkout, monkeypatch):
 
 
 @pytest.mark.parametrize("setting", ["always [madvise] never", "always madvise [never]"])
-def test_it_says_where_large_pages_are_switched_off(checkout: Path, setting: str, monkeypatch: pytest.MonkeyPatch):
+def test_it_says_where_large_pages_are_switched_off(
+    checkout: Path, setting: str, monkeypatch: pytest.MonkeyPatch
+):
     pages = checkout / "enabled"
     pages.write_text(setting)
     monkeypatch.setattr(doctor, "LARGE_PAGES", pages)
