@@ -107,6 +107,7 @@ class Drafter(ABC):
         layers: ids of the target layers whose outputs `Session.extend` wants, concatenated in this order.
         block_size: γ, the longest path it proposes.
         vocab_size: of the target it was made for; None fits any.
+        looks_up: whether a proposal may be free: found in the text, without a pass of a draft.
         digest: of its directory; None where it was not loaded from one.
         temperatures: of its confidence at each position, by mode (`decoding.calibration`); None where it has none.
     """
@@ -114,6 +115,7 @@ class Drafter(ABC):
     layers: tuple[int, ...] = ()
     block_size: int = 0
     vocab_size: int | None = None
+    looks_up: bool = False
     digest: str | None = None
     temperatures: dict[str, list[float]] | None = None
 

@@ -72,6 +72,7 @@ class Engine:
         self.verify = verify
         self.controller = controller
         if controller:
+            controller.looks_up = drafter is not None and drafter.looks_up
             controller.reset()
         self.batch_size = batch_size
         self.max_length = min(target.max_length, max_length or target.max_length)

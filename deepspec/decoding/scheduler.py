@@ -32,7 +32,12 @@ class Controller:
 
     The engine asks in each round: `round`, `DraftPacer.drafts` of each request, `select` once all have drafted; and
     tells it afterwards: `observe` of each verified proposal, `DraftPacer.observe` of each request.
+
+    Attributes:
+        looks_up: whether proposals may be free; the engine sets it.
     """
+
+    looks_up = True
 
     def __init__(self) -> None:
         self.reset()
@@ -190,15 +195,15 @@ class PrefixScheduler(CostStop):
 
     The levels (r, j) of all requests are sorted by survival a_{r,j} = Π_{i≤j} c_{r,i} and admitted in that order while
     Θ = (R + Σa) · SPS(R, R + admitted) rises, SPS being 1 / (T_draft + T); the first drop ends the search. Drafting
-    pauses for all requests together: the draft's pass is shared, and so is the decision whether it pays. Once the first
-    round has shown whether proposals are free, nothing is drafted that could not pay if as much of it stood as has of
-    what came before.
+    pauses for all requests together: the draft's pass is shared, and so is the decision whether it pays. Once it is
+    known whether proposals are free, behind the first round at the latest, nothing is drafted that could not pay if as
+    much of it stood as has of what came before.
     """
 
     def reset(self) -> None:
         super().reset()
         self._pacer = _SharedPacer(lambda: self.cost)
-        self._begun = self._free = False
+        self._free, self._begun = False, not self.looks_up
         self._stood, self._judged = _HOPED * _FIRST_GUESS, _HOPED  # drafted tokens whose parent was accepted
 
     def observe(self, proposal: Proposal, accepted: int) -> None:

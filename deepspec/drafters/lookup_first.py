@@ -21,6 +21,8 @@ class LookupFirst(Drafter):
         trained: asked for the rest, in one call for all rows.
     """
 
+    looks_up = True
+
     def __init__(self, lookup: Drafter, trained: Drafter):
         self.lookup = lookup
         self._trained = trained

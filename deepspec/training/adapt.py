@@ -81,7 +81,7 @@ class AdaptingDrafter(Drafter):
 
     def __init__(self, draft: Drafter, network: Network, target: Target, how: Adaptation):
         self.draft, self.network, self.target, self.how = draft, network.to(target.device), target, how
-        self.layers = (*draft.layers, H_LAST)
+        self.layers, self.looks_up = (*draft.layers, H_LAST), draft.looks_up
         self.block_size, self.vocab_size = draft.block_size, draft.vocab_size
         self.digest, self.temperatures = draft.digest, draft.temperatures
         self._drafting = deepcopy(network).to(target.device, target.dtype)

@@ -324,6 +324,20 @@ def test_the_scheduler_gains_where_drafting_pays_and_loses_next_to_nothing_elsew
         assert requests < 16 or max(drafted) <= 1 + rounds // 64
 
 
+def test_what_cannot_pay_is_not_even_tried_by_a_drafter_that_looks_nothing_up():
+    """Sixteen tokens more cost what sixteen requests do, and the draft is to be paid too."""
+    curve = CostCurve({1: [(1, 1.0), (6, 1.1)], 16: [(16, 2.4), (96, 9.6)]}, {1: 0.2, 16: 0.9})
+    for looks_up in (True, False):
+        scheduler = PrefixScheduler(curve)
+        scheduler.looks_up = looks_up
+        scheduler.reset()
+        pace = scheduler.pacer()
+        for requests, tried in ((16, looks_up), (16, False), (1, True)):
+            scheduler.round(requests)
+            assert pace.drafts() == tried
+            scheduler.select([chain(0.1) if tried else Proposal()] * requests)
+
+
 def test_a_draft_that_has_not_paid_is_tried_again_only_once_that_is_long_ago():
     """If four of five tokens stood it would pay; of these hardly any does, of which one round tells enough."""
     curve = CostCurve({16: [(16, 2.4), (96, 4.0)]}, {16: 0.9})

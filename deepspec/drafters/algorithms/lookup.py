@@ -88,6 +88,7 @@ class TrainingFreeDrafter(Drafter):
     """Proposes at most `block_size` tokens where at least `min_match` tokens of the context occurred before."""
 
     architecture: ClassVar[str]  # of config.json
+    looks_up = True
 
     def __init__(self, block_size: int, min_match: int):
         self.block_size = block_size
