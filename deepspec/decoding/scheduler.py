@@ -11,6 +11,7 @@ or against the verification of the token before it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from itertools import accumulate
 
@@ -25,6 +26,8 @@ _FIRST_GUESS = 0.8  # chance that a token without an estimate follows its accept
 _FOLLOW = 0.05  # how fast that guess follows what is seen
 _HOPED = 4.0  # tokens that the guess counts for
 _FORGOTTEN = 1 / 256  # of what was seen, a round: contexts change, and a draft that lost is tried again
+_REMEMBERED = 64.0  # tokens at most, so that what was long true is given up as soon
+_RARELY = 1024  # rounds without a draft, after which one is tried whatever is expected of it
 
 
 class Controller:
@@ -205,28 +208,35 @@ class PrefixScheduler(CostStop):
         self._pacer = _SharedPacer(lambda: self.cost)
         self._free, self._begun = False, not self.looks_up
         self._stood, self._judged = _HOPED * _FIRST_GUESS, _HOPED  # drafted tokens whose parent was accepted
+        self._undrafted = 0  # rounds
 
     def observe(self, proposal: Proposal, accepted: int) -> None:
         super().observe(proposal, accepted)
-        self._stood += accepted
-        self._judged += min(accepted + 1, max(proposal.depths))
+        self._learn(accepted, min(accepted + 1, max(proposal.depths)))
+
+    def _learn(self, stood: float, judged: float) -> None:
+        """Take in how much of what was judged stood, or was expected to."""
+        if not math.isfinite(stood):
+            return
+        kept = min(1.0, _REMEMBERED / (self._judged + judged))
+        self._stood, self._judged = kept * (self._stood + stood), kept * (self._judged + judged)
 
     def round(self, requests: int) -> None:
         self._stood += _FORGOTTEN * (_HOPED * _FIRST_GUESS - self._stood)
         self._judged += _FORGOTTEN * (_HOPED - self._judged)
         self._pacer.close()
-        self._pacer.open(requests, not self._begun or self._may_pay(requests))
+        may_pay = not self._begun or self._undrafted >= _RARELY or self._may_pay(requests)
+        self._pacer.open(requests, may_pay)
         self._begun = True
 
     def select(self, proposals: list[Proposal]) -> list[Proposal]:
         self._free = self._free or any(proposal.free for proposal in proposals)
         selected = super().select(proposals)
         for proposal, kept in zip(proposals, selected, strict=True):
-            if (
-                proposal.tokens and not kept.tokens
-            ):  # what the draft itself expects is all that is known of it
-                self._stood += self.survival(proposal)[0]
-                self._judged += 1
+            if proposal.tokens and not kept.tokens:
+                # What the draft itself expects is all that is known of it.
+                self._learn(self.survival(proposal)[0], 1)
+        self._undrafted = 0 if any(proposal.tokens for proposal in proposals) else self._undrafted + 1
         return selected
 
     def _may_pay(self, requests: int) -> bool:

@@ -43,7 +43,7 @@ def give_back_freed_memory() -> None:
 
 
 def in_large_pages(tensor: Tensor) -> Tensor:
-    """Return a contiguous copy of a CPU's tensor, in large pages where the system has them."""
+    """Return a CPU's tensor contiguous: a copy in large pages, or where the system has none, as torch makes it."""
     size = tensor.numel() * tensor.element_size()
     room = _pages.take(size) if size else None
     if room is None:
@@ -60,9 +60,11 @@ class _LargePages:
 
     def take(self, size: int) -> Tensor | None:
         """Return `size` bytes that begin a cache line; None where there are no large pages."""
+        if size >= _PIECE:
+            return self._piece(size)
         with self._lock:
-            if size > len(self._left):
-                piece = self._piece(max(size, _PIECE))
+            if size > self._left.shape[0]:
+                piece = self._piece(_PIECE)
                 if piece is None:
                     return None
                 self._left = piece

@@ -49,6 +49,11 @@ def test_memory_goes_back_with_the_last_tensor_in_a_piece():
     gc.collect()
     assert grown > 200 * MIB
     assert process.memory_info().rss - before < 130 * MIB  # the last piece is kept for what comes next
+    large = in_large_pages(torch.ones(300 * MIB, dtype=torch.uint8))
+    assert process.memory_info().rss - before > 300 * MIB
+    del large
+    gc.collect()
+    assert process.memory_info().rss - before < 130 * MIB
 
 
 def test_where_there_are_no_large_pages_a_copy_lies_where_torch_puts_it(monkeypatch: pytest.MonkeyPatch):

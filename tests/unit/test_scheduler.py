@@ -357,6 +357,27 @@ def test_a_draft_that_has_not_paid_is_tried_again_only_once_that_is_long_ago():
     assert len(drafted) > 1 and min(b - a for a, b in itertools.pairwise(drafted)) > 200
 
 
+def test_a_draft_better_than_hoped_for_is_found_some_time_and_one_without_numbers_is_no_evidence():
+    """It pays only where nine of ten tokens stand; they do, but for what is first said of them."""
+    curve = CostCurve({16: [(16, 2.4), (96, 8.4)]}, {16: 0.9})
+    scheduler = PrefixScheduler(curve)
+    scheduler.looks_up = False
+    scheduler.reset()
+    pace = scheduler.pacer()
+    scheduler.select([chain(float("nan")), chain(0.01)] + [Proposal()] * 14)
+    drafted = 0
+    for _ in range(3000):
+        scheduler.round(16)
+        drafts = pace.drafts()
+        drafted += drafts
+        selected = scheduler.select([chain(*[0.97**k for k in range(1, 6)]) if drafts else Proposal()] * 16)
+        for proposal in selected:
+            if proposal.tokens:
+                scheduler.observe(proposal, len(proposal.tokens))
+            pace.observe(1 + len(proposal.tokens))
+    assert drafted > 500
+
+
 @pytest.mark.parametrize("free", [False, True])
 def test_nothing_is_drafted_that_could_not_pay_if_most_of_it_stood(free):
     """Sixteen tokens more cost what sixteen requests do; a lookup costs no draft, and four requests are cheaper."""

@@ -200,7 +200,8 @@ class NativeLayers:
             ValueError: embeddings of another dtype or shape.
         """
         n, d = sum(step.counts), self.parts[0].out.out
-        ids, table = ids.reshape(n).contiguous(), readable("embeddings", embeddings, (embeddings.shape[0], d))
+        ids = ids.reshape(n).to(torch.int64).contiguous()
+        table = readable("embeddings", embeddings, (embeddings.shape[0], d))
         x, last, *rooms = table.new_empty(2 + self._rooms(step), 1, n, d).unbind()
         pointers = (each.data_ptr() for each in (ids, table, norm.weight, last))
         made = self._over(x, None, rooms, rope, step, _Ends(*pointers, table.shape[0], norm.eps))
