@@ -165,7 +165,7 @@ def _kernels() -> Check:
         advice = "install g++: decoding in bfloat16 is then about twice as fast"
     elif kernels() and LARGE_PAGES.is_file() and "[never]" in LARGE_PAGES.read_text():
         found += ", without large pages"
-        advice = f"write madvise into {LARGE_PAGES}: plain passes are then a fifth to a third shorter"
+        advice = f"write madvise into {LARGE_PAGES}: plain passes are then a sixth to a third shorter"
     return Check("kernels for this CPU", True, found, advice)
 
 

@@ -103,20 +103,18 @@ def block_at_once(proposal: Proposal, p: Tensor, uniforms: Callable[[int], Tenso
 def takes_at_once(rule: Rule, proposal: Proposal, p: Tensor) -> bool:
     """Return whether `block_at_once` can stand for a rule."""
     q = proposal.probs
-    return (
-        rule is block
-        and q is not None
-        and proposal.places is not None
-        and p.dtype == q.dtype == torch.float32
-        and laws.can_read(p)
-        and laws.can_read(q)
-    )
+    return rule is block and q is not None and proposal.places is not None and _for_kernels(p, q)
+
+
+def _for_kernels(p: Tensor, q: Tensor) -> bool:
+    """Return whether the kernels take two laws together."""
+    return p.dtype == q.dtype == torch.float32 and laws.can_read(p) and laws.can_read(q)
 
 
 def _rest(p: Tensor, proposal: Proposal, node: int, scale: float = 1.0) -> Tensor:
     """Return (scale·p − q)₊ with q a node's law; p where nothing is above: they are equal, but for rounding."""
     q = proposal.row(node)
-    if p.dtype == q.dtype == torch.float32 and laws.can_read(p) and laws.can_read(q):
+    if _for_kernels(p, q):
         rest, mass = laws.remainder(p, q, proposal.columns, scale)
     else:
         rest = (scale * p - proposal.law(node)).clamp_(min=0)
@@ -129,7 +127,7 @@ def _excess_mass(p: Tensor, q: Tensor, columns: Tensor | None, scale: float) -> 
 
     Tokens that a draft cannot propose are not looked at one by one: theirs is what of p is not its columns'.
     """
-    if p.dtype == q.dtype == torch.float32 and laws.can_read(p) and laws.can_read(q):
+    if _for_kernels(p, q):
         return laws.excess(p, q, columns, scale)
     own = p if columns is None else p[columns]
     mass = float((scale * own).sub_(q).clamp_(min=0).sum())

@@ -410,7 +410,7 @@ inline __m512i paired(__m512i second, __m512i first, bool high) {
   return high ? _mm512_unpackhi_epi16(first, second) : _mm512_unpacklo_epi16(first, second);
 }
 
-// Softmax down the columns of scores [count][width], which become shares in bfloat16, [count / 2][width] pairs of keys; sums
+// Softmax down the columns of scores [count][width], which become shares in bfloat16, [⌈count / 2⌉][width] pairs of keys; sums
 // [width] are what the shares, left undivided, add up to.
 void softmax(float* scores, long count, long width, float scale, float* sums) {
   alignas(64) static const uint16_t turns[32] = {0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23,
@@ -437,7 +437,7 @@ void softmax(float* scores, long count, long width, float scale, float* sums) {
 }
 
 // N rows of Σ share · value over `count` keys, 32·C numbers of a head, or the first `left` of them where there are fewer;
-// shares [count / 2][width] pairs, values [count][dim].
+// shares [⌈count / 2⌉][width] pairs, values [count][dim].
 template <int N, int C>
 inline void mix(const float* shares, long width, const bf16* values, long count, long dim, long left, const float* sums,
                 bf16** to) {
