@@ -28,6 +28,7 @@ LOGS = Path(".deepspec/serve")
 INSIDE = Path(deepspec.features.inside.__path__[0])  # modules that vLLM loads
 STATES = "extract_hidden_states"  # vLLM's method that writes hidden states
 OWN = "DEEPSPEC_SERVER"  # in the environment of a server's processes: the path of its log
+STARTER = "DEEPSPEC_SERVER_STARTER"  # as well: the number of the process that started it
 MODEL = "target"  # the name it is served under
 START_S = 3600  # longest wait for a server, which may have hundreds of gigabytes to read
 STOP_S = 20  # after which it is killed
@@ -161,7 +162,7 @@ def started(
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
-            env=variables | {OWN: own},
+            env=variables | {OWN: own, STARTER: str(os.getpid())},
             cwd=LOGS,  # not here, where a directory might take a package's name
             start_new_session=True,
             preexec_fn=_ended_with_parent(),
@@ -191,10 +192,11 @@ def _ended_with_parent() -> Callable[[], object] | None:
 
 
 def _end_orphans(own: str) -> None:
-    """End the processes of a server whose first one is gone, as where it was killed: they hold its memory."""
+    """End what is left of a server that was killed, or whose starter was: it holds the server's memory."""
     for process in psutil.process_iter():
         with contextlib.suppress(ProcessLookupError, PermissionError, psutil.Error):
-            if process.environ().get(OWN) == own and not _alive(os.getpgid(process.pid)):
+            variables = process.environ()
+            if variables.get(OWN) == own and not _served(os.getpgid(process.pid), variables.get(STARTER)):
                 process.kill()
                 process.wait(STOP_S)
 
@@ -244,10 +246,11 @@ def _runs(group: int) -> bool:
     return False
 
 
-def _alive(pid: int) -> bool:
-    """Check whether a process is there and not a zombie."""
+def _served(server: int, starter: str | None) -> bool:
+    """Check whether a server runs, and still as the child of its starter: one killed just now may run yet."""
     try:
-        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+        process = psutil.Process(server)
+        return process.status() != psutil.STATUS_ZOMBIE and str(process.ppid()) == starter
     except psutil.NoSuchProcess:
         return False
 

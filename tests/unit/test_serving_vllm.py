@@ -240,6 +240,23 @@ def test_what_a_killed_server_has_left_is_ended_by_the_next(stand_in, tmp_path):
         assert gone(orphan.pid)
 
 
+def test_a_server_that_still_ends_after_its_starter_is_ended_with_its_processes(stand_in, tmp_path):
+    ignores = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"  # so that it runs when the next starts
+    python = stand_in(ignores + SERVER)
+    orphan, server = killed_while_it_serves(python, tmp_path, "")
+    assert psutil.Process(server).status() != psutil.STATUS_ZOMBIE
+    with launch.serving(python, Path("target"), "float32", 128, None, "plain"):
+        assert gone(server) and gone(orphan.pid)
+
+
+def test_a_server_in_use_is_left_alone_by_another(stand_in, tmp_path):
+    python = stand_in(SERVER)
+    with launch.serving(python, Path("target"), "float32", 128, None, "plain"):
+        child = psutil.Process(int((launch.LOGS / "child").read_text()))
+        launch._end_orphans(str((launch.LOGS / "plain.log").resolve()))
+        assert child.status() != psutil.STATUS_ZOMBIE
+
+
 def test_a_server_is_started_as_it_is_asked(tmp_path, monkeypatch):
     seen = {}
 
