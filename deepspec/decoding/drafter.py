@@ -18,6 +18,7 @@ from deepspec.decoding.growths import ChainGrowth, ChainLaws
 from deepspec.decoding.request import Sampling
 from deepspec.decoding.shapes import CHAIN, Shape
 from deepspec.decoding.tree import DraftLogits, Growth, Parent, Proposal, grow
+from deepspec.target.inference import inference
 
 __all__ = ["DraftRequest", "Drafter", "GrowingSession", "Proposal", "Session"]
 
@@ -78,7 +79,7 @@ class GrowingSession(Session):
     def laws(self, asks: list[DraftRequest], growths: list[Growth]) -> Callable[[list[Parent]], DraftLogits]:
         """Return what `grow` asks for the laws of children; all asks are ready."""
 
-    @torch.inference_mode()
+    @inference
     def propose(self, asks: list[DraftRequest]) -> list[Proposal]:
         proposals = [Proposal()] * len(asks)
         ready = [i for i, ask in enumerate(asks) if self.ready(ask.row)]

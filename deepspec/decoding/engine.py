@@ -192,7 +192,8 @@ class Engine:
             self._draft(turns)
         clock.lap("draft_s")
         run, hidden = self._run_target(turns)
-        logits = self.target.logits(hidden[: turns[-1].offset + turns[-1].size])
+        asked = turns[-1].offset + turns[-1].size
+        logits = self.target.logits(hidden[:asked]) if run.logits is None else run.logits[:asked]
         live = [turn for turn in turns if not turn.slot.finish_reason]
         judge(live, logits[: sum(turn.size for turn in live)], self.verify)
         clock.lap("verify_s")
@@ -251,18 +252,22 @@ class Engine:
         self.cache.reserve(
             max(start + count for start, count in zip(starts, counts, strict=True)) + max(counts)
         )
-        chains = all(turn.proposal.is_chain for turn in turns)
-        parents = [turn.proposal.parents for turn in turns]
+        fed, places = torch.tensor([ids, positions], device=device)[:, None]
+        mask = None
+        if not all(turn.proposal.is_chain for turn in turns):
+            mask = tree_mask([turn.proposal.parents for turn in turns], starts, max(counts)).to(device)
         run = ForwardPass(
-            torch.tensor([positions], device=device),
-            None if chains else tree_mask(parents, starts, max(counts)).to(device),
+            places,
+            mask,
             cache=self.cache,
             rows=[turn.row for turn in turns],
             starts=starts,
             counts=counts,
             wanted=self.layers,
+            largest=max(positions),
+            judged=True,
         )
-        hidden = self.target.forward(torch.tensor([ids], device=device), run)
+        hidden = self.target.forward(fed, run)
         for turn in turns:
             turn.fed, turn.passes = run.fed.get(turn.row, 0), run.runs.get(turn.row, 1)
         return run, hidden[0]

@@ -6,7 +6,7 @@ from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Generic, TypeVar
+from typing import Generic, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +25,26 @@ from deepspec.target.native.context import NativeContext
 from deepspec.target.native.layer import Norm, as_one
 
 M = TypeVar("M", bound=BlockModel)
+
+
+class Late(NamedTuple):
+    """Features [m_i, layers·d] of tokens that are not in the cache yet: of which rows, and from where on."""
+
+    rows: list[int]
+    starts: list[int]
+    features: list[Tensor]
+
+    @property
+    def joined(self) -> Tensor:
+        """Return the features end to end, [Σ m_i, layers·d]."""
+        return _joined(self.features)
+
+
+class Blocks(NamedTuple):
+    """States [requests, γ, d] of a block a request, after the final norm, and their logits [requests, γ, columns]."""
+
+    hidden: Tensor
+    base: Tensor
 
 
 class BlockDrafter(Drafter, Generic[M]):
@@ -49,9 +69,9 @@ class BlockDrafter(Drafter, Generic[M]):
 
     @abstractmethod
     def laws(
-        self, hidden: Tensor, asks: list[DraftRequest], growths: list[Growth]
+        self, blocks: Blocks, asks: list[DraftRequest], growths: list[Growth]
     ) -> Callable[[list[Parent]], DraftLogits]:
-        """Return what `grow` asks: the laws of children, from hidden [requests, γ, d] and each parent's token."""
+        """Return what `grow` asks: the laws of children, from the blocks and each parent's token."""
 
     def freeze_heads(self, model: M) -> None:
         """Take a subclass's own parts in the form that reads fastest."""
@@ -88,36 +108,46 @@ class BlockDrafter(Drafter, Generic[M]):
             return None
         return NativeContext(join, norm, kv, k_norms, self.config.head_dim)
 
-    def absorb(self, cache: KVCache, rows: list[int], starts: list[int], features: list[Tensor]) -> None:
-        """Write context keys and values of new features [m_i, layers·d] behind what each row holds."""
-        counts = [part.shape[0] for part in features]
-        places = [start + i for start, count in zip(starts, counts, strict=True) for i in range(count)]
-        positions = torch.tensor([places], device=self.device)
-        step = ForwardPass(positions, cache=cache, rows=rows, starts=starts, counts=counts)
-        rope = self._rope(positions, max(places))
+    def absorb(self, cache: KVCache, late: Late) -> None:
+        """Write context keys and values of new features behind what each row holds."""
+        step = self._late_pass(cache, late)
         if self._context is not None:
-            self._context(_joined(features), rope, step)
+            self._context(late.joined, self._rope.rows(step.largest), step)
             return
         # As in the target's passes: torch makes a kernel for each new number of tokens.
-        padding = padded_size(sum(counts)) - sum(counts) if self._pads else 0
-        padded = F.pad(_joined(features), (0, 0, 0, padding))
+        count = sum(step.counts)
+        padding = padded_size(count) - count if self._pads else 0
+        padded = F.pad(late.joined, (0, 0, 0, padding))
         context = self._hidden_norm(self._fc(padded))[None]
-        kv = self._kv(context)[:, : sum(counts)].unflatten(
-            -1, (len(self._blocks), 2, -1, self.config.head_dim)
-        )
+        kv = self._kv(context)[:, :count].unflatten(-1, (len(self._blocks), 2, -1, self.config.head_dim))
+        rope = self._rope(step.positions, step.largest)
         for i, norm in enumerate(self._k_norms):
             keys, values = kv[:, :, i].unbind(2)
             step.store(i, rotate(norm(keys), *rope).transpose(1, 2), values.transpose(1, 2))
 
-    def block(
-        self, cache: KVCache, rows: list[int], starts: list[int], anchors: list[int], newest: list[Tensor]
-    ) -> Tensor:
-        """Return the states [requests, γ, d] after the final norm, of the blocks that start at the anchors."""
+    def _late_pass(self, cache: KVCache, late: Late) -> ForwardPass:
+        counts = [part.shape[0] for part in late.features]
+        places = [start + i for start, count in zip(late.starts, counts, strict=True) for i in range(count)]
+        positions = torch.tensor([places], device=self.device)
+        return ForwardPass(
+            positions, cache=cache, rows=late.rows, starts=late.starts, counts=counts, largest=max(places)
+        )
+
+    def blocks(
+        self,
+        cache: KVCache,
+        rows: list[int],
+        starts: list[int],
+        anchors: list[int],
+        newest: list[Tensor],
+        late: Late | None,
+    ) -> Blocks:
+        """Run the blocks that start at the anchors, once what is late of their contexts is in the cache."""
         size = self.config.query_size
         masks = [self.config.mask_token_id] * (size - 1)
-        ids = torch.tensor([[anchor, *masks] for anchor in anchors], device=self.device)
+        read = [token for anchor in anchors for token in (anchor, *masks)]
         places = [start + k for start in starts for k in range(size)]
-        positions = torch.tensor([places], device=self.device)
+        ids, positions = torch.tensor([read, places], device=self.device)[:, None]
         step = ForwardPass(
             positions,
             cache=cache,
@@ -125,20 +155,38 @@ class BlockDrafter(Drafter, Generic[M]):
             starts=starts,
             counts=[size] * len(rows),
             bidirectional=True,
+            largest=max(starts) + size - 1,
         )
-        rope = self._rope(positions, max(starts) + size)
-        if self._stack is not None and self._skip is None:
-            last = self._stack.decode(ids, self._embed, self._norm, rope, step)[2]
+        stack = self._stack if self._skip is None else None
+        before, head = None, self.head.native if isinstance(self.head, PackedLinear) else None
+        if stack is not None and self._context is not None and late:
+            rope = self._rope.rows(step.largest)
+            before = self._context.before(late.joined, rope, self._late_pass(cache, late))
+        elif late:
+            self.absorb(cache, late)
+        if stack is None:
+            blocks = ids.view(len(rows), size)
+            last, logits = self._norm(self._one_by_one(blocks, newest, step)), None
         else:
-            step.once("rope", lambda: rope)
-            x = F.embedding(ids, self._embed)
-            if self._skip is not None:
-                x = x + self._skip(normed_by_layer(torch.stack(newest), self.config))[:, None]
-            x = x.flatten(0, 1)[None]
-            for layer in self._blocks:
-                x = layer(x, step=step)
-            last = self._norm(x)
-        return last.view(len(rows), size, -1)[:, size - self.block_size :]
+            rope = self._rope.rows(step.largest)
+            _, _, last, logits = stack.decode(ids, self._embed, self._norm, rope, step, head, before)
+
+        def predicting(x: Tensor) -> Tensor:
+            return x.view(len(rows), size, -1)[:, size - self.block_size :]
+
+        hidden = predicting(last)
+        return Blocks(hidden, self.head(hidden) if logits is None else predicting(logits))
+
+    def _one_by_one(self, ids: Tensor, newest: list[Tensor], step: ForwardPass) -> Tensor:
+        """Run the layers over blocks of ids [requests, size] → [1, requests·size, d]."""
+        step.once("rope", lambda: self._rope(step.positions, step.largest))
+        x = F.embedding(ids, self._embed)
+        if self._skip is not None:
+            x = x + self._skip(normed_by_layer(torch.stack(newest), self.config))[:, None]
+        x = x.flatten(0, 1)[None]
+        for layer in self._blocks:
+            x = layer(x, step=step)
+        return x
 
 
 @dataclass
@@ -182,30 +230,31 @@ class BlockSession(GrowingSession):
 
     def laws(self, asks: list[DraftRequest], growths: list[Growth]) -> Callable[[list[Parent]], DraftLogits]:
         rows = [ask.row for ask in asks]
-        self._absorb(rows)
+        late = self._late(rows)
         states = [self.rows[row] for row in rows]
-        hidden = self.drafter.block(
+        blocks = self.drafter.blocks(
             self.cache,
             rows,
             [state.length for state in states],
             [ask.anchor for ask in asks],
-            [state.newest for state in states],
+            [state.newest for state in states if state.newest is not None],
+            late,
         )
-        return self.drafter.laws(hidden, asks, growths)
+        return self.drafter.laws(blocks, asks, growths)
 
-    def _absorb(self, rows: list[int]) -> None:
-        """Project the features that have come since the last proposal."""
-        late = [row for row in rows if self.rows[row].pending]
-        if not late:
-            return
-        features = [_joined(self.rows[row].pending) for row in late]
-        starts, counts = [self.rows[row].length for row in late], [part.shape[0] for part in features]
-        longest = max(start + count for start, count in zip(starts, counts, strict=True))
-        self.cache.reserve(longest + max(counts) + self.drafter.config.query_size)
-        self.drafter.absorb(self.cache, late, starts, features)
-        for row, count in zip(late, counts, strict=True):
-            self.rows[row].length += count
-            self.rows[row].pending = []
+    def _late(self, rows: list[int]) -> Late | None:
+        """Take the features that have come since the last proposal, and make room for them and for a block."""
+        waiting = [row for row in rows if self.rows[row].pending]
+        if not waiting:
+            return None
+        states = [self.rows[row] for row in waiting]
+        late = Late(waiting, [state.length for state in states], [_joined(state.pending) for state in states])
+        for state, features in zip(states, late.features, strict=True):
+            state.length += features.shape[0]
+            state.pending = []
+        most = max(features.shape[0] for features in late.features)
+        self.cache.reserve(max(state.length for state in states) + most + self.drafter.config.query_size)
+        return late
 
 
 def _joined(parts: list[Tensor]) -> Tensor:

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from functools import cached_property
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -134,6 +135,9 @@ class ForwardPass:
             new tokens themselves. None: causal, or where `bidirectional` all that the request has.
         cache, rows, starts, counts: see above; `rows` default to the first ones of the cache, `starts` to 0.
         wanted: layer ids whose outputs to keep in `features` (-1 is the embedding output).
+        largest: of the positions, where that is known.
+        judged: the logits of all tokens are asked for; a target that has them in the same call leaves them in `logits`,
+            [sum(counts), vocab].
     """
 
     def __init__(
@@ -147,8 +151,12 @@ class ForwardPass:
         counts: list[int] | None = None,
         wanted: Iterable[int] = (),
         bidirectional: bool = False,
+        largest: int | None = None,
+        judged: bool = False,
     ):
         self.positions = positions
+        self._largest = largest
+        self.judged, self.logits = judged, cast("Tensor | None", None)
         self.cache = cache
         self.bidirectional = bidirectional
         batch, n = positions.shape
@@ -166,27 +174,37 @@ class ForwardPass:
         self.given_mask = visible is not None
         self._once: dict = {}
         self._ragged = cache is not None and min(self.counts) < self.n
-        if cache is not None:
-            if self.length > cache.max_length:
-                raise DeepSpecError(f"{self.length} tokens do not fit a KV cache of {cache.max_length}")
-            self._plan()
+        if cache is not None and self.length > cache.max_length:
+            raise DeepSpecError(f"{self.length} tokens do not fit a KV cache of {cache.max_length}")
 
-    def _plan(self) -> None:
-        """Where each new token goes: its cache row and column, and its place in the spread batch."""
-        device = self.positions.device
+    @cached_property
+    def _read(self) -> slice | Tensor:
+        """Return which rows of the cache attention reads."""
         first = self.rows[0]
-        contiguous = self.rows == list(range(first, first + self.requests))
-        self._read = (
-            slice(first, first + self.requests) if contiguous else torch.tensor(self.rows, device=device)
+        if self.rows == list(range(first, first + self.requests)):
+            return slice(first, first + self.requests)
+        return torch.tensor(self.rows, device=self.positions.device)
+
+    @cached_property
+    def _written(self) -> tuple[Tensor, Tensor]:
+        """Return the cache row and column of each new token."""
+        spans = list(zip(self.rows, self.starts, self.counts, strict=True))
+        rows = [row for row, _, count in spans for _ in range(count)]
+        columns = [start + i for _, start, count in spans for i in range(count)]
+        return torch.tensor(rows, device=self.positions.device), torch.tensor(
+            columns, device=self.positions.device
         )
-        if self.requests > 1:
-            spans = list(zip(self.rows, self.starts, self.counts, strict=True))
-            rows = [row for row, _, count in spans for _ in range(count)]
-            columns = [start + i for _, start, count in spans for i in range(count)]
-            self._rows, self._columns = torch.tensor([rows, columns], device=device)
-        if self._ragged:
-            flat = [i * self.n + j for i, count in enumerate(self.counts) for j in range(count)]
-            self._flat = torch.tensor(flat, device=device)
+
+    @cached_property
+    def _flat(self) -> Tensor:
+        """Return the place of each new token in the spread batch."""
+        flat = [i * self.n + j for i, count in enumerate(self.counts) for j in range(count)]
+        return torch.tensor(flat, device=self.positions.device)
+
+    @property
+    def largest(self) -> int:
+        """The largest of the positions."""
+        return int(self.positions.max()) if self._largest is None else self._largest
 
     def store(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Write new keys and values [1, kv_heads, sum(counts), head_dim]; return all that this pass may attend to.
@@ -202,8 +220,9 @@ class ForwardPass:
             all_keys[row, :, start : start + self.n] = keys[0]
             all_values[row, :, start : start + self.n] = values[0]
         else:
-            all_keys[self._rows, :, self._columns] = keys[0].transpose(0, 1)
-            all_values[self._rows, :, self._columns] = values[0].transpose(0, 1)
+            rows, columns = self._written
+            all_keys[rows, :, columns] = keys[0].transpose(0, 1)
+            all_values[rows, :, columns] = values[0].transpose(0, 1)
         return all_keys[self._read, :, : self.length], all_values[self._read, :, : self.length]
 
     def note(self, layer: int) -> None:

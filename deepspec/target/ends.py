@@ -30,6 +30,7 @@ from deepspec.target.checks import check_source, stop_tokens
 from deepspec.target.fused import FusedLayer, LlamaLayer, PackedLinear, is_llama_shaped
 from deepspec.target.head import HeadTransform, head_transform
 from deepspec.target.identity import directory_digest, target_record
+from deepspec.target.inference import inference
 from deepspec.target.native import laws
 from deepspec.target.selftest import STATES, Verdict, kept_verdict, refuse
 from deepspec.target.source import (
@@ -95,7 +96,7 @@ class Ends(Templated, ABC):
     def _head(self) -> PackedLinear:
         return PackedLinear(self.head_weight)
 
-    @torch.inference_mode()
+    @inference
     def logits(self, hidden: Tensor) -> Tensor:
         """h_last [..., d] → logits [..., vocab] in the target's dtype."""
         return self.head_transform(self._head(hidden))

@@ -280,15 +280,22 @@ class RotaryTable:
     def __init__(self, operands: Callable[[Tensor], tuple[Tensor, Tensor]], device: torch.device):
         self._operands, self._device = operands, device
         self._table = torch.empty(2, 0, 0, device=device)
+        self._rows = self._table[0], self._table[1]
 
     def __call__(self, positions: Tensor, largest: int) -> tuple[Tensor, Tensor]:
         """Return the operands of positions [b, n], none above `largest`."""
-        if largest >= self._table.shape[1]:
-            every = torch.arange(max(512, 2 * largest), device=self._device)[None]
-            self._table = torch.stack(self._operands(every))[:, 0, :, 0]  # [2, positions, width]
+        self.rows(largest)
         cos, sin = self._table.index_select(1, positions.flatten()).unbind()
         shape = (*positions.shape, 1, -1)
         return cos.view(shape), sin.view(shape)
+
+    def rows(self, largest: int) -> tuple[Tensor, Tensor]:
+        """Return the operands of every position up to `largest` or beyond, each [positions, width]."""
+        if largest >= self._table.shape[1]:
+            every = torch.arange(max(512, 2 * largest), device=self._device)[None]
+            self._table = torch.stack(self._operands(every))[:, 0, :, 0]  # [2, positions, width]
+            self._rows = self._table[0], self._table[1]
+        return self._rows
 
 
 class DecoderRotary:
@@ -302,9 +309,9 @@ class DecoderRotary:
         static = rotary.rope_type not in ("dynamic", "longrope")
         self._table = RotaryTable(self._computed, like.device) if static else None
 
-    def __call__(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Return cos and signed sin, [1, n, 1, width], for positions [1, n]."""
-        return self._table(positions, int(positions.max())) if self._table else self._computed(positions)
+    def __call__(self, step: ForwardPass) -> tuple[Tensor, Tensor]:
+        """Return cos and signed sin of every position, [positions, width], or of the pass's own, [1, n, 1, width]."""
+        return self._table.rows(step.largest) if self._table else self._computed(step.positions)
 
     def _computed(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         return rope_operands(self._rotary(self._like, positions))

@@ -44,6 +44,7 @@ from deepspec.target.identity import (
     target_record,
     write_record,
 )
+from deepspec.target.inference import inference
 from deepspec.target.memory import reuse_freed_memory
 from deepspec.target.native.layer import NativeLayers, Norm, as_one
 from deepspec.target.next_token import keep_modules
@@ -270,7 +271,7 @@ class Target(Ends):
         self.graphs = graphs
         self._graphs = GraphedPasses(self._run) if graphs else None
 
-    @torch.inference_mode()
+    @inference
     def forward(self, ids: Tensor, step: ForwardPass) -> Tensor:
         """One pass over new tokens.
 
@@ -341,10 +342,12 @@ class Target(Ends):
 
     def _run_stack(self, stack: NativeLayers, ids: Tensor, step: ForwardPass) -> Tensor:
         """Do what the decoder does with a pass, its layers as one call."""
-        rope = self._rope(step.positions)
-        x, made, last = stack.decode(ids, self.embeddings, self._last_norm, rope, step)
-        step.features |= {layer: made[layer] if layer >= 0 else x for layer in step.wanted - {H_LAST}}
-        return last
+        head = self._head.native if step.judged and self.head_transform.plain else None
+        run = stack.decode(ids, self.embeddings, self._last_norm, self._rope(step), step, head)
+        step.logits = run.logits
+        wanted = step.wanted - {H_LAST}
+        step.features |= {layer: run.made[layer] if layer >= 0 else run.embedded for layer in wanted}
+        return run.last
 
     @cached_property
     def _rope(self) -> DecoderRotary:

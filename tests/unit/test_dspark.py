@@ -15,7 +15,7 @@ from deepspec.decoding.request import Sampling
 from deepspec.decoding.shapes import BestFirst, Chain
 from deepspec.drafters.algorithms.dspark import DSparkConfig, DSparkDrafter, DSparkModel
 from deepspec.drafters.algorithms.lookup import LookupDrafter
-from deepspec.drafters.block_drafting import BlockSession
+from deepspec.drafters.block_drafting import Blocks, BlockSession, Late
 from deepspec.drafters.block_network import spread_layers
 from deepspec.drafters.checkpoint import (
     Checkpoint,
@@ -275,7 +275,7 @@ def test_the_context_is_written_in_one_call_as_it_is_part_by_part(drawing, monke
     def written(rows: list[int], starts: list[int]) -> list[torch.Tensor]:
         cache = KVCache(4, 16)
         with torch.no_grad():
-            drawing.absorb(cache, rows, starts, [parts[row] for row in rows])
+            drawing.absorb(cache, Late(rows, starts, [parts[row] for row in rows]))
         return [x for i in range(len(drawing._k_norms)) for x in cache._layers[i]]
 
     assert drawing._context is not None
@@ -286,6 +286,33 @@ def test_the_context_is_written_in_one_call_as_it_is_part_by_part(drawing, monke
     monkeypatch.setattr(drawing, "_context", None)
     for ours, torchs in zip(together, written([0, 1, 2], [5, 0, 9]), strict=True):
         torch.testing.assert_close(ours.float(), torchs.float(), rtol=0.02, atol=0.02)
+
+
+@pytest.mark.parametrize("late_rows", [[0, 1, 2], [2], []])
+def test_a_proposal_is_one_call_and_what_several_make_of_it_to_the_bit(drawing, monkeypatch, late_rows):
+    rng = torch.Generator().manual_seed(3)
+    width = len(drawing.layers) * drawing.config.hidden_size
+    known = [torch.randn(n, width, generator=rng).bfloat16() for n in (4, 7, 3)]
+    new = {row: torch.randn(row + 1, width, generator=rng).bfloat16() for row in late_rows}
+    starts = [len(part) for part in known]
+    ends = [start + len(new.get(row, ())) for row, start in enumerate(starts)]
+    late = Late(late_rows, [starts[row] for row in late_rows], list(new.values())) if late_rows else None
+
+    @torch.no_grad()
+    def drafted(at_once: bool) -> Blocks:
+        cache = KVCache(4, 32)
+        drawing.absorb(cache, Late([0, 1, 2], [0, 0, 0], known))
+        if late and not at_once:
+            drawing.absorb(cache, late)
+        return drawing.blocks(cache, [0, 1, 2], ends, [5, 6, 7], [], late if at_once else None)
+
+    together = drafted(at_once=True)
+    for one, other in zip(together, drafted(at_once=False), strict=True):
+        assert torch.equal(one, other)
+    assert torch.equal(together.base, drawing.head(together.hidden))
+    monkeypatch.setattr(drawing, "_stack", None)
+    for one, other in zip(together, drafted(at_once=False), strict=True):
+        assert torch.equal(one, other)
 
 
 @pytest.mark.parametrize("before", ["lookup", "nothing"])

@@ -130,8 +130,9 @@ def test_a_table_of_rotations_has_those_of_every_position(scaling, tmp_path):
     table = DecoderRotary(rotary, x)
     for positions in ([0, 1, 2], [7, 511], [512, 3, 3], [5000], [1]):
         places = torch.tensor([positions])
-        for ours, theirs in zip(table(places), rope_operands(rotary(x, places)), strict=True):
-            assert torch.equal(ours, theirs)
+        for ours, theirs in zip(table(ForwardPass(places)), rope_operands(rotary(x, places)), strict=True):
+            own = theirs if scaling == "dynamic" else theirs[0, :, 0]
+            assert torch.equal(ours if scaling == "dynamic" else ours[places[0]], own)
 
 
 @needed
@@ -598,6 +599,27 @@ def test_a_block_is_judged_at_once_as_it_is_token_by_token(reduced):
     assert len(seen) > 3
 
 
+def test_a_position_without_a_rotation_is_refused_before_anything_is_read(target: Target):
+    cache = KVCache(1, 8)
+    step = ForwardPass(torch.tensor([[0, 5000]]), cache=cache, starts=[0], largest=1)
+    with pytest.raises(IndexError, match="a position has no rotation"):
+        target.forward(torch.tensor([[1, 2]]), step)
+    step = ForwardPass(torch.tensor([[0, 5000]]), cache=cache, starts=[0])
+    assert target.forward(torch.tensor([[1, 2]]), step).isfinite().all()
+
+
+@needed
+def test_logits_in_the_same_call_are_those_of_the_states_to_the_bit(target: Target):
+    ids = torch.randint(2, 500, (1, 9), generator=torch.Generator().manual_seed(4))
+    step = ForwardPass(torch.arange(9)[None], cache=KVCache(1, 16), judged=True)
+    hidden = target.forward(ids, step)
+    assert step.logits is not None and torch.equal(step.logits, target.logits(hidden[0]))
+    with target.one_by_one():
+        step = ForwardPass(torch.arange(9)[None], cache=KVCache(1, 16), judged=True)
+        assert torch.equal(target.forward(ids, step), hidden) and step.logits is None
+
+
+@needed
 def test_a_token_outside_the_vocabulary_is_refused_before_anything_is_read(target: Target):
     step = ForwardPass(torch.arange(2)[None], cache=KVCache(1, 8), starts=[0])
     for token in (-1, target.embeddings.shape[0]):

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from deepspec.decoding.drafter import DraftRequest
 from deepspec.decoding.tree import DraftLogits, Growth, Parent
 from deepspec.drafters.algorithm import Algorithm
-from deepspec.drafters.block_drafting import BlockDrafter
+from deepspec.drafters.block_drafting import BlockDrafter, Blocks
 from deepspec.drafters.block_network import BlockConfig, BlockModel, Layer
 from deepspec.drafters.block_start import backbone_as_asked
 from deepspec.drafters.checkpoint import Checkpoint, load_network
@@ -222,9 +222,9 @@ class DFlash2Drafter(BlockDrafter[DFlash2Model]):
         self._before, self._after = selector.predecessor_codebook, selector.successor_codebook
 
     def laws(
-        self, hidden: Tensor, asks: list[DraftRequest], growths: list[Growth]
+        self, blocks: Blocks, asks: list[DraftRequest], growths: list[Growth]
     ) -> Callable[[list[Parent]], DraftLogits]:
-        base = self.head(hidden)  # [requests, γ, columns]
+        hidden, base = blocks
         columns = base.shape[-1]
         alone, candidates = base.topk(min(self.config.selector_top_k, columns), -1)  # [requests, γ, K]
         gates = self._gate(hidden)  # [requests, γ, rank]

@@ -25,7 +25,7 @@ from deepspec.decoding.drafter import DraftRequest
 from deepspec.decoding.growths import ChainLaws
 from deepspec.decoding.tree import DraftLogits, Growth, Parent
 from deepspec.drafters.algorithm import Algorithm
-from deepspec.drafters.block_drafting import BlockDrafter
+from deepspec.drafters.block_drafting import BlockDrafter, Blocks
 from deepspec.drafters.block_network import DEEPSEEK, OURS, BlockConfig, BlockModel
 from deepspec.drafters.block_start import backbone_as_asked
 from deepspec.drafters.checkpoint import Checkpoint, load_network, temperatures
@@ -143,21 +143,21 @@ class DSparkDrafter(BlockDrafter[DSparkModel]):
                 self.of_token = [bias] * self.vocab_size
 
     def laws(
-        self, hidden: Tensor, asks: list[DraftRequest], growths: list[Growth]
+        self, blocks: Blocks, asks: list[DraftRequest], growths: list[Growth]
     ) -> Callable[[list[Parent]], DraftLogits]:
-        """Return what `grow` asks: the laws of children, from hidden [requests, γ, d] and each parent's token."""
-        return (_Laws if self.chains is None else _ChainLaws)(self, hidden, asks, growths)
+        """Return what `grow` asks: the laws of children, from the blocks and each parent's token."""
+        return (_Laws if self.chains is None else _ChainLaws)(self, blocks, asks, growths)
 
 
 class _Laws:
     """The laws of one proposal each for some requests."""
 
     def __init__(
-        self, drafter: DSparkDrafter, hidden: Tensor, asks: list[DraftRequest], growths: list[Growth]
+        self, drafter: DSparkDrafter, blocks: Blocks, asks: list[DraftRequest], growths: list[Growth]
     ):
-        self.drafter, self.hidden, self.asks, self.growths = drafter, hidden, asks, growths
-        self.base = drafter.head(hidden)  # [requests, γ, columns]
-        self.doubts = (hidden.float() @ drafter.of_hidden).tolist() if drafter.confident else None
+        self.drafter, self.asks, self.growths = drafter, asks, growths
+        self.hidden, self.base = blocks
+        self.doubts = (self.hidden.float() @ drafter.of_hidden).tolist() if drafter.confident else None
         self.states: dict[tuple[int, int], Tensor] = {}  # of the rnn head, after (request, node)
 
     def __call__(self, parents: list[Parent]) -> DraftLogits:

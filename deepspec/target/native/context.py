@@ -11,7 +11,7 @@ from torch import Tensor
 
 from deepspec.kernels import kernels
 from deepspec.target.attention import ForwardPass
-from deepspec.target.native.layer import Norm, Work, places
+from deepspec.target.native.layer import NO_ROTATION, Before, Norm, Work, places
 from deepspec.target.native.matrix import LANES, Matrix, _Matrix, readable
 
 _Pointer, _Long, _Float = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
@@ -40,6 +40,7 @@ class NativeContext:
         if library is None or not self.suits(norm, k_norms, head_dim):
             raise RuntimeError("the kernels are not there, or do not take these sizes")
         self._run = library.deepspec_context
+        self._run.restype = _Long
         self._made_of = join, norm, kv, tuple(k_norms), head_dim
         self._k_norms = torch.cat([each.weight.detach() for each in k_norms])
         self.layers, self.kv_heads, self.head_dim = (
@@ -78,15 +79,20 @@ class NativeContext:
 
         Args:
             features: bfloat16 [n, inputs].
-            rope: cos and signed sin, [1, n, 1, width].
+            rope: cos and signed sin of each token, [1, n, 1, width], or of each position, [positions, width].
 
         Raises:
+            IndexError: a position that has no rotation.
             ValueError: features of another dtype or shape.
         """
+        before = self.before(features, rope, step)
+        caches = places(step, range(self.layers), self.kv_heads, self.head_dim, features)
+        if self._run(ctypes.byref(before.struct), caches):
+            raise IndexError(NO_ROTATION)
+
+    def before(self, features: Tensor, rope: tuple[Tensor, Tensor], step: ForwardPass) -> Before:
+        """Return the same to be done in the call that runs the draft's layers over the same cache."""
         join, _, kv, _, _ = self._made_of
         rows = readable("features", features, (sum(step.counts), join.inputs))
-        caches = places(step, range(self.layers), self.kv_heads, self.head_dim, rows)
-        work = Work(
-            step, rows.new_empty(1, len(rows), join.out), rope, (join.out, kv.out, 0, join.out, 0), False
-        )
-        self._run(ctypes.byref(self._struct), ctypes.byref(work.struct), caches, _Pointer(rows.data_ptr()))
+        work = Work(step, rows, rope, (join.out, kv.out, 0, join.out, 0), False)
+        return Before(ctypes.addressof(self._struct), work, rows)

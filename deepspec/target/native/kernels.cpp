@@ -308,12 +308,17 @@ struct Layer {
 
 struct Pass {
   int64_t tokens, requests, threads, bidirectional, rope_dim;
+  int64_t rope_rows;                            // of cos and sin: one a position, or 0: one a token
   const int64_t *rows, *starts, *counts;        // [requests]
   const int64_t *hidden, *hidden_from;          // columns that a token does not see: hidden[hidden_from[t] : hidden_from[t + 1]];
                                                 // the latter is none for a pass without a mask, the former also where all is seen
   const int64_t* positions;                     // [tokens]
-  const bf16 *cos, *sin;                        // [tokens, rope_dim], the first half of sin negated
+  const bf16 *cos, *sin;                        // [rope_rows or tokens, rope_dim], the first half of sin negated
   bf16 *normed, *projected, *attended, *middle, *gated;  // room for each token
+
+  bool rotates() const {
+    return !rope_rows || std::all_of(positions, positions + tokens, [&](int64_t at) { return at >= 0 && at < rope_rows; });
+  }
 };
 
 struct Cache {
@@ -328,6 +333,12 @@ struct Ends {
   bf16* last;                     // [tokens, d], the last layer's states under the norm
   int64_t vocab;
   float eps;
+  const Matrix* head;             // or none
+  bf16* logits;                   // [tokens, head.out]
+
+  bool knows(long tokens) const {
+    return std::all_of(ids, ids + tokens, [&](int64_t id) { return id >= 0 && id < vocab; });
+  }
 };
 
 // What a block draft makes of the target's features: keys and values of its layers.
@@ -338,9 +349,17 @@ struct Context {
   int64_t layers, kv_heads, head_dim;
 };
 
-// Rotate a head in place: its first `dim` numbers by cos and sin.
-void rotate(bf16* x, const bf16* cos, const bf16* sin, long dim) {
-  const long half = dim / 2;
+// What a block draft reads of the target before its layers run.
+struct Before {
+  const Context* context;
+  const Pass* pass;
+  const bf16* features;  // [tokens, join.in]
+};
+
+// Rotate a token's head in place, or its first numbers where the rotation is narrower.
+void rotate(bf16* x, const Pass& p, long t) {
+  const long dim = p.rope_dim, half = dim / 2, row = (p.rope_rows ? p.positions[t] : t) * dim;
+  const bf16 *cos = p.cos + row, *sin = p.sin + row;
   for (long i = 0; i < half; i += LANES) {
     const __mmask16 m = lanes(half - i);
     const __m512 low = load(x + i, m), high = load(x + half + i, m);
@@ -360,7 +379,7 @@ void place(const Layer& l, const Pass& p, const Cache& c, long t, long row, long
     bf16* head = x + h * dim;
     const bool key = h >= l.heads;
     if (l.q_norm) norm(head, key ? l.k_norm : l.q_norm, key ? l.k_eps : l.q_eps, head, dim);
-    rotate(head, p.cos + t * p.rope_dim, p.sin + t * p.rope_dim, p.rope_dim);
+    rotate(head, p, t);
   }
   for (long h = 0; h < l.kv_heads; ++h) {
     const long to = ((row * l.kv_heads + h) * c.length + column) * dim;
@@ -609,11 +628,28 @@ void place_context(const Context& c, const Pass& p, const Cache* caches, long t,
     for (long h = 0; h < c.kv_heads; ++h) {
       bf16* key = x + h * dim;
       norm(key, c.k_norms + i * dim, c.k_eps, key, dim);
-      rotate(key, p.cos + t * p.rope_dim, p.sin + t * p.rope_dim, p.rope_dim);
+      rotate(key, p, t);
       const long to = ((row * c.kv_heads + h) * caches[i].length + column) * dim;
       std::memcpy(caches[i].keys + to, key, dim * sizeof(bf16));
       std::memcpy(caches[i].values + to, key + width, dim * sizeof(bf16));
     }
+}
+
+// Keys and values of a draft's layers from the target's features, by all threads together.
+void write_context(const Before& before, const Cache* caches, int me, int all) {
+  const Context& c = *before.context;
+  const Pass& p = *before.pass;
+  const long d = c.join.out;
+  linear(c.join, before.features, nullptr, p.middle, p.tokens, me, all);
+#pragma omp barrier
+  for (long t = me; t < p.tokens; t += all) norm(p.middle + t * d, c.norm, c.eps, p.normed + t * d, d);
+#pragma omp barrier
+  linear(c.kv, p.normed, nullptr, p.projected, p.tokens, me, all);
+#pragma omp barrier
+  long first = 0;
+  for (long r = 0; r < p.requests; first += p.counts[r++])
+    for (long i = 0; i < p.counts[r]; ++i)
+      if ((first + i) % all == me) place_context(c, p, caches, first + i, p.rows[r], p.starts[r] + i);
 }
 
 // Laws of tokens: rows of logits or of probabilities, read in runs of the same length whatever the threads. A row that is long
@@ -919,49 +955,45 @@ void deepspec_log_norm_of(const bf16* logits, float* y, int64_t rows, int64_t wi
 }
 
 // Decoder layers one after the other, over x [tokens, d]; made: what each hands on. `normed`: what the first one's attention
-// reads, where that is not x under its own norm. `ends`, or none: what x is made of, and made of the last one's states.
-// Returns 1 where a token is not in the vocabulary, and has done nothing then.
+// reads, where that is not x under its own norm. `ends`, or none: what x is made of, and made of the last one's states. `before`,
+// or none: what is written into the caches first. Returns 1 where a token is not in the vocabulary and 2 where a position has no
+// rotation, and has done nothing then.
 int64_t deepspec_layers(const Layer* const* layers, const Pass* pass, const Cache* caches, const bf16* normed, bf16* x,
-                        bf16* const* made, int64_t count, const Ends* ends) {
+                        bf16* const* made, int64_t count, const Ends* ends, const Before* before) {
   const long tokens = pass->tokens, d = layers[0]->out.out;
-  for (long t = 0; ends && t < tokens; ++t)
-    if (ends->ids[t] < 0 || ends->ids[t] >= ends->vocab) return 1;
+  if (ends && !ends->knows(tokens)) return 1;
+  if (!pass->rotates() || (before && !before->pass->rotates())) return 2;
 #pragma omp parallel num_threads(pass->threads)
   {
     const int me = omp_get_thread_num(), all = omp_get_num_threads();
-    if (ends) {
+    if (before) write_context(*before, caches, me, all);
+    if (ends)
       for (long t = me; t < tokens; t += all) std::memcpy(x + t * d, ends->embeddings + ends->ids[t] * d, d * sizeof(bf16));
+    if (before || ends) {
 #pragma omp barrier
     }
     for (long i = 0; i < count; ++i) {
       decoder_layer(*layers[i], *pass, caches[i], i ? nullptr : normed, i ? made[i - 1] : x, made[i], me, all);
 #pragma omp barrier
     }
-    if (ends)
+    if (ends) {
       for (long t = me; t < tokens; t += all) norm(made[count - 1] + t * d, ends->norm, ends->eps, ends->last + t * d, d);
+      if (ends->head) {
+#pragma omp barrier
+        linear(*ends->head, ends->last, nullptr, ends->logits, tokens, me, all);
+      }
+    }
   }
   return 0;
 }
 
-// Keys and values of a draft's layers from the target's features [tokens, join.in]
-void deepspec_context(const Context* context, const Pass* pass, const Cache* caches, const bf16* features) {
-  const Context& c = *context;
-  const Pass& p = *pass;
-  const long d = c.join.out;
-#pragma omp parallel num_threads(p.threads)
-  {
-    const int me = omp_get_thread_num(), all = omp_get_num_threads();
-    linear(c.join, features, nullptr, p.middle, p.tokens, me, all);
-#pragma omp barrier
-    for (long t = me; t < p.tokens; t += all) norm(p.middle + t * d, c.norm, c.eps, p.normed + t * d, d);
-#pragma omp barrier
-    linear(c.kv, p.normed, nullptr, p.projected, p.tokens, me, all);
-#pragma omp barrier
-    long first = 0;
-    for (long r = 0; r < p.requests; first += p.counts[r++])
-      for (long i = 0; i < p.counts[r]; ++i)
-        if ((first + i) % all == me) place_context(c, p, caches, first + i, p.rows[r], p.starts[r] + i);
-  }
+// Keys and values of a draft's layers from the target's features [tokens, join.in]. Returns 1 where a position has no rotation,
+// and has done nothing then.
+int64_t deepspec_context(const Before* before, const Cache* caches) {
+  if (!before->pass->rotates()) return 1;
+#pragma omp parallel num_threads(before->pass->threads)
+  write_context(*before, caches, omp_get_thread_num(), omp_get_num_threads());
+  return 0;
 }
 
 // probs [rows, columns] = softmax(logits / temperature), of float32 logits (bits 32) or bfloat16 ones

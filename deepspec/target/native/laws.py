@@ -40,11 +40,11 @@ _Pointer, _Long, _Float = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 def can_read(x: Tensor) -> bool:
     """Return whether the kernels are there and take such rows [..., columns]."""
     return (
-        x.device.type == "cpu"
+        x.is_cpu
         and x.dtype in (torch.float32, torch.bfloat16)
-        and not (x.requires_grad and torch.is_grad_enabled())
-        and x.numel() > 0
         and kernels() is not None
+        and x.numel() > 0
+        and not (x.requires_grad and torch.is_grad_enabled())
     )
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +18,7 @@ from deepspec.target.attention import ForwardPass
 from deepspec.target.native.matrix import LANES, Matrix, _Matrix, readable
 
 MOST_QUERIES = 48  # query heads of a key head
+NO_ROTATION = "a position has no rotation"
 _Pointer, _Long, _Int, _Float = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32, ctypes.c_float
 
 
@@ -32,7 +33,10 @@ class _Layer(ctypes.Structure):
 
 class _Pass(ctypes.Structure):
     _fields_ = (
-        *((name, _Long) for name in ("tokens", "requests", "threads", "bidirectional", "rope_dim")),
+        *(
+            (name, _Long)
+            for name in ("tokens", "requests", "threads", "bidirectional", "rope_dim", "rope_rows")
+        ),
         *((name, _Pointer) for name in ("rows", "starts", "counts", "hidden", "hidden_from", "positions")),
         *((name, _Pointer) for name in ("cos", "sin")),
         *((name, _Pointer) for name in ("normed", "projected", "attended", "middle", "gated")),
@@ -43,11 +47,16 @@ class _Cache(ctypes.Structure):
     _fields_ = (("keys", _Pointer), ("values", _Pointer), ("length", _Long))
 
 
+class _Before(ctypes.Structure):
+    _fields_ = tuple((name, _Pointer) for name in ("context", "step", "features"))
+
+
 class _Ends(ctypes.Structure):
     _fields_ = (
         *((name, _Pointer) for name in ("ids", "embeddings", "norm", "last")),
         ("vocab", _Long),
         ("eps", _Float),
+        *((name, _Pointer) for name in ("head", "logits")),
     )
 
 
@@ -120,8 +129,8 @@ class Parts:
     @property
     def sizes(self) -> tuple[int, int, int, int, int, bool]:
         """Return what the room that a pass works in depends on."""
-        inner = self.heads * self.head_dim
-        return self.qkv.inputs, self.qkv.out, inner, self.out.out, self.down.inputs, self.one_way
+        inner, width = self.heads * self.head_dim, self.out.out
+        return max(self.qkv.inputs, width), self.qkv.out, inner, width, self.down.inputs, self.one_way
 
     def struct(self) -> _Layer:
         """Return them as the kernels read them."""
@@ -167,12 +176,13 @@ class NativeLayers:
 
         Args:
             normed: [1, n, ·] what the first attention reads where that is not x under the layer's first norm.
-            rope: cos and signed sin, [1, n, 1, width].
+            rope: cos and signed sin of each token, [1, n, 1, width], or of each position, [positions, width].
 
         Returns:
             What each layer hands on, [1, n, d]; two take turns with the memory of those that the pass does not keep.
 
         Raises:
+            IndexError: a position that has no rotation.
             ValueError: an operand of another dtype or shape, or one that asks for a gradient.
         """
         one = self.parts[0]
@@ -180,32 +190,44 @@ class NativeLayers:
         if normed is not None:
             normed = readable("what attention reads", normed, (*x.shape[:2], one.qkv.inputs))
         rooms = x.new_empty(self._rooms(step), *x.shape).unbind()
-        return self._over(x, normed, rooms, rope, step, None)
+        return self._over(x, normed, rooms, rope, step)
 
     def decode(
-        self, ids: Tensor, embeddings: Tensor, norm: Norm, rope: tuple[Tensor, Tensor], step: ForwardPass
-    ) -> tuple[Tensor, list[Tensor], Tensor]:
-        """Run what a decoder is: embeddings, the layers, and the last norm.
+        self,
+        ids: Tensor,
+        embeddings: Tensor,
+        norm: Norm,
+        rope: tuple[Tensor, Tensor],
+        step: ForwardPass,
+        head: Matrix | None = None,
+        before: Before | None = None,
+    ) -> Decoded:
+        """Run what a decoder is: embeddings, the layers, the last norm, and the head where it is given.
 
         Args:
             ids: int64, n of them.
             embeddings: bfloat16 [vocab, d].
             norm: one that suits.
-
-        Returns:
-            The tokens' embeddings, what each layer hands on, and the last of it under the norm; each [1, n, d].
+            rope: as above.
+            before: what is written into the pass's cache first.
 
         Raises:
-            IndexError: a token that is not in the vocabulary.
+            IndexError: a token that is not in the vocabulary, or a position that has no rotation.
             ValueError: embeddings of another dtype or shape.
         """
         n, d = sum(step.counts), self.parts[0].out.out
         ids = ids.reshape(n).to(torch.int64).contiguous()
         table = readable("embeddings", embeddings, (embeddings.shape[0], d))
         x, last, *rooms = table.new_empty(2 + self._rooms(step), 1, n, d).unbind()
-        pointers = (each.data_ptr() for each in (ids, table, norm.weight, last))
-        made = self._over(x, None, rooms, rope, step, _Ends(*pointers, table.shape[0], norm.eps))
-        return x, made, last
+        logits = None if head is None else table.new_empty(n, head.out)
+        ends = _Ends(
+            *(each.data_ptr() for each in (ids, table, norm.weight, last)),
+            table.shape[0],
+            norm.eps,
+            *((None, None) if head is None or logits is None else (head.address, logits.data_ptr())),
+        )
+        made = self._over(x, None, rooms, rope, step, ends, before)
+        return Decoded(x, made, last, logits)
 
     def _rooms(self, step: ForwardPass) -> int:
         """Return how many layers' states are held at once."""
@@ -218,7 +240,8 @@ class NativeLayers:
         rooms: Sequence[Tensor],
         rope: tuple[Tensor, Tensor],
         step: ForwardPass,
-        ends: _Ends | None,
+        ends: _Ends | None = None,
+        before: Before | None = None,
     ) -> list[Tensor]:
         """Run the layers over x, states in these rooms, and return what each hands on."""
         one, last = self.parts[0], len(self.parts) - 1
@@ -230,7 +253,7 @@ class NativeLayers:
             next(kept) if self.first + i in step.wanted and i < last else odd if (last - i) % 2 else even
             for i in range(last + 1)
         ]
-        unknown = self._run(
+        failed = self._run(
             self._pointers,
             ctypes.byref(work.struct),
             caches,
@@ -239,10 +262,27 @@ class NativeLayers:
             (_Pointer * (last + 1))(*(each.data_ptr() for each in made)),
             _Long(last + 1),
             None if ends is None else ctypes.byref(ends),
+            None if before is None else ctypes.byref(before.struct),
         )
-        if unknown:
-            raise IndexError("a token is not in the vocabulary")
+        if failed:
+            raise IndexError("a token is not in the vocabulary" if failed == 1 else NO_ROTATION)
         return made
+
+
+class Decoded(NamedTuple):
+    """What a decoder makes of n tokens.
+
+    Attributes:
+        embedded: their embeddings, [1, n, d].
+        made: what each layer hands on, [1, n, d].
+        last: the last of it under the norm.
+        logits: [n, columns]; None where no head was given.
+    """
+
+    embedded: Tensor
+    made: list[Tensor]
+    last: Tensor
+    logits: Tensor | None
 
 
 def as_one(layers: Sequence[NativeLayers | None]) -> NativeLayers | None:
@@ -269,28 +309,43 @@ def places(step: ForwardPass, layers: range, kv_heads: int, head_dim: int, like:
     return cache.derived((places, layers), made)
 
 
+class Before:
+    """What is written into a cache before layers run; see `NativeContext`.
+
+    Args:
+        context: the address of what the kernels read of it.
+        work: of its pass.
+        features: bfloat16 [n, inputs].
+    """
+
+    def __init__(self, context: int, work: Work, features: Tensor):
+        self._kept = work, features  # as long as their addresses are in use
+        self.struct = _Before(context, ctypes.addressof(work.struct), features.data_ptr())
+
+
 class Work:
     """What the layers of one pass share: who goes where, who is hidden from whom, and room to work in.
 
     Args:
-        x: [1, n, d]
-        sizes: widths of the room for what is normed, projected, attended, in between and gated.
+        like: of the dtype and device of the room.
+        rope: cos and signed sin of each token, [1, n, 1, width], or of each position, [positions, width].
+        widths: of the room for what is normed, projected, attended, in between and gated.
     """
 
     def __init__(
         self,
         step: ForwardPass,
-        x: Tensor,
+        like: Tensor,
         rope: tuple[Tensor, Tensor],
-        sizes: Sequence[int],
+        widths: Sequence[int],
         one_way: bool,
     ):
-        n, (wide, *others) = x.shape[1], sizes
-        cos, sin = (operand.reshape(n, -1).contiguous() for operand in rope)
+        n = sum(step.counts)
+        by_position = rope[0].dim() == 2
+        cos, sin = rope if by_position else (operand.reshape(n, -1).contiguous() for operand in rope)
         spans = (_Long * (3 * step.requests))(*step.rows, *step.starts, *step.counts)
         hidden, hidden_from = _hidden(step, one_way)
-        widths = max(wide, x.shape[2]), *others
-        room = x.new_empty(n * sum(widths))
+        room = like.new_empty(n * sum(widths))
         # As long as their addresses are in use.
         self._kept = cos, sin, spans, hidden, hidden_from, step.positions, room
         begins = accumulate(widths[:-1], initial=0)
@@ -301,6 +356,7 @@ class Work:
             torch.get_num_threads(),
             step.bidirectional and not one_way,
             cos.shape[1],
+            len(cos) if by_position else 0,
             *(span + i * step.requests * ctypes.sizeof(_Long) for i in range(3)),
             None if hidden is None else hidden.data_ptr(),
             None if hidden_from is None else hidden_from.data_ptr(),

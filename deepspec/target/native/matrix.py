@@ -41,6 +41,11 @@ class Matrix:
         """Copy what it is made of; addresses are the copy's own."""
         return Matrix, (self.weight, self.bias, self.out, self.inputs, self.bits)
 
+    @property
+    def address(self) -> int:
+        """Where the kernels read what it is."""
+        return ctypes.addressof(self.struct)
+
     def product(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """bfloat16 x [..., in] → [..., out]: x Wᵀ + bias + residual, rounded once.
 
