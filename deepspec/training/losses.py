@@ -33,6 +33,8 @@ from torch import Tensor
 
 from deepspec.drafters.network import largest
 from deepspec.target.head import PLAIN, HeadTransform
+from deepspec.target.native import laws
+from deepspec.target.native.losses import Coefficients, Theirs, position_losses
 
 if TYPE_CHECKING:
     from deepspec.drafters.loss_params import LossParams
@@ -41,6 +43,7 @@ BUDGET = {"cpu": 20 << 20}  # bytes of one chunk's logits: what stays in a CPU's
 GPU_BUDGET = 256 << 20
 _LEAST_ALPHA = 1e-6
 LK_DECAY = 3.0
+Law = tuple[Tensor, Tensor, Tensor]  # p [n, V], Σ p and Σ p log p, [n] both
 
 
 class Weighing(Protocol):
@@ -69,25 +72,26 @@ class TargetLaw:
     labels: Tensor
     transform: HeadTransform = PLAIN
 
-    def at(self, part: slice, with_kl: bool) -> tuple[Tensor, Tensor, Tensor]:
-        """Return p [n, V], Σ p [n] and Σ p log p [n] (zero unless asked for) of a part of the positions.
+    def logits(self, part: slice) -> Theirs:
+        """Return the logits of the tokens that a part of the positions asks for.
 
         Blocks overlap: what several ask of one token is computed once.
         """
-        asked = self.places[part]
-        places, rows = asked.unique(return_inverse=True)
-        repeated = len(places) < len(asked)
-        if not repeated:
-            places = asked
-        log_norm = self.log_norm[places]
-        logits = self.transform(F.linear(self.hidden[places], self.head).to(log_norm.dtype))
-        log_p = logits.sub_(log_norm[:, None])
-        p = log_p.exp() if with_kl else log_p.exp_()
-        inside = p.sum(-1)
-        negentropy = _dot(p, log_p) if with_kl else torch.zeros_like(inside)
-        if not repeated:
-            return p, inside, negentropy
-        return p[rows], inside[rows], negentropy[rows]
+        places, rows = self.places[part].unique(return_inverse=True)
+        logits, log_norm = F.linear(self.hidden[places], self.head), self.log_norm[places]
+        return Theirs(
+            logits if self.transform.plain else self.transform(logits.to(log_norm.dtype)), log_norm, rows
+        )
+
+
+def law_of(theirs: Theirs, with_kl: bool) -> Law:
+    """Return p [n, V], Σ p [n] and Σ p log p [n] (zero unless asked for) of n positions."""
+    logits, log_norm, rows = theirs
+    log_p = logits.to(log_norm.dtype).sub_(log_norm[:, None])
+    p = log_p.exp() if with_kl else log_p.exp_()
+    inside = p.sum(-1)
+    negentropy = _dot(p, log_p) if with_kl else torch.zeros_like(inside)
+    return p[rows], inside[rows], negentropy[rows]
 
 
 class HeadLoss(NamedTuple):
@@ -134,11 +138,17 @@ class _HeadLoss(torch.autograd.Function):
             kept = None if candidates is None else largest(logits, candidates)
             for x, w in zip(inputs[1:], matrices[1:], strict=True):
                 logits.addmm_(x[part], w.T)
-            theirs = law.at(part, mixture.with_kl) if measured or mixture.with_kl else None
-            both = (logits, theirs, law.labels[part])
-            if kept is not None:
-                both = _among(kept, *both)
-            dz, terms[part], alpha[part], chances = _position_losses(*both, mixture, measured)
+            theirs = law.logits(part) if measured or mixture.with_kl else None
+            labels = law.labels[part]
+            if kept is None and laws.can_read(logits) and (theirs is None or laws.can_read(theirs.logits)):
+                by = Coefficients(*_weights_of(mixture), LK_DECAY, _LEAST_ALPHA)
+                terms[part], alpha[part], chances = position_losses(logits, theirs, labels, by, measured)
+                dz = logits
+            else:
+                both = logits, None if theirs is None else law_of(theirs, mixture.with_kl), labels
+                if kept is not None:
+                    both = _among(kept, *both)
+                dz, terms[part], alpha[part], chances = _position_losses(*both, mixture, measured)
             here = valid[start // gamma : start // gamma + blocks]
             weights[part] = weigh(chances.view(-1, gamma), here).flatten()
             dz = dz.to(inputs[0].dtype)
@@ -163,7 +173,8 @@ class _HeadLoss(torch.autograd.Function):
         return None, None, None, None, None, None, None, *scaled
 
 
-Law = tuple[Tensor, Tensor, Tensor]  # p [n, V], Σ p and Σ p log p, [n] both
+def _weights_of(mixture: LossParams) -> tuple[float, float, float, float, float]:
+    return mixture.ce, mixture.kl, mixture.tv, mixture.lk, mixture.lk_mixed
 
 
 def _among(

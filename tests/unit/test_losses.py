@@ -7,7 +7,9 @@ import torch
 
 from deepspec.drafters.loss_params import LossParams
 from deepspec.drafters.position_weights import DPace, Geometric
+from deepspec.kernels import kernels
 from deepspec.target.head import PLAIN, HeadTransform
+from deepspec.target.native.losses import Coefficients, Theirs, position_losses
 from deepspec.training import losses
 from deepspec.training.losses import (
     TargetLaw,
@@ -124,10 +126,10 @@ def test_a_law_among_candidates_is_learnt_as_one_of_a_vocabulary_of_their_own(na
 @pytest.mark.parametrize("candidates", [None, 5])
 @pytest.mark.parametrize("name", ["ce", "kl", "dspark"])
 def test_what_a_loss_does_not_need_is_left_out_of_its_steps_and_changes_no_bit(name, candidates, monkeypatch):
-    case, asked, original = Case(), [], TargetLaw.at
+    case, asked, original = Case(), [], TargetLaw.logits
     whole = case.loss(MIXTURES[name], candidates=candidates)
     gradients = torch.autograd.grad(whole.loss, case.leaves)
-    monkeypatch.setattr(TargetLaw, "at", lambda *of: asked.append(of) or original(*of))
+    monkeypatch.setattr(TargetLaw, "logits", lambda *of: asked.append(of) or original(*of))
     found = case.loss(MIXTURES[name], candidates=candidates, measured=False)
     assert bool(asked) == (name != "ce"), "labels need no law of the target"
     assert found.measured == (name == "dspark") != bool(found.alpha.isnan().all())
@@ -168,6 +170,51 @@ def test_no_tensor_over_the_vocabulary_exceeds_the_budget(monkeypatch):
     budget = 2 * GAMMA * KEPT * 4
     case.loss(MIXTURES["dspark"], budget=budget)
     assert max(sizes) == budget and len(sizes) == -(-BLOCKS // 2)
+
+
+@pytest.mark.skipif(kernels() is None, reason="no kernels here")
+@pytest.mark.parametrize("columns", [VOCAB, 4099])
+@pytest.mark.parametrize("theirs", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("measured", [True, False])
+@pytest.mark.parametrize("name", MIXTURES)
+def test_the_kernel_computes_what_torch_does(name, measured, dtype, theirs, columns):
+    rng = torch.Generator().manual_seed(1)
+    logits, law = (4 * torch.randn(n, columns, generator=rng) for n in (7, 5))
+    logits, law = logits.to(dtype), law.to(theirs)
+    places = torch.tensor([0, 1, 1, 4, 3, 0, 2])
+    law[2] = logits[6].to(theirs)  # laws that are next to equal
+    labels = torch.tensor([0, -1, 3, columns - 1, 17, -1, 2])
+    given = Theirs(law, law.float().logsumexp(-1) + 0.1, places)
+    known = given if measured or MIXTURES[name].with_kl or MIXTURES[name].with_overlap else None
+    measured = measured or MIXTURES[name].with_overlap
+    reference = None if known is None else losses.law_of(Theirs(*(x.clone() for x in known)), True)
+    expected = losses._position_losses(logits.clone(), reference, labels, MIXTURES[name], measured)
+    gradient = logits.clone()
+    by = Coefficients(*losses._weights_of(MIXTURES[name]), losses.LK_DECAY, losses._LEAST_ALPHA)
+    found = position_losses(gradient, known, labels, by, measured)
+    for mine, torchs in zip(found, expected[1:], strict=True):
+        torch.testing.assert_close(mine, torchs, rtol=1e-4, atol=1e-5, equal_nan=True)
+    precision = {"rtol": 5e-3, "atol": 1e-6} if dtype == torch.float32 else {"rtol": 1e-2, "atol": 1e-5}
+    torch.testing.assert_close(gradient.float(), expected[0].float(), **precision)
+    alone = logits[3:4].clone()
+    here = None if known is None else known._replace(places=places[3:4])
+    own = position_losses(alone, here, labels[3:4], by, measured)[0]
+    torch.testing.assert_close(own, found[0][3:4], rtol=0, atol=0, equal_nan=True)
+    assert torch.equal(alone[0], gradient[3])
+
+
+@pytest.mark.skipif(kernels() is None, reason="no kernels here")
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+@pytest.mark.parametrize("where", ["logits", "law"])
+def test_what_is_not_finite_is_not_finite_in_the_loss(where, bad):
+    logits, law = torch.randn(2, 40), torch.randn(2, 40)
+    (logits if where == "logits" else law)[1, 33] = bad
+    by = Coefficients(0.1, 0.0, 0.9, 0.0, 0.0, 3.0, 1e-6)
+    given = Theirs(law, law.logsumexp(-1), torch.arange(2))
+    terms, alphas, _ = position_losses(logits, given, torch.tensor([1, 2]), by, True)
+    assert terms[0].isfinite().all() and alphas[0].isfinite()
+    assert not (terms[1].isfinite().all() and logits[1].isfinite().all())
 
 
 def test_a_frozen_head_costs_no_gradient():
