@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from deepspec.drafters.block_attention import BlockMasks, attend_in_blocks
 from deepspec.drafters.low_rank import LowRankHead
 from deepspec.drafters.network import MLP, Network, NormalisedLinear, RMSNorm, like_target, missing_keys
 from deepspec.drafters.params import BlockParams
@@ -185,14 +186,17 @@ class Attention(nn.Module):
         values = self.v_proj(x).unflatten(-1, (-1, self.head_dim))
         return rotate(keys, *rope).transpose(1, 2), values.transpose(1, 2)
 
-    def forward(self, x: Tensor, context: Tensor, rope: tuple, context_rope: tuple, mask: Tensor) -> Tensor:
-        """x [b, m, d] attends to context [b, n, d] and itself under mask [b, 1, m, n + m] (additive)."""
+    def forward(
+        self, x: Tensor, context: Tensor, rope: tuple, context_rope: tuple, mask: Tensor | BlockMasks
+    ) -> Tensor:
+        """x [b, m, d] attends to context [b, n, d] and itself under mask [b, 1, m, n + m] (additive), or two masks."""
         queries = rotate(self.q_norm(self.q_proj(x).unflatten(-1, (-1, self.head_dim))), *rope).transpose(
             1, 2
         )
-        context_keys, context_values = self.keys_values(context, context_rope)
-        keys, values = self.keys_values(x, rope)
-        keys, values = torch.cat((context_keys, keys), 2), torch.cat((context_values, values), 2)
+        before, own = self.keys_values(context, context_rope), self.keys_values(x, rope)
+        if isinstance(mask, BlockMasks):
+            return self.o_proj(attend_in_blocks(queries, before, own, mask, self.scaling).flatten(2))
+        keys, values = (torch.cat(both, 2) for both in zip(before, own, strict=True))
         grouped = mask.repeat(1, 1, queries.shape[1] // keys.shape[1], 1).to(queries.dtype)
         return self.o_proj(attend(queries, keys, values, grouped, None).flatten(2))
 
@@ -269,10 +273,13 @@ class BlockModel(Network):
         positions = (anchors[..., None] + torch.arange(size, device=device)).flatten(1)
         rope = self.rope(positions, x.dtype)
         context_rope = self.rope(torch.arange(features.shape[1], device=device)[None], x.dtype)
-        masks: dict[tuple[int | None, bool], Tensor] = {}
+        masks: dict[tuple[int | None, bool], Tensor | BlockMasks] = {}
         for layer in self.decoder_layers():
-            kind = layer.self_attn.window, layer.self_attn.causal
-            if kind not in masks:
+            kind = window, causal = layer.self_attn.window, layer.self_attn.causal
+            if kind not in masks and x.is_cpu:
+                near = context_mask(anchors, features.shape[1], size, window)
+                masks[kind] = BlockMasks(near, additive(own_block(size, window, causal, device)))
+            elif kind not in masks:
                 masks[kind] = block_mask(anchors, features.shape[1], size, *kind)
             x = self.run(layer, x, context, rope, context_rope, masks[kind])
         return self.norm(x).unflatten(1, (blocks, size))[:, :, size - self.config.block_size :]
@@ -284,21 +291,38 @@ def normed_by_layer(features: Tensor, config: BlockConfig) -> Tensor:
     return F.rms_norm(features.unflatten(-1, (-1, d)), (d,), eps=config.rms_norm_eps).flatten(-2)
 
 
+def context_mask(anchors: Tensor, context: int, size: int, window: int | None = None) -> Tensor:
+    """Additive float32 mask [batch, 1, blocks·size, context]: the features before a block's anchor, within a window."""
+    keys = torch.arange(context, device=anchors.device)
+    visible = keys < anchors[..., None]  # [batch, blocks, context]
+    visible = visible.repeat_interleave(size, 1)
+    if window is not None:
+        queries = (anchors[..., None] + torch.arange(size, device=anchors.device)).flatten(1)
+        visible = visible & (queries[..., None] - keys < window)
+    return additive(visible[:, None])
+
+
+def own_block(size: int, window: int | None, causal: bool, device: torch.device) -> Tensor:
+    """Return which places of its block each place sees, bool [size, size]."""
+    places = torch.arange(size, device=device)
+    back = places[:, None] - places
+    near = back < (size if window is None else window)
+    return near & (back >= 0) if causal else near
+
+
 def block_mask(
     anchors: Tensor, context: int, size: int, window: int | None = None, causal: bool = False
 ) -> Tensor:
     """Additive float32 mask [batch, 1, m, context + m], m = blocks·size: features before the anchor, the own block."""
     batch, blocks = anchors.shape
-    before = torch.arange(context, device=anchors.device) < anchors[..., None]  # [batch, blocks, context]
-    own = torch.eye(blocks, dtype=torch.bool, device=anchors.device).expand(batch, -1, -1)
-    own = own.repeat_interleave(size, 2)  # [batch, blocks, blocks·size]
-    visible = torch.cat((before, own), -1).repeat_interleave(size, 1)[:, None]
-    if causal or window is not None:
-        queries = (anchors[..., None] + torch.arange(size, device=anchors.device)).flatten(1)  # [batch, m]
-        keys = torch.cat((torch.arange(context, device=anchors.device).expand(batch, -1), queries), 1)
-        back = queries[:, :, None] - keys[:, None]  # [batch, m, context + m]
-        near = back < (context + size if window is None else window)
-        visible = visible & (near & (back >= 0) if causal else near)[:, None]
-    return torch.zeros(visible.shape, device=anchors.device).masked_fill_(
-        ~visible, torch.finfo(torch.float32).min / 2
-    )
+    own = own_block(size, window, causal, anchors.device).repeat(blocks, blocks)
+    same = torch.eye(blocks, dtype=torch.bool, device=anchors.device)
+    own = own & same.repeat_interleave(size, 0).repeat_interleave(size, 1)
+    before = context_mask(anchors, context, size, window)
+    return torch.cat((before, additive(own).expand(batch, 1, -1, -1)), -1)
+
+
+def additive(visible: Tensor) -> Tensor:
+    """Return 0 for what is seen and next to −∞ for what is not, float32."""
+    mask = torch.zeros(visible.shape, device=visible.device)
+    return mask.masked_fill_(~visible, torch.finfo(torch.float32).min / 2)

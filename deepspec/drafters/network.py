@@ -21,6 +21,7 @@ from deepspec.target.fused import PackedLinear
 from deepspec.target.head import PLAIN
 from deepspec.target.model import Target
 from deepspec.target.native.layer import Norm
+from deepspec.target.native.norm import can_norm, learnt_norm
 
 SHARED = frozenset({"embed_tokens.weight", "lm_head.weight"})  # absent from a draft's file: the target's own
 
@@ -35,7 +36,9 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         norm = Norm(self.weight.to(x.dtype), self.variance_epsilon)
-        return norm(x) if self.drafts else norm.by_torch(x)
+        if self.drafts:
+            return norm(x)
+        return learnt_norm(x, norm.weight, norm.eps) if can_norm(x, norm.weight) else norm.by_torch(x)
 
 
 class MLP(nn.Module):

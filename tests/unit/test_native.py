@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import LlamaConfig, MistralConfig, Qwen3Config
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
@@ -41,6 +42,7 @@ from deepspec.target.layerwise import Layerwise
 from deepspec.target.model import Target, load_target
 from deepspec.target.native import laws
 from deepspec.target.native.layer import NativeLayers, Norm
+from deepspec.target.native.norm import can_norm, learnt_norm
 from deepspec.target.source import load_model
 from tests.tiny import SCALINGS, cached_target, make_model
 
@@ -626,3 +628,25 @@ def test_a_token_outside_the_vocabulary_is_refused_before_anything_is_read(targe
         with pytest.raises(IndexError, match="vocabulary"):
             target.forward(torch.tensor([[1, token]]), step)
         step.clear()
+
+
+@needed
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(3, 7, 96), (130, 64), (1, 16), (0, 32)])
+def test_a_norm_that_is_learnt_has_torchs_gradients(shape, dtype):
+    rng = torch.Generator().manual_seed(6)
+    x, weight, slope = (torch.randn(*size, generator=rng).to(dtype) for size in (shape, shape[-1:], shape))
+    ours = [
+        x.clone().transpose(0, -1).contiguous().transpose(0, -1).requires_grad_(),
+        weight.clone().requires_grad_(),
+    ]
+    assert can_norm(*ours) and not can_norm(x[..., :8], weight[:8]) and not can_norm(x, weight.double())
+    found = learnt_norm(*ours, 1e-5)
+    exact = [part.detach().double().requires_grad_() for part in ours]
+    expected = F.rms_norm(exact[0], weight.shape, exact[1], 1e-5)
+    gradients = torch.autograd.grad(found, ours, slope)
+    precision = {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 0.01, "atol": 0.02}
+    torch.testing.assert_close(found.double(), expected, **precision)
+    for mine, theirs in zip(gradients, torch.autograd.grad(expected, exact, slope.double()), strict=True):
+        assert mine.dtype == dtype
+        torch.testing.assert_close(mine.double(), theirs, **precision)

@@ -662,6 +662,9 @@ inline __m512 logits16(const Number* p, __mmask16 m) {
   else return load(p, m);
 }
 
+inline void put16(float* p, __m512 x, __mmask16 m) { _mm512_mask_storeu_ps(p, m, x); }
+inline void put16(bf16* p, __m512 x, __mmask16 m) { store(p, x, m); }
+
 // The largest of a run, and whether all are numbers.
 template <class Number>
 inline float largest(const Number* x, long count, bool& numbers) {
@@ -923,6 +926,54 @@ void draw_chains(const Chains& c, long threads) {
   }
 }
 
+// y = x · r · weight of rows of `width` numbers, a multiple of 16; r = 1 / rms(x) [rows] is kept for the gradient.
+template <class Number>
+void norm_rows(const Number* x, const Number* weight, Number* y, float* r, float eps, long rows, long width, long threads) {
+#pragma omp parallel for num_threads(threads)
+  for (long row = 0; row < rows; ++row) {
+    const Number* from = x + row * width;
+    __m512 squares = _mm512_setzero_ps();
+    for (long k = 0; k < width; k += LANES) {
+      const __m512 v = logits16(from + k, 0xFFFF);
+      squares = _mm512_fmadd_ps(v, v, squares);
+    }
+    r[row] = 1.f / __builtin_sqrtf(_mm512_reduce_add_ps(squares) / width + eps);
+    const __m512 scale = _mm512_set1_ps(r[row]);
+    for (long k = 0; k < width; k += LANES)
+      put16(y + row * width + k, _mm512_mul_ps(_mm512_mul_ps(logits16(from + k, 0xFFFF), scale), logits16(weight + k, 0xFFFF)),
+            0xFFFF);
+  }
+}
+
+// Its gradients: of x where dy is y's, and of the weight, a sum over rows for each thread: by_weight [threads, width].
+template <class Number>
+void norm_gradients(const Number* dy, const Number* x, const Number* weight, const float* r, Number* dx, float* by_weight,
+                    long rows, long width, long threads) {
+#pragma omp parallel num_threads(threads)
+  {
+    float* own = by_weight + omp_get_thread_num() * width;
+    std::fill_n(own, width, 0.f);
+#pragma omp for schedule(static)
+    for (long row = 0; row < rows; ++row) {
+      const Number *from = x + row * width, *slope = dy + row * width;
+      const __m512 scale = _mm512_set1_ps(r[row]);
+      __m512 sum = _mm512_setzero_ps();
+      for (long k = 0; k < width; k += LANES) {
+        const __m512 g = logits16(slope + k, 0xFFFF), v = _mm512_mul_ps(logits16(from + k, 0xFFFF), scale);
+        const __m512 product = _mm512_mul_ps(g, v);
+        sum = _mm512_fmadd_ps(product, logits16(weight + k, 0xFFFF), sum);
+        _mm512_storeu_ps(own + k, _mm512_add_ps(_mm512_loadu_ps(own + k), product));
+      }
+      const __m512 along = _mm512_set1_ps(_mm512_reduce_add_ps(sum) / width);
+      for (long k = 0; k < width; k += LANES) {
+        const __m512 g = _mm512_mul_ps(logits16(slope + k, 0xFFFF), logits16(weight + k, 0xFFFF));
+        const __m512 v = _mm512_mul_ps(logits16(from + k, 0xFFFF), scale);
+        put16(dx + row * width + k, _mm512_mul_ps(scale, _mm512_fnmadd_ps(v, along, g)), 0xFFFF);
+      }
+    }
+  }
+}
+
 // Losses of a draft's laws q = softmax(logits) against its target's, p = exp(theirs − log_norms); see training/losses.py.
 struct Losses {
   void* logits;              // [rows, columns], float32 (bits 32) or bfloat16; they become ∂loss/∂logits
@@ -936,9 +987,6 @@ struct Losses {
   float ce, kl, tv, lk, lk_mixed, decay, least;
   float *terms, *alphas, *chances;  // [rows, 3], [rows], [rows]
 };
-
-inline void put16(float* p, __m512 x, __mmask16 m) { _mm512_mask_storeu_ps(p, m, x); }
-inline void put16(bf16* p, __m512 x, __mmask16 m) { store(p, x, m); }
 
 template <class Number, class Theirs>
 void losses_of_row(const Losses& l, long row, float* q) {
@@ -1137,6 +1185,21 @@ void deepspec_excess(const float* p, const int64_t* columns, const float* q, int
 // How many tokens of a drawn chain stand, and the token that follows them
 void deepspec_block(const Block* block, int64_t* accepted, int64_t* next, int64_t threads) {
   judge_block(*block, accepted, next, threads);
+}
+
+// y [rows, width] = x · r · weight, with r = 1 / rms(x) [rows]; of float32 (bits 32) or bfloat16
+void deepspec_norm_rows(const void* x, const void* weight, int64_t bits, void* y, float* r, float eps, int64_t rows, int64_t width,
+                        int64_t threads) {
+  if (bits == 32) norm_rows((const float*)x, (const float*)weight, (float*)y, r, eps, rows, width, threads);
+  else norm_rows((const bf16*)x, (const bf16*)weight, (bf16*)y, r, eps, rows, width, threads);
+}
+
+// Its gradients dx [rows, width] and by_weight [threads, width], which are to be added up
+void deepspec_norm_gradients(const void* dy, const void* x, const void* weight, int64_t bits, const float* r, void* dx,
+                             float* by_weight, int64_t rows, int64_t width, int64_t threads) {
+  if (bits == 32)
+    norm_gradients((const float*)dy, (const float*)x, (const float*)weight, r, (float*)dx, by_weight, rows, width, threads);
+  else norm_gradients((const bf16*)dy, (const bf16*)x, (const bf16*)weight, r, (bf16*)dx, by_weight, rows, width, threads);
 }
 
 // Losses of each row, and their gradient in the place of its logits

@@ -1,0 +1,58 @@
+"""RMSNorm with its gradients, a call each: what training runs of it, where our kernels are."""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from deepspec.kernels import kernels
+from deepspec.target.native.matrix import LANES
+
+_Pointer, _Long, _Float = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
+
+
+def can_norm(x: Tensor, weight: Tensor) -> bool:
+    """Return whether the kernels are there and take the norm of x [..., n] under weight [n]."""
+    return (
+        x.is_cpu
+        and x.dtype == weight.dtype
+        and x.dtype in (torch.float32, torch.bfloat16)
+        and weight.shape[0] % LANES == 0
+        and kernels() is not None
+    )
+
+
+def learnt_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x / rms(x) · weight of x [..., n] that can be normed, with gradients of both."""
+    return _LearntNorm.apply(x, weight, eps)
+
+
+class _LearntNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        x, weight = x.contiguous(), weight.contiguous()
+        made, rates = torch.empty_like(x), x.new_empty(x.shape[:-1], dtype=torch.float32)
+        _call("norm_rows", x, (x, weight), (made, rates), _Float(eps))
+        ctx.save_for_backward(x, weight, rates)
+        return made
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
+        x, weight, rates = ctx.saved_tensors
+        slope = gradients[0].contiguous()
+        by_x = torch.empty_like(x)
+        by_weight = x.new_empty(torch.get_num_threads(), x.shape[-1], dtype=torch.float32)
+        _call("norm_gradients", x, (slope, x, weight), (rates, by_x, by_weight))
+        return by_x, by_weight.sum(0).to(weight.dtype), None
+
+
+def _call(
+    name: str, x: Tensor, read: tuple[Tensor, ...], more: tuple[Tensor, ...], *rest: ctypes.c_float
+) -> None:
+    width, bits = x.shape[-1], x.element_size() * 8
+    first, second = ([_Pointer(each.data_ptr()) for each in part] for part in (read, more))
+    sizes = _Long(x.numel() // width), _Long(width), _Long(torch.get_num_threads())
+    getattr(kernels(), f"deepspec_{name}")(*first, _Long(bits), *second, *rest, *sizes)
