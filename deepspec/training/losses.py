@@ -77,11 +77,13 @@ class TargetLaw:
 
         Blocks overlap: what several ask of one token is computed once.
         """
-        places, rows = self.places[part].unique(return_inverse=True)
-        logits, log_norm = F.linear(self.hidden[places], self.head), self.log_norm[places]
-        return Theirs(
-            logits if self.transform.plain else self.transform(logits.to(log_norm.dtype)), log_norm, rows
-        )
+        asked, rows = self.places[part], None
+        places, found = asked.unique(return_inverse=True)
+        if len(places) < len(asked):
+            asked, rows = places, found
+        logits, log_norm = F.linear(self.hidden[asked], self.head), self.log_norm[asked]
+        seen = logits if self.transform.plain else self.transform(logits.to(log_norm.dtype))
+        return Theirs(seen, log_norm, rows)
 
 
 def law_of(theirs: Theirs, with_kl: bool) -> Law:
@@ -91,7 +93,7 @@ def law_of(theirs: Theirs, with_kl: bool) -> Law:
     p = log_p.exp() if with_kl else log_p.exp_()
     inside = p.sum(-1)
     negentropy = _dot(p, log_p) if with_kl else torch.zeros_like(inside)
-    return p[rows], inside[rows], negentropy[rows]
+    return (p, inside, negentropy) if rows is None else (p[rows], inside[rows], negentropy[rows])
 
 
 class HeadLoss(NamedTuple):

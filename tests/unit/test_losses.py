@@ -202,6 +202,10 @@ def test_the_kernel_computes_what_torch_does(name, measured, dtype, theirs, colu
     own = position_losses(alone, here, labels[3:4], by, measured)[0]
     torch.testing.assert_close(own, found[0][3:4], rtol=0, atol=0, equal_nan=True)
     assert torch.equal(alone[0], gradient[3])
+    if known is not None:
+        apart = logits.clone()
+        position_losses(apart, Theirs(law[places], known.log_norms[places], None), labels, by, measured)
+        assert torch.equal(apart, gradient)
 
 
 @pytest.mark.skipif(kernels() is None, reason="no kernels here")

@@ -37,6 +37,8 @@ inline __m512 load(const bf16* p) { return widen(_mm256_loadu_si256((const __m25
 inline __m512 load(const bf16* p, __mmask16 m) { return widen(_mm256_maskz_loadu_epi16(m, p)); }
 inline void store(bf16* p, __m512 x) { _mm256_storeu_si256((__m256i*)p, (__m256i)_mm512_cvtneps_pbh(x)); }
 inline void store(bf16* p, __m512 x, __mmask16 m) { _mm256_mask_storeu_epi16(p, m, (__m256i)_mm512_cvtneps_pbh(x)); }
+inline __m512 load(const float* p, __mmask16 m) { return _mm512_maskz_loadu_ps(m, p); }
+inline void store(float* p, __m512 x, __mmask16 m) { _mm512_mask_storeu_ps(p, m, x); }
 inline __m512bh pairs(const bf16* p) { return (__m512bh)_mm512_loadu_si512(p); }
 inline __m512bh pair(const bf16* p) {
   int32_t both;
@@ -287,16 +289,20 @@ void log_norm_of(const bf16* logits, float* y, long rows, long width, long threa
   }
 }
 
-// y = x / rms(x) · weight, of n numbers, a multiple of 16
-void norm(const bf16* x, const bf16* weight, float eps, bf16* y, long n) {
+// y = x / rms(x) · weight, of n numbers, a multiple of 16; returns 1 / rms(x).
+template <class Number>
+inline float norm(const Number* x, const Number* weight, float eps, Number* y, long n) {
+  constexpr __mmask16 all = 0xFFFF;
   __m512 squares = _mm512_setzero_ps();
   for (long i = 0; i < n; i += LANES) {
-    const __m512 v = load(x + i);
+    const __m512 v = load(x + i, all);
     squares = _mm512_fmadd_ps(v, v, squares);
   }
-  const __m512 scale = _mm512_set1_ps(1.f / __builtin_sqrtf(_mm512_reduce_add_ps(squares) / n + eps));
+  const float rate = 1.f / __builtin_sqrtf(_mm512_reduce_add_ps(squares) / n + eps);
+  const __m512 scale = _mm512_set1_ps(rate);
   for (long i = 0; i < n; i += LANES)
-    store(y + i, _mm512_mul_ps(_mm512_mul_ps(load(x + i), scale), load(weight + i)));
+    store(y + i, _mm512_mul_ps(_mm512_mul_ps(load(x + i, all), scale), load(weight + i, all)), all);
+  return rate;
 }
 
 struct Layer {
@@ -656,15 +662,6 @@ void write_context(const Before& before, const Cache* caches, int me, int all) {
 // is shared by the threads; its parts are added up in their order.
 constexpr long RUN = 256;
 
-template <class Number>
-inline __m512 logits16(const Number* p, __mmask16 m) {
-  if constexpr (std::is_same_v<Number, float>) return _mm512_maskz_loadu_ps(m, p);
-  else return load(p, m);
-}
-
-inline void put16(float* p, __m512 x, __mmask16 m) { _mm512_mask_storeu_ps(p, m, x); }
-inline void put16(bf16* p, __m512 x, __mmask16 m) { store(p, x, m); }
-
 // The largest of a run, and whether all are numbers.
 template <class Number>
 inline float largest(const Number* x, long count, bool& numbers) {
@@ -673,7 +670,7 @@ inline float largest(const Number* x, long count, bool& numbers) {
   __mmask16 none = 0;
   for (long i = 0; i < count; i += LANES) {
     const __mmask16 there = lanes(count - i);
-    const __m512 v = _mm512_mask_mov_ps(minus, there, logits16(x + i, there));
+    const __m512 v = _mm512_mask_mov_ps(minus, there, load(x + i, there));
     none |= _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
     most = _mm512_max_ps(most, v);
   }
@@ -718,7 +715,7 @@ void softmax_rows(const Number* logits, float* probs, float temperature, Softmax
     __m512 sum = _mm512_setzero_ps();
     for (long k = 0; k < count; k += LANES) {
       const __mmask16 there = lanes(count - k);
-      const __m512 x = logits16(logits + from + k, there);
+      const __m512 x = load(logits + from + k, there);
       const __mmask16 seen = there & _mm512_cmp_ps_mask(x, minus, _CMP_NEQ_UQ);
       const __m512 share = _mm512_maskz_mov_ps(seen, exp(_mm512_mul_ps(_mm512_sub_ps(x, most), sharp)));
       sum = _mm512_add_ps(sum, share);
@@ -794,7 +791,7 @@ int64_t first_largest(const Number* x, long columns, float* value) {
   *value = all ? most : __builtin_nanf("");
   const __m512 sought = _mm512_set1_ps(most);
   for (long k = best; k < columns; k += LANES)
-    if (const __mmask16 at = _mm512_mask_cmp_ps_mask(lanes(columns - k), logits16(x + k, lanes(columns - k)), sought, _CMP_EQ_OQ))
+    if (const __mmask16 at = _mm512_mask_cmp_ps_mask(lanes(columns - k), load(x + k, lanes(columns - k)), sought, _CMP_EQ_OQ))
       return k + __builtin_ctz(at);
   return best;
 }
@@ -926,49 +923,31 @@ void draw_chains(const Chains& c, long threads) {
   }
 }
 
-// y = x · r · weight of rows of `width` numbers, a multiple of 16; r = 1 / rms(x) [rows] is kept for the gradient.
-template <class Number>
-void norm_rows(const Number* x, const Number* weight, Number* y, float* r, float eps, long rows, long width, long threads) {
-#pragma omp parallel for num_threads(threads)
-  for (long row = 0; row < rows; ++row) {
-    const Number* from = x + row * width;
-    __m512 squares = _mm512_setzero_ps();
-    for (long k = 0; k < width; k += LANES) {
-      const __m512 v = logits16(from + k, 0xFFFF);
-      squares = _mm512_fmadd_ps(v, v, squares);
-    }
-    r[row] = 1.f / __builtin_sqrtf(_mm512_reduce_add_ps(squares) / width + eps);
-    const __m512 scale = _mm512_set1_ps(r[row]);
-    for (long k = 0; k < width; k += LANES)
-      put16(y + row * width + k, _mm512_mul_ps(_mm512_mul_ps(logits16(from + k, 0xFFFF), scale), logits16(weight + k, 0xFFFF)),
-            0xFFFF);
-  }
-}
-
-// Its gradients: of x where dy is y's, and of the weight, a sum over rows for each thread: by_weight [threads, width].
+// Gradients of `norm` over rows of `width` numbers, r = 1 / rms(x) [rows]: of x where dy is y's, and of the weight, a sum for
+// each thread: by_weight [threads, width], zeros before.
 template <class Number>
 void norm_gradients(const Number* dy, const Number* x, const Number* weight, const float* r, Number* dx, float* by_weight,
                     long rows, long width, long threads) {
 #pragma omp parallel num_threads(threads)
   {
+    constexpr __mmask16 all = 0xFFFF;
     float* own = by_weight + omp_get_thread_num() * width;
-    std::fill_n(own, width, 0.f);
 #pragma omp for schedule(static)
     for (long row = 0; row < rows; ++row) {
       const Number *from = x + row * width, *slope = dy + row * width;
       const __m512 scale = _mm512_set1_ps(r[row]);
       __m512 sum = _mm512_setzero_ps();
       for (long k = 0; k < width; k += LANES) {
-        const __m512 g = logits16(slope + k, 0xFFFF), v = _mm512_mul_ps(logits16(from + k, 0xFFFF), scale);
+        const __m512 g = load(slope + k, all), v = _mm512_mul_ps(load(from + k, all), scale);
         const __m512 product = _mm512_mul_ps(g, v);
-        sum = _mm512_fmadd_ps(product, logits16(weight + k, 0xFFFF), sum);
+        sum = _mm512_fmadd_ps(product, load(weight + k, all), sum);
         _mm512_storeu_ps(own + k, _mm512_add_ps(_mm512_loadu_ps(own + k), product));
       }
       const __m512 along = _mm512_set1_ps(_mm512_reduce_add_ps(sum) / width);
       for (long k = 0; k < width; k += LANES) {
-        const __m512 g = _mm512_mul_ps(logits16(slope + k, 0xFFFF), logits16(weight + k, 0xFFFF));
-        const __m512 v = _mm512_mul_ps(logits16(from + k, 0xFFFF), scale);
-        put16(dx + row * width + k, _mm512_mul_ps(scale, _mm512_fnmadd_ps(v, along, g)), 0xFFFF);
+        const __m512 g = _mm512_mul_ps(load(slope + k, all), load(weight + k, all));
+        const __m512 v = _mm512_mul_ps(load(from + k, all), scale);
+        store(dx + row * width + k, _mm512_mul_ps(scale, _mm512_fnmadd_ps(v, along, g)), all);
       }
     }
   }
@@ -981,7 +960,7 @@ struct Losses {
   const void* theirs;        // the target's logits [·, columns], or none where only labels count
   int64_t their_bits;
   const float* log_norms;    // of each of theirs
-  const int64_t* places;     // [rows], the row of theirs
+  const int64_t* places;     // [rows], the row of theirs; or none: the same
   const int64_t* labels;     // [rows], columns; below 0: none
   int64_t rows, columns, measured, overlap;
   float ce, kl, tv, lk, lk_mixed, decay, least;
@@ -992,24 +971,25 @@ template <class Number, class Theirs>
 void losses_of_row(const Losses& l, long row, float* q) {
   const long width = l.columns, label = l.labels[row];
   Number* z = (Number*)l.logits + row * width;
-  const Theirs* t = l.theirs ? (const Theirs*)l.theirs + l.places[row] * width : nullptr;
-  const float known = label >= 0, log_norm = t ? l.log_norms[l.places[row]] : 0;
+  const long place = l.places ? l.places[row] : row;
+  const Theirs* t = l.theirs ? (const Theirs*)l.theirs + place * width : nullptr;
+  const float known = label >= 0, log_norm = t ? l.log_norms[place] : 0;
   const __m512 zero = _mm512_setzero_ps(), one = _mm512_set1_ps(1.f), norm = _mm512_set1_ps(log_norm);
   bool numbers;
   const float top = largest(z, width, numbers);
   __m512 sum = zero;
   for (long k = 0; k < width; k += LANES) {
     const __mmask16 there = lanes(width - k);
-    const __m512 e = _mm512_maskz_mov_ps(there, exp(_mm512_sub_ps(logits16(z + k, there), _mm512_set1_ps(top))));
+    const __m512 e = _mm512_maskz_mov_ps(there, exp(_mm512_sub_ps(load(z + k, there), _mm512_set1_ps(top))));
     sum = _mm512_add_ps(sum, e);
     _mm512_mask_storeu_ps(q + k, there, e);
   }
   const float total = _mm512_reduce_add_ps(sum), own = top + std::log(total);
-  const float chance = logits16(z + std::max(label, 0L), 1)[0] - own;
+  const float chance = load(z + std::max(label, 0L), 1)[0] - own;
   const __m512 factor = _mm512_set1_ps(1 / total);
   __m512 inside = zero, apart = zero, signs = zero, entropy = zero, cross = zero;
   auto law = [&](long k, __mmask16 there, __m512& log_p) {
-    log_p = _mm512_sub_ps(logits16(t + k, there), norm);
+    log_p = _mm512_sub_ps(load(t + k, there), norm);
     return _mm512_maskz_mov_ps(there, exp(log_p));
   };
   // The sign of q − p as 1, −1 or 0.
@@ -1025,7 +1005,7 @@ void losses_of_row(const Losses& l, long row, float* q) {
     inside = _mm512_add_ps(inside, p);
     if (with_kl) {
       entropy = _mm512_mask3_fmadd_ps(p, log_p, entropy, there);
-      cross = _mm512_fmadd_ps(p, logits16(z + k, there), cross);
+      cross = _mm512_fmadd_ps(p, load(z + k, there), cross);
     }
     if (l.measured) {
       const __m512 difference = _mm512_sub_ps(x, p);
@@ -1063,7 +1043,7 @@ void losses_of_row(const Losses& l, long row, float* q) {
     found = _mm512_fmsub_ps(x, slope, found);
     if (known && k <= label && label < k + LANES)
       found = _mm512_mask_sub_ps(found, (__mmask16)(1u << (label - k)), found, _mm512_set1_ps(by_ce));
-    put16(z + k, found, there);
+    store(z + k, found, there);
   }
   const float terms[3] = {-chance * known, divergence, distance};
   std::memcpy(l.terms + 3 * row, terms, sizeof terms);
@@ -1187,14 +1167,18 @@ void deepspec_block(const Block* block, int64_t* accepted, int64_t* next, int64_
   judge_block(*block, accepted, next, threads);
 }
 
-// y [rows, width] = x · r · weight, with r = 1 / rms(x) [rows]; of float32 (bits 32) or bfloat16
+// y [rows, width] = x / rms(x) · weight, of float32 (bits 32) or bfloat16, and r = 1 / rms(x) [rows]
 void deepspec_norm_rows(const void* x, const void* weight, int64_t bits, void* y, float* r, float eps, int64_t rows, int64_t width,
                         int64_t threads) {
-  if (bits == 32) norm_rows((const float*)x, (const float*)weight, (float*)y, r, eps, rows, width, threads);
-  else norm_rows((const bf16*)x, (const bf16*)weight, (bf16*)y, r, eps, rows, width, threads);
+#pragma omp parallel for num_threads(threads)
+  for (long i = 0; i < rows; ++i) {
+    const long at = i * width;
+    if (bits == 32) r[i] = norm((const float*)x + at, (const float*)weight, eps, (float*)y + at, width);
+    else r[i] = norm((const bf16*)x + at, (const bf16*)weight, eps, (bf16*)y + at, width);
+  }
 }
 
-// Its gradients dx [rows, width] and by_weight [threads, width], which are to be added up
+// Its gradients dx [rows, width] and by_weight [threads, width], zeros before, which are to be added up
 void deepspec_norm_gradients(const void* dy, const void* x, const void* weight, int64_t bits, const float* r, void* dx,
                              float* by_weight, int64_t rows, int64_t width, int64_t threads) {
   if (bits == 32)

@@ -40,11 +40,14 @@ class Coefficients(NamedTuple):
 
 
 class Theirs(NamedTuple):
-    """The target at n positions: logits [m, V] of m tokens, their log-normalisers [m], places int64 [n] among them."""
+    """The target at n positions: logits [m, V] of m tokens, their log-normalisers [m], places int64 [n] among them.
+
+    Without places each position has a token of its own, in order.
+    """
 
     logits: Tensor
     log_norms: Tensor
-    places: Tensor
+    places: Tensor | None
 
 
 def position_losses(
@@ -60,13 +63,14 @@ def position_losses(
     """
     n, columns = logits.shape
     terms, alphas, chances = (logits.new_empty(*shape, dtype=torch.float32) for shape in ((n, 3), (n,), (n,)))
-    labels, read = labels.contiguous(), [] if theirs is None else [each.contiguous() for each in theirs]
-    law, norms, places = (each.data_ptr() for each in read) if read else (None, None, None)
+    labels = labels.contiguous()
+    read = [None if each is None else each.contiguous() for each in theirs or (None, None, None)]
+    law, norms, places = (None if each is None else each.data_ptr() for each in read)
     struct = _Losses(
         logits.data_ptr(),
         logits.element_size() * 8,
         law,
-        read[0].element_size() * 8 if read else 0,
+        theirs.logits.element_size() * 8 if theirs else 0,
         norms,
         places,
         labels.data_ptr(),

@@ -44,7 +44,7 @@ class _LearntNorm(torch.autograd.Function):
         x, weight, rates = ctx.saved_tensors
         slope = gradients[0].contiguous()
         by_x = torch.empty_like(x)
-        by_weight = x.new_empty(torch.get_num_threads(), x.shape[-1], dtype=torch.float32)
+        by_weight = x.new_zeros(torch.get_num_threads(), x.shape[-1], dtype=torch.float32)
         _call("norm_gradients", x, (slope, x, weight), (rates, by_x, by_weight))
         return by_x, by_weight.sum(0).to(weight.dtype), None
 
