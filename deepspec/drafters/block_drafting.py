@@ -158,17 +158,16 @@ class BlockDrafter(Drafter, Generic[M]):
             largest=max(starts) + size - 1,
         )
         stack = self._stack if self._skip is None else None
-        before, head = None, self.head.native if isinstance(self.head, PackedLinear) else None
+        head = self.head.native if isinstance(self.head, PackedLinear) else None
+        rope, before = self._rope.rows(step.largest), None
         if stack is not None and self._context is not None and late:
-            rope = self._rope.rows(step.largest)
             before = self._context.before(late.joined, rope, self._late_pass(cache, late))
         elif late:
             self.absorb(cache, late)
         if stack is None:
-            blocks = ids.view(len(rows), size)
-            last, logits = self._norm(self._one_by_one(blocks, newest, step)), None
+            by_request = ids.view(len(rows), size)
+            last, logits = self._norm(self._one_by_one(by_request, newest, step)), None
         else:
-            rope = self._rope.rows(step.largest)
             _, _, last, logits = stack.decode(ids, self._embed, self._norm, rope, step, head, before)
 
         def predicting(x: Tensor) -> Tensor:
@@ -196,6 +195,11 @@ class _Row:
     length: int = 0  # of the context that is in the cache
     pending: list[Tensor] = field(default_factory=list)  # features not yet there
     newest: Tensor | None = None  # [layers·d] of the last token with a target pass
+
+    @property
+    def known(self) -> int:
+        """Tokens of the context, in the cache or not yet."""
+        return self.length + sum(part.shape[0] for part in self.pending)
 
 
 class BlockSession(GrowingSession):
@@ -230,30 +234,29 @@ class BlockSession(GrowingSession):
 
     def laws(self, asks: list[DraftRequest], growths: list[Growth]) -> Callable[[list[Parent]], DraftLogits]:
         rows = [ask.row for ask in asks]
-        late = self._late(rows)
         states = [self.rows[row] for row in rows]
+        late, lengths = self._late(rows), [state.known for state in states]
         blocks = self.drafter.blocks(
             self.cache,
             rows,
-            [state.length for state in states],
+            lengths,
             [ask.anchor for ask in asks],
             [state.newest for state in states if state.newest is not None],
             late,
         )
+        for state, length in zip(states, lengths, strict=True):
+            state.length, state.pending = length, []
         return self.drafter.laws(blocks, asks, growths)
 
     def _late(self, rows: list[int]) -> Late | None:
-        """Take the features that have come since the last proposal, and make room for them and for a block."""
+        """Return the features that have come since the last proposal, once there is room for them and for a block."""
         waiting = [row for row in rows if self.rows[row].pending]
         if not waiting:
             return None
         states = [self.rows[row] for row in waiting]
         late = Late(waiting, [state.length for state in states], [_joined(state.pending) for state in states])
-        for state, features in zip(states, late.features, strict=True):
-            state.length += features.shape[0]
-            state.pending = []
         most = max(features.shape[0] for features in late.features)
-        self.cache.reserve(max(state.length for state in states) + most + self.drafter.config.query_size)
+        self.cache.reserve(max(state.known for state in states) + most + self.drafter.config.query_size)
         return late
 
 

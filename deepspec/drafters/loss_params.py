@@ -25,7 +25,7 @@ class LossParams(Section):
     budget_mib: float | None = Field(
         None,
         gt=0,
-        description="Largest tensor over the vocabulary; null: 20 on a CPU, 256 on a GPU.",
+        description="Largest tensor over the vocabulary; null: 20 on a CPU, 128 with our kernels, 256 on a GPU.",
     )
 
     @property

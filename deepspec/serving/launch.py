@@ -196,7 +196,7 @@ def _end_orphans(own: str) -> None:
     for process in psutil.process_iter():
         with contextlib.suppress(ProcessLookupError, PermissionError, psutil.Error):
             variables = process.environ()
-            if variables.get(OWN) == own and not _served(os.getpgid(process.pid), variables.get(STARTER)):
+            if variables.get(OWN) == own and not _started_by(process, variables.get(STARTER)):
                 process.kill()
                 process.wait(STOP_S)
 
@@ -246,13 +246,9 @@ def _runs(group: int) -> bool:
     return False
 
 
-def _served(server: int, starter: str | None) -> bool:
-    """Check whether a server runs, and still as the child of its starter: one killed just now may run yet."""
-    try:
-        process = psutil.Process(server)
-        return process.status() != psutil.STATUS_ZOMBIE and str(process.ppid()) == starter
-    except psutil.NoSuchProcess:
-        return False
+def _started_by(process: psutil.Process, starter: str | None) -> bool:
+    """Check whether a process is a child of its starter, or of one that is: what outlives one of them is handed on."""
+    return any(str(each.ppid()) == starter for each in (process, *process.parents()))
 
 
 def free_port() -> int:

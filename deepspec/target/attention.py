@@ -274,6 +274,7 @@ class ForwardPass:
         self._once.clear()
         self.features.clear()
         self.stored.clear()
+        self.logits = None
 
     def _sees_all(self) -> bool:
         even = not self._ragged and min(self.starts) == max(self.starts)

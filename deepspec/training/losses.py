@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 
 BUDGET = {"cpu": 20 << 20}  # bytes of one chunk's logits: what stays in a CPU's cache, what fills a GPU
 GPU_BUDGET = 256 << 20
+OUR_BUDGET = 128 << 20  # our kernel goes row by row, and the products lay the head out anew for each chunk
 _LEAST_ALPHA = 1e-6
 LK_DECAY = 3.0
 Law = tuple[Tensor, Tensor, Tensor]  # p [n, V], Σ p and Σ p log p, [n] both
@@ -285,13 +286,15 @@ def head_loss(
         mixture: how much each term counts.
         weigh: the positions of a block.
         valid: bool [blocks, γ]; others do not count.
-        budget: bytes of the largest tensor over the vocabulary; None: 20 MiB on a CPU, 256 MiB on a GPU.
+        budget: bytes of the largest tensor over the vocabulary; None: 20 MiB on a CPU, 128 MiB with our kernel,
+            256 MiB on a GPU.
         candidates: the draft's vocabulary at a position is so many tokens, those of the largest x₁ W₁ᵀ; None: all.
         measured: whether α and TV are asked for where the loss does not need them. Without them the target's law is
             not computed for CE, and fewer passes over it are made for KL.
     """
     measured = measured or mixture.with_overlap
-    budget = budget or BUDGET.get(valid.device.type, GPU_BUDGET)
+    ours = candidates is None and laws.can_read(factors[0][0])
+    budget = budget or (OUR_BUDGET if ours else BUDGET.get(valid.device.type, GPU_BUDGET))
     flat = [tensor for pair in factors for tensor in pair]
     whole = law, mixture, weigh, valid, budget, candidates, measured
     loss, alpha, terms, weights = _HeadLoss.apply(*whole, *flat)

@@ -32,7 +32,7 @@ def seen(anchors: Tensor, window: int | None, causal: bool) -> Tensor:
     return found
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("heads", "kv_heads"), [(6, 2), (3, 3), (4, 1)])
 @pytest.mark.parametrize(("window", "causal"), [(None, False), (None, True), (7, False), (3, True)])
 def test_two_parts_are_one_attention(window, causal, heads, kv_heads, dtype):
@@ -58,7 +58,12 @@ def test_two_parts_are_one_attention(window, causal, heads, kv_heads, dtype):
     keys, values = torch.cat((whole[1], whole[3]), 2), torch.cat((whole[2], whole[4]), 2)
     expected = attend(whole[0], keys, values, mask[:, None].repeat(1, 1, heads // kv_heads, 1), None)
     slope = torch.randn(found.shape, generator=rng, dtype=torch.float64)
-    precision = {torch.float64: 1e-6, torch.float32: 1e-5, torch.bfloat16: 0.06}[dtype]
+    if dtype == torch.bfloat16:  # under autocast, as without: softmax and sums are in float32
+        with torch.autocast("cpu", torch.bfloat16):
+            context, own = ((read[i].float(), read[i + 1].float()) for i in (1, 3))
+            again = attend_in_blocks(read[0].float(), context, own, masks, DIM**-0.5)
+        assert torch.equal(again, found)
+    precision = {torch.float64: 1e-6, torch.float32: 1e-5, torch.bfloat16: 0.06, torch.float16: 0.01}[dtype]
     torch.testing.assert_close(found.double(), expected, rtol=0, atol=precision)
     gradients = torch.autograd.grad(found, read, slope.to(dtype))
     for mine, theirs in zip(gradients, torch.autograd.grad(expected, whole, slope), strict=True):

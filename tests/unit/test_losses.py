@@ -221,6 +221,26 @@ def test_what_is_not_finite_is_not_finite_in_the_loss(where, bad):
     assert not (terms[1].isfinite().all() and logits[1].isfinite().all())
 
 
+@pytest.mark.skipif(kernels() is None, reason="no kernels here")
+def test_the_kernel_reads_nothing_that_is_not_there():
+    logits, law, labels = torch.randn(3, 20), torch.randn(2, 20), torch.tensor([1, 2, 3])
+    given = Theirs(law, law.logsumexp(-1), torch.tensor([0, 1, 1]))
+    by = Coefficients(0.1, 0.0, 0.9, 0.0, 0.0, 3.0, 1e-6)
+    with pytest.raises(IndexError, match="a label is not one of 20"):
+        position_losses(logits, given, torch.tensor([1, 20, 3]), by, True)
+    for places in (torch.tensor([0, 1, 2]), torch.tensor([0, -1, 1]), None):
+        with pytest.raises(IndexError, match="a place is not one of 2"):
+            position_losses(logits, given._replace(places=places), labels, by, True)
+    for wrong, theirs in ((logits, None), (torch.randn(20, 3).T, given)):
+        with pytest.raises(ValueError, match="read in order, and all terms but CE"):
+            position_losses(wrong, theirs, labels, by, True)
+    double = given._replace(log_norms=given.log_norms.double())
+    one, other = logits.clone(), logits.clone()
+    position_losses(one, given, labels, by, True)
+    position_losses(other, double, labels, by, True)
+    assert torch.equal(one, other) and not torch.equal(one, logits)
+
+
 def test_a_frozen_head_costs_no_gradient():
     case = Case()
     case.leaves[1].requires_grad_(False)

@@ -985,7 +985,7 @@ void losses_of_row(const Losses& l, long row, float* q) {
     _mm512_mask_storeu_ps(q + k, there, e);
   }
   const float total = _mm512_reduce_add_ps(sum), own = top + std::log(total);
-  const float chance = load(z + std::max(label, 0L), 1)[0] - own;
+  const float log_chance = load(z + std::max(label, 0L), 1)[0] - own;
   const __m512 factor = _mm512_set1_ps(1 / total);
   __m512 inside = zero, apart = zero, signs = zero, entropy = zero, cross = zero;
   auto law = [&](long k, __mmask16 there, __m512& log_p) {
@@ -1024,9 +1024,9 @@ void losses_of_row(const Losses& l, long row, float* q) {
   const float by_ce = l.ce * known;
   float by_kl = l.kl, by_tv = 0;
   if (l.overlap) {
-    const float chance_to_stand = alpha < l.least ? l.least : alpha, blend = std::exp(-l.decay * chance_to_stand);
+    const float at_least = alpha < l.least ? l.least : alpha, blend = std::exp(-l.decay * at_least);
     by_kl = l.kl + l.lk_mixed * blend;
-    by_tv = l.tv + l.lk / (2 * chance_to_stand) + l.lk_mixed * (1 - blend) / 2;
+    by_tv = l.tv + l.lk / (2 * at_least) + l.lk_mixed * (1 - blend) / 2;
   }
   const float centre = by_ce + by_kl * mass - (by_tv ? by_tv * _mm512_reduce_add_ps(signs) : 0.f);
   const __m512 middle = _mm512_set1_ps(centre), turn = _mm512_set1_ps(by_tv), pull = _mm512_set1_ps(by_kl);
@@ -1045,10 +1045,10 @@ void losses_of_row(const Losses& l, long row, float* q) {
       found = _mm512_mask_sub_ps(found, (__mmask16)(1u << (label - k)), found, _mm512_set1_ps(by_ce));
     store(z + k, found, there);
   }
-  const float terms[3] = {-chance * known, divergence, distance};
+  const float terms[3] = {-log_chance * known, divergence, distance};
   std::memcpy(l.terms + 3 * row, terms, sizeof terms);
   l.alphas[row] = alpha;
-  l.chances[row] = std::exp(chance) * known;
+  l.chances[row] = std::exp(log_chance) * known;
 }
 
 template <class Number, class Theirs>

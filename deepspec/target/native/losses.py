@@ -60,24 +60,38 @@ def position_losses(
         theirs: logits that can be read too; None where only labels count.
         labels: int64 [n], columns; −1: none of them.
         measured: whether α and TV are asked for, which CE and KL do not need. They are not numbers else.
+
+    Raises:
+        IndexError: a label that is no column, or a place that is no token.
+        ValueError: logits in another order, or a term that needs the target's without them.
     """
     n, columns = logits.shape
+    overlap = bool(by.tv or by.lk or by.lk_mixed)
+    if not logits.is_contiguous() or (theirs is None and (overlap or by.kl or measured)):
+        raise ValueError("logits are read in order, and all terms but CE need the target's")
+    if n and int(labels.max()) >= columns:
+        raise IndexError(f"a label is not one of {columns} columns")
+    if theirs is not None:
+        m, places = len(theirs.logits), theirs.places
+        if n and (n != m if places is None else not 0 <= int(places.min()) <= int(places.max()) < m):
+            raise IndexError(f"a place is not one of {m} tokens")
+        theirs = theirs._replace(log_norms=theirs.log_norms.float())
     terms, alphas, chances = (logits.new_empty(*shape, dtype=torch.float32) for shape in ((n, 3), (n,), (n,)))
     labels = labels.contiguous()
     read = [None if each is None else each.contiguous() for each in theirs or (None, None, None)]
-    law, norms, places = (None if each is None else each.data_ptr() for each in read)
+    law, log_norms, of = (None if each is None else each.data_ptr() for each in read)
     struct = _Losses(
         logits.data_ptr(),
         logits.element_size() * 8,
         law,
         theirs.logits.element_size() * 8 if theirs else 0,
-        norms,
-        places,
+        log_norms,
+        of,
         labels.data_ptr(),
         n,
         columns,
         measured,
-        bool(by.tv or by.lk or by.lk_mixed),
+        overlap,
         *by,
         *(each.data_ptr() for each in (terms, alphas, chances)),
     )

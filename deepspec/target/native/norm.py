@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from deepspec.kernels import kernels
 from deepspec.target.native.matrix import LANES
@@ -20,6 +21,7 @@ def can_norm(x: Tensor, weight: Tensor) -> bool:
         x.is_cpu
         and x.dtype == weight.dtype
         and x.dtype in (torch.float32, torch.bfloat16)
+        and x.shape[-1:] == weight.shape
         and weight.shape[0] % LANES == 0
         and kernels() is not None
     )
@@ -35,24 +37,34 @@ class _LearntNorm(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         x, weight = x.contiguous(), weight.contiguous()
         made, rates = torch.empty_like(x), x.new_empty(x.shape[:-1], dtype=torch.float32)
-        _call("norm_rows", x, (x, weight), (made, rates), _Float(eps))
+        _function("norm_rows")(*_at(x, weight), _bits(x), *_at(made, rates), _Float(eps), *_sizes(x))
         ctx.save_for_backward(x, weight, rates)
         return made
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
         x, weight, rates = ctx.saved_tensors
         slope = gradients[0].contiguous()
         by_x = torch.empty_like(x)
         by_weight = x.new_zeros(torch.get_num_threads(), x.shape[-1], dtype=torch.float32)
-        _call("norm_gradients", x, (slope, x, weight), (rates, by_x, by_weight))
+        read, made = _at(slope, x, weight), _at(rates, by_x, by_weight)
+        _function("norm_gradients")(*read, _bits(x), *made, *_sizes(x))
         return by_x, by_weight.sum(0).to(weight.dtype), None
 
 
-def _call(
-    name: str, x: Tensor, read: tuple[Tensor, ...], more: tuple[Tensor, ...], *rest: ctypes.c_float
-) -> None:
-    width, bits = x.shape[-1], x.element_size() * 8
-    first, second = ([_Pointer(each.data_ptr()) for each in part] for part in (read, more))
-    sizes = _Long(x.numel() // width), _Long(width), _Long(torch.get_num_threads())
-    getattr(kernels(), f"deepspec_{name}")(*first, _Long(bits), *second, *rest, *sizes)
+def _function(name: str) -> Any:
+    return getattr(kernels(), f"deepspec_{name}")
+
+
+def _at(*tensors: Tensor) -> list[ctypes.c_void_p]:
+    return [_Pointer(each.data_ptr()) for each in tensors]
+
+
+def _bits(x: Tensor) -> ctypes.c_int64:
+    return _Long(x.element_size() * 8)
+
+
+def _sizes(x: Tensor) -> tuple[ctypes.c_int64, ...]:
+    """Rows, their width, and threads."""
+    return _Long(x.numel() // x.shape[-1]), _Long(x.shape[-1]), _Long(torch.get_num_threads())
