@@ -293,7 +293,7 @@ def head_loss(
             not computed for CE, and fewer passes over it are made for KL.
     """
     measured = measured or mixture.with_overlap
-    ours = candidates is None and laws.can_read(factors[0][0])
+    ours = candidates is None and laws.can_read(factors[0][0].detach())
     budget = budget or (OUR_BUDGET if ours else BUDGET.get(valid.device.type, GPU_BUDGET))
     flat = [tensor for pair in factors for tensor in pair]
     whole = law, mixture, weigh, valid, budget, candidates, measured

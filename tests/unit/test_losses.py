@@ -222,6 +222,21 @@ def test_what_is_not_finite_is_not_finite_in_the_loss(where, bad):
 
 
 @pytest.mark.skipif(kernels() is None, reason="no kernels here")
+@pytest.mark.parametrize("candidates", [None, 5])
+def test_our_kernel_takes_larger_chunks(candidates, monkeypatch):
+    case, rows = Case(), []
+    case.leaves = [leaf.detach().float().requires_grad_() for leaf in case.leaves]
+    hidden, log_norm, head = (x.float() for x in (case.law.hidden, case.law.log_norm, case.law.head))
+    case.law = TargetLaw(hidden, log_norm, head, case.law.places, case.law.labels)
+    monkeypatch.setattr(losses, "BUDGET", {"cpu": 2 * GAMMA * KEPT * 4})
+    monkeypatch.setattr(losses, "OUR_BUDGET", 3 * GAMMA * KEPT * 4)
+    original = TargetLaw.logits
+    monkeypatch.setattr(TargetLaw, "logits", lambda law, part: rows.append(part) or original(law, part))
+    case.loss(MIXTURES["dspark"], candidates=candidates)
+    assert len(rows) == -(-BLOCKS // (3 if candidates is None else 2))
+
+
+@pytest.mark.skipif(kernels() is None, reason="no kernels here")
 def test_the_kernel_reads_nothing_that_is_not_there():
     logits, law, labels = torch.randn(3, 20), torch.randn(2, 20), torch.tensor([1, 2, 3])
     given = Theirs(law, law.logsumexp(-1), torch.tensor([0, 1, 1]))
