@@ -71,13 +71,15 @@ def test_what_decoding_leaves_is_what_a_pass_over_the_finished_text_computes(tar
 
 def test_a_failed_request_leaves_nothing_and_the_others_all(target, monkeypatch):
     recorder, broken = Recorder(target, LAYERS), list(range(30, 60))
-    real = target.logits
+    real = target.forward
 
-    def logits(hidden):
-        found = real(hidden)
-        return found.index_fill(0, torch.tensor([0]), torch.nan) if engine.slots[0].request.id == 1 else found
+    def forward(ids, step):
+        hidden = real(ids, step)
+        if step.judged and engine.slots[0].request.id == 1:
+            step.logits = target.logits(hidden[0]).index_fill(0, torch.tensor([0]), torch.nan)
+        return hidden
 
-    monkeypatch.setattr(target, "logits", logits)
+    monkeypatch.setattr(target, "forward", forward)
     engine = Engine(target, recorder=recorder)
     waiting = iter([Request(broken, 4, id=1), Request(broken, 4, id=2), Request([], 4, id=3)])
     ends = {one.id: one.finish_reason for one in engine.run(lambda: next(waiting, None))}
