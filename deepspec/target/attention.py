@@ -186,14 +186,12 @@ class ForwardPass:
         return torch.tensor(self.rows, device=self.positions.device)
 
     @cached_property
-    def _written(self) -> tuple[Tensor, Tensor]:
-        """Return the cache row and column of each new token."""
+    def _written(self) -> Tensor:
+        """Return the cache row and column of each new token, [2, sum(counts)]."""
         spans = list(zip(self.rows, self.starts, self.counts, strict=True))
         rows = [row for row, _, count in spans for _ in range(count)]
         columns = [start + i for _, start, count in spans for i in range(count)]
-        return torch.tensor(rows, device=self.positions.device), torch.tensor(
-            columns, device=self.positions.device
-        )
+        return torch.tensor([rows, columns], device=self.positions.device)
 
     @cached_property
     def _flat(self) -> Tensor:

@@ -280,7 +280,6 @@ class RotaryTable:
     def __init__(self, operands: Callable[[Tensor], tuple[Tensor, Tensor]], device: torch.device):
         self._operands, self._device = operands, device
         self._table = torch.empty(2, 0, 0, device=device)
-        self._rows = self._table[0], self._table[1]
 
     def __call__(self, positions: Tensor, largest: int) -> tuple[Tensor, Tensor]:
         """Return the operands of positions [b, n], none above `largest`."""
@@ -294,8 +293,7 @@ class RotaryTable:
         if largest >= self._table.shape[1]:
             every = torch.arange(max(512, 2 * largest), device=self._device)[None]
             self._table = torch.stack(self._operands(every))[:, 0, :, 0]  # [2, positions, width]
-            self._rows = self._table[0], self._table[1]
-        return self._rows
+        return self._table[0], self._table[1]
 
 
 class DecoderRotary:
