@@ -6,7 +6,7 @@ import platform
 
 import torch
 
-from deepspec.kernels import kernels
+from deepspec.kernels import kernels, with_tiles
 from deepspec.provenance import cpu_facts
 
 
@@ -17,5 +17,6 @@ def describe_device(device: torch.device | str) -> str:
         name = f"{torch.cuda.get_device_name(device)}, CUDA {torch.version.cuda}"
     else:
         cpu = cpu_facts().get("model name") or platform.processor() or platform.machine()
-        name = f"{cpu}, {torch.get_num_threads()} threads" + (", our kernels" if kernels() else "")
+        ours = (", our kernels with AMX" if with_tiles() else ", our kernels") if kernels() else ""
+        name = f"{cpu}, {torch.get_num_threads()} threads{ours}"
     return f"{name}, {platform.system()}, torch {torch.__version__}"

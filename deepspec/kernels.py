@@ -9,6 +9,7 @@ import os
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
@@ -18,7 +19,8 @@ from deepspec.errors import DeepSpecError
 
 logger = logging.getLogger(__name__)
 
-SWITCH = "DEEPSPEC_NATIVE"  # 0 leaves the kernels out
+SWITCH = "DEEPSPEC_NATIVE"  # 0 leaves the kernels out, avx512 their use of AMX
+WITHOUT_TILES = "avx512"
 CACHED = ".cache", "deepspec", "native"  # in the home directory
 SOURCE = Path(__file__).parent / "target" / "native" / "kernels.cpp"
 COMPILERS = ("g++", "c++", "clang++")
@@ -37,6 +39,9 @@ FLAGS = (
     "-mavx512vl",
     "-mavx512bf16",
 )
+TILES = ("amx_tile", "amx_bf16")
+TILE_FLAGS = ("-mamx-tile", "-mamx-bf16")
+WITH_TILES = ", with AMX"
 LONGEST_S = 300
 
 
@@ -46,17 +51,23 @@ def kernels() -> ctypes.CDLL | None:
 
 
 def state() -> str:
-    """Return whether the kernels are used, or why not."""
-    library, reason = _found()
-    return "in use" if library else f"not used: {reason}"
+    """Return whether the kernels are used, and AMX by them, or why not."""
+    library, more = _found()
+    return f"in use{more}" if library else f"not used: {more}"
+
+
+def with_tiles() -> bool:
+    """Return whether the kernels multiply in AMX's tiles."""
+    return _found()[1] == WITH_TILES
 
 
 @cache
 def _found() -> tuple[ctypes.CDLL | None, str]:
+    """Return the library and what is to be said of it, or None and why."""
     if reason := _unsuited():
         return None, reason
     try:
-        return ctypes.CDLL(str(_compiled())), ""
+        return _loaded()
     except (DeepSpecError, OSError, RuntimeError) as error:  # the last where a user has no home directory
         logger.warning("the kernels for this CPU cannot be had, torch's own are used: %s", error)
         return None, str(error)
@@ -68,18 +79,32 @@ def _unsuited() -> str | None:
     found = torch.cpu.get_capabilities()
     if missing := [name for name in NEEDED if not found.get(name)]:
         return f"this CPU has no {missing[0]}"
-    if found.get("amx_bf16"):
-        return "this CPU has AMX, which torch's own kernels use"
     return None
 
 
-def _compiled() -> Path:
-    """Return the library's file, compiled if there is none of this source.
+def _loaded() -> tuple[ctypes.CDLL, str]:
+    refused = ""
+    if os.environ.get(SWITCH) != WITHOUT_TILES and all(map(torch.cpu.get_capabilities().get, TILES)):
+        try:
+            library = ctypes.CDLL(str(_compiled((*FLAGS, *TILE_FLAGS))))
+            if library.deepspec_tiles():
+                return library, WITH_TILES
+            refused = "the system does not grant its tiles"
+        except (DeepSpecError, OSError) as error:  # a compiler that does not know them
+            refused = str(error)
+    library = ctypes.CDLL(str(_compiled(FLAGS)))
+    if refused:
+        logger.warning("the kernels for this CPU do without AMX: %s", refused)
+    return library, ""
+
+
+def _compiled(flags: Sequence[str]) -> Path:
+    """Return the library's file, compiled if there is none of this source and these flags.
 
     Raises:
         DeepSpecError: no compiler, or it failed.
     """
-    key = hashlib.sha256("\0".join((SOURCE.read_text(), *FLAGS)).encode()).hexdigest()[:16]
+    key = hashlib.sha256("\0".join((SOURCE.read_text(), *flags)).encode()).hexdigest()[:16]
     cached = Path.home().joinpath(*CACHED)
     library = cached / f"{key}.so"
     if not library.exists():
@@ -90,7 +115,7 @@ def _compiled() -> Path:
         cached.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=cached) as scratch:
             made = Path(scratch) / library.name
-            _run([compiler, *more, *FLAGS, "-o", str(made), str(SOURCE)])
+            _run([compiler, *more, *flags, "-o", str(made), str(SOURCE)])
             try:
                 ctypes.CDLL(str(made))  # what does not load is not kept
             except OSError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 import re
 import stat
@@ -524,6 +525,52 @@ def test_a_compiler_that_fails_is_one_line(tmp_path, monkeypatch, caplog):
     assert library is None and "error" in reason and "\n" not in reason
     assert [record.levelname for record in caplog.records] == ["WARNING"]
     assert not list(tmp_path.joinpath(*build.CACHED).iterdir())
+
+
+@needed
+def test_a_compiler_or_a_system_without_tiles_leaves_kernels_without_them(tmp_path, monkeypatch, caplog):
+    found = torch.cpu.get_capabilities() | dict.fromkeys(build.TILES, True)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: found)
+    library, more = (
+        build._found.__wrapped__()
+    )  # asks for tiles on any CPU; one without them does not grant any
+    assert library is not None and more == build.WITH_TILES * build.with_tiles()
+    assert len(caplog.records) == (not build.with_tiles())
+    caplog.clear()
+    compiler = tmp_path / "compiler"
+    compiler.write_text(
+        '#!/bin/sh\ncase "$*" in *-mamx-tile*) echo "error: no -mamx-tile" >&2; exit 1;; esac\nexec g++ "$@"\n'
+    )
+    compiler.chmod(stat.S_IRWXU)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("CXX", str(compiler))
+    library, more = build._found.__wrapped__()
+    assert library is not None and more == ""
+    assert [record.message for record in caplog.records] == [
+        f"the kernels for this CPU do without AMX: {compiler}: error: no -mamx-tile"
+    ]
+
+
+@pytest.mark.skipif(not build.with_tiles(), reason=f"kernels {build.state()}")
+def test_what_holds_with_tiles_holds_without_them():
+    """Products, bits of a row in any pass, and greedy text, in a process that leaves AMX out."""
+    names = "product or row or threads or greedy or normaliser or layers"
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        __file__,
+        "-k",
+        f"({names}) and not tiles",
+    ]
+    done = subprocess.run(
+        command, env=os.environ | {build.SWITCH: build.WITHOUT_TILES}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout
+    assert " passed" in done.stdout and "skipped" not in done.stdout
 
 
 @needed
