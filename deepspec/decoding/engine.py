@@ -205,11 +205,14 @@ class Engine:
                 self._commit(turn, features)
         clock.lap("host_s")
         clock.share(turns)
+        if self.controller:
+            self.controller.took(sum(clock.parts.values()))
 
     def _draft(self, turns: list[Turn]) -> None:
         """One proposal a request: no path reaches beyond what the request may still commit."""
         if self.controller:
-            self.controller.round(len(turns))
+            greedy = all(turn.slot.request.sampling.temperature == 0 for turn in turns)
+            self.controller.round(len(turns), greedy)
         asks = [
             DraftRequest(
                 row=turn.row,

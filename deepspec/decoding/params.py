@@ -14,6 +14,13 @@ if TYPE_CHECKING:
     from deepspec.decoding.scheduler import Controller
 
 
+_CORRECTED: Any = Field(
+    default=False,
+    description="Correct the curve by what rounds take, while no request in flight is sampled (tokens of a sampled one "
+    "are those of its seed). A plain round in 64 shows what one takes.",
+)
+
+
 class ControllerChoice:
     """A controller by its name and options; `make` gives a fresh one."""
 
@@ -69,12 +76,13 @@ class CostController(ControllerChoice):
     """Verifies what pays on the measured cost curve, one request at a time; pauses where drafting does not."""
 
     type: Literal["cost"] = tag(default="cost", kw_only=True)
+    corrected: bool = _CORRECTED
     needs_curve = True
 
     def _make(self, curve: CostCurve | None) -> Controller:
         from deepspec.decoding.scheduler import CostStop
 
-        return CostStop(self._measured(curve))
+        return CostStop(self._measured(curve), self.corrected)
 
 
 @choice
@@ -82,12 +90,13 @@ class SchedulerController(ControllerChoice):
     """DSpark's prefix scheduler: one verification budget for all requests in flight."""
 
     type: Literal["scheduler"] = tag(default="scheduler", kw_only=True)
+    corrected: bool = _CORRECTED
     needs_curve = True
 
     def _make(self, curve: CostCurve | None) -> Controller:
         from deepspec.decoding.scheduler import PrefixScheduler
 
-        return PrefixScheduler(self._measured(curve))
+        return PrefixScheduler(self._measured(curve), self.corrected)
 
 
 AnyController = Annotated[

@@ -16,6 +16,7 @@ from collections.abc import Callable
 from itertools import accumulate
 
 from deepspec.decoding.cost import CostCurve
+from deepspec.decoding.round_times import RoundTimes
 from deepspec.decoding.tree import Proposal
 
 _CREDIT = 1.0  # plain rounds that drafting may lose before it has to earn them
@@ -34,7 +35,7 @@ class Controller:
     """Verifies every proposal whole, in every round; the others build on it.
 
     The engine asks in each round: `round`, `DraftPacer.drafts` of each request, `select` once all have drafted; and
-    tells it afterwards: `observe` of each verified proposal, `DraftPacer.observe` of each request.
+    tells it afterwards: `observe` of each verified proposal, `DraftPacer.observe` of each request, `took` of the round.
 
     Attributes:
         looks_up: whether proposals may be free; the engine sets it.
@@ -49,8 +50,11 @@ class Controller:
         """Forget what was seen: a fresh engine with the same seeds decodes the same tokens."""
         self._follows: dict[int, float] = {}  # depth → chance that its token follows an accepted parent
 
-    def round(self, requests: int) -> None:
-        """Begin a round with `requests` in flight."""
+    def round(self, requests: int, greedy: bool = False) -> None:
+        """Begin a round with `requests` in flight; greedy: none of them is sampled."""
+
+    def took(self, seconds: float) -> None:
+        """End a round that took so long."""
 
     def pacer(self) -> DraftPacer | None:
         """When a fresh request drafts; None: in every round."""
@@ -136,21 +140,40 @@ class CostStop(Controller):
 
     Args:
         curve: measured costs of this target and drafter on this device.
+        corrected: by what rounds take, while no request in flight is sampled. Of a sampled one the tokens, if not their
+            law, depend on how much is drafted, and shall be those of its seed whatever the machine does.
     """
 
-    def __init__(self, curve: CostCurve):
+    def __init__(self, curve: CostCurve, corrected: bool = False):
         super().__init__()
         self.curve = curve
         self.hull = curve.convex()
+        self.corrected = corrected
+        self._times: dict[
+            int, RoundTimes
+        ] = {}  # by requests in flight; of the machine, so no `reset` forgets them
+        self._now: RoundTimes | None = None
 
     def reset(self) -> None:
         super().reset()
         self.cost = 1.0  # of the last round, in plain rounds
+        self.plainly = False  # this round, to see what a plain one takes
+        self._expected = 0.0, 0.0  # seconds of a plain round and of the last one, by the curve
         self.sharers = 1.0  # requests in that round for each one that drafted
+
+    def round(self, requests: int, greedy: bool = False) -> None:
+        self._now = (
+            self._times.setdefault(requests.bit_length(), RoundTimes()) if self.corrected and greedy else None
+        )
+        self.plainly = self._now is not None and self._now.plain_is_due
+
+    def took(self, seconds: float) -> None:
+        if self._now:
+            self._now.observe(*self._expected, seconds)
 
     def pacer(self) -> DraftPacer | None:
         # All requests wait while the drafts are made and verified: whoever drafted owes that to all of them.
-        return DraftPacer(lambda: 1 + (self.cost - 1) * self.sharers)
+        return DraftPacer(lambda: 1 + (self.cost - 1) * self.sharers, lambda: self.plainly)
 
     def select(self, proposals: list[Proposal]) -> list[Proposal]:
         requests = len(proposals)
@@ -160,15 +183,21 @@ class CostStop(Controller):
         selected = self._choose(proposals, draft_s)
         tokens = requests + sum(len(proposal.tokens) for proposal in selected)
         plain_s = self.curve.verify(requests, requests)
+        self._expected = plain_s, draft_s + self.curve.verify(requests, tokens)
         self.sharers = requests / max(sharing, 1)
-        self.cost = (draft_s + self.curve.verify(requests, tokens)) / plain_s
+        self.cost = self._seconds(self.curve, requests, tokens, draft_s) / plain_s
         return selected
+
+    def _seconds(self, curve: CostCurve, requests: int, tokens: float, draft_s: float) -> float:
+        """Seconds of a round, in which all that is not a plain round's costs what rounds have shown."""
+        plain_s, surcharge = curve.verify(requests, requests), self._now.surcharge if self._now else 1.0
+        return plain_s + surcharge * (draft_s + curve.verify(requests, tokens) - plain_s)
 
     def _choose(self, proposals: list[Proposal], draft_s: float) -> list[Proposal]:
         requests = len(proposals)
 
         def seconds(curve: CostCurve, n: int) -> float:
-            return draft_s + curve.verify(requests, requests * (1 + n))
+            return self._seconds(curve, requests, requests * (1 + n), draft_s)
 
         return [self._best_nodes([proposal], seconds)[0] for proposal in proposals]
 
@@ -205,7 +234,7 @@ class PrefixScheduler(CostStop):
 
     def reset(self) -> None:
         super().reset()
-        self._pacer = _SharedPacer(lambda: self.cost)
+        self._pacer = _SharedPacer(lambda: self.cost, lambda: self.plainly)
         self._free, self._begun = False, not self.looks_up
         self._stood, self._judged = _HOPED * _FIRST_GUESS, _HOPED  # drafted tokens whose parent was accepted
         self._undrafted = 0  # rounds
@@ -221,7 +250,8 @@ class PrefixScheduler(CostStop):
         kept = min(1.0, _REMEMBERED / (self._judged + judged))
         self._stood, self._judged = kept * (self._stood + stood), kept * (self._judged + judged)
 
-    def round(self, requests: int) -> None:
+    def round(self, requests: int, greedy: bool = False) -> None:
+        super().round(requests, greedy)
         self._stood += _FORGOTTEN * (_HOPED * _FIRST_GUESS - self._stood)
         self._judged += _FORGOTTEN * (_HOPED - self._judged)
         self._pacer.close()
@@ -250,7 +280,7 @@ class PrefixScheduler(CostStop):
         for length in range(1, _LONGEST_LOOK + 1):
             stands *= follows
             expected += stands
-            if expected * plain_s > draft_s + self.hull.verify(requests, requests * (1 + length)):
+            if expected * plain_s > self._seconds(self.hull, requests, requests * (1 + length), draft_s):
                 return True
         return False
 
@@ -259,7 +289,9 @@ class PrefixScheduler(CostStop):
 
     def _choose(self, proposals: list[Proposal], draft_s: float) -> list[Proposal]:
         requests = len(proposals)
-        return self._best_nodes(proposals, lambda curve, n: draft_s + curve.verify(requests, requests + n))
+        return self._best_nodes(
+            proposals, lambda curve, n: self._seconds(curve, requests, requests + n, draft_s)
+        )
 
 
 def first_drop(chances: list[float], certain: float, seconds: Callable[[int], float]) -> int:
@@ -290,16 +322,18 @@ class DraftPacer:
 
     Args:
         cost: of the round just ended, in plain rounds.
+        plainly: whether this round drafts nothing, whatever the account says.
     """
 
-    def __init__(self, cost: Callable[[], float]):
+    def __init__(self, cost: Callable[[], float], plainly: Callable[[], bool] = lambda: False):
         self.cost = cost
+        self.plainly = plainly
         self.account = _CREDIT
         self.wait = 0
         self.pause = _FIRST_PAUSE
 
     def drafts(self) -> bool:
-        return self.wait == 0
+        return self.wait == 0 and not self.plainly()
 
     def observe(self, committed: float) -> None:
         """End the round. Whoever was to draft pays for it, even where nothing drafted was worth verifying."""
@@ -328,8 +362,8 @@ class _SharedPacer(DraftPacer):
     the requests that it began with have gone.
     """
 
-    def __init__(self, cost: Callable[[], float]):
-        super().__init__(cost)
+    def __init__(self, cost: Callable[[], float], plainly: Callable[[], bool] = lambda: False):
+        super().__init__(cost, plainly)
         self.committed: list[float] = []
         self.paused = 0  # requests of the round that began the pause
         self.may_pay = True

@@ -111,8 +111,12 @@ def computed_configs(bench: Bench) -> Computed | None:
 
 def _label(controller: ControllerChoice) -> str:
     """Return a controller's name in a table: `fixed`, `threshold 0.5`."""
-    options = [value for name, value in vars(controller).items() if name != "type" and value is not None]
-    return " ".join([controller.type, *(f"{value:g}" for value in options)])
+    options = [
+        (name, value)
+        for name, value in vars(controller).items()
+        if name != "type" and value not in (None, False)
+    ]
+    return " ".join([controller.type, *(name if value is True else f"{value:g}" for name, value in options)])
 
 
 def check_prompts(target: Ends, tasks: Sequence[Task]) -> None:

@@ -10,6 +10,7 @@ from deepspec.evaluation.parts import (
     Confidence,
     ContextBin,
     Part,
+    PassCosts,
     StateCosts,
     Summary,
     SweepPoint,
@@ -36,6 +37,7 @@ SHOWN: dict[str, tuple[type[Part], tuple[str, ...]]] = {  # prefix of the key â†
             "round_costs",
             "states",
             "contexts",
+            "pass_costs",
             "plain_new_tokens",
             "engine",
         ),
@@ -48,6 +50,7 @@ SHOWN: dict[str, tuple[type[Part], tuple[str, ...]]] = {  # prefix of the key â†
     "promise.*": (TrainParity, ()),
     "states.*": (StateCosts, ()),
     "contexts.*": (ContextBin, ()),
+    "pass_costs.*": (PassCosts, ()),
 }
 HELPED = ("tasks.*", "tasks.*.beside.*", "summary", "")  # sections of the help text
 _COLUMN, _WIDTH = 27, 118

@@ -121,6 +121,15 @@ class StateCosts(Part):
     )
 
 
+class PassCosts(Part):
+    """What a pass of the draft's rounds cost beside a plain one, verdicts among them."""
+
+    by_curve: float = Field(
+        description="by the cost curve, with which controllers decide: the mean over rounds"
+    )
+    measured: float = Field(description="seconds a round over seconds a plain round, of the same prompts")
+
+
 class LosslessChecked(Part):
     """On how much losslessness was checked."""
 

@@ -24,6 +24,7 @@ from deepspec.evaluation.parts import (
     DraftProvenance,
     Mode,
     Part,
+    PassCosts,
     RecordWarning,
     RoundCosts,
     StateCosts,
@@ -40,6 +41,7 @@ DRAFT = "draft"  # the contestant that a record is about: the draft as `evaluate
 _LATER = (
     "states",
     "contexts",
+    "pass_costs",
     "plain_new_tokens",
     "engine",
 )  # sections that records of this version may lack
@@ -97,6 +99,11 @@ class Record(Part):
         None,
         description="as `tasks`: what the rounds cost a target that keeps a state (recurrent layers) and runs accepted "
         "tokens again; absent for every other target",
+    )
+    pass_costs: dict[str, PassCosts] | None = Field(
+        None,
+        description="as `tasks`: what a pass of the draft's rounds cost beside a plain one, by the cost curve and in "
+        "fact; absent in records of before",
     )
     contexts: dict[str, list[ContextBin]] | None = Field(
         None,

@@ -20,7 +20,10 @@ PLAIN = "plain"
 
 @dataclass
 class Run:
-    """One configuration on one prompt, its turns in order. `accepted` and `drafted` count tokens by turn and round."""
+    """One configuration on one prompt, its turns in order.
+
+    `accepted`, `drafted` and `verified` count tokens by turn and round.
+    """
 
     seconds: float = 0.0  # less the target's prefill
     tokens: int = 0
@@ -28,6 +31,7 @@ class Run:
     verify_s: float = 0.0
     accepted: list[list[int]] = field(default_factory=list)
     drafted: list[list[int]] = field(default_factory=list)
+    verified: list[list[int]] = field(default_factory=list)  # empty in runs of before
     prompt_tokens: list[int] = field(default_factory=list)  # of each turn; empty in runs of before
     output: str = ""  # digest of the token ids of all turns
     extra_passes: int = 0  # runs of the target beyond one a round, and
@@ -44,6 +48,7 @@ class Run:
         self.prompt_tokens.append(len(generation.prompt_ids))
         self.accepted.append(list(stats.accepted))
         self.drafted.append(list(stats.drafted))
+        self.verified.append(list(stats.verified))
         self.extra_passes += sum(stats.passes) - stats.rounds
         self.fed += sum(stats.fed)
         self.output = digest(self.output + json.dumps(generation.tokens))

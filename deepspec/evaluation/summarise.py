@@ -9,6 +9,7 @@ from itertools import accumulate
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
+from deepspec.decoding.cost import CostCurve
 from deepspec.evaluation.contexts import tau_by_context
 from deepspec.evaluation.parts import (
     BesideFigures,
@@ -23,6 +24,7 @@ from deepspec.evaluation.parts import (
     Mean,
     Mode,
     OutputBin,
+    PassCosts,
     RecordWarning,
     RoundCosts,
     StateCosts,
@@ -129,6 +131,7 @@ def build_record(subject: Subject, tasks: list[Task], measured: Measured) -> Rec
         provenance=measured.provenance,
         states=state_costs(measured.contest),
         contexts=contexts(measured.contest),
+        pass_costs=pass_costs(measured.contest, measured.round_costs),
     )
 
 
@@ -247,6 +250,24 @@ def _entry(
         output_hashes=[run.output for run in own],
         beside=beside,
     )
+
+
+def pass_costs(results: Results, costs: RoundCosts | None) -> dict[str, PassCosts] | None:
+    """Return what passes of the draft's rounds cost beside plain ones; None without a curve, or of runs of before."""
+    if costs is None:
+        return None
+    curve, found = CostCurve.from_json(costs.model_dump()), {}
+    for (name, temperature), rows in results.items():
+        plain, drafted = ([row[which] for row in rows] for which in (PLAIN, DRAFT))
+        sizes = [1 + count for run in drafted for turn in run.verified for count in turn]
+        plain_rounds = sum(run.rounds for run in plain)
+        if sizes and plain_rounds:
+            a_plain_one = sum(run.verify_s for run in plain) / plain_rounds
+            found[task_key(name, temperature)] = PassCosts(
+                by_curve=fmean(curve.verify(1, size) for size in sizes) / curve.verify(1, 1),
+                measured=sum(run.verify_s for run in drafted) / len(sizes) / a_plain_one,
+            )
+    return found or None
 
 
 def state_costs(results: Results) -> dict[str, StateCosts] | None:

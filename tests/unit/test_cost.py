@@ -12,6 +12,9 @@ from deepspec.decoding.profiles import load_or_measure
 from deepspec.decoding.shapes import Chain
 from deepspec.drafters.algorithms.lookup import LookupDrafter
 from deepspec.errors import DeepSpecError
+from deepspec.evaluation.parts import RoundCosts
+from deepspec.evaluation.runs import Run
+from deepspec.evaluation.summarise import pass_costs
 from deepspec.target.model import load_target
 
 CURVE = CostCurve({1: [(1, 10.0), (3, 12.0), (5, 20.0)], 4: [(4, 16.0), (12, 32.0)]}, {1: 1.0, 4: 4.0})
@@ -217,3 +220,17 @@ def test_a_target_with_no_room_for_a_pass_is_refused(target, monkeypatch):
     monkeypatch.setattr(target, "max_length", 8)
     with pytest.raises(DeepSpecError, match="8 positions are too few"):
         pass_times.measure_passes(target, (1,), (8,), 16)
+
+
+def test_a_record_says_what_passes_cost_by_the_curve_and_in_fact():
+    costs = RoundCosts(identity={}, passes={"1": [(1, 10.0), (5, 14.0)]}, drafts={})
+    plain = Run(verify_s=4 * 0.02, accepted=[[0, 0], [0, 0]], verified=[[0, 0], [0, 0]])
+    drafted = Run(verify_s=2 * 0.03, accepted=[[1], [0]], verified=[[4], [2]])
+    results = {("sums", 0.0): [{"plain": plain, "draft": drafted}] * 2}
+    (found,) = (pass_costs(results, costs) or {}).values()
+    assert found.by_curve == pytest.approx(1.3)  # of 14 and 12 over 10
+    assert found.measured == pytest.approx(1.5)
+    assert pass_costs(results, None) is None
+    for run in (plain, drafted):
+        run.verified = []  # as kept before
+    assert pass_costs(results, costs) is None

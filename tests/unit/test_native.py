@@ -84,6 +84,7 @@ def test_a_product_is_near_the_exact_one_and_a_row_does_not_depend_on_the_others
         assert ((found.double() - wanted).abs() <= tolerance + wanted.abs() / 256).all()
         for i in range(rows):
             assert torch.equal(linear(x[:, i : i + 1], residual[:, i : i + 1])[0, 0], found[0, i])
+    assert linear(random(1, 0, inputs), random(1, 0, out)).shape == (1, 0, out)
 
 
 @needed

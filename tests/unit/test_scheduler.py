@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
+from collections.abc import Iterable
 from dataclasses import replace
 from functools import partial
 from typing import ClassVar
@@ -14,6 +15,7 @@ import torch
 from deepspec.decoding.cost import CostCurve
 from deepspec.decoding.engine import generate
 from deepspec.decoding.params import CONTROLLERS, make_controller
+from deepspec.decoding.round_times import RoundTimes
 from deepspec.decoding.scheduler import (
     Controller,
     CostStop,
@@ -545,17 +547,103 @@ def test_no_controller_touches_the_law_of_a_sampled_chain(rule, name, seed):
     assert len(lengths) > 1 or name == "fixed", "the controller never had to decide"
 
 
+# --- a curve that is no longer true ------------------------------------------------------------------------------
+
+
+def rounds_of(times: RoundTimes, kinds: Iterable[tuple[float, float]], pace: float, surcharge: float) -> None:
+    """Rounds of (plain, round) seconds by the curve, as a machine has them whose pace and surcharge are these."""
+    for plain_s, round_s in kinds:
+        times.observe(plain_s, round_s, pace * (plain_s + surcharge * (round_s - plain_s)))
+
+
+@pytest.mark.parametrize("pace", [0.2, 1.0, 30.0])
+@pytest.mark.parametrize("surcharge", [0.5, 1.0, 3.0])
+def test_rounds_tell_what_drafting_costs_whatever_the_pace(pace, surcharge):
+    times = RoundTimes()
+    rounds_of(times, [(1.0, 1.0), *[(1.0, 1.2)] * 20] * 20, pace, surcharge)
+    assert times.surcharge == pytest.approx(surcharge, rel=0.1)
+
+
+def test_a_round_in_which_something_else_ran_says_little():
+    times = RoundTimes()
+    rounds_of(times, [(1.0, 1.0), *[(1.0, 1.2)] * 20] * 20, 1.0, 1.0)
+    times.observe(1.0, 1.0, 500.0)
+    times.observe(1.0, 1.2, 500.0)
+    assert 0.8 < times.surcharge < 1.3
+
+
+def test_a_plain_round_is_due_soon_at_first_and_seldom_later():
+    times, due = RoundTimes(), []
+    for number in range(300):
+        due += [number] * times.plain_is_due
+        times.observe(1.0, 1.0 if times.plain_is_due else 1.2, 1.0)
+    assert due[:4] == [4, 9, 14, 79] and len(due) == 7
+
+
+def simulated(
+    controller: CostStop, truth: CostCurve, greedy: bool, requests: int = 4, rounds: int = 200
+) -> list[int]:
+    """Tokens verified in each round where rounds take what `truth` has, a third of the drafted tokens standing."""
+    pace, verified, rng = controller.pacer(), [], random.Random(0)
+    for _ in range(rounds):
+        controller.round(requests, greedy)
+        drafts = pace.drafts()
+        selected = controller.select([chain(0.5, 0.4, 0.3) if drafts else Proposal()] * requests)
+        verified.append(sum(len(proposal.tokens) for proposal in selected))
+        for proposal in selected:
+            stood = len(list(itertools.takewhile(lambda _: rng.random() < 0.35, proposal.tokens)))
+            pace.observe(1 + stood)
+        controller.took(
+            7 * (drafts * truth.draft(requests) + truth.verify(requests, requests + verified[-1]))
+        )
+    return verified
+
+
+def test_a_corrected_curve_stops_what_costs_more_than_was_measured():
+    measured, truth = curve(token=0.005, draft=0.02), curve(token=0.05, draft=0.2)
+    whole = simulated(PrefixScheduler(measured), truth, greedy=True)
+    right = simulated(PrefixScheduler(truth), truth, greedy=True)
+    found = simulated(PrefixScheduler(measured, corrected=True), truth, greedy=True)
+    assert sum(whole[100:]) > 10 * sum(right[100:])
+    assert sum(found[100:]) < 2 * sum(right[100:]) + sum(whole[100:]) // 10
+
+
+def test_a_sampled_request_is_drafted_by_the_curve_alone():
+    measured, truth = curve(token=0.005, draft=0.02), curve(token=0.05, draft=0.2)
+    by_curve = simulated(PrefixScheduler(measured), truth, greedy=False)
+    controller = PrefixScheduler(measured, corrected=True)
+    assert simulated(controller, truth, greedy=False) == by_curve
+    simulated(controller, truth, greedy=True)  # what greedy rounds have shown is not used either
+    controller.reset()
+    assert simulated(controller, truth, greedy=False) == by_curve
+
+
+def test_what_rounds_took_outlives_the_engine():
+    measured, truth = curve(token=0.005, draft=0.02), curve(token=0.05, draft=0.2)
+    controller = PrefixScheduler(measured, corrected=True)
+    first = simulated(controller, truth, greedy=True, rounds=60)
+    controller.reset()
+    assert sum(simulated(controller, truth, greedy=True, rounds=60)) < sum(first)
+
+
 # --- in the engine, and by name ---------------------------------------------------------------------------------
 
 PROMPTS = [[33, 2, 33, 2, 33, 2, 33], [5, 9, 14, 3, 77, 20], [7] * 30]
 
 
-@pytest.mark.parametrize("name", sorted(CONTROLLERS))
+OPTIONS = [
+    (name, {"fixed": {"length": 2}, "threshold": {"least": 0.9}}.get(name, {}))
+    for name in sorted(CONTROLLERS)
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "options"), [*OPTIONS, ("cost", {"corrected": True}), ("scheduler", {"corrected": True})]
+)
 @pytest.mark.parametrize("requests", [1, 3])
-def test_no_controller_changes_a_greedy_token(name, requests, tmp_path_factory):
+def test_no_controller_changes_a_greedy_token(name, options, requests):
     target = load_target(cached_target("llama"))
     plain = generate(target, None, PROMPTS[:requests], 40)
-    options = {"fixed": {"length": 2}, "threshold": {"least": 0.9}}.get(name, {})
     controller = make_controller(name, curve(token=0.4, draft=0.5), **options)
     runs = generate(target, LookupDrafter(5, 1), PROMPTS[:requests], 40, controller=controller)
     assert [run.tokens for run in runs] == [run.tokens for run in plain]
@@ -572,7 +660,7 @@ def test_names_and_options_are_checked():
         make_controller("cost")
     with pytest.raises(DeepSpecError, match=r"no 'lenght'; did you mean 'length'.; known: length"):
         make_controller("fixed", lenght=3)
-    with pytest.raises(DeepSpecError, match="no 'length'; known: none"):
+    with pytest.raises(DeepSpecError, match="no 'length'; known: corrected"):
         make_controller("scheduler", curve(), length=3)
     with pytest.raises(DeepSpecError, match="needs 'least'"):
         make_controller("threshold")

@@ -311,6 +311,7 @@ void tiles_over_tokens(const Matrix& m, const bf16* x, const float* sums, long t
 
 template <class Put>
 void tiles_over_blocks(const Matrix& m, const bf16* x, const float* sums, long tokens, long block, long end, Put& put) {
+  if (!tokens) return;
   shape_tiles(height(tokens));
   while (block < end) {
     const long left = m.bits == 16 ? std::min(end - block, SIDE - block % SIDE) : 1;
