@@ -26,7 +26,7 @@ from deepspec.evaluation.stats import Interval, Pair, speedup
 from deepspec.evaluation.timing import rotated, timed, warm_up
 from deepspec.target.model import Target
 
-SCHEDULER = "scheduler"
+FIXED, SCHEDULER, CORRECTED = "fixed", "scheduler", "scheduler, corrected"
 _WARM_UP_TOKENS = 24
 
 
@@ -132,11 +132,19 @@ class Server:
         ]
 
 
-def configs(drafter: Drafter, curve: CostCurve, lengths: Sequence[int]) -> list[DecodingConfig]:
-    """Return plain decoding, each fixed length (the whole block among them) and the scheduler."""
+def configs(
+    drafter: Drafter, curve: CostCurve, lengths: Sequence[int], corrected: bool = False
+) -> list[DecodingConfig]:
+    """Return plain decoding, each fixed length (the whole block among them) and the scheduler.
+
+    Args:
+        corrected: with the scheduler that corrects its curve too.
+    """
     within = {min(n, drafter.block_size) for n in (*lengths, drafter.block_size)}
-    controllers = {f"fixed {n}": make_controller("fixed", length=n) for n in sorted(within)}
+    controllers = {f"{FIXED} {n}": make_controller("fixed", length=n) for n in sorted(within)}
     controllers[SCHEDULER] = make_controller("scheduler", curve)
+    if corrected:
+        controllers[CORRECTED] = make_controller("scheduler", curve, corrected=True)
     drafting = [DecodingConfig(name, drafter, controller=each) for name, each in controllers.items()]
     return [DecodingConfig(PLAIN), *drafting]
 
@@ -173,7 +181,7 @@ def compared(runs: list[BatchRun], reference: list[BatchRun]) -> Interval | None
 
 def best_fixed(runs: dict[str, list[BatchRun]]) -> str:
     """Return the fixed length with the highest rate here: chosen afterwards, as no server could."""
-    fixed = [name for name in runs if name not in (PLAIN, SCHEDULER)]
+    fixed = [name for name in runs if name.startswith(FIXED)]
     return max(fixed, key=lambda name: sum(r.tokens for r in runs[name]) / sum(r.seconds for r in runs[name]))
 
 
