@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 READING, DECODING, EXTRACTING, TRAINING = 0.8, 0.9, 0.75, 0.7  # of the rates, reached in the demo
 OUR_TRAINING = 0.9  # with our kernels for losses, norms and attention
+TILED = 0.2  # of either, where AMX multiplies: products are so fast then that a step waits for all else
 ANSWERED = 0.7  # of max_new_tokens, in the mean
 PROMPT = 60  # tokens of a prompt, its template included
 TEXT = 12  # bytes that a token takes in the data set: ids, mask and text, compressed
@@ -250,7 +251,7 @@ def _training(params: Params, target: TargetSize, name: str, draft: DraftSize, r
     # Forward and backward of the draft's law, forward of the target's.
     a_column = 8.0 * target.hidden if draft.head_rank is None else 2.0 * target.hidden + 6.0 * draft.head_rank
     laws = a_column * draft.columns * positions
-    reached = OUR_TRAINING if rates.kernels else TRAINING
+    reached = (OUR_TRAINING if rates.kernels else TRAINING) * (TILED if rates.tiles else 1)
     seconds = (backbone + laws) / (rates.flops * reached * rates.devices)
     online = train.features.mode == "online"
     local = online and params.target.engine == "local"

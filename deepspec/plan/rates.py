@@ -41,6 +41,7 @@ class Rates(Section):
     free_disk: float = Field(gt=0, description="Bytes that the disk has room for.")
     devices: int = Field(1, ge=1, description="That work together (`accelerate launch`).")
     kernels: bool = Field(False, description="Our kernels run the target (bfloat16 on such a CPU).")
+    tiles: bool = Field(False, description="A CPU with AMX multiplies (bfloat16).")
 
     @property
     def narrow_flops(self) -> float:
@@ -94,6 +95,7 @@ def measure(dtype: torch.dtype, root: Path) -> Rates:
         free_disk=shutil.disk_usage(root).free,
         devices=torch.cuda.device_count() if cuda else 1,
         kernels=weights[0].native is not None and not cuda,
+        tiles=bool(torch.cpu.get_capabilities().get("amx_bf16")) and dtype == torch.bfloat16 and not cuda,
     )
 
 
