@@ -1,4 +1,4 @@
-"""Our kernels for CPUs, `target/native/kernels.cpp`: compiled by the machine's own compiler into the user's cache."""
+"""Our kernels for CPUs, `target/native`: compiled by the machine's own compiler into the user's cache."""
 
 from __future__ import annotations
 
@@ -43,6 +43,11 @@ TILES = ("amx_tile", "amx_bf16")
 TILE_FLAGS = ("-mamx-tile", "-mamx-bf16")
 WITH_TILES = ", with AMX"
 LONGEST_S = 300
+
+
+def sources() -> bytes:
+    """Return all that the library is compiled of."""
+    return b"".join(path.read_bytes() for path in (*sorted(SOURCE.parent.glob("*.h")), SOURCE))
 
 
 def kernels() -> ctypes.CDLL | None:
@@ -99,12 +104,12 @@ def _loaded() -> tuple[ctypes.CDLL, str]:
 
 
 def _compiled(flags: Sequence[str]) -> Path:
-    """Return the library's file, compiled if there is none of this source and these flags.
+    """Return the library's file, compiled if there is none of these sources and flags.
 
     Raises:
         DeepSpecError: no compiler, or it failed.
     """
-    key = hashlib.sha256("\0".join((SOURCE.read_text(), *flags)).encode()).hexdigest()[:16]
+    key = hashlib.sha256(sources() + "\0".join(flags).encode()).hexdigest()[:16]
     cached = Path.home().joinpath(*CACHED)
     library = cached / f"{key}.so"
     if not library.exists():

@@ -103,10 +103,10 @@ def code_digest(*names: str) -> str:
 
 
 def _kernels() -> bytes:
-    """Return what else decides how sums are rounded: the kernels' source, where this machine uses them, and how."""
-    from deepspec.kernels import SOURCE, kernels, state
+    """Return what else decides how sums are rounded: the kernels' sources, where this machine uses them, and how."""
+    from deepspec.kernels import kernels, sources, state
 
-    return SOURCE.read_bytes() + state().encode() if kernels() else b""
+    return sources() + state().encode() if kernels() else b""
 
 
 def _name(path: Path) -> str:
