@@ -29,7 +29,13 @@ def test_a_small_run_writes_table_and_figures(tiny_target, tmp_path, monkeypatch
     data = json.loads((tmp_path / "out" / "throughput.json").read_text())
     names = [(e["temperature"], e["batch"], e["name"]) for e in data["results"]]
     assert len(names) == len(set(names)) == 2 * 2 * 5
-    assert {name for _, _, name in names} == {"plain", "fixed 1", "fixed 3", "scheduler", "scheduler, corrected"}
+    assert {name for _, _, name in names} == {
+        "plain",
+        "fixed 1",
+        "fixed 3",
+        "scheduler",
+        "scheduler, corrected",
+    }
     for entry in data["results"]:
         assert entry["tokens_per_second"] > 0 and entry["tau"] >= 1
         assert entry["verified_per_request"] is None or entry["name"] != "plain"
