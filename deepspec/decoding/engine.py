@@ -205,14 +205,13 @@ class Engine:
                 self._commit(turn, features)
         clock.lap("host_s")
         clock.share(turns)
-        if self.controller:
-            self.controller.took(sum(clock.parts.values()))
+        if self.controller and self.session:
+            self.controller.took(clock.parts["draft_s"] + clock.parts["verify_s"])
 
     def _draft(self, turns: list[Turn]) -> None:
         """One proposal a request: no path reaches beyond what the request may still commit."""
         if self.controller:
-            greedy = all(turn.slot.request.sampling.temperature == 0 for turn in turns)
-            self.controller.round(len(turns), greedy)
+            self.controller.round(len(turns))
         asks = [
             DraftRequest(
                 row=turn.row,

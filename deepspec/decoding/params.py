@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 
 _CORRECTED: Any = Field(
     default=False,
-    description="Correct the curve by what rounds take, while no request in flight is sampled (tokens of a sampled one "
-    "are those of its seed). A plain round in 64 shows what one takes.",
+    description="Correct the curve by what rounds take; a plain round in 64 shows what one takes. Greedy text stays "
+    "the same, and the law of sampled text, but not the tokens that a seed draws.",
 )
 
 

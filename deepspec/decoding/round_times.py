@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
-_FOLLOW = 1 / 16  # how fast the pace follows plain rounds
-_OUTLIER = 2.0  # times the pace: such a round counts as that, since something else ran
+import math
+from collections import deque
+from statistics import median
+
+_RECENT = 3  # plain rounds whose median is the pace; so many are needed before anything is corrected
+_OUTLIER = 2.0  # times what is expected: such a round counts as that, since something else ran
 _FORGOTTEN = 1 / 64  # of what drafted rounds took, a round
 _HELD = 0.5  # plain rounds' time of drafting and verifying that the curve has right until rounds have shown otherwise
 _LEAST, _MOST = 1 / 16, 16.0
-_FIRST, _LATER = 4, 64  # drafted rounds behind which a plain one is due: at first, and behind enough of them
-_ENOUGH = 3
+_FIRST, _LATER = 4, 64  # drafted rounds behind which a plain one is due: while little is known, and else
+_FOLLOW, _JUMP = (
+    1 / 8,
+    math.log(1.2),
+)  # rounds that take so much more or less than expected: little is known again
 
 
 class RoundTimes:
@@ -24,34 +31,36 @@ class RoundTimes:
 
     def __init__(self) -> None:
         self.surcharge = 1.0
-        self._pace = 1.0
-        self._plain = 0  # rounds
+        self._paces: deque[float] = deque(maxlen=_RECENT)
         self._unbroken = 0  # drafted rounds since the last plain one
+        self._drift = 0.0  # how far rounds are from what is expected of them, as a logarithm
         self._took = self._expected = 0.0  # beyond plain rounds, in plain rounds of the curve
 
     @property
     def plain_is_due(self) -> bool:
-        return self._unbroken >= (_FIRST if self._plain < _ENOUGH else _LATER)
+        known = len(self._paces) == _RECENT and abs(self._drift) < _JUMP
+        return self._unbroken >= (_LATER if known else _FIRST)
 
-    def observe(self, plain_s: float, round_s: float, took_s: float) -> None:
+    def observe(self, plain: bool, plain_s: float, round_s: float, took_s: float) -> None:
         """End a round.
 
         Args:
+            plain: nothing was drafted in it, and nothing verified.
             plain_s: seconds of a plain round, by the curve.
-            round_s: of this round, by the curve; the same where it was plain.
+            round_s: of this round, by the curve.
             took_s: of this round.
         """
-        if round_s == plain_s:
-            self._plain += 1
+        if plain:
+            self._paces.append(took_s / plain_s)
             self._unbroken = 0
-            pace = took_s / plain_s
-            if self._plain > 1:
-                pace = min(max(pace, self._pace / _OUTLIER), self._pace * _OUTLIER)
-            self._pace += max(1 / self._plain, _FOLLOW) * (pace - self._pace)
             return
         self._unbroken += 1
-        if self._plain:
-            took = min(took_s / (self._pace * plain_s), _OUTLIER * round_s / plain_s)
-            self._took += took - 1 - _FORGOTTEN * self._took
-            self._expected += round_s / plain_s - 1 - _FORGOTTEN * self._expected
-            self.surcharge = min(max((_HELD + self._took) / (_HELD + self._expected), _LEAST), _MOST)
+        if len(self._paces) < _RECENT:
+            return
+        more = max(round_s / plain_s - 1, 0.0)
+        likely = 1 + self.surcharge * more
+        took = min(took_s / (median(self._paces) * plain_s), _OUTLIER * likely)
+        self._drift += _FOLLOW * (math.log(took / likely) - self._drift)
+        self._took += took - 1 - _FORGOTTEN * self._took
+        self._expected += more - _FORGOTTEN * self._expected
+        self.surcharge = min(max((_HELD + self._took) / (_HELD + self._expected), _LEAST), _MOST)

@@ -50,11 +50,11 @@ class Controller:
         """Forget what was seen: a fresh engine with the same seeds decodes the same tokens."""
         self._follows: dict[int, float] = {}  # depth → chance that its token follows an accepted parent
 
-    def round(self, requests: int, greedy: bool = False) -> None:
-        """Begin a round with `requests` in flight; greedy: none of them is sampled."""
+    def round(self, requests: int) -> None:
+        """Begin a round with `requests` in flight."""
 
     def took(self, seconds: float) -> None:
-        """End a round that took so long."""
+        """End a round whose drafts and target pass, verdict included, took so long."""
 
     def pacer(self) -> DraftPacer | None:
         """When a fresh request drafts; None: in every round."""
@@ -140,8 +140,8 @@ class CostStop(Controller):
 
     Args:
         curve: measured costs of this target and drafter on this device.
-        corrected: by what rounds take, while no request in flight is sampled. Of a sampled one the tokens, if not their
-            law, depend on how much is drafted, and shall be those of its seed whatever the machine does.
+        corrected: by what rounds take. How much is drafted then depends on the machine's minutes, and with it which
+            tokens a seed draws, if not their law. Greedy text is the same.
     """
 
     def __init__(self, curve: CostCurve, corrected: bool = False):
@@ -149,27 +149,29 @@ class CostStop(Controller):
         self.curve = curve
         self.hull = curve.convex()
         self.corrected = corrected
-        self._times: dict[
-            int, RoundTimes
-        ] = {}  # by requests in flight; of the machine, so no `reset` forgets them
-        self._now: RoundTimes | None = None
+        # By requests in flight. They are of the machine, so no `reset` forgets them.
+        self._times: dict[int, RoundTimes] = {}
 
     def reset(self) -> None:
         super().reset()
         self.cost = 1.0  # of the last round, in plain rounds
         self.plainly = False  # this round, to see what a plain one takes
-        self._expected = 0.0, 0.0  # seconds of a plain round and of the last one, by the curve
         self.sharers = 1.0  # requests in that round for each one that drafted
+        self._now: RoundTimes | None = None
+        self._last = (
+            True,
+            0.0,
+            0.0,
+        )  # whether that round was plain, and by the curve seconds of a plain one and of it
 
-    def round(self, requests: int, greedy: bool = False) -> None:
-        self._now = (
-            self._times.setdefault(requests.bit_length(), RoundTimes()) if self.corrected and greedy else None
-        )
-        self.plainly = self._now is not None and self._now.plain_is_due
+    def round(self, requests: int) -> None:
+        if self.corrected:
+            self._now = self._times.setdefault(requests.bit_length(), RoundTimes())
+            self.plainly = self._now.plain_is_due
 
     def took(self, seconds: float) -> None:
         if self._now:
-            self._now.observe(*self._expected, seconds)
+            self._now.observe(*self._last, seconds)
 
     def pacer(self) -> DraftPacer | None:
         # All requests wait while the drafts are made and verified: whoever drafted owes that to all of them.
@@ -183,7 +185,8 @@ class CostStop(Controller):
         selected = self._choose(proposals, draft_s)
         tokens = requests + sum(len(proposal.tokens) for proposal in selected)
         plain_s = self.curve.verify(requests, requests)
-        self._expected = plain_s, draft_s + self.curve.verify(requests, tokens)
+        plain = tokens == requests and not drafting
+        self._last = plain, plain_s, draft_s + self.curve.verify(requests, tokens)
         self.sharers = requests / max(sharing, 1)
         self.cost = self._seconds(self.curve, requests, tokens, draft_s) / plain_s
         return selected
@@ -250,8 +253,8 @@ class PrefixScheduler(CostStop):
         kept = min(1.0, _REMEMBERED / (self._judged + judged))
         self._stood, self._judged = kept * (self._stood + stood), kept * (self._judged + judged)
 
-    def round(self, requests: int, greedy: bool = False) -> None:
-        super().round(requests, greedy)
+    def round(self, requests: int) -> None:
+        super().round(requests)
         self._stood += _FORGOTTEN * (_HOPED * _FIRST_GUESS - self._stood)
         self._judged += _FORGOTTEN * (_HOPED - self._judged)
         self._pacer.close()

@@ -92,7 +92,7 @@ def decoding_configs(bench: Bench) -> list[DecodingConfig]:
         found.append(DecodingConfig(LOOKUP, bench.baseline))
     for name, drafter in bench.drafters.items():
         others = {
-            _label(chosen): chosen for chosen in bench.params.controllers if chosen != decode.controller
+            label_of(chosen): chosen for chosen in bench.params.controllers if chosen != decode.controller
         }
         used = Deployment.of(bench.target, drafter, decode, bench.curves[name])
         controllers = {label: chosen.make(bench.curves[name]) for label, chosen in others.items()}
@@ -109,12 +109,12 @@ def computed_configs(bench: Bench) -> Computed | None:
     return Computed([DecodingConfig(LOOKUP, bench.baseline)], f"{first}/{DRAFT}", bench.curves[first])
 
 
-def _label(controller: ControllerChoice) -> str:
+def label_of(controller: ControllerChoice) -> str:
     """Return a controller's name in a table: `fixed`, `threshold 0.5`."""
     options = [
         (name, value)
         for name, value in vars(controller).items()
-        if name != "type" and value not in (None, False)
+        if name != "type" and value is not None and value is not False
     ]
     return " ".join([controller.type, *(name if value is True else f"{value:g}" for name, value in options)])
 

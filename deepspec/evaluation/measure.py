@@ -8,7 +8,8 @@ float32 (`identity.py`); a path that fails it gets no speed-up (`record.py`).
 
 Everything is a piece of work (`phases.py`) with a key (`work.py`): a killed evaluation goes on where it stopped, and
 several processes share the pieces. What a piece decodes depends on its prompt and the seed alone, so τ does not
-depend on how many processes there are; their seconds do, where they share a machine.
+depend on how many processes there are (unless a controller corrects its curve by seconds); their seconds do, where they
+share a machine.
 """
 
 from __future__ import annotations

@@ -129,6 +129,8 @@ def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[Differe
     ]
     pairs += [(name, then.get(name), now.get(name), True) for name in ("target_digest", "draft_digest")]
     pairs += [("cost curve", _curve(then), _curve(now), _asked(then))]
+    if _controller(then).get("corrected"):
+        pairs += [("seconds of rounds", "they corrected the cost curve", "they correct it anew", True)]
     return [
         Difference(name, old, new, decides)
         for name, old, new, decides in pairs
@@ -278,8 +280,12 @@ def _identities(records: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
 
 def _asked(record: Mapping[str, Any]) -> bool:
     """Check whether its controller decides by the cost curve."""
-    controller = record.get("decode", {}).get("controller", {})
-    return controller.get("type") not in ("fixed", "threshold")
+    return _controller(record).get("type") not in ("fixed", "threshold")
+
+
+def _controller(record: Mapping[str, Any]) -> Mapping[str, Any]:
+    found: Mapping[str, Any] = record.get("decode", {}).get("controller", {})
+    return found
 
 
 def _curve(record: Mapping[str, Any]) -> str | None:

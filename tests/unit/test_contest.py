@@ -9,9 +9,11 @@ from types import SimpleNamespace
 import pytest
 
 from deepspec.decoding.engine import generate as decode
+from deepspec.decoding.params import CostController, FixedController, ThresholdController
 from deepspec.decoding.request import Generation, Stats
 from deepspec.drafters.algorithms.lookup import LookupDrafter
 from deepspec.evaluation import contest, identity, timing
+from deepspec.evaluation.bench import label_of
 from deepspec.evaluation.contest import Contest, DecodingConfig
 from deepspec.evaluation.parts import Decode, DraftProvenance
 from deepspec.evaluation.record import DRAFT, LOOKUP, Identity
@@ -263,3 +265,18 @@ def test_what_does_not_pay_is_named(engine):
     names = [warning["name"] for warning in found["warnings"]]
     assert names == ["slower_than_plain", "weaker_than_lookup"] * 2
     assert "T = 1" in found["warnings"][-1]["message"]
+
+
+@pytest.mark.parametrize(
+    ("chosen", "label"),
+    [
+        (ThresholdController(least=0.0), "threshold 0"),
+        (ThresholdController(least=0.25), "threshold 0.25"),
+        (FixedController(), "fixed"),
+        (FixedController(length=1), "fixed 1"),
+        (CostController(), "cost"),
+        (CostController(corrected=True), "cost corrected"),
+    ],
+)
+def test_a_controller_is_named_by_what_it_was_given(chosen, label):
+    assert label_of(chosen) == label

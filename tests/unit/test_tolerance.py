@@ -98,6 +98,12 @@ def test_a_curve_that_no_controller_asks_changes_nothing(controller, decides):
     assert failing(figures(then), figures(now, tau=2.5001)) == (set() if decides else {"good.tau"})
 
 
+def test_a_curve_that_rounds_corrected_is_never_the_same():
+    made = measured(decode={"controller": {"type": "cost", "corrected": True}})
+    assert [fact.decides for fact in differences(made, made)] == [True]
+    assert failing(figures(made), figures(made, tau=2.5001)) == set()
+
+
 def test_what_only_one_record_says_is_no_difference():
     old = measured()
     del old["provenance"]["cpu"], old["round_costs"]

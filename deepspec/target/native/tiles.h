@@ -40,6 +40,7 @@ void shape_tiles(long tokens) {
   for (int i = 0; i < 8; ++i) shapes.rows[i] = i < 5 ? tokens : TALL;
   written(&shapes);
   _tile_loadconfig(&shapes);
+  written(&shapes);  // and its room is not another's before it was read
 }
 
 template <int B>
