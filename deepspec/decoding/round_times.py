@@ -12,10 +12,8 @@ _FORGOTTEN = 1 / 64  # of what drafted rounds took, a round
 _HELD = 0.5  # plain rounds' time of drafting and verifying that the curve has right until rounds have shown otherwise
 _LEAST, _MOST = 1 / 16, 16.0
 _FIRST, _LATER = 4, 64  # drafted rounds behind which a plain one is due: while little is known, and else
-_FOLLOW, _JUMP = (
-    1 / 8,
-    math.log(1.2),
-)  # rounds that take so much more or less than expected: little is known again
+# Rounds that take so much more or less than is expected of them: little is known again.
+_FOLLOW, _JUMP = 1 / 8, math.log(1.2)
 
 
 class RoundTimes:

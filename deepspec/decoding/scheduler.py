@@ -158,11 +158,8 @@ class CostStop(Controller):
         self.plainly = False  # this round, to see what a plain one takes
         self.sharers = 1.0  # requests in that round for each one that drafted
         self._now: RoundTimes | None = None
-        self._last = (
-            True,
-            0.0,
-            0.0,
-        )  # whether that round was plain, and by the curve seconds of a plain one and of it
+        # Whether that round was plain, and by the curve seconds of a plain one and of it.
+        self._last = True, 0.0, 0.0
 
     def round(self, requests: int) -> None:
         if self.corrected:
