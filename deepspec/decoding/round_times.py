@@ -39,6 +39,10 @@ class RoundTimes:
         known = len(self._paces) == _RECENT and abs(self._drift) < _JUMP
         return self._unbroken >= (_LATER if known else _FIRST)
 
+    def corrected(self, plain_s: float, round_s: float) -> float:
+        """Return what a round costs where the curve has so many seconds for it and for a plain one."""
+        return plain_s + self.surcharge * (round_s - plain_s)
+
     def observe(self, plain: bool, plain_s: float, round_s: float, took_s: float) -> None:
         """End a round.
 

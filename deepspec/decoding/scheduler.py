@@ -183,15 +183,16 @@ class CostStop(Controller):
         tokens = requests + sum(len(proposal.tokens) for proposal in selected)
         plain_s = self.curve.verify(requests, requests)
         plain = tokens == requests and not drafting
-        self._last = plain, plain_s, draft_s + self.curve.verify(requests, tokens)
+        round_s = draft_s + self.curve.verify(requests, tokens)
+        self._last = plain, plain_s, round_s
         self.sharers = requests / max(sharing, 1)
-        self.cost = self._seconds(self.curve, requests, tokens, draft_s) / plain_s
+        self.cost = (self._now.corrected(plain_s, round_s) if self._now else round_s) / plain_s
         return selected
 
     def _seconds(self, curve: CostCurve, requests: int, tokens: float, draft_s: float) -> float:
-        """Seconds of a round, in which all that is not a plain round's costs what rounds have shown."""
-        plain_s, surcharge = curve.verify(requests, requests), self._now.surcharge if self._now else 1.0
-        return plain_s + surcharge * (draft_s + curve.verify(requests, tokens) - plain_s)
+        """Seconds of a round, by the curve or as rounds have corrected it."""
+        round_s = draft_s + curve.verify(requests, tokens)
+        return self._now.corrected(curve.verify(requests, requests), round_s) if self._now else round_s
 
     def _choose(self, proposals: list[Proposal], draft_s: float) -> list[Proposal]:
         requests = len(proposals)

@@ -44,35 +44,13 @@ struct Cache {
 // As `score`, 16 keys at a time.
 template <int Q>
 void score_by_tiles(const bf16* queries, const bf16* keys, const bf16* values, long count, long dim, float* scores) {
-  constexpr long stride = Q * 2 * LANES * sizeof(bf16);
   const long tall = std::min(count, TALL);
   shape_tiles(tall);
-  written(queries);
   for (long next = 0; next < count; next += tall) {
     const long first = std::min(next, count - tall);  // the last tile may have some keys again
     for (long k = next * dim; k < (first + tall) * dim; k += 2 * LANES)
       _mm_prefetch((const char*)(values + k), _MM_HINT_T1);
-    _tile_zero(0);
-    if (Q > 1) _tile_zero(1);
-    if (Q > 2) _tile_zero(2);
-    for (long k = 0; k < dim; k += DEEP) {
-      const bf16* asked = queries + k * Q * LANES;
-      _tile_loadd(4, keys + first * dim + k, dim * sizeof(bf16));
-      _tile_loadd(5, asked, stride);
-      _tile_dpbf16ps(0, 4, 5);
-      if (Q > 1) {
-        _tile_loadd(6, asked + 2 * LANES, stride);
-        _tile_dpbf16ps(1, 4, 6);
-      }
-      if (Q > 2) {
-        _tile_loadd(7, asked + 4 * LANES, stride);
-        _tile_dpbf16ps(2, 4, 7);
-      }
-    }
-    float* to = scores + first * Q * LANES;
-    _tile_stored(0, to, Q * 64);
-    if (Q > 1) _tile_stored(1, to + LANES, Q * 64);
-    if (Q > 2) _tile_stored(2, to + 2 * LANES, Q * 64);
+    multiply<Q>(keys + first * dim, queries, Q, dim, scores + first * Q * LANES);
   }
   _tile_release();
 }

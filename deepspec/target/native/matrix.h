@@ -8,6 +8,8 @@
 
 #pragma once
 
+#include <algorithm>
+#include <type_traits>
 #include <vector>
 
 #include "numbers.h"
@@ -25,6 +27,23 @@ struct Matrix {
 
   long blocks() const { return (out + LANES - 1) / LANES; }
 };
+
+// A block's weights in bfloat16.
+inline const bf16* dense_block(const Matrix& m, long block) {
+  return (const bf16*)m.weight + (block / SIDE * m.in * SIDE + block % SIDE * 2) * LANES;
+}
+
+// `some` of (how many, from which on) for blocks by four, two or one, at most `most`, and none across what lies side by side.
+template <class Some>
+inline void over_runs(long block, long end, long most, Some some) {
+  while (block < end) {
+    const long left = std::min(end - block, most - block % most);
+    if (left == SIDE) some(std::integral_constant<int, SIDE>(), block);
+    else if (left > 1) some(std::integral_constant<int, 2>(), block);
+    else some(std::integral_constant<int, 1>(), block);
+    block += left == SIDE ? SIDE : std::min(left, 2L);
+  }
+}
 
 // Levels 0..15 of weights in 4 bits become the numbers −8..7; an index has five bits, of which this table ignores the highest.
 inline __m512i numbers() {

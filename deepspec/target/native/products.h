@@ -25,7 +25,7 @@ inline void tile(const Matrix& m, const bf16* x, const float* sums, long block, 
 #pragma GCC unroll 4
     for (int b = 0; b < B; ++b) acc[t][b] = _mm512_setzero_ps();
   if (m.bits == 16) {
-    const bf16* w = (const bf16*)m.weight + (block / SIDE * m.in * SIDE + block % SIDE * 2) * LANES;
+    const bf16* w = dense_block(m, block);
     for (long k = 0; k < m.in; k += 2) {
       __m512bh weights[B];
 #pragma GCC unroll 4
@@ -116,13 +116,9 @@ void over_blocks(const Matrix& m, const bf16* x, const float* sums, long tokens,
   if (by_tiles(m)) return tiles_over_blocks(m, x, sums, tokens, block, end, put);
 #endif
   const long most = m.bits == 16 ? SIDE : 2;  // in 4 bits each output needs twice the registers
-  while (block < end) {
-    const long left = std::min(end - block, most - block % most);
-    if (left == SIDE) over_tokens<SIDE>(m, x, sums, tokens, block, put);
-    else if (left > 1) over_tokens<2>(m, x, sums, tokens, block, put);
-    else over_tokens<1>(m, x, sums, tokens, block, put);
-    block += left == SIDE ? SIDE : std::min(left, 2L);
-  }
+  over_runs(block, end, most, [&](auto width, long first) {
+    over_tokens<decltype(width)::value>(m, x, sums, tokens, first, put);
+  });
 }
 
 // x Wᵀ of this thread's share of `blocks` of them, from the first on. Blocks that stand side by side stay together: half a

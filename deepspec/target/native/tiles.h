@@ -43,38 +43,38 @@ void shape_tiles(long tokens) {
   written(&shapes);  // and its room is not another's before it was read
 }
 
+// B tiles of sums found [rows][B][16] of rows [rows][depth] and pairs [depth / 2][side][16][2], of which the first B lie side by
+// side. As many rows as the tiles have.
 template <int B>
-inline void dense_tiles(const Matrix& m, const bf16* x, long block, float* found) {
-  const bf16* w = (const bf16*)m.weight + (block / SIDE * m.in * SIDE + block % SIDE * 2) * LANES;
-  constexpr long stride = SIDE * 2 * LANES * sizeof(bf16);
-  written(x);
+inline void multiply(const bf16* rows, const bf16* pairs, long side, long depth, float* found) {
+  const long step = side * 2 * LANES, stride = step * sizeof(bf16);
+  written(rows);
+  written(pairs);
   _tile_zero(0);
   if (B > 1) _tile_zero(1);
-  if (B > 2) {
-    _tile_zero(2);
-    _tile_zero(3);
-  }
-  for (long k = 0; k < m.in; k += DEEP, w += DEEP * SIDE * LANES) {
-    _tile_loadd(4, x + k, m.in * sizeof(bf16));
-    _tile_loadd(5, w, stride);
+  if (B > 2) _tile_zero(2);
+  if (B > 3) _tile_zero(3);
+  for (long k = 0; k < depth; k += DEEP, pairs += DEEP / 2 * step) {
+    _tile_loadd(4, rows + k, depth * sizeof(bf16));
+    _tile_loadd(5, pairs, stride);
     _tile_dpbf16ps(0, 4, 5);
     if (B > 1) {
-      _tile_loadd(6, w + 2 * LANES, stride);
+      _tile_loadd(6, pairs + 2 * LANES, stride);
       _tile_dpbf16ps(1, 4, 6);
     }
     if (B > 2) {
-      _tile_loadd(7, w + 4 * LANES, stride);
+      _tile_loadd(7, pairs + 4 * LANES, stride);
       _tile_dpbf16ps(2, 4, 7);
-      _tile_loadd(5, w + 6 * LANES, stride);
+    }
+    if (B > 3) {
+      _tile_loadd(5, pairs + 6 * LANES, stride);
       _tile_dpbf16ps(3, 4, 5);
     }
   }
   _tile_stored(0, found, B * 64);
   if (B > 1) _tile_stored(1, found + LANES, B * 64);
-  if (B > 2) {
-    _tile_stored(2, found + 2 * LANES, B * 64);
-    _tile_stored(3, found + 3 * LANES, B * 64);
-  }
+  if (B > 2) _tile_stored(2, found + 2 * LANES, B * 64);
+  if (B > 3) _tile_stored(3, found + 3 * LANES, B * 64);
 }
 
 // Sums of some tokens with one block of weights in 4 bits.
@@ -126,7 +126,7 @@ void tiles_over_tokens(const Matrix& m, const bf16* x, const float* sums, long t
   const long tall = height(tokens);
   for (long next = 0; next < tokens; next += tall) {
     const long first = std::min(next, tokens - tall);  // the last tile may have some tokens again
-    if (m.bits == 16) dense_tiles<B>(m, x + first * m.in, block, found);
+    if (m.bits == 16) multiply<B>(x + first * m.in, dense_block(m, block), SIDE, m.in, found);
     else quantised_tiles(m, x + first * m.in, sums + first * (m.in / QUANT), tall, block, found);
     for (long t = next - first; t < tall; ++t)
       for (int b = 0; b < B; ++b) put(first + t, block + b, _mm512_load_ps(found + (t * B + b) * LANES));
@@ -137,13 +137,9 @@ template <class Put>
 void tiles_over_blocks(const Matrix& m, const bf16* x, const float* sums, long tokens, long block, long end, Put& put) {
   if (!tokens) return;
   shape_tiles(height(tokens));
-  while (block < end) {
-    const long left = m.bits == 16 ? std::min(end - block, SIDE - block % SIDE) : 1;
-    if (left == SIDE) tiles_over_tokens<SIDE>(m, x, sums, tokens, block, put);
-    else if (left > 1) tiles_over_tokens<2>(m, x, sums, tokens, block, put);
-    else tiles_over_tokens<1>(m, x, sums, tokens, block, put);
-    block += left == SIDE ? SIDE : std::min(left, 2L);
-  }
+  over_runs(block, end, m.bits == 16 ? SIDE : 1, [&](auto width, long first) {
+    tiles_over_tokens<decltype(width)::value>(m, x, sums, tokens, first, put);
+  });
   _tile_release();
 }
 
