@@ -105,9 +105,8 @@ def decode(drafts: list[Trained], params: Params, target: Target, log: WorkLog) 
         configs = [DecodingConfig(PLAIN)]
         for each in drafts:
             drafter = load_drafter(each.draft, target)
-            used = Deployment.of(
-                target, drafter, chosen.decode, load_or_measure(target, drafter, batches=(1,))
-            )
+            curve = load_or_measure(target, drafter, batches=(1,), shape=chosen.decode.tree)
+            used = Deployment.of(target, drafter, chosen.decode, curve)
             configs.append(DecodingConfig(each.name, used.drafter, used.tree, used.verify, used.controller))
         contest = Contest(target, configs, chosen.max_new_tokens, params.seed, chosen.plain_new_tokens)
         contest.warm_up(longest(chat for task in tasks for chat in task.prompts), chosen.temperatures)

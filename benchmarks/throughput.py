@@ -30,6 +30,7 @@ from benchmarks.common import (
 )
 from deepspec.commands.profile import parse_batches
 from deepspec.decoding.profiles import load_or_measure
+from deepspec.decoding.shapes import AUTO
 from deepspec.drafters.load import load_drafter
 from deepspec.errors import DeepSpecError
 from deepspec.evaluation.contest import DecodingConfig
@@ -147,10 +148,9 @@ def run(flags: argparse.Namespace) -> None:
     target = load_target(flags.target)
     drafter = load_drafter(flags.drafter, target)
     prompts = load_prompts(target, flags.prompts, flags.count, flags.seed)
-    curve = load_or_measure(target, drafter, batches=batches)
-    server = Server(
-        target, configs(drafter, curve, lengths, corrected=True), flags.max_new_tokens, flags.seed
-    )
+    curve = load_or_measure(target, drafter, batches=batches, shape=AUTO)
+    compared = configs(drafter, curve, lengths, corrected=True, tree=AUTO)
+    server = Server(target, compared, flags.max_new_tokens, flags.seed)
     key = work_key(
         target,
         [flags.drafter],

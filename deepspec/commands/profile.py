@@ -17,6 +17,7 @@ from deepspec.decoding.cost import CostCurve
 from deepspec.decoding.drafter import Drafter
 from deepspec.decoding.pass_times import WIDTHS
 from deepspec.decoding.profiles import load_or_measure, profile_path
+from deepspec.decoding.shapes import AUTO
 from deepspec.drafters.checkpoint import draft_directory
 from deepspec.drafters.load import load_drafter
 from deepspec.errors import DeepSpecError
@@ -52,7 +53,7 @@ def run(settings: Settings) -> None:
     console.print(_floor_line(target, curve.verify(1, 1)))
     console.print(f"kept in {profile_path(target)}", soft_wrap=True)
     if drafter and drafter.digest:
-        console.print(f"and     {profile_path(target, drafter)}", soft_wrap=True)
+        console.print(f"and     {profile_path(target, drafter, AUTO)}", soft_wrap=True)
 
 
 def parse_batches(text: str) -> list[int]:
@@ -128,7 +129,7 @@ def _measured(target: Target, drafter: Drafter | None, batches: list[int], force
                 bar = stack.enter_context(Progress("measuring passes", total))
             bar.advance(done - bar.done)
 
-        return load_or_measure(target, drafter, batches=batches, force=force, watch=watch)
+        return load_or_measure(target, drafter, batches=batches, shape=AUTO, force=force, watch=watch)
 
 
 def _floor_line(target: Target, step_s: float) -> str:

@@ -14,13 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deepspec.decoding.growths import ChainGrowth, ChainLaws
+from deepspec.decoding.growths import LawsAtOnce, grow_at_once
 from deepspec.decoding.request import Sampling
 from deepspec.decoding.shapes import CHAIN, Shape
 from deepspec.decoding.tree import DraftLogits, Growth, Parent, Proposal, grow
 from deepspec.target.inference import inference
+from deepspec.target.model import Target
 
-__all__ = ["DraftRequest", "Drafter", "GrowingSession", "Proposal", "Session"]
+__all__ = ["DraftRequest", "Drafter", "GrowingSession", "Proposal", "Session", "settle"]
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,7 @@ class GrowingSession(Session):
             for ask in asks
         ]
         anchors, laws = [ask.anchor for ask in asks], self.laws(asks, growths)
-        if isinstance(laws, ChainLaws) and ChainGrowth.draw_at_once(growths, anchors, laws):
+        if isinstance(laws, LawsAtOnce) and grow_at_once(growths, anchors, laws):
             return [growth.proposal() for growth in growths]
         return grow(growths, anchors, laws)
 
@@ -109,6 +110,7 @@ class Drafter(ABC):
         block_size: γ, the longest path it proposes.
         vocab_size: of the target it was made for; None fits any.
         looks_up: whether a proposal may be free: found in the text, without a pass of a draft.
+        grows_trees: whether a tree of the likeliest paths takes no longer than a chain.
         digest: of its directory; None where it was not loaded from one.
         temperatures: of its confidence at each position, by mode (`decoding.calibration`); None where it has none.
     """
@@ -117,6 +119,7 @@ class Drafter(ABC):
     block_size: int = 0
     vocab_size: int | None = None
     looks_up: bool = False
+    grows_trees: bool = False
     digest: str | None = None
     temperatures: dict[str, list[float]] | None = None
 
@@ -128,3 +131,8 @@ class Drafter(ABC):
     @abstractmethod
     def session(self, slots: int) -> Session:
         """Start a session for up to `slots` requests at once."""
+
+
+def settle(shape: Shape, target: Target, drafter: Drafter | None) -> Shape:
+    """Return the shape as this drafter grows it for this target."""
+    return shape.settled(drafter is not None and drafter.grows_trees and target.verdict.trees)

@@ -13,13 +13,13 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from deepspec.decoding.drafter import Drafter, DraftRequest
+from deepspec.decoding.drafter import Drafter, DraftRequest, settle
 from deepspec.decoding.judge import judge
 from deepspec.decoding.recorder import Recorder
 from deepspec.decoding.request import Generation, Request, Sampling, Stats
 from deepspec.decoding.round import Round, RoundClock, Turn, padded_size
 from deepspec.decoding.scheduler import Controller
-from deepspec.decoding.shapes import Chain, Shape
+from deepspec.decoding.shapes import CHAIN, Shape
 from deepspec.decoding.slot import Slot
 from deepspec.decoding.tree import MAX_NODES
 from deepspec.decoding.verify import check_rule
@@ -65,7 +65,7 @@ class Engine:
         if drafter and recorder:
             raise ValueError("states are recorded where nothing is drafted")
         self.target = target
-        self.tree = tree or Chain()
+        self.tree = settle(tree or CHAIN, target, drafter)
         check_rule(verify, self.tree)
         if drafter is not None:
             _check_drafter(drafter, self.tree, target)

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,17 +17,19 @@ from torch.nn.utils.rnn import pad_sequence
 from deepspec.decoding.request import Sampling
 from deepspec.decoding.sampling import best, draw, probabilities
 from deepspec.decoding.tree import DraftLogits, Growth, Parent, Proposal, Vocabulary
+from deepspec.target.native.laws import can_read
+from deepspec.target.native.laws import top as native_top
 
 _PLAIN = Sampling(temperature=1.0)
 _RUN = 64
 _GUESS = 0.5  # the confidence of a law that comes without one, for choosing among nodes
 
 
-class ChainLaws(ABC):
-    """Laws of chains whose tokens can all be drawn at once."""
+class LawsAtOnce(ABC):
+    """Laws of requests whose proposals can be grown in one call: chains, and trees of the likeliest paths."""
 
     @abstractmethod
-    def draw(
+    def chains(
         self, rows: list[int], depth: int, anchors: list[int], uniforms: Tensor | None, temperature: float
     ) -> tuple[list[list[int]], Tensor | None]:
         """Return columns of tokens, [depth][rows], and the laws [depth, rows, columns] that they were drawn from.
@@ -36,8 +40,38 @@ class ChainLaws(ABC):
         """
 
     @abstractmethod
+    def trees(
+        self, rows: list[int], anchors: list[int], depths: list[int], ranking: Ranking, temperature: float
+    ) -> Sequence[tuple[list[int], list[int], list[float]]]:
+        """Return columns, parents and survival of a tree for each of `rows`, parents before their children.
+
+        Args:
+            depths: levels of each.
+        """
+
+    @abstractmethod
     def confidence(self, parent: Parent) -> float:
         """Return the chance that a token drawn below a node survives."""
+
+
+class Ranking(NamedTuple):
+    """Which of the likeliest paths a tree has."""
+
+    widths: tuple[int, ...]  # most children of a node, by depth
+    nodes: int
+    beam: int  # nodes of a level that are expanded at most
+
+
+def grow_at_once(growths: Sequence[Growth], anchors: Sequence[int], laws: LawsAtOnce) -> bool:
+    """Grow fresh growths to their ends, in one call a kind; False leaves them as they are, where one cannot."""
+    kinds = ChainGrowth, RankedGrowth
+    if any(type(growth) not in kinds or growth.sampling.cuts for growth in growths):
+        return False
+    for kind in kinds:
+        own = {i: growth for i, growth in enumerate(growths) if type(growth) is kind and growth.depth}
+        if own:
+            kind.grow_rows(own, anchors, laws)
+    return True
 
 
 class ChainGrowth(Growth):
@@ -78,32 +112,27 @@ class ChainGrowth(Growth):
                 growth._extend(column, chance)
 
     @classmethod
-    def draw_at_once(cls, growths: Sequence[Growth], anchors: Sequence[int], chains: ChainLaws) -> bool:
-        """Grow fresh chains to their ends, in one call a sampler; False leaves them as they are, where one cannot."""
-        own = [growth for growth in growths if type(growth) is cls]
-        if len(own) < len(growths) or any(growth.sampling.cuts for growth in own):
-            return False
+    def grow_rows(cls, own: dict[int, ChainGrowth], anchors: Sequence[int], laws: LawsAtOnce) -> None:
+        """Grow the chains of some requests, in one call a sampler."""
         together: dict[Sampling, list[int]] = {}
-        for i, growth in enumerate(own):
-            if growth.depth:
-                together.setdefault(growth.sampling, []).append(i)
+        for i, growth in own.items():
+            together.setdefault(growth.sampling, []).append(i)
         for sampling, rows in together.items():
             depth, uniforms = max(own[i].depth for i in rows), None
             if sampling.temperature:
                 drawn = [torch.rand(own[i].depth, generator=own[i].rng, dtype=torch.float64) for i in rows]
                 # What is drawn behind a chain's end is not looked at.
                 uniforms = pad_sequence(drawn) if len(rows) > 1 else drawn[0][:, None]
-            columns, probs = chains.draw(
+            columns, probs = laws.chains(
                 rows, depth, [anchors[i] for i in rows], uniforms, sampling.temperature
             )
             for place, i in enumerate(rows):
                 growth, above = own[i], anchors[i]
                 for k in range(growth.depth):
-                    growth._extend(columns[k][place], chains.confidence(Parent(i, k - 1, above, k)))
+                    growth._extend(columns[k][place], laws.confidence(Parent(i, k - 1, above, k)))
                     above = growth.tokens[-1]
                 if probs is not None:
                     growth.laws = probs[: growth.depth, place]
-        return True
 
     def _extend(self, column: int, chance: float | None) -> None:
         """Add a token, and the chance that it stands below its parent."""
@@ -209,6 +238,22 @@ class RankedGrowth(_BestGrowth):
         super().__init__(vocabulary, sampling, depth, nodes)
         self.widths, self.beam = widths, beam
 
+    @classmethod
+    def grow_rows(cls, own: dict[int, RankedGrowth], anchors: Sequence[int], laws: LawsAtOnce) -> None:
+        """Grow the trees of some requests, in one call a sampler and size."""
+        together: dict[tuple[float, Ranking], list[int]] = {}
+        for i, growth in own.items():
+            ranking = Ranking(tuple(growth.widths), growth.nodes, growth.beam)
+            together.setdefault((ranked_by(growth.sampling).temperature, ranking), []).append(i)
+        for (temperature, ranking), rows in together.items():
+            depths = [own[i].depth for i in rows]
+            trees = laws.trees(rows, [anchors[i] for i in rows], depths, ranking, temperature)
+            for i, (columns, parents, survival) in zip(rows, trees, strict=True):
+                growth = own[i]
+                growth.tokens = [growth.vocabulary.token(column) for column in columns]
+                growth.parents, growth.survival = parents, survival
+                growth.best, growth.frontier = list(range(len(columns))), []
+
     def feed(self, laws: DraftLogits) -> None:
         first = len(self.tokens)
         # What is no likelier than the last of a full set can never enter it.
@@ -223,6 +268,27 @@ class RankedGrowth(_BestGrowth):
                     break
                 self.add(parent, column, above * prob)
         self.close_level(first, self.beam)
+
+    def proposal(self) -> Proposal:
+        return _chain_first(super().proposal())
+
+
+def _chain_first(ranked: Proposal) -> Proposal:
+    """Return the same tree with its likeliest path before the rest: where that stands, no cache is to be compacted."""
+    first_child: dict[int, int] = {}
+    for node, parent in enumerate(ranked.parents):
+        first_child.setdefault(parent, node)
+    order, node = [], -1
+    while (node := first_child.get(node, -1)) >= 0:
+        order.append(node)
+    order += sorted({*range(len(ranked.tokens))} - {*order})
+    place = {-1: -1} | {node: i for i, node in enumerate(order)}
+    return replace(
+        ranked,
+        tokens=[ranked.tokens[node] for node in order],
+        parents=[place[ranked.parents[node]] for node in order],
+        survival=None if ranked.survival is None else [ranked.survival[node] for node in order],
+    )
 
 
 class SampledGrowth(_BestGrowth):
@@ -292,16 +358,24 @@ class SampledGrowth(_BestGrowth):
 
 def _likeliest(logits: Tensor, sampling: Sampling, count: int) -> tuple[list[list[float]], list[list[int]]]:
     """Probabilities and columns of the `count` likeliest tokens of each row of logits [m, columns], descending."""
-    probs = probabilities(logits, sampling if sampling.temperature > 0 else _PLAIN)
+    probs = probabilities(logits, ranked_by(sampling))
     values, columns = top(probs, min(count, probs.shape[-1]))
     return values.tolist(), columns.tolist()
 
 
-def top(values: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Return `topk` of each row of values [m, columns]: only the `count` runs with the largest maxima can hold them.
+def ranked_by(sampling: Sampling) -> Sampling:
+    """Return the sampler by whose law tokens are ranked: at temperature 0 the softmax of the logits."""
+    return sampling if sampling.temperature > 0 else _PLAIN
 
-    24 rows of 8,192 take 0.14 ms on a CPU core, `topk` alone 0.34.
+
+def top(values: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Return `topk` of each row of probabilities [m, columns].
+
+    Where torch does it, only the `count` runs with the largest maxima can hold them: 24 rows of 8,192 take 0.14 ms on
+    a CPU core, `topk` alone 0.34.
     """
+    if values.dtype == torch.float32 and can_read(values):
+        return native_top(values, count)
     m, size = values.shape
     if size % _RUN or size < 4 * _RUN * count:
         return values.topk(count, -1)

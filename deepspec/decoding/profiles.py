@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from deepspec.decoding.cost import CostCurve, interpolate, keyed, read_points
-from deepspec.decoding.drafter import Drafter
+from deepspec.decoding.drafter import Drafter, settle
 from deepspec.decoding.pass_times import BATCHES, Watch, measure_drafts, measure_passes
 from deepspec.decoding.shapes import CHAIN, Shape
 from deepspec.device import describe_device
@@ -56,6 +56,7 @@ def load_or_measure(
     )
     ratios: dict[int, float] = {}
     if drafter is not None:
+        shape = settle(shape, target, drafter)
         identity = _identity(target, drafter, shape)
         ratios = kept(
             folder if identity["drafter"] else None,
@@ -76,7 +77,7 @@ def profiles_folder() -> Path:
 
 def profile_path(target: Target, drafter: Drafter | None = None, shape: Shape = CHAIN) -> Path:
     """Where the passes of this target are kept, or, with a drafter, its drafting times."""
-    return profiles_folder() / file_name(_identity(target, drafter, shape))
+    return profiles_folder() / file_name(_identity(target, drafter, settle(shape, target, drafter)))
 
 
 def _identity(target: Target, drafter: Drafter | None = None, shape: Shape | None = None) -> dict[str, Any]:

@@ -19,9 +19,10 @@ from deepspec.decoding.cost import CostCurve
 from deepspec.decoding.round_times import RoundTimes
 from deepspec.decoding.tree import Proposal
 
-_CREDIT = 1.0  # plain rounds that drafting may lose before it has to earn them
+_CREDIT = 2.0  # plain rounds that a request's drafts may lose before they have to earn them
 _MOST_KEPT = 6.0  # of what it has earned
-_FIRST_PAUSE, _LONGEST_PAUSE = 4, 64
+_TRIAL = 0.5  # of that, once they have lost it all and are tried again
+_FIRST_PAUSE, _LONGEST_PAUSE = 8, 64
 _LONGEST_LOOK = 16  # tokens of a draft
 _FIRST_GUESS = 0.8  # chance that a token without an estimate follows its accepted parent, before any was seen
 _FOLLOW = 0.05  # how fast that guess follows what is seen
@@ -319,7 +320,7 @@ class DraftPacer:
     An account in plain rounds: a drafted round adds what it committed and takes what it cost. Overdrawn, drafting
     pauses for a few plain rounds and is then tried again; each failed trial doubles the pause. So no more is ever
     lost than the account begins with, what was earned before (of which little is kept: contexts change), and the
-    trials.
+    trials. What an account begins with is more than chance alone would take from a draft that pays.
 
     Args:
         cost: of the round just ended, in plain rounds.
@@ -329,7 +330,7 @@ class DraftPacer:
     def __init__(self, cost: Callable[[], float], plainly: Callable[[], bool] = lambda: False):
         self.cost = cost
         self.plainly = plainly
-        self.account = _CREDIT
+        self.credit = self.account = _CREDIT
         self.wait = 0
         self.pause = _FIRST_PAUSE
 
@@ -347,24 +348,25 @@ class DraftPacer:
             return
         self.account = min(self.account + gain, _MOST_KEPT)
         if self.account < 0:
-            self.account = 0.0
+            self.account = _TRIAL
             self.wait = min(requests * self.pause, _LONGEST_PAUSE)
             self.pause = min(2 * self.pause, _LONGEST_PAUSE)
-        elif self.account >= _CREDIT:
+        elif self.account >= self.credit:
             self.pause = _FIRST_PAUSE
 
 
 class _SharedPacer(DraftPacer):
     """One pace and one account for all requests: each pays in what it committed and takes out what the round cost.
 
-    The account is no larger than a single request's: the more requests a round has, the fewer rounds it takes to
-    tell a poor draft from bad luck, and the more a lost round costs. For the same reason a pause is longer then. What
-    does not pay in a full batch may in a smaller one, where verified tokens are nearly free: a pause ends where half of
-    the requests that it began with have gone.
+    The account is no larger than a single request's, and begins with less: the more requests a round has, the fewer
+    rounds it takes to tell a poor draft from bad luck, and the more a lost round costs. For the same reason a pause is
+    longer then. What does not pay in a full batch may in a smaller one, where verified tokens are nearly free: a pause
+    ends where half of the requests that it began with have gone.
     """
 
     def __init__(self, cost: Callable[[], float], plainly: Callable[[], bool] = lambda: False):
         super().__init__(cost, plainly)
+        self.begun = False
         self.committed: list[float] = []
         self.paused = 0  # requests of the round that began the pause
         self.may_pay = True
@@ -375,6 +377,9 @@ class _SharedPacer(DraftPacer):
     def open(self, requests: int, may_pay: bool = True) -> None:
         """Begin a round, in which a draft may pay or not."""
         self.may_pay = may_pay
+        if not self.begun:
+            self.begun, self.credit = True, _CREDIT / 2 * (1 + 1 / requests)
+            self.account = self.credit
         if self.wait and 2 * requests <= self.paused:
             self.wait, self.pause = 0, _FIRST_PAUSE
 

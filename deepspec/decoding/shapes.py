@@ -1,10 +1,10 @@
-"""The shapes of draft trees: the chain, static, beam, best-first, and sampled without replacement.
+"""The shapes of draft trees: chain, static, beam, best-first, sampled without replacement, and what is best of them.
 
 They are choices of params.yaml, which is read without torch: `growths.py` has how each of them grows.
 
-All but `Sampled` are functions of the context alone, whatever the temperature: they rank tokens by the draft's law
-(that of the request's own sampler at temperature > 0, softmax of the logits at 0), so the walk verifies them. A
-node's `survival` is then its path probability. Tokens of probability 0 are never proposed.
+Static, beam and best-first trees are functions of the context alone, whatever the temperature: they rank tokens by the
+draft's law (that of the request's own sampler at temperature > 0, softmax of the logits at 0), so the walk verifies
+them. A node's `survival` is then its path probability. Tokens of probability 0 are never proposed.
 
 Each level of a growth costs one ranking or one drawing for all its open nodes together.
 """
@@ -66,6 +66,10 @@ class Shape(ABC):
     def levels(self, most: int) -> int:
         """Levels to grow where at most `most` may be."""
         return most if self.depth is None else min(self.depth, most)
+
+    def settled(self, trees: bool) -> Shape:
+        """Return the shape itself, or what it is where trees cannot be verified or cost more than a chain to draft."""
+        return self
 
     @abstractmethod
     def growth(self, vocabulary: Vocabulary, sampling: Sampling, depth: int, rng: torch.Generator) -> Growth:
@@ -220,4 +224,31 @@ class Sampled(Shape):
         return SampledGrowth(vocabulary, sampling, depth, self.branching, self.nodes, rng)
 
 
-AnyShape = Annotated[Chain | Static | Beam | BestFirst | Sampled, Field(discriminator="type")]
+@choice
+class Auto(Shape):
+    """At temperature 0 a best-first tree, where the drafter grows one in the time of a chain; else a chain.
+
+    Of such a tree a controller verifies what pays: all of it, its likeliest path, or nothing. Where tokens are drawn
+    the likeliest paths would stand less often than a drawn chain does.
+    """
+
+    type: Literal["auto"] = tag(default="auto", kw_only=True)
+    width: Size = 8
+    nodes: Size = 16
+
+    draws = "chain"
+
+    @property
+    def depth(self) -> None:
+        return None
+
+    def settled(self, trees: bool) -> Shape:
+        return self if trees else CHAIN
+
+    def growth(self, vocabulary: Vocabulary, sampling: Sampling, depth: int, rng: torch.Generator) -> Growth:
+        tree = BestFirst(width=self.width, nodes=self.nodes)
+        return (CHAIN if sampling.temperature else tree).growth(vocabulary, sampling, depth, rng)
+
+
+AUTO = Auto()
+AnyShape = Annotated[Auto | Chain | Static | Beam | BestFirst | Sampled, Field(discriminator="type")]

@@ -65,7 +65,7 @@ class Deployment:
         decode = decode or DecodeParams()
         drafter = draft if isinstance(draft, Drafter) else load_drafter(draft, target)
         if curve is None and decode.controller.needs_curve:
-            curve = load_or_measure(target, drafter.trained, batches=(1,), watch=watch)
+            curve = load_or_measure(target, drafter.trained, batches=(1,), shape=decode.tree, watch=watch)
         return cls(
             target,
             with_lookup(drafter, decode.lookup),

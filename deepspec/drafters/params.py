@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from deepspec.decoding.params import AnyController, CostController
-from deepspec.decoding.shapes import CHAIN, AnyShape
+from deepspec.decoding.shapes import AUTO, AnyShape
 from deepspec.drafters.loss_params import LossParams
 from deepspec.section import Section
 
@@ -199,7 +199,7 @@ class DecodeParams(Section):
         DEFAULT_LOOKUP,
         description="Asked before the trained draft, which answers where nothing matches; null: not asked.",
     )
-    tree: AnyShape = CHAIN
+    tree: AnyShape = AUTO
     verify: Literal["standard", "block", "recursive", "traversal"] | None = Field(
         None, description="Rule for sampled drafts; None: the best that fits."
     )

@@ -68,7 +68,8 @@ class Bench:
 
         def measure(key: str) -> Any:
             drafter = self.drafters[key.removeprefix("costs ")]
-            return load_or_measure(self.target, drafter, batches=sorted(set(batches))).to_json()
+            shape = self.params.decode.tree
+            return load_or_measure(self.target, drafter, batches=sorted(set(batches)), shape=shape).to_json()
 
         found = self.work.do("costs", [f"costs {name}" for name in self.drafts], measure)
         return {key.removeprefix("costs "): curve for key, curve in found.items()}

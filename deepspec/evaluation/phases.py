@@ -182,7 +182,8 @@ def _throughput(bench: Bench, name: str, chosen: ThroughputParams) -> list[Throu
 
     @_once
     def server() -> Server:
-        configs = throughput.configs(bench.drafters[name], bench.curves[name], chosen.lengths)
+        tree = bench.params.decode.tree
+        configs = throughput.configs(bench.drafters[name], bench.curves[name], chosen.lengths, tree=tree)
         return Server(bench.target, configs, chosen.max_new_tokens, bench.seed)
 
     @_once

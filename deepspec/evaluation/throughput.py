@@ -18,6 +18,7 @@ from deepspec.decoding.drafter import Drafter
 from deepspec.decoding.engine import Engine
 from deepspec.decoding.params import make_controller
 from deepspec.decoding.request import Generation, Request, Sampling
+from deepspec.decoding.shapes import CHAIN, Shape
 from deepspec.errors import DeepSpecError
 from deepspec.evaluation.contest import DecodingConfig
 from deepspec.evaluation.parts import Ratio, Throughput
@@ -133,20 +134,28 @@ class Server:
 
 
 def configs(
-    drafter: Drafter, curve: CostCurve, lengths: Sequence[int], corrected: bool = False
+    drafter: Drafter,
+    curve: CostCurve,
+    lengths: Sequence[int],
+    corrected: bool = False,
+    tree: Shape = CHAIN,
 ) -> list[DecodingConfig]:
-    """Return plain decoding, each fixed length (the whole block among them) and the scheduler.
+    """Return plain decoding, chains of each fixed length (the whole block among them) and the scheduler.
 
     Args:
+        tree: what the scheduler verifies parts of.
         corrected: with the scheduler that corrects its curve too.
     """
     within = {min(n, drafter.block_size) for n in (*lengths, drafter.block_size)}
-    controllers = {f"{FIXED} {n}": make_controller("fixed", length=n) for n in sorted(within)}
-    controllers[SCHEDULER] = make_controller("scheduler", curve)
+    chains = [
+        DecodingConfig(f"{FIXED} {n}", drafter, controller=make_controller("fixed", length=n))
+        for n in sorted(within)
+    ]
+    schedulers = {SCHEDULER: make_controller("scheduler", curve)}
     if corrected:
-        controllers[CORRECTED] = make_controller("scheduler", curve, corrected=True)
-    drafting = [DecodingConfig(name, drafter, controller=each) for name, each in controllers.items()]
-    return [DecodingConfig(PLAIN), *drafting]
+        schedulers[CORRECTED] = make_controller("scheduler", curve, corrected=True)
+    scheduled = [DecodingConfig(name, drafter, tree, None, each) for name, each in schedulers.items()]
+    return [DecodingConfig(PLAIN), *chains, *scheduled]
 
 
 def groups_of(prompts: list[list[int]], size: int, count: int, seed: int) -> list[list[list[int]]]:

@@ -79,6 +79,9 @@ class _Traced(Shape):
     def nodes(self) -> int | None:
         return self.inner.nodes
 
+    def settled(self, trees: bool) -> Shape:
+        return _Traced(self.inner.settled(trees), self.notes)
+
     def growth(self, vocabulary: Vocabulary, sampling: Sampling, depth: int, rng: torch.Generator) -> Growth:
         return _TracedGrowth(self.inner.growth(vocabulary, sampling, depth, rng), self.notes)
 

@@ -21,6 +21,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import causal_mask_function
 
 from deepspec.errors import DeepSpecError
+from deepspec.target.native.entries import Entries
 
 NAME = "deepspec"
 CACHE_LENGTH = 256  # tokens a slot that a fresh cache takes; it grows
@@ -108,6 +109,11 @@ class KVCache:
     def compact(self, slot: int, start: int, kept: list[int]) -> None:
         """Move the entries `start + kept[i]` to `start + i`: after a tree, only the accepted path stays."""
         if kept == list(range(len(kept))):
+            return
+        tensors = [tensor for layer in self._layers.values() for tensor in layer]
+        entries = self.derived((Entries, len(tensors)), lambda: Entries.of(tensors))
+        if entries is not None:
+            entries.compact(slot, start, kept)
             return
         index = torch.tensor(kept) + start
         for keys, values in self._layers.values():
@@ -329,10 +335,13 @@ def tree_mask(parents: list[list[int]], starts: list[int], n: int) -> Tensor:
     visible = torch.zeros(len(parents), n, max(starts) + n, dtype=torch.bool)
     for row, (above, start) in enumerate(zip(parents, starts, strict=True)):
         visible[row, :, : start + 1] = True
-        for node, parent in enumerate(above):
-            if parent >= 0:
-                visible[row, node + 1] = visible[row, parent + 1]
-            visible[row, node + 1, start + node + 1] = True
+        if above:
+            size, seen = len(above), [[False] * len(above)]
+            for node, parent in enumerate(above):
+                own = list(seen[parent + 1])
+                own[node] = True
+                seen.append(own)
+            visible[row, 1 : 1 + size, start + 1 : start + 1 + size] = torch.tensor(seen[1:])
     return visible
 
 

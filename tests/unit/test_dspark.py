@@ -10,9 +10,8 @@ from safetensors.torch import load_file, save_file
 
 from deepspec.decoding.drafter import DraftRequest
 from deepspec.decoding.engine import generate
-from deepspec.decoding.growths import ChainGrowth
 from deepspec.decoding.request import Sampling
-from deepspec.decoding.shapes import BestFirst, Chain
+from deepspec.decoding.shapes import Auto, Beam, BestFirst, Chain, Sampled
 from deepspec.drafters.algorithms.dspark import DSparkConfig, DSparkDrafter, DSparkModel
 from deepspec.drafters.algorithms.lookup import LookupDrafter
 from deepspec.drafters.block_drafting import Blocks, BlockSession, Late
@@ -262,7 +261,7 @@ def drawing():
     model = make_draft(target, block_size=5, markov_rank=8, draft_vocab_size=128)
     model.markov_head.markov_w2.weight.data.normal_()
     drafter = DSparkDrafter(model, target)
-    assert drafter.chains is not None
+    assert drafter.at_once is not None and drafter.grows_trees
     return drafter
 
 
@@ -339,12 +338,12 @@ def test_prompts_that_begin_alike_share_what_the_draft_made_of_it(drawing, monke
     assert together == decoded()
 
 
-class TestChainsAtOnce:
-    """Where the kernels run, all tokens of all chains are drawn in one call."""
+class TestGrownAtOnce:
+    """Where the kernels run, all tokens of all chains and trees come from one call."""
 
-    def proposals(self, drafter, samplings, at_once, monkeypatch):
+    def proposals(self, drafter, samplings, at_once, monkeypatch, shape=None):
         if not at_once:
-            monkeypatch.setattr(ChainGrowth, "draw_at_once", lambda *_: False)
+            monkeypatch.setattr("deepspec.decoding.drafter.grow_at_once", lambda *_: False)
         session, asks = drafter.session(len(samplings)), []
         rng = torch.Generator().manual_seed(1)
         width = len(drafter.layers) * drafter.config.hidden_size
@@ -352,7 +351,8 @@ class TestChainsAtOnce:
             session.begin(row)
             session.extend(row, list(range(7)), torch.randn(7, width, generator=rng).bfloat16())
             generator = torch.Generator().manual_seed(row)
-            asks.append(DraftRequest(row, 20 + row, sampling, generator, room=9 if row else 3, shape=Chain()))
+            room = 9 if row else 3
+            asks.append(DraftRequest(row, 20 + row, sampling, generator, room, shape or Chain()))
         found = session.propose(asks)
         return found, [float(torch.rand((), generator=ask.rng)) for ask in asks]
 
@@ -368,6 +368,34 @@ class TestChainsAtOnce:
             assert (mine.probs is None) == (wanted.probs is None)
             assert mine.probs is None or torch.equal(mine.probs, wanted.probs)
         assert len(ours[0].tokens) == 3 and all(len(other.tokens) == 5 for other in ours[1:])
+
+    @pytest.mark.parametrize(
+        "shape", [BestFirst(4, None, 16), Beam(3, 4, 12), BestFirst(1, None, 3), Auto(nodes=9)]
+    )
+    @pytest.mark.parametrize("temperatures", [(0.0,), (0.0, 1.0, 0.7, 0.0)])
+    def test_trees_are_those_grown_level_by_level(self, drawing, temperatures, shape, monkeypatch):
+        samplings = [Sampling(temperature) for temperature in temperatures]
+        (ours, after), (theirs, then) = (
+            self.proposals(drawing, samplings, at_once, monkeypatch, shape) for at_once in (True, False)
+        )
+        assert after == then
+        for mine, wanted in zip(ours, theirs, strict=True):
+            assert (mine.tokens, mine.parents) == (wanted.tokens, wanted.parents)
+            assert mine.survival == wanted.survival
+        assert [len(tree.tokens) for tree in ours[1:]] == [
+            shape.nodes if sampling.temperature == 0 or not isinstance(shape, Auto) else 5
+            for sampling in samplings[1:]
+        ]
+
+    def test_a_sampled_shape_at_temperature_0_is_ranked_at_once(self, drawing, monkeypatch):
+        shape = Sampled((4, 2, 1), budget=10)
+        (ours, _), (theirs, _) = (
+            self.proposals(drawing, [Sampling()] * 3, at_once, monkeypatch, shape)
+            for at_once in (True, False)
+        )
+        assert [(tree.tokens, tree.parents, tree.survival) for tree in ours] == [
+            (tree.tokens, tree.parents, tree.survival) for tree in theirs
+        ]
 
     def test_a_sampler_that_cuts_is_grown_place_by_place(self, drawing, monkeypatch):
         found, _ = self.proposals(drawing, [Sampling(1.0, top_k=1), Sampling(1.0)], True, monkeypatch)

@@ -42,6 +42,7 @@ from deepspec.target.fused import DecoderRotary, FusedLayer, Int4Linear, PackedL
 from deepspec.target.layerwise import Layerwise
 from deepspec.target.model import Target, load_target
 from deepspec.target.native import laws
+from deepspec.target.native.entries import Entries
 from deepspec.target.native.layer import NativeLayers, Norm
 from deepspec.target.native.norm import can_norm, learnt_norm
 from deepspec.target.source import load_model
@@ -249,6 +250,24 @@ def test_a_token_has_the_same_bits_alone_in_a_chain_in_a_tree_and_beside_another
     assert torch.equal(passes((1, 74, ids[74:80])), torch.stack(alone[4:10]))
     both = passes((0, 80, ids[80:83]), (1, 80, ids[80:90]))
     assert torch.equal(both, torch.cat((torch.stack(alone[10:13]), torch.stack(alone[10:20]))))
+
+
+@needed
+def test_a_cache_is_compacted_as_torch_would(monkeypatch):
+    kept, found = [0, 2, 3, 7], []
+    for ours in (True, False):
+        if not ours:
+            monkeypatch.setattr(Entries, "of", lambda _: None)
+        cache = KVCache(3, 16)
+        for index, (heads, width, dtype) in enumerate([(2, 8, torch.bfloat16), (1, 5, torch.float32)]):
+            keys, values = (random(3, heads, 16, width, seed=index + i).to(dtype) for i in (0, 9))
+            for room, x in zip(cache.layer(index, keys, values), (keys, values), strict=True):
+                room.copy_(x)
+        cache.compact(1, 4, kept)
+        cache.reserve(40)
+        cache.compact(2, 5, [0, 1, 4])
+        found.append([x for layer in cache._layers.values() for x in layer])
+    assert all(torch.equal(*pair) for pair in zip(*found, strict=True))
 
 
 @needed

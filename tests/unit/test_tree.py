@@ -12,9 +12,10 @@ import torch
 from deepspec.decoding.growths import top
 from deepspec.decoding.request import Sampling
 from deepspec.decoding.sampling import probabilities
-from deepspec.decoding.shapes import Beam, BestFirst, Chain, Sampled, Static
+from deepspec.decoding.shapes import Auto, Beam, BestFirst, Chain, Sampled, Static
 from deepspec.decoding.tree import DraftLogits, Proposal, Vocabulary, grow
 from deepspec.errors import DeepSpecError
+from deepspec.kernels import kernels
 from tests.enumeration import path_of
 
 GREEDY = Sampling()
@@ -363,3 +364,33 @@ def test_the_fast_ranking_is_topk():
         best, columns = top(values, count)
         assert torch.equal(best, values.topk(count).values)
         assert torch.equal(values.gather(1, columns), best)
+
+
+@pytest.mark.skipif(kernels() is None, reason="this CPU has none of our kernels")
+def test_the_ranking_of_the_kernels_takes_the_first_of_equals_and_nothing_that_cannot_come():
+    values = torch.zeros(4, 100)
+    values[0, [70, 3, 40, 99]] = 0.25
+    values[1, 17], values[2, :50] = 1.0, torch.nan
+    values[2, 60], values[3] = 0.5, torch.linspace(0, 1, 100)
+    best, columns = top(values, 3)
+    assert columns[0].tolist() == [3, 40, 70] and best[0].tolist() == [0.25] * 3
+    assert (best[1].tolist(), columns[1, 0]) == ([1.0, 0.0, 0.0], 17)
+    assert (best[2].tolist(), columns[2, 0]) == ([0.5, 0.0, 0.0], 60)
+    assert columns[3].tolist() == [99, 98, 97]
+
+
+class TestAuto:
+    """The default shape: a tree where nothing is drawn, and only where a tree can be had for a chain's price."""
+
+    def test_it_ranks_paths_at_temperature_0_and_draws_a_chain_else(self):
+        draft = Draft(3)
+        (tree,) = draft.propose(Auto(width=3, nodes=7))
+        (best,) = draft.propose(BestFirst(3, None, 7))
+        assert (tree.tokens, tree.parents, tree.survival) == (best.tokens, best.parents, best.survival)
+        (drawn,) = Draft(3).propose(Auto(), sampling=DRAWN, seeds=[5])
+        (chain,) = Draft(3).propose(Chain(), sampling=DRAWN, seeds=[5])
+        assert drawn.is_chain and drawn.tokens == chain.tokens and torch.equal(drawn.probs, chain.probs)
+
+    def test_it_is_a_chain_where_trees_cost_more_or_are_not_verified(self):
+        assert Auto().settled(True) == Auto() and Auto().settled(False) == Chain()
+        assert BestFirst().settled(False) == BestFirst()  # who asks for a tree gets it, or an error

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from deepspec.decoding.drafter import DraftRequest
-from deepspec.decoding.growths import ChainLaws
+from deepspec.decoding.growths import LawsAtOnce, Ranking
 from deepspec.decoding.tree import DraftLogits, Growth, Parent
 from deepspec.drafters.algorithm import Algorithm
 from deepspec.drafters.block_drafting import BlockDrafter, Blocks
@@ -37,7 +37,7 @@ from deepspec.drafters.start import resolve_start
 from deepspec.target.ends import Ends
 from deepspec.target.fused import PackedLinear
 from deepspec.target.model import Target
-from deepspec.target.native.laws import Chains
+from deepspec.target.native.drafts import RankedTree, SequentialLaws
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,7 +121,7 @@ class DSparkDrafter(BlockDrafter[DSparkModel]):
     def freeze_heads(self, model: DSparkModel) -> None:
         """Take the Markov head packed, and what the confidence head makes of each token in a table."""
         self.markov = model.markov_head
-        self.chains: Chains | None = None
+        self.at_once: SequentialLaws | None = None
         if self.markov is not None:
             self.w1 = self.markov.markov_w1.weight
             self.w2 = PackedLinear(self.markov.markov_w2.weight)
@@ -130,7 +130,8 @@ class DSparkDrafter(BlockDrafter[DSparkModel]):
                 and self.w2.native is not None
                 and model.confidence_head is not None
             ):
-                self.chains = Chains(self.w1, self.w2.native, self.vocabulary.columns)
+                self.at_once = SequentialLaws(self.w1, self.w2.native, self.vocabulary.columns)
+        self.grows_trees = self.at_once is not None
         head = model.confidence_head
         self.confident = head is not None
         if head is not None:
@@ -146,7 +147,7 @@ class DSparkDrafter(BlockDrafter[DSparkModel]):
         self, blocks: Blocks, asks: list[DraftRequest], growths: list[Growth]
     ) -> Callable[[list[Parent]], DraftLogits]:
         """Return what `grow` asks: the laws of children, from the blocks and each parent's token."""
-        return (_Laws if self.chains is None else _ChainLaws)(self, blocks, asks, growths)
+        return (_Laws if self.at_once is None else _LawsAtOnce)(self, blocks, asks, growths)
 
 
 class _Laws:
@@ -191,17 +192,35 @@ class _Laws:
         return 1 / (1 + math.exp(-min(max(logit, -60.0), 60.0)))
 
 
-class _ChainLaws(_Laws, ChainLaws):
-    """The same where the kernels draw whole chains (`decoding.growths.ChainLaws`)."""
+class _LawsAtOnce(_Laws, LawsAtOnce):
+    """The same where the kernels grow whole proposals (`decoding.growths.LawsAtOnce`)."""
 
-    def draw(
+    @property
+    def _grown(self) -> SequentialLaws:
+        assert self.drafter.at_once is not None
+        return self.drafter.at_once
+
+    def _logits(self, rows: list[int], depth: int) -> Tensor:
+        """[depth, rows, columns]"""
+        base = self.base if len(rows) == len(self.base) else self.base[rows]
+        return base[:, :depth].transpose(0, 1).contiguous()
+
+    def chains(
         self, rows: list[int], depth: int, anchors: list[int], uniforms: Tensor | None, temperature: float
     ) -> tuple[list[list[int]], Tensor | None]:
-        assert self.drafter.chains is not None
-        base = self.base if len(rows) == len(self.base) else self.base[rows]
-        logits = base[:, :depth].transpose(0, 1).contiguous()
-        columns, probs = self.drafter.chains(logits, torch.tensor(anchors), uniforms, temperature)
+        logits = self._logits(rows, depth)
+        columns, probs = self._grown.chains(logits, torch.tensor(anchors), uniforms, temperature)
         return columns.tolist(), probs
+
+    def trees(
+        self, rows: list[int], anchors: list[int], depths: list[int], ranking: Ranking, temperature: float
+    ) -> list[RankedTree]:
+        depth = max(depths)
+        widths = list(ranking.widths[:depth])
+        logits = self._logits(rows, depth)
+        return self._grown.trees(
+            logits, torch.tensor(anchors), depths, widths, ranking.nodes, ranking.beam, temperature
+        )
 
 
 def read(checkpoint: Checkpoint, target: Ends) -> DSparkModel:

@@ -39,6 +39,21 @@ struct Cache {
   int64_t length;
 };
 
+// Keys or values of a layer, whatever they are made of.
+struct Entries {
+  char* at;  // [slots, heads, length, width]
+  int64_t heads, length, width;  // in bytes, the last
+};
+
+// Of a slot, entries start + kept[i] → start + i; none is written before it is read, since kept[i] ≥ i.
+inline void compact(const Entries& e, long slot, long start, const int64_t* kept, long count) {
+  for (long head = 0; head < e.heads; ++head) {
+    char* own = e.at + ((slot * e.heads + head) * e.length + start) * e.width;
+    for (long i = 0; i < count; ++i)
+      if (kept[i] != i) std::memcpy(own + i * e.width, own + kept[i] * e.width, e.width);
+  }
+}
+
 #ifdef __AMX_BF16__
 
 // As `score`, 16 keys at a time.

@@ -4,7 +4,7 @@
 // Every result of a token is computed by the same operations in the same order, whatever other tokens, requests or threads
 // share the pass: so a token that is verified in a tree has, to the bit, the states that it has when it is decoded alone.
 
-#include "laws.h"
+#include "drafts.h"
 #include "layers.h"
 #include "losses.h"
 #include "norms.h"
@@ -84,6 +84,11 @@ int64_t deepspec_context(const Before* before, const Cache* caches) {
   return 0;
 }
 
+// Move the entries start + kept[i] of a slot to start + i, in keys and values of all layers; kept ascends, and kept[i] ≥ i.
+void deepspec_compact(const Entries* entries, int64_t count, int64_t slot, int64_t start, int64_t moved, const int64_t* kept) {
+  for (long i = 0; i < count; ++i) compact(entries[i], slot, start, kept, moved);
+}
+
 // probs [rows, columns] = softmax(logits / temperature), of float32 logits (bits 32) or bfloat16 ones
 void deepspec_probabilities(const void* logits, int64_t bits, float* probs, int64_t rows, int64_t columns, float temperature,
                             int64_t threads) {
@@ -106,6 +111,16 @@ void deepspec_best(const void* logits, int64_t bits, int64_t* tokens, float* val
 
 // Chains of all requests, in one call
 void deepspec_chains(const Chains* chains, int64_t threads) { draw_chains(*chains, threads); }
+
+// Trees of all requests, in one call
+void deepspec_trees(const Trees* trees, int64_t threads) { grow_trees(*trees, threads); }
+
+// columns, values [rows, count]: the largest of each row of weights [rows, width], none of them below 0, the largest first
+void deepspec_top(const float* weights, int64_t* columns, float* values, int64_t count, int64_t rows, int64_t width,
+                  int64_t threads) {
+#pragma omp parallel for num_threads(threads)
+  for (long row = 0; row < rows; ++row) top(weights + row * width, width, count, columns + row * count, values + row * count);
+}
 
 // mass = Σ (scale·p − q)₊ with p [vocab] and q [width] of these columns, or of all
 void deepspec_excess(const float* p, const int64_t* columns, const float* q, int64_t width, float scale, double* mass) {

@@ -311,45 +311,29 @@ void judge_block(const Block& b, int64_t* accepted, int64_t* next, long threads)
   *next = drawn(law, b.vocab, b.uniforms[drafted]);
 }
 
-// What chains are drawn from: logits of each place, to which each token adds a row of a product of two matrices.
-struct Chains {
-  Matrix second;             // [columns, rank]
-  const bf16* first;         // [vocab, rank]
-  const int64_t* ids;        // of the columns, or none where a column is a token
-  const bf16* logits;        // [depth, requests, columns]
-  const int64_t* anchors;    // [requests]
-  const double* uniforms;    // [depth, requests], or none: the likeliest tokens
-  int64_t requests, depth;
-  float temperature;
-  int64_t* columns;          // [depth, requests], of the chains' tokens
-  float* probs;              // [depth, requests, columns] that they were drawn from
-};
-
-// Each token of the chains of all requests, one place after the other.
-void draw_chains(const Chains& c, long threads) {
-  const long width = c.second.out, rank = c.second.in, requests = c.requests;
-  std::vector<bf16> latents(requests * rank), logits(requests * width);
-  std::vector<int64_t> tokens(c.anchors, c.anchors + requests);
-  Softmax softmax(c.uniforms ? requests : 0, width);
-#pragma omp parallel num_threads(threads)
-  for (long k = 0; k < c.depth; ++k) {
-#pragma omp for
-    for (long r = 0; r < requests; ++r)
-      std::memcpy(&latents[r * rank], c.first + tokens[r] * rank, rank * sizeof(bf16));
-    linear(c.second, latents.data(), c.logits + k * requests * width, logits.data(), requests, omp_get_thread_num(),
-           omp_get_num_threads());
-#pragma omp barrier
-    float* probs = c.uniforms ? c.probs + k * requests * width : nullptr;
-    if (probs) softmax_rows(logits.data(), probs, c.temperature, softmax);
-#pragma omp for
-    for (long r = 0; r < requests; ++r) {
-      float unread;
-      const int64_t column = probs ? drawn(probs + r * width, width, c.uniforms[k * requests + r])
-                                   : first_largest(&logits[r * width], width, &unread);
-      c.columns[k * requests + r] = column;
-      tokens[r] = c.ids ? c.ids[column] : column;
+// The `count` largest of a row's weights, the largest first, of equal ones the first; there are none of 0 among them: their
+// places hold a weight of 0 where there are fewer.
+void top(const float* weights, long columns, long count, int64_t* found, float* values) {
+  long held = 0;
+  float least = 0;
+  for (long from = 0; from < columns; from += LANES) {
+    const __mmask16 there = lanes(columns - from);
+    __mmask16 larger = _mm512_mask_cmp_ps_mask(there, load(weights + from, there), _mm512_set1_ps(least), _CMP_GT_OQ);
+    for (; larger; larger &= larger - 1) {
+      const long column = from + __builtin_ctz(larger);
+      const float weight = weights[column];
+      if (!(weight > least)) continue;
+      long place = held < count ? held++ : count - 1;
+      for (; place > 0 && values[place - 1] < weight; --place) {
+        values[place] = values[place - 1];
+        found[place] = found[place - 1];
+      }
+      values[place] = weight;
+      found[place] = column;
+      if (held == count) least = values[count - 1];
     }
   }
+  for (; held < count; ++held) values[held] = 0, found[held] = 0;
 }
 
 template <class Number>

@@ -12,17 +12,7 @@ import torch
 from torch import Tensor
 
 from deepspec.kernels import kernels
-from deepspec.target.native.matrix import Matrix, _Matrix, readable
-
-
-class _Chains(ctypes.Structure):
-    _fields_ = (
-        ("second", _Matrix),
-        *((name, ctypes.c_void_p) for name in ("first", "ids", "logits", "anchors", "uniforms")),
-        *((name, ctypes.c_int64) for name in ("requests", "depth")),
-        ("temperature", ctypes.c_float),
-        *((name, ctypes.c_void_p) for name in ("columns", "probs")),
-    )
+from deepspec.target.native.matrix import readable
 
 
 class _Block(ctypes.Structure):
@@ -32,7 +22,7 @@ class _Block(ctypes.Structure):
     )
 
 
-_SHARED = 1 << 15  # numbers from which on threads share the work
+SHARED = 1 << 15  # numbers from which on threads share the work
 
 _Pointer, _Long, _Float = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 
@@ -91,7 +81,7 @@ def excess(p: Tensor, q: Tensor, columns: Tensor | None, scale: float) -> float:
     whole, own = p.contiguous(), q.contiguous()
     known = None if columns is None else columns.data_ptr()
     mass = ctypes.c_double()
-    _function("excess")(
+    function("excess")(
         _Pointer(whole.data_ptr()),
         _Pointer(known),
         _Pointer(own.data_ptr()),
@@ -107,7 +97,7 @@ def remainder(p: Tensor, q: Tensor, columns: Tensor | None, scale: float) -> tup
     whole, own = p.contiguous(), q.contiguous()
     known = None if columns is None else columns.data_ptr()
     rest, mass = torch.empty_like(whole), ctypes.c_double()
-    _function("remainder")(
+    function("remainder")(
         _Pointer(whole.data_ptr()),
         _Pointer(known),
         _Pointer(own.data_ptr()),
@@ -148,56 +138,30 @@ def block(
         q.shape[1],
     )
     accepted, following = ctypes.c_int64(), ctypes.c_int64()
-    threads = torch.get_num_threads() if own.numel() >= _SHARED else 1
-    _function("block")(ctypes.byref(struct), ctypes.byref(accepted), ctypes.byref(following), _Long(threads))
+    threads = torch.get_num_threads() if own.numel() >= SHARED else 1
+    function("block")(ctypes.byref(struct), ctypes.byref(accepted), ctypes.byref(following), _Long(threads))
     return accepted.value, following.value
 
 
-class Chains:
-    """Draws chains from laws softmax(U_k + W₂ W₁[x_{k−1}]), all places of all requests in one call.
+def top(values: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """float32 values [rows, columns] that are not below 0 → the `count` largest of each row and their columns, int64.
 
-    Args:
-        first: W₁, bfloat16 [vocab, rank].
-        second: W₂ [columns, rank].
-        ids: int64, the token of each column; None: the column itself.
+    The largest come first, of equal ones the first. What is 0 or no number is not among them; where there are fewer,
+    0 stands in its place.
     """
-
-    def __init__(self, first: Tensor, second: Matrix, ids: Tensor | None):
-        self.first = readable("the first factor", first.detach(), (len(first), second.inputs))
-        self.second, self.ids = second, None if ids is None else ids.contiguous()
-
-    def __call__(
-        self, logits: Tensor, anchors: Tensor, uniforms: Tensor | None, temperature: float = 1.0
-    ) -> tuple[Tensor, Tensor | None]:
-        """Return the columns of the tokens, int64 [depth, requests], and the laws [depth, requests, columns].
-
-        Args:
-            logits: U, bfloat16 [depth, requests, columns].
-            anchors: int64 [requests].
-            uniforms: float64 [depth, requests] in [0, 1); None takes the likeliest tokens, and returns no laws.
-        """
-        depth, requests, width = logits.shape
-        logits = readable("logits", logits, (depth, requests, self.second.out))
-        anchors, uniforms = anchors.contiguous(), None if uniforms is None else uniforms.contiguous()
-        columns = anchors.new_empty(depth, requests)
-        probs = None if uniforms is None else logits.new_empty(logits.shape, dtype=torch.float32)
-        given = (
-            None if each is None else each.data_ptr()
-            for each in (self.first, self.ids, logits, anchors, uniforms)
-        )
-        made = columns.data_ptr(), None if probs is None else probs.data_ptr()
-        struct = _Chains(self.second.struct, *given, requests, depth, temperature, *made)
-        threads = torch.get_num_threads() if requests * width * self.second.inputs >= _SHARED else 1
-        _function("chains")(ctypes.byref(struct), _Long(threads))
-        return columns, probs
+    rows = values.contiguous()
+    made = rows.new_empty(rows.shape[0], count)
+    columns = rows.new_empty(rows.shape[0], count, dtype=torch.int64)
+    _call("top", rows, _Pointer(columns.data_ptr()), _Pointer(made.data_ptr()), _Long(count))
+    return made, columns
 
 
 def _call(name: str, rows: Tensor, *rest: ctypes._SimpleCData, heat: ctypes.c_float | None = None) -> None:
     columns = rows.shape[-1]
-    threads = torch.get_num_threads() if rows.numel() >= _SHARED else 1
+    threads = torch.get_num_threads() if rows.numel() >= SHARED else 1
     sizes = _Long(rows.numel() // columns), _Long(columns), *(() if heat is None else (heat,)), _Long(threads)
-    _function(name)(_Pointer(rows.data_ptr()), *rest, *sizes)
+    function(name)(_Pointer(rows.data_ptr()), *rest, *sizes)
 
 
-def _function(name: str) -> Any:
+def function(name: str) -> Any:
     return getattr(kernels(), f"deepspec_{name}")
