@@ -51,6 +51,8 @@ def run(settings: Settings) -> None:
     console = Console(highlight=False)
     console.print(curve_table(curve, batches))
     console.print(_floor_line(target, curve.verify(1, 1)))
+    if curve.slopes:
+        console.print(_context_line(curve))
     console.print(f"kept in {profile_path(target)}", soft_wrap=True)
     if drafter and drafter.digest:
         console.print(f"and     {profile_path(target, drafter, AUTO)}", soft_wrap=True)
@@ -89,6 +91,14 @@ def curve_table(curve: CostCurve, batches: list[int]) -> Table:
             cells += [f"{1000 * seconds:.1f}", f"{seconds / curve.verify(requests, requests):.2f}"]
         table.add_row("draft", *cells)
     return table
+
+
+def _context_line(curve: CostCurve) -> str:
+    more = ", ".join(f"{1e6 * seconds:.2f} over {width:g}" for width, seconds in curve.slopes)
+    return (
+        f"at {curve.context} tokens of context; a thousand more add so many ms to a request's pass, by its new tokens: "
+        f"{more}"
+    )
 
 
 def weight_bytes(target: Target) -> int:

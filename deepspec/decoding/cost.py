@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from deepspec.errors import DeepSpecError
@@ -23,22 +23,37 @@ class CostCurve:
         passes: requests in a target pass → (their new tokens in all, seconds).
         drafts: requests that draft together → seconds; empty without a drafter, or with one that costs nothing.
         identity: what the figures belong to: device, precision, target, versions, threads, code, drafter.
+        context: tokens of each request's context where the passes were measured.
+        slopes: (new tokens of a request, seconds that each further token of its context adds to its pass); empty
+            where that was not measured.
     """
 
     passes: dict[int, Points]
     drafts: dict[int, float] = field(default_factory=dict)
     identity: dict[str, Any] = field(default_factory=dict)
+    context: int = 0
+    slopes: Points = field(default_factory=list)
 
     def __post_init__(self) -> None:
         if not self.passes or not all(self.passes.values()):
             raise DeepSpecError("a cost curve needs at least one measured pass")
 
-    def verify(self, requests: int, tokens: float) -> float:
+    def verify(self, requests: int, tokens: float, context: float | None = None) -> float:
         """Seconds of a pass over `tokens` new tokens of `requests` requests together, the anchors among them.
+
+        Args:
+            context: tokens of a request's context on average; None: as it was where the passes were measured.
 
         Linear in the tokens between measured points and beyond them, linear in the requests between measured
         batches; beyond the largest batch its own line goes on, since cost goes by the total.
         """
+        seconds = self._here(requests, tokens)
+        if context is None or not self.slopes:
+            return seconds
+        return seconds + requests * (context - self.context) * interpolate(self.slopes, tokens / requests)
+
+    def _here(self, requests: int, tokens: float) -> float:
+        """Return the same for the context where the passes were measured."""
         batches = sorted(self.passes)
         requests = min(max(requests, batches[0]), batches[-1])
         if requests in self.passes:
@@ -59,12 +74,18 @@ class CostCurve:
         the hull its price is spread over the tokens that share it.
         """
         hulls = {requests: _lower_hull(points) for requests, points in self.passes.items()}
-        return CostCurve(hulls, self.drafts, self.identity)
+        return replace(self, passes=hulls, slopes=_lower_hull(self.slopes))
 
     def to_json(self) -> dict[str, Any]:
         """Plain values for a JSON file."""
         passes = {requests: [list(point) for point in points] for requests, points in self.passes.items()}
-        return {"identity": self.identity, "passes": keyed(passes), "drafts": keyed(self.drafts)}
+        return {
+            "identity": self.identity,
+            "passes": keyed(passes),
+            "drafts": keyed(self.drafts),
+            "context": self.context,
+            "slopes": [list(point) for point in self.slopes],
+        }
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> CostCurve:
@@ -76,7 +97,8 @@ class CostCurve:
         try:
             passes = {int(requests): read_points(pairs) for requests, pairs in value["passes"].items()}
             drafts = {int(requests): float(seconds) for requests, seconds in value["drafts"].items()}
-            return cls(passes, drafts, dict(value["identity"]))
+            slopes = read_points(value["slopes"]) if value.get("slopes") else []
+            return cls(passes, drafts, dict(value["identity"]), int(value.get("context") or 0), slopes)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise DeepSpecError(f"not a cost curve: {error!r}") from None
 

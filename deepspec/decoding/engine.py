@@ -211,7 +211,7 @@ class Engine:
     def _draft(self, turns: list[Turn]) -> None:
         """One proposal a request: no path reaches beyond what the request may still commit."""
         if self.controller:
-            self.controller.round(len(turns))
+            self.controller.round(len(turns), sum(turn.slot.cached for turn in turns) / len(turns))
         asks = [
             DraftRequest(
                 row=turn.row,

@@ -64,13 +64,13 @@ class Ranking(NamedTuple):
 
 def grow_at_once(growths: Sequence[Growth], anchors: Sequence[int], laws: LawsAtOnce) -> bool:
     """Grow fresh growths to their ends, in one call a kind; False leaves them as they are, where one cannot."""
-    kinds = ChainGrowth, RankedGrowth
-    if any(type(growth) not in kinds or growth.sampling.cuts for growth in growths):
+    if any(type(growth) not in (ChainGrowth, RankedGrowth) or growth.sampling.cuts for growth in growths):
         return False
-    for kind in kinds:
-        own = {i: growth for i, growth in enumerate(growths) if type(growth) is kind and growth.depth}
-        if own:
-            kind.grow_rows(own, anchors, laws)
+    fresh = [(i, growth) for i, growth in enumerate(growths) if growth.depth]
+    if chains := {i: growth for i, growth in fresh if isinstance(growth, ChainGrowth)}:
+        ChainGrowth.grow_rows(chains, anchors, laws)
+    if trees := {i: growth for i, growth in fresh if isinstance(growth, RankedGrowth)}:
+        RankedGrowth.grow_rows(trees, anchors, laws)
     return True
 
 

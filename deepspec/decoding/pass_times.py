@@ -31,7 +31,10 @@ logger = logging.getLogger(__name__)
 
 BATCHES = (1, 4, 16)
 WIDTHS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)  # new tokens a request
-CONTEXT = 256
+CONTEXT = 256  # tokens
+FARTHER = 1024  # a context beside which what more of it costs is seen
+_FEW_WIDTHS = (1, 4, 8, 16, 32)
+_LEAST = 1e-9  # plain passes: what costs nothing that could be seen
 _TURNS, _FEWEST, _SECONDS = 30, 7, 15.0  # a batch; see `_turns`
 # How many times the quickest tenth of equal passes the slowest may take, where they are no shorter than a turn of the
 # system's scheduler.
@@ -94,6 +97,32 @@ def measure_passes(
     if watch:
         watch(total, total)
     return passes
+
+
+@torch.inference_mode()
+def measure_slopes(target: Target, widths: Sequence[int] = _FEW_WIDTHS) -> Points:
+    """Measure what each further token of context adds to one request's pass, in plain passes, by its new tokens.
+
+    Passes at `CONTEXT` and at `FARTHER` run in the same turns. None are measured, and no points returned, of a target
+    whose layers keep a state, or with too few positions for the two to differ.
+    """
+    widths = sorted({1, *widths})
+    near, far = (_context_for(target, context, max(widths)) for context in (CONTEXT, FARTHER))
+    if not target.verdict.trees or far < 2 * near:
+        return []
+    cache = _filled_cache(target, 1, far, max(widths) + 1)
+
+    def seconds_of(what: int) -> float:
+        """Time a pass over `what` tokens; below 0, over -what at the farther context."""
+        began = time.perf_counter()
+        _pass(target, cache, far if what < 0 else near, 1, abs(what))
+        return time.perf_counter() - began
+
+    turns = _turns(seconds_of, [*widths, *(-width for width in widths)])
+    more = [median(turn.ratio(-width) - turn.ratio(width) for turn in turns) for width in widths]
+    return [
+        (width, max(ratio / (far - near), _LEAST)) for width, ratio in zip(widths, _rising(more), strict=True)
+    ]
 
 
 @torch.inference_mode()

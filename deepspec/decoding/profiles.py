@@ -13,14 +13,23 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from deepspec.decoding.cost import CostCurve, interpolate, keyed, read_points
+from deepspec.decoding.cost import CostCurve, Points, interpolate, keyed, read_points
 from deepspec.decoding.drafter import Drafter, settle
-from deepspec.decoding.pass_times import BATCHES, Watch, measure_drafts, measure_passes
+from deepspec.decoding.pass_times import (
+    BATCHES,
+    CONTEXT,
+    Watch,
+    measure_drafts,
+    measure_passes,
+    measure_slopes,
+)
 from deepspec.decoding.shapes import CHAIN, Shape
 from deepspec.device import describe_device
 from deepspec.files import digest, write_json
 from deepspec.lineage import code_digest
 from deepspec.target.model import Target
+
+_SLOPES = 0  # where a table of passes by requests has what more context adds to them
 
 
 def load_or_measure(
@@ -49,11 +58,13 @@ def load_or_measure(
     passes = kept(
         folder,
         identity,
-        batches,
+        (*batches, _SLOPES),
         force,
-        lambda missing: measure_passes(target, missing, watch=watch),
-        read_points,
+        lambda missing: _measured(target, missing, watch),
+        _points,
     )
+    slopes = passes.pop(_SLOPES)
+    one = CostCurve(passes).verify(1, 1)
     ratios: dict[int, float] = {}
     if drafter is not None:
         shape = settle(shape, target, drafter)
@@ -67,7 +78,17 @@ def load_or_measure(
             float,
         )
     drafts = {requests: ratio * interpolate(passes[requests], requests) for requests, ratio in ratios.items()}
-    return CostCurve(passes, drafts, identity)
+    return CostCurve(passes, drafts, identity, CONTEXT, [(width, ratio * one) for width, ratio in slopes])
+
+
+def _measured(target: Target, missing: list[int], watch: Watch | None) -> dict[int, Points]:
+    slopes = {_SLOPES: measure_slopes(target)} if _SLOPES in missing else {}
+    batches = [requests for requests in missing if requests != _SLOPES]
+    return slopes | (measure_passes(target, batches, watch=watch) if batches else {})
+
+
+def _points(pairs: Any) -> Points:
+    return read_points(pairs) if pairs else []
 
 
 def profiles_folder() -> Path:

@@ -51,8 +51,8 @@ class Controller:
         """Forget what was seen: a fresh engine with the same seeds decodes the same tokens."""
         self._follows: dict[int, float] = {}  # depth → chance that its token follows an accepted parent
 
-    def round(self, requests: int) -> None:
-        """Begin a round with `requests` in flight."""
+    def round(self, requests: int, context: float | None = None) -> None:
+        """Begin a round with `requests` in flight, whose contexts have so many tokens on average (None: unknown)."""
 
     def took(self, seconds: float) -> None:
         """End a round whose drafts and target pass, verdict included, took so long."""
@@ -155,6 +155,7 @@ class CostStop(Controller):
 
     def reset(self) -> None:
         super().reset()
+        self.context: float | None = None
         self.cost = 1.0  # of the last round, in plain rounds
         self.plainly = False  # this round, to see what a plain one takes
         self.sharers = 1.0  # requests in that round for each one that drafted
@@ -162,7 +163,8 @@ class CostStop(Controller):
         # Whether that round was plain, and by the curve seconds of a plain one and of it.
         self._last = True, 0.0, 0.0
 
-    def round(self, requests: int) -> None:
+    def round(self, requests: int, context: float | None = None) -> None:
+        self.context = context
         if self.corrected:
             self._now = self._times.setdefault(requests.bit_length(), RoundTimes())
             self.plainly = self._now.plain_is_due
@@ -182,9 +184,9 @@ class CostStop(Controller):
         draft_s = self.curve.draft(drafting) if drafting else 0.0
         selected = self._choose(proposals, draft_s)
         tokens = requests + sum(len(proposal.tokens) for proposal in selected)
-        plain_s = self.curve.verify(requests, requests)
+        plain_s = self.curve.verify(requests, requests, self.context)
         plain = tokens == requests and not drafting
-        round_s = draft_s + self.curve.verify(requests, tokens)
+        round_s = draft_s + self.curve.verify(requests, tokens, self.context)
         self._last = plain, plain_s, round_s
         self.sharers = requests / max(sharing, 1)
         self.cost = (self._now.corrected(plain_s, round_s) if self._now else round_s) / plain_s
@@ -192,8 +194,10 @@ class CostStop(Controller):
 
     def _seconds(self, curve: CostCurve, requests: int, tokens: float, draft_s: float) -> float:
         """Seconds of a round, by the curve or as rounds have corrected it."""
-        round_s = draft_s + curve.verify(requests, tokens)
-        return self._now.corrected(curve.verify(requests, requests), round_s) if self._now else round_s
+        round_s = draft_s + curve.verify(requests, tokens, self.context)
+        if self._now is None:
+            return round_s
+        return self._now.corrected(curve.verify(requests, requests, self.context), round_s)
 
     def _choose(self, proposals: list[Proposal], draft_s: float) -> list[Proposal]:
         requests = len(proposals)
@@ -252,8 +256,8 @@ class PrefixScheduler(CostStop):
         kept = min(1.0, _REMEMBERED / (self._judged + judged))
         self._stood, self._judged = kept * (self._stood + stood), kept * (self._judged + judged)
 
-    def round(self, requests: int) -> None:
-        super().round(requests)
+    def round(self, requests: int, context: float | None = None) -> None:
+        super().round(requests, context)
         self._stood += _FORGOTTEN * (_HOPED * _FIRST_GUESS - self._stood)
         self._judged += _FORGOTTEN * (_HOPED - self._judged)
         self._pacer.close()
@@ -278,7 +282,7 @@ class PrefixScheduler(CostStop):
         """
         follows = _FIRST_GUESS if self._free else self._stood / self._judged
         draft_s = 0.0 if self._free else self.curve.draft(requests)
-        plain_s, stands, expected = self.curve.verify(requests, requests), 1.0, 1.0
+        plain_s, stands, expected = self.curve.verify(requests, requests, self.context), 1.0, 1.0
         for length in range(1, _LONGEST_LOOK + 1):
             stands *= follows
             expected += stands

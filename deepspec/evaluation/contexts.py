@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from itertools import accumulate
 from statistics import fmean
 
 from deepspec.evaluation.parts import ContextBin
@@ -16,9 +15,8 @@ def tau_by_context(runs: Iterable[Run]) -> list[ContextBin]:
     """Return τ of the rounds by the tokens before them; runs that do not tell their prompts' lengths have none."""
     found: dict[int, list[int]] = {}
     for run in runs:
-        for prompt_tokens, accepted in zip(run.prompt_tokens, run.accepted, strict=False):  # a turn
-            starts = accumulate((count + 1 for count in accepted), initial=prompt_tokens)
-            for start, count in zip(starts, accepted, strict=False):
+        for starts, accepted in zip(run.contexts, run.accepted, strict=False):  # a turn
+            for start, count in zip(starts, accepted, strict=True):
                 found.setdefault((start // SHORTEST).bit_length(), []).append(count + 1)
     return [
         ContextBin(start=_begin(at), end=_begin(at + 1), rounds=len(committed), tau=fmean(committed))

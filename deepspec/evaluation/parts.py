@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    JsonValue,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+)
 
 Bounds = tuple[float, float]
 Mode = Literal["greedy", "sampled"]
@@ -339,6 +346,15 @@ class RoundCosts(Part):
         description="requests at once → (tokens of a pass, its seconds)"
     )
     drafts: dict[str, float] = Field(description="requests at once → seconds of a draft")
+    context: int | None = Field(None, description="tokens of context where passes were measured")
+    slopes: list[tuple[int | float, int | float]] | None = Field(
+        None, description="(new tokens of a request, seconds that each further token of its context adds)"
+    )
+
+    @model_serializer(mode="wrap")
+    def _as_known(self, plain: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave out what records of this version may lack."""
+        return {key: value for key, value in plain(self).items() if value is not None}
 
 
 class Provenance(Part):

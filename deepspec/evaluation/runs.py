@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -52,6 +53,14 @@ class Run:
         self.extra_passes += sum(stats.passes) - stats.rounds
         self.fed += sum(stats.fed)
         self.output = digest(self.output + json.dumps(generation.tokens))
+
+    @property
+    def contexts(self) -> list[list[int]]:
+        """Tokens before each round, of prompt and answer, by turn; no turns in runs of before."""
+        return [
+            [*accumulate((count + 1 for count in accepted), initial=prompt_tokens)][: len(accepted)]
+            for prompt_tokens, accepted in zip(self.prompt_tokens, self.accepted, strict=False)
+        ]
 
     @property
     def host_s(self) -> float:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from itertools import accumulate
+from itertools import accumulate, zip_longest
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
@@ -259,15 +259,25 @@ def pass_costs(results: Results, costs: RoundCosts | None) -> dict[str, PassCost
     curve, found = CostCurve.from_json(costs.model_dump()), {}
     for (name, temperature), rows in results.items():
         plain, drafted = ([row[which] for row in rows] for which in (PLAIN, DRAFT))
-        sizes = [1 + count for run in drafted for turn in run.verified for count in turn]
-        plain_rounds = sum(run.rounds for run in plain)
-        if sizes and plain_rounds:
-            a_plain_one = sum(run.verify_s for run in plain) / plain_rounds
+        by_curve, a_plain_one_by_curve = _seconds_by(curve, drafted), _seconds_by(curve, plain)
+        if by_curve and a_plain_one_by_curve:
+            a_plain_one = sum(run.verify_s for run in plain) / len(a_plain_one_by_curve)
             found[task_key(name, temperature)] = PassCosts(
-                by_curve=fmean(curve.verify(1, size) for size in sizes) / curve.verify(1, 1),
-                measured=sum(run.verify_s for run in drafted) / len(sizes) / a_plain_one,
+                by_curve=fmean(by_curve) / fmean(a_plain_one_by_curve),
+                measured=sum(run.verify_s for run in drafted) / len(by_curve) / a_plain_one,
             )
     return found or None
+
+
+def _seconds_by(curve: CostCurve, runs: Sequence[Run]) -> list[float]:
+    """Return what the curve has for the pass of each round; none of runs of before."""
+    return [
+        curve.verify(1, 1 + count, context)
+        for run in runs
+        for counts, contexts in zip_longest(run.verified, run.contexts, fillvalue=())
+        for count, context in zip_longest(counts, contexts)
+        if count is not None
+    ]
 
 
 def state_costs(results: Results) -> dict[str, StateCosts] | None:

@@ -88,6 +88,7 @@ def measured(monkeypatch):
         return drafts(target, drafter, batches, 8, **options)
 
     monkeypatch.setattr(profiles, "measure_passes", count_passes)
+    monkeypatch.setattr(profiles, "measure_slopes", lambda _: [(1, 1e-6), (4, 2e-6)])
     monkeypatch.setattr(profiles, "measure_drafts", count_drafts)
     return counts
 
@@ -100,6 +101,52 @@ def test_real_passes_are_measured(target):
     assert {requests: [x for x, _ in points] for requests, points in passes.items()} == {1: [1, 2], 3: [3, 6]}
     assert all(0 < seconds < 1 for points in passes.values() for _, seconds in points)
     assert seen[-1][0] == seen[-1][1] and [done for done, _ in seen] == sorted(done for done, _ in seen)
+
+
+class TestContexts:
+    """A pass over many tokens costs more where there is much to attend to."""
+
+    curve = CostCurve({1: [(1, 0.010), (8, 0.012)]}, {}, {}, 256, [(1, 1e-6), (8, 8e-6)])
+
+    def test_each_further_token_adds_by_the_new_tokens_of_its_request(self):
+        assert self.curve.verify(1, 8) == self.curve.verify(1, 8, 256) == 0.012
+        assert self.curve.verify(1, 8, 1256) == pytest.approx(0.012 + 1000 * 8e-6)
+        assert self.curve.verify(1, 1, 56) == pytest.approx(0.010 - 200 * 1e-6)
+        assert CostCurve({1: [(1, 0.010)]}).verify(1, 1, 5000) == 0.010  # where that was not measured
+        double = CostCurve({2: [(2, 0.010)]}, {}, {}, 256, [(1, 1e-6)])
+        assert double.verify(2, 2, 1256) == pytest.approx(0.010 + 2 * 1000 * 1e-6)
+
+    def test_it_is_kept_in_files_and_on_the_hull(self):
+        assert CostCurve.from_json(self.curve.to_json()) == self.curve
+        assert self.curve.convex().verify(1, 8, 1256) == self.curve.verify(1, 8, 1256)
+        before = {
+            key: value for key, value in self.curve.to_json().items() if key not in ("context", "slopes")
+        }
+        assert CostCurve.from_json(before).verify(1, 8, 9999) == 0.012
+
+    @pytest.mark.parametrize("slow", [False, True])
+    def test_it_is_measured_beside_passes_with_less_context(self, target, monkeypatch, slow):
+        machine = Machine(monkeypatch, {1: 0.010, 4: 0.011, 8: 0.012})
+        machine.passes = 150 if slow else 10_000
+        monkeypatch.setattr(pass_times, "CONTEXT", 16)
+        monkeypatch.setattr(pass_times, "FARTHER", 48)
+
+        def took(target, cache, context, requests, width):
+            machine.spend(machine.costs[width] + 1e-5 * width * (context - 16))
+
+        monkeypatch.setattr(pass_times, "_pass", took)
+        slopes = pass_times.measure_slopes(target, (1, 4, 8))
+        assert slopes == [(1, pytest.approx(1e-3)), (4, pytest.approx(4e-3)), (8, pytest.approx(8e-3))]
+
+    def test_it_is_kept_beside_the_passes(self, target, measured, tmp_path):
+        first, second = (load_or_measure(target, None, tmp_path, (1,)) for _ in range(2))
+        plain_s = first.verify(1, 1)
+        assert first.slopes == [(1, 1e-6 * plain_s), (4, 2e-6 * plain_s)] and first == second
+        assert first.context == pass_times.CONTEXT and measured["passes"] == [(1,)]
+
+    def test_none_is_measured_where_there_are_too_few_positions(self, target, monkeypatch):
+        monkeypatch.setattr(target, "max_length", 300)
+        assert pass_times.measure_slopes(target, (1, 4)) == []
 
 
 class Machine:
@@ -231,6 +278,10 @@ def test_a_record_says_what_passes_cost_by_the_curve_and_in_fact():
     assert found.by_curve == pytest.approx(1.3)  # of 14 and 12 over 10
     assert found.measured == pytest.approx(1.5)
     assert pass_costs(results, None) is None
+    costs = costs.model_copy(update={"context": 100, "slopes": [(1, 0.1), (5, 0.2)]})
+    plain.prompt_tokens, drafted.prompt_tokens = [90, 100], [109, 100]
+    (found,) = (pass_costs(results, costs) or {}).values()
+    assert found.by_curve == pytest.approx((15.8 + 12.0) / 2 / ((9.0 + 9.1 + 10.0 + 10.1) / 4))
     for run in (plain, drafted):
         run.verified = []  # as kept before
     assert pass_costs(results, costs) is None

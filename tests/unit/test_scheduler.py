@@ -288,6 +288,18 @@ def test_the_requests_of_the_scheduler_pause_together():
     assert controller.pacer().drafts()
 
 
+@pytest.mark.parametrize("controller", [CostStop, PrefixScheduler])
+def test_fewer_tokens_are_verified_behind_a_longer_context(controller):
+    """There a token more costs more."""
+    costs = replace(curve(token=0.01), context=100, slopes=[(1, 1e-5), (6, 20e-5)])
+    chosen = []
+    for context in (100, 5_000, 50_000):
+        free = controller(costs)
+        free.round(1, context)
+        chosen.append(len(free.select([chain(0.9, 0.8, 0.7, 0.7, 0.7)])[0].tokens))
+    assert chosen[0] > chosen[1] > chosen[2], chosen
+
+
 def test_a_lone_drafter_owes_the_time_of_all_who_wait():
     """Two tokens a round pay for one request; seven others would have to wait for them."""
     drafted = {}
