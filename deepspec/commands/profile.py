@@ -84,12 +84,13 @@ def curve_table(curve: CostCurve, batches: list[int]) -> Table:
             seconds = curve.verify(requests, requests * width)
             cells += [f"{1000 * seconds:.1f}", f"{seconds / curve.verify(requests, requests):.2f}"]
         table.add_row(str(width), *cells, end_section=width == WIDTHS[-1])
-    if curve.drafts:
+    drafts = {"draft": False} if not curve.chain_drafts else {"draft: a tree": False, "a chain": True}
+    for name, chains in drafts.items() if curve.drafts else ():
         cells = []
         for requests in batches:
-            seconds = curve.draft(requests)
+            seconds = curve.draft(requests, chains)
             cells += [f"{1000 * seconds:.1f}", f"{seconds / curve.verify(requests, requests):.2f}"]
-        table.add_row("draft", *cells)
+        table.add_row(name, *cells)
     return table
 
 

@@ -26,6 +26,7 @@ class CostCurve:
         context: tokens of each request's context where the passes were measured.
         slopes: (new tokens of a request, seconds that each further token of its context adds to its pass); empty
             where that was not measured.
+        chain_drafts: as `drafts`, of chains, where those are of trees; empty where they are not.
     """
 
     passes: dict[int, Points]
@@ -33,6 +34,7 @@ class CostCurve:
     identity: dict[str, Any] = field(default_factory=dict)
     context: int = 0
     slopes: Points = field(default_factory=list)
+    chain_drafts: dict[int, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not self.passes or not all(self.passes.values()):
@@ -63,9 +65,10 @@ class CostCurve:
             [(b, interpolate(self.passes[b], tokens)) for b in batches[i - 1 : i + 1]], requests
         )
 
-    def draft(self, requests: int) -> float:
-        """Seconds in which `requests` requests draft together; 0 without a drafter."""
-        return interpolate(sorted(self.drafts.items()), requests) if self.drafts else 0.0
+    def draft(self, requests: int, chains: bool = False) -> float:
+        """Seconds in which `requests` requests draft together, or draft but chains; 0 without a drafter."""
+        drafts = self.chain_drafts if chains and self.chain_drafts else self.drafts
+        return interpolate(sorted(drafts.items()), requests) if drafts else 0.0
 
     def convex(self) -> CostCurve:
         """Return the lower convex hull in the tokens: never above the curve, equal to it where it matters most.
@@ -85,6 +88,7 @@ class CostCurve:
             "drafts": keyed(self.drafts),
             "context": self.context,
             "slopes": [list(point) for point in self.slopes],
+            "chain_drafts": keyed(self.chain_drafts),
         }
 
     @classmethod
@@ -96,11 +100,21 @@ class CostCurve:
         """
         try:
             passes = {int(requests): read_points(pairs) for requests, pairs in value["passes"].items()}
-            drafts = {int(requests): float(seconds) for requests, seconds in value["drafts"].items()}
             slopes = read_points(value["slopes"]) if value.get("slopes") else []
-            return cls(passes, drafts, dict(value["identity"]), int(value.get("context") or 0), slopes)
+            return cls(
+                passes,
+                _seconds(value["drafts"]),
+                dict(value["identity"]),
+                int(value.get("context") or 0),
+                slopes,
+                _seconds(value.get("chain_drafts") or {}),
+            )
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise DeepSpecError(f"not a cost curve: {error!r}") from None
+
+
+def _seconds(table: dict[str, Any]) -> dict[int, float]:
+    return {int(requests): float(seconds) for requests, seconds in table.items()}
 
 
 def keyed(table: dict[int, Any]) -> dict[str, Any]:

@@ -212,6 +212,7 @@ class Engine:
         """One proposal a request: no path reaches beyond what the request may still commit."""
         if self.controller:
             self.controller.round(len(turns), sum(turn.slot.cached for turn in turns) / len(turns))
+        shape = self.controller.shape(self.tree) if self.controller else self.tree
         asks = [
             DraftRequest(
                 row=turn.row,
@@ -219,7 +220,7 @@ class Engine:
                 sampling=turn.slot.request.sampling,
                 rng=turn.slot.rng,
                 room=turn.slot.room - 1,
-                shape=self.tree,
+                shape=shape,
             )
             for turn in turns
             if turn.slot.room > 1 and (turn.slot.pacer is None or turn.slot.pacer.drafts())

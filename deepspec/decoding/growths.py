@@ -275,13 +275,8 @@ class RankedGrowth(_BestGrowth):
 
 def _chain_first(ranked: Proposal) -> Proposal:
     """Return the same tree with its likeliest path before the rest: where that stands, no cache is to be compacted."""
-    first_child: dict[int, int] = {}
-    for node, parent in enumerate(ranked.parents):
-        first_child.setdefault(parent, node)
-    order, node = [], -1
-    while (node := first_child.get(node, -1)) >= 0:
-        order.append(node)
-    order += sorted({*range(len(ranked.tokens))} - {*order})
+    path = ranked.likeliest_path
+    order = [*path, *sorted({*range(len(ranked.tokens))} - {*path})]
     place = {-1: -1} | {node: i for i, node in enumerate(order)}
     return replace(
         ranked,

@@ -13,7 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from deepspec.decoding.cost import CostCurve, Points, interpolate, keyed, read_points
+from deepspec.decoding.cost import CostCurve, Points, keyed, read_points
 from deepspec.decoding.drafter import Drafter, settle
 from deepspec.decoding.pass_times import (
     BATCHES,
@@ -64,21 +64,27 @@ def load_or_measure(
         _points,
     )
     slopes = passes.pop(_SLOPES)
-    one = CostCurve(passes).verify(1, 1)
-    ratios: dict[int, float] = {}
-    if drafter is not None:
-        shape = settle(shape, target, drafter)
-        identity = _identity(target, drafter, shape)
+    curve = CostCurve(passes)
+    contexts = CONTEXT, [(width, ratio * curve.verify(1, 1)) for width, ratio in slopes]
+    if drafter is None:
+        return CostCurve(passes, {}, identity, *contexts)
+    shape = settle(shape, target, drafter)
+
+    def drafts(shape: Shape) -> dict[int, float]:
+        own = _identity(target, drafter, shape)
         ratios = kept(
-            folder if identity["drafter"] else None,
-            identity,
+            folder if own["drafter"] else None,
+            own,
             batches,
             force,
             lambda missing: measure_drafts(target, drafter, missing, shape=shape),
             float,
         )
-    drafts = {requests: ratio * interpolate(passes[requests], requests) for requests, ratio in ratios.items()}
-    return CostCurve(passes, drafts, identity, CONTEXT, [(width, ratio * one) for width, ratio in slopes])
+        return {requests: ratio * curve.verify(requests, requests) for requests, ratio in ratios.items()}
+
+    chain = shape.settled(False)
+    chains = {} if chain is shape else drafts(chain)
+    return CostCurve(passes, drafts(shape), _identity(target, drafter, shape), *contexts, chains)
 
 
 def _measured(target: Target, missing: list[int], watch: Watch | None) -> dict[int, Points]:

@@ -17,7 +17,9 @@ from itertools import accumulate
 
 from deepspec.decoding.cost import CostCurve
 from deepspec.decoding.round_times import RoundTimes
+from deepspec.decoding.shapes import Shape
 from deepspec.decoding.tree import Proposal
+from deepspec.decoding.tree_gains import TreeGains
 
 _CREDIT = 2.0  # plain rounds that a request's drafts may lose before they have to earn them
 _MOST_KEPT = 6.0  # of what it has earned
@@ -35,8 +37,9 @@ _RARELY = 1024  # rounds without a draft, after which one is tried whatever is e
 class Controller:
     """Verifies every proposal whole, in every round; the others build on it.
 
-    The engine asks in each round: `round`, `DraftPacer.drafts` of each request, `select` once all have drafted; and
-    tells it afterwards: `observe` of each verified proposal, `DraftPacer.observe` of each request, `took` of the round.
+    The engine asks in each round: `round`, `shape`, `DraftPacer.drafts` of each request, `select` once all have
+    drafted; and tells it afterwards: `observe` of each verified proposal, `DraftPacer.observe` of each request, `took`
+    of the round.
 
     Attributes:
         looks_up: whether proposals may be free; the engine sets it.
@@ -53,6 +56,10 @@ class Controller:
 
     def round(self, requests: int, context: float | None = None) -> None:
         """Begin a round with `requests` in flight, whose contexts have so many tokens on average (None: unknown)."""
+
+    def shape(self, asked: Shape) -> Shape:
+        """Return what is drafted in this round, where `asked` may be a tree or a chain."""
+        return asked
 
     def took(self, seconds: float) -> None:
         """End a round whose drafts and target pass, verdict included, took so long."""
@@ -137,7 +144,8 @@ class CostStop(Controller):
 
     Where a token was sampled the search stops at the first node that does not pay, on the lower convex hull of T:
     there none that pays comes after it, so a step in the curve cannot end the search early. Where proposals are
-    functions of the context alone nothing can be anticipated, and the best n of all is taken on T itself.
+    functions of the context alone nothing can be anticipated, and the best n of all is taken on T itself. Where trees
+    may be drafted or chains, each round drafts what has been worth more for so many requests (`tree_gains.py`).
 
     Args:
         curve: measured costs of this target and drafter on this device.
@@ -160,14 +168,32 @@ class CostStop(Controller):
         self.plainly = False  # this round, to see what a plain one takes
         self.sharers = 1.0  # requests in that round for each one that drafted
         self._now: RoundTimes | None = None
+        self._gains: dict[int, TreeGains] = {}  # by requests in flight
+        self._requests = 1
         # Whether that round was plain, and by the curve seconds of a plain one and of it.
         self._last = True, 0.0, 0.0
 
     def round(self, requests: int, context: float | None = None) -> None:
-        self.context = context
+        self.context, self._requests = context, requests
         if self.corrected:
             self._now = self._times.setdefault(requests.bit_length(), RoundTimes())
             self.plainly = self._now.plain_is_due
+
+    def shape(self, asked: Shape) -> Shape:
+        """Return `asked`, or a chain where trees have not been worth what they cost for so many requests."""
+        chain, costs = asked.settled(False), self.curve
+        if chain is asked or not costs.chain_drafts:
+            return asked
+        gains, requests = self._tree_gains, self._requests
+        plain_s = costs.verify(requests, requests, self.context)
+        if gains.pays(costs.draft(requests), costs.draft(requests, chains=True), plain_s):
+            return asked
+        gains.chain()
+        return chain
+
+    @property
+    def _tree_gains(self) -> TreeGains:
+        return self._gains.setdefault(self._requests.bit_length(), TreeGains())
 
     def took(self, seconds: float) -> None:
         if self._now:
@@ -181,8 +207,13 @@ class CostStop(Controller):
         requests = len(proposals)
         sharing = sum(bool(proposal.tokens) for proposal in proposals)
         drafting = sum(bool(proposal.tokens) and not proposal.free for proposal in proposals)
-        draft_s = self.curve.draft(drafting) if drafting else 0.0
+        trees = any(not (proposal.free or proposal.is_chain) for proposal in proposals)
+        draft_s = self.curve.draft(drafting, chains=not trees) if drafting else 0.0
         selected = self._choose(proposals, draft_s)
+        if trees and self.curve.chain_drafts:
+            chain_s = self.curve.draft(drafting, chains=True)
+            chains = self._choose([proposal.keep(proposal.likeliest_path) for proposal in proposals], chain_s)
+            self._tree_gains.tree(self._worth(selected, draft_s) / self._worth(chains, chain_s))
         tokens = requests + sum(len(proposal.tokens) for proposal in selected)
         plain_s = self.curve.verify(requests, requests, self.context)
         plain = tokens == requests and not drafting
@@ -191,6 +222,12 @@ class CostStop(Controller):
         self.sharers = requests / max(sharing, 1)
         self.cost = (self._now.corrected(plain_s, round_s) if self._now else round_s) / plain_s
         return selected
+
+    def _worth(self, selected: list[Proposal], draft_s: float) -> float:
+        """Return the expected tokens a second of a round in which this is verified."""
+        expected = len(selected) + sum(sum(self.survival(proposal)) for proposal in selected)
+        tokens = len(selected) + sum(len(proposal.tokens) for proposal in selected)
+        return expected / self._seconds(self.curve, len(selected), tokens, draft_s)
 
     def _seconds(self, curve: CostCurve, requests: int, tokens: float, draft_s: float) -> float:
         """Seconds of a round, by the curve or as rounds have corrected it."""
@@ -281,7 +318,7 @@ class PrefixScheduler(CostStop):
         Of what is looked up, which costs nothing to ask for, most may stand.
         """
         follows = _FIRST_GUESS if self._free else self._stood / self._judged
-        draft_s = 0.0 if self._free else self.curve.draft(requests)
+        draft_s = 0.0 if self._free else self.curve.draft(requests, chains=True)
         plain_s, stands, expected = self.curve.verify(requests, requests, self.context), 1.0, 1.0
         for length in range(1, _LONGEST_LOOK + 1):
             stands *= follows

@@ -228,8 +228,9 @@ class Sampled(Shape):
 class Auto(Shape):
     """At temperature 0 a best-first tree, where the drafter grows one in the time of a chain; else a chain.
 
-    Of such a tree a controller verifies what pays: all of it, its likeliest path, or nothing. Where tokens are drawn
-    the likeliest paths would stand less often than a drawn chain does.
+    Of such a tree a controller verifies what pays: all of it, its likeliest path, or nothing; and where trees have not
+    paid it asks for chains (`Controller.shape`). Where tokens are drawn the likeliest paths would stand less often than
+    a drawn chain does.
     """
 
     type: Literal["auto"] = tag(default="auto", kw_only=True)

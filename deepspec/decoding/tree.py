@@ -79,6 +79,17 @@ class Proposal:
     def is_chain(self) -> bool:
         return self.parents == list(range(-1, len(self.parents) - 1))
 
+    @property
+    def likeliest_path(self) -> list[int]:
+        """The nodes of the chain of first children: of a tree whose siblings stand in order, the likeliest ones."""
+        first: dict[int, int] = {}
+        for node, parent in enumerate(self.parents):
+            first.setdefault(parent, node)
+        path, node = [], -1
+        while (node := first.get(node, -1)) >= 0:
+            path.append(node)
+        return path
+
     def children(self) -> dict[tuple[int, int], int]:
         """(parent, token) → node."""
         return {

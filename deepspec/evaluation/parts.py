@@ -346,6 +346,9 @@ class RoundCosts(Part):
         description="requests at once → (tokens of a pass, its seconds)"
     )
     drafts: dict[str, float] = Field(description="requests at once → seconds of a draft")
+    chain_drafts: dict[str, float] | None = Field(
+        None, description="the same of a chain, where `drafts` is of trees; empty where it is not"
+    )
     context: int | None = Field(None, description="tokens of context where passes were measured")
     slopes: list[tuple[int | float, int | float]] | None = Field(
         None, description="(new tokens of a request, seconds that each further token of its context adds)"

@@ -9,7 +9,7 @@ import pytest
 from deepspec.decoding import pass_times, profiles
 from deepspec.decoding.cost import CostCurve
 from deepspec.decoding.profiles import load_or_measure
-from deepspec.decoding.shapes import Chain
+from deepspec.decoding.shapes import Auto, Chain
 from deepspec.drafters.algorithms.lookup import LookupDrafter
 from deepspec.errors import DeepSpecError
 from deepspec.evaluation.parts import RoundCosts
@@ -137,6 +137,15 @@ class TestContexts:
         monkeypatch.setattr(pass_times, "_pass", took)
         slopes = pass_times.measure_slopes(target, (1, 4, 8))
         assert slopes == [(1, pytest.approx(1e-3)), (4, pytest.approx(4e-3)), (8, pytest.approx(8e-3))]
+
+    def test_trees_and_chains_are_timed_apart_where_either_may_be_drafted(self, target, measured, tmp_path):
+        drafter = Trained(4, 1)
+        assert load_or_measure(target, drafter, tmp_path, (1,), shape=Auto()).chain_drafts == {}
+        drafter.grows_trees = True
+        curve = load_or_measure(target, drafter, tmp_path, (1,), shape=Auto())
+        assert curve.drafts.keys() == curve.chain_drafts.keys() == {1} and len(measured["drafts"]) == 2
+        assert curve.draft(1, chains=True) == curve.chain_drafts[1]
+        assert CostCurve.from_json(curve.to_json()) == curve
 
     def test_it_is_kept_beside_the_passes(self, target, measured, tmp_path):
         first, second = (load_or_measure(target, None, tmp_path, (1,)) for _ in range(2))

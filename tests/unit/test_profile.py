@@ -35,6 +35,8 @@ def test_the_table_has_a_row_for_each_width_and_one_for_the_draft():
     points = {n: [(n, 0.02 * n), (32 * n, 0.04 * n)] for n in (1, 4)}
     assert len(curve_table(CostCurve(points), [1, 4]).rows) == len(pass_times.WIDTHS)
     assert len(curve_table(CostCurve(points, {1: 0.01}), [1, 4]).rows) == len(pass_times.WIDTHS) + 1
+    apart = CostCurve(points, {1: 0.01}, chain_drafts={1: 0.008})
+    assert len(curve_table(apart, [1, 4]).rows) == len(pass_times.WIDTHS) + 2
 
 
 def test_batches_are_numbers_in_order():

@@ -25,6 +25,7 @@ from deepspec.decoding.scheduler import (
     first_drop,
     global_best,
 )
+from deepspec.decoding.shapes import Auto, BestFirst, Chain
 from deepspec.decoding.tree import Proposal
 from deepspec.decoding.verify import block, standard
 from deepspec.drafters.algorithms.lookup import LookupDrafter
@@ -298,6 +299,53 @@ def test_fewer_tokens_are_verified_behind_a_longer_context(controller):
         free.round(1, context)
         chosen.append(len(free.select([chain(0.9, 0.8, 0.7, 0.7, 0.7)])[0].tokens))
     assert chosen[0] > chosen[1] > chosen[2], chosen
+
+
+class TestShape:
+    """Trees or chains, by what trees have been worth for so many requests."""
+
+    costs = CostCurve(
+        {1: [(1, 1.0), (16, 1.15)], 8: [(8, 1.5), (128, 6.0)]},
+        {1: 0.23, 8: 0.9},
+        chain_drafts={1: 0.2, 8: 0.5},
+    )
+    tree = Proposal(list(range(6)), [-1, 0, 1, -1, 0, 3], survival=[0.5, 0.25, 0.1, 0.3, 0.15, 0.2])
+
+    @pytest.mark.parametrize("controller", [CostStop, PrefixScheduler])
+    def test_it_drafts_trees_where_they_are_worth_it(self, controller):
+        free = controller(self.costs)
+        for _ in range(9):
+            free.round(1)
+            assert free.shape(Auto()) == Auto()
+            (kept,) = free.select([self.tree])
+            assert len(kept.tokens) == 6
+
+    @pytest.mark.parametrize("controller", [CostStop, PrefixScheduler])
+    def test_it_drafts_chains_where_trees_cost_more_and_tries_again(self, controller):
+        free, shapes = controller(self.costs), []
+        for _ in range(200):
+            free.round(8)
+            shapes.append(free.shape(Auto()))
+            free.select([self.tree if shapes[-1] == Auto() else chain(0.5, 0.5)] * 8)
+        assert shapes[0] == Chain() and 2 <= shapes.count(Auto()) <= 3
+        free.reset()
+        free.round(1)
+        assert free.shape(Auto()) == Auto()  # one request is another matter
+
+    def test_what_was_asked_for_is_drafted_where_there_is_no_choice(self):
+        free = CostStop(self.costs)
+        free.round(8)
+        assert free.shape(BestFirst()) == BestFirst() and free.shape(Chain(3)) == Chain(3)
+        assert CostStop(curve()).shape(Auto()) == Auto()  # whose costs are not known apart
+        assert Controller().shape(Auto()) == Auto()
+
+    def test_a_chain_is_priced_as_one(self):
+        free = CostStop(self.costs)
+        free.round(1)
+        free.select([chain(0.5)])
+        assert free.cost == pytest.approx(1.2 + 0.01)
+        free.select([self.tree])
+        assert free.cost == pytest.approx(1.23 + 0.06)
 
 
 def test_a_lone_drafter_owes_the_time_of_all_who_wait():
