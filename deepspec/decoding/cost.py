@@ -8,6 +8,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from itertools import accumulate
 from typing import Any
 
 from deepspec.errors import DeepSpecError
@@ -40,22 +41,37 @@ class CostCurve:
         if not self.passes or not all(self.passes.values()):
             raise DeepSpecError("a cost curve needs at least one measured pass")
 
-    def verify(self, requests: int, tokens: float, context: float | None = None) -> float:
-        """Seconds of a pass over `tokens` new tokens of `requests` requests together, the anchors among them.
+    def at(self, context: float) -> CostCurve:
+        """Return the curve where requests have so many tokens of context on average.
 
-        Args:
-            context: tokens of a request's context on average; None: as it was where the passes were measured.
+        More tokens never cost less, nor does any pass less than half of what was measured: noise could say so.
+        """
+        if not self.slopes:
+            return self
+        return replace(
+            self,
+            passes={
+                requests: self._moved(requests, points, context) for requests, points in self.passes.items()
+            },
+            context=round(context),
+        )
+
+    def _moved(self, requests: int, points: Points, context: float) -> Points:
+        more = requests * (context - self.context)
+        moved = [
+            max(seconds + more * interpolate(self.slopes, tokens / requests), seconds / 2)
+            for tokens, seconds in points
+        ]
+        return [
+            (tokens, seconds) for (tokens, _), seconds in zip(points, accumulate(moved, max), strict=True)
+        ]
+
+    def verify(self, requests: int, tokens: float) -> float:
+        """Seconds of a pass over `tokens` new tokens of `requests` requests together, the anchors among them.
 
         Linear in the tokens between measured points and beyond them, linear in the requests between measured
         batches; beyond the largest batch its own line goes on, since cost goes by the total.
         """
-        seconds = self._here(requests, tokens)
-        if context is None or not self.slopes:
-            return seconds
-        return seconds + requests * (context - self.context) * interpolate(self.slopes, tokens / requests)
-
-    def _here(self, requests: int, tokens: float) -> float:
-        """Return the same for the context where the passes were measured."""
         batches = sorted(self.passes)
         requests = min(max(requests, batches[0]), batches[-1])
         if requests in self.passes:
@@ -77,7 +93,7 @@ class CostCurve:
         the hull its price is spread over the tokens that share it.
         """
         hulls = {requests: _lower_hull(points) for requests, points in self.passes.items()}
-        return replace(self, passes=hulls, slopes=_lower_hull(self.slopes))
+        return replace(self, passes=hulls)
 
     def to_json(self) -> dict[str, Any]:
         """Plain values for a JSON file."""

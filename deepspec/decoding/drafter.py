@@ -135,4 +135,4 @@ class Drafter(ABC):
 
 def settle(shape: Shape, target: Target, drafter: Drafter | None) -> Shape:
     """Return the shape as this drafter grows it for this target."""
-    return shape.settled(drafter is not None and drafter.grows_trees and target.verdict.trees)
+    return shape.settled(drafter is not None and drafter.trained.grows_trees and target.verdict.trees)

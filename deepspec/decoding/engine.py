@@ -281,7 +281,10 @@ class Engine:
         anchor, start = slot.anchor, slot.cached
         path = [proposal.tokens[node] for node in turn.nodes]
         committed = slot.commit(path, turn.token)
+        # Where the path ends, deeper nodes of other branches were never judged.
         drafted_depth = max(proposal.depths, default=0)
+        if proposal.judged(turn.nodes) == accepted:
+            drafted_depth = accepted
         # A stop inside the draft ends the answer: the rest of the block was never judged.
         ended_inside = committed <= accepted
         judged_depth = min(drafted_depth, committed - 1) if ended_inside else drafted_depth
@@ -292,7 +295,7 @@ class Engine:
         if slot.pacer:
             slot.pacer.observe(committed)
         if proposal.tokens and self.controller:
-            self.controller.observe(proposal, accepted)
+            self.controller.observe(proposal, turn.nodes)
         if self.on_round:
             self.on_round(Round(slot.request.id, proposal, accepted, slot.tokens[-committed:]))
         if slot.finish_reason:

@@ -63,9 +63,11 @@ class Ranking(NamedTuple):
 
 
 def grow_at_once(growths: Sequence[Growth], anchors: Sequence[int], laws: LawsAtOnce) -> bool:
-    """Grow fresh growths to their ends, in one call a kind; False leaves them as they are, where one cannot."""
-    if any(type(growth) not in (ChainGrowth, RankedGrowth) or growth.sampling.cuts for growth in growths):
-        return False
+    """Grow fresh growths to their ends, those alike in one call; False leaves all as they are, where one cannot."""
+    for growth in growths:
+        cuts = growth.sampling.cuts and growth.sampling.temperature > 0
+        if cuts or type(growth) not in (ChainGrowth, RankedGrowth):
+            return False
     fresh = [(i, growth) for i, growth in enumerate(growths) if growth.depth]
     if chains := {i: growth for i, growth in fresh if isinstance(growth, ChainGrowth)}:
         ChainGrowth.grow_rows(chains, anchors, laws)

@@ -60,12 +60,13 @@ def load_or_measure(
         identity,
         (*batches, _SLOPES),
         force,
-        lambda missing: _measured(target, missing, watch),
-        _points,
+        lambda missing: _measured_passes(target, missing, watch),
+        read_points,
     )
-    slopes = passes.pop(_SLOPES)
+    slopes = passes.pop(_SLOPES, [])
     curve = CostCurve(passes)
-    contexts = CONTEXT, [(width, ratio * curve.verify(1, 1)) for width, ratio in slopes]
+    fewest = min(passes)
+    contexts = CONTEXT, [(width, ratio * curve.verify(fewest, fewest)) for width, ratio in slopes]
     if drafter is None:
         return CostCurve(passes, {}, identity, *contexts)
     shape = settle(shape, target, drafter)
@@ -87,14 +88,11 @@ def load_or_measure(
     return CostCurve(passes, drafts(shape), _identity(target, drafter, shape), *contexts, chains)
 
 
-def _measured(target: Target, missing: list[int], watch: Watch | None) -> dict[int, Points]:
-    slopes = {_SLOPES: measure_slopes(target)} if _SLOPES in missing else {}
+def _measured_passes(target: Target, missing: list[int], watch: Watch | None) -> dict[int, Points]:
     batches = [requests for requests in missing if requests != _SLOPES]
-    return slopes | (measure_passes(target, batches, watch=watch) if batches else {})
-
-
-def _points(pairs: Any) -> Points:
-    return read_points(pairs) if pairs else []
+    passes = measure_passes(target, batches, watch=watch) if batches else {}
+    slopes = measure_slopes(target) if _SLOPES in missing else []
+    return passes | ({_SLOPES: slopes} if slopes else {})
 
 
 def profiles_folder() -> Path:

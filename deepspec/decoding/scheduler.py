@@ -23,7 +23,7 @@ from deepspec.decoding.tree_gains import TreeGains
 
 _CREDIT = 2.0  # plain rounds that a request's drafts may lose before they have to earn them
 _MOST_KEPT = 6.0  # of what it has earned
-_TRIAL = 0.5  # of that, once they have lost it all and are tried again
+_TRIAL = 0.5  # plain rounds that they may lose when they are tried again
 _FIRST_PAUSE, _LONGEST_PAUSE = 8, 64
 _LONGEST_LOOK = 16  # tokens of a draft
 _FIRST_GUESS = 0.8  # chance that a token without an estimate follows its accepted parent, before any was seen
@@ -31,6 +31,7 @@ _FOLLOW = 0.05  # how fast that guess follows what is seen
 _HOPED = 4.0  # tokens that the guess counts for
 _FORGOTTEN = 1 / 256  # of what was seen, a round: contexts change, and a draft that lost is tried again
 _REMEMBERED = 64.0  # tokens at most, so that what was long true is given up as soon
+_CONTEXT_STEP = 64  # tokens: contexts that differ by less are priced alike
 _RARELY = 1024  # rounds without a draft, after which one is tried whatever is expected of it
 
 
@@ -72,13 +73,13 @@ class Controller:
         """Return what of each request's proposal is verified in one target pass, never more than was given."""
         return proposals
 
-    def observe(self, proposal: Proposal, accepted: int) -> None:
-        """Note that `accepted` tokens of a verified proposal stood."""
+    def observe(self, proposal: Proposal, accepted: list[int]) -> None:
+        """Note that the path of nodes `accepted` of a verified proposal stood."""
         if proposal.survival is not None:
             return
-        for depth in range(1, min(accepted + 1, max(proposal.depths, default=0)) + 1):
+        for depth in range(1, proposal.judged(accepted) + 1):
             known = self._follows.get(depth, _FIRST_GUESS)
-            self._follows[depth] = known + _FOLLOW * ((accepted >= depth) - known)
+            self._follows[depth] = known + _FOLLOW * ((len(accepted) >= depth) - known)
 
     def survival(self, proposal: Proposal) -> list[float]:
         """Estimated chance of the path down to each node.
@@ -154,16 +155,17 @@ class CostStop(Controller):
     """
 
     def __init__(self, curve: CostCurve, corrected: bool = False):
-        super().__init__()
-        self.curve = curve
-        self.hull = curve.convex()
+        self.measured = curve
         self.corrected = corrected
+        # By context: the curve there and its hull.
+        self._curves: dict[int, tuple[CostCurve, CostCurve]] = {}
         # By requests in flight. They are of the machine, so no `reset` forgets them.
         self._times: dict[int, RoundTimes] = {}
+        super().__init__()
 
     def reset(self) -> None:
         super().reset()
-        self.context: float | None = None
+        self.curve, self.hull = self._at(None)
         self.cost = 1.0  # of the last round, in plain rounds
         self.plainly = False  # this round, to see what a plain one takes
         self.sharers = 1.0  # requests in that round for each one that drafted
@@ -174,10 +176,19 @@ class CostStop(Controller):
         self._last = True, 0.0, 0.0
 
     def round(self, requests: int, context: float | None = None) -> None:
-        self.context, self._requests = context, requests
+        self.curve, self.hull = self._at(context)
+        self._requests = requests
         if self.corrected:
             self._now = self._times.setdefault(requests.bit_length(), RoundTimes())
             self.plainly = self._now.plain_is_due
+
+    def _at(self, context: float | None) -> tuple[CostCurve, CostCurve]:
+        """Return the curve and its hull for contexts of about so many tokens; None: as it was measured."""
+        step = -1 if context is None else round(context / _CONTEXT_STEP)
+        if step not in self._curves:
+            curve = self.measured if context is None else self.measured.at(step * _CONTEXT_STEP)
+            self._curves[step] = curve, curve.convex()
+        return self._curves[step]
 
     def shape(self, asked: Shape) -> Shape:
         """Return `asked`, or a chain where trees have not been worth what they cost for so many requests."""
@@ -185,7 +196,7 @@ class CostStop(Controller):
         if chain is asked or not costs.chain_drafts:
             return asked
         gains, requests = self._tree_gains, self._requests
-        plain_s = costs.verify(requests, requests, self.context)
+        plain_s = costs.verify(requests, requests)
         if gains.pays(costs.draft(requests), costs.draft(requests, chains=True), plain_s):
             return asked
         gains.chain()
@@ -215,9 +226,9 @@ class CostStop(Controller):
             chains = self._choose([proposal.keep(proposal.likeliest_path) for proposal in proposals], chain_s)
             self._tree_gains.tree(self._worth(selected, draft_s) / self._worth(chains, chain_s))
         tokens = requests + sum(len(proposal.tokens) for proposal in selected)
-        plain_s = self.curve.verify(requests, requests, self.context)
+        plain_s = self.curve.verify(requests, requests)
         plain = tokens == requests and not drafting
-        round_s = draft_s + self.curve.verify(requests, tokens, self.context)
+        round_s = draft_s + self.curve.verify(requests, tokens)
         self._last = plain, plain_s, round_s
         self.sharers = requests / max(sharing, 1)
         self.cost = (self._now.corrected(plain_s, round_s) if self._now else round_s) / plain_s
@@ -231,10 +242,8 @@ class CostStop(Controller):
 
     def _seconds(self, curve: CostCurve, requests: int, tokens: float, draft_s: float) -> float:
         """Seconds of a round, by the curve or as rounds have corrected it."""
-        round_s = draft_s + curve.verify(requests, tokens, self.context)
-        if self._now is None:
-            return round_s
-        return self._now.corrected(curve.verify(requests, requests, self.context), round_s)
+        round_s = draft_s + curve.verify(requests, tokens)
+        return self._now.corrected(curve.verify(requests, requests), round_s) if self._now else round_s
 
     def _choose(self, proposals: list[Proposal], draft_s: float) -> list[Proposal]:
         requests = len(proposals)
@@ -282,9 +291,9 @@ class PrefixScheduler(CostStop):
         self._stood, self._judged = _HOPED * _FIRST_GUESS, _HOPED  # drafted tokens whose parent was accepted
         self._undrafted = 0  # rounds
 
-    def observe(self, proposal: Proposal, accepted: int) -> None:
+    def observe(self, proposal: Proposal, accepted: list[int]) -> None:
         super().observe(proposal, accepted)
-        self._learn(accepted, min(accepted + 1, max(proposal.depths)))
+        self._learn(len(accepted), proposal.judged(accepted))
 
     def _learn(self, stood: float, judged: float) -> None:
         """Take in how much of what was judged stood, or was expected to."""
@@ -308,7 +317,8 @@ class PrefixScheduler(CostStop):
         for proposal, kept in zip(proposals, selected, strict=True):
             if proposal.tokens and not kept.tokens:
                 # What the draft itself expects is all that is known of it.
-                self._learn(self.survival(proposal)[0], 1)
+                first = zip(proposal.parents, self.survival(proposal), strict=True)
+                self._learn(min(sum(chance for parent, chance in first if parent < 0), 1.0), 1)
         self._undrafted = 0 if any(proposal.tokens for proposal in proposals) else self._undrafted + 1
         return selected
 
@@ -319,7 +329,7 @@ class PrefixScheduler(CostStop):
         """
         follows = _FIRST_GUESS if self._free else self._stood / self._judged
         draft_s = 0.0 if self._free else self.curve.draft(requests, chains=True)
-        plain_s, stands, expected = self.curve.verify(requests, requests, self.context), 1.0, 1.0
+        plain_s, stands, expected = self.curve.verify(requests, requests), 1.0, 1.0
         for length in range(1, _LONGEST_LOOK + 1):
             stands *= follows
             expected += stands
@@ -418,9 +428,9 @@ class _SharedPacer(DraftPacer):
     def open(self, requests: int, may_pay: bool = True) -> None:
         """Begin a round, in which a draft may pay or not."""
         self.may_pay = may_pay
+        self.credit = _CREDIT / 2 * (1 + 1 / requests)
         if not self.begun:
-            self.begun, self.credit = True, _CREDIT / 2 * (1 + 1 / requests)
-            self.account = self.credit
+            self.begun, self.account = True, self.credit
         if self.wait and 2 * requests <= self.paused:
             self.wait, self.pause = 0, _FIRST_PAUSE
 

@@ -71,6 +71,11 @@ class Shape(ABC):
         """Return the shape itself, or what it is where trees cannot be verified or cost more than a chain to draft."""
         return self
 
+    @property
+    def greedy(self) -> Shape:
+        """Return what is drafted at temperature 0, wherever it is drafted."""
+        return self
+
     @abstractmethod
     def growth(self, vocabulary: Vocabulary, sampling: Sampling, depth: int, rng: torch.Generator) -> Growth:
         """Begin a growth of at most `depth` levels."""
@@ -235,7 +240,7 @@ class Auto(Shape):
 
     type: Literal["auto"] = tag(default="auto", kw_only=True)
     width: Size = 8
-    nodes: Size = 16
+    budget: int = Field(default=16, ge=1, le=256, description="Nodes of the tree.")
 
     draws = "chain"
 
@@ -243,12 +248,19 @@ class Auto(Shape):
     def depth(self) -> None:
         return None
 
+    @property
+    def nodes(self) -> None:
+        return None  # of a chain, and of what is looked up
+
+    @property
+    def greedy(self) -> BestFirst:
+        return BestFirst(width=self.width, nodes=self.budget)
+
     def settled(self, trees: bool) -> Shape:
         return self if trees else CHAIN
 
     def growth(self, vocabulary: Vocabulary, sampling: Sampling, depth: int, rng: torch.Generator) -> Growth:
-        tree = BestFirst(width=self.width, nodes=self.nodes)
-        return (CHAIN if sampling.temperature else tree).growth(vocabulary, sampling, depth, rng)
+        return (CHAIN if sampling.temperature else self.greedy).growth(vocabulary, sampling, depth, rng)
 
 
 AUTO = Auto()

@@ -90,6 +90,11 @@ class Proposal:
             path.append(node)
         return path
 
+    def judged(self, accepted: list[int]) -> int:
+        """Return how many levels were judged where the path of nodes `accepted` stood: one more if it goes on."""
+        last = accepted[-1] if accepted else -1
+        return len(accepted) + (last in self.parents)
+
     def children(self) -> dict[tuple[int, int], int]:
         """(parent, token) → node."""
         return {

@@ -27,7 +27,6 @@ class LookupFirst(Drafter):
         self.lookup = lookup
         self._trained = trained
         self.layers = trained.layers
-        self.grows_trees = trained.grows_trees
         self.block_size = max(lookup.block_size, trained.block_size)
         self.vocab_size = trained.vocab_size
         self.digest = trained.digest

@@ -87,10 +87,11 @@ def price(generation: Generation, plain: Generation, plain_s: float, curve: Cost
     """Return the seconds of a forced run, and set those of its verification.
 
     Its drafts are as they were timed; a pass over n tokens is taken to last as long as one of the plain run, all that
-    is around it included, times what the curve has for n tokens over what it has for one.
+    is around it included, times what the curve has for n tokens over what it has for one, in the middle of the answer.
     """
     stats = generation.stats
-    ratios = [curve.verify(1, 1 + nodes) / curve.verify(1, 1) for nodes in stats.verified]
+    here = curve.at(len(generation.prompt_ids) + len(generation.tokens) / 2)
+    ratios = [here.verify(1, 1 + nodes) / here.verify(1, 1) for nodes in stats.verified]
     a_pass = plain_s / plain.stats.rounds if plain.stats.rounds else 0.0
     stats.verify_s, stats.host_s = a_pass * sum(ratios), 0.0
     return stats.verify_s + stats.draft_s

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from deepspec.decoding.drafter import settle
 from deepspec.device import describe_device
 from deepspec.drafters.checkpoint import RECORD as DRAFT_RECORD
 from deepspec.drafters.checkpoint import draft_digest
@@ -114,8 +115,11 @@ def _outcomes(bench: Bench) -> dict[str, Outcome]:
     traces = {name: phases.take_traces(bench, name) for name in bench.drafts}
     sweeps = {name: phases.run_sweeps(bench, name) for name in bench.drafts}
     subjects = {name: _subject(bench, name) for name in bench.drafts}
+    shapes = {
+        name: settle(bench.params.decode.tree, bench.target, bench.drafters[name]) for name in bench.drafts
+    }
     bench.forget()
-    identities = {name: phases.check_identities(bench, name) for name in bench.drafts}
+    identities = {name: phases.check_identities(bench, name, shapes[name]) for name in bench.drafts}
     outcomes = {}
     for name in bench.drafts:
         own = _of(name, contest)

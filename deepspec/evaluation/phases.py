@@ -14,7 +14,7 @@ from deepspec.decoding.calibration import TEMPERATURES
 from deepspec.decoding.drafter import Drafter
 from deepspec.decoding.engine import generate
 from deepspec.decoding.request import Generation
-from deepspec.decoding.shapes import CHAIN
+from deepspec.decoding.shapes import CHAIN, Shape
 from deepspec.drafters.deployment import with_lookup
 from deepspec.drafters.load import load_drafter
 from deepspec.evaluation import alone, sweep, throughput
@@ -199,8 +199,11 @@ def _throughput(bench: Bench, name: str, chosen: ThroughputParams) -> list[Throu
     return throughput.rows({pieces[key]: throughput.from_json(runs) for key, runs in found.items()})
 
 
-def check_identities(bench: Bench, name: str) -> dict[str, dict[str, Identity]]:
+def check_identities(bench: Bench, name: str, shape: Shape) -> dict[str, dict[str, Identity]]:
     """Return path → task → the float32 check.
+
+    Args:
+        shape: what the draft as it is used proposes, which in float32 might be another.
 
     It always drafts: a controller would only leave rounds unchecked. Of the draft's prompts the first of a task is
     decoded alone and the others in one batch, the two ways in which the engine runs; what was not decoded for its
@@ -233,7 +236,7 @@ def check_identities(bench: Bench, name: str) -> dict[str, dict[str, Identity]]:
         references = plain[task.name] if path in (DRAFT, "alone") else plain[task.name][:1]
         largest_tree = sweep.largest_tree(drafter.block_size, sweeps) if sweeps else CHAIN
         checked, tree = {
-            DRAFT: (with_lookup(drafter, bench.params.decode.lookup), bench.params.decode.tree),
+            DRAFT: (with_lookup(drafter, bench.params.decode.lookup), shape.greedy),
             LOOKUP: (bench.baseline, CHAIN),
             "alone": (drafter, CHAIN),
             "tree": (drafter, largest_tree),

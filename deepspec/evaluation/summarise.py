@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from itertools import accumulate, zip_longest
+from itertools import accumulate
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
@@ -271,13 +271,13 @@ def pass_costs(results: Results, costs: RoundCosts | None) -> dict[str, PassCost
 
 def _seconds_by(curve: CostCurve, runs: Sequence[Run]) -> list[float]:
     """Return what the curve has for the pass of each round; none of runs of before."""
-    return [
-        curve.verify(1, 1 + count, context)
-        for run in runs
-        for counts, contexts in zip_longest(run.verified, run.contexts, fillvalue=())
-        for count, context in zip_longest(counts, contexts)
-        if count is not None
-    ]
+    found = []
+    for run in runs:
+        for i, counts in enumerate(run.verified):
+            contexts = run.contexts[i] if run.contexts else []
+            here = curve.at(fmean(contexts)) if contexts else curve
+            found += [here.verify(1, 1 + count) for count in counts]
+    return found
 
 
 def state_costs(results: Results) -> dict[str, StateCosts] | None:

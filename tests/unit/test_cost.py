@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 
 import pytest
@@ -109,20 +110,29 @@ class TestContexts:
     curve = CostCurve({1: [(1, 0.010), (8, 0.012)]}, {}, {}, 256, [(1, 1e-6), (8, 8e-6)])
 
     def test_each_further_token_adds_by_the_new_tokens_of_its_request(self):
-        assert self.curve.verify(1, 8) == self.curve.verify(1, 8, 256) == 0.012
-        assert self.curve.verify(1, 8, 1256) == pytest.approx(0.012 + 1000 * 8e-6)
-        assert self.curve.verify(1, 1, 56) == pytest.approx(0.010 - 200 * 1e-6)
-        assert CostCurve({1: [(1, 0.010)]}).verify(1, 1, 5000) == 0.010  # where that was not measured
+        assert self.curve.verify(1, 8) == self.curve.at(256).verify(1, 8) == 0.012
+        assert self.curve.at(1256).verify(1, 8) == pytest.approx(0.012 + 1000 * 8e-6)
+        assert self.curve.at(56).verify(1, 1) == pytest.approx(0.010 - 200 * 1e-6)
+        assert CostCurve({1: [(1, 0.010)]}).at(5000).verify(1, 1) == 0.010  # where that was not measured
         double = CostCurve({2: [(2, 0.010)]}, {}, {}, 256, [(1, 1e-6)])
-        assert double.verify(2, 2, 1256) == pytest.approx(0.010 + 2 * 1000 * 1e-6)
+        assert double.at(1256).verify(2, 2) == pytest.approx(0.010 + 2 * 1000 * 1e-6)
 
-    def test_it_is_kept_in_files_and_on_the_hull(self):
+    @pytest.mark.parametrize("steep", [1, 5, 100])
+    def test_behind_little_context_more_tokens_never_cost_less(self, steep):
+        slopes = [(width, steep * seconds) for width, seconds in self.curve.slopes]
+        near = CostCurve(self.curve.passes, {}, {}, 256, slopes).at(0)
+        points = [near.verify(1, n) for n in range(1, 9)]
+        assert points == sorted(points) and points[0] >= 0.005
+        hull = near.convex()
+        steps = [hull.verify(1, n + 1) - hull.verify(1, n) for n in range(1, 9)]
+        assert all(b >= a - 1e-12 for a, b in itertools.pairwise(steps))
+
+    def test_it_is_kept_in_files(self):
         assert CostCurve.from_json(self.curve.to_json()) == self.curve
-        assert self.curve.convex().verify(1, 8, 1256) == self.curve.verify(1, 8, 1256)
         before = {
             key: value for key, value in self.curve.to_json().items() if key not in ("context", "slopes")
         }
-        assert CostCurve.from_json(before).verify(1, 8, 9999) == 0.012
+        assert CostCurve.from_json(before).at(9999).verify(1, 8) == 0.012
 
     @pytest.mark.parametrize("slow", [False, True])
     def test_it_is_measured_beside_passes_with_less_context(self, target, monkeypatch, slow):
@@ -242,12 +252,14 @@ def test_a_drafter_without_an_identity_is_timed_each_time(target, measured, tmp_
     assert measured == {"passes": [(1,)], "drafts": [(1,), (1,)]}
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", '{"identity": 1}', "foreign"])
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"identity": 1}', "foreign", "empty"])
 def test_a_corrupt_or_foreign_file_is_measured_again(target, measured, tmp_path, content):
     load_or_measure(target, None, tmp_path, (1,))
     (file,) = tmp_path.glob("*.json")
     if content == "foreign":
         content = file.read_text().replace(target.digest, "another")
+    if content == "empty":
+        content = json.dumps(json.loads(file.read_text()) | {"measured": {"0": [], "1": []}})
     file.write_text(content)
     load_or_measure(target, None, tmp_path, (1,))
     load_or_measure(target, None, tmp_path, (1,))
@@ -290,7 +302,7 @@ def test_a_record_says_what_passes_cost_by_the_curve_and_in_fact():
     costs = costs.model_copy(update={"context": 100, "slopes": [(1, 0.1), (5, 0.2)]})
     plain.prompt_tokens, drafted.prompt_tokens = [90, 100], [109, 100]
     (found,) = (pass_costs(results, costs) or {}).values()
-    assert found.by_curve == pytest.approx((15.8 + 12.0) / 2 / ((9.0 + 9.1 + 10.0 + 10.1) / 4))
+    assert found.by_curve == pytest.approx((15.8 + 12.0) / 2 / ((9.05 + 10.05) / 2))
     for run in (plain, drafted):
         run.verified = []  # as kept before
     assert pass_costs(results, costs) is None

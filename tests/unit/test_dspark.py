@@ -370,7 +370,7 @@ class TestGrownAtOnce:
         assert len(ours[0].tokens) == 3 and all(len(other.tokens) == 5 for other in ours[1:])
 
     @pytest.mark.parametrize(
-        "shape", [BestFirst(4, None, 16), Beam(3, 4, 12), BestFirst(1, None, 3), Auto(nodes=9)]
+        "shape", [BestFirst(4, None, 16), Beam(3, 4, 12), BestFirst(1, None, 3), Auto(budget=9)]
     )
     @pytest.mark.parametrize("temperatures", [(0.0,), (0.0, 1.0, 0.7, 0.0)])
     def test_trees_are_those_grown_level_by_level(self, drawing, temperatures, shape, monkeypatch):
@@ -383,7 +383,7 @@ class TestGrownAtOnce:
             assert (mine.tokens, mine.parents) == (wanted.tokens, wanted.parents)
             assert mine.survival == wanted.survival
         assert [len(tree.tokens) for tree in ours[1:]] == [
-            shape.nodes if sampling.temperature == 0 or not isinstance(shape, Auto) else 5
+            shape.greedy.nodes if sampling.temperature == 0 or not isinstance(shape, Auto) else 5
             for sampling in samplings[1:]
         ]
 

@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 
+from deepspec.decoding.shapes import AUTO, CHAIN
 from deepspec.device import describe_device
 from deepspec.drafters.algorithms.lookup import LookupDrafter
 from deepspec.drafters.checkpoint import write_drafter
@@ -124,6 +125,20 @@ def test_every_prompt_of_the_check_is_decoded_once_alone_or_in_a_batch(
     (outcome,) = evaluated(own, tiny_target, tmp_path, prompts_per_task=3, **changes).values()
     assert groups == [(1, False), (2, True)]
     assert outcome.record.tasks["word_problems@T=0"].lossless_checked.prompts == 3
+
+
+@pytest.mark.parametrize("trees", [False, True])
+def test_in_float32_what_is_timed_is_checked_even_where_it_would_draft_another_shape(
+    drafts, tiny_target, tmp_path, monkeypatch, trees
+):
+    shapes = []
+    real = phases.check_identity
+    monkeypatch.setattr(phases, "check_identity", lambda *a, **o: shapes.append(a[5]) or real(*a, **o))
+    monkeypatch.setattr("deepspec.evaluation.measure.settle", lambda shape, *_: shape.settled(trees))
+    changes = {"computed": True, "throughput": None, "tasks": ["word_problems"]}
+    (outcome,) = evaluated({"dspark": drafts["dspark"]}, tiny_target, tmp_path, **changes).values()
+    assert set(shapes) == ({AUTO.greedy} if trees else {CHAIN})
+    assert outcome.record.tasks["word_problems@T=0"].lossless
 
 
 def test_a_plain_run_that_is_cut_is_said_to_be(drafts, tiny_target, tmp_path):

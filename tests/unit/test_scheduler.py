@@ -174,7 +174,7 @@ def test_proposals_without_an_estimate_get_what_such_ones_had_before():
     lookup = Proposal.chain([1, 2, 3])
     assert lookup.survival is None
     for _ in range(60):
-        controller.observe(lookup, 1)
+        controller.observe(lookup, [0])
     survival = controller.survival(lookup)
     assert survival[0] > 0.95 and survival[1] < 0.05
     assert len(controller.select([lookup])[0].tokens) == 1
@@ -184,7 +184,7 @@ def test_proposals_without_an_estimate_get_what_such_ones_had_before():
 
 def test_estimates_of_a_proposals_own_are_left_alone():
     controller = CostStop(curve())
-    controller.observe(chain(0.9, 0.9), 0)
+    controller.observe(chain(0.9, 0.9), [])
     assert controller.survival(Proposal.chain([1]))[0] == pytest.approx(0.8)
 
 
@@ -348,6 +348,17 @@ class TestShape:
         assert free.cost == pytest.approx(1.23 + 0.06)
 
 
+def test_a_level_that_another_branch_alone_has_was_not_judged():
+    tree = Proposal([1, 2, 3], [-1, 0, -1], survival=[0.5, 0.2, 0.3])
+    assert [tree.judged(path) for path in ([], [0], [0, 1], [2])] == [1, 2, 2, 1]
+    assert Proposal().judged([]) == 0
+    scheduler = PrefixScheduler(curve())
+    scheduler.reset()
+    before = scheduler._stood, scheduler._judged
+    scheduler.observe(tree, [2])
+    assert (scheduler._stood - before[0], scheduler._judged - before[1]) == (1, 1)
+
+
 def test_a_lone_drafter_owes_the_time_of_all_who_wait():
     """Two tokens a round pay for one request; seven others would have to wait for them."""
     drafted = {}
@@ -435,7 +446,7 @@ def test_a_draft_that_has_not_paid_is_tried_again_only_once_that_is_long_ago():
         selected = scheduler.select([chain(0.6, 0.3) if drafting else Proposal()] * 16)
         for proposal in selected:
             if proposal.tokens:
-                scheduler.observe(proposal, 0)
+                scheduler.observe(proposal, [])
             pace.observe(1)
     assert drafted[0] == 0
     assert len(drafted) > 1 and min(b - a for a, b in itertools.pairwise(drafted)) > 200
@@ -457,7 +468,7 @@ def test_a_draft_better_than_hoped_for_is_found_some_time_and_one_without_number
         selected = scheduler.select([chain(*[0.97**k for k in range(1, 6)]) if drafts else Proposal()] * 16)
         for proposal in selected:
             if proposal.tokens:
-                scheduler.observe(proposal, len(proposal.tokens))
+                scheduler.observe(proposal, list(range(len(proposal.tokens))))
             pace.observe(1 + len(proposal.tokens))
     assert drafted > 500
 

@@ -384,7 +384,7 @@ class TestAuto:
 
     def test_it_ranks_paths_at_temperature_0_and_draws_a_chain_else(self):
         draft = Draft(3)
-        (tree,) = draft.propose(Auto(width=3, nodes=7))
+        (tree,) = draft.propose(Auto(width=3, budget=7))
         (best,) = draft.propose(BestFirst(3, None, 7))
         assert (tree.tokens, tree.parents, tree.survival) == (best.tokens, best.parents, best.survival)
         (drawn,) = Draft(3).propose(Auto(), sampling=DRAWN, seeds=[5])
@@ -393,4 +393,6 @@ class TestAuto:
 
     def test_it_is_a_chain_where_trees_cost_more_or_are_not_verified(self):
         assert Auto().settled(True) == Auto() and Auto().settled(False) == Chain()
+        assert Auto(budget=9).greedy == BestFirst(nodes=9) and Chain(3).greedy == Chain(3)
+        assert Auto(budget=9).nodes is None  # what is looked up may be longer
         assert BestFirst().settled(False) == BestFirst()  # who asks for a tree gets it, or an error
