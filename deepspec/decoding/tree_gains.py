@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 _FOLLOW = 1 / 8  # how fast the mean follows what is seen
-_DEAR = 0.05  # of a round: where a tree's draft costs so much more than a chain's, chains are drafted first
+_DEAR = 0.15  # of a round: where a tree's draft costs so much more than a chain's, chains are drafted first
 _AGAIN = 64  # rounds of chains, after which a tree is tried again
 
 

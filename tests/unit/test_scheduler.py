@@ -320,6 +320,15 @@ class TestShape:
             (kept,) = free.select([self.tree])
             assert len(kept.tokens) == 6
 
+    def test_a_tree_that_costs_a_little_more_is_tried_and_given_up_where_it_is_not_worth_it(self):
+        costs = CostCurve({1: [(1, 1.0), (16, 4.0)]}, {1: 0.3}, chain_drafts={1: 0.2})
+        free, shapes = CostStop(costs), []
+        for _ in range(70):
+            free.round(1)
+            shapes.append(free.shape(Auto()))
+            free.select([self.tree if shapes[-1] == Auto() else chain(0.5, 0.5)])
+        assert shapes[0] == shapes[65] == Auto() and shapes.count(Auto()) == 2
+
     @pytest.mark.parametrize("controller", [CostStop, PrefixScheduler])
     def test_it_drafts_chains_where_trees_cost_more_and_tries_again(self, controller):
         free, shapes = controller(self.costs), []
