@@ -12,6 +12,7 @@ import tempfile
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch  # its OpenMP is the one that the library then shares
 
@@ -53,6 +54,11 @@ def sources() -> bytes:
 def kernels() -> ctypes.CDLL | None:
     """Return the library, compiled at its first use; None where this machine cannot have it (see `state`)."""
     return _found()[0]
+
+
+def function(name: str) -> Any:
+    """Return one of the library's functions; the kernels are there."""
+    return getattr(kernels(), f"deepspec_{name}")
 
 
 def state() -> str:

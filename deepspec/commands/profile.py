@@ -78,19 +78,21 @@ def curve_table(curve: CostCurve, batches: list[int]) -> Table:
     for requests in batches:
         table.add_column(f"{requests} request{'s' * (requests > 1)}\nms", justify="right")
         table.add_column("\n×", justify="right", style="dim")
+
+    def cells(row: list[float]) -> list[str]:
+        """Seconds of each batch, and how they stand to a pass over one token a request."""
+        return [
+            cell
+            for requests, seconds in zip(batches, row, strict=True)
+            for cell in (f"{1000 * seconds:.1f}", f"{seconds / curve.verify(requests, requests):.2f}")
+        ]
+
     for width in WIDTHS:
-        cells = []
-        for requests in batches:
-            seconds = curve.verify(requests, requests * width)
-            cells += [f"{1000 * seconds:.1f}", f"{seconds / curve.verify(requests, requests):.2f}"]
-        table.add_row(str(width), *cells, end_section=width == WIDTHS[-1])
+        row = cells([curve.verify(requests, requests * width) for requests in batches])
+        table.add_row(str(width), *row, end_section=width == WIDTHS[-1])
     drafts = {"draft": False} if not curve.chain_drafts else {"draft: a tree": False, "a chain": True}
     for name, chains in drafts.items() if curve.drafts else ():
-        cells = []
-        for requests in batches:
-            seconds = curve.draft(requests, chains)
-            cells += [f"{1000 * seconds:.1f}", f"{seconds / curve.verify(requests, requests):.2f}"]
-        table.add_row(name, *cells)
+        table.add_row(name, *cells([curve.draft(requests, chains) for requests in batches]))
     return table
 
 

@@ -110,8 +110,10 @@ class KVCache:
         """Move the entries `start + kept[i]` to `start + i`: after a tree, only the accepted path stays."""
         if kept == list(range(len(kept))):
             return
-        tensors = [tensor for layer in self._layers.values() for tensor in layer]
-        entries = self.derived((Entries, len(tensors)), lambda: Entries.of(tensors))
+        layers = self._layers.values()
+        entries = self.derived(
+            (Entries, len(layers)), lambda: Entries.of([x for layer in layers for x in layer])
+        )
         if entries is not None:
             entries.compact(slot, start, kept)
             return

@@ -11,7 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from deepspec.target.native.laws import SHARED, function
+from deepspec.kernels import function
+from deepspec.target.native.laws import SHARED
 from deepspec.target.native.matrix import Matrix, _Matrix, readable
 
 

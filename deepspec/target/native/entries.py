@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from deepspec.kernels import kernels
+from deepspec.kernels import function, kernels
 
 
 class _Entries(ctypes.Structure):
@@ -33,4 +33,4 @@ class Entries:
         """Move the entries `start + kept[i]` of a slot to `start + i`; `kept` ascends, and kept[i] >= i."""
         chosen = (ctypes.c_int64 * len(kept))(*kept)
         sizes = (ctypes.c_int64(value) for value in (len(self.array), slot, start, len(kept)))
-        kernels().deepspec_compact(self.array, *sizes, chosen)  # type: ignore[union-attr]
+        function("compact")(self.array, *sizes, chosen)

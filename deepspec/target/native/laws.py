@@ -6,12 +6,11 @@ A row's results do not depend on the other rows nor on the number of threads, to
 from __future__ import annotations
 
 import ctypes
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from deepspec.kernels import kernels
+from deepspec.kernels import function, kernels
 from deepspec.target.native.matrix import readable
 
 
@@ -161,7 +160,3 @@ def _call(name: str, rows: Tensor, *rest: ctypes._SimpleCData, heat: ctypes.c_fl
     threads = torch.get_num_threads() if rows.numel() >= SHARED else 1
     sizes = _Long(rows.numel() // columns), _Long(columns), *(() if heat is None else (heat,)), _Long(threads)
     function(name)(_Pointer(rows.data_ptr()), *rest, *sizes)
-
-
-def function(name: str) -> Any:
-    return getattr(kernels(), f"deepspec_{name}")

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from deepspec.kernels import kernels
+from deepspec.kernels import function, kernels
 from deepspec.target.native.matrix import LANES
 
 _Pointer, _Long, _Float = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
@@ -37,7 +37,7 @@ class _LearntNorm(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         x, weight = x.contiguous(), weight.contiguous()
         made, rates = torch.empty_like(x), x.new_empty(x.shape[:-1], dtype=torch.float32)
-        _function("norm_rows")(*_at(x, weight), _bits(x), *_at(made, rates), _Float(eps), *_sizes(x))
+        function("norm_rows")(*_at(x, weight), _bits(x), *_at(made, rates), _Float(eps), *_sizes(x))
         ctx.save_for_backward(x, weight, rates)
         return made
 
@@ -49,12 +49,8 @@ class _LearntNorm(torch.autograd.Function):
         by_x = torch.empty_like(x)
         by_weight = x.new_zeros(torch.get_num_threads(), x.shape[-1], dtype=torch.float32)
         read, made = _at(slope, x, weight), _at(rates, by_x, by_weight)
-        _function("norm_gradients")(*read, _bits(x), *made, *_sizes(x))
+        function("norm_gradients")(*read, _bits(x), *made, *_sizes(x))
         return by_x, by_weight.sum(0).to(weight.dtype), None
-
-
-def _function(name: str) -> Any:
-    return getattr(kernels(), f"deepspec_{name}")
 
 
 def _at(*tensors: Tensor) -> list[ctypes.c_void_p]:
