@@ -212,22 +212,26 @@ class Engine:
         """One proposal a request: no path reaches beyond what the request may still commit."""
         if self.controller:
             self.controller.round(len(turns), sum(turn.slot.cached for turn in turns) / len(turns))
-        shape = self.controller.shape(self.tree) if self.controller else self.tree
-        asks = [
-            DraftRequest(
-                row=turn.row,
-                anchor=turn.slot.anchor,
-                sampling=turn.slot.request.sampling,
-                rng=turn.slot.rng,
-                room=turn.slot.room - 1,
-                shape=shape,
-            )
+        drafting = [
+            turn
             for turn in turns
             if turn.slot.room > 1 and (turn.slot.pacer is None or turn.slot.pacer.drafts())
         ]
-        if asks and self.session:
-            for ask, proposal in zip(asks, self.session.propose(asks), strict=True):
-                turns[ask.row].proposal = proposal
+        if drafting and self.session:
+            shape = self.controller.shape(self.tree) if self.controller else self.tree
+            asks = [
+                DraftRequest(
+                    row=turn.row,
+                    anchor=turn.slot.anchor,
+                    sampling=turn.slot.request.sampling,
+                    rng=turn.slot.rng,
+                    room=turn.slot.room - 1,
+                    shape=shape,
+                )
+                for turn in drafting
+            ]
+            for turn, proposal in zip(drafting, self.session.propose(asks), strict=True):
+                turn.proposal = proposal
         if self.controller:
             selected = self.controller.select([turn.proposal for turn in turns])
             for turn, proposal in zip(turns, selected, strict=True):

@@ -1,4 +1,4 @@
-"""Controllers: how much of the drafts is verified, and when drafting pauses because it does not pay.
+"""Controllers: what is drafted and how much of it is verified; when drafting pauses is `pacing.py`.
 
 Non-anticipation. Whatever looks at a sampled token before deciding whether to verify it changes the output's law:
 drop the drafts that look poor, and the ones that remain look better than the drafter is (DSpark, DeepSeek 2026, §3.2
@@ -16,15 +16,12 @@ from collections.abc import Callable
 from itertools import accumulate
 
 from deepspec.decoding.cost import CostCurve
+from deepspec.decoding.pacing import DraftPacer, SharedPacer
 from deepspec.decoding.round_times import RoundTimes
 from deepspec.decoding.shapes import Shape
 from deepspec.decoding.tree import Proposal
 from deepspec.decoding.tree_gains import TreeGains
 
-_CREDIT = 2.0  # plain rounds that a request's drafts may lose before they have to earn them
-_MOST_KEPT = 6.0  # of what it has earned
-_TRIAL = 0.5  # plain rounds that they may lose when they are tried again
-_FIRST_PAUSE, _LONGEST_PAUSE = 8, 64
 _LONGEST_LOOK = 16  # tokens of a draft
 _FIRST_GUESS = 0.8  # chance that a token without an estimate follows its accepted parent, before any was seen
 _FOLLOW = 0.05  # how fast that guess follows what is seen
@@ -32,15 +29,16 @@ _HOPED = 4.0  # tokens that the guess counts for
 _FORGOTTEN = 1 / 256  # of what was seen, a round: contexts change, and a draft that lost is tried again
 _REMEMBERED = 64.0  # tokens at most, so that what was long true is given up as soon
 _CONTEXT_STEP = 64  # tokens: contexts that differ by less are priced alike
+_WORTH_IT = 1.05  # times what plain rounds bring: what all requests draft for
 _RARELY = 1024  # rounds without a draft, after which one is tried whatever is expected of it
 
 
 class Controller:
     """Verifies every proposal whole, in every round; the others build on it.
 
-    The engine asks in each round: `round`, `shape`, `DraftPacer.drafts` of each request, `select` once all have
-    drafted; and tells it afterwards: `observe` of each verified proposal, `DraftPacer.observe` of each request, `took`
-    of the round.
+    The engine asks in each round: `round`, `DraftPacer.drafts` of each request, `shape` where one drafts, `select` once
+    all have drafted; and tells it afterwards: `observe` of each verified proposal, `DraftPacer.observe` of each
+    request, `took` of the round.
 
     Attributes:
         looks_up: whether proposals may be free; the engine sets it.
@@ -166,7 +164,8 @@ class CostStop(Controller):
     def reset(self) -> None:
         super().reset()
         self.curve, self.hull = self._at(None)
-        self.cost = 1.0  # of the last round, in plain rounds
+        self.cost = 1.0  # of the last round, in plain rounds, had all requests been asked for drafts
+        self.tried = 1.0  # share of the requests that were
         self.plainly = False  # this round, to see what a plain one takes
         self.sharers = 1.0  # requests in that round for each one that drafted
         self._now: RoundTimes | None = None
@@ -216,6 +215,11 @@ class CostStop(Controller):
 
     def select(self, proposals: list[Proposal]) -> list[Proposal]:
         requests = len(proposals)
+        if not any(proposal.tokens for proposal in proposals):
+            plain_s = self.curve.verify(requests, requests)
+            self._last = True, plain_s, plain_s
+            self.cost, self.sharers = 1.0, float(requests)
+            return proposals
         sharing = sum(bool(proposal.tokens) for proposal in proposals)
         drafting = sum(bool(proposal.tokens) and not proposal.free for proposal in proposals)
         trees = any(not (proposal.free or proposal.is_chain) for proposal in proposals)
@@ -225,13 +229,14 @@ class CostStop(Controller):
             chain_s = self.curve.draft(drafting, chains=True)
             chains = self._choose([proposal.keep(proposal.likeliest_path) for proposal in proposals], chain_s)
             self._tree_gains.tree(self._worth(selected, draft_s) / self._worth(chains, chain_s))
-        tokens = requests + sum(len(proposal.tokens) for proposal in selected)
+        verified = sum(len(proposal.tokens) for proposal in selected)
         plain_s = self.curve.verify(requests, requests)
-        plain = tokens == requests and not drafting
-        round_s = draft_s + self.curve.verify(requests, tokens)
-        self._last = plain, plain_s, round_s
-        self.sharers = requests / max(sharing, 1)
-        self.cost = (self._now.corrected(plain_s, round_s) if self._now else round_s) / plain_s
+        plain = not verified and not drafting
+        self._last = plain, plain_s, draft_s + self.curve.verify(requests, requests + verified)
+        self.sharers = requests / sharing
+        if drafting and self.tried < 1:
+            draft_s = self.curve.draft(round(drafting / self.tried), chains=not trees)
+        self.cost = self._seconds(self.curve, requests, requests + verified / self.tried, draft_s) / plain_s
         return selected
 
     def _worth(self, selected: list[Proposal], draft_s: float) -> float:
@@ -279,14 +284,14 @@ class PrefixScheduler(CostStop):
 
     The levels (r, j) of all requests are sorted by survival a_{r,j} = Π_{i≤j} c_{r,i} and admitted in that order while
     Θ = (R + Σa) · SPS(R, R + admitted) rises, SPS being 1 / (T_draft + T); the first drop ends the search. Drafting
-    pauses for all requests together: the draft's pass is shared, and so is the decision whether it pays. Once it is
-    known whether proposals are free, behind the first round at the latest, nothing is drafted that could not pay if as
-    much of it stood as has of what came before.
+    pauses for all requests together, and is tried again for a few: the draft's pass is shared, and so is the decision
+    whether it pays. Once it is known whether proposals are free, behind the first round at the latest, nothing is
+    drafted that could not pay if as much of it stood as has of what came before.
     """
 
     def reset(self) -> None:
         super().reset()
-        self._pacer = _SharedPacer(lambda: self.cost, lambda: self.plainly)
+        self._pacer = SharedPacer(lambda: self.cost, lambda: self.plainly)
         self._free, self._begun = False, not self.looks_up
         self._stood, self._judged = _HOPED * _FIRST_GUESS, _HOPED  # drafted tokens whose parent was accepted
         self._undrafted = 0  # rounds
@@ -307,12 +312,13 @@ class PrefixScheduler(CostStop):
         self._stood += _FORGOTTEN * (_HOPED * _FIRST_GUESS - self._stood)
         self._judged += _FORGOTTEN * (_HOPED - self._judged)
         self._pacer.close()
-        may_pay = not self._begun or self._undrafted >= _RARELY or self._may_pay(requests)
-        self._pacer.open(requests, may_pay)
+        due = not self._begun or self._undrafted >= _RARELY
+        self._pacer.open(requests, lambda: due or self._may_pay(requests))
         self._begun = True
 
     def select(self, proposals: list[Proposal]) -> list[Proposal]:
         self._free = self._free or any(proposal.free for proposal in proposals)
+        self.tried = min((self._pacer.drafting or len(proposals)) / len(proposals), 1.0)
         selected = super().select(proposals)
         for proposal, kept in zip(proposals, selected, strict=True):
             if proposal.tokens and not kept.tokens:
@@ -325,16 +331,21 @@ class PrefixScheduler(CostStop):
     def _may_pay(self, requests: int) -> bool:
         """Whether a round could pay in which as large a share of the tokens stands as has so far.
 
-        Of what is looked up, which costs nothing to ask for, most may stand.
+        Of what is looked up, which costs nothing to ask for, most may stand. What hardly pays by the curve does not in
+        fact: verdicts take time too, and contexts that a draft has not read yet.
         """
         follows = _FIRST_GUESS if self._free else self._stood / self._judged
         draft_s = 0.0 if self._free else self.curve.draft(requests, chains=True)
         plain_s, stands, expected = self.curve.verify(requests, requests), 1.0, 1.0
+        most = -draft_s
         for length in range(1, _LONGEST_LOOK + 1):
             stands *= follows
             expected += stands
-            if expected * plain_s > self._seconds(self.hull, requests, requests * (1 + length), draft_s):
-                return True
+            round_s = self._seconds(self.hull, requests, requests * (1 + length), draft_s)
+            gain = expected * plain_s / _WORTH_IT - round_s
+            if gain > 0 or gain <= most:  # it rises but once: chances fall, and the hull is convex
+                return gain > 0
+            most = gain
         return False
 
     def pacer(self) -> DraftPacer | None:
@@ -363,85 +374,3 @@ def global_best(chances: list[float], certain: float, seconds: Callable[[int], f
     sums = accumulate(chances, initial=certain)
     rates = [expected / seconds(n) for n, expected in enumerate(sums)]
     return rates.index(max(rates))
-
-
-class DraftPacer:
-    """When a request drafts. A drafted round pays when it commits more tokens than the plain rounds it costs.
-
-    An account in plain rounds: a drafted round adds what it committed and takes what it cost. Overdrawn, drafting
-    pauses for a few plain rounds and is then tried again; each failed trial doubles the pause. So no more is ever
-    lost than the account begins with, what was earned before (of which little is kept: contexts change), and the
-    trials. What an account begins with is more than chance alone would take from a draft that pays.
-
-    Args:
-        cost: of the round just ended, in plain rounds.
-        plainly: whether this round drafts nothing, whatever the account says.
-    """
-
-    def __init__(self, cost: Callable[[], float], plainly: Callable[[], bool] = lambda: False):
-        self.cost = cost
-        self.plainly = plainly
-        self.credit = self.account = _CREDIT
-        self.wait = 0
-        self.pause = _FIRST_PAUSE
-
-    def drafts(self) -> bool:
-        return self.wait == 0 and not self.plainly()
-
-    def observe(self, committed: float) -> None:
-        """End the round. Whoever was to draft pays for it, even where nothing drafted was worth verifying."""
-        self._settle(committed - self.cost())
-
-    def _settle(self, gain: float, requests: int = 1) -> None:
-        """Take in a round's gain; a pause is the longer the more requests have shown that it is due."""
-        if self.wait:
-            self.wait -= 1
-            return
-        self.account = min(self.account + gain, _MOST_KEPT)
-        if self.account < 0:
-            self.account = _TRIAL
-            self.wait = min(requests * self.pause, _LONGEST_PAUSE)
-            self.pause = min(2 * self.pause, _LONGEST_PAUSE)
-        elif self.account >= self.credit:
-            self.pause = _FIRST_PAUSE
-
-
-class _SharedPacer(DraftPacer):
-    """One pace and one account for all requests: each pays in what it committed and takes out what the round cost.
-
-    The account is no larger than a single request's, and begins with less: the more requests a round has, the fewer
-    rounds it takes to tell a poor draft from bad luck, and the more a lost round costs. For the same reason a pause is
-    longer then. What does not pay in a full batch may in a smaller one, where verified tokens are nearly free: a pause
-    ends where half of the requests that it began with have gone.
-    """
-
-    def __init__(self, cost: Callable[[], float], plainly: Callable[[], bool] = lambda: False):
-        super().__init__(cost, plainly)
-        self.begun = False
-        self.committed: list[float] = []
-        self.paused = 0  # requests of the round that began the pause
-        self.may_pay = True
-
-    def drafts(self) -> bool:
-        return self.may_pay and super().drafts()
-
-    def open(self, requests: int, may_pay: bool = True) -> None:
-        """Begin a round, in which a draft may pay or not."""
-        self.may_pay = may_pay
-        self.credit = _CREDIT / 2 * (1 + 1 / requests)
-        if not self.begun:
-            self.begun, self.account = True, self.credit
-        if self.wait and 2 * requests <= self.paused:
-            self.wait, self.pause = 0, _FIRST_PAUSE
-
-    def observe(self, committed: float) -> None:
-        self.committed.append(committed)
-
-    def close(self) -> None:
-        """End the round: all its requests have been observed."""
-        if self.committed:
-            requests, waiting = len(self.committed), self.wait
-            self._settle(sum(self.committed) - requests * self.cost(), requests)
-            if self.wait and not waiting:
-                self.paused = requests
-            self.committed.clear()

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from deepspec.decoding.pacing import DraftPacer
 from deepspec.decoding.request import Generation, Request, Stats
 from deepspec.decoding.sampling import draw
-from deepspec.decoding.scheduler import DraftPacer
 from deepspec.target.model import Target
 
 
@@ -76,11 +76,13 @@ class Slot:
         first = next((i for i, token in enumerate(tokens) if token in self.stop_ids), None)
         if not self.request.stop:
             return first
-        # A token has at least one byte, so a stop string that ends here began at most this many tokens ago.
+        # A token has at least one byte, so a stop string that ends in one began at most so many tokens before it. What
+        # is decoded goes by the answer up to there, not by the round: its first token may be half a character.
         window = max(len(text.encode()) for text in self.request.stop)
-        before = self.new_tokens[-window:]
+        answer = [*self.new_tokens[-window:], *tokens]
         for i in range(len(tokens) if first is None else first):
-            text = self.target.tokenizer.decode([*before, *tokens[: i + 1]])
+            end = len(answer) - len(tokens) + i + 1
+            text = self.target.tokenizer.decode(answer[max(end - window - 1, 0) : end])
             if any(stop in text for stop in self.request.stop):
                 return i
         return first
