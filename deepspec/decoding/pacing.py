@@ -8,7 +8,6 @@ _CREDIT = 2.0  # plain rounds that a request's drafts may lose before they have 
 _MOST_KEPT = 6.0  # of what it has earned
 _TRIAL = 0.5  # plain rounds that they may lose when they are tried again
 _FIRST_PAUSE, _LONGEST_PAUSE = 8, 64
-_TRIED = 4  # requests that tell whether drafts pay, where more are in flight
 
 
 class DraftPacer:
@@ -59,12 +58,6 @@ class SharedPacer(DraftPacer):
     rounds it takes to tell a poor draft from bad luck, and the more a lost round costs. For the same reason a pause is
     longer then. What does not pay in a full batch may in a smaller one, where verified tokens are nearly free: a pause
     ends where half of the requests that it began with have gone.
-
-    At first and behind a pause a few requests draft. Whether all do is decided by what that would have brought them,
-    and cost: a trial in a full batch costs little more than a plain round.
-
-    Args:
-        cost: of the round just ended, in plain rounds, had all requests drafted as those did that were to.
     """
 
     def __init__(self, cost: Callable[[], float], plainly: Callable[[], bool] = lambda: False):
@@ -73,40 +66,27 @@ class SharedPacer(DraftPacer):
         self.committed: list[float] = []
         self.paused = 0  # requests of the round that began the pause
         self.may_pay = True
-        self.trial = True  # few draft
-        self.drafting = 0  # requests that have been let draft in this round
 
     def drafts(self) -> bool:
-        if not (self.may_pay and super().drafts()) or (self.trial and self.drafting == _TRIED):
-            return False
-        self.drafting += 1
-        return True
+        return self.may_pay and super().drafts()
 
     def open(self, requests: int, may_pay: Callable[[], bool]) -> None:
         """Begin a round; whether a draft may pay in it is asked where none is paused."""
-        self.drafting = 0
         self.credit = _CREDIT / 2 * (1 + 1 / requests)
         if not self.begun:
             self.begun, self.account = True, self.credit
         if self.wait and 2 * requests <= self.paused:
             self.wait, self.pause = 0, _FIRST_PAUSE
         self.may_pay = not self.wait and may_pay()
-        self.trial = self.trial or not self.may_pay
 
     def observe(self, committed: float) -> None:
         self.committed.append(committed)
 
     def close(self) -> None:
         """End the round: all its requests have been observed."""
-        if not self.committed:
-            return
-        requests, waiting = len(self.committed), self.wait
-        drafting = self.drafting or requests
-        more = (sum(self.committed) - requests) * requests / drafting
-        gain = requests + more - requests * self.cost()
-        self._settle(gain, drafting)
-        if self.wait and not waiting:
-            self.paused = requests
-        elif self.drafting and gain >= 0:
-            self.trial = False
-        self.committed.clear()
+        if self.committed:
+            requests, waiting = len(self.committed), self.wait
+            self._settle(sum(self.committed) - requests * self.cost(), requests)
+            if self.wait and not waiting:
+                self.paused = requests
+            self.committed.clear()

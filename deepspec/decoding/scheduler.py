@@ -29,7 +29,6 @@ _HOPED = 4.0  # tokens that the guess counts for
 _FORGOTTEN = 1 / 256  # of what was seen, a round: contexts change, and a draft that lost is tried again
 _REMEMBERED = 64.0  # tokens at most, so that what was long true is given up as soon
 _CONTEXT_STEP = 64  # tokens: contexts that differ by less are priced alike
-_WORTH_IT = 1.05  # times what plain rounds bring: what all requests draft for
 _RARELY = 1024  # rounds without a draft, after which one is tried whatever is expected of it
 
 
@@ -164,8 +163,7 @@ class CostStop(Controller):
     def reset(self) -> None:
         super().reset()
         self.curve, self.hull = self._at(None)
-        self.cost = 1.0  # of the last round, in plain rounds, had all requests been asked for drafts
-        self.tried = 1.0  # share of the requests that were
+        self.cost = 1.0  # of the last round, in plain rounds
         self.plainly = False  # this round, to see what a plain one takes
         self.sharers = 1.0  # requests in that round for each one that drafted
         self._now: RoundTimes | None = None
@@ -234,9 +232,7 @@ class CostStop(Controller):
         plain = not verified and not drafting
         self._last = plain, plain_s, draft_s + self.curve.verify(requests, requests + verified)
         self.sharers = requests / sharing
-        if drafting and self.tried < 1:
-            draft_s = self.curve.draft(round(drafting / self.tried), chains=not trees)
-        self.cost = self._seconds(self.curve, requests, requests + verified / self.tried, draft_s) / plain_s
+        self.cost = self._seconds(self.curve, requests, requests + verified, draft_s) / plain_s
         return selected
 
     def _worth(self, selected: list[Proposal], draft_s: float) -> float:
@@ -284,9 +280,9 @@ class PrefixScheduler(CostStop):
 
     The levels (r, j) of all requests are sorted by survival a_{r,j} = Π_{i≤j} c_{r,i} and admitted in that order while
     Θ = (R + Σa) · SPS(R, R + admitted) rises, SPS being 1 / (T_draft + T); the first drop ends the search. Drafting
-    pauses for all requests together, and is tried again for a few: the draft's pass is shared, and so is the decision
-    whether it pays. Once it is known whether proposals are free, behind the first round at the latest, nothing is
-    drafted that could not pay if as much of it stood as has of what came before.
+    pauses for all requests together: the draft's pass is shared, and so is the decision whether it pays. Once it is
+    known whether proposals are free, behind the first round at the latest, nothing is drafted that could not pay if as
+    much of it stood as has of what came before.
     """
 
     def reset(self) -> None:
@@ -318,7 +314,6 @@ class PrefixScheduler(CostStop):
 
     def select(self, proposals: list[Proposal]) -> list[Proposal]:
         self._free = self._free or any(proposal.free for proposal in proposals)
-        self.tried = min((self._pacer.drafting or len(proposals)) / len(proposals), 1.0)
         selected = super().select(proposals)
         for proposal, kept in zip(proposals, selected, strict=True):
             if proposal.tokens and not kept.tokens:
@@ -331,18 +326,17 @@ class PrefixScheduler(CostStop):
     def _may_pay(self, requests: int) -> bool:
         """Whether a round could pay in which as large a share of the tokens stands as has so far.
 
-        Of what is looked up, which costs nothing to ask for, most may stand. What hardly pays by the curve does not in
-        fact: verdicts take time too, and contexts that a draft has not read yet.
+        Of what is looked up, which costs nothing to ask for, most may stand.
         """
         follows = _FIRST_GUESS if self._free else self._stood / self._judged
         draft_s = 0.0 if self._free else self.curve.draft(requests, chains=True)
         plain_s, stands, expected = self.curve.verify(requests, requests), 1.0, 1.0
-        most = -draft_s
+        most = plain_s - self._seconds(self.hull, requests, requests, draft_s)
         for length in range(1, _LONGEST_LOOK + 1):
             stands *= follows
             expected += stands
             round_s = self._seconds(self.hull, requests, requests * (1 + length), draft_s)
-            gain = expected * plain_s / _WORTH_IT - round_s
+            gain = expected * plain_s - round_s
             if gain > 0 or gain <= most:  # it rises but once: chances fall, and the hull is convex
                 return gain > 0
             most = gain

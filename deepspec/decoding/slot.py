@@ -10,6 +10,10 @@ from deepspec.decoding.request import Generation, Request, Stats
 from deepspec.decoding.sampling import draw
 from deepspec.target.model import Target
 
+_BROKEN = "\ufffd"  # what decoding puts in place of half a character
+_LONGEST_CHARACTER = 4  # bytes
+_SLACK = 8  # tokens
+
 
 class Slot:
     """`tokens` are all committed ids; the KV cache holds all but the last one, the anchor."""
@@ -76,16 +80,26 @@ class Slot:
         first = next((i for i, token in enumerate(tokens) if token in self.stop_ids), None)
         if not self.request.stop:
             return first
-        # A token has at least one byte, so a stop string that ends in one began at most so many tokens before it. What
-        # is decoded goes by the answer up to there, not by the round: its first token may be half a character.
-        window = max(len(text.encode()) for text in self.request.stop)
-        answer = [*self.new_tokens[-window:], *tokens]
+        before = self.new_tokens
         for i in range(len(tokens) if first is None else first):
-            end = len(answer) - len(tokens) + i + 1
-            text = self.target.tokenizer.decode(answer[max(end - window - 1, 0) : end])
+            text = self._ending([*before, *tokens[: i + 1]])
             if any(stop in text for stop in self.request.stop):
                 return i
         return first
+
+    def _ending(self, answer: list[int]) -> str:
+        """Decode as many of an answer's last tokens as a stop string may have, whatever the round brought of them.
+
+        A token has a byte at least, or nothing. Half a character at the beginning would spoil what follows it (where
+        bytes are tokens of their own, a whole run of them), so decoding begins with a character.
+        """
+        most = 2 * max(len(stop.encode()) for stop in self.request.stop) + _SLACK
+        text = self.target.tokenizer.decode(answer[-most:])
+        for dropped in range(1, _LONGEST_CHARACTER):
+            if len(answer) <= most or not text.startswith(_BROKEN):
+                break
+            text = self.target.tokenizer.decode(answer[dropped - most :])
+        return text
 
     def result(self) -> Generation:
         reason = "error" if self.error else str(self.finish_reason)

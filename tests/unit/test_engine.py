@@ -11,7 +11,6 @@ from deepspec.decoding.request import Request
 from deepspec.decoding.round import RoundClock
 from deepspec.decoding.scheduler import Controller
 from deepspec.decoding.shapes import BestFirst
-from deepspec.decoding.slot import Slot
 from deepspec.decoding.tree import Proposal
 from deepspec.drafters.algorithms.lookup import LookupDrafter
 from deepspec.drafters.lookup_first import LookupFirst
@@ -199,22 +198,6 @@ def test_a_stop_string_ends_the_answer_with_the_token_that_completes_it(llama):
         assert run.tokens == whole[: len(run.tokens)]
         assert stop in llama.tokenizer.decode(run.tokens)
         assert stop not in llama.tokenizer.decode(run.tokens[:-1])
-
-
-def test_a_stop_string_ends_the_answer_where_it_does_without_a_draft(llama):
-    """Whatever a round commits at once: half a character before what is looked at must not tell them apart."""
-    tokens = llama.tokenizer.encode("xyz\U0001f389bcdef", add_special_tokens=False)
-    assert len(tokens) > 9  # bytes
-    ends = set()
-    for size in (1, 2, 3, 5, len(tokens)):
-        slot = Slot(Request([1], 64, stop_ids=frozenset(), stop=("\ufffdb", "ef")), llama, 128)
-        for start in range(0, len(tokens), size):
-            *accepted, last = tokens[start : start + size]
-            slot.commit(accepted, last)
-            if slot.finish_reason:
-                break
-        ends.add((slot.finish_reason, len(slot.new_tokens)))
-    assert len(ends) == 1 and ends.pop()[0] == "stop"
 
 
 def test_logits_that_are_not_finite_stop_the_request(llama, monkeypatch):

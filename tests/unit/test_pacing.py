@@ -162,34 +162,12 @@ def throughput(requests: int, rounds: int, seed: int = 0) -> tuple[float, float]
     return tokens / seconds * BATCHES.verify(requests, requests) / requests, drafted
 
 
-@pytest.mark.parametrize(("requests", "stood"), [(16, 3), (16, 0), (3, 3), (3, 0)])
-def test_four_requests_try_a_draft_for_all(requests, stood):
-    """What it costs all, and brings them, is told by those that draft."""
-    costs = CostCurve({1: [(1, 1.0), (4, 1.1)], 16: [(16, 2.0), (64, 3.2)]}, {1: 0.2, 16: 0.8})
-    scheduler = PrefixScheduler(costs)
-    pace = scheduler.pacer()
-    counts = []
-    for _ in range(3):
-        scheduler.round(requests)
-        drafts = [pace.drafts() for _ in range(requests)]
-        counts.append(sum(drafts))
-        if any(drafts):
-            scheduler.select([chain(0.9, 0.9, 0.9) if draft else Proposal() for draft in drafts])
-            plain_s = costs.verify(requests, requests)
-            whole_s = costs.draft(requests) + costs.verify(requests, 4 * requests)
-            assert scheduler.cost == pytest.approx(whole_s / plain_s)
-        for draft in drafts:
-            pace.observe(1 + stood * draft)
-    few = min(requests, 4)
-    assert counts == ([few, requests, requests] if stood else [few, 0, 0])
-
-
 @pytest.mark.parametrize(("requests", "least"), [(1, 1.4), (4, 1.2), (16, 0.98)])
 def test_the_scheduler_gains_where_drafting_pays_and_loses_next_to_nothing_elsewhere(requests, least):
     for rounds in (32, 200):
         rates, drafted = zip(*(throughput(requests, rounds, seed) for seed in range(20)), strict=True)
         assert sum(rates) / len(rates) > least
-        assert requests < 16 or max(drafted) <= 1.5 + rounds / 64
+        assert requests < 16 or max(drafted) <= 1 + rounds // 64
 
 
 def test_what_cannot_pay_is_not_even_tried_by_a_drafter_that_looks_nothing_up():
@@ -208,7 +186,7 @@ def test_what_cannot_pay_is_not_even_tried_by_a_drafter_that_looks_nothing_up():
 
 
 def test_a_draft_that_has_not_paid_is_tried_again_only_once_that_is_long_ago():
-    """If four of five tokens stood it would pay; of these hardly any does, as four requests tell soon enough."""
+    """If four of five tokens stood it would pay; of these hardly any does, of which one round tells enough."""
     curve = CostCurve({16: [(16, 2.4), (96, 4.0)]}, {16: 0.9})
     scheduler = PrefixScheduler(curve)
     pace = scheduler.pacer()
@@ -223,7 +201,7 @@ def test_a_draft_that_has_not_paid_is_tried_again_only_once_that_is_long_ago():
                 scheduler.observe(proposal, [])
             pace.observe(1)
     assert drafted[0] == 0
-    assert len(drafted) > 1 and min(b - a for a, b in itertools.pairwise(drafted)) > 100
+    assert len(drafted) > 1 and min(b - a for a, b in itertools.pairwise(drafted)) > 200
 
 
 def test_a_draft_better_than_hoped_for_is_found_some_time_and_one_without_numbers_is_no_evidence():
