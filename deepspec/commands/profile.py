@@ -53,6 +53,7 @@ def run(settings: Settings) -> None:
     console.print(_floor_line(target, curve.verify(1, 1)))
     if curve.slopes:
         console.print(_context_line(curve))
+    console.print(f"a token drawn from a draft's law adds {1e6 * curve.verdict:.0f} µs for its verdict")
     console.print(f"kept in {profile_path(target)}", soft_wrap=True)
     if drafter and drafter.digest:
         console.print(f"and     {profile_path(target, drafter, AUTO)}", soft_wrap=True)

@@ -28,6 +28,7 @@ class CostCurve:
         slopes: (new tokens of a request, seconds that each further token of its context adds to its pass); empty
             where that was not measured.
         chain_drafts: as `drafts`, of chains, where those are of trees; empty where they are not.
+        verdict: seconds that each token adds which was drawn from the draft's law; 0 where that was not measured.
     """
 
     passes: dict[int, Points]
@@ -36,6 +37,7 @@ class CostCurve:
     context: int = 0
     slopes: Points = field(default_factory=list)
     chain_drafts: dict[int, float] = field(default_factory=dict)
+    verdict: float = 0.0
 
     def __post_init__(self) -> None:
         if not self.passes or not all(self.passes.values()):
@@ -55,6 +57,16 @@ class CostCurve:
             },
             context=round(context),
         )
+
+    def drawn(self) -> CostCurve:
+        """Return the curve where what is verified was drawn: the target's law of each token is made, and compared."""
+        if not self.verdict:
+            return self
+        passes = {
+            requests: [(tokens, seconds + (tokens - requests) * self.verdict) for tokens, seconds in points]
+            for requests, points in self.passes.items()
+        }
+        return replace(self, passes=passes, verdict=0.0)
 
     def _moved(self, requests: int, points: Points, context: float) -> Points:
         more = requests * (context - self.context)
@@ -105,6 +117,7 @@ class CostCurve:
             "context": self.context,
             "slopes": [list(point) for point in self.slopes],
             "chain_drafts": keyed(self.chain_drafts),
+            "verdict": self.verdict,
         }
 
     @classmethod
@@ -124,6 +137,7 @@ class CostCurve:
                 int(value.get("context") or 0),
                 slopes,
                 _seconds(value.get("chain_drafts") or {}),
+                float(value.get("verdict") or 0.0),
             )
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise DeepSpecError(f"not a cost curve: {error!r}") from None

@@ -19,9 +19,13 @@ from torch import Tensor
 
 from deepspec.decoding.cost import Points
 from deepspec.decoding.drafter import Drafter, DraftRequest
-from deepspec.decoding.request import Sampling
+from deepspec.decoding.judge import judge
+from deepspec.decoding.request import Request, Sampling
+from deepspec.decoding.round import Turn
 from deepspec.decoding.sampling import best
 from deepspec.decoding.shapes import CHAIN, Shape
+from deepspec.decoding.slot import Slot
+from deepspec.decoding.tree import Proposal
 from deepspec.errors import DeepSpecError
 from deepspec.target.attention import ForwardPass, KVCache
 from deepspec.target.model import Target
@@ -39,7 +43,8 @@ _TURNS, _FEWEST, _SECONDS = 30, 7, 15.0  # a batch; see `_turns`
 # How many times the quickest tenth of equal passes the slowest may take, where they are no shorter than a turn of the
 # system's scheduler.
 _STEADY, _SHORT_S = 2.0, 0.005
-_DRAFT = 0  # what is tried beside passes of 1 token
+_DRAFT, _DRAWN, _LIKELIEST = 0, -1, -2  # what is tried beside passes of 1 token
+_JUDGED = 8  # tokens of a verdict that is timed
 FED = MOST_AGAIN // 2  # accepted tokens that a target with a state runs again in a pass of a chain
 _COMMITTED = 3  # tokens that a drafter takes in before it proposes again
 Watch = Callable[[int, int], None]  # (done, total)
@@ -166,6 +171,37 @@ def measure_drafts(
         turns = _turns(partial(seconds_of, requests), [_DRAFT])
         ratios[requests] = median(turn.ratio(_DRAFT) for turn in turns)
     return ratios
+
+
+@torch.inference_mode()
+def measure_verdict(target: Target) -> float:
+    """Measure what a token adds to a round which was drawn from a draft's law, in plain passes over one token.
+
+    The target's law of it is made, and the rule's verdict found; likeliest tokens need neither. The draft's law is
+    taken to have all tokens, which is the most that it can.
+    """
+    rng = _rng()
+    context = _context_for(target, CONTEXT, 1)
+    cache = _filled_cache(target, 1, context, 2)
+    logits = torch.randn(1 + _JUDGED, target.vocab_size, generator=rng).to(target.device, target.dtype)
+    laws = torch.randn(_JUDGED, target.vocab_size, generator=rng).softmax(-1)
+    tokens = laws.argmax(-1).tolist()
+
+    def seconds_of(what: int) -> float:
+        sampling = Sampling(1.0 if what == _DRAWN else 0.0)
+        extra = {"probs": laws, "places": tokens} if what == _DRAWN else {}
+        slot = Slot(Request([0], 1, sampling=sampling), target, target.max_length)
+        turn = Turn(0, slot, Proposal.chain(tokens, vocab_size=target.vocab_size, **extra))
+        began = _clock(target)
+        if what == 1:
+            _pass(target, cache, context, 1, 1)
+        else:
+            judge([turn], logits, None)
+        return _clock(target) - began
+
+    turns = _turns(seconds_of, [_DRAWN, _LIKELIEST])
+    more = median(turn.ratio(_DRAWN) - turn.ratio(_LIKELIEST) for turn in turns)
+    return max(more / _JUDGED, _LEAST)
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from deepspec.decoding.pass_times import (
     measure_drafts,
     measure_passes,
     measure_slopes,
+    measure_verdict,
 )
 from deepspec.decoding.shapes import CHAIN, Shape
 from deepspec.device import describe_device
@@ -29,7 +31,8 @@ from deepspec.files import digest, write_json
 from deepspec.lineage import code_digest
 from deepspec.target.model import Target
 
-_SLOPES = 0  # where a table of passes by requests has what more context adds to them
+# Where a table of passes by requests has what more context adds to them, and what a drawn token does, in plain passes.
+_SLOPES, _VERDICT = 0, -1
 
 
 def load_or_measure(
@@ -58,17 +61,18 @@ def load_or_measure(
     passes = kept(
         folder,
         identity,
-        (*batches, _SLOPES),
+        (*batches, _SLOPES, _VERDICT),
         force,
         lambda missing: _measured_passes(target, missing, watch),
         read_points,
     )
-    slopes = passes.pop(_SLOPES, [])
-    curve = CostCurve(passes)
+    slopes, ((_, verdict),) = passes.pop(_SLOPES, []), passes.pop(_VERDICT)
     fewest = min(passes)
-    contexts = CONTEXT, [(width, ratio * curve.verify(fewest, fewest)) for width, ratio in slopes]
+    plain_s = CostCurve(passes).verify(fewest, fewest)
+    contexts = [(width, ratio * plain_s) for width, ratio in slopes]
+    curve = CostCurve(passes, {}, identity, CONTEXT, contexts, {}, verdict * plain_s)
     if drafter is None:
-        return CostCurve(passes, {}, identity, *contexts)
+        return curve
     shape = settle(shape, target, drafter)
 
     def drafts(shape: Shape) -> dict[int, float]:
@@ -85,14 +89,18 @@ def load_or_measure(
 
     chain = shape.settled(False)
     chains = {} if chain is shape else drafts(chain)
-    return CostCurve(passes, drafts(shape), _identity(target, drafter, shape), *contexts, chains)
+    own = _identity(target, drafter, shape)
+    return replace(curve, drafts=drafts(shape), identity=own, chain_drafts=chains)
 
 
 def _measured_passes(target: Target, missing: list[int], watch: Watch | None) -> dict[int, Points]:
-    batches = [requests for requests in missing if requests != _SLOPES]
-    passes = measure_passes(target, batches, watch=watch) if batches else {}
-    slopes = measure_slopes(target) if _SLOPES in missing else []
-    return passes | ({_SLOPES: slopes} if slopes else {})
+    batches = [requests for requests in missing if requests > 0]
+    found = measure_passes(target, batches, watch=watch) if batches else {}
+    if _SLOPES in missing and (slopes := measure_slopes(target)):
+        found[_SLOPES] = slopes
+    if _VERDICT in missing:
+        found[_VERDICT] = [(1, measure_verdict(target))]
+    return found
 
 
 def profiles_folder() -> Path:

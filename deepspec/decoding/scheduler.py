@@ -154,14 +154,16 @@ class CostStop(Controller):
     def __init__(self, curve: CostCurve, corrected: bool = False):
         self.measured = curve
         self.corrected = corrected
-        # By context: the curve there and its hull.
-        self._curves: dict[int, tuple[CostCurve, CostCurve]] = {}
+        # By context, and whether proposals are drawn: the curve there and its hull.
+        self._curves: dict[tuple[int, bool], tuple[CostCurve, CostCurve]] = {}
         # By requests in flight. They are of the machine, so no `reset` forgets them.
         self._times: dict[int, RoundTimes] = {}
         super().__init__()
 
     def reset(self) -> None:
         super().reset()
+        self._drawn = False  # proposals, the last time there were any
+        self._context: float | None = None
         self.curve, self.hull = self._at(None)
         self.cost = 1.0  # of the last round, in plain rounds
         self.plainly = False  # this round, to see what a plain one takes
@@ -173,8 +175,8 @@ class CostStop(Controller):
         self._last = True, 0.0, 0.0
 
     def round(self, requests: int, context: float | None = None) -> None:
+        self._context, self._requests = context, requests
         self.curve, self.hull = self._at(context)
-        self._requests = requests
         if self.corrected:
             self._now = self._times.setdefault(requests.bit_length(), RoundTimes())
             self.plainly = self._now.plain_is_due
@@ -182,10 +184,11 @@ class CostStop(Controller):
     def _at(self, context: float | None) -> tuple[CostCurve, CostCurve]:
         """Return the curve and its hull for contexts of about so many tokens; None: as it was measured."""
         step = -1 if context is None else round(context / _CONTEXT_STEP)
-        if step not in self._curves:
+        if (step, self._drawn) not in self._curves:
             curve = self.measured if context is None else self.measured.at(step * _CONTEXT_STEP)
-            self._curves[step] = curve, curve.convex()
-        return self._curves[step]
+            curve = curve.drawn() if self._drawn else curve
+            self._curves[step, self._drawn] = curve, curve.convex()
+        return self._curves[step, self._drawn]
 
     def shape(self, asked: Shape) -> Shape:
         """Return `asked`, or a chain where trees have not been worth what they cost for so many requests."""
@@ -218,6 +221,10 @@ class CostStop(Controller):
             self._last = True, plain_s, plain_s
             self.cost, self.sharers = 1.0, float(requests)
             return proposals
+        drawn = any(proposal.probs is not None for proposal in proposals)
+        if drawn != self._drawn:
+            self._drawn = drawn
+            self.curve, self.hull = self._at(self._context)
         sharing = sum(bool(proposal.tokens) for proposal in proposals)
         drafting = sum(bool(proposal.tokens) and not proposal.free for proposal in proposals)
         trees = any(not (proposal.free or proposal.is_chain) for proposal in proposals)

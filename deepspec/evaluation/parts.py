@@ -353,6 +353,9 @@ class RoundCosts(Part):
     slopes: list[tuple[int | float, int | float]] | None = Field(
         None, description="(new tokens of a request, seconds that each further token of its context adds)"
     )
+    verdict: float | None = Field(
+        None, description="seconds that each token adds which was drawn from the draft's law"
+    )
 
     @model_serializer(mode="wrap")
     def _as_known(self, plain: SerializerFunctionWrapHandler) -> dict[str, Any]:

@@ -259,7 +259,8 @@ def pass_costs(results: Results, costs: RoundCosts | None) -> dict[str, PassCost
     curve, found = CostCurve.from_json(costs.model_dump()), {}
     for (name, temperature), rows in results.items():
         plain, drafted = ([row[which] for row in rows] for which in (PLAIN, DRAFT))
-        by_curve, a_plain_one_by_curve = _seconds_by(curve, drafted), _seconds_by(curve, plain)
+        of_rounds = curve.drawn() if temperature else curve
+        by_curve, a_plain_one_by_curve = _seconds_by(of_rounds, drafted), _seconds_by(curve, plain)
         if by_curve and a_plain_one_by_curve:
             a_plain_one = sum(run.verify_s for run in plain) / len(a_plain_one_by_curve)
             found[task_key(name, temperature)] = PassCosts(

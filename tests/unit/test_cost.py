@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -90,6 +91,7 @@ def measured(monkeypatch):
 
     monkeypatch.setattr(profiles, "measure_passes", count_passes)
     monkeypatch.setattr(profiles, "measure_slopes", lambda _: [(1, 1e-6), (4, 2e-6)])
+    monkeypatch.setattr(profiles, "measure_verdict", lambda _: 0.01)
     monkeypatch.setattr(profiles, "measure_drafts", count_drafts)
     return counts
 
@@ -162,6 +164,31 @@ class TestContexts:
         plain_s = first.verify(1, 1)
         assert first.slopes == [(1, 1e-6 * plain_s), (4, 2e-6 * plain_s)] and first == second
         assert first.context == pass_times.CONTEXT and measured["passes"] == [(1,)]
+
+    def test_a_drawn_token_costs_its_verdict_too(self, target, measured, tmp_path):
+        curve = replace(self.curve, verdict=0.001)
+        assert curve.drawn().verify(1, 1) == 0.010
+        assert curve.drawn().verify(1, 8) == pytest.approx(0.019)
+        assert curve.drawn().at(1256).verify(1, 8) == pytest.approx(curve.at(1256).drawn().verify(1, 8))
+        between = CostCurve({1: [(1, 1.0)], 3: [(3, 1.0)]}, verdict=0.1).drawn()
+        assert between.verify(2, 2) == 1.0
+        assert CostCurve.from_json(curve.to_json()) == curve and curve.drawn().drawn() == curve.drawn()
+        kept = load_or_measure(target, None, tmp_path, (1,))
+        assert kept.verdict == pytest.approx(0.01 * kept.verify(1, 1))
+
+    def test_what_a_drawn_token_costs_is_measured_beside_passes(self, target, monkeypatch):
+        """Eight tokens are judged; what likeliest ones take is no part of it."""
+        machine = Machine(monkeypatch, {1: 0.010})
+
+        def judged(turns, logits, rule):
+            assert len(logits) == 9 and len(turns[0].proposal.tokens) == 8
+            machine.spend(0.003 if turns[0].proposal.probs is None else 0.005)
+
+        monkeypatch.setattr(pass_times, "judge", judged)
+        assert pass_times.measure_verdict(target) == pytest.approx(0.002 / 8 / 0.010)
+
+    def test_verdicts_of_real_proposals_are_measured(self, target):
+        assert 0 < pass_times.measure_verdict(target) < 10
 
     def test_none_is_measured_where_there_are_too_few_positions(self, target, monkeypatch):
         monkeypatch.setattr(target, "max_length", 300)
@@ -303,6 +330,9 @@ def test_a_record_says_what_passes_cost_by_the_curve_and_in_fact():
     plain.prompt_tokens, drafted.prompt_tokens = [90, 100], [109, 100]
     (found,) = (pass_costs(results, costs) or {}).values()
     assert found.by_curve == pytest.approx((15.8 + 12.0) / 2 / ((9.05 + 10.05) / 2))
+    sampled = {("sums", 1.0): results["sums", 0.0]}
+    (found,) = (pass_costs(sampled, costs.model_copy(update={"slopes": None, "verdict": 0.5})) or {}).values()
+    assert found.by_curve == pytest.approx(1.3 + 0.5 * 3 / 10)
     for run in (plain, drafted):
         run.verified = []  # as kept before
     assert pass_costs(results, costs) is None

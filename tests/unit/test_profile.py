@@ -26,6 +26,7 @@ def test_it_prints_the_curve_and_where_it_is_kept(tiny_target, capsys, tmp_path)
     out = capsys.readouterr().out
     assert "1 request" in out and "2 requests" in out and "1.00" in out
     assert "a thousand more add so many ms" in out.replace("\n", " ")
+    assert "µs for its verdict" in out
     assert "memory floor: " in out and "times that" in out
     (file,) = (tmp_path / "deepspec" / "profiles").glob("*.json")
     assert f"kept in {file}" in out

@@ -140,11 +140,13 @@ def test_a_step_in_the_curve_does_not_end_the_search(sampled):
     assert len(kept.tokens) == 7
 
 
-def test_one_sampled_proposal_is_enough_to_end_the_search_at_the_first_drop():
+def test_one_sampled_proposal_is_enough_to_end_the_search_at_the_first_drop(monkeypatch):
+    monkeypatch.setattr(
+        CostCurve, "convex", lambda costs: costs
+    )  # on a hull the first drop is the best of all
     drafted = chain(0.9, 0.99, 0.99)
     sampled = replace(drafted, probs=torch.full((3, 3), 1 / 3))  # who draws says from what
     scheduler = PrefixScheduler(CostCurve({1: [(1, 1.0), (2, 1.05), (3, 1.9), (4, 1.91)]}))
-    scheduler.hull = scheduler.curve
     assert verified(scheduler.select([drafted])) == 3
     assert verified(scheduler.select([sampled])) == 1
     assert verified(scheduler.select([drafted, drafted])) == 6
@@ -177,6 +179,17 @@ def test_estimates_of_a_proposals_own_are_left_alone():
 def test_the_nodes_of_a_level_share_its_chance():
     survival = Controller().survival(Proposal([1, 2, 3], [-1, -1, 0]))
     assert survival == pytest.approx([0.4, 0.4, 0.4])  # the deepest is no likelier than its parent
+
+
+@pytest.mark.parametrize("controller", [CostStop, PrefixScheduler])
+def test_fewer_tokens_are_verified_where_their_verdicts_take_time(controller):
+    """Only those of drawn ones do."""
+    free = controller(replace(curve(token=0.01, draft=0.0), verdict=0.3))
+    lengths = []
+    for law in (None, torch.ones(5, 9) / 9, None):
+        free.round(1)
+        lengths.append(len(free.select([replace(chain(0.9, 0.8, 0.7, 0.6, 0.5), probs=law)])[0].tokens))
+    assert lengths[0] == lengths[2] == 5 and 0 < lengths[1] < 5
 
 
 @pytest.mark.parametrize("controller", [CostStop, PrefixScheduler])
