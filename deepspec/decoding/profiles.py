@@ -32,7 +32,7 @@ from deepspec.lineage import code_digest
 from deepspec.target.model import Target
 
 # Where a table of passes by requests has what more context adds to them, and what a drawn token does, in plain passes.
-_SLOPES, _VERDICT = 0, -1
+SLOPES, VERDICT = 0, -1
 
 
 def load_or_measure(
@@ -61,12 +61,12 @@ def load_or_measure(
     passes = kept(
         folder,
         identity,
-        (*batches, _SLOPES, _VERDICT),
+        (*batches, SLOPES, VERDICT),
         force,
         lambda missing: _measured_passes(target, missing, watch),
         read_points,
     )
-    slopes, ((_, verdict),) = passes.pop(_SLOPES, []), passes.pop(_VERDICT)
+    slopes, ((_, verdict),) = passes.pop(SLOPES, []), passes.pop(VERDICT)
     fewest = min(passes)
     plain_s = CostCurve(passes).verify(fewest, fewest)
     contexts = [(width, ratio * plain_s) for width, ratio in slopes]
@@ -96,10 +96,10 @@ def load_or_measure(
 def _measured_passes(target: Target, missing: list[int], watch: Watch | None) -> dict[int, Points]:
     batches = [requests for requests in missing if requests > 0]
     found = measure_passes(target, batches, watch=watch) if batches else {}
-    if _SLOPES in missing and (slopes := measure_slopes(target)):
-        found[_SLOPES] = slopes
-    if _VERDICT in missing:
-        found[_VERDICT] = [(1, measure_verdict(target))]
+    if SLOPES in missing and (slopes := measure_slopes(target)):
+        found[SLOPES] = slopes
+    if VERDICT in missing:
+        found[VERDICT] = [(1, measure_verdict(target))]
     return found
 
 

@@ -209,10 +209,11 @@ def plant_costs(record: Mapping[str, Any]) -> None:
     Only where it is the same machine by name and has none of its own: the controller then decides as it did, and
     τ can be compared exactly.
 
-    The files are those of `decoding/profiles.py`: passes under the identity without the drafter, drafts with it. Of
-    drafts they hold `measured`, the ratio to a pass over one token a request; the code of earlier commits reads
-    `seconds`."""
-    from deepspec.decoding.profiles import file_name, profiles_folder
+    The files are those of `decoding/profiles.py`: passes under the identity without the drafter, drafts with it, and
+    those of chains under theirs. Of drafts they hold `measured`, the ratio to a pass over one token a request, and so
+    of what more context and verdicts add; the code of earlier commits reads `seconds`."""
+    from deepspec.decoding.profiles import SLOPES, VERDICT, file_name, profiles_folder
+    from deepspec.decoding.shapes import CHAIN
 
     costs = record.get("round_costs") or {}
     identity = costs.get("identity") or {}
@@ -220,18 +221,28 @@ def plant_costs(record: Mapping[str, Any]) -> None:
         key: value for key, value in identity.items() if key not in ("drafter", "drafter_code", "shape")
     }
     seconds, drafts = costs.get("passes") or {}, costs.get("drafts") or {}
-    parts = [(passes, seconds, seconds)]
+    plain = {
+        requests: points[int(requests)]
+        for requests, points in ((each, dict(pairs)) for each, pairs in seconds.items())
+        if int(requests) in points
+    }
+    measured = dict(seconds)
+    if plain:
+        one = plain[min(plain, key=int)]
+        if slopes := costs.get("slopes"):
+            measured[str(SLOPES)] = [[width, more / one] for width, more in slopes]
+        if verdict := costs.get("verdict"):
+            measured[str(VERDICT)] = [[1, verdict / one]]
+    parts = [(passes, seconds, measured)]
     if identity.get("drafter"):
-        ratios = {
-            requests: drafts[requests] / dict(seconds[requests])[int(requests)]
-            for requests in drafts.keys() & seconds.keys()
-            if int(requests) in dict(seconds[requests])
-        }
-        parts.append((identity, drafts, ratios))
-    for owner, told, measured in parts:
+        chains = identity | {"shape": repr(CHAIN)}
+        for owner, table in ((identity, drafts), (chains, costs.get("chain_drafts") or {})):
+            ratios = {requests: table[requests] / plain[requests] for requests in table.keys() & plain.keys()}
+            parts.append((owner, table, ratios))
+    for owner, told, kept in parts:
         path = profiles_folder() / file_name(owner)
         if owner and told and not path.exists():
-            write_json(path, {"identity": owner, "seconds": told, "measured": measured})
+            write_json(path, {"identity": owner, "seconds": told, "measured": kept})
 
 
 def _committed(work: Work, pipeline: Pipeline) -> Figures:

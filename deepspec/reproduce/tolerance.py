@@ -297,5 +297,9 @@ def _curve(record: Mapping[str, Any]) -> str | None:
         key: [[f"{x:.12g}", f"{seconds:.12g}"] for x, seconds in points]
         for key, points in costs.get("passes", {}).items()
     }
-    drafts = {key: f"{seconds:.12g}" for key, seconds in (costs.get("drafts") or {}).items()}
-    return digest(json.dumps([passes, drafts], sort_keys=True))
+    tables = [
+        {key: f"{seconds:.12g}" for key, seconds in (costs.get(table) or {}).items()}
+        for table in ("drafts", "chain_drafts")
+    ]
+    more = [f"{value:.12g}" for point in costs.get("slopes") or [] for value in point]
+    return digest(json.dumps([passes, *tables, more, f"{costs.get('verdict') or 0:.12g}"], sort_keys=True))

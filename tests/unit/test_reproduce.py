@@ -12,13 +12,19 @@ from pathlib import Path
 import pytest
 
 from deepspec.decoding import profiles
-from deepspec.decoding.cost import read_points
+from deepspec.decoding.cost import CostCurve, read_points
+from deepspec.decoding.drafter import settle
+from deepspec.decoding.shapes import Auto
+from deepspec.drafters.algorithms.lookup import LookupDrafter
 from deepspec.errors import DeepSpecError
 from deepspec.reproduce.checkout import STATE, Settings
 from deepspec.reproduce.run import RESULT, plant_costs, run
+from deepspec.reproduce.tolerance import _curve
+from deepspec.target.model import load_target
 from tests import repositories
 from tests.dvc_here import make_repository
 from tests.repositories import sh, succeed
+from tests.tiny import cached_target
 
 pytestmark = pytest.mark.usefixtures("dvc_here")
 DVC_YAML = """
@@ -326,6 +332,34 @@ def test_a_cost_curve_of_this_machine_is_planted_where_there_is_none(tmp_path, m
     assert kept(identity, float) == {1: pytest.approx(0.003 / 0.02)}  # of a pass over one token
     plant_costs({"round_costs": {}})
     assert len(list(profiles.profiles_folder().iterdir())) == 2
+
+
+def test_a_planted_curve_is_the_recorded_one(tmp_path, monkeypatch):
+    """All that a controller decides by: contexts, verdicts, and chains where trees may be drafted."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    target = cached_target("llama")
+    loaded = load_target(target)
+    drafter = LookupDrafter(4, 1)
+    monkeypatch.setattr(LookupDrafter, "digest", "abc")
+    monkeypatch.setattr(LookupDrafter, "grows_trees", True)
+    shape = Auto()
+    identity = profiles._identity(loaded, drafter, settle(shape, loaded, drafter))
+    passes = {1: [(1.0, 0.02), (2.0, 0.021)], 4: [(4.0, 0.03), (8.0, 0.04)]}
+    slopes = [(1.0, 1e-6), (8.0, 3e-6)]
+    curve = CostCurve(passes, {1: 0.003, 4: 0.009}, identity, 256, slopes, {1: 0.002, 4: 0.004}, 5e-5)
+    plant_costs({"round_costs": curve.to_json()})
+    for measure in ("measure_passes", "measure_slopes", "measure_verdict", "measure_drafts"):
+        monkeypatch.setattr(profiles, measure, None)
+    found = profiles.load_or_measure(loaded, drafter, batches=(1, 4), shape=shape)
+    assert (found.passes, found.context, found.identity) == (curve.passes, curve.context, curve.identity)
+    assert found.drafts == pytest.approx(curve.drafts) and found.chain_drafts == pytest.approx(
+        curve.chain_drafts
+    )
+    assert found.slopes == [(width, pytest.approx(more)) for width, more in slopes]
+    assert found.verdict == pytest.approx(curve.verdict)
+    assert _curve({"round_costs": found.to_json()}) == _curve({"round_costs": curve.to_json()})
+    other = curve.to_json() | {"verdict": 6e-5}
+    assert _curve({"round_costs": other}) != _curve({"round_costs": curve.to_json()})
 
 
 def test_the_result_says_what_was_asked_and_what_was_not_as_it_was(settings, monkeypatch):
