@@ -221,11 +221,8 @@ def plant_costs(record: Mapping[str, Any]) -> None:
         key: value for key, value in identity.items() if key not in ("drafter", "drafter_code", "shape")
     }
     seconds, drafts = costs.get("passes") or {}, costs.get("drafts") or {}
-    plain = {
-        requests: points[int(requests)]
-        for requests, points in ((each, dict(pairs)) for each, pairs in seconds.items())
-        if int(requests) in points
-    }
+    points = {requests: dict(pairs) for requests, pairs in seconds.items()}
+    plain = {requests: own[int(requests)] for requests, own in points.items() if int(requests) in own}
     measured = dict(seconds)
     if plain:
         one = plain[min(plain, key=int)]

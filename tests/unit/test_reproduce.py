@@ -352,9 +352,8 @@ def test_a_planted_curve_is_the_recorded_one(tmp_path, monkeypatch):
         monkeypatch.setattr(profiles, measure, None)
     found = profiles.load_or_measure(loaded, drafter, batches=(1, 4), shape=shape)
     assert (found.passes, found.context, found.identity) == (curve.passes, curve.context, curve.identity)
-    assert found.drafts == pytest.approx(curve.drafts) and found.chain_drafts == pytest.approx(
-        curve.chain_drafts
-    )
+    assert found.drafts == pytest.approx(curve.drafts)
+    assert found.chain_drafts == pytest.approx(curve.chain_drafts)
     assert found.slopes == [(width, pytest.approx(more)) for width, more in slopes]
     assert found.verdict == pytest.approx(curve.verdict)
     assert _curve({"round_costs": found.to_json()}) == _curve({"round_costs": curve.to_json()})

@@ -141,9 +141,8 @@ def test_a_step_in_the_curve_does_not_end_the_search(sampled):
 
 
 def test_one_sampled_proposal_is_enough_to_end_the_search_at_the_first_drop(monkeypatch):
-    monkeypatch.setattr(
-        CostCurve, "convex", lambda costs: costs
-    )  # on a hull the first drop is the best of all
+    # On a hull the first drop is the best of all.
+    monkeypatch.setattr(CostCurve, "convex", lambda costs: costs)
     drafted = chain(0.9, 0.99, 0.99)
     sampled = replace(drafted, probs=torch.full((3, 3), 1 / 3))  # who draws says from what
     scheduler = PrefixScheduler(CostCurve({1: [(1, 1.0), (2, 1.05), (3, 1.9), (4, 1.91)]}))
